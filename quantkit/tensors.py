@@ -1,0 +1,69 @@
+"""The values that travel through quantkit: what a tensor is before it is read, and what it is after it was quantised.
+
+``torch`` is imported only for type checking here: ``quantkit plan`` and ``quantkit inspect`` never load it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+# safetensors dtype name -> (bytes per element, torch attribute name)
+DTYPES: dict[str, tuple[int, str]] = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a file header or a plan describes it. ``dtype`` is a key of `DTYPES`; linears are (out_features, in_features)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of the data, without header or padding."""
+        return self.numel * DTYPES[self.dtype][0]
+
+
+class TensorSource(Protocol):
+    """A checkpoint whose tensors are known from headers alone. Bytes move only in `read` and `read_rows`.
+
+    A source shows *decoded* tensors: an FP8-block weight appears as one BF16 tensor (its scale is not listed).
+    """
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, in file order."""
+        ...
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tensor (or rows ``[start, stop)`` of its first dimension) on the CPU, in the dtype that `infos` states."""
+        ...
+
+    def prefetch(self, names: list[str]) -> None:
+        """Tell the operating system that these tensors are read soon. Returns at once and takes no memory of the process."""
+        ...
