@@ -1,0 +1,1 @@
+"""The walk: recipe, plan, run, journal, report."""

@@ -1,0 +1,155 @@
+"""What a running conversion tells whoever watches it, and the report it leaves.
+
+Events are plain values: the command line draws them as progress, a test collects them in a list. They carry no behaviour, and the
+walk never waits for their reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The plan is made and work begins. ``total_bytes``: decoded source bytes to be read; ``tokens``: calibration tokens (0: data-free);
+    ``layers_done``: layers that an earlier, killed run has finished already."""
+
+    total_layers: int
+    total_bytes: int
+    tokens: int
+    layers_done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    """A part of the work begins: "embeddings", "attention", "mlp", "experts", "copy", "validation"... ``layer`` is None outside the
+    decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
+
+    stage: str
+    layer: int | None = None
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDone:
+    """One tensor is written. ``error``: relative loss of a quantised linear, None for a kept tensor. ``nbytes``: bytes of the source."""
+
+    name: str
+    error: float | None
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDone:
+    """All tensors of a layer are on disk and the journal says so. ``tokens`` advanced through it in ``seconds``."""
+
+    layer: int
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDone:
+    """Tensors kept as they are (embeddings, head, MTP) are written."""
+
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationProgress:
+    """Reference and result have passed ``layer`` of ``layers`` side by side."""
+
+    layer: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The output stands under its final name."""
+
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationResult:
+    """Reference against result on held-out text. Perplexities and their errors per token; KLD in nats; ``top1`` a fraction."""
+
+    output: str
+    windows: int
+    tokens: int
+    reference_perplexity: Estimate
+    quantized_perplexity: Estimate
+    mean_kl: Estimate
+    median_kl: float
+    p99_kl: float
+    top1: Estimate
+    problems: tuple[str, ...] = ()
+    """One line for each limit of the recipe that the result exceeds."""
+
+    @property
+    def passed(self) -> bool:
+        """True if no limit is exceeded."""
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTokens:
+    """Calibration tokens over all routed experts of all layers. ``thin``: experts below the method's ``min_tokens``."""
+
+    experts: int
+    least: int
+    median: int
+    most: int
+    unseen: int
+    thin: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputReport:
+    """One finished checkpoint. ``nbytes``: tensor data; ``bpw``: stored bits per weight of the whole checkpoint."""
+
+    name: str
+    path: Path
+    nbytes: int
+    bpw: float
+    tensors: int
+    quantized: int
+    fallbacks: int
+    validation: ValidationResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output passed its recipe's limits."""
+
+    outputs: tuple[OutputReport, ...]
+    seconds: Mapping[str, float]
+    peak_rss_bytes: int
+    tokens: int
+    expert_tokens: ExpertTokens | None
+    resumed: bool
+    validated: bool
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall seconds of the whole run (of this process, when resumed)."""
+        return sum(self.seconds.values())
+
+
+Event = Started | StageStarted | TensorDone | LayerDone | CopyDone | ValidationProgress | Finished
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Listens to nothing."""
