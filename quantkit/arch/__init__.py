@@ -1,0 +1,25 @@
+"""Where tensors sit in a model and how a layer computes: one file for each family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from quantkit.arch.base import ArchFactory, ModelArch
+from quantkit.arch.deepseek_v3 import DeepseekV3
+from quantkit.errors import ConfigError
+
+ARCHS: dict[str, ArchFactory] = {
+    "DeepseekV3ForCausalLM": DeepseekV3,
+}
+
+
+def arch_of(config: Mapping[str, object]) -> ModelArch:
+    """The family of a raw config.json, bound to it. `ConfigError` for an unknown architecture or a config that contradicts itself."""
+    named = config.get("architectures")
+    names = cast("list[object]", named) if isinstance(named, list) else [named]
+    for name in names:
+        if isinstance(name, str) and name in ARCHS:
+            return ARCHS[name](config)
+    found = repr(named)[:80] if named is not None else "missing"
+    raise ConfigError(f"config.json: architectures is {found}; quantkit knows {', '.join(sorted(ARCHS))}.")

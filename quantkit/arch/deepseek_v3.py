@@ -1,0 +1,301 @@
+"""The family ``deepseek_v3``: DeepSeek V3, V3.1 and R1 (arXiv 2412.19437), and models of the same architecture.
+
+In: config.json in the official form. Out: the table of tensors, and for each decoder layer its sublayers. This file holds names and
+checks only; the arithmetic is in `mla`, `moe` and `ops`, which are imported when the first layer is asked for, so that planning needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from quantkit.arch.base import Role, Sublayer, TensorSpec
+from quantkit.arch.rope import Rope, Yarn, rope_entries
+from quantkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.arch.base import Weights
+
+Size = Annotated[int, Field(gt=0, le=2**24)]
+"""A dimension. The upper bound keeps a damaged config.json from describing a table of tensors that no machine can list."""
+Count = Annotated[int, Field(gt=0, le=2**16)]
+
+LATENT_NORM_EPS = 1e-6
+"""q_a_layernorm and kv_a_layernorm keep this value whatever ``rms_norm_eps`` says (as the official and the transformers code do)."""
+
+
+class DeepseekV3Config(BaseModel):
+    """The entries of config.json that decide about tensors and arithmetic. Names and meanings are the official ones; others are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    hidden_size: Size
+    vocab_size: Size
+    num_hidden_layers: Annotated[int, Field(gt=0, le=4096)]
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] = 0
+    intermediate_size: Size
+    moe_intermediate_size: Size
+    n_routed_experts: Count
+    n_shared_experts: Count
+    num_experts_per_tok: Count
+    n_group: Count
+    topk_group: Count
+    first_k_dense_replace: Annotated[int, Field(ge=0)]
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    q_lora_rank: Size | None
+    kv_lora_rank: Size
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size
+    v_head_dim: Size
+    max_position_embeddings: Annotated[int, Field(gt=0)]
+    rms_norm_eps: PositiveFloat
+    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
+    rope_scaling: Yarn | None = None
+    rope_interleave: bool = True
+    norm_topk_prob: bool
+    routed_scaling_factor: PositiveFloat
+    tie_word_embeddings: bool = False
+    scoring_func: Literal["sigmoid"]
+    topk_method: Literal["noaux_tc"]
+    moe_layer_freq: Literal[1] = 1
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, object]) -> DeepseekV3Config:
+        """The checked entries of a raw config.json; `ConfigError` with every fault in one line."""
+        try:
+            return cls.model_validate({**config, **rope_entries(config)})
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    @model_validator(mode="after")
+    def _agree(self) -> DeepseekV3Config:
+        group_size, rest = divmod(self.n_routed_experts, self.n_group)
+        if rest:
+            raise _contradiction(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
+        if self.topk_group > self.n_group:
+            raise _contradiction(f"topk_group {self.topk_group} is larger than n_group {self.n_group}")
+        if group_size < 2:
+            raise _contradiction(f"n_group {self.n_group} leaves one expert per group, groups are ranked by their best two")
+        if self.num_experts_per_tok > self.topk_group * group_size:
+            raise _contradiction(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than the {self.topk_group * group_size} "
+                "experts in topk_group groups"
+            )
+        if self.num_key_value_heads not in (None, self.num_attention_heads):
+            raise _contradiction(
+                f"num_key_value_heads {self.num_key_value_heads} is not num_attention_heads {self.num_attention_heads}"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise _contradiction(
+                f"first_k_dense_replace {self.first_k_dense_replace} is more than num_hidden_layers {self.num_hidden_layers}"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise _contradiction(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd, rotation needs pairs")
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head: the part without position, then the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding of the last ``qk_rope_head_dim`` dimensions of each head."""
+        return Rope(
+            dim=self.qk_rope_head_dim,
+            theta=self.rope_theta,
+            interleaved=self.rope_interleave,
+            max_positions=self.max_position_embeddings,
+            yarn=self.rope_scaling,
+        )
+
+
+class DeepseekV3:
+    """A `ModelArch`. MTP layers are numbered from ``num_hidden_layers`` on, as in the official files."""
+
+    embed: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        self.config = DeepseekV3Config.of(config)
+        self.n_layers: int = self.config.num_hidden_layers
+        self.n_mtp_layers: int = self.config.num_nextn_predict_layers
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.config.vocab_size
+        self.lm_head: str = self.embed if self.config.tie_word_embeddings else "lm_head.weight"
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Embedding, decoder layers, final norm, head, then the MTP layers: every tensor of an official checkpoint."""
+        table = (self.vocab_size, self.hidden_size)
+        yield TensorSpec(self.embed, table, Role.EMBED)
+        for layer in range(self.n_layers):
+            yield from self._layer_tensors(layer)
+        yield TensorSpec(self.final_norm, (self.hidden_size,), Role.NORM)
+        if self.lm_head != self.embed:
+            yield TensorSpec(self.lm_head, table, Role.LM_HEAD)
+        for layer in range(self.n_layers, self.n_layers + self.n_mtp_layers):
+            yield from self._mtp_tensors(layer)
+
+    def sublayers(self, layer: int) -> tuple[Sublayer, ...]:
+        """Attention, then the dense MLP or the shared expert beside the routed ones. ``layer`` may be an MTP layer."""
+        from quantkit.arch import mla, moe
+
+        assert 0 <= layer < self.n_layers + self.n_mtp_layers, f"layer {layer} of {self.n_layers}"
+        c = self.config
+        prefix = _prefix(layer)
+        attention = mla.attention_block(
+            prefix,
+            mla.MlaShape(
+                n_heads=c.num_attention_heads,
+                q_lora=c.q_lora_rank is not None,
+                kv_lora_rank=c.kv_lora_rank,
+                nope_dim=c.qk_nope_head_dim,
+                v_dim=c.v_head_dim,
+                rope=c.rope,
+                norm_eps=c.rms_norm_eps,
+                latent_eps=LATENT_NORM_EPS,
+            ),
+        )
+        norm = moe.Norm(f"{prefix}post_attention_layernorm.weight", c.rms_norm_eps)
+        if self._is_dense(layer):
+            return (attention,), (moe.mlp_block("mlp", f"{prefix}mlp.", norm),)
+        router = moe.GroupedSigmoidRouter(
+            weight=f"{prefix}mlp.gate.weight",
+            bias=f"{prefix}mlp.gate.e_score_correction_bias",
+            n_groups=c.n_group,
+            top_groups=c.topk_group,
+            top_k=c.num_experts_per_tok,
+            normalize=c.norm_topk_prob,
+            scale=c.routed_scaling_factor,
+        )
+        shared = moe.mlp_block("shared_experts", f"{prefix}mlp.shared_experts.", norm)
+        experts = moe.expert_block("experts", f"{prefix}mlp.experts.", c.n_routed_experts, norm, router)
+        return (attention,), (shared, experts)
+
+    def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
+        """x (tokens, hidden) float32 after the last layer -> normed, float32, the input of lm_head."""
+        from quantkit.arch import ops
+
+        return ops.rms_norm(x, weights(self.final_norm), self.config.rms_norm_eps)
+
+    def mtp_inputs(self, weights: Weights, layer: int, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """What enters the decoder layer inside MTP layer ``layer``: eh_proj(enorm(embedding) | hnorm(hidden)), section 2.2 of the paper.
+
+        hidden (rows, tokens, hidden) float32: output of `final_hidden` at position i. embeddings, same shape: of token i + 1.
+        """
+        import torch
+        from torch.nn.functional import linear
+
+        from quantkit.arch import ops
+
+        prefix, eps = _prefix(layer), self.config.rms_norm_eps
+        embedded = ops.rms_norm(embeddings, weights(f"{prefix}enorm.weight"), eps)
+        previous = ops.rms_norm(hidden, weights(f"{prefix}hnorm.weight"), eps)
+        return linear(torch.cat((embedded, previous), dim=-1), weights(f"{prefix}eh_proj.weight"))
+
+    def _is_dense(self, layer: int) -> bool:
+        return layer < min(self.config.first_k_dense_replace, self.n_layers)
+
+    def _layer_tensors(self, layer: int) -> Iterator[TensorSpec]:
+        hidden, prefix = self.hidden_size, _prefix(layer)
+        yield TensorSpec(f"{prefix}input_layernorm.weight", (hidden,), Role.NORM, layer)
+        yield from self._attention_tensors(layer, f"{prefix}self_attn.")
+        yield TensorSpec(f"{prefix}post_attention_layernorm.weight", (hidden,), Role.NORM, layer)
+        if self._is_dense(layer):
+            yield from self._mlp_tensors(layer, f"{prefix}mlp.", self.config.intermediate_size, Role.MLP)
+        else:
+            yield from self._moe_tensors(layer, f"{prefix}mlp.")
+
+    def _attention_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
+        c = self.config
+        q_size = c.num_attention_heads * c.qk_head_dim
+        kv_size = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+
+        def linear(name: str, shape: tuple[int, int]) -> TensorSpec:
+            return TensorSpec(f"{prefix}{name}.weight", shape, Role.ATTENTION, layer, linear=True)
+
+        if c.q_lora_rank is None:
+            yield linear("q_proj", (q_size, c.hidden_size))
+        else:
+            yield linear("q_a_proj", (c.q_lora_rank, c.hidden_size))
+            yield TensorSpec(f"{prefix}q_a_layernorm.weight", (c.q_lora_rank,), Role.NORM, layer)
+            yield linear("q_b_proj", (q_size, c.q_lora_rank))
+        yield linear("kv_a_proj_with_mqa", (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size))
+        yield TensorSpec(f"{prefix}kv_a_layernorm.weight", (c.kv_lora_rank,), Role.NORM, layer)
+        yield linear("kv_b_proj", (kv_size, c.kv_lora_rank))
+        yield linear("o_proj", (c.hidden_size, c.num_attention_heads * c.v_head_dim))
+
+    def _moe_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
+        c = self.config
+        yield TensorSpec(f"{prefix}gate.weight", (c.n_routed_experts, c.hidden_size), Role.ROUTER, layer)
+        yield TensorSpec(
+            f"{prefix}gate.e_score_correction_bias", (c.n_routed_experts,), Role.ROUTER, layer, float32=True
+        )
+        for expert in range(c.n_routed_experts):
+            yield from self._mlp_tensors(
+                layer, f"{prefix}experts.{expert}.", c.moe_intermediate_size, Role.EXPERT, expert
+            )
+        # Several shared experts are stored, and computed, as one MLP of their summed width.
+        shared_size = c.n_shared_experts * c.moe_intermediate_size
+        yield from self._mlp_tensors(layer, f"{prefix}shared_experts.", shared_size, Role.SHARED_EXPERT)
+
+    def _mlp_tensors(
+        self, layer: int, prefix: str, width: int, role: Role, expert: int | None = None
+    ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+        hidden = self.hidden_size
+        return (
+            TensorSpec(f"{prefix}gate_proj.weight", (width, hidden), role, layer, expert, True),
+            TensorSpec(f"{prefix}up_proj.weight", (width, hidden), role, layer, expert, True),
+            TensorSpec(f"{prefix}down_proj.weight", (hidden, width), role, layer, expert, True),
+        )
+
+    def _mtp_tensors(self, layer: int) -> Iterator[TensorSpec]:
+        hidden, prefix = self.hidden_size, _prefix(layer)
+        table = (self.vocab_size, hidden)
+        for spec in self._layer_tensors(layer):
+            yield TensorSpec(spec.name, spec.shape, Role.MTP, layer, spec.expert, spec.linear, spec.float32)
+        yield TensorSpec(f"{prefix}embed_tokens.weight", table, Role.MTP, layer)
+        yield TensorSpec(f"{prefix}enorm.weight", (hidden,), Role.MTP, layer)
+        yield TensorSpec(f"{prefix}hnorm.weight", (hidden,), Role.MTP, layer)
+        yield TensorSpec(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), Role.MTP, layer)
+        yield TensorSpec(f"{prefix}shared_head.norm.weight", (hidden,), Role.MTP, layer)
+        yield TensorSpec(f"{prefix}shared_head.head.weight", table, Role.MTP, layer)
+
+
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}."
+
+
+def _contradiction(text: str) -> PydanticCustomError:
+    return PydanticCustomError("contradiction", "{text}", {"text": text})
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    """One line for all faults: key, what was found, what was needed."""
+    faults: list[str] = []
+    keys: set[str] = set()
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"])
+        keys.add(key)
+        if fault["type"] == "missing":
+            faults.append(f"{key} is missing")
+        elif key:
+            message = fault["msg"][:1].lower() + fault["msg"][1:]
+            faults.append(f"{key} is {repr(fault['input'])[:60]}, {message}")
+        else:
+            faults.append(fault["msg"])
+    hint = ""
+    if keys & {"scoring_func", "topk_method"}:
+        hint = (
+            'deepseek_v3 routes with scoring_func "sigmoid" and topk_method "noaux_tc". transformers 5 drops both keys when it '
+            "saves a config.json: take the official file, or add them by hand."
+        )
+    return ConfigError(f"config.json: {'; '.join(faults)}.", hint=hint)

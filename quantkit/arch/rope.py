@@ -1,0 +1,96 @@
+"""Rotary position embedding as a config states it: plain numbers, no torch. `ops.rope_rotation` turns them into angles.
+
+Yarn (arXiv 2309.00071) stretches the slow frequencies by ``factor`` and leaves the fast ones; DeepSeek adds ``mscale`` and
+``mscale_all_dim``, which scale the rotated parts and the softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class Yarn(BaseModel):
+    """The ``rope_scaling`` entry of config.json with type yarn. Defaults are those of the transformers library."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    type: Literal["yarn"]
+    factor: Annotated[float, Field(ge=1)]
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    original_max_position_embeddings: PositiveInt | None = None
+    attention_factor: PositiveFloat | None = None
+    truncate: bool = True
+    partial_rotary_factor: Literal[1, None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """``dim`` rotated dimensions of each head, base ``theta``; ``interleaved``: pairs are (0, 1), (2, 3)... instead of (i, i + dim/2)."""
+
+    dim: int
+    theta: float
+    interleaved: bool
+    max_positions: int
+    yarn: Yarn | None = None
+
+    @property
+    def attention_factor(self) -> float:
+        """What sine and cosine are multiplied with."""
+        if self.yarn is None:
+            return 1.0
+        if self.yarn.attention_factor is not None:
+            return self.yarn.attention_factor
+        if self.yarn.mscale and self.yarn.mscale_all_dim:
+            return _mscale(self.yarn.factor, self.yarn.mscale) / _mscale(self.yarn.factor, self.yarn.mscale_all_dim)
+        return _mscale(self.yarn.factor, 1.0)
+
+    @property
+    def softmax_factor(self) -> float:
+        """What the softmax scale ``1 / sqrt(head_dim)`` is multiplied with (DeepSeek: mscale squared)."""
+        if self.yarn is None or not self.yarn.mscale_all_dim:
+            return 1.0
+        return _mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
+
+    def yarn_ramp(self, yarn: Yarn) -> tuple[float, float]:
+        """Between these indices of the frequency list yarn fades from the original to the stretched frequency."""
+        low = self._index_of(yarn.beta_fast, yarn)
+        high = self._index_of(yarn.beta_slow, yarn)
+        if yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dim - 1)
+        return (low, high) if low != high else (low, high + 0.001)
+
+    def _index_of(self, rotations: float, yarn: Yarn) -> float:
+        """Index of the frequency that turns ``rotations`` times within the original context."""
+        context = yarn.original_max_position_embeddings or self.max_positions
+        return self.dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+def rope_entries(config: Mapping[str, object]) -> dict[str, object]:
+    """``rope_theta`` and ``rope_scaling`` in the official spelling; transformers 5 writes both into ``rope_parameters``.
+
+    The entries are not checked here. A scaling of type "default" is none at all.
+    """
+    scaling = config.get("rope_scaling")
+    theta = config.get("rope_theta")
+    if scaling is None:
+        scaling = config.get("rope_parameters")
+    if isinstance(scaling, Mapping):
+        values: dict[str, Any] = dict(cast("Mapping[str, Any]", scaling))
+        values["type"] = values.get("rope_type") or values.get("type") or "default"
+        theta = values.get("rope_theta", theta)
+        scaling = None if values["type"] == "default" else values
+    return {"rope_scaling": scaling} if theta is None else {"rope_scaling": scaling, "rope_theta": theta}
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    """Yarn's attention temperature, 0.1 ln(factor) + 1, with DeepSeek's multiplier."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
