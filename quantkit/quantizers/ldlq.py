@@ -1,0 +1,188 @@
+"""GPTQ's error feedback written as LDLQ (QuIP, arXiv 2307.13304, section 3; GPTQ, arXiv 2210.17323, algorithm 1: the same codes).
+
+With the damped Hessian in processing order, H = U D U^T (U unit upper triangular), the columns are rounded one after the other:
+
+    w'_k = w_k + sum_{j<k} (w_j - q_j) U[j, k]          q_k = nearest level to w'_k
+
+and the loss tr(E H E^T) is sum_k D_k (w'_k - q_k)^2. U comes from ONE Cholesky of the index-reversed Hessian; no inverse is formed.
+
+Everything is batched over matrices of one shape: B experts at once. Accumulation is float32; the caller sets the TF32 mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.schemes import IntScheme
+
+_LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """H = U D U^T in processing order, for B matrices of one shape.
+
+    hessian (B, in, in) damped, storage order; order (B, in) int64: order[:, k] is the storage column processed k-th;
+    feedback (B, in, in): U; pivots (B, in): D; damping: the factor by which damp_percent had to be raised (1 = not at all).
+    """
+
+    hessian: Tensor
+    order: Tensor
+    feedback: Tensor
+    pivots: Tensor
+    damping: float
+
+
+def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Factor:
+    """Damp, order and factor a batch of Hessians (B, in, in) float32. The argument is overwritten with its damped form.
+
+    An input that never fires has a zero row: damping keeps it invertible, and its rounding error reaches no other column.
+    If float32 rounding still makes a pivot negative the damping is raised tenfold for the whole batch, and `Factor.damping` says so.
+    """
+    diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
+    step = damp_percent * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    raised, added = 1.0, 0.0
+    while True:
+        diagonal += (raised - added) * step
+        added = raised
+        order = diagonal.argsort(dim=-1, descending=True, stable=True) if act_order else _storage_order(diagonal)
+        reversed_order = order.flip(-1)
+        lower, info = torch.linalg.cholesky_ex(_permuted(hessian, reversed_order))
+        if not info.any():
+            break
+        if raised > 1e6:
+            raise FloatingPointError("a Hessian is not finite")
+        raised *= 10
+    upper = lower.flip(-2, -1)  # H = upper @ upper.T, upper triangular
+    root = torch.diagonal(upper, dim1=-2, dim2=-1).clone()
+    upper /= root.unsqueeze(-2)
+    return Factor(hessian, order, upper, root.square_(), raised)
+
+
+def _storage_order(diagonal: Tensor) -> Tensor:
+    return torch.arange(diagonal.shape[-1], device=diagonal.device).expand(diagonal.shape)
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    """(B, n, n) with rows and columns in ``order`` (B, n)."""
+    batch = torch.arange(len(matrix), device=matrix.device)[:, None, None]
+    return matrix[batch, order.unsqueeze(-1), order.unsqueeze(-2)]
+
+
+def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """The target that makes W* x_quantised follow W x_original: W + alpha W C H^-1 (the output matching of GPTAQ, arXiv 2504.02692).
+
+    weight (B, out, in); cross (B, in, in): mean of (x_original - x_quantised) x_quantised^T over the tokens.
+    """
+    moved = _columns(weight @ cross, factor.order)
+    moved = torch.linalg.solve_triangular(factor.feedback.mT, moved, upper=False, left=False, unitriangular=True)
+    moved /= factor.pivots.unsqueeze(-2)
+    moved = torch.linalg.solve_triangular(factor.feedback, moved, upper=True, left=False, unitriangular=True)
+    return weight + alpha * _columns(moved, factor.order.argsort(-1))
+
+
+def _columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """(B, out, in) with its columns in ``order`` (B, in)."""
+    return matrix.gather(-1, order.unsqueeze(-2).expand(matrix.shape))
+
+
+def sweep(scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor) -> tuple[Tensor, Tensor]:
+    """Round the columns of ``target`` with error feedback on a fixed grid (groups stay where storage has them: static groups).
+
+    target (B, out, in) float32; scale (B, out, groups); zero_point the same or None
+    -> codes (B, out, in) uint8 in storage order, loss (B, out) float32: tr(E H E^T) by row.
+    """
+    in_features = target.shape[-1]
+    group = factor.order.div(in_features // scale.shape[-1], rounding_mode="floor")  # of each processed column
+    columns = _Columns(
+        error=_columns(target, factor.order).mT.contiguous(),
+        moved=_columns(target, factor.order).mT.contiguous(),
+        scale=_columns_of_groups(scale.float(), group),
+        zero=None if zero_point is None else _columns_of_groups(zero_point.float(), group),
+        half=2.0 ** (scheme.bits - 1),
+        top=2**scheme.bits - 1,
+        codes=torch.empty(target.mT.shape, dtype=torch.uint8, device=target.device),
+        loss=torch.zeros(target.shape[:-1], device=target.device),
+    )
+    _sweep_span(columns, factor, 0, in_features)
+    return _columns(columns.codes.mT, factor.order.argsort(-1)), columns.loss
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """A sweep under way, transposed so that one column of the weight is contiguous. All but loss are (B, in, out), processing order.
+
+    ``moved`` holds w', ``error`` the target until a column is rounded and w - q afterwards.
+    """
+
+    error: Tensor
+    moved: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    half: float
+    top: int
+    codes: Tensor
+    loss: Tensor
+
+
+def _columns_of_groups(values: Tensor, group: Tensor) -> Tensor:
+    """values (B, out, groups), group (B, in) -> (B, in, out): each processed column's own scale."""
+    out_features = values.shape[-2]
+    return values.mT.contiguous().gather(-2, group.unsqueeze(-1).expand(*group.shape, out_features))
+
+
+def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> None:
+    """Round columns [start, stop). Halving puts nearly all of the feedback into matrix products."""
+    if stop - start <= _LEAF:
+        for column in range(start, stop):
+            _round_column(columns, factor, column, stop)
+        return
+    middle = (start + stop) // 2
+    _sweep_span(columns, factor, start, middle)
+    columns.moved[:, middle:stop].baddbmm_(factor.feedback[:, start:middle, middle:stop].mT, columns.error[:, start:middle])
+    _sweep_span(columns, factor, middle, stop)
+
+
+def _round_column(columns: _Columns, factor: Factor, column: int, stop: int) -> None:
+    """Round one column and push its error to the rest of its leaf."""
+    moved, scale = columns.moved[:, column], columns.scale[:, column]
+    zero = columns.half if columns.zero is None else columns.zero[:, column]
+    codes = (moved / scale).add_(zero).round_().clamp_(0, columns.top)
+    columns.codes[:, column] = codes
+    level = codes.sub_(zero).mul_(scale)
+    columns.loss.addcmul_((moved - level).square_(), factor.pivots[:, column, None])
+    error = columns.error[:, column]
+    error -= level
+    if column + 1 < stop:
+        weights = factor.feedback[:, column, column + 1 : stop, None]
+        columns.moved[:, column + 1 : stop].addcmul_(weights, error.unsqueeze(1))
+
+
+def refit(scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor) -> Tensor:
+    """The scales (B, out, groups) float32 of least loss for fixed codes: for each row the normal equations over its groups.
+
+    A group whose levels are all zero keeps its scale; a small pull to the old scales keeps near-singular rows where they were.
+    """
+    n_groups = scale.shape[-1]
+    levels = scheme.decode(codes, torch.ones_like(scale, dtype=torch.float32), zero_point)  # (B, out, in)
+    size = levels.shape[-1] // n_groups
+    normal = levels.new_empty(*scale.shape, n_groups)  # (B, out, groups, groups)
+    right = levels.new_empty(scale.shape)
+    for group in range(n_groups):
+        span = slice(group * size, (group + 1) * size)
+        seen = levels[..., span] @ hessian[:, span]  # (B, out, in): this group's levels through H
+        normal[..., group, :] = (seen * levels).unflatten(-1, (n_groups, size)).sum(-1)
+        right[..., group] = (seen * target).sum(-1)
+    diagonal = torch.diagonal(normal, dim1=-2, dim2=-1)
+    ridge = 1e-4 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    right += ridge * scale.float()
+    diagonal += ridge
+    return torch.linalg.solve(normal, right)
+
+
+def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
+    """tr(E H E^T) by row: error (B, out, in), hessian (B, in, in) -> (B, out) float32."""
+    return ((error @ hessian) * error).sum(-1)

@@ -1,0 +1,1 @@
+"""Slow textbook versions, written for reading, in float64. The fast code is tested against them."""
