@@ -1,0 +1,232 @@
+"""The header of a safetensors file, read as if an enemy had written it: pure Python, no weights, no torch.
+
+A file is an 8-byte little-endian length N, N bytes of JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` and the data.
+What enters is a path; what leaves is one `StoredTensor` per tensor, or a `SourceError` that names file and tensor. After that every
+byte range is known to lie inside the file, to overlap no other and to be exactly as long as its shape and dtype say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from quantkit.errors import SourceError
+from quantkit.tensors import DTYPES, TensorInfo
+
+MAX_HEADER_BYTES = 100_000_000
+"""Same limit as the reference implementation. V3's largest header is about 0.1 MB."""
+MAX_DIMS = 8
+MAX_ELEMENTS = 2**60
+"""Bound on the product of the non-zero dimensions: keeps every size and stride inside int64, even of an empty tensor."""
+MAX_DIGITS = 19
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: bytes ``[start, start + info.nbytes)`` of the shard ``file`` (a name inside the checkpoint's folder)."""
+
+    info: TensorInfo
+    file: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """All that one shard says about itself. ``digest``: sha256 of the header bytes; ``data_start``: offset of the first data byte."""
+
+    file: str
+    size: int
+    data_start: int
+    digest: bytes
+    tensors: Mapping[str, StoredTensor]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file in the order of their data. Raises `SourceError` for anything that is not a sound safetensors header."""
+    return dict(read_shard(path).tensors)
+
+
+def read_shard(path: Path) -> ShardHeader:
+    """Header of one shard with size and digest. Raises `SourceError` as `read_header` does."""
+    fd, size = open_regular(path)
+    try:
+        prefix = os.pread(fd, 8, 0)
+        length = _header_length(path, prefix, size)
+        raw = os.pread(fd, length, 8)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
+    finally:
+        os.close(fd)
+    if len(raw) != length:
+        raise SourceError(f"{path}: truncated, the header should have {length:,} bytes but {len(raw):,} could be read.")
+    entries = parse_json_object(raw, str(path))
+    _check_metadata(path, entries.pop("__metadata__", {}))
+    tensors = [_stored_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.info.nbytes))
+    _check_layout(path, tensors, 8 + length, size)
+    by_name = {tensor.info.name: tensor for tensor in tensors}
+    return ShardHeader(path.name, size, 8 + length, hashlib.sha256(prefix + raw).digest(), by_name)
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """File descriptor and size of a regular file (symbolic links are followed). Raises `SourceError` for folders, pipes, loops, no access."""
+    try:
+        # Without O_NONBLOCK, a named pipe in the place of a shard would hang the process here.
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{path}: no such file.", hint="Fetch the missing file; a checkpoint needs all its shards."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{printable(str(path))}: cannot be opened ({error}).") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise SourceError(f"{path}: is not a regular file.")
+    return fd, status.st_size
+
+
+def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
+    """One JSON object, each key once at every depth. Raises `SourceError` that starts with ``where``.
+
+    Integers of more than `MAX_DIGITS` digits arrive as text: nothing here needs them, and converting them takes quadratic time.
+    """
+    try:
+        parsed: object = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_pairs, parse_int=_short_int)
+    except RecursionError as error:
+        raise SourceError(f"{where}: the JSON is nested too deeply.") from error
+    except ValueError as error:
+        raise SourceError(f"{where}: is not sound JSON ({printable(str(error))}).") from error
+    if not isinstance(parsed, dict):
+        raise SourceError(f"{where}: holds a JSON {type(parsed).__name__}, an object was needed.")
+    return cast("dict[str, object]", parsed)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """``text`` fit for a one-line message: escaped if it holds control characters, and cut to ``limit`` characters."""
+    shown = text if text.isprintable() else ascii(text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 20]}... ({len(text):,} characters)"
+
+
+def as_strings(value: object) -> dict[str, str] | None:
+    """``value`` if it is a JSON object of text -> text, else None."""
+    if not isinstance(value, dict):
+        return None
+    pairs = cast("dict[str, object]", value)
+    return cast("dict[str, str]", pairs) if all(isinstance(item, str) for item in pairs.values()) else None
+
+
+class _DuplicateKey(ValueError):
+    """A JSON object names a key twice: two readers could see two different files."""
+
+
+def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        # set.add returns None, so the first name already seen is the first that passes the filter.
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _DuplicateKey(f"the key {twice!r} occurs twice")
+    return unique
+
+
+def _short_int(digits: str) -> int | str:
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
+
+
+def _header_length(path: Path, prefix: bytes, size: int) -> int:
+    if prefix == b"version ":
+        raise SourceError(
+            f"{path}: is a git-lfs pointer, not the weights.", hint="Run `git lfs pull` in the checkpoint's folder."
+        )
+    if len(prefix) < 8:
+        raise SourceError(f"{path}: truncated, {size} bytes are too few for a safetensors file.")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(f"{path}: claims a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed.")
+    if length > size - 8:
+        raise SourceError(f"{path}: claims a header of {length:,} bytes, but the file has only {size:,} (truncated?).")
+    return length
+
+
+def _check_metadata(path: Path, metadata: object) -> None:
+    if as_strings(metadata) is None:
+        raise SourceError(f"{path}: __metadata__ must be an object of text values, found {printable(repr(metadata))}.")
+
+
+def _stored_tensor(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    """One header entry, checked by itself: keys, dtype, dimensions, and that they agree with the length of the byte range."""
+    where = f"{path}: {printable(name)}"
+    if not name or not name.isprintable():
+        raise SourceError(f"{path}: the tensor name {printable(ascii(name))} is empty or holds control characters.")
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        raise SourceError(f"{where}: needs exactly dtype, shape and data_offsets, found {printable(repr(entry))}.")
+    fields = cast("dict[str, object]", entry)
+    dtype = fields["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise SourceError(f"{where}: unknown dtype {printable(repr(dtype))}, known are {', '.join(DTYPES)}.")
+    info = TensorInfo(name, _shape(where, fields["shape"]), dtype)
+    begin, end = _offsets(where, fields["data_offsets"])
+    if end - begin != info.nbytes:
+        raise SourceError(
+            f"{where}: {dtype} {list(info.shape)} needs {info.nbytes:,} bytes, its offsets span {end - begin:,}."
+        )
+    return StoredTensor(info, path.name, data_start + begin)
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """A JSON list of non-negative integers (``true`` is none), else None."""
+    if not isinstance(value, list):
+        return None
+    items = cast("list[object]", value)
+    if all(type(item) is int and item >= 0 for item in items):
+        return tuple(cast("list[int]", items))
+    return None
+
+
+def _shape(where: str, value: object) -> tuple[int, ...]:
+    shape = _sizes(value)
+    if shape is None:
+        raise SourceError(f"{where}: shape must be a list of non-negative integers, found {printable(repr(value))}.")
+    if len(shape) > MAX_DIMS:
+        raise SourceError(f"{where}: shape has {len(shape):,} dimensions, at most {MAX_DIMS} are supported.")
+    if math.prod(dim for dim in shape if dim) > MAX_ELEMENTS:
+        raise SourceError(f"{where}: shape {list(shape)} has too many elements.")
+    return shape
+
+
+def _offsets(where: str, value: object) -> tuple[int, int]:
+    offsets = _sizes(value)
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise SourceError(
+            f"{where}: data_offsets must be two rising non-negative integers, found {printable(repr(value))}."
+        )
+    return offsets[0], offsets[1]
+
+
+def _check_layout(path: Path, tensors: Iterable[StoredTensor], data_start: int, size: int) -> None:
+    """The data must be covered exactly once: hidden bytes and shared bytes are how a file can mean two things to two readers."""
+    expected, previous = data_start, ""
+    for tensor in tensors:
+        name = printable(tensor.info.name)
+        if tensor.start < expected:
+            raise SourceError(f"{path}: {name} overlaps {previous} by {expected - tensor.start:,} bytes.")
+        if tensor.start > expected:
+            after = f"after {previous}" if previous else "at the start of the data"
+            raise SourceError(f"{path}: {name} leaves a gap of {tensor.start - expected:,} bytes {after}.")
+        expected, previous = tensor.start + tensor.info.nbytes, name
+        if expected > size:
+            raise SourceError(
+                f"{path}: {name} ends at byte {expected:,}, but the file has only {size:,} (truncated).",
+                hint="Fetch the file again.",
+            )
+    if expected != size:
+        raise SourceError(f"{path}: {size - expected:,} bytes after the last tensor {previous} belong to none.")
