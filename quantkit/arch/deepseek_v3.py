@@ -79,11 +79,15 @@ class DeepseekV3Config(BaseModel):
     def _agree(self) -> DeepseekV3Config:
         group_size, rest = divmod(self.n_routed_experts, self.n_group)
         if rest:
-            raise _contradiction(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
+            raise _contradiction(
+                f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}"
+            )
         if self.topk_group > self.n_group:
             raise _contradiction(f"topk_group {self.topk_group} is larger than n_group {self.n_group}")
         if group_size < 2:
-            raise _contradiction(f"n_group {self.n_group} leaves one expert per group, groups are ranked by their best two")
+            raise _contradiction(
+                f"n_group {self.n_group} leaves one expert per group, groups are ranked by their best two"
+            )
         if self.num_experts_per_tok > self.topk_group * group_size:
             raise _contradiction(
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than the {self.topk_group * group_size} "

@@ -28,7 +28,7 @@ class Yarn(BaseModel):
     original_max_position_embeddings: PositiveInt | None = None
     attention_factor: PositiveFloat | None = None
     truncate: bool = True
-    partial_rotary_factor: Literal[1, None] = None
+    partial_rotary_factor: Literal[1] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,157 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) as a `DenseBlock`: the full causal pass over rows from position 0.
+
+In: the residual stream x (rows, tokens, hidden). Out, per stage: the normed stream (for q_a and kv_a), the two normed latents (for q_b and
+kv_b), the attention context (for o_proj). Queries, keys and values of all heads never exist at once: rows and heads go in chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
+
+from quantkit.arch.base import DenseBlock, InputGroup, Stage
+from quantkit.arch.ops import rms_norm, rope_rotation, rotate
+from quantkit.arch.rope import Rope
+
+if TYPE_CHECKING:
+    from quantkit.arch.base import Weights
+
+CHUNK_ELEMENTS = 2**22
+"""Elements of the queries of one chunk (16 MiB): DeepSeek V3 at 2048 tokens then goes 10 heads at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class MlaShape:
+    """``q_lora``: queries come through a latent (q_a, q_b), else from one q_proj. A head's query is ``nope_dim`` then ``rope.dim`` wide."""
+
+    n_heads: int
+    q_lora: bool
+    kv_lora_rank: int
+    nope_dim: int
+    v_dim: int
+    rope: Rope
+    norm_eps: float
+    latent_eps: float
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of one query or key head."""
+        return self.nope_dim + self.rope.dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """Multiplies the scores."""
+        return self.qk_dim**-0.5 * self.rope.softmax_factor
+
+
+def attention_block(prefix: str, shape: MlaShape) -> DenseBlock:
+    """Block "attention" of the layer whose names start with ``prefix`` ("model.layers.3.")."""
+    names = _Names(prefix)
+    latents = (InputGroup((names.kv_b,)),)
+    if shape.q_lora:
+        latents = (InputGroup((names.q_b,)), *latents)
+    return DenseBlock(
+        name="attention",
+        stages=(
+            Stage((InputGroup((names.q_a if shape.q_lora else names.q, names.kv_a)),), partial(_normed, names, shape)),
+            Stage(latents, partial(_latents, names, shape)),
+            Stage((InputGroup((names.o,)),), partial(_contexts, names, shape)),
+        ),
+    )
+
+
+class _Names:
+    """The tensor names of one attention."""
+
+    def __init__(self, prefix: str) -> None:
+        def name(linear: str) -> str:
+            return f"{prefix}self_attn.{linear}.weight"
+
+        self.input_norm = f"{prefix}input_layernorm.weight"
+        self.q, self.q_a, self.q_norm, self.q_b = map(name, ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj"))
+        self.kv_a, self.kv_norm, self.kv_b = map(name, ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
+        self.o = name("o_proj")
+
+
+def _normed(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tuple[Tensor]:
+    """x (rows, tokens, hidden) -> (rows * tokens, hidden)."""
+    return (rms_norm(x.flatten(0, 1), weights(names.input_norm), shape.norm_eps),)
+
+
+def _latents(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
+    """The normed query latent, if there is one, and the normed key-value latent, each (rows * tokens, rank)."""
+    (h,) = _normed(names, shape, weights, x)
+    kv, _ = _key_value_latent(names, shape, weights, h)
+    return (_query_latent(names, shape, weights, h), kv) if shape.q_lora else (kv,)
+
+
+def _query_latent(names: _Names, shape: MlaShape, weights: Weights, h: Tensor) -> Tensor:
+    """h (n, hidden) -> what the query projection reads: (n, q_lora_rank), or h itself."""
+    if not shape.q_lora:
+        return h
+    return rms_norm(linear(h, weights(names.q_a)), weights(names.q_norm), shape.latent_eps)
+
+
+def _key_value_latent(names: _Names, shape: MlaShape, weights: Weights, h: Tensor) -> tuple[Tensor, Tensor]:
+    """h (n, hidden) -> normed latent (n, kv_lora_rank), and the unrotated positional key (n, rope.dim) that all heads share."""
+    kv, k_rope = linear(h, weights(names.kv_a)).split((shape.kv_lora_rank, shape.rope.dim), dim=-1)
+    return rms_norm(kv, weights(names.kv_norm), shape.latent_eps), k_rope
+
+
+def _contexts(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tuple[Tensor]:
+    """What o_proj reads: (rows * tokens, heads * v_dim), head by head."""
+    n_rows, n_tokens, _ = x.shape
+    (h,) = _normed(names, shape, weights, x)
+    q_latent = _query_latent(names, shape, weights, h).view(n_rows, n_tokens, -1)
+    kv_latent, k_rope = _key_value_latent(names, shape, weights, h)
+    del h
+    kv_latent = kv_latent.view(n_rows, n_tokens, -1)
+    rotation = rope_rotation(shape.rope, n_tokens, x.device)
+    k_rope = rotate(k_rope.view(n_rows, n_tokens, -1), *rotation, shape.rope.interleaved)
+    q_weight = weights(names.q_b if shape.q_lora else names.q).view(shape.n_heads, shape.qk_dim, -1)
+    kv_weight = weights(names.kv_b).view(shape.n_heads, shape.nope_dim + shape.v_dim, -1)
+
+    context = x.new_empty(n_rows, n_tokens, shape.n_heads, shape.v_dim)
+    head_size = n_tokens * shape.qk_dim
+    head_step = min(shape.n_heads, max(1, CHUNK_ELEMENTS // head_size))
+    row_step = max(1, CHUNK_ELEMENTS // (head_size * head_step))
+    for row in range(0, n_rows, row_step):
+        rows = slice(row, row + row_step)
+        for head in range(0, shape.n_heads, head_step):
+            heads = slice(head, head + head_step)
+            queries = _queries(shape, q_latent[rows], q_weight[heads], rotation)
+            keys, values = _keys_and_values(shape, kv_latent[rows], k_rope[rows], kv_weight[heads])
+            context[rows, :, heads] = _attend(queries, keys, values, shape.softmax_scale)
+    return (context.view(n_rows * n_tokens, -1),)
+
+
+def _queries(shape: MlaShape, latent: Tensor, weight: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """latent (r, t, n), weight (heads, qk_dim, n) -> rotated queries (r, t, heads, qk_dim)."""
+    queries = linear(latent, weight.flatten(0, 1)).unflatten(-1, (-1, shape.qk_dim))
+    cos, sin = (part[:, None] for part in rotation)
+    queries[..., shape.nope_dim :] = rotate(queries[..., shape.nope_dim :], cos, sin, shape.rope.interleaved)
+    return queries
+
+
+def _keys_and_values(shape: MlaShape, latent: Tensor, k_rope: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """latent (r, t, n), rotated k_rope (r, t, rope.dim), weight (heads, nope + v, n) -> (r, t, heads, qk_dim) and (r, t, heads, v_dim)."""
+    both = linear(latent, weight.flatten(0, 1)).unflatten(-1, (-1, shape.nope_dim + shape.v_dim))
+    keys = both.new_empty(*both.shape[:-1], shape.qk_dim)
+    keys[..., : shape.nope_dim] = both[..., : shape.nope_dim]
+    keys[..., shape.nope_dim :] = k_rope[:, :, None]
+    return keys, both[..., shape.nope_dim :]
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal softmax attention of each head: (r, t, heads, dims) -> (r, t, heads, v_dim)."""
+    qk_dim, v_dim = queries.shape[-1], values.shape[-1]
+    # Equal widths take torch's fused kernel, which never holds the (tokens, tokens) scores; zeros change no sum.
+    width = max(qk_dim, v_dim)
+    q, k, v = (pad(part, (0, width - part.shape[-1])).transpose(1, 2) for part in (queries, keys, values))
+    attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return attended[..., :v_dim].transpose(1, 2)
