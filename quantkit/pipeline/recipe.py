@@ -1,0 +1,191 @@
+"""A recipe: what is quantised how, with which text, into which outputs, and how good the result must be.
+
+Everything here is data: frozen models that refuse unknown keys and contradictions. `quantkit.pipeline.recipe_file` reads them from YAML;
+`quantkit.pipeline.plan` joins them with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from quantkit.arch.base import Role, TensorSpec
+from quantkit.calibrate.dataset import Calibration
+from quantkit.quantizers import Method
+from quantkit.schemes import IntScheme
+
+Keep = Literal["source", "bf16", "f32"]
+"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f32: converted, decoded if it was FP8."""
+
+SIZE_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" (decimal), "20GiB" (binary) or "4096". Raises `ValueError` with what was found and what is allowed."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    unit = SIZE_UNITS.get((found[2] or "B").upper()) if found else None
+    if found is None or unit is None:
+        raise ValueError(f"found {text[:40]!r}, needed a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GiB")
+    size = round(float(found[1]) * unit)
+    if size < 1:
+        raise ValueError(f"found {text[:40]!r}, needed at least one byte")
+    return size
+
+
+class Rule(BaseModel, frozen=True, extra="forbid"):
+    """What happens to the tensors that ``match`` names. Of all rules of an output the first that matches a tensor decides.
+
+    Exactly one of ``keep``, ``drop``, or ``scheme`` with ``method``.
+    """
+
+    match: Annotated[str, StringConstraints(min_length=1, max_length=500)] = Field(
+        description='"role:expert|shared_expert", or a glob on the official tensor name such as "*.mlp.experts.*.down_proj.weight". '
+        "With a scheme, a role stands for its linears only; other tensors of the role go on to the next rule."
+    )
+    keep: Keep | None = Field(None, description="Store unquantised: as the source does, or converted to bf16 or f32.")
+    drop: Literal[True] | None = Field(None, description="Leave the tensors out. Only MTP tensors can be dropped.")
+    scheme: IntScheme | None = Field(None, description="What the stored numbers mean.")
+    method: Method | None = Field(None, description="How the numbers are chosen.")
+
+    @field_validator("match")
+    @classmethod
+    def _roles_exist(cls, match: str) -> str:
+        if match.startswith("role:"):
+            for name in match.removeprefix("role:").split("|"):
+                if name not in _ROLES:
+                    raise _fault(f"found role {name[:40]!r}, needed {_one_of(name, _ROLES)}")
+        elif "|" in match:
+            raise _fault(f"found {match[:60]!r}, needed role:a|b or one glob ('|' joins roles, not globs)")
+        return match
+
+    @model_validator(mode="after")
+    def _one_action(self) -> Rule:
+        given = [key for key in ("keep", "drop", "scheme", "method") if getattr(self, key) is not None]
+        if given not in (["keep"], ["drop"], ["scheme", "method"]):
+            found = " and ".join(given) or "no action"
+            raise _fault(f"found {found}, needed exactly one of: keep, drop, or scheme with method")
+        return self
+
+    @property
+    def roles(self) -> frozenset[Role] | None:
+        """The roles of a ``role:`` rule, None for a glob."""
+        if not self.match.startswith("role:"):
+            return None
+        return frozenset(Role(name) for name in self.match.removeprefix("role:").split("|"))
+
+    def matcher(self) -> Callable[[TensorSpec], bool]:
+        """A test for tensors. Compiled once, because a plan asks it for each of V3's 46,000 tensors."""
+        roles = self.roles
+        if roles is None:
+            pattern = re.compile(fnmatch.translate(self.match))
+            return lambda tensor: pattern.match(tensor.name) is not None
+        if self.scheme is not None:
+            return lambda tensor: tensor.linear and tensor.role in roles
+        return lambda tensor: tensor.role in roles
+
+
+class Output(BaseModel, frozen=True, extra="forbid"):
+    """One checkpoint to be written."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = Field(
+        description="Names the output in reports, and its folder when the recipe has several outputs."
+    )
+    format: Literal["compressed-tensors"] = Field(description="Which bytes hold the result.")
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1, max_length=1000)] = Field(
+        description="First match wins; together they must match every tensor of the checkpoint."
+    )
+    max_shard_size: str = Field("5GB", description="Largest shard file, as a number with unit (GB is decimal, GiB binary).")
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_size(cls, text: str) -> str:
+        try:
+            size = parse_size(text)
+        except ValueError as error:
+            raise _fault(str(error)) from None
+        if size < 2**20:
+            raise _fault(f"found {text!r}, needed at least 1MiB")
+        return text
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """``max_shard_size`` in bytes."""
+        return parse_size(self.max_shard_size)
+
+
+class Validation(BaseModel, frozen=True, extra="forbid"):
+    """Perplexity and KL divergence of each output against the reference forward pass of the source, with limits."""
+
+    text: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="`builtin:NAME`, files and globs of .txt, .jsonl and .parquet; relative names count from the recipe's folder."
+    )
+    context: int = Field(512, ge=2, le=2**20, strict=True, description="Tokens of a window.")
+    max_windows_per_file: int | None = Field(
+        None, ge=1, strict=True, description="At most this many windows of each file, evenly spread; null: all."
+    )
+    max_perplexity_increase: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description='Largest growth of perplexity, as "2%" or 0.02; null: no limit.'
+    )
+    max_mean_kl: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Largest mean KL divergence in nats per token; null: no limit."
+    )
+
+    @field_validator("max_perplexity_increase", mode="before")
+    @classmethod
+    def _percent(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", value, re.ASCII)
+        if found is None:
+            raise _fault(f'found {value[:40]!r}, needed a percentage such as "2%" or a fraction such as 0.02')
+        return float(found[1]) / 100
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """A conversion, whole. The same recipe on the same checkpoint gives the same bytes."""
+
+    version: Literal[1] = Field(description="Version of the recipe's format.")
+    description: str = Field("", max_length=2000, description="One line for people.")
+    calibration: Calibration | None = Field(None, description="Text that the methods learn from; null: data-free.")
+    propagate: Literal["quantized", "original"] = Field(
+        "quantized", description="Whose weights carry the hidden states to the next layer (of the first output)."
+    )
+    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=32)] = Field(description="Checkpoints to write in one pass.")
+    validation: Validation | None = Field(None, description="Checked at the end of the conversion; null: not checked.")
+
+    @field_validator("outputs")
+    @classmethod
+    def _names_differ(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        # Folded, because OUT/A and OUT/a are one folder on some file systems.
+        names = [output.name.casefold() for output in outputs]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise _fault(f"found two outputs named {outputs[place].name!r}, needed different names")
+        return outputs
+
+
+_ROLES = tuple(role.value for role in Role)
+
+
+def nearest(word: str, known: tuple[str, ...]) -> str | None:
+    """The known word that ``word`` was probably meant to be."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _one_of(word: str, known: tuple[str, ...]) -> str:
+    guess = nearest(word, known)
+    return f"one of {', '.join(known)}" + (f" (did you mean {guess}?)" if guess else "")
+
+
+def _fault(text: str) -> PydanticCustomError:
+    """A complete "found X, needed Y", which the loader prints as it stands."""
+    return PydanticCustomError("recipe", "{text}", {"text": text})
