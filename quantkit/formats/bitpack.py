@@ -3,6 +3,9 @@
 Code ``i`` of a row occupies the bits ``[i * bits, (i + 1) * bits)`` of the row's stream; bit ``b`` of the stream is bit ``b % 32``
 of word ``b // 32``. A row is padded with zero bits to a whole number of words. Codes of 3, 5, 6 and 7 bits straddle words.
 With 4 bits this is the well-known "eight nibbles to a word, lowest first".
+
+Eight codes are one *unit*: in memory eight bytes, packed ``bits`` bytes. Read as one 64-bit number, a unit is squeezed in three
+steps (pairs of 8-bit lanes, of 16-bit lanes, of 32-bit lanes), whatever the width: few passes over an eighth of the elements.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORD_BITS = 32
-CODES_PER_UNIT = 8  # eight codes of b bits are exactly b bytes: the unit in which odd widths are packed
+CODES_PER_UNIT = 8
 
 
 def n_words(n_codes: int, bits: int) -> int:
@@ -29,8 +32,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     assert codes.dtype == torch.uint8 and codes.ndim == 2, f"codes are {codes.dtype} with {codes.ndim} dimensions"
     rows, n_codes = codes.shape
-    codes = pad(codes, (0, -n_codes % CODES_PER_UNIT))
-    stream = codes if bits == 8 else _pack_in_bytes(codes, bits) if bits in (2, 4) else _pack_straddling(codes, bits)
+    stream = pad(codes, (0, -n_codes % CODES_PER_UNIT))
+    if bits == 4:  # the common width by its short way, five times faster than three steps
+        stream = stream[:, ::2] | stream[:, 1::2] << 4
+    elif bits < 8:
+        units = stream.contiguous().view(torch.int64)
+        for lane, filled in _lanes(bits):
+            low, high = _masks(lane, filled)
+            units = (units & low).bitwise_or_(units.bitwise_and(high).bitwise_right_shift_(lane - filled))
+        stream = units.view(torch.uint8).view(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
     # The padding to whole units may be longer or shorter than that to whole words; both are zeros.
     stream = pad(stream, (0, 4 * n_words(n_codes, bits) - stream.shape[1]))
     return stream.reshape(-1).view(torch.int32).view(rows, -1)
@@ -44,39 +54,23 @@ def unpack(words: Tensor, bits: int, n_codes: int) -> Tensor:
     assert words.dtype == torch.int32 and words.ndim == 2, f"words are {words.dtype} with {words.ndim} dimensions"
     assert words.shape[1] == n_words(n_codes, bits), f"{words.shape[1]} words cannot be {n_codes} codes of {bits} bits"
     rows = words.shape[0]
-    stream = words.contiguous().view(torch.uint8).view(rows, -1)
-    if bits == 8:
-        return stream[:, :n_codes].contiguous()
-    if bits in (2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        codes = (stream[:, :, None] >> shifts) & (2**bits - 1)
-        return codes.view(rows, -1)[:, :n_codes].contiguous()
-    units = math.ceil(n_codes / CODES_PER_UNIT)
-    stream = pad(stream, (0, units * bits - stream.shape[1]))
-    unit = torch.zeros(rows, units, dtype=torch.int64, device=words.device)
-    for index, byte in enumerate(stream.view(rows, units, bits).unbind(-1)):
-        unit |= byte.long() << (8 * index)
-    shifts = torch.arange(0, CODES_PER_UNIT * bits, bits, dtype=torch.int64, device=words.device)
-    codes = (unit[:, :, None] >> shifts) & (2**bits - 1)
-    return codes.view(rows, -1)[:, :n_codes].to(torch.uint8)
+    stream = words.contiguous().view(torch.uint8)
+    if bits < 8:
+        stream = pad(stream, (0, math.ceil(n_codes / CODES_PER_UNIT) * bits - stream.shape[1]))
+        units = pad(stream.reshape(rows, -1, bits), (0, 8 - bits)).view(torch.int64).view(rows, -1)
+        for lane, filled in reversed(_lanes(bits)):
+            low, high = _masks(lane, filled)
+            units = (units & low).bitwise_or_(units.bitwise_left_shift(lane - filled).bitwise_and_(high))
+        stream = units.view(torch.uint8)
+    return stream[:, :n_codes].contiguous()
 
 
-def _pack_in_bytes(codes: Tensor, bits: int) -> Tensor:
-    """Widths that divide a byte: codes (rows, n) uint8 -> stream (rows, n * bits / 8) uint8, without leaving 8-bit arithmetic."""
-    per_byte = 8 // bits
-    stream = codes[:, ::per_byte].clone()
-    for index in range(1, per_byte):
-        stream |= codes[:, index::per_byte] << (bits * index)
-    return stream
+def _lanes(bits: int) -> list[tuple[int, int]]:
+    """(width of a lane, bits in use at its low end) before each of the three steps."""
+    return [(8 << step, bits << step) for step in range(3)]
 
 
-def _pack_straddling(codes: Tensor, bits: int) -> Tensor:
-    """Other widths: eight codes form one number of 8 * bits <= 56 bits, whose low bytes are the stream."""
-    import torch
-
-    rows, n_codes = codes.shape
-    units = codes.view(rows, -1, CODES_PER_UNIT)
-    unit = torch.zeros(rows, n_codes // CODES_PER_UNIT, dtype=torch.int64, device=codes.device)
-    for index in range(CODES_PER_UNIT):
-        unit |= units[:, :, index].long() << (bits * index)
-    return unit.view(torch.uint8).view(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
+def _masks(lane: int, filled: int) -> tuple[int, int]:
+    """The bits in use of the even and of the odd lanes of a 64-bit unit. The top bit is never in use: no sign, shifts are plain."""
+    even = sum(((1 << filled) - 1) << start for start in range(0, 64, 2 * lane))
+    return even, even << lane
