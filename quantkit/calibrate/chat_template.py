@@ -98,7 +98,8 @@ def _render_all(source: str, chats: list[Any], variables: dict[str, str]) -> dic
         for index, messages in enumerate(chats):  # noqa: B007 - read in the handlers below
             rendered.append(_short(template.render(messages=messages, **variables)))
     except TemplateError as error:
-        place = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
+        line = getattr(error, "lineno", None)  # a syntax error has one
+        place = f" (line {line})" if line else ""
         return {"error": f"{type(error).__name__}{place}: {_one_line(error)}", "index": index}
     except MemoryError:
         return {"error": "more memory than a template may use", "index": index}
@@ -114,14 +115,12 @@ def _environment() -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals.update(  # pyright: ignore[reportUnknownMemberType]
-        {
-            "raise_exception": _raise_exception,
-            "strftime_now": _fixed_clock,
-            "add_generation_prompt": False,
-            "tools": None,
-            "documents": None,
-        }
+    cast("dict[str, Any]", environment.globals).update(
+        raise_exception=_raise_exception,
+        strftime_now=_fixed_clock,
+        add_generation_prompt=False,
+        tools=None,
+        documents=None,
     )
     environment.filters["tojson"] = _to_json
     return environment

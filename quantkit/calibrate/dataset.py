@@ -3,8 +3,8 @@
 Enters: the recipe's `calibration` settings (or its validation text) and the checkpoint's tokenizer. Leaves: TokenRows.
 
 Packing. A file's documents are joined (documents.py, tokenizer.py) and tokenised. A row is BOS + the next
-sequence_length - 1 tokens of one file (sequence_length tokens where the model has no BOS); no row crosses files, rows do
-not overlap.
+sequence_length - 1 tokens of one file (sequence_length tokens where the model has no BOS). No row crosses files, and
+rows do not overlap.
 
 Choice of calibration rows. ceil(tokens / sequence_length) rows are taken round-robin over the files: one of each file,
 then a second of each, and so on; a file that has no more whole row is passed over. The k rows of a file are stratified:

@@ -25,7 +25,7 @@ BUILTIN = "builtin:"
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """A file of the calibration or evaluation text. `label` is its name as the recipe spells it, for messages and records."""
+    """A file of text. `label` is its name as the recipe spells it, for messages and records."""
 
     label: str
     path: Path
@@ -55,7 +55,7 @@ Document = TextDocument | ChatDocument
 
 
 def builtin_dir() -> Path:
-    """The folder of the texts that come with quantkit: inside the installed package, or at the top of a source checkout."""
+    """The folder of quantkit's own texts: inside the installed package, or at the top of a source checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "data" / "calibration_data"
     return installed if installed.is_dir() else package.parent / "calibration_data"
@@ -114,8 +114,9 @@ def _named_files(entry: str, base_dir: Path) -> list[TextFile]:
         return [_checked(TextFile(entry, path))]
     pattern = Path(entry).expanduser()
     # Path.glob takes no absolute pattern: search from the root of the file system instead.
-    root, relative = (Path(pattern.anchor), pattern.relative_to(pattern.anchor)) if pattern.anchor else (base_dir, pattern)
-    matches = sorted(match for match in root.glob(str(relative)) if not match.is_dir())
+    root = Path(pattern.anchor) if pattern.anchor else base_dir
+    relative = str(pattern.relative_to(pattern.anchor)) if pattern.anchor else entry
+    matches = sorted(match for match in root.glob(relative) if not match.is_dir())
     if not matches:
         raise CalibrationError(f"{entry}: no file matches.", hint=f"Relative names count from {base_dir}.")
     return [_checked(TextFile(_label(match, root, pattern), match)) for match in matches]
@@ -162,7 +163,8 @@ def _parse_jsonl(label: str, content: bytes) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{where}: is not JSON ({error}).") from error
         if not isinstance(record, dict):
-            raise CalibrationError(f"{where}: found {type(record).__name__}, needed an object with `text` or `messages`.")
+            found = type(record).__name__
+            raise CalibrationError(f"{where}: found {found}, needed an object with `text` or `messages`.")
         yield _document(where, cast("dict[str, object]", record))
 
 

@@ -64,11 +64,11 @@ class CheckpointTokenizer:
 
     def _texts(self, documents: Sequence[Document]) -> list[str]:
         chats = iter(self._render([document for document in documents if isinstance(document, ChatDocument)]))
-        last = len(documents) - 1
-        return [
-            document.text + (BETWEEN_TEXTS if place < last else "") if isinstance(document, TextDocument) else next(chats)
-            for place, document in enumerate(documents)
-        ]
+        texts = [next(chats) if isinstance(document, ChatDocument) else document.text for document in documents]
+        for place, document in enumerate(documents[:-1]):
+            if isinstance(document, TextDocument):
+                texts[place] += BETWEEN_TEXTS
+        return texts
 
     def _render(self, chats: Sequence[ChatDocument]) -> list[str]:
         if not chats:

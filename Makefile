@@ -1,0 +1,36 @@
+# Everything runs in .venv, which is made and filled from requirements.lock on first use.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo test check format
+
+help:
+	@echo "make demo     quantise the small model of this repository and measure the result (a minute)"
+	@echo "make test     run the tests (some minutes, offline)"
+	@echo "make check    formatting, lint, types, import order, spelling"
+	@echo "make format   reformat the code"
+	@echo "make install  only make .venv; PYTHON=python3.12 picks the interpreter, PIP_ARGS=... goes to pip"
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml scripts/install
+	@scripts/install
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/quantkit convert examples/nano-deepseek-v3 -r recipes/nano-demo.yaml -o demo-out --restart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
