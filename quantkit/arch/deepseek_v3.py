@@ -205,6 +205,12 @@ class DeepseekV3:
         previous = ops.rms_norm(hidden, weights(f"{prefix}hnorm.weight"), eps)
         return linear(torch.cat((embedded, previous), dim=-1), weights(f"{prefix}eh_proj.weight"))
 
+    def mtp_hidden(self, weights: Weights, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """x after the decoder layer inside MTP layer ``layer`` -> input of its shared_head.head, same shape, float32."""
+        from quantkit.arch import ops
+
+        return ops.rms_norm(x, weights(f"{_prefix(layer)}shared_head.norm.weight"), self.config.rms_norm_eps)
+
     def _is_dense(self, layer: int) -> bool:
         return layer < min(self.config.first_k_dense_replace, self.n_layers)
 
