@@ -1,0 +1,43 @@
+"""One tensor of a checkpoint that is to be written: what the source shows, and how the output holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.tensors import TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """``info``: the tensor as the source shows it (official name, decoded dtype). Exactly one of ``scheme`` and ``keep_dtype`` is set:
+    the grid it is stored on, or the safetensors dtype ("BF16", "F32", ...) it is kept in.
+
+    ``layer`` is None outside the decoder layers, ``expert`` outside routed experts; ``role`` is the value of the family's role, or "".
+    """
+
+    info: TensorInfo
+    scheme: IntScheme | Float8Scheme | None
+    keep_dtype: str | None
+    layer: int | None = None
+    expert: int | None = None
+    role: str = ""
+
+    def __post_init__(self) -> None:
+        assert (self.scheme is None) != (self.keep_dtype is None), f"{self.info.name}: one of scheme and keep_dtype"
+
+    @property
+    def name(self) -> str:
+        """Official tensor name."""
+        return self.info.name
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the tensor, as configs of runtimes spell it: without ``.weight``."""
+        return self.info.name.removesuffix(".weight")
+
+    @property
+    def kept_info(self) -> TensorInfo:
+        """How a kept tensor is stored: same name and shape, in ``keep_dtype``."""
+        assert self.keep_dtype is not None, f"{self.info.name} is not kept"
+        return replace(self.info, dtype=self.keep_dtype)
