@@ -54,7 +54,7 @@ def recipe_path(path_or_name: str | Path) -> Path:
 def shipped_recipes() -> list[Path]:
     """The recipe files that come with quantkit, by name: beside the package in a checkout, inside it when installed."""
     package = Path(__file__).resolve().parent.parent
-    for folder in (package / "recipes", package.parent / "recipes"):
+    for folder in (package / "data" / "recipes", package.parent / "recipes"):
         if folder.is_dir():
             return sorted(folder.glob("*.yaml"))
     return []

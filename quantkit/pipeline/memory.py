@@ -1,0 +1,142 @@
+"""What a conversion needs of RAM, device memory and disk, as a sum of terms with their formulas. Estimates, except for the output's bytes.
+
+    hidden states   tokens * hidden * 4 B, for each stream (quantised; unquantised too if a method follows it), in RAM or on disk
+    Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of the widest GPTQ linear (18432 in V3's dense layers: 1.36 GB a copy)
+    weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the largest quantised linear
+    kept chunk      tensors that are not quantised pass through in pieces
+    interpreter     Python, torch and libraries
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.arch.base import ModelArch
+from quantkit.errors import PlanError
+from quantkit.pipeline.plan import Action, Decision, Plan
+from quantkit.quantizers import Gptq
+
+HESSIAN_COPIES = 4
+"""The Hessian, its ordered and damped form, the factor, and the cross term toward the unquantised stream."""
+WEIGHT_COPIES = 4
+"""Original, running targets, errors, and codes with their scales."""
+KEPT_CHUNK_BYTES = 64 * 2**20
+INTERPRETER_BYTES = 300 * 10**6
+ROW_BYTES_PER_TOKEN_FACTOR = 3
+"""Activations of one calibration row: input, widest linear's output and one temporary."""
+HEADER_BYTES_PER_TENSOR = 140
+"""Room in a safetensors header; V3's release uses 129."""
+STORED_PER_TENSOR = 3
+"""A linear on an integer grid is stored as codes, scales and shape."""
+JOURNAL_BYTES_PER_TENSOR = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One reason to need memory. ``formula`` is how ``nbytes`` came about, for people."""
+
+    what: str
+    nbytes: int
+    formula: str
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a conversion needs. Hidden states are a term of their own, because a memory budget moves them between RAM and disk."""
+
+    working: tuple[Term, ...]
+    hidden_states: Term | None
+    disk: tuple[Term, ...]
+
+    @property
+    def working_bytes(self) -> int:
+        """RAM (or device memory, without the interpreter) that no budget can avoid."""
+        return sum(term.nbytes for term in self.working)
+
+    @property
+    def ram_bytes(self) -> int:
+        """RAM with the hidden states in it."""
+        return self.working_bytes + (self.hidden_states.nbytes if self.hidden_states else 0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk at the peak, hidden states there."""
+        return sum(term.nbytes for term in self.disk)
+
+
+def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
+    """Terms of the peak of `convert` for this plan."""
+    quantized = [decision for output in plan.outputs for decision in _distinct(output.decisions.values())]
+    quantized = [decision for decision in quantized if decision.action is Action.QUANTIZE]
+    hidden = _hidden_states(plan, arch, quantized)
+    return Needs(_working(plan, quantized), hidden, _disk(plan, hidden))
+
+
+def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 0) -> None:
+    """Raise `PlanError` unless the file system of ``out`` has room. ``already_written``: bytes that a resumed run has there already."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = max(0, needs.disk_bytes - already_written)
+    if free >= needed:
+        return
+    raise PlanError(
+        f"{out}: needs {needed / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free.",
+        hint="Choose another place with -o" + (", or fewer calibration tokens." if needs.hidden_states else "."),
+    )
+
+
+def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
+    """One decision for each shape and treatment: 46,000 tensors have a dozen."""
+    seen: dict[tuple[object, ...], Decision] = {}
+    for decision in decisions:
+        seen.setdefault((decision.spec.shape, decision.action, decision.scheme, decision.method), decision)
+    return list(seen.values())
+
+
+def _working(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
+    terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries")]
+    gptq = [decision.spec.shape[1] for decision in quantized if isinstance(decision.method, Gptq)]
+    if gptq:
+        widest = max(gptq)
+        terms.append(Term("Hessian set", widest**2 * 4 * HESSIAN_COPIES, f"{widest:,}^2 x 4 B x {HESSIAN_COPIES}"))
+    if quantized:
+        out_features, in_features = max((decision.spec.shape for decision in quantized), key=lambda shape: shape[0] * shape[1])
+        nbytes = out_features * in_features * 4 * WEIGHT_COPIES
+        terms.append(Term("weight set", nbytes, f"{out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}"))
+    if plan.recipe.calibration and quantized:
+        widest_out = max(max(decision.spec.shape) for decision in quantized)
+        length = plan.recipe.calibration.sequence_length
+        nbytes = length * widest_out * 4 * ROW_BYTES_PER_TOKEN_FACTOR
+        terms.append(Term("activations", nbytes, f"{length:,} tokens x {widest_out:,} x 4 B x {ROW_BYTES_PER_TOKEN_FACTOR}"))
+    terms.append(Term("kept chunk", KEPT_CHUNK_BYTES, "64 MiB"))
+    return tuple(terms)
+
+
+def _hidden_states(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> Term | None:
+    calibration = plan.recipe.calibration
+    if calibration is None or not quantized:
+        return None
+    length = calibration.sequence_length
+    tokens = -(-calibration.tokens // length) * length
+    follows_original = any(isinstance(decision.method, Gptq) and decision.method.cross for decision in quantized)
+    streams = 2 if follows_original and plan.recipe.propagate == "quantized" else 1
+    nbytes = tokens * arch.hidden_size * 4 * streams
+    return Term("hidden states", nbytes, f"{tokens:,} tokens x {arch.hidden_size:,} x 4 B x {streams} streams")
+
+
+def _disk(plan: Plan, hidden: Term | None) -> tuple[Term, ...]:
+    terms: list[Term] = []
+    for output in plan.outputs:
+        overhead = STORED_PER_TENSOR * output.tensors * HEADER_BYTES_PER_TENSOR
+        terms.append(Term(f"output {output.output.name}", output.nbytes + overhead, "tensor data and headers"))
+    if hidden is not None:
+        # A killed run resumes from the last finished layer: the old state must live until the new one is complete.
+        terms.append(Term("hidden states", 2 * hidden.nbytes, f"{hidden.formula}, two generations"))
+    n_tensors = sum(output.tensors for output in plan.outputs)
+    terms.append(Term("journal", n_tensors * JOURNAL_BYTES_PER_TENSOR, f"{n_tensors:,} tensors x {JOURNAL_BYTES_PER_TENSOR} B"))
+    return tuple(terms)

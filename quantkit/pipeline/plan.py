@@ -1,0 +1,332 @@
+"""Recipe + family + file headers -> what happens to every tensor, and exactly how many bytes result. No weight is read, no torch loaded.
+
+All that can be known to fail is refused here, in one `PlanError` that lists every problem, before hours of work begin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from quantkit.arch.base import ModelArch, Role, TensorSpec
+from quantkit.errors import PlanError, SchemeError
+from quantkit.formats import compressed_tensors
+from quantkit.formats.compressed_tensors_contract import describe
+from quantkit.formats.planned import PlannedTensor
+from quantkit.pipeline.headers import IsFloat8
+from quantkit.pipeline.recipe import Output, Recipe, Rule
+from quantkit.quantizers import Gptq, Method
+from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.tensors import TensorInfo
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""What a decoded tensor may be stored in."""
+LINES_PER_KIND = 5
+"""Problems of one kind that are printed; more are counted."""
+
+
+class Action(Enum):
+    """What is done with a tensor."""
+
+    KEEP = "keep"
+    DROP = "drop"
+    QUANTIZE = "quantize"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one tensor in one output.
+
+    ``source_dtype``: dtype of the decoded source tensor. ``dtype``: dtype that a kept tensor is stored in (decoded view).
+    ``scheme``: the grid of a quantised weight, `Float8Scheme` for one whose FP8 bytes are kept, else None. ``method`` only with QUANTIZE.
+    ``rule``: number of the rule in the output, from 1, as messages count them.
+    """
+
+    spec: TensorSpec
+    action: Action
+    rule: int
+    source_dtype: str
+    dtype: str
+    scheme: IntScheme | Float8Scheme | None = None
+    method: Method | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSize:
+    """One line of the summary. ``what``: "int4 g128 gptq", "bf16"...; ``nbytes``: exact stored tensor data; dropped tensors have 0."""
+
+    role: Role
+    what: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight, scales and shapes included."""
+        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """One checkpoint to be written: ``planned`` and ``decisions`` in official order; ``sizes`` by role and treatment."""
+
+    output: Output
+    decisions: Mapping[str, Decision]
+    planned: tuple[PlannedTensor, ...]
+    sizes: tuple[RoleSize, ...]
+
+    @property
+    def tensors(self) -> int:
+        """Weights in the output (not counting scales and shapes)."""
+        return len(self.planned)
+
+    @property
+    def parameters(self) -> int:
+        """Weights that the output holds."""
+        return sum(size.parameters for size in self.sizes if size.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of tensor data: codes, scales, shapes; without file headers."""
+        return sum(size.nbytes for size in self.sizes)
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight of the whole checkpoint."""
+        return 8 * self.nbytes / self.parameters
+
+    def decision(self, name: str) -> Decision:
+        """What happens to a tensor of the source."""
+        return self.decisions[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A conversion that nothing known speaks against. ``source_bytes``: stored bytes that will be read at least once."""
+
+    recipe: Recipe
+    outputs: tuple[OutputPlan, ...]
+    source_bytes: int
+    warnings: tuple[str, ...]
+
+    def decision(self, name: str, output: int = 0) -> Decision:
+        """What happens to a tensor in one output."""
+        return self.outputs[output].decisions[name]
+
+
+@dataclass(slots=True)
+class _Problems:
+    """Lines by kind, so that 40,000 tensors with one fault make five lines and a count."""
+
+    lines: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    hints: dict[str, None] = field(default_factory=dict[str, None])
+
+    def add(self, kind: str, line: str, hint: str = "") -> None:
+        self.lines.setdefault(kind, []).append(line)
+        if hint:
+            self.hints[hint] = None
+
+    def raise_if_any(self) -> None:
+        if not self.lines:
+            return
+        shown: list[str] = []
+        for kind, lines in self.lines.items():
+            shown += lines[:LINES_PER_KIND]
+            if len(lines) > LINES_PER_KIND:
+                shown.append(f"... and {len(lines) - LINES_PER_KIND:,} more: {kind}.")
+        raise PlanError("\n".join(shown), hint=" ".join(list(self.hints)[:3]))
+
+
+def make_plan(recipe: Recipe, arch: ModelArch, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> Plan:
+    """Decide every tensor of every output. ``infos``: the decoded view of the source; ``is_float8``: whether a tensor is stored as FP8.
+
+    Raises `PlanError` with every problem, one line each: tensors that are missing, unexpected or of the wrong shape; tensors that no rule
+    matches; rules that cannot do what they say; schemes that do not fit a shape; what the output's format or runtime cannot load.
+    """
+    problems, warnings = _Problems(), list[str]()
+    specs = tuple(arch.tensors())
+    _check_source(specs, infos, problems)
+    problems.raise_if_any()
+    outputs = tuple(
+        _plan_output(output, recipe, specs, infos, is_float8, problems, warnings) for output in recipe.outputs
+    )
+    problems.raise_if_any()
+    source_bytes = sum(source_nbytes(infos[spec.name], is_float8(spec.name)) for spec in specs)
+    return Plan(recipe, outputs, source_bytes, tuple(warnings))
+
+
+def source_nbytes(info: TensorInfo, float8: bool) -> int:
+    """Stored bytes behind a decoded tensor: itself, or FP8 codes and their float32 block scales."""
+    if not float8:
+        return info.nbytes
+    rows, columns = Float8Scheme().scale_shape(info.shape)
+    return info.numel + 4 * rows * columns
+
+
+def stored_nbytes(tensor: PlannedTensor) -> int:
+    """Exact bytes of a planned tensor's data in its output."""
+    return sum(info.nbytes for info in compressed_tensors.stored(tensor))
+
+
+def _check_source(specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: _Problems) -> None:
+    """The source must hold the family's tensors, all of them and nothing else."""
+    known: set[str] = set()
+    for spec in specs:
+        known.add(spec.name)
+        info = infos.get(spec.name)
+        if info is None:
+            hint = _MTP_HINT if spec.role is Role.MTP else "Fetch the missing shards, or compare config.json."
+            problems.add("missing tensors", f"{spec.name}: missing from the source, needed {list(spec.shape)}.", hint)
+        elif info.shape != spec.shape:
+            problems.add(
+                "wrong shapes",
+                f"{spec.name}: found shape {list(info.shape)}, needed {list(spec.shape)} by config.json.",
+                "config.json belongs to another checkpoint.",
+            )
+        elif info.dtype not in FLOAT_DTYPES:
+            problems.add("wrong dtypes", f"{spec.name}: found dtype {info.dtype}, needed one of {', '.join(FLOAT_DTYPES)}.")
+    for name in infos:
+        if name not in known:
+            problems.add(
+                "unexpected tensors",
+                f"{name}: found in the source, but this architecture has no such tensor.",
+                "If it is a whole extra layer, compare num_hidden_layers and num_nextn_predict_layers in config.json.",
+            )
+
+
+_MTP_HINT = 'A checkpoint without its MTP layer says so: set "num_nextn_predict_layers": 0 in config.json.'
+
+
+def _plan_output(
+    output: Output,
+    recipe: Recipe,
+    specs: tuple[TensorSpec, ...],
+    infos: Mapping[str, TensorInfo],
+    is_float8: IsFloat8,
+    problems: _Problems,
+    warnings: list[str],
+) -> OutputPlan:
+    matchers = [rule.matcher() for rule in output.rules]
+    used = [False] * len(output.rules)
+    decisions: dict[str, Decision] = {}
+    for spec in specs:
+        number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
+        if number is None:
+            where = f"output {output.name}: {spec.name} (role {spec.role.value})"
+            problems.add("tensors without a rule", f"{where}: no rule matches it.", 'Add a last rule, e.g. {match: "*", keep: source}.')
+            continue
+        used[number] = True
+        decision = _decide(spec, number + 1, output.rules[number], infos[spec.name].dtype, is_float8(spec.name))
+        _check_decision(output, decision, recipe.calibration is not None, problems)
+        decisions[spec.name] = decision
+    for number, rule in enumerate(output.rules):
+        if not used[number]:
+            _unused_rule(output, number + 1, rule, specs, problems, warnings)
+    if problems.lines:
+        return OutputPlan(output, decisions, (), ())
+    planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
+    for line in compressed_tensors.problems(tuple(planned.values())):
+        problems.add("format problems", f"output {output.name}: {line}")
+    warnings += [f"output {output.name}: {line}" for line in compressed_tensors.notes(tuple(planned.values()))]
+    return OutputPlan(output, decisions, tuple(planned.values()), _sizes(decisions, planned))
+
+
+def _decide(spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: bool) -> Decision:
+    if rule.drop:
+        return Decision(spec, Action.DROP, number, dtype, dtype)
+    if rule.scheme is not None:
+        return Decision(spec, Action.QUANTIZE, number, dtype, dtype, rule.scheme, rule.method)
+    if rule.keep == "source":
+        return Decision(spec, Action.KEEP, number, dtype, dtype, Float8Scheme() if float8 else None)
+    return Decision(spec, Action.KEEP, number, dtype, "BF16" if rule.keep == "bf16" else "F32")
+
+
+def _check_decision(output: Output, decision: Decision, calibrated: bool, problems: _Problems) -> None:
+    """What a rule asks of a tensor must make sense for it."""
+    spec = decision.spec
+    where = f"output {output.name}: {spec.name} (rule {decision.rule})"
+    if decision.action is Action.DROP and spec.role is not Role.MTP:
+        problems.add(
+            "tensors that cannot be dropped",
+            f"{where}: role {spec.role.value} cannot be dropped, only mtp tensors can.",
+        )
+    if decision.action is Action.KEEP and spec.float32 and decision.source_dtype == "F32" and decision.dtype != "F32":
+        problems.add("float32 tensors", f"{where}: is float32 and loses its meaning in bf16.", "Give it keep: source.")
+    if decision.action is not Action.QUANTIZE:
+        return
+    if not spec.linear:
+        problems.add(
+            "tensors that cannot be quantised",
+            f"{where}: role {spec.role.value}, shape {list(spec.shape)} is no linear and cannot be quantised.",
+            "Put a rule with keep: source before it.",
+        )
+        return
+    if isinstance(decision.method, Gptq):
+        _check_gptq(where, spec, calibrated, problems)
+    assert isinstance(decision.scheme, IntScheme)
+    try:
+        decision.scheme.check(spec.name, spec.shape)
+    except SchemeError as error:
+        problems.add("schemes that do not fit", f"output {output.name}: {error.message}", error.hint)
+
+
+def _check_gptq(where: str, spec: TensorSpec, calibrated: bool, problems: _Problems) -> None:
+    if not calibrated:
+        problems.add("gptq without calibration", f"{where}: gptq needs calibration text.", "Add calibration:, or use method: {kind: rtn}.")
+    elif spec.role is Role.MTP:
+        problems.add("gptq on MTP layers", f"{where}: MTP layers see no calibration tokens.", "Use method: {kind: rtn} for role:mtp.")
+
+
+def _unused_rule(
+    output: Output, number: int, rule: Rule, specs: tuple[TensorSpec, ...], problems: _Problems, warnings: list[str]
+) -> None:
+    """A rule that decides nothing is a typing error if it is a glob or asks to quantise roles without linears, else worth a warning."""
+    where = f"output {output.name}: rule {number} ({rule.match})"
+    matches, roles = rule.matcher(), rule.roles
+    if any(matches(spec) for spec in specs):
+        warnings.append(f"{where}: decides nothing, earlier rules take all its tensors.")
+    elif roles is None:
+        problems.add("rules without tensors", f"{where}: matches no tensor.", "Globs match whole names, e.g. *.self_attn.kv_b_proj.weight.")
+    elif rule.scheme is not None and (first := next((spec for spec in specs if spec.role in roles), None)) is not None:
+        problems.add(
+            "tensors that cannot be quantised",
+            f"{where}: {first.name} (role {first.role.value}) is no linear and cannot be quantised.",
+            "Give this role keep: source.",
+        )
+    else:
+        warnings.append(f"{where}: this model has no such tensors.")
+
+
+def _planned(decision: Decision) -> PlannedTensor:
+    """The decision as the format sees it."""
+    spec, scheme = decision.spec, decision.scheme
+    info = TensorInfo(spec.name, spec.shape, decision.source_dtype)
+    keep_dtype = decision.dtype if scheme is None else None
+    return PlannedTensor(info, scheme, keep_dtype, spec.layer, spec.expert, spec.role.value)
+
+
+def _sizes(decisions: Mapping[str, Decision], planned: Mapping[str, PlannedTensor]) -> tuple[RoleSize, ...]:
+    """Exact bytes by role and treatment, in order of first appearance. Tensors of one shape and treatment are measured once."""
+    measured: dict[tuple[object, ...], int] = {}
+    totals: dict[tuple[Role, str], list[int]] = {}
+    for name, decision in decisions.items():
+        spec, what = decision.spec, _what(decision)
+        key = (spec.shape, what, decision.scheme)
+        if key not in measured:
+            measured[key] = stored_nbytes(planned[name]) if name in planned else 0
+        total = totals.setdefault((spec.role, what), [0, 0, 0])
+        total[0] += 1
+        total[1] += math.prod(spec.shape)
+        total[2] += measured[key]
+    return tuple(RoleSize(role, what, *total) for (role, what), total in totals.items())
+
+
+def _what(decision: Decision) -> str:
+    if decision.action is Action.DROP:
+        return "dropped"
+    if decision.scheme is None:
+        return decision.dtype.lower()
+    return describe(decision.scheme) + (f" {decision.method.kind}" if decision.method else "")

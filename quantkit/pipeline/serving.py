@@ -1,0 +1,251 @@
+"""Whether a planned checkpoint fits a set of GPUs under vLLM, with the command that serves it.
+
+    per GPU:  utilisation * total >= weights + activations + CUDA graphs + KV cache of one full context
+
+Rules from vLLM's source (0.24 and 0.33) for DeepSeek's MLA models: q_a, kv_a and the router are replicated under tensor parallelism; the
+two halves of kv_b are kept once more in BF16; the latent KV cache is replicated under tensor and divided under pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from quantkit.arch.base import Role
+from quantkit.errors import PlanError
+from quantkit.pipeline.plan import OutputPlan, stored_nbytes
+from quantkit.schemes import IntScheme
+
+GIB = 2**30
+KNOWN_GPUS_GIB = {"A100-40GB": 39.4, "A100-80GB": 79.2, "H100-80GB": 79.1, "H200-141GB": 139.8, "B200-180GB": 178.3}
+"""Memory that CUDA reports. Others count as 98 % of the GiB in their name."""
+UTILIZATIONS = (0.92, 0.95)
+"""vLLM's default, and what a machine that does nothing else can give."""
+RUNTIME_BYTES = GIB
+"""CUDA context, NCCL buffers, allocator rounding."""
+GRAPH_BYTES = GIB
+MAX_SEQS, MAX_BATCHED_TOKENS = 16, 2048
+_REPLICATED = (".q_a_proj.weight", ".kv_a_proj_with_mqa.weight")
+_ROW_PARALLEL = (".o_proj.weight", ".down_proj.weight")
+_KV_B = ".kv_b_proj.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """``count`` GPUs of ``total_bytes`` usable memory each."""
+
+    count: int
+    name: str
+    total_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to spread the model. Bytes are per GPU, of the fullest stage; ``partition``: decoder layers of each pipeline stage."""
+
+    tensor_parallel: int
+    partition: tuple[int, ...]
+    stage_weights: tuple[int, ...]
+    runtime_bytes: int
+    kv_bytes_per_token: int
+    context: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory that the fullest GPU needs with one sequence of full length."""
+        return max(self.stage_weights) + self.runtime_bytes + self.kv_bytes_per_token * self.context
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The verdict. ``utilization``: the smallest of vLLM's settings that is enough; None: does not fit. ``layout``: None if none is legal."""
+
+    gpus: Gpus
+    layout: Layout | None
+    utilization: float | None
+    refused: tuple[str, ...]
+
+    @property
+    def spare_kv_tokens(self) -> int:
+        """Tokens of KV cache beyond the one full context."""
+        if self.layout is None or self.utilization is None:
+            return 0
+        free = round(self.utilization * self.gpus.total_bytes) - self.layout.needed_bytes
+        return free // self.layout.kv_bytes_per_token
+
+    def command(self, out: str) -> str:
+        """The vLLM command for this layout."""
+        assert self.layout is not None
+        assert self.utilization is not None
+        parts = ["vllm", "serve", out]
+        stages = len(self.layout.partition)
+        if stages > 1:
+            parts.insert(0, f"VLLM_PP_LAYER_PARTITION={','.join(map(str, self.layout.partition))}")
+            parts += ["--pipeline-parallel-size", str(stages)]
+        if self.layout.tensor_parallel > 1:
+            parts += ["--tensor-parallel-size", str(self.layout.tensor_parallel)]
+        parts += ["--max-num-seqs", str(MAX_SEQS), "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
+        parts += ["--max-model-len", str(self.layout.context), "--gpu-memory-utilization", str(self.utilization)]
+        return " ".join(parts)
+
+
+def parse_gpus(text: str) -> Gpus:
+    """ "5xA100-80GB" -> `Gpus`. Raises `ValueError` with what was found and needed."""
+    found = re.fullmatch(r"([1-9]\d{0,2})x([A-Za-z][A-Za-z0-9]*)-([1-9]\d{0,3})GB", text.strip(), re.ASCII)
+    if not found:
+        raise ValueError(f"found {text[:40]!r}, needed COUNTxNAME-SIZEGB such as 5xA100-80GB")
+    name = f"{found[2]}-{found[3]}GB"
+    gib = KNOWN_GPUS_GIB.get(name.upper(), 0.98 * int(found[3]))
+    return Gpus(int(found[1]), name, round(gib * GIB))
+
+
+def fit(plan: OutputPlan, config: Mapping[str, object], n_layers: int, gpus: Gpus, context: int) -> Fit:
+    """The first layout that fits, tensor parallelism preferred; else the one that comes nearest, with ``utilization`` None.
+
+    ``config`` is the raw config.json. Raises `PlanError` if the model is not made for ``context`` tokens.
+    """
+    facts = _Facts.of(config)
+    if context > facts.max_positions:
+        raise PlanError(f"--context {context:,}: the model is made for at most {facts.max_positions:,} tokens.")
+    weights = _Weights.of(plan, n_layers)
+    refused: list[str] = []
+    layouts: list[Layout] = []
+    for tensor_parallel in sorted((n for n in range(1, gpus.count + 1) if gpus.count % n == 0), reverse=True):
+        stages = gpus.count // tensor_parallel
+        problem = _tensor_parallel_problem(weights, facts, tensor_parallel)
+        if problem is None and stages > n_layers:
+            problem = f"{stages} pipeline stages for {n_layers} layers"
+        if problem is not None:
+            refused.append(f"TP={tensor_parallel} PP={stages}: {problem}")
+            continue
+        layouts.append(_layout(weights, facts, tensor_parallel, stages, context))
+    for utilization in UTILIZATIONS:
+        for layout in layouts:
+            if layout.needed_bytes <= utilization * gpus.total_bytes:
+                return Fit(gpus, layout, utilization, tuple(refused))
+    nearest = min(layouts, key=lambda layout: layout.needed_bytes, default=None)
+    return Fit(gpus, nearest, None, tuple(refused))
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """Entries of config.json that the runtime's memory depends on."""
+
+    heads: int
+    hidden: int
+    moe_width: int
+    top_k: int
+    kv_rank: int
+    rope_dim: int
+    vocab: int
+    max_positions: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, object]) -> _Facts:
+        keys = ("num_attention_heads", "hidden_size", "moe_intermediate_size", "num_experts_per_tok", "kv_lora_rank")
+        keys += ("qk_rope_head_dim", "vocab_size", "max_position_embeddings")
+        values = [config.get(key) for key in keys]
+        lacking = [key for key, value in zip(keys, values, strict=True) if not isinstance(value, int)]
+        if lacking:
+            raise PlanError(f"config.json: lacks {', '.join(lacking)}, needed for --gpus.")
+        return cls(*(value for value in values if isinstance(value, int)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Bytes after loading, MTP left out: [first stage's embedding, layer 0, ..., last layer, final norm and head]. ``whole`` is on every
+    tensor-parallel rank, ``divided`` is cut. ``cuts``: (in_features, group_size) of the linears whose inputs are cut, with one's name."""
+
+    whole: list[int]
+    divided: list[int]
+    cuts: Mapping[tuple[int, int], str]
+
+    @classmethod
+    def of(cls, plan: OutputPlan, n_layers: int) -> _Weights:
+        whole, divided = [0] * (n_layers + 2), [0] * (n_layers + 2)
+        cuts: dict[tuple[int, int], str] = {}
+        measured: dict[tuple[object, ...], int] = {}
+        for tensor in plan.planned:
+            spec, scheme = plan.decisions[tensor.name].spec, tensor.scheme
+            if spec.role is Role.MTP:
+                continue
+            key = (spec.shape, scheme, tensor.keep_dtype)
+            if key not in measured:
+                measured[key] = stored_nbytes(tensor)
+            outside = 0 if spec.role is Role.EMBED else n_layers + 1
+            place = outside if spec.layer is None else spec.layer + 1
+            replicated = spec.role in (Role.NORM, Role.ROUTER) or spec.name.endswith(_REPLICATED)
+            (whole if replicated else divided)[place] += measured[key]
+            if spec.name.endswith(_KV_B):
+                divided[place] += spec.shape[0] * spec.shape[1] * 2
+            if spec.name.endswith(_ROW_PARALLEL):
+                group = scheme.group_size if isinstance(scheme, IntScheme) and scheme.group_size else 1
+                cuts.setdefault((spec.shape[1], group), spec.name)
+        return cls(whole, divided, cuts)
+
+    def on_one_rank(self, tensor_parallel: int) -> list[int]:
+        """Bytes of each entry on one tensor-parallel rank."""
+        return [whole + -(-cut // tensor_parallel) for whole, cut in zip(self.whole, self.divided, strict=True)]
+
+
+def _tensor_parallel_problem(weights: _Weights, facts: _Facts, size: int) -> str | None:
+    """Why the model cannot be cut into ``size`` tensor-parallel ranks, None if it can."""
+    if facts.heads % size:
+        return f"{facts.heads} attention heads are not divisible by {size}"
+    for (in_features, group), name in weights.cuts.items():
+        if in_features % size or in_features // size % group:
+            return f"{name}: {in_features} inputs over {size} ranks are no multiple of group_size {group}"
+    return None
+
+
+def _layout(weights: _Weights, facts: _Facts, tensor_parallel: int, stages: int, context: int) -> Layout:
+    first, *layers, last = weights.on_one_rank(tensor_parallel)
+    kv_per_layer = (facts.kv_rank + facts.rope_dim) * 2
+    partition = _partition([nbytes + kv_per_layer * context for nbytes in layers], first, last, stages)
+    stops = [sum(partition[: stage + 1]) for stage in range(stages)]
+    on_stage = [sum(layers[start:stop]) for start, stop in pairwise([0, *stops])]
+    on_stage[0] += first
+    on_stage[-1] += last
+    runtime = _runtime_bytes(facts, tensor_parallel, context)
+    return Layout(tensor_parallel, partition, tuple(on_stage), runtime, kv_per_layer * max(partition), context)
+
+
+def _partition(costs: list[int], first: int, last: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage so that the fullest stage is as small as can be, and the others even.
+
+    Dynamic programming over (stages used, layers placed); a solution's cost is (fullest stage, sum of squares).
+    """
+    before = [0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    n_layers = len(costs)
+
+    def stage_cost(stage: int, start: int, stop: int) -> int:
+        return before[stop] - before[start] + (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
+
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for stage in range(stages):
+        following: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for start, (fullest, squares, sizes) in best.items():
+            for stop in range(start + 1, n_layers - (stages - 1 - stage) + 1):
+                cost = stage_cost(stage, start, stop)
+                candidate = (max(fullest, cost), squares + cost**2, (*sizes, stop - start))
+                if stop not in following or candidate < following[stop]:
+                    following[stop] = candidate
+        best = following
+    return best[n_layers][2]
+
+
+def _runtime_bytes(facts: _Facts, tensor_parallel: int, context: int) -> int:
+    """Activations at MAX_BATCHED_TOKENS, logits of MAX_SEQS, the MLA decode workspace, CUDA graphs and context."""
+    moe_widths = 3 * facts.moe_width // tensor_parallel + facts.hidden
+    activations = MAX_BATCHED_TOKENS * facts.top_k * moe_widths * 2
+    logits = 2 * MAX_SEQS * facts.vocab * 4
+    splits = min(1 << max(0, -(-context // 512) - 1).bit_length(), 216)
+    workspace = MAX_SEQS * facts.heads // tensor_parallel * splits * (facts.kv_rank + 1) * 4
+    return activations + logits + workspace + GRAPH_BYTES + RUNTIME_BYTES
