@@ -419,7 +419,7 @@ SHARED = Path(os.environ.get("QUANTKIT_SHARED") or Path(__file__).resolve().pare
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared models (QUANTKIT_SHARED)")
 def test_tiny_deepseek_v3_protocol() -> None:
-    """The 88 windows (45,056 tokens) of the measurements that were published with the model, by the text of their README."""
+    """The 88 windows (45,056 tokens) that the model's published measurements were made with."""
     from tokenizers import Tokenizer
 
     model = SHARED / "tiny-deepseek-v3"
