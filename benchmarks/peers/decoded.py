@@ -41,9 +41,13 @@ class Stopwatch:
         }
 
 
-def write_decoded(folder: Path, weights: Mapping[str, Tensor], settings: str, seconds: Mapping[str, float], package: str) -> None:
+def write_decoded(
+    folder: Path, weights: Mapping[str, Tensor], settings: str, seconds: Mapping[str, float], package: str
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().float().contiguous() for name, tensor in weights.items()}, folder / "decoded.safetensors")
+    save_file(
+        {name: tensor.detach().float().contiguous() for name, tensor in weights.items()}, folder / "decoded.safetensors"
+    )
     note: dict[str, Any] = {
         "settings": settings,
         **seconds,

@@ -1,6 +1,6 @@
 """Decoded weights -> one row of benchmarks/results/peers_tiny.json.
 
-    python benchmarks/peers/evaluate.py --decoded DIR --name quantkit --scheme int4 [--settings TEXT] [--bpw X] [--seconds S]
+    python benchmarks/peers/evaluate.py --decoded DIR --name quantkit --scheme int4 [--settings TEXT] [--seconds S]
     python benchmarks/peers/evaluate.py --rtn int4            # the data-free floor
     python benchmarks/peers/evaluate.py --self-check          # RTN int4 and int3 must give the published figures
 
@@ -39,7 +39,7 @@ from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers_tiny.json"
 PUBLISHED = {"int4": 0.07509, "int3": 0.42365}
-"""Mean KLD of plain rounding, measured by another script before; the windows and the arithmetic must match to show it."""
+"""Mean KLD of plain rounding, measured before by another script: it comes out only if windows and arithmetic match."""
 
 
 def cpu_name() -> str:
@@ -61,7 +61,9 @@ def evaluation_record() -> dict[str, Any]:
     }
 
 
-def row_of(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor], scheme: str, note: dict[str, Any]) -> dict[str, Any]:
+def row_of(
+    weights: Mapping[str, Tensor], reference: Mapping[str, Tensor], scheme: str, note: dict[str, Any]
+) -> dict[str, Any]:
     """One row: who, which settings, how many bits, how far from the reference, how long it took."""
     faults = off_grid(weights, reference, scheme)
     if faults:
@@ -73,15 +75,21 @@ def row_of(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor], schem
     return row
 
 
-def evaluate_decoded(state_dict_path: Path, name: str, scheme: str, note: dict[str, Any] | None = None) -> dict[str, Any]:
+def evaluate_decoded(
+    state_dict_path: Path, name: str, scheme: str, note: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Row of a folder of decoded weights; run.json in it and then `note` fill settings, seconds and versions."""
     reference = load_weights(model_dir())
     decoded = load_weights(state_dict_path)
     missing = [tensor for tensor in reference if is_projection(tensor) and tensor not in decoded]
     unknown = [tensor for tensor in decoded if tensor not in reference]
     if missing or unknown:
-        raise SystemExit(f"{state_dict_path}: missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} ({len(unknown)})")
-    return row_of({**reference, **decoded}, reference, scheme, {"name": name, **read_run_note(state_dict_path), **(note or {})})
+        raise SystemExit(
+            f"{state_dict_path}: missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} ({len(unknown)})"
+        )
+    return row_of(
+        {**reference, **decoded}, reference, scheme, {"name": name, **read_run_note(state_dict_path), **(note or {})}
+    )
 
 
 def store(row: dict[str, Any]) -> None:
@@ -89,7 +97,9 @@ def store(row: dict[str, Any]) -> None:
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     key = ("name", "scheme", "settings")
     rows = [old for old in rows if any(old.get(k) != row.get(k) for k in key)] + [row]
-    what = "tiny-deepseek-v3, 88 held-out windows of 512 tokens, KLD in nats against the BF16 weights, float32 arithmetic"
+    what = (
+        "tiny-deepseek-v3, 88 held-out windows of 512 tokens, KLD in nats against the BF16 weights, float32 arithmetic"
+    )
     lines = ",\n".join(json.dumps(r) for r in rows)
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(f'{{"what": {json.dumps(what)},\n"rows": [\n{lines}\n]}}\n')
@@ -98,14 +108,17 @@ def store(row: dict[str, Any]) -> None:
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['name']} {row['scheme']} [{row.get('settings', '')}] {row['bpw']:.3f} bpw: KLD {row['kld']:.5f} ± {row['kld_se']:.5f}, "
-        f"median {row['kld_median']:.4f}, ppl {row['ppl']:.3f} (reference {row['ppl_reference']:.3f}), top-1 {row['top1']:.2f} %"
+        f"{row['name']} {row['scheme']} [{row.get('settings', '')}] {row['bpw']:.3f} bpw: "
+        f"KLD {row['kld']:.5f} ± {row['kld_se']:.5f}, median {row['kld_median']:.4f}, "
+        f"ppl {row['ppl']:.3f} (reference {row['ppl_reference']:.3f}), top-1 {row['top1']:.2f} %"
     )
 
 
 def rtn_row(scheme: str) -> dict[str, Any]:
     reference = load_weights(model_dir())
-    return row_of(rtn(reference, scheme), reference, scheme, {"name": "RTN", "settings": "max/(2^(b-1)-1), bf16 scales"})
+    return row_of(
+        rtn(reference, scheme), reference, scheme, {"name": "RTN", "settings": "max/(2^(b-1)-1), bf16 scales"}
+    )
 
 
 def self_check() -> None:
@@ -121,7 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoded", type=Path, help="folder of safetensors with decoded float weights")
     parser.add_argument("--name", help="who made them")
-    parser.add_argument("--scheme", choices=["int3", "int4", "int8", "mixed"], help="mixed: routed experts 4, the rest 8")
+    parser.add_argument(
+        "--scheme", choices=["int3", "int4", "int8", "mixed"], help="mixed: routed experts 4, the rest 8"
+    )
     parser.add_argument("--settings", help="what was chosen, in words")
     parser.add_argument("--bpw", type=float, help="bits per weight, if not 16-bit scales for each 128 inputs")
     parser.add_argument("--seconds", type=float, help="wall seconds of the quantisation")
@@ -130,7 +145,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the row, do not store it")
     args = parser.parse_args()
     if args.self_check:
-        return self_check()
+        self_check()
+        return
     if args.rtn:
         row = rtn_row(args.rtn)
     elif args.decoded and args.name and args.scheme:

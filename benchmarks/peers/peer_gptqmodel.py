@@ -1,6 +1,6 @@
 """gptqmodel's GPTQ on tiny-deepseek-v3: model and calibration windows in, decoded float32 weights out.
 
-    .venvs/gptqmodel/bin/python benchmarks/peers/peer_gptqmodel.py --scheme int4 --out DIR [--mse 2.4] [--gptaq 0.25] ...
+    .venvs/gptqmodel/bin/python benchmarks/peers/peer_gptqmodel.py --scheme int4 --out DIR [--mse 2.4] [--gptaq 0.25]
 
 The weights are decoded from the checkpoint it writes (GPTQ v1: int32 words along the inputs, zero points stored minus
 one, float16 scales), so its float16 rounding of the scales is in.
