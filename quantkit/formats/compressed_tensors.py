@@ -122,7 +122,9 @@ class CompressedTensorsSink:
         """
         info = self._planned[name].kept_info
         assert tuple(tensor.shape[1:]) == info.shape[1:], f"{name}: rows of {list(tensor.shape[1:])}"
-        assert start_row + (len(tensor) if tensor.ndim else 1) <= (info.shape[0] if info.shape else 1), f"{name}: too many rows"
+        assert start_row + (len(tensor) if tensor.ndim else 1) <= (info.shape[0] if info.shape else 1), (
+            f"{name}: too many rows"
+        )
         cast = _cast(name, tensor, info.dtype)
         row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
         self._writer.write(name, start_row * row_bytes, _bytes(cast))
@@ -146,7 +148,9 @@ class CompressedTensorsSink:
     def _put(self, name: str, tensor: Tensor) -> None:
         info = self._writer.info(name)
         assert tuple(tensor.shape) == info.shape, f"{name}: planned {list(info.shape)}, got {list(tensor.shape)}"
-        assert str(tensor.dtype) == f"torch.{DTYPES[info.dtype][1]}", f"{name}: planned {info.dtype}, got {tensor.dtype}"
+        assert str(tensor.dtype) == f"torch.{DTYPES[info.dtype][1]}", (
+            f"{name}: planned {info.dtype}, got {tensor.dtype}"
+        )
         self._writer.write(name, 0, _bytes(tensor))
 
     def _refuse_unwritten(self) -> None:
@@ -165,7 +169,10 @@ def _check_scale(tensor: QuantizedTensor) -> None:
     import torch
 
     if not torch.isfinite(tensor.scale).all():
-        raise SchemeError(f"{tensor.name}: a scale is NaN or infinite.", hint="The weight or its Hessian holds values that are no numbers.")
+        raise SchemeError(
+            f"{tensor.name}: a scale is NaN or infinite.",
+            hint="The weight or its Hessian holds values that are no numbers.",
+        )
 
 
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
@@ -188,4 +195,4 @@ def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

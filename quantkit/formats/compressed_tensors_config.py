@@ -119,12 +119,12 @@ _FLOAT8_INPUTS: dict[str, object] = {
 
 def find_targets(planned: Sequence[PlannedTensor]) -> Targets:
     """Compact patterns if they are exact for every planned matrix and fused module, else the plain list of names."""
-    linears = {tensor.module: tensor.scheme for tensor in planned if is_module(tensor)}
-    schemes = _ordered_schemes(planned)
+    schemes, keys = numbered_schemes(tensor.scheme for tensor in planned)
+    linears = {tensor.module: key for tensor, key in zip(planned, keys, strict=True) if is_module(tensor)}
     if not schemes:
         return Targets((), (ALWAYS_IGNORED,))
     compact = _compact(linears, schemes)
-    if mistakes(compact, linears):
+    if _mistakes(compact, linears, schemes):
         return _by_name(linears, schemes)
     return compact
 
@@ -134,115 +134,141 @@ def is_module(tensor: PlannedTensor) -> bool:
     return len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight") and tensor.role != "embed"
 
 
+KEPT = -1
+
+
+def numbered_schemes(schemes: Iterable[AnyScheme | None]) -> tuple[list[AnyScheme], list[int]]:
+    """Distinct schemes in order of appearance, and for each given one its number, KEPT for None.
+
+    Comparing two schemes costs a microsecond; a plan has tens of thousands of tensors that share a handful of scheme objects.
+    """
+    distinct: list[AnyScheme] = []
+    numbers: dict[int, int] = {id(None): KEPT}
+    keys: list[int] = []
+    for scheme in schemes:
+        number = numbers.get(id(scheme))
+        if number is None:
+            assert scheme is not None
+            if scheme not in distinct:
+                distinct.append(scheme)
+            number = numbers[id(scheme)] = distinct.index(scheme)
+        keys.append(number)
+    return distinct, keys
+
+
 class Resolver:
     """Answers, as the readers do, which scheme a module has."""
 
     def __init__(self, targets: Targets) -> None:
+        self.groups = targets.groups
         self._ignore = _Patterns(targets.ignore)
-        self._groups = [(group.scheme, _Patterns(group.targets)) for group in targets.groups]
-        self._default = next((group.scheme for group in targets.groups if LINEAR in group.targets), None)
+        self._patterns = [_Patterns(group.targets) for group in targets.groups]
+        self._default = next((n for n, group in enumerate(targets.groups) if LINEAR in group.targets), KEPT)
+
+    def group(self, module: str) -> int:
+        """Number of the group of a linear, KEPT if it is not quantised. The first group that names the module wins, then the class."""
+        if self._ignore.match(module):
+            return KEPT
+        return next(iter(self.naming(module)), self._default)
 
     def scheme(self, module: str) -> AnyScheme | None:
-        """Scheme of a linear, None if it is not quantised. The first group that names the module wins, then the class."""
-        if self._ignore.match(module):
-            return None
-        return self.named(module) or self._default
+        """Scheme of a linear, None if it is not quantised."""
+        number = self.group(module)
+        return None if number == KEPT else self.groups[number].scheme
 
-    def named(self, module: str) -> AnyScheme | None:
-        """Scheme of the first group that takes the module by name or pattern."""
-        return next((scheme for scheme, patterns in self._groups if patterns.match(module)), None)
-
-    def groups_naming(self, module: str) -> int:
-        """How many groups take the module by name; more than one leaves the choice to the reader."""
-        return sum(patterns.match(module) for _, patterns in self._groups)
+    def naming(self, module: str) -> list[int]:
+        """Groups that take the module by name or pattern; more than one leaves the choice to the reader."""
+        return [number for number, patterns in enumerate(self._patterns) if patterns.match(module)]
 
 
-def mistakes(targets: Targets, linears: dict[str, AnyScheme | None]) -> list[str]:
+def mistakes(targets: Targets, planned: Sequence[PlannedTensor]) -> list[str]:
     """Modules that a reader would take for something else than planned, fused modules of vLLM included."""
+    schemes, keys = numbered_schemes(tensor.scheme for tensor in planned)
+    return _mistakes(targets, {t.module: key for t, key in zip(planned, keys, strict=True) if is_module(t)}, schemes)
+
+
+def _mistakes(targets: Targets, linears: _Linears, schemes: list[AnyScheme]) -> list[str]:
     resolver = Resolver(targets)
+    expected = {number: schemes.index(group.scheme) for number, group in enumerate(targets.groups)} | {KEPT: KEPT}
     wrong = [
         module
-        for module, scheme in linears.items()
-        if resolver.scheme(module) != scheme or (scheme is not None and resolver.groups_naming(module) > 1)
+        for module, key in linears.items()
+        if expected[resolver.group(module)] != key or (key != KEPT and len(resolver.naming(module)) > 1)
     ]
     # An ignored fused module is recognised by its parts, checked above; a quantised one must resolve under its own name.
-    wrong += [name for name, scheme in _fused_modules(linears) if scheme is not None and resolver.scheme(name) != scheme]
+    wrong += [name for name, key in _fused_modules(linears) if key != KEPT and expected[resolver.group(name)] != key]
     return wrong
 
 
-def _fused_modules(linears: dict[str, AnyScheme | None]) -> Iterable[tuple[str, AnyScheme | None]]:
+def _fused_modules(linears: _Linears) -> list[tuple[str, int]]:
     """Fused modules all of whose parts are present with one scheme. Routed experts are no modules of their own in vLLM."""
-    for fused, parts in FUSED_PARTS.items():
-        for module in linears:
-            parent, _, leaf = module.rpartition(".")
-            if leaf != parts[0] or parent.rpartition(".")[2].isdigit():
-                continue
-            schemes = {linears.get(f"{parent}.{part}", "absent") for part in parts}
-            if len(schemes) == 1:
-                yield f"{parent}.{fused}", linears[module]
-
-
-def _ordered_schemes(planned: Iterable[PlannedTensor]) -> list[AnyScheme]:
-    """Distinct schemes: those of routed experts first (the commonest first), then by number of linears; ties in planned order."""
-    linears, experts = Counter[AnyScheme](), Counter[AnyScheme]()
-    for tensor in planned:
-        if tensor.scheme is not None:
-            linears[tensor.scheme] += 1
-            experts[tensor.scheme] += _is_expert(tensor.module)
-    return sorted(linears, key=lambda scheme: (-experts[scheme], -linears[scheme]))
-
-
-def _is_expert(module: str) -> bool:
-    return any(part == "experts" for part in module.split("."))
+    fused_of = {parts[0]: (fused, parts) for fused, parts in FUSED_PARTS.items()}
+    found: list[tuple[str, int]] = []
+    for module, key in linears.items():
+        parent, _, leaf = module.rpartition(".")
+        if leaf in fused_of and not parent.rpartition(".")[2].isdigit():
+            fused, parts = fused_of[leaf]
+            if all(linears.get(f"{parent}.{part}") == key for part in parts):
+                found.append((f"{parent}.{fused}", key))
+    return found
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------------------------
 
-_Key = AnyScheme | None
+_Linears = dict[str, int]
+"""Module -> number of its scheme, or KEPT."""
 _Place = tuple[str, int]
 """(module name with * for numbers, number of the layer)"""
 
 
-def _compact(linears: dict[str, _Key], schemes: list[AnyScheme]) -> Targets:
+def _compact(linears: _Linears, schemes: list[AnyScheme]) -> Targets:
     """Patterns by parent module and leaf names; layer numbers appear only where layers of one kind differ."""
-    kept_layers = _kept_layers(linears)
-    places: dict[_Place, set[_Key]] = {}
-    named: dict[_Key, list[str]] = {}
-    for module, key in linears.items():
-        place = _place(module)
-        if place is None:
+    found = [(module, key, _place(module)) for module, key in linears.items()]
+    kept_layers = _kept_layers((key, place) for _, key, place in found if place)
+    keys_of: dict[_Place, set[int]] = {}
+    for _, key, place in found:
+        if place and (_list_of_layers(place), place[1]) not in kept_layers:
+            keys_of.setdefault(place, set()).add(key)
+    mixed = {place for place, keys in keys_of.items() if len(keys) > 1}
+    named: dict[int, list[str]] = {}
+    for module, key, place in found:
+        if place is None or place in mixed:
             named.setdefault(key, []).append(module)
-        elif (_list_of_layers(place), place[1]) not in kept_layers:
-            places.setdefault(place, set()).add(key)
-    mixed = {place for place, keys in places.items() if len(keys) > 1}
-    for module, key in linears.items():
-        if _place(module) in mixed:
-            named.setdefault(key, []).append(module)
-    uniform = {place: next(iter(keys)) for place, keys in places.items() if place not in mixed}
+    uniform = {place: next(iter(keys)) for place, keys in keys_of.items() if place not in mixed}
 
-    ignore = _layer_patterns(kept_layers) + _patterns(None, uniform, mixed) + named.get(None, [])
+    ignore = _layer_patterns(kept_layers) + _patterns(KEPT, uniform, mixed) + named.get(KEPT, [])
     ignored = tuple(dict.fromkeys([ALWAYS_IGNORED, *ignore]))
     if len(schemes) == 1:
         return Targets((ConfigGroup(schemes[0], (LINEAR,)),), ignored)
-    by_class = next((s for s in schemes if not any(_is_expert(m) for m, key in linears.items() if key == s)), None)
+    order, with_experts = _group_order(linears)
+    by_class = next((key for key in order if key not in with_experts), KEPT)
     groups = [
         ConfigGroup(
-            scheme,
-            (LINEAR,) if scheme == by_class else (*_patterns(scheme, uniform, mixed), *named.get(scheme, [])),
+            schemes[key],
+            (LINEAR,) if key == by_class else (*_patterns(key, uniform, mixed), *named.get(key, [])),
         )
-        for scheme in schemes
+        for key in order
     ]
     return Targets(tuple(groups), ignored)
 
 
-def _kept_layers(linears: dict[str, _Key]) -> set[tuple[str, int]]:
+def _group_order(linears: _Linears) -> tuple[list[int], set[int]]:
+    """Schemes of routed experts first (the commonest first), then by number of linears; and which of them experts have."""
+    counts, experts = Counter[int](), Counter[int]()
+    for module, key in linears.items():
+        if key != KEPT:
+            counts[key] += 1
+            experts[key] += ".experts." in module
+    order = sorted(counts, key=lambda key: (-experts[key], -counts[key], key))
+    return order, {key for key, n_experts in experts.items() if n_experts}
+
+
+def _kept_layers(found: Iterable[tuple[int, _Place]]) -> set[tuple[str, int]]:
     """(list of layers, number) of layers without any quantised matrix: an MTP layer that is kept."""
     quantised: dict[tuple[str, int], bool] = {}
-    for module, key in linears.items():
-        place = _place(module)
-        if place is not None:
-            layer = _list_of_layers(place), place[1]
-            quantised[layer] = quantised.get(layer, False) or key is not None
+    for key, place in found:
+        layer = _list_of_layers(place), place[1]
+        quantised[layer] = quantised.get(layer, False) or key != KEPT
     return {layer for layer, some in quantised.items() if not some}
 
 
@@ -254,6 +280,9 @@ def _layer_patterns(layers: set[tuple[str, int]]) -> list[str]:
     return [f"re:.*\\.{re.escape(name)}\\.{_alternatives(numbers)}\\..*" for name, numbers in by_list.items()]
 
 
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+
+
 def _list_of_layers(place: _Place) -> str:
     """model.layers.*.mlp.gate -> model.layers"""
     return place[0].partition(".*")[0]
@@ -261,28 +290,26 @@ def _list_of_layers(place: _Place) -> str:
 
 def _place(module: str) -> _Place | None:
     """model.layers.7.mlp.experts.12.up_proj -> ("model.layers.*.mlp.experts.*.up_proj", 7); None for a module outside the layers."""
-    parts = module.split(".")
-    numbers = [part for part in parts if part.isdigit()]
-    if not numbers or len(parts) < 3:
-        return None
-    return ".".join("*" if part.isdigit() else part for part in parts), int(numbers[0])
+    first = _NUMBER.search(module)
+    return (_NUMBER.sub(".*", module), int(first[1])) if first else None
 
 
-def _patterns(key: _Key, uniform: dict[_Place, _Key], mixed: set[_Place]) -> list[str]:
+def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place]) -> list[str]:
     """One pattern for the leaves of one parent that have ``key`` in the same layers."""
     layers_of: dict[str, set[int]] = {}
+    all_layers: dict[str, set[int]] = {}
     for (template, layer), found in uniform.items():
+        all_layers.setdefault(template, set()).add(layer)
         if found == key:
             layers_of.setdefault(template, set()).add(layer)
-    all_layers: dict[str, set[int]] = {}
-    for template, layer in [*uniform, *mixed]:
+    for template, layer in mixed:
         all_layers.setdefault(template, set()).add(layer)
     leaves: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for template, layers in layers_of.items():
         parent, _, leaf = template.rpartition(".")
         where = () if layers == all_layers[template] else tuple(sorted(layers))
         leaves.setdefault((parent, where), []).append(leaf)
-    return [_pattern(parent, layers, names, ignored=key is None) for (parent, layers), names in leaves.items()]
+    return [_pattern(parent, layers, names, ignored=key == KEPT) for (parent, layers), names in leaves.items()]
 
 
 def _pattern(parent: str, layers: tuple[int, ...], leaves: list[str], *, ignored: bool) -> str:
@@ -312,17 +339,13 @@ def _alternatives(options: list[str]) -> str:
     return options[0] if len(options) == 1 else f"({'|'.join(options)})"
 
 
-def _by_name(linears: dict[str, _Key], schemes: list[AnyScheme]) -> Targets:
+def _by_name(linears: _Linears, schemes: list[AnyScheme]) -> Targets:
     """Every module by its name, fused ones included. Long, but right for any plan."""
-    fused = list(_fused_modules(linears))
-    groups = [
-        ConfigGroup(
-            scheme, (*(m for m, key in linears.items() if key == scheme), *(m for m, key in fused if key == scheme))
-        )
-        for scheme in schemes
-    ]
-    ignored = dict.fromkeys([ALWAYS_IGNORED, *(module for module, key in linears.items() if key is None)])
-    return Targets(tuple(groups), tuple(ignored))
+    names: dict[int, list[str]] = {}
+    for module, key in [*linears.items(), *_fused_modules(linears)]:
+        names.setdefault(key, []).append(module)
+    groups = tuple(ConfigGroup(schemes[key], tuple(names[key])) for key in _group_order(linears)[0])
+    return Targets(groups, tuple(dict.fromkeys([ALWAYS_IGNORED, *names.get(KEPT, [])])))
 
 
 class _Patterns:

@@ -7,8 +7,10 @@ Each line names the module, what is planned and what is needed. Observed in vLLM
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from quantkit.formats.compressed_tensors_config import FUSED_PARTS, AnyScheme, is_module
+from quantkit.formats.bitpack import WORD_BITS
+from quantkit.formats.compressed_tensors_config import FUSED_PARTS, KEPT, AnyScheme, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme
 
@@ -18,20 +20,35 @@ WIDE_TENSOR_PARALLEL = 8
 _PLAIN_IN_VLLM = ("mlp.gate", "eh_proj", "embed_tokens", "lm_head", "shared_head.head")
 """Modules that vLLM builds without a quantisation config: they need a plain ``weight``."""
 
-Linears = dict[str, PlannedTensor]
+Linears = dict[str, tuple[PlannedTensor, int]]
+"""Module -> the planned tensor and a number that stands for its scheme."""
 
 
 def problems(planned: Sequence[PlannedTensor]) -> list[str]:
     """One line for each fault that makes the checkpoint unloadable or wrong; [] if there is none."""
-    linears = {tensor.module: tensor for tensor in planned if is_module(tensor) or tensor.scheme is not None}
-    return [*_plain_modules(linears), *_split_fused(linears), *_mixed_experts(linears), *_packed_zero_points(linears)]
+    _, keys = numbered_schemes(tensor.scheme for tensor in planned)
+    experts, others = Linears(), Linears()
+    for tensor, key in zip(planned, keys, strict=True):
+        if key != KEPT or is_module(tensor):
+            (experts if ".experts." in tensor.name else others)[tensor.module] = tensor, key
+    return [
+        *_plain_modules(others),
+        *_split_fused(others),
+        *_mixed_experts(experts),
+        *_packed_zero_points({**others, **experts}),
+    ]
 
 
 def notes(planned: Sequence[PlannedTensor]) -> list[str]:
     """One line for each runtime that will not take this checkpoint, or takes it only in part."""
-    linears = {tensor.module: tensor for tensor in planned if is_module(tensor) and tensor.scheme is not None}
-    kept = [tensor for tensor in planned if is_module(tensor) and tensor.scheme is None]
-    return [line for check in _NOTES for line in check(list(linears.values()), kept)]
+    schemes, keys = numbered_schemes(tensor.scheme for tensor in planned)
+    by_scheme: dict[int, list[PlannedTensor]] = {}
+    for tensor, key in zip(planned, keys, strict=True):
+        if is_module(tensor):
+            by_scheme.setdefault(key, []).append(tensor)
+    kept = by_scheme.pop(KEPT, [])
+    uses = [Use(schemes[key], tensors, list(filter(_is_expert, tensors))) for key, tensors in by_scheme.items()]
+    return [line for check in _NOTES for line in check(uses, kept)]
 
 
 def describe(scheme: AnyScheme | None) -> str:
@@ -50,8 +67,8 @@ def describe(scheme: AnyScheme | None) -> str:
 
 
 def _plain_modules(linears: Linears) -> Iterator[str]:
-    for module, tensor in linears.items():
-        if tensor.scheme is not None and any(module == plain or module.endswith(f".{plain}") for plain in _PLAIN_IN_VLLM):
+    for module, (tensor, key) in linears.items():
+        if key != KEPT and any(module == plain or module.endswith(f".{plain}") for plain in _PLAIN_IN_VLLM):
             yield f"{module}: planned as {describe(tensor.scheme)}, but vLLM reads it only unquantised; keep it."
 
 
@@ -60,40 +77,33 @@ def _split_fused(linears: Linears) -> Iterator[str]:
     for fused, parts in FUSED_PARTS.items():
         for module in linears:
             parent, _, leaf = module.rpartition(".")
-            members = [linears[f"{parent}.{part}"] for part in parts if f"{parent}.{part}" in linears]
-            if leaf != parts[0] or _experts_of(module) or len(members) < len(parts):
+            if leaf != parts[0]:
                 continue
-            if len({member.scheme for member in members}) > 1:
-                found = ", ".join(f"{part} {describe(m.scheme)}" for part, m in zip(parts, members, strict=True))
+            members = {part: linears[f"{parent}.{part}"] for part in parts if f"{parent}.{part}" in linears}
+            if len({key for _, key in members.values()}) > 1:
+                found = ", ".join(f"{part} {describe(tensor.scheme)}" for part, (tensor, _) in members.items())
                 yield f"{parent}: {found}; vLLM joins them into {fused}, so they need one scheme or must all be kept."
 
 
-def _mixed_experts(linears: Linears) -> Iterator[str]:
+def _mixed_experts(experts: Linears) -> Iterator[str]:
     """All experts of a layer are two tensors in vLLM; it looks only at expert 0 and would read the others wrongly."""
-    schemes: dict[str, dict[AnyScheme | None, str]] = {}
-    for module, tensor in linears.items():
-        if experts := _experts_of(module):
-            schemes.setdefault(experts, {}).setdefault(tensor.scheme, module)
-    for experts, found in schemes.items():
-        if len(found) > 1:
-            listed = ", ".join(f"{module.removeprefix(experts + '.')} {describe(s)}" for s, module in found.items())
-            yield f"{experts}: {listed}; all projections of all experts of a layer need one scheme."
+    first_of: dict[str, dict[int, PlannedTensor]] = {}
+    for module, (tensor, key) in experts.items():
+        first_of.setdefault(module.partition(".experts.")[0], {}).setdefault(key, tensor)
+    for parent, first in first_of.items():
+        if len(first) > 1:
+            listed = ", ".join(f"{t.module.removeprefix(parent + '.')} {describe(t.scheme)}" for t in first.values())
+            yield f"{parent}: {listed}; all projections of all experts of a layer need one scheme."
 
 
 def _packed_zero_points(linears: Linears) -> Iterator[str]:
-    for module, tensor in linears.items():
+    for module, (tensor, _) in linears.items():
         scheme = tensor.scheme
-        if isinstance(scheme, IntScheme) and not scheme.symmetric and tensor.info.shape[0] * scheme.bits % 32:
+        if isinstance(scheme, IntScheme) and not scheme.symmetric and tensor.info.shape[0] * scheme.bits % WORD_BITS:
             yield (
                 f"{module}: {tensor.info.shape[0]} zero points of {scheme.bits} bits do not fill whole 32-bit words, "
                 "which vLLM needs; take symmetric: true or keep it."
             )
-
-
-def _experts_of(module: str) -> str:
-    """model.layers.3.mlp.experts.7.up_proj -> model.layers.3.mlp.experts, "" for other modules."""
-    head, _, rest = module.partition(".experts.")
-    return f"{head}.experts" if rest else ""
 
 
 # --- notes --------------------------------------------------------------------------------------------------------------------------
@@ -101,90 +111,90 @@ def _experts_of(module: str) -> str:
 Tensors = list[PlannedTensor]
 
 
-def _note_bits(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    yield from _count(
-        linears,
-        lambda scheme: scheme.bits not in MARLIN_BITS,
-        "vLLM's Marlin kernels take 4 and 8 bits; other widths load in transformers (dequantised), in vLLM at best by other kernels.",
-    )
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A scheme and the linears that have it; ``experts`` are those of them that are routed experts."""
+
+    scheme: AnyScheme
+    tensors: Tensors
+    experts: Tensors
 
 
-def _note_group_size(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    yield from _count(
-        linears,
-        lambda scheme: scheme.group_size not in MARLIN_GROUP_SIZES,
-        "vLLM's Marlin kernels take group_size 32, 64, 128 or one scale a row.",
-    )
+def _note_bits(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    text = "vLLM's Marlin kernels take 4 and 8 bits; transformers loads other widths (dequantised), vLLM at best by other kernels."
+    for use in uses:
+        if isinstance(use.scheme, IntScheme) and use.scheme.bits not in MARLIN_BITS:
+            yield _line(use.tensors, text)
 
 
-def _note_asymmetric(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    yield from _count(
-        linears, lambda scheme: not scheme.symmetric, "transformers 5.23 cannot load zero points; vLLM can."
-    )
+def _note_group_size(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    for use in uses:
+        if isinstance(use.scheme, IntScheme) and use.scheme.group_size not in MARLIN_GROUP_SIZES:
+            yield _line(use.tensors, "vLLM's Marlin kernels take group_size 32, 64, 128 or null (one scale a row).")
 
 
-def _note_scale_dtype(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    yield from _count(
-        linears,
-        lambda scheme: scheme.scale_dtype == "float32",
-        "vLLM rounds scales to the model's dtype when it loads; codes were chosen for float32 scales.",
-    )
+def _note_asymmetric(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    for use in uses:
+        if isinstance(use.scheme, IntScheme) and not use.scheme.symmetric:
+            yield _line(use.tensors, "transformers 5.23 cannot load zero points; vLLM can.")
 
 
-def _note_int8_experts(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    yield from _count(
-        [tensor for tensor in linears if _experts_of(tensor.module)],
-        lambda scheme: scheme.bits == 8 and scheme.group_size is not None,
-        "vLLM 0.24 takes 8-bit routed experts only with group_size null (0.33 takes groups too).",
-    )
+def _note_scale_dtype(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    text = "vLLM rounds scales to the model's dtype when it loads, but codes were chosen for float32 scales."
+    for use in uses:
+        if isinstance(use.scheme, IntScheme) and use.scheme.scale_dtype == "float32":
+            yield _line(use.tensors, text)
 
 
-def _note_expert_width(linears: Tensors, kept: Tensors) -> Iterator[str]:
+def _note_int8_experts(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    text = "vLLM 0.24 takes 8-bit routed experts only with group_size null (0.33 takes groups too)."
+    for use in uses:
+        if use.experts and isinstance(use.scheme, IntScheme) and use.scheme.bits == 8 and use.scheme.group_size:
+            yield _line(use.experts, text)
+
+
+def _note_expert_width(uses: list[Use], kept: Tensors) -> Iterator[str]:
     """Tensor parallelism cuts the input of down_proj; a group must not be cut."""
-    for tensor in linears:
-        scheme = tensor.scheme
-        if not _experts_of(tensor.module) or not tensor.module.endswith(".down_proj") or not isinstance(scheme, IntScheme):
+    for use in uses:
+        down = next((tensor for tensor in use.experts if tensor.module.endswith(".down_proj")), None)
+        if down is None or not isinstance(use.scheme, IntScheme) or use.scheme.group_size is None:
             continue
-        ways = scheme.n_groups(tensor.info.shape[1])
-        if scheme.group_size is not None and ways < WIDE_TENSOR_PARALLEL:
+        in_features = down.info.shape[1]
+        ways = use.scheme.n_groups(in_features)
+        if ways < WIDE_TENSOR_PARALLEL:
             yield (
-                f"{tensor.module}: {tensor.info.shape[1]} inputs are {ways} groups of {scheme.group_size}, so vLLM can split "
-                f"experts over at most {ways} GPUs by tensor parallelism; expert and pipeline parallelism are not limited."
+                f"{down.module}: {in_features} inputs are {ways} groups of {use.scheme.group_size}, so vLLM can split experts over "
+                f"at most {ways} GPUs by tensor parallelism; expert and pipeline parallelism are not limited."
             )
-        return
 
 
-def _note_float8(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    float8 = [tensor for tensor in linears if isinstance(tensor.scheme, Float8Scheme)]
-    if not float8:
-        return
-    yield (
-        f"{float8[0].module} and {len(float8) - 1:,} more: fp8 block; vLLM rounds their inputs to FP8 too (as DeepSeek serves them), "
-        "on GPUs without FP8 it computes in 16 bits."
-    )
-    if any(_experts_of(tensor.module) for tensor in float8):
-        yield "fp8 block routed experts: transformers 5.23 cannot load them; vLLM can."
+def _note_float8(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    text = "vLLM rounds their inputs to FP8 too (as DeepSeek serves them); GPUs without FP8 compute in 16 bits."
+    for use in uses:
+        if isinstance(use.scheme, Float8Scheme):
+            yield _line(use.tensors, text)
+            if use.experts:
+                yield _line(use.experts, "transformers 5.23 cannot load FP8 block routed experts; vLLM can.")
 
 
-def _note_kept_experts(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    experts = [tensor for tensor in kept if _experts_of(tensor.module)]
-    layers = {tensor.layer for tensor in linears}
-    served = [tensor for tensor in experts if tensor.layer is None or tensor.layer in layers]
-    if linears and served:
-        yield (
-            f"{served[0].module} and {len(served) - 1:,} more: unquantised routed experts beside quantised linears; "
-            "transformers 5.23 drops them while loading; vLLM loads them."
+def _note_kept_experts(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    """Experts of a layer that is kept as a whole (MTP) are no matter: transformers does not load it."""
+    layers = {tensor.layer for use in uses for tensor in use.tensors}
+    experts = [tensor for tensor in kept if _is_expert(tensor) and tensor.layer in layers]
+    if experts:
+        yield _line(
+            experts, "transformers 5.23 loses unquantised routed experts beside quantised linears; vLLM loads them."
         )
 
 
-def _note_expert_schemes(linears: Tensors, kept: Tensors) -> Iterator[str]:
-    schemes = {tensor.scheme: None for tensor in linears if _experts_of(tensor.module)}
-    if len(schemes) > 1:
-        listed = ", ".join(describe(scheme) for scheme in schemes)
-        yield f"routed experts: {listed} in different layers; transformers 5.23 reads all of them as one; vLLM loads them."
+def _note_expert_schemes(uses: list[Use], kept: Tensors) -> Iterator[str]:
+    found = [use for use in uses if use.experts]
+    if len(found) > 1:
+        listed = ", ".join(describe(use.scheme) for use in found)
+        yield f"routed experts: {listed} in different layers; transformers 5.23 reads all of them as one scheme; vLLM loads them."
 
 
-_NOTES: tuple[Callable[[Tensors, Tensors], Iterator[str]], ...] = (
+_NOTES: tuple[Callable[[list[Use], Tensors], Iterator[str]], ...] = (
     _note_bits,
     _note_group_size,
     _note_asymmetric,
@@ -197,12 +207,10 @@ _NOTES: tuple[Callable[[Tensors, Tensors], Iterator[str]], ...] = (
 )
 
 
-def _count(linears: Tensors, applies: Callable[[IntScheme], bool], text: str) -> Iterator[str]:
-    """One line for each scheme it applies to, naming the first module and how many more."""
-    found: dict[IntScheme, list[str]] = {}
-    for tensor in linears:
-        if isinstance(tensor.scheme, IntScheme) and applies(tensor.scheme):
-            found.setdefault(tensor.scheme, []).append(tensor.module)
-    for scheme, modules in found.items():
-        more = f" and {len(modules) - 1:,} more" if len(modules) > 1 else ""
-        yield f"{modules[0]}{more}: {describe(scheme)}; {text}"
+def _is_expert(tensor: PlannedTensor) -> bool:
+    return ".experts." in tensor.name
+
+
+def _line(tensors: Tensors, text: str) -> str:
+    more = f" and {len(tensors) - 1:,} more" if len(tensors) > 1 else ""
+    return f"{tensors[0].module}{more} ({describe(tensors[0].scheme)}): {text}"

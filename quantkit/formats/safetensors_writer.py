@@ -14,7 +14,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,8 +173,7 @@ class ShardWriter:
         write_durably(self.directory / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
         files = [*(shard.file for shard in self._layout.shards), INDEX_NAME]
         with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
-            digests = pool.map(lambda file: sha256_of(self.directory / file), files)
-            return dict(zip(files, digests, strict=True))
+            return dict(zip(files, pool.map(sha256_of, [self.directory / file for file in files]), strict=True))
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
@@ -295,7 +294,7 @@ def _disk_full(directory: Path, needed: int, free: int) -> OutputError:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Generator[None, None, None]:
     """Turn what the operating system says about a file into one line."""
     try:
         yield
