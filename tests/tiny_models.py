@@ -1,7 +1,8 @@
 """Random models of the real architectures, small enough for a unit test, with the official names and config.json.
 
-``tiny_config(**changes)`` -> raw config dict, ``random_weights(config, seed)`` -> state dict, ``write_checkpoint(path, config, seed)`` ->
-a directory as the official release has it (shards, index, config.json), in BF16 or in FP8 blocks.
+``tiny_config(**changes)`` -> raw config dict, ``random_weights(config, seed)`` -> state dict,
+``write_checkpoint(path, config, seed)`` -> a directory as the official release has it (shards, index, config.json), in
+BF16 or in FP8 blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ YARN: dict[str, Any] = {
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """DeepSeek V3 with every feature, about 2 million weights; every input dimension is a multiple of 128. ``changes`` override keys."""
+    """DeepSeek V3 with every feature in 2.7 million weights, inputs multiples of 128. ``changes`` override keys."""
     config: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -81,7 +82,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 def random_weights(
     config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of the family's table in table order, in ``dtype`` (F32 where the release has F32). Router biases are not zero."""
+    """Every tensor of the family's table, in ``dtype`` (F32 where the release has F32). Router biases are not zero."""
     generator = torch.Generator().manual_seed(seed)
     return {
         spec.name: _random_tensor(spec, generator).to(torch.float32 if spec.float32 else dtype)
@@ -99,8 +100,9 @@ def write_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """Write ``config`` with random weights as a checkpoint directory; returns what it stores, decoded, by name.
 
-    fp8: linears are F8_E4M3 with F32 ``weight_scale_inv`` per 128x128 tile (edge tiles partial), some scales in another shard than their
-    weight; the returned tensors are then the BF16 rounding of value times scale. Other tensors stay in ``dtype``.
+    fp8: linears are F8_E4M3 with F32 ``weight_scale_inv`` per 128x128 tile (edge tiles partial), some scales in another
+    shard than their weight; the returned tensors are then the BF16 rounding of value times scale. Other tensors stay in
+    ``dtype``.
     """
     weights = random_weights(config, seed, dtype)
     stored = dict(weights)

@@ -15,7 +15,7 @@ ARCHS: dict[str, ArchFactory] = {
 
 
 def arch_of(config: Mapping[str, object]) -> ModelArch:
-    """The family of a raw config.json, bound to it. `ConfigError` for an unknown architecture or a config that contradicts itself."""
+    """The family of a raw config.json, bound to it. `ConfigError`: unknown architecture, or values that contradict."""
     named = config.get("architectures")
     names = cast("list[object]", named) if isinstance(named, list) else [named]
     for name in names:

@@ -1,7 +1,8 @@
 """The family ``deepseek_v3``: DeepSeek V3, V3.1 and R1 (arXiv 2412.19437), and models of the same architecture.
 
-In: config.json in the official form. Out: the table of tensors, and for each decoder layer its sublayers. This file holds names and
-checks only; the arithmetic is in `mla`, `moe` and `ops`, which are imported when the first layer is asked for, so that planning needs no torch.
+In: config.json in the official form. Out: the table of tensors, and for each decoder layer its sublayers. This file
+holds names and checks only; the arithmetic is in `mla`, `moe` and `ops`, which are imported when the first layer is
+asked for, so that planning needs no torch.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
     from quantkit.arch.base import Weights
 
 Size = Annotated[int, Field(gt=0, le=2**24)]
-"""A dimension. The upper bound keeps a damaged config.json from describing a table of tensors that no machine can list."""
+"""A dimension. The bound keeps a damaged config.json from describing a table of tensors that no machine can list."""
 Count = Annotated[int, Field(gt=0, le=2**16)]
 
 LATENT_NORM_EPS = 1e-6
-"""q_a_layernorm and kv_a_layernorm keep this value whatever ``rms_norm_eps`` says (as the official and the transformers code do)."""
+"""Of q_a_layernorm and kv_a_layernorm whatever ``rms_norm_eps`` says, in the official code and in transformers."""
 
 
 class DeepseekV3Config(BaseModel):
-    """The entries of config.json that decide about tensors and arithmetic. Names and meanings are the official ones; others are ignored."""
+    """What config.json says about tensors and arithmetic, by the official names. Other entries are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -99,7 +100,8 @@ class DeepseekV3Config(BaseModel):
             )
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise _contradiction(
-                f"first_k_dense_replace {self.first_k_dense_replace} is more than num_hidden_layers {self.num_hidden_layers}"
+                f"first_k_dense_replace {self.first_k_dense_replace} is more than "
+                f"num_hidden_layers {self.num_hidden_layers}"
             )
         if self.qk_rope_head_dim % 2:
             raise _contradiction(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd, rotation needs pairs")
@@ -191,9 +193,10 @@ class DeepseekV3:
         return ops.rms_norm(x, weights(self.final_norm), self.config.rms_norm_eps)
 
     def mtp_inputs(self, weights: Weights, layer: int, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """What enters the decoder layer inside MTP layer ``layer``: eh_proj(enorm(embedding) | hnorm(hidden)), section 2.2 of the paper.
+        """What enters the decoder layer inside an MTP layer: eh_proj(enorm(embedding) | hnorm(hidden)), section 2.2.
 
-        hidden (rows, tokens, hidden) float32: output of `final_hidden` at position i. embeddings, same shape: of token i + 1.
+        hidden (rows, tokens, hidden) float32: what `final_hidden` gives at position i. embeddings, same shape: of the
+        token at i + 1.
         """
         import torch
         from torch.nn.functional import linear
@@ -206,7 +209,7 @@ class DeepseekV3:
         return linear(torch.cat((embedded, previous), dim=-1), weights(f"{prefix}eh_proj.weight"))
 
     def mtp_hidden(self, weights: Weights, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """x after the decoder layer inside MTP layer ``layer`` -> input of its shared_head.head, same shape, float32."""
+        """x after the decoder layer inside an MTP layer -> input of its shared_head.head, same shape, float32."""
         from quantkit.arch import ops
 
         return ops.rms_norm(x, weights(f"{_prefix(layer)}shared_head.norm.weight"), self.config.rms_norm_eps)
@@ -305,7 +308,7 @@ def _config_error(error: ValidationError) -> ConfigError:
     hint = ""
     if keys & {"scoring_func", "topk_method"}:
         hint = (
-            'deepseek_v3 routes with scoring_func "sigmoid" and topk_method "noaux_tc". transformers 5 drops both keys when it '
-            "saves a config.json: take the official file, or add them by hand."
+            'deepseek_v3 routes with scoring_func "sigmoid" and topk_method "noaux_tc". transformers 5 drops both keys '
+            "when it saves a config.json: take the official file, or add them by hand."
         )
     return ConfigError(f"config.json: {'; '.join(faults)}.", hint=hint)

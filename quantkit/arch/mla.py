@@ -1,7 +1,8 @@
-"""Multi-head latent attention (arXiv 2405.04434, section 2.1) as a `DenseBlock`: the full causal pass over rows from position 0.
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) as a `DenseBlock`: the full causal pass over rows.
 
-In: the residual stream x (rows, tokens, hidden). Out, per stage: the normed stream (for q_a and kv_a), the two normed latents (for q_b and
-kv_b), the attention context (for o_proj). Queries, keys and values of all heads never exist at once: rows and heads go in chunks.
+In: the residual stream x (rows, tokens, hidden). Out, per stage: the normed stream (for q_a and kv_a), the two normed
+latents (for q_b and kv_b), the attention context (for o_proj). Queries, keys and values of all heads never exist at
+once: rows and heads go in chunks.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from quantkit.arch.rope import Rope
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
 
-CHUNK_ELEMENTS = 2**22
-"""Elements of the queries of one chunk (16 MiB): DeepSeek V3 at 2048 tokens then goes 10 heads at a time."""
+CHUNK_ELEMENTS = 2**21
+"""Elements of the queries of one chunk (8 MiB): DeepSeek V3 at 2048 tokens then goes 5 heads at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class MlaShape:
-    """``q_lora``: queries come through a latent (q_a, q_b), else from one q_proj. A head's query is ``nope_dim`` then ``rope.dim`` wide."""
+    """``q_lora``: queries come through a latent (q_a, q_b), else from one q_proj.
+
+    A head's query and key are ``nope_dim`` dimensions without position, then ``rope.dim`` rotated ones.
+    """
 
     n_heads: int
     q_lora: bool
@@ -97,7 +101,7 @@ def _query_latent(names: _Names, shape: MlaShape, weights: Weights, h: Tensor) -
 
 
 def _key_value_latent(names: _Names, shape: MlaShape, weights: Weights, h: Tensor) -> tuple[Tensor, Tensor]:
-    """h (n, hidden) -> normed latent (n, kv_lora_rank), and the unrotated positional key (n, rope.dim) that all heads share."""
+    """h (n, hidden) -> normed latent (n, kv_lora_rank), and the key part to be rotated (n, rope.dim), for all heads."""
     kv, k_rope = linear(h, weights(names.kv_a)).split((shape.kv_lora_rank, shape.rope.dim), dim=-1)
     return rms_norm(kv, weights(names.kv_norm), shape.latent_eps), k_rope
 
@@ -138,7 +142,10 @@ def _queries(shape: MlaShape, latent: Tensor, weight: Tensor, rotation: tuple[Te
 
 
 def _keys_and_values(shape: MlaShape, latent: Tensor, k_rope: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """latent (r, t, n), rotated k_rope (r, t, rope.dim), weight (heads, nope + v, n) -> (r, t, heads, qk_dim) and (r, t, heads, v_dim)."""
+    """latent (r, t, n), rotated k_rope (r, t, rope.dim), weight (heads, nope + v, n) -> keys and values.
+
+    Keys (r, t, heads, qk_dim), values (r, t, heads, v_dim).
+    """
     both = linear(latent, weight.flatten(0, 1)).unflatten(-1, (-1, shape.nope_dim + shape.v_dim))
     keys = both.new_empty(*both.shape[:-1], shape.qk_dim)
     keys[..., : shape.nope_dim] = both[..., : shape.nope_dim]

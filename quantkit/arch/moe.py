@@ -29,7 +29,8 @@ class Norm:
 class GroupedSigmoidRouter:
     """``topk_method`` noaux_tc: experts are chosen by biased scores within the best groups, weighted by unbiased ones.
 
-    ``weight`` (experts, hidden) and ``bias`` (experts,) are tensor names; the experts form ``n_groups`` equal runs, of which ``top_groups`` stay.
+    ``weight`` (experts, hidden) and ``bias`` (experts,) are tensor names; the experts form ``n_groups`` equal runs, of
+    which ``top_groups`` stay.
     """
 
     weight: str
@@ -41,7 +42,7 @@ class GroupedSigmoidRouter:
     scale: float
 
     def route(self, weights: Weights, h: Tensor) -> Routing:
-        """h (tokens, hidden) float32 -> `Routing`, all in float32. Ties fall as in transformers, which makes the same `topk` calls."""
+        """h (tokens, hidden) float32 -> `Routing`, all in float32. Ties fall as in transformers (same `topk` calls)."""
         affinity = linear(h, weights(self.weight)).sigmoid_()
         scores = affinity + weights(self.bias)
         candidates = scores if self.top_groups == self.n_groups else self._within_best_groups(scores)
@@ -52,7 +53,7 @@ class GroupedSigmoidRouter:
         return Routing(indices=indices, weights=chosen.mul_(self.scale), scores=scores)
 
     def _within_best_groups(self, scores: Tensor) -> Tensor:
-        """scores (tokens, experts) with -inf for experts outside the ``top_groups`` groups with the largest sum of two best scores."""
+        """scores (tokens, experts) with -inf outside the ``top_groups`` groups whose two best scores sum highest."""
         grouped = scores.unflatten(-1, (self.n_groups, -1))
         ranks = grouped.topk(2, dim=-1).values.sum(dim=-1)
         best = ranks.topk(self.top_groups, dim=-1, sorted=False).indices

@@ -1,4 +1,4 @@
-"""The small operations that families share. Everything is float32, on the device of its input; nothing is written to an argument."""
+"""The small operations that families share, in float32 on the device of the input; arguments are never written to."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rope_rotation(rope: Rope, n_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (n_tokens, dim / 2) float32, of positions 0, 1...; yarn's attention factor is multiplied in.
+    """Cosine and sine, each (n_tokens, dim / 2) float32, of positions 0, 1...; times yarn's attention factor.
 
-    Rounds where transformers rounds (frequencies and angles in float32), since at position 2000 an angle's last bit is visible in logits.
+    Rounds where transformers rounds (frequencies and angles in float32), since at position 2000 an angle's last bit is
+    visible in logits.
     """
     steps = torch.arange(0, rope.dim, 2, device=device).float() / rope.dim
     periods = rope.theta**steps
@@ -43,7 +44,7 @@ def rope_rotation(rope: Rope, n_tokens: int, device: torch.device) -> tuple[Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (..., dim) with cos, sin broadcastable to (..., dim / 2) -> rotated pairs, first halves then second halves.
 
-    The order of the output differs from the interleaved input; scores don't change as long as queries and keys share it.
+    The order of the output differs from the interleaved input; scores don't change when queries and keys share it.
     """
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]

@@ -1,7 +1,7 @@
 """Rotary position embedding as a config states it: plain numbers, no torch. `ops.rope_rotation` turns them into angles.
 
-Yarn (arXiv 2309.00071) stretches the slow frequencies by ``factor`` and leaves the fast ones; DeepSeek adds ``mscale`` and
-``mscale_all_dim``, which scale the rotated parts and the softmax.
+Yarn (arXiv 2309.00071) stretches the slow frequencies by ``factor`` and leaves the fast ones; DeepSeek adds ``mscale``
+and ``mscale_all_dim``, which scale the rotated parts and the softmax.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Yarn(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """``dim`` rotated dimensions of each head, base ``theta``; ``interleaved``: pairs are (0, 1), (2, 3)... instead of (i, i + dim/2)."""
+    """Rotates ``dim`` dimensions of a head, base ``theta``; pairs are (0, 1), (2, 3)... or (i, i + dim/2)."""
 
     dim: int
     theta: float
@@ -75,7 +75,7 @@ class Rope:
 
 
 def rope_entries(config: Mapping[str, object]) -> dict[str, object]:
-    """``rope_theta`` and ``rope_scaling`` in the official spelling; transformers 5 writes both into ``rope_parameters``.
+    """``rope_theta`` and ``rope_scaling`` as the official release spells them; transformers 5 has ``rope_parameters``.
 
     The entries are not checked here. A scaling of type "default" is none at all.
     """

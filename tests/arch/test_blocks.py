@@ -1,4 +1,4 @@
-"""What blocks promise to calibration: stages that need only earlier linears, exact chunking, routing as the paper says."""
+"""What blocks promise to calibration: stages that need only earlier linears, exact chunks, routing as in the paper."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class _Sizes(TorchDispatchMode):
 
 
 def test_attention_of_true_size_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row of 2048 tokens through DeepSeek V3's attention, on the meta device: nothing outgrows the context that o_proj reads."""
+    """One row of 2048 tokens through DeepSeek V3's attention, on the meta device: nothing outgrows the context."""
     arch = arch_of(json.loads((ROOT / "examples" / "deepseek-v3-671b" / "config.json").read_text()))
     shapes = {spec.name: spec.shape for spec in arch.tensors() if spec.layer == 3}
     seen: list[torch.Size] = []
