@@ -1,7 +1,7 @@
-"""`open_source`: a folder on disk -> a decoded `TensorSource` with its raw config.json. The one entry for checkpoints to be quantised.
+"""`open_source`: a folder on disk -> a decoded `TensorSource` with its raw config.json, to be quantised.
 
-Here config.json and the shards must agree on whether the checkpoint is BF16/F16/F32 or FP8-block. A checkpoint that is already
-quantised to few bits is refused; reading those back is the business of its own format's reader.
+Here config.json and the shards must agree on whether the checkpoint is BF16/F16/F32 or FP8-block. A checkpoint that
+is already quantised to few bits is refused; reading those back is the business of its own format's reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_BLOCK_SIZE = (128, 128)
 
 
 def open_source(path: Path | str) -> Fp8Source:
-    """Open a checkpoint by its headers; no weight is read. ``.config`` is the raw config.json, ``.directory`` the folder.
+    """Open a checkpoint by its headers alone. ``.config`` is the raw config.json, ``.directory`` the folder.
 
     Raises `SourceError` if anything about config, index, headers, or FP8 pairs is missing, damaged or contradictory.
     """
@@ -96,5 +96,5 @@ def _check_agreement(raw: SafetensorsSource, says_float8: bool) -> None:
     if not says_float8 and first is not None:
         raise SourceError(
             f"{raw.path_of(first)}: {printable(first)} is FP8, but {where} has no quantization_config.",
-            hint='Add "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} to config.json.',
+            hint='Add {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} under that key.',
         )

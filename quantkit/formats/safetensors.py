@@ -1,7 +1,8 @@
 """A folder of safetensors shards as a `TensorSource`: headers at open, bytes only in `read`, `read_rows` and `chunks`.
 
-What enters is a folder with `model.safetensors.index.json`, or one `model.safetensors`, or shards alone. What leaves is each tensor
-as it is stored (FP8 codes stay FP8: `fp8_source` decodes them). Every float tensor that leaves was checked for NaN and infinity.
+What enters is a folder with `model.safetensors.index.json`, or one `model.safetensors`, or shards alone. What leaves
+is each tensor as it is stored (FP8 codes stay FP8: `fp8_source` decodes them). Every float tensor that leaves was
+checked for NaN and infinity.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 200_000_000
 """Bound on an index or a config that is read whole. V3's index has about 9 MB."""
+MAX_SHARDS = 10_000
 _NUMBERED = re.compile(r"(.*-)(\d+)(-of-)(\d+)\.safetensors")
 _SAMPLE_BYTES = 4096
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -48,8 +50,9 @@ _FIRST_NON_FINITE_CODE = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 class SafetensorsSource:
     """Stored tensors of one folder. Reads are thread-safe; `close` (or ``with``) gives the file descriptors back.
 
-    ``unlisted``: names that shards hold but the index does not list. They are not shown (a reader that follows the index would not
-    see them either) and not an error (converters drop entries from an index without rewriting shards); the caller reports them.
+    ``unlisted``: names that shards hold but the index does not list. They are not shown (a reader that follows the
+    index would not see them either) and not an error (converters drop entries from an index without rewriting
+    shards); the caller reports them.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -80,7 +83,10 @@ class SafetensorsSource:
         return self.directory / self.stored(name).file
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """The tensor, or rows ``[start, stop)`` of its first dimension, as stored. Raises `SourceError` for NaN and infinity."""
+        """The tensor, or rows ``[start, stop)`` of its first dimension, as stored, on the CPU.
+
+        Raises `SourceError` for NaN and infinity, and if the file shrank meanwhile.
+        """
         stored = self.stored(name)
         tensor = self._read_range(stored, rows or (0, _n_rows(stored.info)))
         if rows is None:
@@ -89,24 +95,23 @@ class SafetensorsSource:
         return tensor
 
     def read_rows(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Rows of the first dimension in the given order, repeats allowed: an embedding lookup that reads only these rows.
+        """Rows of dimension 0 in the given order, repeats allowed: an embedding lookup that reads only these rows.
 
-        Neighbouring rows are read together. Takes memory for the result, and once more for the distinct rows if ``indices`` are not
-        rising. Raises `SourceError` for an index outside the tensor.
+        Neighbouring rows are read together. Takes memory for the result, and once more for the distinct rows if
+        ``indices`` do not rise. Raises `SourceError` for an index outside the tensor.
         """
         import torch
 
         stored = self.stored(name)
+        where = f"{self.path_of(name)}: {name}"
         distinct = sorted(set(indices))
         if distinct and not 0 <= distinct[0] <= distinct[-1] < _n_rows(stored.info):
-            raise SourceError(
-                f"{self.path_of(name)}: {name} has {_n_rows(stored.info):,} rows; row {distinct[-1]:,} was asked for."
-            )
+            asked = distinct[0] if distinct[0] < 0 else distinct[-1]
+            raise SourceError(f"{where}: has {_n_rows(stored.info):,} rows; row {asked:,} was asked for.")
         table = torch.empty((len(distinct), *stored.info.shape[1:]), dtype=_torch_dtype(stored.info))
-        where = f"{self.path_of(name)}: {name}"
         with self._files.borrow(stored.file) as fd:
-            for at, first, count in _runs(distinct):
-                read_into(fd, table[at : at + count], stored.start + first * _row_bytes(stored.info), where)
+            for at, first, n_rows in _runs(distinct):
+                read_into(fd, table[at : at + n_rows], stored.start + first * _row_bytes(stored.info), where)
         require_finite(name, str(self.path_of(name)), table)
         if distinct == list(indices):
             return table
@@ -114,9 +119,10 @@ class SafetensorsSource:
         return table[torch.tensor([place[row] for row in indices], dtype=torch.int64)]
 
     def chunks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
-        """The tensor in consecutive pieces along the first dimension, each of at most ``max_bytes`` but at least one row.
+        """The tensor in consecutive pieces along dimension 0, each at most ``max_bytes`` but at least one row.
 
-        A tensor without dimensions or without elements comes as one piece. Concatenated along dimension 0 they are `read` (name).
+        Concatenated along dimension 0 they are what `read` gives. A tensor without dimensions comes as one piece of
+        shape (1,); one without elements as one piece.
         """
         for rows in row_ranges(self.stored(name).info, max_bytes):
             yield self.read(name, rows)
@@ -132,10 +138,11 @@ class SafetensorsSource:
                     advise_willneed(fd, stored.start, stored.info.nbytes)
 
     def fingerprint(self) -> str:
-        """sha256 (hex) that tells whether a resumed job still reads the same checkpoint; stable under copying and touching.
+        """sha256 (hex) that tells whether a resumed job still reads the same checkpoint; copying and touching keep it.
 
-        Covers config, index, and of each shard its name, size, header and three samples of its data (a finetune of the same
-        architecture has the same headers). It does not read all weights and is no proof against someone who edits a few bytes.
+        Covers config, index, and of each shard its name, size, header and three samples of its data (a finetune of
+        the same architecture has the same headers). It reads few weights: no proof against someone who edits single
+        bytes.
         """
         digest = hashlib.sha256()
         for name in ("config.json", INDEX_NAME):
@@ -174,7 +181,7 @@ class SafetensorsSource:
 def require_finite(name: str, file: str, tensor: Tensor) -> None:
     """Raise `SourceError` naming file and tensor if a float tensor (FP8 codes included) holds NaN or infinity.
 
-    One pass without temporaries for the usual dtypes: minimum and maximum both carry a NaN, and one of them is the infinity.
+    One pass without temporaries for the usual dtypes: a NaN reaches both minimum and maximum, an infinity one of them.
     """
     import torch
 
@@ -193,26 +200,29 @@ def require_finite(name: str, file: str, tensor: Tensor) -> None:
     else:
         return
     first = [int(index) for index in bad.nonzero()[0]]
+    found = f"{int(bad.sum()):,} of {tensor.numel():,} values are NaN or infinite, the first at {first}"
     raise SourceError(
-        f"{file}: {printable(name)} holds NaN or infinity in {int(bad.sum()):,} of {tensor.numel():,} values, the first at {first}.",
+        f"{file}: {printable(name)}: {found}.",
         hint="Fetch the file again; if it is so at its origin, the model is broken.",
     )
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """The ``weight_map`` of the folder's index: tensor name -> shard name. Raises `SourceError` if it is absent, malformed or escapes.
+    """The ``weight_map`` of the folder's index: tensor name -> shard name. Reads no shard.
 
-    A shard must be a plain file name: a path could point outside the folder.
+    Raises `SourceError` if it is absent or malformed, or a shard is not a plain file name (a path could leave the
+    folder).
     """
     path = directory / INDEX_NAME
     weight_map = as_strings(parse_json_object(read_small(path), str(path)).get("weight_map"))
     if not weight_map:
         raise SourceError(f"{path}: needs a non-empty weight_map of tensor name -> shard name.")
+    plain = {file for file in set(weight_map.values()) if _is_plain_name(file)}
     for name, file in weight_map.items():
-        if not _is_plain_name(file):
-            raise SourceError(
-                f"{path}: {printable(name)} points to {printable(repr(file))}, a file name ending in .safetensors inside the folder was needed."
-            )
+        if file not in plain:
+            found = f"points to {printable(repr(file))}"
+            needed = "a plain name of a .safetensors file in the same folder"
+            raise SourceError(f"{path}: {printable(name)}: {found}, {needed} was needed.")
     return weight_map
 
 
@@ -226,7 +236,7 @@ def read_small(path: Path) -> bytes:
 
 
 def row_ranges(info: TensorInfo, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ``[start, stop)`` of the first dimension, each at most ``max_bytes`` but at least one row, in all the whole tensor."""
+    """Consecutive ``[start, stop)`` that cover dimension 0, each at most ``max_bytes`` but at least one row."""
     n_rows = _n_rows(info)
     step = max(1, max_bytes // max(1, _row_bytes(info)))
     yield from ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
@@ -256,7 +266,7 @@ def _is_plain_name(file: str) -> bool:
 
 
 def _files_without_index(directory: Path) -> list[str]:
-    """The single file, or every shard; numbered shards must be complete, because no index can tell what a missing one held."""
+    """The single file, or every shard. Numbered shards must be complete: no index can tell what a missing one held."""
     if os.path.lexists(directory / SINGLE_NAME):
         return [SINGLE_NAME]
     files = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -267,9 +277,8 @@ def _files_without_index(directory: Path) -> list[str]:
     present = set(files)
     for match in filter(None, map(_NUMBERED.fullmatch, files)):
         prefix, number, of, total = match.groups()
-        for missing in (
-            f"{prefix}{i:0{len(number)}d}{of}{total}.safetensors" for i in range(1, min(int(total), 100_000) + 1)
-        ):
+        for i in range(1, min(int(total), MAX_SHARDS) + 1):
+            missing = f"{prefix}{i:0{len(number)}d}{of}{total}.safetensors"
             if missing not in present:
                 raise SourceError(f"{directory}: shard {printable(missing)} is missing and there is no {INDEX_NAME}.")
     return files
@@ -280,9 +289,8 @@ def _merge(directory: Path, headers: list[ShardHeader]) -> dict[str, StoredTenso
     for header in headers:
         for name, stored in header.tensors.items():
             if name in merged:
-                raise SourceError(
-                    f"{directory}: {printable(name)} is in two shards, {merged[name].file} and {header.file}."
-                )
+                both = f"{merged[name].file} and {header.file}"
+                raise SourceError(f"{directory}: {printable(name)}: is in two shards, {both}.")
             merged[name] = stored
     return merged
 
@@ -290,7 +298,7 @@ def _merge(directory: Path, headers: list[ShardHeader]) -> dict[str, StoredTenso
 def _listed(
     directory: Path, weight_map: dict[str, str], everything: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """The stored tensors that the index lists, in file order. Raises `SourceError` for a name that is not where the index says."""
+    """The stored tensors that the index lists, in file order. Raises `SourceError` unless all are where it says."""
     for name, file in weight_map.items():
         stored = everything.get(name)
         if stored is None or stored.file != file:
@@ -316,11 +324,11 @@ def _torch_dtype(info: TensorInfo) -> torch.dtype:
 
 
 class _Run(NamedTuple):
-    """``count`` consecutive rows from ``first``; they go to position ``at`` of the result."""
+    """``n_rows`` consecutive rows from ``first``; they go to position ``at`` of the result."""
 
     at: int
     first: int
-    count: int
+    n_rows: int
 
 
 def _runs(rising: list[int]) -> Iterator[_Run]:

@@ -1,8 +1,9 @@
 """The header of a safetensors file, read as if an enemy had written it: pure Python, no weights, no torch.
 
-A file is an 8-byte little-endian length N, N bytes of JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` and the data.
-What enters is a path; what leaves is one `StoredTensor` per tensor, or a `SourceError` that names file and tensor. After that every
-byte range is known to lie inside the file, to overlap no other and to be exactly as long as its shape and dtype say.
+A file is an 8-byte little-endian length N, N bytes of JSON
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` and the data. What enters is a path; what leaves is one
+`StoredTensor` per tensor, or a `SourceError` that names file and tensor. After that every byte range is known to lie
+inside the file, to overlap no other and to be exactly as long as its shape and dtype say.
 """
 
 from __future__ import annotations
@@ -24,23 +25,27 @@ MAX_HEADER_BYTES = 100_000_000
 """Same limit as the reference implementation. V3's largest header is about 0.1 MB."""
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**60
-"""Bound on the product of the non-zero dimensions: keeps every size and stride inside int64, even of an empty tensor."""
+"""Bound on the product of the non-zero dimensions: keeps sizes and strides inside int64, even of an empty tensor."""
 MAX_DIGITS = 19
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: bytes ``[start, start + info.nbytes)`` of the shard ``file`` (a name inside the checkpoint's folder)."""
+    """Where a tensor lies: bytes ``[start, stop)`` of the shard ``file`` (a name inside the checkpoint's folder)."""
 
     info: TensorInfo
     file: str
     start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
-    """All that one shard says about itself. ``digest``: sha256 of the header bytes; ``data_start``: offset of the first data byte."""
+    """All that one shard says about itself.
+
+    ``digest``: sha256 of the length and header bytes; ``data_start``: offset of the first data byte in the file.
+    """
 
     file: str
     size: int
@@ -50,7 +55,11 @@ class ShardHeader:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file in the order of their data. Raises `SourceError` for anything that is not a sound safetensors header."""
+    """The tensors of one file in the order of their data.
+
+    Raises `SourceError` for anything that is not a sound safetensors file of exactly the size that its header
+    implies.
+    """
     return dict(read_shard(path).tensors)
 
 
@@ -70,14 +79,17 @@ def read_shard(path: Path) -> ShardHeader:
     entries = parse_json_object(raw, str(path))
     _check_metadata(path, entries.pop("__metadata__", {}))
     tensors = [_stored_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.info.nbytes))
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_layout(path, tensors, 8 + length, size)
     by_name = {tensor.info.name: tensor for tensor in tensors}
     return ShardHeader(path.name, size, 8 + length, hashlib.sha256(prefix + raw).digest(), by_name)
 
 
 def open_regular(path: Path) -> tuple[int, int]:
-    """File descriptor and size of a regular file (symbolic links are followed). Raises `SourceError` for folders, pipes, loops, no access."""
+    """File descriptor and size of a regular file; symbolic links are followed, because the hub's cache is made of them.
+
+    Raises `SourceError` for what is missing, a folder, a pipe, a loop of links, or not readable.
+    """
     try:
         # Without O_NONBLOCK, a named pipe in the place of a shard would hang the process here.
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -97,7 +109,8 @@ def open_regular(path: Path) -> tuple[int, int]:
 def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
     """One JSON object, each key once at every depth. Raises `SourceError` that starts with ``where``.
 
-    Integers of more than `MAX_DIGITS` digits arrive as text: nothing here needs them, and converting them takes quadratic time.
+    Integers of more than `MAX_DIGITS` digits arrive as text: nothing here needs them, and converting them takes
+    quadratic time.
     """
     try:
         parsed: object = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_pairs, parse_int=_short_int)
@@ -163,70 +176,71 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 
 def _stored_tensor(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
-    """One header entry, checked by itself: keys, dtype, dimensions, and that they agree with the length of the byte range."""
-    where = f"{path}: {printable(name)}"
+    """One header entry, checked by itself: keys, dtype, dimensions, and that they agree with its length."""
     if not name or not name.isprintable():
         raise SourceError(f"{path}: the tensor name {printable(ascii(name))} is empty or holds control characters.")
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
-        raise SourceError(f"{where}: needs exactly dtype, shape and data_offsets, found {printable(repr(entry))}.")
+        found = printable(repr(cast("object", entry)))
+        raise _refusal(path, name, f"needs exactly dtype, shape and data_offsets, found {found}")
     fields = cast("dict[str, object]", entry)
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise SourceError(f"{where}: unknown dtype {printable(repr(dtype))}, known are {', '.join(DTYPES)}.")
-    info = TensorInfo(name, _shape(where, fields["shape"]), dtype)
-    begin, end = _offsets(where, fields["data_offsets"])
+        raise _refusal(path, name, f"unknown dtype {printable(repr(dtype))}, known are {', '.join(DTYPES)}")
+    info = TensorInfo(name, _shape(path, name, fields["shape"]), dtype)
+    begin, end = _offsets(path, name, fields["data_offsets"])
     if end - begin != info.nbytes:
-        raise SourceError(
-            f"{where}: {dtype} {list(info.shape)} needs {info.nbytes:,} bytes, its offsets span {end - begin:,}."
-        )
-    return StoredTensor(info, path.name, data_start + begin)
+        needed = f"{dtype} {list(info.shape)} needs {info.nbytes:,} bytes"
+        raise _refusal(path, name, f"{needed}, its offsets span {end - begin:,}")
+    return StoredTensor(info, path.name, data_start + begin, data_start + end)
 
 
-def _sizes(value: object) -> tuple[int, ...] | None:
+def _refusal(path: Path, name: str, problem: str) -> SourceError:
+    return SourceError(f"{path}: {printable(name)}: {problem}.")
+
+
+def _sizes(value: object) -> list[int] | None:
     """A JSON list of non-negative integers (``true`` is none), else None."""
     if not isinstance(value, list):
         return None
-    items = cast("list[object]", value)
-    if all(type(item) is int and item >= 0 for item in items):
-        return tuple(cast("list[int]", items))
-    return None
+    for item in cast("list[object]", value):
+        if type(item) is not int or item < 0:
+            return None
+    return cast("list[int]", value)
 
 
-def _shape(where: str, value: object) -> tuple[int, ...]:
+def _shape(path: Path, name: str, value: object) -> tuple[int, ...]:
     shape = _sizes(value)
     if shape is None:
-        raise SourceError(f"{where}: shape must be a list of non-negative integers, found {printable(repr(value))}.")
+        found = printable(repr(value))
+        raise _refusal(path, name, f"shape must be a list of non-negative integers, found {found}")
     if len(shape) > MAX_DIMS:
-        raise SourceError(f"{where}: shape has {len(shape):,} dimensions, at most {MAX_DIMS} are supported.")
-    if math.prod(dim for dim in shape if dim) > MAX_ELEMENTS:
-        raise SourceError(f"{where}: shape {list(shape)} has too many elements.")
-    return shape
+        raise _refusal(path, name, f"shape has {len(shape):,} dimensions, at most {MAX_DIMS} are supported")
+    if math.prod(shape) > MAX_ELEMENTS or (0 in shape and math.prod(filter(None, shape)) > MAX_ELEMENTS):
+        raise _refusal(path, name, f"shape {shape} has too many elements")
+    return tuple(shape)
 
 
-def _offsets(where: str, value: object) -> tuple[int, int]:
+def _offsets(path: Path, name: str, value: object) -> tuple[int, int]:
     offsets = _sizes(value)
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise SourceError(
-            f"{where}: data_offsets must be two rising non-negative integers, found {printable(repr(value))}."
-        )
+        found = printable(repr(value))
+        raise _refusal(path, name, f"data_offsets must be two rising non-negative integers, found {found}")
     return offsets[0], offsets[1]
 
 
 def _check_layout(path: Path, tensors: Iterable[StoredTensor], data_start: int, size: int) -> None:
-    """The data must be covered exactly once: hidden bytes and shared bytes are how a file can mean two things to two readers."""
-    expected, previous = data_start, ""
+    """Every data byte must belong to one tensor: hidden or shared bytes can mean different things to two readers."""
+    expected, previous = data_start, "the header"
     for tensor in tensors:
-        name = printable(tensor.info.name)
+        name = tensor.info.name
         if tensor.start < expected:
-            raise SourceError(f"{path}: {name} overlaps {previous} by {expected - tensor.start:,} bytes.")
+            overlap = f"overlaps {printable(previous)} by {expected - tensor.start:,} bytes"
+            raise _refusal(path, name, overlap)
         if tensor.start > expected:
-            after = f"after {previous}" if previous else "at the start of the data"
-            raise SourceError(f"{path}: {name} leaves a gap of {tensor.start - expected:,} bytes {after}.")
-        expected, previous = tensor.start + tensor.info.nbytes, name
-        if expected > size:
-            raise SourceError(
-                f"{path}: {name} ends at byte {expected:,}, but the file has only {size:,} (truncated).",
-                hint="Fetch the file again.",
-            )
+            raise _refusal(path, name, f"leaves a gap of {tensor.start - expected:,} bytes after {printable(previous)}")
+        if tensor.stop > size:
+            raise _refusal(path, name, f"ends at byte {tensor.stop:,}, but the file has only {size:,} (truncated)")
+        expected, previous = tensor.stop, name
     if expected != size:
-        raise SourceError(f"{path}: {size - expected:,} bytes after the last tensor {previous} belong to none.")
+        last = printable(previous)
+        raise SourceError(f"{path}: {size - expected:,} bytes after {last} belong to no tensor.")

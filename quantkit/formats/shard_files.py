@@ -1,7 +1,8 @@
-"""Open shards, few at a time, and exact ranged reads into tensors. No mmap: pages read here never count as memory of the process.
+"""Open shards, few at a time, and exact ranged reads into tensors.
 
-V3 has 163 shards and the usual limit is 1,024 descriptors for everything, so at most ``limit`` stay open; the one idle for longest
-is closed first. Several threads may read at once: `os.preadv` carries its own offset.
+No mmap: pages read here never count as memory of the process. V3 has 163 shards and the usual limit is 1,024
+descriptors for everything, so few stay open; the one idle for longest is closed first. Several threads may read at
+once: `os.preadv` carries its own offset.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,10 @@ class ShardFiles:
     """A pool of read-only file descriptors. An open resource: `close` it, or use it in ``with`` through its owner."""
 
     def __init__(self, directory: Path, sizes: dict[str, int], limit: int = 64) -> None:
-        """``sizes``: the size of each shard when its header was read; a file that has another size by now is refused."""
+        """``sizes``: size of each shard when its header was read; a file that has another size by now is refused.
+
+        At most ``limit`` descriptors stay open while idle.
+        """
         self._directory = directory
         self._sizes = sizes
         self._limit = limit
@@ -43,8 +47,8 @@ class ShardFiles:
         self._open: dict[str, _OpenFile] = {}
 
     @contextmanager
-    def borrow(self, file: str) -> Iterator[int]:
-        """A descriptor of ``file`` that stays valid inside the ``with`` block, whatever other threads open meanwhile."""
+    def borrow(self, file: str) -> Generator[int, None, None]:
+        """A descriptor of ``file`` that stays valid inside the ``with`` block, whatever other threads open."""
         with self._lock:
             entry = self._open.pop(file, None) or _OpenFile(self._open_unchanged(file))
             self._open[file] = entry  # re-inserted last: a dict keeps the order of use
@@ -82,15 +86,21 @@ class ShardFiles:
         return fd
 
     def _close_idle(self) -> None:
-        for file in [file for file, entry in self._open.items() if entry.users == 0]:
-            if len(self._open) <= self._limit:
-                return
+        excess = len(self._open) - self._limit
+        if excess <= 0:
+            return
+        idle = [file for file, entry in self._open.items() if entry.users == 0]
+        for file in idle[:excess]:
             os.close(self._open.pop(file).fd)
 
 
 def read_into(fd: int, tensor: Tensor, start: int, where: str) -> None:
-    """Fill the contiguous CPU ``tensor`` with the file's bytes from ``start``. Raises `SourceError` (naming ``where``) if they end early."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    """Fill the contiguous CPU ``tensor`` with the file's bytes from ``start``.
+
+    Raises `SourceError`, which begins with ``where``, if the file ends early or cannot be read.
+    """
+    assert tensor.is_contiguous(), where
+    assert tensor.device.type == "cpu", where
     nbytes = tensor.numel() * tensor.element_size()
     if not nbytes:
         return
@@ -112,4 +122,6 @@ def read_into(fd: int, tensor: Tensor, start: int, where: str) -> None:
 def advise_willneed(fd: int, start: int, nbytes: int) -> None:
     """Ask the operating system to read a range ahead. Does nothing where it cannot be asked (macOS)."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+        # It is advice: a file system that cannot take it still reads correctly.
+        with suppress(OSError):
+            os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
