@@ -1,9 +1,10 @@
-"""Writes model.safetensors.index.json as a DeepSeek V3 checkpoint of this config has it: every name, 163 shards, the exact total size.
+"""Writes model.safetensors.index.json as a DeepSeek V3 checkpoint of this config has it: every name, 163 shards, the
+exact total size.
 
     python examples/deepseek-v3-671b/make_index.py [FOLDER]      default: beside this file
 
-Names, dtypes and sizes are the official ones. Which tensor lies in which shard is not: tensors are dealt out in order, by size. The
-index is 6 MB and follows from config.json, so it is generated and not kept in the repository.
+Names, dtypes and sizes are the official ones. Which tensor lies in which shard is not: tensors are dealt out in
+order, by size. The index is 6 MB and follows from config.json, so it is generated and not kept in the repository.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def stored_tensors(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def make_index(config: dict[str, Any], shards: int = SHARDS) -> dict[str, Any]:
-    """The index as a dict. Shards come out about equally large; the file names have five and six digits, like the official ones."""
+    """The index as a dict. Shards come out about equally large; the file names have five and six digits, like the
+    official ones."""
     tensors = list(stored_tensors(config))
     total = sum(nbytes for _, nbytes in tensors)
     weight_map: dict[str, str] = {}

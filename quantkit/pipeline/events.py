@@ -1,7 +1,7 @@
 """What a running conversion tells whoever watches it, and the report it leaves.
 
-Events are plain values: the command line draws them as progress, a test collects them in a list. They carry no behaviour, and the
-walk never waits for their reader.
+Events are plain values: the command line draws them as progress, a test collects them in a list. They carry no
+behaviour, and the walk never waits for their reader.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The plan is made and work begins. ``total_bytes``: decoded source bytes to be read; ``tokens``: calibration tokens (0: data-free);
-    ``layers_done``: layers that an earlier, killed run has finished already."""
+    """The plan is made and work begins. ``total_bytes``: decoded source bytes to be read; ``tokens``: calibration
+    tokens (0: data-free); ``layers_done``: layers that an earlier, killed run has finished already."""
 
     total_layers: int
     total_bytes: int
@@ -24,8 +24,8 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
-    """A part of the work begins: "embeddings", "attention", "mlp", "experts", "copy", "validation"... ``layer`` is None outside the
-    decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
+    """A part of the work begins: "embeddings", "attention", "mlp", "experts", "copy", "validation"... ``layer`` is
+    None outside the decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
 
     stage: str
     layer: int | None = None
@@ -34,7 +34,8 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True)
 class TensorDone:
-    """One tensor is written. ``error``: relative loss of a quantised linear, None for a kept tensor. ``nbytes``: bytes of the source."""
+    """One tensor is written. ``error``: relative loss of a quantised linear, None for a kept tensor. ``nbytes``:
+    bytes of the source."""
 
     name: str
     error: float | None
@@ -83,7 +84,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """Reference against result on held-out text. Perplexities and their errors per token; KLD in nats; ``top1`` a fraction."""
+    """Reference against result on held-out text. Perplexities and their errors per token; KLD in nats; ``top1`` a
+    fraction."""
 
     output: str
     windows: int
@@ -131,7 +133,8 @@ class OutputReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output passed its recipe's limits."""
+    """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output passed its
+    recipe's limits."""
 
     outputs: tuple[OutputReport, ...]
     seconds: Mapping[str, float]

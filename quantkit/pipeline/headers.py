@@ -1,4 +1,5 @@
-"""What `plan` needs of a source: config.json and tensor headers. From shards if there are any, else derived from config.json alone."""
+"""What `plan` needs of a source: config.json and tensor headers. From shards if there are any, else derived from
+config.json alone."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SCALE_SUFFIX = "_scale_inv"
 
 @dataclass(frozen=True, slots=True)
 class SourceHeaders:
-    """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name. ``has_shards``: False if all was derived from config.json."""
+    """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name. ``has_shards``: False if all was derived
+    from config.json."""
 
     directory: Path
     config: Mapping[str, object]
@@ -30,16 +32,22 @@ class SourceHeaders:
 
 
 def read_headers(directory: Path | str) -> SourceHeaders:
-    """Headers of a checkpoint folder; a folder with only config.json (and perhaps an index) counts as the official release of it.
+    """Headers of a checkpoint folder; a folder with only config.json (and perhaps an index) counts as the official
+    release of it.
 
-    Raises `SourceError` or `ConfigError` for a damaged folder, `PlanError` if an index without shards does not list what config.json needs.
+    Raises `SourceError` or `ConfigError` for a damaged folder, `PlanError` if an index without shards does not list
+    what config.json needs.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise SourceError(f"{directory}: is not a folder.", hint="Give the folder of a checkpoint, or one that holds its config.json.")
+        raise SourceError(
+            f"{directory}: is not a folder.", hint="Give the folder of a checkpoint, or one that holds its config.json."
+        )
     if any(directory.glob("*.safetensors")):
         with open_source(directory) as source:
-            return SourceHeaders(directory, source.config, arch_of(source.config), source.infos(), source.is_float8, True)
+            return SourceHeaders(
+                directory, source.config, arch_of(source.config), source.infos(), source.is_float8, True
+            )
     config = read_config(directory)
     arch = arch_of(config)
     infos, is_float8 = headers_from_arch(arch, config)
@@ -49,7 +57,8 @@ def read_headers(directory: Path | str) -> SourceHeaders:
 
 
 def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[dict[str, TensorInfo], IsFloat8]:
-    """The decoded view that an official checkpoint of this config has, and which of its tensors are stored as FP8 blocks.
+    """The decoded view that an official checkpoint of this config has, and which of its tensors are stored as FP8
+    blocks.
 
     BF16, F32 where the release stores F32, and FP8 behind the linears if ``quantization_config`` says fp8.
     """

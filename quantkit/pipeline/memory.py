@@ -1,10 +1,10 @@
-"""What a conversion needs of RAM, device memory and disk, as a sum of terms with their formulas. Estimates, except for the output's bytes.
+"""What a conversion needs of RAM, device memory and disk, as a sum of terms with their formulas. Estimates, except
+for the output's bytes.
 
-    hidden states   tokens * hidden * 4 B, for each stream (quantised; unquantised too if a method follows it), in RAM or on disk
-    Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of the widest GPTQ linear (18432 in V3's dense layers: 1.36 GB a copy)
-    weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the largest quantised linear
-    kept chunk      tensors that are not quantised pass through in pieces
-    interpreter     Python, torch and libraries
+hidden states   tokens * hidden * 4 B, for each stream (quantised; unquantised too if a method follows it), in RAM or
+on disk Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of the widest GPTQ linear (18432 in V3's dense layers:
+1.36 GB a copy) weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the largest quantised linear kept
+chunk      tensors that are not quantised pass through in pieces interpreter     Python, torch and libraries
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a conversion needs. Hidden states are a term of their own, because a memory budget moves them between RAM and disk."""
+    """What a conversion needs. Hidden states are a term of their own, because a memory budget moves them between RAM
+    and disk."""
 
     working: tuple[Term, ...]
     hidden_states: Term | None
@@ -76,7 +77,8 @@ def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
 
 
 def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 0) -> None:
-    """Raise `PlanError` unless the file system of ``out`` has room. ``already_written``: bytes that a resumed run has there already."""
+    """Raise `PlanError` unless the file system of ``out`` has room. ``already_written``: bytes that a resumed run has
+    there already."""
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -105,14 +107,18 @@ def _working(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
         widest = max(gptq)
         terms.append(Term("Hessian set", widest**2 * 4 * HESSIAN_COPIES, f"{widest:,}^2 x 4 B x {HESSIAN_COPIES}"))
     if quantized:
-        out_features, in_features = max((decision.spec.shape for decision in quantized), key=lambda shape: shape[0] * shape[1])
+        out_features, in_features = max(
+            (decision.spec.shape for decision in quantized), key=lambda shape: shape[0] * shape[1]
+        )
         nbytes = out_features * in_features * 4 * WEIGHT_COPIES
         terms.append(Term("weight set", nbytes, f"{out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}"))
     if plan.recipe.calibration and quantized:
         widest_out = max(max(decision.spec.shape) for decision in quantized)
         length = plan.recipe.calibration.sequence_length
         nbytes = length * widest_out * 4 * ROW_BYTES_PER_TOKEN_FACTOR
-        terms.append(Term("activations", nbytes, f"{length:,} tokens x {widest_out:,} x 4 B x {ROW_BYTES_PER_TOKEN_FACTOR}"))
+        terms.append(
+            Term("activations", nbytes, f"{length:,} tokens x {widest_out:,} x 4 B x {ROW_BYTES_PER_TOKEN_FACTOR}")
+        )
     terms.append(Term("kept chunk", KEPT_CHUNK_BYTES, "64 MiB"))
     return tuple(terms)
 
@@ -138,5 +144,7 @@ def _disk(plan: Plan, hidden: Term | None) -> tuple[Term, ...]:
         # A killed run resumes from the last finished layer: the old state must live until the new one is complete.
         terms.append(Term("hidden states", 2 * hidden.nbytes, f"{hidden.formula}, two generations"))
     n_tensors = sum(output.tensors for output in plan.outputs)
-    terms.append(Term("journal", n_tensors * JOURNAL_BYTES_PER_TENSOR, f"{n_tensors:,} tensors x {JOURNAL_BYTES_PER_TENSOR} B"))
+    terms.append(
+        Term("journal", n_tensors * JOURNAL_BYTES_PER_TENSOR, f"{n_tensors:,} tensors x {JOURNAL_BYTES_PER_TENSOR} B")
+    )
     return tuple(terms)

@@ -1,4 +1,5 @@
-"""Recipe + family + file headers -> what happens to every tensor, and exactly how many bytes result. No weight is read, no torch loaded.
+"""Recipe + family + file headers -> what happens to every tensor, and exactly how many bytes result. No weight is
+read, no torch loaded.
 
 All that can be known to fail is refused here, in one `PlanError` that lists every problem, before hours of work begin.
 """
@@ -39,9 +40,9 @@ class Action(Enum):
 class Decision:
     """What happens to one tensor in one output.
 
-    ``source_dtype``: dtype of the decoded source tensor. ``dtype``: dtype that a kept tensor is stored in (decoded view).
-    ``scheme``: the grid of a quantised weight, `Float8Scheme` for one whose FP8 bytes are kept, else None. ``method`` only with QUANTIZE.
-    ``rule``: number of the rule in the output, from 1, as messages count them.
+    ``source_dtype``: dtype of the decoded source tensor. ``dtype``: dtype that a kept tensor is stored in (decoded
+    view). ``scheme``: the grid of a quantised weight, `Float8Scheme` for one whose FP8 bytes are kept, else None.
+    ``method`` only with QUANTIZE. ``rule``: number of the rule in the output, from 1, as messages count them.
     """
 
     spec: TensorSpec
@@ -55,7 +56,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RoleSize:
-    """One line of the summary. ``what``: "int4 g128 gptq", "bf16"...; ``nbytes``: exact stored tensor data; dropped tensors have 0."""
+    """One line of the summary. ``what``: "int4 g128 gptq", "bf16"...; ``nbytes``: exact stored tensor data; dropped
+    tensors have 0."""
 
     role: Role
     what: str
@@ -71,7 +73,8 @@ class RoleSize:
 
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
-    """One checkpoint to be written: ``planned`` and ``decisions`` in official order; ``sizes`` by role and treatment."""
+    """One checkpoint to be written: ``planned`` and ``decisions`` in official order; ``sizes`` by role and
+    treatment."""
 
     output: Output
     decisions: Mapping[str, Decision]
@@ -105,7 +108,8 @@ class OutputPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A conversion that nothing known speaks against. ``source_bytes``: stored bytes that will be read at least once."""
+    """A conversion that nothing known speaks against. ``source_bytes``: stored bytes that will be read at least
+    once."""
 
     recipe: Recipe
     outputs: tuple[OutputPlan, ...]
@@ -141,10 +145,12 @@ class _Problems:
 
 
 def make_plan(recipe: Recipe, arch: ModelArch, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> Plan:
-    """Decide every tensor of every output. ``infos``: the decoded view of the source; ``is_float8``: whether a tensor is stored as FP8.
+    """Decide every tensor of every output. ``infos``: the decoded view of the source; ``is_float8``: whether a tensor
+    is stored as FP8.
 
-    Raises `PlanError` with every problem, one line each: tensors that are missing, unexpected or of the wrong shape; tensors that no rule
-    matches; rules that cannot do what they say; schemes that do not fit a shape; what the output's format or runtime cannot load.
+    Raises `PlanError` with every problem, one line each: tensors that are missing, unexpected or of the wrong shape;
+    tensors that no rule matches; rules that cannot do what they say; schemes that do not fit a shape; what the
+    output's format or runtime cannot load.
     """
     problems, warnings = _Problems(), list[str]()
     specs = tuple(arch.tensors())
@@ -187,7 +193,9 @@ def _check_source(specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], 
                 "config.json belongs to another checkpoint.",
             )
         elif info.dtype not in FLOAT_DTYPES:
-            problems.add("wrong dtypes", f"{spec.name}: found dtype {info.dtype}, needed one of {', '.join(FLOAT_DTYPES)}.")
+            problems.add(
+                "wrong dtypes", f"{spec.name}: found dtype {info.dtype}, needed one of {', '.join(FLOAT_DTYPES)}."
+            )
     for name in infos:
         if name not in known:
             problems.add(
@@ -216,7 +224,11 @@ def _plan_output(
         number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
         if number is None:
             where = f"output {output.name}: {spec.name} (role {spec.role.value})"
-            problems.add("tensors without a rule", f"{where}: no rule matches it.", 'Add a last rule, e.g. {match: "*", keep: source}.')
+            problems.add(
+                "tensors without a rule",
+                f"{where}: no rule matches it.",
+                'Add a last rule, e.g. {match: "*", keep: source}.',
+            )
             continue
         used[number] = True
         decision = _decide(spec, number + 1, output.rules[number], infos[spec.name].dtype, is_float8(spec.name))
@@ -275,21 +287,34 @@ def _check_decision(output: Output, decision: Decision, calibrated: bool, proble
 
 def _check_gptq(where: str, spec: TensorSpec, calibrated: bool, problems: _Problems) -> None:
     if not calibrated:
-        problems.add("gptq without calibration", f"{where}: gptq needs calibration text.", "Add calibration:, or use method: {kind: rtn}.")
+        problems.add(
+            "gptq without calibration",
+            f"{where}: gptq needs calibration text.",
+            "Add calibration:, or use method: {kind: rtn}.",
+        )
     elif spec.role is Role.MTP:
-        problems.add("gptq on MTP layers", f"{where}: MTP layers see no calibration tokens.", "Use method: {kind: rtn} for role:mtp.")
+        problems.add(
+            "gptq on MTP layers",
+            f"{where}: MTP layers see no calibration tokens.",
+            "Use method: {kind: rtn} for role:mtp.",
+        )
 
 
 def _unused_rule(
     output: Output, number: int, rule: Rule, specs: tuple[TensorSpec, ...], problems: _Problems, warnings: list[str]
 ) -> None:
-    """A rule that decides nothing is a typing error if it is a glob or asks to quantise roles without linears, else worth a warning."""
+    """A rule that decides nothing is a typing error if it is a glob or asks to quantise roles without linears, else
+    worth a warning."""
     where = f"output {output.name}: rule {number} ({rule.match})"
     matches, roles = rule.matcher(), rule.roles
     if any(matches(spec) for spec in specs):
         warnings.append(f"{where}: decides nothing, earlier rules take all its tensors.")
     elif roles is None:
-        problems.add("rules without tensors", f"{where}: matches no tensor.", "Globs match whole names, e.g. *.self_attn.kv_b_proj.weight.")
+        problems.add(
+            "rules without tensors",
+            f"{where}: matches no tensor.",
+            "Globs match whole names, e.g. *.self_attn.kv_b_proj.weight.",
+        )
     elif rule.scheme is not None and (first := next((spec for spec in specs if spec.role in roles), None)) is not None:
         problems.add(
             "tensors that cannot be quantised",
@@ -309,7 +334,8 @@ def _planned(decision: Decision) -> PlannedTensor:
 
 
 def _sizes(decisions: Mapping[str, Decision], planned: Mapping[str, PlannedTensor]) -> tuple[RoleSize, ...]:
-    """Exact bytes by role and treatment, in order of first appearance. Tensors of one shape and treatment are measured once."""
+    """Exact bytes by role and treatment, in order of first appearance. Tensors of one shape and treatment are
+    measured once."""
     measured: dict[tuple[object, ...], int] = {}
     totals: dict[tuple[Role, str], list[int]] = {}
     for name, decision in decisions.items():

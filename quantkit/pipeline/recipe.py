@@ -1,7 +1,7 @@
 """A recipe: what is quantised how, with which text, into which outputs, and how good the result must be.
 
-Everything here is data: frozen models that refuse unknown keys and contradictions. `quantkit.pipeline.recipe_file` reads them from YAML;
-`quantkit.pipeline.plan` joins them with a checkpoint.
+Everything here is data: frozen models that refuse unknown keys and contradictions. `quantkit.pipeline.recipe_file`
+reads them from YAML; `quantkit.pipeline.plan` joins them with a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from quantkit.quantizers import Method
 from quantkit.schemes import IntScheme
 
 Keep = Literal["source", "bf16", "f32"]
-"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f32: converted, decoded if it was FP8."""
+"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f32: converted, decoded if it
+was FP8."""
 
 SIZE_UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -29,11 +30,14 @@ SIZE_UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB" (decimal), "20GiB" (binary) or "4096". Raises `ValueError` with what was found and what is allowed."""
+    """Bytes of "5GB" (decimal), "20GiB" (binary) or "4096". Raises `ValueError` with what was found and what is
+    allowed."""
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     unit = SIZE_UNITS.get((found[2] or "B").upper()) if found else None
     if found is None or unit is None:
-        raise ValueError(f"found {text[:40]!r}, needed a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GiB")
+        raise ValueError(
+            f"found {text[:40]!r}, needed a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GiB"
+        )
     size = round(float(found[1]) * unit)
     if size < 1:
         raise ValueError(f"found {text[:40]!r}, needed at least one byte")
@@ -41,13 +45,14 @@ def parse_size(text: str) -> int:
 
 
 class Rule(BaseModel, frozen=True, extra="forbid"):
-    """What happens to the tensors that ``match`` names. Of all rules of an output the first that matches a tensor decides.
+    """What happens to the tensors that ``match`` names. Of all rules of an output the first that matches a tensor
+    decides.
 
     Exactly one of ``keep``, ``drop``, or ``scheme`` with ``method``.
     """
 
     match: Annotated[str, StringConstraints(min_length=1, max_length=500)] = Field(
-        description='"role:expert|shared_expert", or a glob on the official tensor name such as "*.mlp.experts.*.down_proj.weight". '
+        description='"role:expert|shared_expert", or a glob on the tensor name, "*.experts.*.down_proj.weight". '
         "With a scheme, a role stands for its linears only; other tensors of the role go on to the next rule."
     )
     keep: Keep | None = Field(None, description="Store unquantised: as the source does, or converted to bf16 or f32.")
@@ -102,7 +107,9 @@ class Output(BaseModel, frozen=True, extra="forbid"):
     rules: Annotated[tuple[Rule, ...], Field(min_length=1, max_length=1000)] = Field(
         description="First match wins; together they must match every tensor of the checkpoint."
     )
-    max_shard_size: str = Field("5GB", description="Largest shard file, as a number with unit (GB is decimal, GiB binary).")
+    max_shard_size: str = Field(
+        "5GB", description="Largest shard file, as a number with unit (GB is decimal, GiB binary)."
+    )
 
     @field_validator("max_shard_size")
     @classmethod
@@ -125,14 +132,18 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
     """Perplexity and KL divergence of each output against the reference forward pass of the source, with limits."""
 
     text: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="`builtin:NAME`, files and globs of .txt, .jsonl and .parquet; relative names count from the recipe's folder."
+        description="`builtin:NAME`, files and globs of .txt, .jsonl, .parquet; relative to the recipe's folder."
     )
     context: int = Field(512, ge=2, le=2**20, strict=True, description="Tokens of a window.")
     max_windows_per_file: int | None = Field(
         None, ge=1, strict=True, description="At most this many windows of each file, evenly spread; null: all."
     )
     max_perplexity_increase: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description='Largest growth of perplexity, as "2%" or 0.02; null: no limit.'
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description='Largest growth of perplexity, as "2%" or 0.02; null: no limit.',
+        json_schema_extra={"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}, {"type": "null"}]},
     )
     max_mean_kl: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Largest mean KL divergence in nats per token; null: no limit."
@@ -158,7 +169,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     propagate: Literal["quantized", "original"] = Field(
         "quantized", description="Whose weights carry the hidden states to the next layer (of the first output)."
     )
-    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=32)] = Field(description="Checkpoints to write in one pass.")
+    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=32)] = Field(
+        description="Checkpoints to write in one pass."
+    )
     validation: Validation | None = Field(None, description="Checked at the end of the conversion; null: not checked.")
 
     @field_validator("outputs")

@@ -1,7 +1,7 @@
 """Recipe files: YAML text -> `Recipe`, every fault with file, line, key, what was found and what is allowed.
 
-The YAML is composed into nodes first, because only nodes know their lines. A hostile file cannot cost much: size, depth and aliases are
-bounded before anything is built.
+The YAML is composed into nodes first, because only nodes know their lines. A hostile file cannot cost much: size,
+depth and aliases are bounded before anything is built.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
 
 
 def recipe_path(path_or_name: str | Path) -> Path:
-    """The file meant by a path or by the name of a shipped recipe. Its folder is where relative text files are looked for."""
+    """The file meant by a path or by the name of a shipped recipe. Its folder is where relative text files are looked
+    for."""
     path = Path(path_or_name)
     if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) != 1:
         return path
@@ -60,18 +61,27 @@ def shipped_recipes() -> list[Path]:
     return []
 
 
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of recipe files, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
 def parse_recipe(text: str, shown: str) -> Recipe:
     """The recipe in YAML ``text``; ``shown`` is the file's name in messages."""
     node = _compose(text, shown)
     document = _Document(shown, node)
     value = document.value()
     if not isinstance(value, dict):
-        raise RecipeError(f"{shown}:{_line(node)}: found {_kind(value)}, needed a mapping with the keys {_keys(Recipe)}.")
+        raise RecipeError(
+            f"{shown}:{_line(node)}: found {_kind(value)}, needed a mapping with the keys {_keys(Recipe)}."
+        )
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
         # A list whose entries are faulty is also reported as empty: that says nothing new.
-        details = [detail for detail in error.errors(include_url=False) if detail["type"] != "too_short" or not detail["input"]]
+        details = [
+            detail for detail in error.errors(include_url=False) if detail["type"] != "too_short" or not detail["input"]
+        ]
         faults = [document.fault(detail) for detail in details]
         faults.sort(key=lambda fault: fault[0])
         raise _all_faults([text for _, text in faults]) from None
@@ -81,7 +91,10 @@ def _all_faults(lines: list[str]) -> RecipeError:
     lines = list(dict.fromkeys(lines))
     if len(lines) > MAX_FAULTS:
         lines[MAX_FAULTS:] = [f"... and {len(lines) - MAX_FAULTS} more faults."]
-    return RecipeError("\n".join(lines), hint="See docs/reference/recipe.md, or let your editor complete the file from docs/recipe.schema.json.")
+    return RecipeError(
+        "\n".join(lines),
+        hint="See docs/reference/recipe.md, or let your editor complete the file from docs/recipe.schema.json.",
+    )
 
 
 def _read(path: Path) -> str:
@@ -90,7 +103,9 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(f"{shown}: no such file.", hint="`quantkit recipes list` names the shipped recipes.") from None
+        raise RecipeError(
+            f"{shown}: no such file.", hint="`quantkit recipes list` names the shipped recipes."
+        ) from None
     except OSError as error:
         raise RecipeError(f"{shown}: cannot be read ({error.strerror}).") from None
     if len(raw) > MAX_BYTES:
@@ -110,7 +125,9 @@ def _compose(text: str, shown: str) -> yaml.Node:
         for event in yaml.parse(text, yaml.SafeLoader):
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError(f"{shown}:{line}: found a YAML anchor or alias, needed the value itself.", hint=_QUOTE)
+                raise RecipeError(
+                    f"{shown}:{line}: found a YAML anchor or alias, needed the value itself.", hint=_QUOTE
+                )
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > MAX_DEPTH:
@@ -120,7 +137,9 @@ def _compose(text: str, shown: str) -> yaml.Node:
         node = cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"{shown}:{mark.line + 1 if mark else 1}: is not sound YAML: {error.problem or error.context}.") from None
+        raise RecipeError(
+            f"{shown}:{mark.line + 1 if mark else 1}: is not sound YAML: {error.problem or error.context}."
+        ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{shown}:1: is not sound YAML: {str(error).splitlines()[0]}.") from None
     if node is None:
@@ -139,7 +158,8 @@ class _Document:
     root: yaml.Node
 
     def value(self) -> object:
-        """Dicts, lists and scalars as `yaml.safe_load` gives them; `RecipeError` for duplicate keys and keys that are no text."""
+        """Dicts, lists and scalars as `yaml.safe_load` gives them; `RecipeError` for duplicate keys and keys that are
+        no text."""
         duplicates = [fault for _, fault in sorted(self._duplicates(self.root, ()))]
         if duplicates:
             raise _all_faults(duplicates)
@@ -167,7 +187,11 @@ class _Document:
                     continue
                 name = str(key.value)
                 if name in seen:
-                    yield line, f"{where}{_dotted((*path, name))}: found the key twice, needed it once (first in line {seen[name]})."
+                    first = seen[name]
+                    yield (
+                        line,
+                        f"{where}{_dotted((*path, name))}: found the key twice (also line {first}), needed it once.",
+                    )
                 seen.setdefault(name, line)
                 yield from self._duplicates(item, (*path, name))
 
@@ -178,7 +202,8 @@ class _Document:
         return line, f"{self.shown}:{line}: {key}: {_found_needed(detail, path)}."
 
     def _resolve(self, loc: Loc) -> tuple[Loc, int]:
-        """The path that exists in the file, and its line. Pydantic's loc also holds union tags ("gptq"), which no key carries."""
+        """The path that exists in the file, and its line. Pydantic's loc also holds union tags ("gptq"), which no key
+        carries."""
         node, line = self.root, _line(self.root)
         path: list[int | str] = []
         for place, part in enumerate(loc):
@@ -198,13 +223,18 @@ class _Document:
 
 _TAGS = {"rtn", "gptq", "int"}
 _MODELS: dict[str, type[BaseModel]] = {
-    "": Recipe, "calibration": Calibration, "outputs": Output, "rules": Rule, "scheme": IntScheme, "validation": Validation,
-}  # fmt: skip
+    "": Recipe,
+    "calibration": Calibration,
+    "outputs": Output,
+    "rules": Rule,
+    "scheme": IntScheme,
+    "validation": Validation,
+}
 
 
 def _found_needed(detail: ErrorDetails, path: Loc) -> str:
     """``found X, needed Y`` for one pydantic error."""
-    kind, context = detail["type"], cast("dict[str, Any]", detail.get("ctx", {}))
+    kind, context = detail["type"], detail.get("ctx", {})
     found = f"found {_value(detail['input'])}"
     if kind == "recipe":
         return detail["msg"]
@@ -213,7 +243,11 @@ def _found_needed(detail: ErrorDetails, path: Loc) -> str:
     if kind == "extra_forbidden":
         known = _known_keys(path[:-1], detail["loc"])
         guess = nearest(str(path[-1]), known)
-        return "found an unknown key, needed " + (f"{guess} " if guess else "a known one ") + f"(allowed: {', '.join(known)})"
+        return (
+            "found an unknown key, needed "
+            + (f"{guess} " if guess else "a known one ")
+            + f"(allowed: {', '.join(known)})"
+        )
     if kind in ("literal_error", "enum"):
         return f"{found}, needed one of the allowed values (allowed: {context['expected']})"
     if kind == "union_tag_invalid":

@@ -2,8 +2,9 @@
 
     per GPU:  utilisation * total >= weights + activations + CUDA graphs + KV cache of one full context
 
-Rules from vLLM's source (0.24 and 0.33) for DeepSeek's MLA models: q_a, kv_a and the router are replicated under tensor parallelism; the
-two halves of kv_b are kept once more in BF16; the latent KV cache is replicated under tensor and divided under pipeline parallelism.
+Rules from vLLM's source (0.24 and 0.33) for DeepSeek's MLA models: q_a, kv_a and the router are replicated under
+tensor parallelism; the two halves of kv_b are kept once more in BF16; the latent KV cache is replicated under tensor
+and divided under pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Gpus:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One way to spread the model. Bytes are per GPU, of the fullest stage; ``partition``: decoder layers of each pipeline stage."""
+    """One way to spread the model. Bytes are per GPU, of the fullest stage; ``partition``: decoder layers of each
+    pipeline stage."""
 
     tensor_parallel: int
     partition: tuple[int, ...]
@@ -63,7 +65,8 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The verdict. ``utilization``: the smallest of vLLM's settings that is enough; None: does not fit. ``layout``: None if none is legal."""
+    """The verdict. ``utilization``: the smallest of vLLM's settings that is enough; None: does not fit. ``layout``:
+    None if none is legal."""
 
     gpus: Gpus
     layout: Layout | None
@@ -105,7 +108,8 @@ def parse_gpus(text: str) -> Gpus:
 
 
 def fit(plan: OutputPlan, config: Mapping[str, object], n_layers: int, gpus: Gpus, context: int) -> Fit:
-    """The first layout that fits, tensor parallelism preferred; else the one that comes nearest, with ``utilization`` None.
+    """The first layout that fits, tensor parallelism preferred; else the one that comes nearest, with ``utilization``
+    None.
 
     ``config`` is the raw config.json. Raises `PlanError` if the model is not made for ``context`` tokens.
     """
@@ -158,8 +162,9 @@ class _Facts:
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """Bytes after loading, MTP left out: [first stage's embedding, layer 0, ..., last layer, final norm and head]. ``whole`` is on every
-    tensor-parallel rank, ``divided`` is cut. ``cuts``: (in_features, group_size) of the linears whose inputs are cut, with one's name."""
+    """Bytes after loading, MTP left out: [first stage's embedding, layer 0, ..., last layer, final norm and head].
+    ``whole`` is on every tensor-parallel rank, ``divided`` is cut. ``cuts``: (in_features, group_size) of the linears
+    whose inputs are cut, with one's name."""
 
     whole: list[int]
     divided: list[int]

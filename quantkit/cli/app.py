@@ -1,0 +1,29 @@
+"""``quantkit``: commands, exit codes, errors.
+
+Exit codes: 0 done; 1 refused or failed its recipe's limits (one line and a hint, no traceback); 2 wrong usage; 130
+interrupted. An exception that is no `QuantkitError` is our bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from quantkit.cli import convert, inspect, plan, recipes
+
+app = typer.Typer(
+    name="quantkit",
+    help="Stream a Mixture-of-Experts checkpoint larger than memory through quantisation, and prove the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("convert")(convert.convert)
+app.command("plan")(plan.plan)
+app.command("inspect")(inspect.inspect)
+app.add_typer(recipes.app, name="recipes")
+
+
+def main() -> None:
+    """Entry point of the ``quantkit`` script."""
+    app()

@@ -1,0 +1,68 @@
+"""Options that several commands share, and the parsers of their values. A bad value is a usage error (exit code 2)."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.pipeline.recipe import parse_size
+from quantkit.pipeline.serving import Gpus, parse_gpus
+
+MIN_BUDGET = 2**28
+
+
+class Device(str, Enum):
+    """Where the arithmetic runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def size(text: str) -> int:
+    """Bytes of "20GiB"; for typer."""
+    try:
+        nbytes = parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if nbytes < MIN_BUDGET:
+        raise typer.BadParameter(f"found {text[:40]!r}, needed at least 256MiB")
+    return nbytes
+
+
+def gpus(text: str) -> Gpus:
+    """`Gpus` of "5xA100-80GB"; for typer."""
+    try:
+        return parse_gpus(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE", help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8)."
+    ),
+]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", help="A recipe file (YAML), or the name of a shipped one (`quantkit recipes list`)."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+GpuOption = Annotated[
+    Gpus | None,
+    typer.Option(
+        "--gpus",
+        parser=gpus,
+        metavar="NxNAME-SIZEGB",
+        help="Check whether vLLM can serve the result there, e.g. 5xA100-80GB.",
+    ),
+]
+Context = Annotated[
+    int, typer.Option("--context", min=1, metavar="TOKENS", help="Length of the sequence that --gpus must fit.")
+]

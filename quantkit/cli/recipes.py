@@ -1,0 +1,43 @@
+"""``quantkit recipes``: what recipes come with quantkit, and what a recipe may say."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.options import AsJson
+from quantkit.cli.outcome import refusals
+from quantkit.cli.render import show_json, table
+from quantkit.pipeline.recipe_file import load_recipe, recipe_path, recipe_schema, shipped_recipes
+
+app = typer.Typer(
+    help="List and show the shipped recipes, or print the schema of recipe files.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """Name the shipped recipes; each can be given to -r by its name."""
+    with refusals():
+        named = [(path.stem, load_recipe(path).description) for path in shipped_recipes()]
+    if as_json:
+        show_json([{"name": name, "description": description} for name, description in named])
+    elif named:
+        typer.echo(table(("name", "description"), named, left=2))
+
+
+@app.command("show")
+def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe, or a file.")]) -> None:
+    """Print a recipe as it stands, after checking it: a starting point for your own."""
+    with refusals():
+        load_recipe(name)
+        typer.echo(recipe_path(name).read_text(encoding="utf-8-sig"), nl=False)
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipe files, for editors (docs/recipe.schema.json)."""
+    show_json(recipe_schema())

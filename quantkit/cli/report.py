@@ -1,0 +1,135 @@
+"""The report of a finished conversion, as a table and as a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantkit.cli.render import both_units, duration, short_size, table
+from quantkit.pipeline.events import Estimate, OutputReport, Report, ValidationResult
+
+
+def report_text(report: Report, source: Path) -> str:
+    """Tables of quality and size, times, and what to try next."""
+    blocks = [_output_text(output) for output in report.outputs]
+    blocks.append(_run_text(report))
+    blocks.append(_next_text(report, source))
+    return "\n\n".join(blocks)
+
+
+def _output_text(output: OutputReport) -> str:
+    rows: list[tuple[str, str]] = []
+    if output.validation is not None:
+        rows += _validation_rows(output.validation)
+    rows += [
+        ("bits per weight", f"{output.bpw:.3f}"),
+        ("size", both_units(output.nbytes)),
+        ("weights, quantised of all", f"{output.quantized:,} of {output.tensors:,}"),
+    ]
+    if output.fallbacks:
+        rows.append(("linears with a fallback", f"{output.fallbacks:,} (see quantkit.json)"))
+    return table((output.name, str(output.path)), rows)
+
+
+def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
+    reference, quantized = result.reference_perplexity, result.quantized_perplexity
+    increase = quantized.mean / reference.mean - 1 if reference.mean else 0.0
+    return [
+        ("perplexity, reference", _estimate(reference, 4)),
+        ("perplexity, quantised", f"{_estimate(quantized, 4)}  ({increase:+.2%})"),
+        ("mean KL divergence", f"{_estimate(result.mean_kl, 5)} nats"),
+        ("median, 99 % of it", f"{result.median_kl:.5f}, {result.p99_kl:.5f} nats"),
+        ("same most likely token", f"{result.top1.mean:.2%} ± {result.top1.standard_error:.2%}"),
+        ("measured on", f"{result.tokens:,} tokens in {result.windows:,} windows"),
+        ("limits of the recipe", "kept" if result.passed else "EXCEEDED"),
+    ]
+
+
+def _run_text(report: Report) -> str:
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    rows = [
+        ("peak memory", short_size(report.peak_rss_bytes)),
+        ("time", f"{duration(report.total_seconds)} (s: {stages})"),
+        ("calibration tokens", f"{report.tokens:,}" if report.tokens else "none (data-free)"),
+    ]
+    tokens = report.expert_tokens
+    if tokens is not None:
+        rows.append(
+            (
+                "tokens an expert",
+                f"{tokens.least:,} to {tokens.most:,}, median {tokens.median:,}; "
+                f"of {tokens.experts:,} experts {tokens.thin:,} are thin, {tokens.unseen:,} unseen",
+            )
+        )
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _next_text(report: Report, source: Path) -> str:
+    path = report.outputs[0].path
+    lines = [
+        "next:",
+        f"  quantkit inspect {path}",
+        f"  vllm serve {path}",
+        f"  quantkit plan {source} -r RECIPE     other recipes: quantkit recipes list",
+    ]
+    return "\n".join(lines)
+
+
+def _estimate(value: Estimate, digits: int) -> str:
+    return f"{value.mean:.{digits}f} ± {value.standard_error:.{digits}f}"
+
+
+def report_document(report: Report) -> Mapping[str, object]:
+    """The report for --json. Times in seconds, sizes in bytes, divergences in nats."""
+    tokens = report.expert_tokens
+    return {
+        "outputs": [_output_document(output) for output in report.outputs],
+        "validated": report.validated,
+        "resumed": report.resumed,
+        "tokens": report.tokens,
+        "seconds": {**report.seconds, "total": report.total_seconds},
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "expert_tokens": None
+        if tokens is None
+        else {
+            "experts": tokens.experts,
+            "least": tokens.least,
+            "median": tokens.median,
+            "most": tokens.most,
+            "unseen": tokens.unseen,
+            "thin": tokens.thin,
+        },
+    }
+
+
+def _output_document(output: OutputReport) -> Mapping[str, object]:
+    return {
+        "name": output.name,
+        "path": str(output.path),
+        "nbytes": output.nbytes,
+        "bpw": round(output.bpw, 5),
+        "tensors": output.tensors,
+        "quantized": output.quantized,
+        "fallbacks": output.fallbacks,
+        "validation": None if output.validation is None else _validation_document(output.validation),
+    }
+
+
+def _validation_document(result: ValidationResult) -> Mapping[str, object]:
+    return {
+        "windows": result.windows,
+        "tokens": result.tokens,
+        "reference_perplexity": _estimate_document(result.reference_perplexity),
+        "quantized_perplexity": _estimate_document(result.quantized_perplexity),
+        "mean_kl": _estimate_document(result.mean_kl),
+        "median_kl": result.median_kl,
+        "p99_kl": result.p99_kl,
+        "top1": _estimate_document(result.top1),
+        "passed": result.passed,
+        "problems": list(result.problems),
+    }
+
+
+def _estimate_document(value: Estimate) -> Mapping[str, float]:
+    return {"mean": value.mean, "standard_error": value.standard_error}

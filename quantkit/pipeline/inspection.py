@@ -1,0 +1,265 @@
+"""What a folder of safetensors holds: weights by role and storage, bits per weight, and what is unusual about it.
+Headers only.
+
+Sources (BF16, F16, F32, FP8 blocks) and compressed-tensors outputs are understood weight by weight; of other formats
+the stored tensors are listed as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from quantkit.arch import arch_of
+from quantkit.arch.base import Role, TensorSpec
+from quantkit.errors import ConfigError
+from quantkit.formats import compressed_tensors
+from quantkit.formats.checkpoint import quant_method, read_config
+from quantkit.formats.compressed_tensors_contract import describe
+from quantkit.formats.planned import PlannedTensor
+from quantkit.formats.safetensors import SafetensorsSource
+from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.tensors import TensorInfo
+
+UNKNOWN_ROLE = "-"
+NAMES_SHOWN = 3
+_PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
+_SCALE_DTYPES = {dtype: name for name, dtype in compressed_tensors.SCALE_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Weights of one role that are stored the same way. ``nbytes``: with scales and shapes."""
+
+    role: str
+    what: str
+    weights: int
+    parameters: int
+    nbytes: int
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that headers tell. ``family``: the architecture's name, "" if unknown; ``quantization``: what config.json
+    says, "" for nothing."""
+
+    directory: Path
+    family: str
+    quantization: str
+    shards: int
+    stored_tensors: int
+    holdings: tuple[Holding, ...]
+    unusual: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the folder."""
+        return sum(holding.parameters for holding in self.holdings)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(holding.nbytes for holding in self.holdings)
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight of the whole."""
+        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(slots=True)
+class _Weight:
+    """A weight under its official name and the tensors that store it, by suffix ("" for the plain one)."""
+
+    name: str
+    parts: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def inspect_folder(directory: Path | str) -> Inspection:
+    """Headers of all shards, config.json if there is one. Raises `SourceError` for damaged files; what is merely odd
+    is reported."""
+    directory = Path(directory)
+    unusual: list[str] = []
+    with SafetensorsSource(directory) as source:
+        infos = source.infos()
+        shards = len({source.stored(name).file for name in infos})
+        if source.unlisted:
+            unusual.append(_counted("tensors in the shards that the index does not list", list(source.unlisted)))
+    config = _config(directory, unusual)
+    family, specs = _family(config, unusual)
+    weights = _weights(infos)
+    planned = {name: _planned(weight, specs.get(name), unusual) for name, weight in weights.items()}
+    _compare_with_family(specs, weights, planned, unusual)
+    _compare_with_config(config, planned, infos, unusual)
+    if any(tensor and tensor.scheme for tensor in planned.values()) and quant_method(config) == "compressed-tensors":
+        known = [tensor for tensor in planned.values() if tensor is not None]
+        unusual += compressed_tensors.problems(known) + compressed_tensors.notes(known)
+    holdings = _holdings(weights, planned, specs)
+    return Inspection(directory, family, quant_method(config) or "", shards, len(infos), holdings, tuple(unusual))
+
+
+def _config(directory: Path, unusual: list[str]) -> dict[str, object]:
+    if (directory / "config.json").exists():
+        return read_config(directory)
+    unusual.append("no config.json: neither the architecture nor the quantisation is stated.")
+    return {}
+
+
+def _family(config: Mapping[str, object], unusual: list[str]) -> tuple[str, dict[str, TensorSpec]]:
+    """Name and tensor table of the architecture; ("", {}) if quantkit does not know it or its config is faulty."""
+    if not config:
+        return "", {}
+    try:
+        arch = arch_of(config)
+    except ConfigError as error:
+        unusual.append(str(error))
+        return "", {}
+    names = cast("list[str]", config["architectures"])
+    return ", ".join(names), {spec.name: spec for spec in arch.tensors()}
+
+
+def _weights(infos: Mapping[str, TensorInfo]) -> dict[str, _Weight]:
+    """Stored tensors gathered under the weight that they store."""
+    weights: dict[str, _Weight] = {}
+    for name, info in infos.items():
+        suffix = next((part for part in _PARTS if name.endswith(f".weight{part}")), "")
+        owner = name.removesuffix(suffix)
+        weights.setdefault(owner, _Weight(owner)).parts[suffix] = info
+    return weights
+
+
+def _planned(weight: _Weight, spec: TensorSpec | None, unusual: list[str]) -> PlannedTensor | None:
+    """The weight as a plan would have it, None if its storage is not understood."""
+    layer, expert, role = (spec.layer, spec.expert, spec.role.value) if spec else (None, None, "")
+    parts = weight.parts
+    if set(parts) == {""}:
+        return PlannedTensor(parts[""], None, parts[""].dtype, layer, expert, role)
+    if (
+        set(parts) in ({"", "_scale_inv"}, {"", "_scale"})
+        and parts[""].dtype == "F8_E4M3"
+        and len(parts[""].shape) == 2
+    ):
+        return PlannedTensor(parts[""], Float8Scheme(), None, layer, expert, role)
+    if {"_packed", "_scale", "_shape"} <= set(parts) <= {"_packed", "_scale", "_shape", "_zero_point"}:
+        scheme, shape = _int_scheme(parts, spec)
+        if scheme is not None:
+            return PlannedTensor(TensorInfo(weight.name, shape, "BF16"), scheme, None, layer, expert, role)
+    stored = ", ".join(sorted(info.name for info in parts.values()))
+    unusual.append(f"{weight.name}: stored as {stored}, which fits no known scheme.")
+    return None
+
+
+def _int_scheme(parts: Mapping[str, TensorInfo], spec: TensorSpec | None) -> tuple[IntScheme | None, tuple[int, ...]]:
+    """Scheme and shape of a pack-quantized linear, read off the shapes. Without a family, codes are taken for 4 bits
+    wide."""
+    packed, scale = parts["_packed"], parts["_scale"]
+    if (
+        len(packed.shape) != 2
+        or len(scale.shape) != 2
+        or scale.dtype not in _SCALE_DTYPES
+        or not packed.numel
+        or not scale.numel
+    ):
+        return None, ()
+    words, n_groups = packed.shape[1], scale.shape[1]
+    in_features = spec.shape[1] if spec is not None and len(spec.shape) == 2 else words * 8
+    bits = words * 32 // in_features
+    if not 2 <= bits <= 8 or math.ceil(in_features * bits / 32) != words or in_features % n_groups:
+        return None, ()
+    group_size = None if n_groups == 1 else in_features // n_groups
+    if group_size is not None and group_size < 8:
+        return None, ()
+    shape = (packed.shape[0], in_features)
+    scale_dtype = _SCALE_DTYPES[scale.dtype]
+    symmetric = "_zero_point" not in parts
+    return IntScheme.model_validate(
+        {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
+    ), shape
+
+
+def _compare_with_family(
+    specs: Mapping[str, TensorSpec],
+    weights: Mapping[str, _Weight],
+    planned: Mapping[str, PlannedTensor | None],
+    unusual: list[str],
+) -> None:
+    if not specs:
+        return
+    missing = [name for name in specs if name not in weights]
+    mtp = [name for name, spec in specs.items() if spec.role is Role.MTP]
+    if mtp and all(name not in weights for name in mtp):
+        unusual.append(f"no MTP layer, although config.json has num_nextn_predict_layers ({len(mtp):,} tensors).")
+        missing = [name for name in missing if specs[name].role is not Role.MTP]
+    shapes = [
+        name for name, tensor in planned.items() if tensor and name in specs and tensor.info.shape != specs[name].shape
+    ]
+    narrowed = [
+        name
+        for name, tensor in planned.items()
+        if tensor and name in specs and specs[name].float32 and tensor.keep_dtype != "F32"
+    ]
+    for text, names in (
+        ("tensors of the architecture that are missing", missing),
+        ("tensors that the architecture does not have", [name for name in weights if name not in specs]),
+        ("tensors whose shape does not fit config.json", shapes),
+        ("tensors that the official release stores in float32 and this one does not", narrowed),
+    ):
+        if names:
+            unusual.append(_counted(text, names))
+
+
+def _compare_with_config(
+    config: Mapping[str, object],
+    planned: Mapping[str, PlannedTensor | None],
+    infos: Mapping[str, TensorInfo],
+    unusual: list[str],
+) -> None:
+    method = quant_method(config)
+    quantized = any(tensor is None or tensor.scheme is not None for tensor in planned.values())
+    if method is None and quantized:
+        unusual.append("the weights are quantised, but config.json has no quantization_config.")
+    if method in ("fp8", "compressed-tensors") and not quantized:
+        unusual.append(f"config.json says {method}, but no weight is quantised: quantization_config is stale.")
+    doubles = [name for name, info in infos.items() if info.dtype == "F64"]
+    if doubles:
+        unusual.append(_counted("tensors in float64", doubles))
+
+
+def _holdings(
+    weights: Mapping[str, _Weight], planned: Mapping[str, PlannedTensor | None], specs: Mapping[str, TensorSpec]
+) -> tuple[Holding, ...]:
+    totals: dict[tuple[str, str], list[int]] = {}
+    for name, weight in weights.items():
+        tensor = planned[name]
+        role = specs[name].role.value if name in specs else UNKNOWN_ROLE
+        if tensor is None:
+            what, parameters = "unknown", 0
+        else:
+            what = describe(tensor.scheme) if tensor.scheme else str(tensor.keep_dtype).lower()
+            parameters = math.prod(tensor.info.shape)
+        total = totals.setdefault((role, what), [0, 0, 0])
+        for place, amount in enumerate((1, parameters, weight.nbytes)):
+            total[place] += amount
+    order = {role.value: place for place, role in enumerate(Role)}
+    return tuple(
+        Holding(role, what, *total)
+        for (role, what), total in sorted(totals.items(), key=lambda item: order.get(item[0][0], len(order)))
+    )
+
+
+def _counted(text: str, names: list[str]) -> str:
+    """ "3 tensors that are missing: a, b, c" """
+    more = ", ..." if len(names) > NAMES_SHOWN else ""
+    return f"{len(names):,} {text}: {', '.join(names[:NAMES_SHOWN])}{more}"
