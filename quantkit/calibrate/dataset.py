@@ -48,6 +48,8 @@ class Calibration(BaseModel):
     """Tokens of a row, BOS included."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     """Decides where in the files the rows begin."""
+    min_expert_tokens: Annotated[int, Field(ge=0, strict=True)] = 128
+    """An expert that fewer tokens chose borrows, for its statistics, those that came nearest to choosing it."""
 
 
 @dataclass(frozen=True, slots=True)

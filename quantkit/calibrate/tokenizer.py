@@ -94,7 +94,7 @@ def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
     tokenizer_config = _read_json(checkpoint_dir / "tokenizer_config.json", required=False)
     special = {name: text for name in SPECIAL_TOKENS if (text := _token_text(tokenizer_config.get(name))) is not None}
     vocab_size = config.get("vocab_size")
-    if not isinstance(vocab_size, int):
+    if type(vocab_size) is not int:
         raise CalibrationError(f"{checkpoint_dir / 'config.json'}: found vocab_size {vocab_size!r}, needed a number.")
     bos_id = _bos_id(tokenizer, tokenizer_config, config, special.get("bos_token"))
     if bos_id is not None and not 0 <= bos_id < vocab_size:
@@ -155,9 +155,10 @@ def _bos_id(
     if wanted is False:
         return None
     from_config = config.get("bos_token_id")
-    known = from_config if isinstance(from_config, int) else None
+    known = from_config if type(from_config) is int else None
     if bos_token is not None:
-        known = tokenizer.token_to_id(bos_token)
+        encodable = bos_token.encode(errors="ignore").decode() == bos_token  # half a surrogate pair is in no vocabulary
+        known = tokenizer.token_to_id(bos_token) if encodable else None
         if known is None:
             raise CalibrationError(f"tokenizer_config.json names the BOS token {bos_token!r}, tokenizer.json lacks it.")
     elif tokenizer_config.get("bos_token", "absent") is None and wanted is not True:

@@ -36,14 +36,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:  # the common width by its short way, five times faster than three steps
         stream = stream[:, ::2] | stream[:, 1::2] << 4
     elif bits < 8:
-        units = stream.contiguous().view(torch.int64)
+        # Flat first: a single row or column may count as contiguous with strides that a wider view refuses.
+        units = stream.reshape(-1).view(torch.int64).view(rows, stream.shape[1] // CODES_PER_UNIT)
         for lane, filled in _lanes(bits):
             low, high = _masks(lane, filled)
             units = (units & low).bitwise_or_(units.bitwise_and(high).bitwise_right_shift_(lane - filled))
-        stream = units.view(torch.uint8).view(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
+        stream = units.view(torch.uint8).view(*units.shape, 8)[:, :, :bits].reshape(rows, units.shape[1] * bits)
     # The padding to whole units may be longer or shorter than that to whole words; both are zeros.
-    stream = pad(stream, (0, 4 * n_words(n_codes, bits) - stream.shape[1]))
-    return stream.reshape(-1).view(torch.int32).view(rows, -1)
+    width = n_words(n_codes, bits)
+    stream = pad(stream, (0, 4 * width - stream.shape[1]))
+    return stream.reshape(-1).view(torch.int32).view(rows, width)
 
 
 def unpack(words: Tensor, bits: int, n_codes: int) -> Tensor:
@@ -54,10 +56,11 @@ def unpack(words: Tensor, bits: int, n_codes: int) -> Tensor:
     assert words.dtype == torch.int32 and words.ndim == 2, f"words are {words.dtype} with {words.ndim} dimensions"
     assert words.shape[1] == n_words(n_codes, bits), f"{words.shape[1]} words cannot be {n_codes} codes of {bits} bits"
     rows = words.shape[0]
-    stream = words.contiguous().view(torch.uint8)
+    stream = words.reshape(-1).view(torch.uint8).view(rows, 4 * words.shape[1])
     if bits < 8:
-        stream = pad(stream, (0, math.ceil(n_codes / CODES_PER_UNIT) * bits - stream.shape[1]))
-        units = pad(stream.reshape(rows, -1, bits), (0, 8 - bits)).view(torch.int64).view(rows, -1)
+        n_units = math.ceil(n_codes / CODES_PER_UNIT)
+        stream = pad(stream, (0, n_units * bits - stream.shape[1]))
+        units = pad(stream.reshape(rows, n_units, bits), (0, 8 - bits)).view(torch.int64).view(rows, n_units)
         for lane, filled in reversed(_lanes(bits)):
             low, high = _masks(lane, filled)
             units = (units & low).bitwise_or_(units.bitwise_left_shift(lane - filled).bitwise_and_(high))

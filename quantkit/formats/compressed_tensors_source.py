@@ -68,6 +68,8 @@ class CompressedTensorsSource:
         if linear is None:
             return self.raw.read(name, rows)
         start, stop = rows or (0, linear.info.shape[0])
+        if start == stop:
+            return _no_rows(linear.info)
         if isinstance(linear.scheme, Float8Scheme):
             return self._read_float8(name, linear.scheme, start, stop)
         return self._read_int(name, linear, linear.scheme, start, stop)
@@ -200,6 +202,12 @@ class CompressedTensorsSource:
         if start == first:
             return scheme.decode(self.raw.read(name, (start, stop)), scale)
         return scheme.decode(self.raw.read(name, (first, stop)), scale)[start - first :]
+
+
+def _no_rows(info: TensorInfo) -> Tensor:
+    import torch
+
+    return torch.empty(0, info.shape[1])
 
 
 def _is_part(name: str, stored: Mapping[str, TensorInfo]) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.evaluate.scores import Scores
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -75,29 +77,12 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean and its standard error."""
-
-    mean: float
-    standard_error: float
-
-
-@dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """Reference against result on held-out text. Perplexities and their errors per token; KLD in nats; ``top1`` a
-    fraction."""
+    """Reference against result on held-out text. ``problems``: one line for each limit of the recipe that the result exceeds."""
 
     output: str
-    windows: int
-    tokens: int
-    reference_perplexity: Estimate
-    quantized_perplexity: Estimate
-    mean_kl: Estimate
-    median_kl: float
-    p99_kl: float
-    top1: Estimate
+    scores: Scores
     problems: tuple[str, ...] = ()
-    """One line for each limit of the recipe that the result exceeds."""
 
     @property
     def passed(self) -> bool:

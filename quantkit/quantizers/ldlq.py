@@ -89,7 +89,9 @@ def _columns(matrix: Tensor, order: Tensor) -> Tensor:
     return matrix.gather(-1, order.unsqueeze(-2).expand(matrix.shape))
 
 
-def sweep(scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor) -> tuple[Tensor, Tensor]:
+def sweep(
+    scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor
+) -> tuple[Tensor, Tensor]:
     """Round the columns of ``target`` with error feedback on a fixed grid (groups stay where storage has them: static groups).
 
     target (B, out, in) float32; scale (B, out, groups); zero_point the same or None
@@ -142,7 +144,9 @@ def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> Non
         return
     middle = (start + stop) // 2
     _sweep_span(columns, factor, start, middle)
-    columns.moved[:, middle:stop].baddbmm_(factor.feedback[:, start:middle, middle:stop].mT, columns.error[:, start:middle])
+    columns.moved[:, middle:stop].baddbmm_(
+        factor.feedback[:, start:middle, middle:stop].mT, columns.error[:, start:middle]
+    )
     _sweep_span(columns, factor, middle, stop)
 
 
@@ -161,7 +165,9 @@ def _round_column(columns: _Columns, factor: Factor, column: int, stop: int) -> 
         columns.moved[:, column + 1 : stop].addcmul_(weights, error.unsqueeze(1))
 
 
-def refit(scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor) -> Tensor:
+def refit(
+    scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor
+) -> Tensor:
     """The scales (B, out, groups) float32 of least loss for fixed codes: for each row the normal equations over its groups.
 
     A group whose levels are all zero keeps its scale; a small pull to the old scales keeps near-singular rows where they were.

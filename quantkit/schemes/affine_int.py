@@ -28,14 +28,20 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
 
     kind: Literal["int"] = "int"
     bits: int = Field(4, ge=2, le=8, description="Bits of one code, 2 to 8.")
-    group_size: int | None = Field(128, ge=8, description="Weights along in_features that share a scale; null: one scale a row.")
+    group_size: int | None = Field(
+        128, ge=8, description="Weights along in_features that share a scale; null: one scale a row."
+    )
     symmetric: bool = Field(True, description="No zero point is stored; the grid is centred on code 2**(bits-1).")
-    scale_dtype: ScaleDtype = Field("bfloat16", description="Dtype of the stored scales: the dtype that will be served.")
+    scale_dtype: ScaleDtype = Field(
+        "bfloat16", description="Dtype of the stored scales: the dtype that will be served."
+    )
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `SchemeError` unless a tensor of this shape (out_features, in_features) fits the grid."""
         if len(shape) != 2:
-            raise SchemeError(f"{name}: shape {list(shape)} is not a matrix.", hint="Add a rule that keeps this tensor.")
+            raise SchemeError(
+                f"{name}: shape {list(shape)} is not a matrix.", hint="Add a rule that keeps this tensor."
+            )
         if self.group_size is not None and shape[1] % self.group_size:
             raise SchemeError(
                 f"{name}: in_features {shape[1]} is not a multiple of group_size {self.group_size}.",

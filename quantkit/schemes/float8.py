@@ -1,6 +1,6 @@
 """FP8 (e4m3) with one float32 scale for each 128 x 128 block: DeepSeek V3's own storage, carried over byte for byte.
 
-    weight ~ codes * scale of its block          edge blocks are partial
+weight ~ codes * scale of its block          edge blocks are partial
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Float8Scheme(BaseModel, frozen=True, extra="forbid"):
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `SchemeError` unless the tensor is a matrix (out_features, in_features)."""
         if len(shape) != 2:
-            raise SchemeError(f"{name}: shape {list(shape)} is not a matrix.", hint="Add a rule that keeps this tensor.")
+            raise SchemeError(
+                f"{name}: shape {list(shape)} is not a matrix.", hint="Add a rule that keeps this tensor."
+            )
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(ceil(out / block rows), ceil(in / block columns))."""

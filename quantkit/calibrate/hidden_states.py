@@ -1,0 +1,180 @@
+"""Rows of activations, in memory or in a file: (n_rows, length, width) float32, addressed by row or by token.
+
+A file is read and written with pread/pwrite, never mapped: its pages belong to the page cache and not to this process, so a store on
+disk costs the process nothing but the rows in hand. Both kinds give the same numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class RowStore(Protocol):
+    """Activations of ``n_rows`` sequences of ``length`` tokens. Token t of row r has the number ``r * length + t``."""
+
+    n_rows: int
+    length: int
+    width: int
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) -> (rows, length, width) float32, a copy or a view that must not be written."""
+        ...
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Replace rows from ``start`` on. rows (n, length, width) or (n * length, width)."""
+        ...
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """Tokens (n,) int64 in rising order -> (n, width) float32."""
+        ...
+
+    def add(self, tokens: Tensor, values: Tensor) -> None:
+        """Add values (n, width) onto distinct tokens (n,) int64 in rising order."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write everything to ``path``, synced to disk."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory or the file."""
+        ...
+
+
+class MemoryRows:
+    """A store in memory."""
+
+    def __init__(self, n_rows: int, length: int, width: int) -> None:
+        self.n_rows, self.length, self.width = n_rows, length, width
+        self._data = torch.zeros(n_rows * length, width)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See `RowStore.read`."""
+        return self._data[start * self.length : stop * self.length].view(stop - start, self.length, self.width)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """See `RowStore.write`."""
+        flat = rows.reshape(-1, self.width)
+        self._data[start * self.length : start * self.length + len(flat)] = flat
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """See `RowStore.gather`."""
+        return self._data[tokens]
+
+    def add(self, tokens: Tensor, values: Tensor) -> None:
+        """See `RowStore.add`."""
+        self._data.index_add_(0, tokens, values)
+
+    def save(self, path: Path) -> None:
+        """See `RowStore.save`."""
+        with path.open("wb") as file:
+            file.write(memoryview(self._data.view(torch.uint8).numpy()).cast("B"))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """See `RowStore.close`."""
+        self._data = torch.empty(0, self.width)
+
+
+class FileRows:
+    """A store in a file, which is deleted on `close`."""
+
+    def __init__(self, path: Path, n_rows: int, length: int, width: int) -> None:
+        self.n_rows, self.length, self.width = n_rows, length, width
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.ftruncate(self._fd, n_rows * length * width * 4)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See `RowStore.read`."""
+        data = torch.empty(stop - start, self.length, self.width)
+        read_exactly(self._fd, data, start * self.length * self.width * 4)
+        return data
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """See `RowStore.write`."""
+        write_exactly(self._fd, rows.reshape(-1, self.width), start * self.length * self.width * 4)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """See `RowStore.gather`."""
+        data = torch.empty(len(tokens), self.width)
+        for run in _runs(tokens):
+            read_exactly(self._fd, data[run.first : run.first + run.count], run.token * self.width * 4)
+        return data
+
+    def add(self, tokens: Tensor, values: Tensor) -> None:
+        """See `RowStore.add`."""
+        total = self.gather(tokens).add_(values)
+        for run in _runs(tokens):
+            write_exactly(self._fd, total[run.first : run.first + run.count], run.token * self.width * 4)
+
+    def save(self, path: Path) -> None:
+        """See `RowStore.save`."""
+        with path.open("wb") as file:
+            for start in range(self.n_rows):
+                write_exactly(file.fileno(), self.read(start, start + 1), start * self.length * self.width * 4)
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """See `RowStore.close`."""
+        os.close(self._fd)
+        self._path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """``count`` consecutive tokens: positions ``first``... of the request, from token ``token`` on."""
+
+    first: int
+    count: int
+    token: int
+
+
+def _runs(tokens: Tensor) -> Iterator[_Run]:
+    """Consecutive tokens as one run each."""
+    if not len(tokens):
+        return
+    breaks = (tokens.diff() != 1).nonzero().flatten().add_(1).tolist()
+    starts = [0, *breaks]
+    for first, stop in zip(starts, [*breaks, len(tokens)], strict=True):
+        yield _Run(first, stop - first, int(tokens[first]))
+
+
+def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
+    """Fill ``store`` from a file that `RowStore.save` wrote."""
+    with path.open("rb") as file:
+        for start in range(0, store.n_rows, chunk_rows):
+            stop = min(start + chunk_rows, store.n_rows)
+            data = torch.empty(stop - start, store.length, store.width)
+            read_exactly(file.fileno(), data, start * store.length * store.width * 4)
+            store.write(start, data)
+
+
+def read_exactly(fd: int, tensor: Tensor, offset: int) -> None:
+    """Fill a contiguous tensor from a file. Raises EOFError where the file ends early."""
+    view = memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done : done + _IO_BYTES]], offset + done)
+        if count == 0:
+            raise EOFError(f"file ends {len(view) - done} bytes early")
+        done += count
+
+
+def write_exactly(fd: int, tensor: Tensor, offset: int) -> None:
+    """Write a tensor's bytes to a file at ``offset``."""
+    view = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + _IO_BYTES], offset + done)
+
+
+_IO_BYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call

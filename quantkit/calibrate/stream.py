@@ -1,0 +1,108 @@
+"""One stream of hidden states on its way through the model: the forward pass of a checkpoint that never fits in memory.
+
+A layer's dense blocks run over batches of rows, its routed experts one after the other over the tokens that chose them, so that one
+expert's weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit.arch.base import DenseBlock, ExpertBlock, Sublayer
+from quantkit.calibrate.hidden_states import RowStore
+
+if TYPE_CHECKING:
+    from quantkit.arch.base import Weights
+
+BATCH_TOKENS = 2048
+"""Tokens that go through a dense block at once. A constant: sums must not depend on the machine's memory."""
+
+
+def row_batches(store: RowStore) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each batch of rows, at least one row."""
+    step = max(1, BATCH_TOKENS // store.length)
+    for start in range(0, store.n_rows, step):
+        yield start, min(start + step, store.n_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTokens:
+    """The tokens of each expert, sorted by expert once. token (n,) int64 and weight (n,) float32; expert e owns [bounds[e], bounds[e+1])."""
+
+    token: Tensor
+    weight: Tensor
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, indices: Tensor, weights: Tensor, n_experts: int) -> ExpertTokens:
+        """indices (tokens, top_k) int, weights (tokens, top_k) -> each expert's tokens in rising order."""
+        order = indices.flatten().argsort(stable=True)
+        counts = torch.bincount(indices.flatten(), minlength=n_experts)
+        bounds = (0, *counts.cumsum(0).tolist())
+        return cls(order.div(indices.shape[1], rounding_mode="floor"), weights.flatten()[order], bounds)
+
+    def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(tokens, weights) of one expert."""
+        span = slice(self.bounds[expert], self.bounds[expert + 1])
+        return self.token[span], self.weight[span]
+
+    def count(self, expert: int) -> int:
+        """How many tokens chose the expert."""
+        return self.bounds[expert + 1] - self.bounds[expert]
+
+
+def expert_hidden(block: ExpertBlock, gate: Tensor, up: Tensor, h: Tensor) -> Tensor:
+    """Input of an expert's down projection: gate, up (inter, hidden), h (tokens, hidden) -> (tokens, inter)."""
+    return block.activate(linear(h, gate), linear(h, up))
+
+
+def forward_layer(sublayers: tuple[Sublayer, ...], weights: Weights, x: RowStore, h: RowStore) -> list[Tensor]:
+    """Carry ``x`` through one layer in place. ``h`` is scratch of the same shape. Returns the routing indices of each expert block."""
+    routings: list[Tensor] = []
+    for sublayer in sublayers:
+        routed = [(block, route_all(block, weights, x, h)) for block in sublayer if isinstance(block, ExpertBlock)]
+        for block in sublayer:
+            if isinstance(block, DenseBlock):
+                _forward_dense(block, weights, x)
+        for block, (tokens, indices) in routed:
+            routings.append(indices)
+            for expert in range(block.n_experts):
+                forward_expert(block, weights, expert, tokens, x, h)
+    return routings
+
+
+def _forward_dense(block: DenseBlock, weights: Weights, x: RowStore) -> None:
+    for start, stop in row_batches(x):
+        rows = x.read(start, stop)
+        (inputs,) = block.stages[-1].inputs(weights, rows)
+        x.write(start, rows + linear(inputs, weights(block.output)).view(rows.shape))
+
+
+def route_all(block: ExpertBlock, weights: Weights, x: RowStore, h: RowStore) -> tuple[ExpertTokens, Tensor]:
+    """Fill ``h`` with the block's inputs and route every token -> the experts' tokens, routing indices (tokens, top_k) int64."""
+    indices, gates = [], []
+    for start, stop in row_batches(x):
+        inputs = block.inputs(weights, x.read(start, stop))
+        h.write(start, inputs)
+        routing = block.route(weights, inputs)
+        indices.append(routing.indices)
+        gates.append(routing.weights)
+    chosen = torch.cat(indices)
+    return ExpertTokens.of(chosen, torch.cat(gates), block.n_experts), chosen
+
+
+def forward_expert(
+    block: ExpertBlock, weights: Weights, expert: int, tokens: ExpertTokens, x: RowStore, h: RowStore
+) -> None:
+    """Add one expert's output to the residual of its tokens."""
+    token, weight = tokens.of_expert(expert)
+    if not len(token):
+        return
+    hidden = expert_hidden(block, weights(block.gates[expert]), weights(block.ups[expert]), h.gather(token))
+    x.add(token, linear(hidden, weights(block.downs[expert])).mul_(weight.unsqueeze(-1)))

@@ -1,0 +1,42 @@
+"""Held-out scores of a candidate against its reference, and whether they keep a recipe's limits. Plain values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean and its standard error over windows."""
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Reference against candidate on held-out windows. Perplexities are exp of the mean loss over all tokens, their errors by the delta
+    method over windows; KLD in nats per token; ``perplexity_ratio`` is paired, so its error leaves out what both find hard."""
+
+    windows: int
+    tokens: int
+    reference_perplexity: Estimate
+    candidate_perplexity: Estimate
+    perplexity_ratio: Estimate
+    mean_kl: Estimate
+    median_kl: float
+    p99_kl: float
+    top1: Estimate
+
+
+def limits_exceeded(
+    scores: Scores, *, max_perplexity_increase: float | None, max_mean_kl: float | None
+) -> tuple[str, ...]:
+    """One line for each limit that the scores exceed."""
+    problems: list[str] = []
+    increase = scores.perplexity_ratio.mean - 1
+    if max_perplexity_increase is not None and increase > max_perplexity_increase:
+        problems.append(f"perplexity grew by {increase:.2%}, the recipe allows {max_perplexity_increase:.2%}")
+    if max_mean_kl is not None and scores.mean_kl.mean > max_mean_kl:
+        problems.append(f"mean KL divergence is {scores.mean_kl.mean:.5f}, the recipe allows {max_mean_kl:.5f}")
+    return tuple(problems)

@@ -1,0 +1,59 @@
+"""A checkpoint as `compare` runs it, and the scores of its tokens as means with standard errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.arch.base import ModelArch
+from quantkit.evaluate.compare import Model, TokenScores
+from quantkit.evaluate.scores import Estimate, Scores
+from quantkit.tensors import TensorSource
+
+
+class RowSource(TensorSource, Protocol):
+    """A source that reads single rows of a matrix."""
+
+    def read_rows(self, name: str, indices: list[int]) -> Tensor:
+        """Rows of the first dimension, in the order asked for."""
+        ...
+
+
+def model_of(arch: ModelArch, source: RowSource, device: torch.device) -> Model:
+    """A source as `compare` runs it: float32 on ``device``, each weight read when asked for."""
+    return Model(
+        weights=lambda name: source.read(name).to(device).float(),
+        embed_rows=lambda ids: source.read_rows(arch.embed, ids.tolist()).float(),
+        head_rows=lambda start, stop: source.read(arch.lm_head, (start, stop)).to(device).float(),
+    )
+
+
+def summarise(scores: TokenScores) -> Scores:
+    """Means over tokens with standard errors over windows (rows)."""
+    reference, candidate = scores.reference_nll.mean(1), scores.candidate_nll.mean(1)
+    kld = scores.kld.flatten()
+    return Scores(
+        windows=len(reference),
+        tokens=scores.kld.numel(),
+        reference_perplexity=_exp(_estimate(reference)),
+        candidate_perplexity=_exp(_estimate(candidate)),
+        perplexity_ratio=_exp(_estimate(candidate - reference)),
+        mean_kl=_estimate(scores.kld.mean(1)),
+        median_kl=float(kld.median()),
+        p99_kl=float(kld.sort().values[min(len(kld) - 1, int(0.99 * len(kld)))]),
+        top1=_estimate(scores.same_top.double().mean(1)),
+    )
+
+
+def _estimate(values: Tensor) -> Estimate:
+    n = len(values)
+    error = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
+    return Estimate(float(values.mean()), error)
+
+
+def _exp(estimate: Estimate) -> Estimate:
+    mean = math.exp(estimate.mean)
+    return Estimate(mean, mean * estimate.standard_error)

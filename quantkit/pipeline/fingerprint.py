@@ -1,0 +1,40 @@
+"""What a resumed job must have in common with the one that was interrupted, so that its bytes are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+
+import quantkit
+from quantkit.calibrate.dataset import TokenRows
+from quantkit.pipeline.machine import Machine
+from quantkit.pipeline.recipe import Recipe
+
+
+class Fingerprinted(Protocol):
+    """A source that can name its content."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of headers and config."""
+        ...
+
+
+def job_header(recipe: Recipe, source: Fingerprinted, rows: TokenRows | None, machine: Machine) -> dict[str, object]:
+    """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other way."""
+    return {
+        "quantkit version": quantkit.__version__,
+        "torch version": torch.__version__,
+        "recipe": sha256_of_text(recipe.model_dump_json()),
+        "source": source.fingerprint(),
+        "calibration text": None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
+        "device": str(machine.device),
+        "threads": torch.get_num_threads(),
+        "memory budget": machine.budget,
+    }
+
+
+def sha256_of_text(text: str) -> str:
+    """Hex digest of UTF-8 text."""
+    return hashlib.sha256(text.encode()).hexdigest()

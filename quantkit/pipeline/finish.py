@@ -1,0 +1,240 @@
+"""The end of a conversion: config and side files, validation of what lies on the disk, quantkit.json, model card, final name."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+import yaml
+
+import quantkit
+from quantkit.arch.base import ModelArch
+from quantkit.calibrate.dataset import TokenRows, eval_windows
+from quantkit.evaluate.compare import compare
+from quantkit.evaluate.scores import Estimate, Scores, limits_exceeded
+from quantkit.evaluate.validation import model_of, summarise
+from quantkit.formats.bundle import CardFacts, copy_side_files, write_config, write_model_card
+from quantkit.formats.compressed_tensors import CompressedTensorsSink
+from quantkit.formats.compressed_tensors_config import quantization_config
+from quantkit.formats.compressed_tensors_contract import notes
+from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.safetensors_writer import write_durably
+from quantkit.pipeline.events import (
+    ExpertTokens,
+    Finished,
+    OnEvent,
+    OutputReport,
+    Report,
+    StageStarted,
+    ValidationProgress,
+    ValidationResult,
+)  # fmt: skip
+from quantkit.pipeline.folder import OutputFolder
+from quantkit.pipeline.journal import Journal
+from quantkit.pipeline.machine import Machine, Stores, Timer, peak_rss_bytes
+from quantkit.pipeline.plan import Action, OutputPlan, Plan
+from quantkit.pipeline.recipe import Validation
+
+
+class Finishing(Protocol):
+    """What the end needs of the walk."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def arch(self) -> ModelArch: ...
+    @property
+    def source(self) -> Fp8Source: ...
+    @property
+    def machine(self) -> Machine: ...
+    @property
+    def folder(self) -> OutputFolder: ...
+    @property
+    def journal(self) -> Journal: ...
+    @property
+    def stores(self) -> Stores: ...
+    @property
+    def sinks(self) -> tuple[CompressedTensorsSink, ...]: ...
+    @property
+    def on_event(self) -> OnEvent: ...
+    @property
+    def timer(self) -> Timer: ...
+
+
+def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
+    """Where an output is written: the result itself, or a folder of it when there are several."""
+    path = folder.result if len(plan.outputs) == 1 else folder.result / output.output.name
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def finish(
+    walk: Finishing, header: Mapping[str, object], rows: TokenRows | None, base_dir: Path, *, resumed: bool
+) -> Report:
+    """Complete, validate and publish every output."""
+    reports: list[OutputReport] = []
+    for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
+        directory = result_folder(walk.folder, walk.plan, output)
+        with walk.timer.stage("files"):
+            walk.on_event(StageStarted("files"))
+            hashes = sink.finish()
+            _write_side_files(walk, output, directory)
+        with walk.timer.stage("validation"):
+            result = _validate(walk, output, directory, base_dir)
+        records = _tensor_records(walk.journal, number)
+        with walk.timer.stage("files"):
+            document = _document(walk, output, header, rows, records, hashes, result)
+            write_durably(directory / "quantkit.json", (json.dumps(document, indent=1) + "\n").encode())
+            write_model_card(directory, _card(walk, output, directory, result))
+        reports.append(_output_report(walk, output, records, result))
+    walk.folder.publish()
+    report = Report(
+        outputs=tuple(reports),
+        seconds=dict(walk.timer.seconds),
+        peak_rss_bytes=peak_rss_bytes(),
+        tokens=0 if rows is None else rows.tokens.size,
+        expert_tokens=_expert_tokens(walk.journal),
+        resumed=resumed,
+        validated=all(r.validation is None or r.validation.passed for r in reports),
+    )
+    walk.on_event(Finished(report))
+    return report
+
+
+def _write_side_files(walk: Finishing, output: OutputPlan, directory: Path) -> None:
+    dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
+    section = quantization_config(output.planned) if any(tensor.scheme for tensor in output.planned) else {}
+    write_config(directory, walk.source.config, section, mtp_dropped=dropped)
+    copy_side_files(walk.source.directory, directory)
+
+
+def _validate(walk: Finishing, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
+    """Score the files that were written, read back from the disk, against the source."""
+    wanted = walk.plan.recipe.validation
+    if wanted is None:
+        return None
+    windows = eval_windows(wanted.text, wanted.context, walk.source.directory, base_dir, wanted.max_windows_per_file)
+    walk.on_event(StageStarted("validation", total=walk.arch.n_layers))
+    device = walk.machine.device
+    with CompressedTensorsSource(directory) as written:
+        scores = compare(
+            walk.arch,
+            model_of(walk.arch, walk.source, device),
+            model_of(walk.arch, written, device),
+            torch.from_numpy(windows.tokens).long(),
+            lambda n_rows, length, width: walk.stores.new(n_rows, length, width, 3),
+            on_layer=lambda layer: walk.on_event(ValidationProgress(layer + 1, walk.arch.n_layers)),
+        )
+    return _result(output, wanted, summarise(scores))
+
+
+def _result(output: OutputPlan, wanted: Validation, scores: Scores) -> ValidationResult:
+    problems = limits_exceeded(
+        scores, max_perplexity_increase=wanted.max_perplexity_increase, max_mean_kl=wanted.max_mean_kl
+    )
+    return ValidationResult(output.output.name, scores, problems)
+
+
+def _tensor_records(journal: Journal, output: int) -> dict[str, dict[str, object]]:
+    """Error, tokens and fallback of every linear that an output quantised, in the order of the work."""
+    records: dict[str, dict[str, object]] = {}
+    for entry in journal.of_kind("layer"):
+        for number, name, loss, n_tokens, fallback in cast("list[tuple[int, str, float, int, str]]", entry["tensors"]):
+            if number == output:
+                records[name] = {"relative_loss": loss, "n_tokens": n_tokens}
+                if fallback:
+                    records[name]["fallback"] = fallback
+    return records
+
+
+def _document(
+    walk: Finishing,
+    output: OutputPlan,
+    header: Mapping[str, object],
+    rows: TokenRows | None,
+    records: Mapping[str, Mapping[str, object]],
+    hashes: Mapping[str, str],
+    result: ValidationResult | None,
+) -> dict[str, object]:
+    """quantkit.json. No times and no memory: the same job gives the same bytes."""
+    schemes = {tensor.name: tensor.scheme.model_dump() for tensor in output.planned if tensor.scheme is not None}
+    return {
+        "quantkit": quantkit.__version__,
+        "job": dict(header),
+        "recipe": walk.plan.recipe.model_dump(mode="json", exclude_none=True),
+        "output": output.output.name,
+        "validated": result is None or result.passed,
+        "validation": None if result is None else asdict(result),
+        "tensor_bytes": output.nbytes,
+        "bpw": output.bpw,
+        "calibration": [] if rows is None else [asdict(entry) for entry in rows.provenance],
+        "expert_tokens": {
+            str(entry["layer"]): entry["experts"] for entry in walk.journal.of_kind("layer") if entry["experts"]
+        },
+        "tensors": {name: {"scheme": scheme, **records.get(name, {})} for name, scheme in schemes.items()},
+        "sha256": dict(hashes),
+    }
+
+
+def _card(walk: Finishing, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
+    recipe = walk.plan.recipe.model_dump(mode="json", exclude_none=True)
+    measured: dict[str, str] = {}
+    if result is not None:
+        scores = result.scores
+        measured = {
+            "perplexity, reference": _shown(scores.reference_perplexity, 4),
+            "perplexity, this checkpoint": _shown(scores.candidate_perplexity, 4),
+            "mean KL divergence": f"{_shown(scores.mean_kl, 5)} nats per token",
+            "same most likely token": f"{scores.top1.mean:.2%} ± {scores.top1.standard_error:.2%}",
+            "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
+        }
+    return CardFacts(
+        title=f"{walk.source.directory.resolve().name}-{output.output.name}",
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        parameters=output.parameters,
+        nbytes=output.nbytes,
+        contents=tuple((s.role.value, s.what, s.parameters, s.nbytes) for s in output.sizes),
+        measured=measured,
+        notes=tuple(notes(output.planned)),
+        version=quantkit.__version__,
+        validated=result is None or result.passed,
+    )
+
+
+def _shown(value: Estimate, digits: int) -> str:
+    return f"{value.mean:.{digits}f} ± {value.standard_error:.{digits}f}"
+
+
+def _output_report(
+    walk: Finishing, output: OutputPlan, records: Mapping[str, Mapping[str, object]], result: ValidationResult | None
+) -> OutputReport:
+    several = len(walk.plan.outputs) > 1
+    return OutputReport(
+        name=output.output.name,
+        path=walk.folder.out / output.output.name if several else walk.folder.out,
+        nbytes=output.nbytes,
+        bpw=output.bpw,
+        tensors=output.tensors,
+        quantized=len(records),
+        fallbacks=sum("fallback" in record for record in records.values()),
+        validation=result,
+    )
+
+
+def _expert_tokens(journal: Journal) -> ExpertTokens | None:
+    """Tokens of every routed expert of every layer; None for a data-free conversion."""
+    counts: list[int] = []
+    thin = 0
+    for entry in journal.of_kind("layer"):
+        for experts in cast("dict[str, list[tuple[int, float, int]]]", entry["experts"]).values():
+            counts += [n_tokens for n_tokens, _, _ in experts]
+            thin += sum(borrowed > 0 for _, _, borrowed in experts)
+    if not counts:
+        return None
+    return ExpertTokens(len(counts), min(counts), round(statistics.median(counts)), max(counts), counts.count(0), thin)

@@ -1,0 +1,330 @@
+"""One decoder layer: calibrate, quantise, write and carry the hidden states on.
+
+Dense blocks: stage by stage over batches of rows, each stage's statistics taken with the earlier stages' quantised weights.
+Routed experts: expert-major. The layer's tokens are routed once and sorted by expert; then, a batch of experts at a time: gather tokens,
+moments, quantise gate and up together, hidden from the *quantised* gate and up, quantise down, add to the residual. A layer's Hessians
+never exist all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
+from quantkit.calibrate.hidden_states import RowStore
+from quantkit.calibrate.inputs import InputMoments, InputStats, shrunk, shrunk_to_diagonal
+from quantkit.calibrate.stream import ExpertTokens, expert_hidden, forward_expert, row_batches
+from quantkit.pipeline.hidden import Streams
+from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, quantize_linears
+from quantkit.pipeline.weights import LayerWeights
+from quantkit.quantizers import Gptq
+from quantkit.schemes import QuantizedTensor
+
+EXPERT_CHUNK = 4096
+"""Tokens of one expert gathered at once. A constant, like `stream.BATCH_TOKENS`."""
+
+
+@dataclass(slots=True)
+class ExpertCounts:
+    """What the router gave an expert: tokens, the sum of their gate weights, and tokens borrowed because there were too few."""
+
+    n_tokens: int
+    gate_weight: float
+    borrowed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerJob:
+    """Everything one layer needs. ``new_rows(width)`` makes a scratch store for all tokens, in memory or on disk.
+
+    ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to choosing them, for the statistics only.
+    ``experts_at_once``: how many experts of one shape are quantised as a batch.
+    """
+
+    outputs: tuple[OutputJob, ...]
+    weights: LayerWeights
+    streams: Streams
+    new_rows: Callable[[int], RowStore]
+    on_tensor: Callable[[int, QuantizedTensor], None]
+    on_stage: Callable[[str, int], None]
+    device: torch.device
+    experts_at_once: int
+    min_expert_tokens: int
+    counts: dict[str, list[ExpertCounts]] = field(default_factory=dict[str, list[ExpertCounts]])
+
+
+def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...]) -> None:
+    """Quantise and write every linear of the layer that some output quantises, and carry the streams through it in place."""
+    for sublayer in sublayers:
+        # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x first.
+        routed = [(block, _route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
+        dense = [block for block in sublayer if isinstance(block, DenseBlock)]
+        assert len(dense) <= 1, "a second dense block would read what the first has added"
+        for block in dense:
+            job.on_stage(block.name, sum(len(group.linears) for stage in block.stages for group in stage.groups))
+            _quantize_dense(job, block)
+        for block, routes in routed:
+            job.on_stage(block.name, 3 * block.n_experts)
+            _quantize_experts(job, block, routes)
+
+
+def quantize_without_inputs(job: LayerJob, blocks: tuple[Block, ...]) -> None:
+    """The same for a data-free conversion: no hidden states, each linear alone."""
+    for block in blocks:
+        if isinstance(block, DenseBlock):
+            for group in (group for stage in block.stages for group in stage.groups):
+                _quantize_group(job, group, None)
+            continue
+        for experts in _expert_batches(job, block):
+            for names in (block.gates, block.ups, block.downs):
+                quantize_linears(job.outputs, (_linears(job, names, experts),), None, job.on_tensor)
+
+
+# Dense blocks
+
+
+def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
+    stores = job.streams.stores()
+    width = job.weights.shape(block.output)[1]
+    contexts = tuple(job.new_rows(width) for _ in stores)
+    for stage in block.stages:
+        last = stage is block.stages[-1]
+        needed = any(any_quantised(job.outputs, group.linears) for group in stage.groups)
+        if not (needed or last):
+            continue
+        moments: list[InputMoments] | None = None
+        for start, stop in row_batches(job.streams.x):
+            inputs = [
+                stage.inputs(weights, store.read(start, stop).to(job.device))
+                for weights, store in zip(job.weights.by_stream(), stores, strict=False)
+            ]
+            if moments is None:
+                moments = [InputMoments(x.shape[-1], cross=len(stores) > 1, device=job.device) for x in inputs[0]]
+            for number, group in enumerate(moments):
+                if needed:
+                    group.add(inputs[0][number], inputs[1][number] if len(inputs) > 1 else None)
+            if last:
+                for context, stream_inputs in zip(contexts, inputs, strict=True):
+                    context.write(start, stream_inputs[0].cpu())
+        assert moments is not None
+        for group, sums in zip(stage.groups, moments, strict=True):
+            _quantize_group(job, group, sums.stats())
+    for weights, store, context in zip(job.weights.by_stream(), stores, contexts, strict=False):
+        _add_output(weights(block.output), store, context)
+        context.close()
+
+
+def _quantize_group(job: LayerJob, group: InputGroup, stats: InputStats | None) -> None:
+    if not any_quantised(job.outputs, group.linears):
+        return
+    linears = tuple(Linears((name,), job.weights.original(name).unsqueeze(0)) for name in group.linears)
+    carried = quantize_linears(job.outputs, linears, stats, job.on_tensor)
+    for name, weight in zip(group.linears, carried, strict=True):
+        job.weights.carry(name, weight[0])
+
+
+def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
+    for start, stop in row_batches(store):
+        rows = store.read(start, stop)
+        added = linear(context.read(start, stop).to(weight.device), weight).cpu()
+        store.write(start, rows + added)
+
+
+# Routed experts
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One stream at an expert block: its residual, the block's inputs, and who is routed where."""
+
+    x: RowStore
+    h: RowStore
+    tokens: ExpertTokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Routes:
+    """``borrowed[e]``: tokens (n,) int64, rising, that did not choose expert e but came nearest to it."""
+
+    streams: tuple[_Stream, ...]
+    pooled: InputStats
+    borrowed: tuple[Tensor, ...]
+
+
+def _route(job: LayerJob, block: ExpertBlock) -> _Routes:
+    """Route every token of every stream once, and pool the moments of the inputs over all tokens of the layer."""
+    stores = job.streams.stores()
+    inputs_of = tuple(job.new_rows(store.width) for store in stores)
+    pooled = InputMoments(job.streams.x.width, cross=len(stores) > 1, device=job.device)
+    nearest = _Nearest(block.n_experts, job.min_expert_tokens)
+    chosen: list[list[Tensor]] = [[] for _ in stores]
+    gates: list[list[Tensor]] = [[] for _ in stores]
+    for start, stop in row_batches(job.streams.x):
+        batch: list[Tensor] = []
+        for number, (weights, store) in enumerate(zip(job.weights.by_stream(), stores, strict=False)):
+            h = block.inputs(weights, store.read(start, stop).to(job.device))
+            routing = block.route(weights, h)
+            inputs_of[number].write(start, h.cpu())
+            chosen[number].append(routing.indices.cpu())
+            gates[number].append(routing.weights.cpu())
+            if number == 0:
+                nearest.add(start * store.length, routing.scores.cpu(), routing.indices.cpu())
+            batch.append(h)
+        pooled.add(batch[0], batch[1] if len(batch) > 1 else None)
+    streams = tuple(
+        _Stream(store, h, ExpertTokens.of(torch.cat(indices), torch.cat(weights), block.n_experts))
+        for store, h, indices, weights in zip(stores, inputs_of, chosen, gates, strict=True)
+    )
+    return _Routes(streams, pooled.stats(), nearest.missing(streams[0].tokens, job.min_expert_tokens))
+
+
+class _Nearest:
+    """For each expert the ``keep`` tokens with the highest scores among those that did not choose it, over all batches."""
+
+    def __init__(self, n_experts: int, keep: int) -> None:
+        self._keep = keep
+        self._scores = torch.full((n_experts, 0), -torch.inf)
+        self._tokens = torch.zeros(n_experts, 0, dtype=torch.int64)
+
+    def add(self, first_token: int, scores: Tensor, chosen: Tensor) -> None:
+        """scores (tokens, experts), chosen (tokens, top_k): a batch that begins at token ``first_token``."""
+        others = scores.scatter(1, chosen, -torch.inf).T
+        numbers = torch.arange(first_token, first_token + len(scores)).expand(others.shape)
+        scores, tokens = torch.cat([self._scores, others], 1), torch.cat([self._tokens, numbers], 1)
+        self._scores, best = scores.topk(min(self._keep, scores.shape[1]), dim=1)
+        self._tokens = tokens.gather(1, best)
+
+    def missing(self, tokens: ExpertTokens, wanted: int) -> tuple[Tensor, ...]:
+        """For each expert as many tokens as it lacks to ``wanted``, in rising order."""
+        return tuple(self._of(expert, wanted - tokens.count(expert)) for expert in range(len(self._scores)))
+
+    def _of(self, expert: int, count: int) -> Tensor:
+        near = self._tokens[expert][self._scores[expert] > -torch.inf]
+        return near[: max(count, 0)].sort().values
+
+
+def _quantize_experts(job: LayerJob, block: ExpertBlock, routes: _Routes) -> None:
+    tokens = routes.streams[0].tokens
+    job.counts[block.name] = [
+        ExpertCounts(tokens.count(e), float(tokens.of_expert(e)[1].sum()), len(routes.borrowed[e]))
+        for e in range(block.n_experts)
+    ]
+    for experts in _expert_batches(job, block):
+        _quantize_expert_batch(job, block, routes, experts)
+    for stream in routes.streams:
+        stream.h.close()
+
+
+def _expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ...]]:
+    """Experts that every output treats alike, at most ``experts_at_once`` together."""
+
+    def treatment(expert: int) -> tuple[object, ...]:
+        names = (block.gates[expert], block.ups[expert], block.downs[expert])
+        return tuple(output.methods.get(name) for output in job.outputs for name in names)
+
+    for _, alike in groupby(range(block.n_experts), key=treatment):
+        experts = tuple(alike)
+        for start in range(0, len(experts), job.experts_at_once):
+            yield experts[start : start + job.experts_at_once]
+
+
+def _linears(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) -> Linears:
+    chosen = tuple(names[expert] for expert in experts)
+    return Linears(chosen, torch.stack([job.weights.original(name) for name in chosen]))
+
+
+def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, experts: tuple[int, ...]) -> None:
+    gate, up, down = (_linears(job, names, experts) for names in (block.gates, block.ups, block.downs))
+    tokens = tuple(_tokens_for_statistics(routes, expert) for expert in experts)
+    if any_quantised(job.outputs, (gate.names[0], up.names[0])):
+        stats = shrunk(_input_stats(job, routes, tokens), routes.pooled, _strength(job, gate.names[0], "shrink"))
+        new_gate, new_up = quantize_linears(job.outputs, (gate, up), stats, job.on_tensor)
+    else:
+        new_gate, new_up = gate.weight, up.weight
+    new_down = down.weight
+    if any_quantised(job.outputs, down.names):
+        hidden = _HiddenOf(block, (new_gate, new_up), (gate.weight, up.weight))
+        stats = shrunk_to_diagonal(
+            _hidden_stats(job, routes, tokens, hidden), _strength(job, down.names[0], "down_shrink")
+        )
+        (new_down,) = quantize_linears(job.outputs, (down,), stats, job.on_tensor)
+    for position, expert in enumerate(experts):
+        parts = ((new_gate, new_up, new_down), (gate.weight, up.weight, down.weight))
+        for stream, (g, u, d) in zip(
+            routes.streams, parts if job.weights.carries_quantised else parts[::-1], strict=False
+        ):
+            own = {block.gates[expert]: g[position], block.ups[expert]: u[position], block.downs[expert]: d[position]}
+            forward_expert(block, own.__getitem__, expert, stream.tokens, stream.x, stream.h)
+
+
+def _strength(job: LayerJob, name: str, option: str) -> float:
+    """The shrinkage that the first calibrated method asks for."""
+    for output in job.outputs:
+        decision = output.methods.get(name)
+        if decision is not None and isinstance(decision[1], Gptq):
+            return float(getattr(decision[1], option))
+    return 0.0
+
+
+def _tokens_for_statistics(routes: _Routes, expert: int) -> Tensor:
+    own, _ = routes.streams[0].tokens.of_expert(expert)
+    return torch.cat([own, routes.borrowed[expert]]).sort().values
+
+
+def _input_stats(job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...]) -> InputStats:
+    """Moments of what each expert of a batch reads, (B, hidden, hidden)."""
+    sums = [InputMoments(routes.streams[0].h.width, cross=len(routes.streams) > 1, device=job.device) for _ in tokens]
+    for moments, chosen in zip(sums, tokens, strict=True):
+        for part in chosen.split(EXPERT_CHUNK):
+            moments.add(*_gather(job, routes, part))
+    return _stacked(sums)
+
+
+@dataclass(frozen=True, slots=True)
+class _HiddenOf:
+    """Gate and up of a batch of experts, (B, inter, hidden) each: quantised and original."""
+
+    block: ExpertBlock
+    quantised: tuple[Tensor, Tensor]
+    original: tuple[Tensor, Tensor]
+
+
+def _hidden_stats(job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...], weights: _HiddenOf) -> InputStats:
+    """Moments of what each expert's down projection reads, (B, inter, inter)."""
+    inter = weights.original[0].shape[-2]
+    sums = [InputMoments(inter, cross=len(routes.streams) > 1, device=job.device) for _ in tokens]
+    carried = weights.quantised if job.weights.carries_quantised else weights.original
+    for i, (moments, chosen) in enumerate(zip(sums, tokens, strict=True)):
+        for part in chosen.split(EXPERT_CHUNK):
+            h, original = _gather(job, routes, part)
+            hidden = expert_hidden(weights.block, carried[0][i], carried[1][i], h)
+            other = None
+            if original is not None:
+                other = expert_hidden(weights.block, weights.original[0][i], weights.original[1][i], original)
+            moments.add(hidden, other)
+    return _stacked(sums)
+
+
+def _gather(job: LayerJob, routes: _Routes, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The block's inputs of some tokens in the stream that is carried and, if there is one, in the original stream."""
+    parts = [stream.h.gather(tokens).to(job.device) for stream in routes.streams]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _stacked(sums: list[InputMoments]) -> InputStats:
+    """One batch of several; a single matrix is not copied."""
+    parts = [moments.stats() for moments in sums]
+    if len(parts) == 1:
+        return parts[0]
+    crosses = [part.cross for part in parts if part.cross is not None]
+    return InputStats(
+        torch.cat([part.hessian for part in parts]),
+        torch.cat(crosses) if crosses else None,
+        tuple(part.n_tokens[0] for part in parts),
+    )

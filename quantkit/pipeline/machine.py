@@ -1,0 +1,94 @@
+"""What the machine grants a conversion: device, memory budget, and what follows from it for stores and expert batches."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from quantkit.arch.base import ModelArch
+from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
+from quantkit.errors import PlanError
+
+DEFAULT_SHARE = 0.6
+"""Of the physical memory, when no budget is given."""
+MOST_EXPERTS = 32
+"""More experts at once gain nothing: a batch of this size fills the matrix products."""
+SCRATCH_STORES = 2
+"""Per stream beside the hidden states: a block's inputs, or its last stage's inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """``budget``: bytes that the process should stay under, interpreter and torch apart."""
+
+    device: torch.device
+    budget: int
+
+    @classmethod
+    def of(cls, device: str, memory_budget: int | None) -> Machine:
+        """``device``: "auto", "cpu" or "cuda"; ``memory_budget``: bytes or None. Raises `PlanError` for a device that is not there."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise PlanError(
+                "device cuda: torch sees no GPU.", hint="Use --device cpu, or install a CUDA build of torch."
+            )
+        found = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(torch.device(found), memory_budget or int(physical * DEFAULT_SHARE))
+
+    def experts_at_once(self, arch: ModelArch, inter: int) -> int:
+        """Experts of one shape (inter, hidden) that are quantised as a batch."""
+        hidden = arch.hidden_size
+        moments = 6 * hidden * hidden  # Hessian, cross term, factor, and what making them copies
+        weights = 8 * 3 * hidden * inter  # originals, targets, sweep state, codes, results
+        return max(1, min(MOST_EXPERTS, int(self.budget * 0.5) // (4 * (moments + weights))))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Float32 weights of one layer's dense linears kept between batches of rows."""
+        return int(self.budget * 0.15)
+
+
+class Stores:
+    """Makes stores for the hidden states of one token set, in memory while they fit the budget and on disk otherwise."""
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self._folder = folder
+        self._budget = budget
+        self._numbers = count()
+
+    def new(self, n_rows: int, length: int, width: int, stores: int) -> RowStore:
+        """One of ``stores`` stores of this shape that will exist at the same time."""
+        if stores * n_rows * length * width * 4 <= self._budget:
+            return MemoryRows(n_rows, length, width)
+        return FileRows(self._folder / f"scratch-{next(self._numbers)}.f32", n_rows, length, width)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Timer:
+    """Wall seconds by stage, in the order in which stages first began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of the block to ``name``."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start

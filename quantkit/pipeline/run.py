@@ -1,0 +1,233 @@
+"""`convert`: source shards -> layer -> expert -> quantised tensor -> sinks, one loop for every method, format and device.
+
+Plan first (everything refusable is refused in seconds), then the tensors outside the layers, then layer by layer, each synced and then
+recorded in the journal, then the files around the weights, the validation, and one rename.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit.arch import arch_of
+from quantkit.arch.base import ExpertBlock, ModelArch
+from quantkit.calibrate.dataset import TokenRows, token_rows
+from quantkit.errors import CalibrationError, OutputError
+from quantkit.formats import open_source
+from quantkit.formats.compressed_tensors import CompressedTensorsSink
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.pipeline.copying import copy_kept
+from quantkit.pipeline.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
+from quantkit.pipeline.fingerprint import job_header
+from quantkit.pipeline.finish import finish, result_folder
+from quantkit.pipeline.folder import OutputFolder
+from quantkit.pipeline.hidden import StreamFiles, Streams
+from quantkit.pipeline.journal import Journal
+from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_inputs
+from quantkit.pipeline.machine import Machine, Stores, Timer
+from quantkit.pipeline.memory import check_free_disk, conversion_needs
+from quantkit.pipeline.outputs import OutputJob
+from quantkit.pipeline.plan import Action, OutputPlan, Plan, make_plan
+from quantkit.pipeline.recipe import Recipe
+from quantkit.pipeline.weights import LayerWeights
+from quantkit.quantizers import Gptq
+from quantkit.schemes import IntScheme, QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What stays the same from the first tensor to the last."""
+
+    plan: Plan
+    arch: ModelArch
+    source: Fp8Source
+    machine: Machine
+    folder: OutputFolder
+    journal: Journal
+    stores: Stores
+    sinks: tuple[CompressedTensorsSink, ...]
+    on_event: OnEvent
+    timer: Timer
+
+
+def convert(
+    source: Path | str,
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    base_dir: Path = Path(),
+    device: str = "auto",
+    memory_budget: int | None = None,
+    jobs: int | None = None,
+    restart: bool = False,
+    on_event: OnEvent = ignore,
+) -> Report:
+    """Quantise the checkpoint in folder ``source`` by ``recipe`` and leave the result under ``out``.
+
+    ``base_dir``: where the recipe's relative text files lie; ``memory_budget``: bytes to stay under (default: 60 % of the machine);
+    ``jobs``: CPU threads; ``restart``: discard an unfinished job and replace an existing ``out``. An unfinished job of the same recipe,
+    source and text is continued, and its files are the same bytes as those of an unbroken one.
+
+    Raises a `QuantkitError` with one line for whatever a user, a file or the machine can cause.
+    """
+    if jobs is not None:
+        torch.set_num_threads(jobs)
+    machine = Machine.of(device, memory_budget)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_source(source))
+        arch = arch_of(opened.config)
+        plan = make_plan(recipe, arch, opened.infos(), opened.is_float8)
+        rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
+        if rows is not None:
+            _check_vocabulary(rows, arch)
+        folder = stack.enter_context(OutputFolder(Path(out), restart=restart))
+        header = job_header(recipe, opened, rows, machine)
+        journal = Journal(folder.journal, header)
+        stack.callback(journal.close)
+        if not journal.entries:
+            check_free_disk(plan, conversion_needs(plan, arch), folder.partial)
+        sinks = tuple(_open_sink(folder, output, plan, journal) for output in plan.outputs)
+        for sink in sinks:
+            stack.callback(sink.close)
+        stores = Stores(folder.hidden, int(machine.budget * 0.5))
+        walk = Walk(plan, arch, opened, machine, folder, journal, stores, sinks, on_event, Timer())
+        return _run(walk, rows, header, base_dir)
+
+
+def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir: Path) -> Report:
+    resumed = bool(walk.journal.entries)
+    layers = _layers(walk.plan)
+    done = {entry["layer"] for entry in walk.journal.of_kind("layer")}
+    n_tokens = 0 if rows is None else rows.tokens.size
+    walk.on_event(Started(len(layers), walk.plan.source_bytes, n_tokens, len(done)))
+    if not walk.journal.of_kind("outside"):
+        with walk.timer.stage("copy"):
+            walk.on_event(StageStarted("embeddings"))
+            copy_kept(walk.source, walk.plan, walk.sinks, None, walk.on_event)
+            _sync(walk)
+            walk.journal.append({"done": "outside"})
+    files = StreamFiles(walk.folder.hidden, walk.stores, two=_follows_original(walk.plan))
+    with walk.timer.stage("embeddings"):
+        streams = None if rows is None else files.open(rows, walk.arch, walk.source, layers_done=done)
+    for layer in layers:
+        if layer not in done:
+            _layer(walk, layer, streams if layer < walk.arch.n_layers else None, files, n_tokens)
+    if streams is not None:
+        streams.close()
+    return finish(walk, header, rows, base_dir, resumed=resumed)
+
+
+def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
+    """Quantise one layer, bring it to the disk, and say so in the journal."""
+    start = time.monotonic()
+    records: list[list[object]] = []
+
+    def on_tensor(output: int, tensor: QuantizedTensor) -> None:
+        error = tensor.error
+        records.append([output, tensor.name, error.relative_loss, error.n_tokens, error.fallback])
+        if output == 0:
+            walk.on_event(TensorDone(tensor.name, error.relative_loss, walk.source.infos()[tensor.name].nbytes))
+
+    sublayers = walk.arch.sublayers(layer)
+    blocks = tuple(block for sublayer in sublayers for block in sublayer)
+    job = LayerJob(
+        outputs=tuple(
+            OutputJob(_methods(output), sink) for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True)
+        ),
+        weights=LayerWeights(
+            walk.source,
+            carries_quantised=walk.plan.recipe.propagate == "quantized",
+            cache_bytes=walk.machine.cache_bytes,
+            device=walk.machine.device,
+        ),
+        streams=streams,
+        new_rows=files.scratch,
+        on_tensor=on_tensor,
+        on_stage=lambda stage, total: walk.on_event(StageStarted(stage, layer, total)),
+        device=walk.machine.device,
+        experts_at_once=_experts_at_once(walk, blocks),
+        min_expert_tokens=walk.plan.recipe.calibration.min_expert_tokens if walk.plan.recipe.calibration else 0,
+    )
+    _prefetch(walk, layer + 1)
+    with walk.timer.stage("layers" if streams is not None else "layers without calibration"):
+        if streams is None:
+            quantize_without_inputs(job, blocks)
+        else:
+            quantize_layer(job, sublayers)
+    with walk.timer.stage("copy"):
+        copy_kept(walk.source, walk.plan, walk.sinks, layer, walk.on_event)
+    with walk.timer.stage("sync"):
+        _sync(walk)
+        if streams is not None:
+            files.save(streams, layer)
+        counts = {
+            name: [[c.n_tokens, c.gate_weight, c.borrowed] for c in per_expert]
+            for name, per_expert in job.counts.items()
+        }
+        walk.journal.append({"done": "layer", "layer": layer, "tensors": records, "experts": counts})
+        if streams is not None:
+            files.forget(layer - 1)
+    walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
+
+
+def _layers(plan: Plan) -> list[int]:
+    """Every layer that some output writes, MTP layers included, in order."""
+    decisions = [d for output in plan.outputs for d in output.decisions.values() if d.action is not Action.DROP]
+    return sorted({d.spec.layer for d in decisions if d.spec.layer is not None})
+
+
+def _methods(output: OutputPlan) -> dict[str, tuple[IntScheme, Gptq]]:
+    return {
+        name: (decision.scheme, decision.method)  # type: ignore[misc]
+        for name, decision in output.decisions.items()
+        if decision.action is Action.QUANTIZE
+    }
+
+
+def _experts_at_once(walk: Walk, blocks: tuple[object, ...]) -> int:
+    routed = [block for block in blocks if isinstance(block, ExpertBlock)]
+    if not routed:
+        return 1
+    inter = walk.source.infos()[routed[0].gates[0]].shape[0]
+    return walk.machine.experts_at_once(walk.arch, inter)
+
+
+def _prefetch(walk: Walk, layer: int) -> None:
+    """Let the kernel read the next layer's bytes while this one is computed."""
+    decisions = walk.plan.outputs[0].decisions
+    walk.source.prefetch([name for name, decision in decisions.items() if decision.spec.layer == layer])
+
+
+def _sync(walk: Walk) -> None:
+    for sink in walk.sinks:
+        sink.sync()
+
+
+def _open_sink(folder: OutputFolder, output: OutputPlan, plan: Plan, journal: Journal) -> CompressedTensorsSink:
+    sink = CompressedTensorsSink.open(
+        result_folder(folder, plan, output), output.planned, output.output.max_shard_bytes
+    )
+    if journal.entries and sink.fresh:
+        raise OutputError(
+            f"{folder.partial}: the shards of the unfinished job are gone.", hint="Begin anew with --restart."
+        )
+    return sink
+
+
+def _follows_original(plan: Plan) -> bool:
+    """Whether some method needs the unquantised stream beside the quantised one."""
+    methods = (decision.method for output in plan.outputs for decision in output.decisions.values())
+    return plan.recipe.propagate == "quantized" and any(isinstance(m, Gptq) and m.cross > 0 for m in methods)
+
+
+def _check_vocabulary(rows: TokenRows, arch: ModelArch) -> None:
+    largest = int(rows.tokens.max())
+    if largest >= arch.vocab_size:
+        raise CalibrationError(
+            f"tokenizer.json gives token {largest}, config.json has vocab_size {arch.vocab_size}.",
+            hint="The tokenizer belongs to another checkpoint.",
+        )
