@@ -69,7 +69,11 @@ def find_files(entries: Sequence[str], base_dir: Path) -> list[TextFile]:
     """
     found: dict[Path, TextFile] = {}
     for entry in entries:
-        for file in _builtin_files(entry) if entry.startswith(BUILTIN) else _named_files(entry, base_dir):
+        try:
+            files = _builtin_files(entry) if entry.startswith(BUILTIN) else _named_files(entry, base_dir)
+        except (OSError, ValueError, RuntimeError) as error:  # too long, `**` inside a name, `~` of nobody
+            raise CalibrationError(f"{entry[:80]!r}: is no usable file name ({error}).") from error
+        for file in files:
             found.setdefault(file.path.resolve(), file)
     return list(found.values())
 
@@ -109,6 +113,8 @@ def _builtin_files(entry: str) -> list[TextFile]:
 
 
 def _named_files(entry: str, base_dir: Path) -> list[TextFile]:
+    if not entry:
+        raise CalibrationError("A name among the text files is empty.")
     path = base_dir / Path(entry).expanduser()
     if path.exists() or not any(character in entry for character in "*?["):
         return [_checked(TextFile(entry, path))]

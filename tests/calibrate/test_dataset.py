@@ -280,6 +280,9 @@ def test_bad_file_is_one_line_that_names_it(checkpoint: Path, tmp_path: Path, na
         ("none*.txt", "no file matches"),
         ("folder", "is a folder"),
         ("builtin:nothing", "no such built-in text"),
+        ("", "is empty"),
+        ("a" * 5000 + ".txt", "no usable file name"),
+        ("***.txt", "no usable file name|no file matches"),
     ],
 )
 def test_bad_entry(checkpoint: Path, tmp_path: Path, entry: str, message: str) -> None:
@@ -314,6 +317,7 @@ def test_bad_tokenizer_files(tmp_path: Path) -> None:
         ("config.json", b"{", "config.json: is not JSON"),
         ("config.json", b"{}", "found vocab_size None"),
         ("config.json", b'{"vocab_size": 50}', r"gives id \d+, but config.json has vocab_size 50"),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', "names the BOS token"),
         ("tokenizer_config.json", b'{"bos_token": "<s>"}', "names the BOS token '<s>', tokenizer.json lacks it"),
     ]
     for i, (file, content, message) in enumerate(cases):
