@@ -40,7 +40,7 @@ SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 200_000_000
 """Bound on an index or a config that is read whole. V3's index has about 9 MB."""
 MAX_SHARDS = 10_000
-_NUMBERED = re.compile(r"(.*-)(\d+)(-of-)(\d+)\.safetensors")
+_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _SAMPLE_BYTES = 4096
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # First 7-bit code that is not a number: e4m3 has NaN only at 0x7F; e5m2 has infinity at 0x7C and NaN above it.
@@ -269,16 +269,17 @@ def _files_without_index(directory: Path) -> list[str]:
     """The single file, or every shard. Numbered shards must be complete: no index can tell what a missing one held."""
     if os.path.lexists(directory / SINGLE_NAME):
         return [SINGLE_NAME]
-    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    files = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     if not files:
         raise SourceError(
             f"{directory}: holds no *.safetensors file.", hint="Give the folder of a downloaded checkpoint."
         )
     present = set(files)
-    for match in filter(None, map(_NUMBERED.fullmatch, files)):
-        prefix, number, of, total = match.groups()
+    numbered = filter(None, map(_NUMBERED.fullmatch, files))
+    series = {(match[1], len(match[2]), match[3]) for match in numbered}
+    for prefix, digits, total in sorted(series):
         for i in range(1, min(int(total), MAX_SHARDS) + 1):
-            missing = f"{prefix}{i:0{len(number)}d}{of}{total}.safetensors"
+            missing = f"{prefix}{i:0{digits}d}-of-{total}.safetensors"
             if missing not in present:
                 raise SourceError(f"{directory}: shard {printable(missing)} is missing and there is no {INDEX_NAME}.")
     return files
