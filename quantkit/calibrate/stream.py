@@ -6,7 +6,7 @@ expert's weights are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,13 @@ def row_batches(store: RowStore) -> Iterator[tuple[int, int]]:
     step = max(1, BATCH_TOKENS // store.length)
     for start in range(0, store.n_rows, step):
         yield start, min(start + step, store.n_rows)
+
+
+def embed(embed_rows: Callable[[Tensor], Tensor], tokens: Tensor, store: RowStore) -> None:
+    """Fill ``store`` with the embeddings of tokens (n_rows, length) int64. ``embed_rows``: ids (n,) -> (n, hidden) float32."""
+    for start, stop in row_batches(store):
+        ids, back = tokens[start:stop].flatten().unique(return_inverse=True)
+        store.write(start, embed_rows(ids)[back])
 
 
 @dataclass(frozen=True, slots=True)

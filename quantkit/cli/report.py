@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from quantkit.cli.render import both_units, duration, short_size, table
-from quantkit.pipeline.events import Estimate, OutputReport, Report, ValidationResult
+from quantkit.evaluate.scores import Estimate
+from quantkit.pipeline.events import OutputReport, Report, ValidationResult
 
 
 def report_text(report: Report, source: Path) -> str:
@@ -32,15 +34,15 @@ def _output_text(output: OutputReport) -> str:
 
 
 def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
-    reference, quantized = result.reference_perplexity, result.quantized_perplexity
-    increase = quantized.mean / reference.mean - 1 if reference.mean else 0.0
+    scores = result.scores
     return [
-        ("perplexity, reference", _estimate(reference, 4)),
-        ("perplexity, quantised", f"{_estimate(quantized, 4)}  ({increase:+.2%})"),
-        ("mean KL divergence", f"{_estimate(result.mean_kl, 5)} nats"),
-        ("median, 99 % of it", f"{result.median_kl:.5f}, {result.p99_kl:.5f} nats"),
-        ("same most likely token", f"{result.top1.mean:.2%} ± {result.top1.standard_error:.2%}"),
-        ("measured on", f"{result.tokens:,} tokens in {result.windows:,} windows"),
+        ("perplexity, reference", _estimate(scores.reference_perplexity, 4)),
+        ("perplexity, quantised", _estimate(scores.candidate_perplexity, 4)),
+        ("their ratio, paired", _estimate(scores.perplexity_ratio, 5)),
+        ("mean KL divergence", f"{_estimate(scores.mean_kl, 5)} nats"),
+        ("median, 99 % of it", f"{scores.median_kl:.5f}, {scores.p99_kl:.5f} nats"),
+        ("same most likely token", f"{scores.top1.mean:.2%} ± {scores.top1.standard_error:.2%}"),
+        ("measured on", f"{scores.tokens:,} tokens in {scores.windows:,} windows"),
         ("limits of the recipe", "kept" if result.passed else "EXCEEDED"),
     ]
 
@@ -117,19 +119,4 @@ def _output_document(output: OutputReport) -> Mapping[str, object]:
 
 
 def _validation_document(result: ValidationResult) -> Mapping[str, object]:
-    return {
-        "windows": result.windows,
-        "tokens": result.tokens,
-        "reference_perplexity": _estimate_document(result.reference_perplexity),
-        "quantized_perplexity": _estimate_document(result.quantized_perplexity),
-        "mean_kl": _estimate_document(result.mean_kl),
-        "median_kl": result.median_kl,
-        "p99_kl": result.p99_kl,
-        "top1": _estimate_document(result.top1),
-        "passed": result.passed,
-        "problems": list(result.problems),
-    }
-
-
-def _estimate_document(value: Estimate) -> Mapping[str, float]:
-    return {"mean": value.mean, "standard_error": value.standard_error}
+    return {**asdict(result.scores), "passed": result.passed, "problems": list(result.problems)}

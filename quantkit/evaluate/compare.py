@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.stream import forward_layer, row_batches
+from quantkit.calibrate.stream import embed, forward_layer, row_batches
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
@@ -64,7 +64,7 @@ def compare(
     stores = [new_rows(*tokens.shape, arch.hidden_size) for _ in models]
     scratch = new_rows(*tokens.shape, arch.hidden_size)
     for model, store in zip(models, stores, strict=True):
-        embed(model, tokens, store)
+        embed(model.embed_rows, tokens, store)
     for layer in range(arch.n_layers):
         for model, store in zip(models, stores, strict=True):
             forward_layer(arch.sublayers(layer), model.weights, store, scratch)
@@ -73,13 +73,6 @@ def compare(
     for store in (*stores, scratch):
         store.close()
     return scores
-
-
-def embed(model: Model, tokens: Tensor, store: RowStore) -> None:
-    """Fill ``store`` with the embeddings of tokens (n_rows, length) int64."""
-    for start, stop in row_batches(store):
-        ids, back = tokens[start:stop].flatten().unique(return_inverse=True)
-        store.write(start, model.embed_rows(ids)[back])
 
 
 class _Softmax:

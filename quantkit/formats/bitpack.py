@@ -37,7 +37,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         stream = stream[:, ::2] | stream[:, 1::2] << 4
     elif bits < 8:
         # Flat first: a single row or column may count as contiguous with strides that a wider view refuses.
-        units = stream.reshape(-1).view(torch.int64).view(rows, stream.shape[1] // CODES_PER_UNIT)
+        units = stream.contiguous().reshape(-1).view(torch.int64).view(rows, stream.shape[1] // CODES_PER_UNIT)
         for lane, filled in _lanes(bits):
             low, high = _masks(lane, filled)
             units = (units & low).bitwise_or_(units.bitwise_and(high).bitwise_right_shift_(lane - filled))
@@ -45,7 +45,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     # The padding to whole units may be longer or shorter than that to whole words; both are zeros.
     width = n_words(n_codes, bits)
     stream = pad(stream, (0, 4 * width - stream.shape[1]))
-    return stream.reshape(-1).view(torch.int32).view(rows, width)
+    return stream.contiguous().reshape(-1).view(torch.int32).view(rows, width)
 
 
 def unpack(words: Tensor, bits: int, n_codes: int) -> Tensor:
@@ -56,7 +56,7 @@ def unpack(words: Tensor, bits: int, n_codes: int) -> Tensor:
     assert words.dtype == torch.int32 and words.ndim == 2, f"words are {words.dtype} with {words.ndim} dimensions"
     assert words.shape[1] == n_words(n_codes, bits), f"{words.shape[1]} words cannot be {n_codes} codes of {bits} bits"
     rows = words.shape[0]
-    stream = words.reshape(-1).view(torch.uint8).view(rows, 4 * words.shape[1])
+    stream = words.contiguous().reshape(-1).view(torch.uint8).view(rows, 4 * words.shape[1])
     if bits < 8:
         n_units = math.ceil(n_codes / CODES_PER_UNIT)
         stream = pad(stream, (0, n_units * bits - stream.shape[1]))

@@ -1,10 +1,15 @@
-"""What a conversion needs of RAM, device memory and disk, as a sum of terms with their formulas. Estimates, except
-for the output's bytes.
+"""What a conversion needs of RAM, device memory and disk, as a sum of terms. Estimates, except for the output's bytes.
 
-hidden states   tokens * hidden * 4 B, for each stream (quantised; unquantised too if a method follows it), in RAM or
-on disk Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of the widest GPTQ linear (18432 in V3's dense layers:
-1.36 GB a copy) weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the largest quantised linear kept
-chunk      tensors that are not quantised pass through in pieces interpreter     Python, torch and libraries
+    hidden states   tokens * (hidden + widest dense input) * 4 B, for each stream, in RAM or on disk
+    resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers, on disk
+    Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of the widest GPTQ linear
+    weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the largest quantised linear
+    activations     one batch of rows at the widest linear
+    kept chunk      tensors that are not quantised pass through in pieces
+    interpreter     Python, torch and libraries
+
+The widest linear of DeepSeek V3 is its dense layers' down_proj: one copy of its Hessian (18432^2) is 1.36 GB. There are
+two streams if some method follows the unquantised model beside the quantised one.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.arch.base import ModelArch
+from quantkit.arch.base import ModelArch, Role
+from quantkit.calibrate.dataset import Calibration
 from quantkit.errors import PlanError
 from quantkit.pipeline.plan import Action, Decision, Plan
 from quantkit.quantizers import Gptq
@@ -25,8 +31,9 @@ WEIGHT_COPIES = 4
 """Original, running targets, errors, and codes with their scales."""
 KEPT_CHUNK_BYTES = 64 * 2**20
 INTERPRETER_BYTES = 300 * 10**6
-ROW_BYTES_PER_TOKEN_FACTOR = 3
-"""Activations of one calibration row: input, widest linear's output and one temporary."""
+BATCH_TOKENS = 2048
+ACTIVATION_COPIES = 3
+"""Activations of one batch of rows: input, the widest linear's output and one temporary."""
 HEADER_BYTES_PER_TENSOR = 140
 """Room in a safetensors header; V3's release uses 129."""
 STORED_PER_TENSOR = 3
@@ -73,7 +80,7 @@ def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
     quantized = [decision for output in plan.outputs for decision in _distinct(output.decisions.values())]
     quantized = [decision for decision in quantized if decision.action is Action.QUANTIZE]
     hidden = _hidden_states(plan, arch, quantized)
-    return Needs(_working(plan, quantized), hidden, _disk(plan, hidden))
+    return Needs(_working(plan, quantized), hidden, _disk(plan, arch, hidden))
 
 
 def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 0) -> None:
@@ -114,35 +121,53 @@ def _working(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
         terms.append(Term("weight set", nbytes, f"{out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}"))
     if plan.recipe.calibration and quantized:
         widest_out = max(max(decision.spec.shape) for decision in quantized)
-        length = plan.recipe.calibration.sequence_length
-        nbytes = length * widest_out * 4 * ROW_BYTES_PER_TOKEN_FACTOR
-        terms.append(
-            Term("activations", nbytes, f"{length:,} tokens x {widest_out:,} x 4 B x {ROW_BYTES_PER_TOKEN_FACTOR}")
-        )
+        length = max(BATCH_TOKENS, plan.recipe.calibration.sequence_length)
+        nbytes = length * widest_out * 4 * ACTIVATION_COPIES
+        terms.append(Term("activations", nbytes, f"{length:,} tokens x {widest_out:,} x 4 B x {ACTIVATION_COPIES}"))
     terms.append(Term("kept chunk", KEPT_CHUNK_BYTES, "64 MiB"))
     return tuple(terms)
 
 
 def _hidden_states(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> Term | None:
+    """The streams, and the widest scratch store that a block keeps beside each (what its output projection reads)."""
     calibration = plan.recipe.calibration
     if calibration is None or not quantized:
         return None
-    length = calibration.sequence_length
-    tokens = -(-calibration.tokens // length) * length
-    follows_original = any(isinstance(decision.method, Gptq) and decision.method.cross for decision in quantized)
-    streams = 2 if follows_original and plan.recipe.propagate == "quantized" else 1
-    nbytes = tokens * arch.hidden_size * 4 * streams
-    return Term("hidden states", nbytes, f"{tokens:,} tokens x {arch.hidden_size:,} x 4 B x {streams} streams")
+    widest = max(decision.spec.shape[1] for decision in _dense_linears(plan))
+    nbytes = _tokens(calibration) * (arch.hidden_size + max(widest, arch.hidden_size)) * 4 * _streams(plan)
+    width = f"({arch.hidden_size:,} + {widest:,})"
+    formula = f"{_tokens(calibration):,} tokens x {width} x 4 B x {_streams(plan)} streams"
+    return Term("hidden states", nbytes, formula)
 
 
-def _disk(plan: Plan, hidden: Term | None) -> tuple[Term, ...]:
+def _dense_linears(plan: Plan) -> list[Decision]:
+    decisions = plan.outputs[0].decisions.values()
+    dense = [d for d in decisions if d.spec.linear and d.spec.role not in (Role.EXPERT, Role.MTP)]
+    return _distinct(dense)
+
+
+def _tokens(calibration: Calibration) -> int:
+    """Whole rows are taken."""
+    return -(-calibration.tokens // calibration.sequence_length) * calibration.sequence_length
+
+
+def _streams(plan: Plan) -> int:
+    """2 if some method follows the unquantised stream beside the quantised one."""
+    methods = (decision.method for output in plan.outputs for decision in output.decisions.values())
+    follows = plan.recipe.propagate == "quantized" and any(isinstance(m, Gptq) and m.cross > 0 for m in methods)
+    return 2 if follows else 1
+
+
+def _disk(plan: Plan, arch: ModelArch, hidden: Term | None) -> tuple[Term, ...]:
     terms: list[Term] = []
     for output in plan.outputs:
         overhead = STORED_PER_TENSOR * output.tensors * HEADER_BYTES_PER_TENSOR
         terms.append(Term(f"output {output.output.name}", output.nbytes + overhead, "tensor data and headers"))
-    if hidden is not None:
-        # A killed run resumes from the last finished layer: the old state must live until the new one is complete.
-        terms.append(Term("hidden states", 2 * hidden.nbytes, f"{hidden.formula}, two generations"))
+    if hidden is not None and plan.recipe.calibration is not None:
+        # A killed run resumes from the last finished layer: its state must live until the next layer's is complete.
+        saved = _tokens(plan.recipe.calibration) * arch.hidden_size * 4 * _streams(plan)
+        terms.append(Term("hidden states", hidden.nbytes, f"{hidden.formula} (if not in RAM)"))
+        terms.append(Term("resume points", 2 * saved, f"2 x {saved / 1e9:.1f} GB, at the borders of two layers"))
     n_tensors = sum(output.tensors for output in plan.outputs)
     terms.append(
         Term("journal", n_tensors * JOURNAL_BYTES_PER_TENSOR, f"{n_tensors:,} tensors x {JOURNAL_BYTES_PER_TENSOR} B")
