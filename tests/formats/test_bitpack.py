@@ -38,6 +38,8 @@ def test_zero_points_along_the_first_dimension(bits: int) -> None:
     zero_point = random_codes(96, 3, bits, seed=0)
     theirs = pack_to_int32(signed(zero_point, bits), bits, packed_dim=0)
     assert torch.equal(pack(zero_point.T.contiguous(), bits).T, theirs)
+    assert torch.equal(pack(zero_point[:, :1].T.contiguous(), bits).T, theirs[:, :1])
+    assert torch.equal(unpack(theirs[:, :1].T, bits, 96).T, zero_point[:, :1])
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -46,8 +48,17 @@ def test_one_row_does_not_leak_into_the_next(bits: int) -> None:
     assert torch.equal(pack(codes, bits)[3:5], pack(codes[3:5], bits))
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_no_rows(bits: int) -> None:
+    words = pack(torch.zeros(0, 40, dtype=torch.uint8), bits)
+    assert words.shape == (0, n_words(40, bits))
+    assert unpack(words, bits, 40).shape == (0, 40)
+
+
 def test_bit_order_by_hand() -> None:
-    assert pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8), 4).tolist() == [[-2023406815]]  # 0x87654321
+    assert pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8), 4).tolist() == [
+        [-2023406815]
+    ]  # 0x87654321
     # 3 bits: 7, then zeros, then code 10 (bits 30, 31 and bit 0 of the next word)
     codes = torch.zeros(1, 11, dtype=torch.uint8)
     codes[0, 0] = codes[0, 10] = 7
