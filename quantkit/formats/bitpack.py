@@ -1,11 +1,13 @@
-"""Codes of 2 to 8 bits <-> int32 words, as compressed-tensors stores them: one dense little-endian stream of bits for each row.
+"""Codes of 2 to 8 bits <-> int32 words, as compressed-tensors stores them: one dense little-endian stream of bits for
+each row.
 
-Code ``i`` of a row occupies the bits ``[i * bits, (i + 1) * bits)`` of the row's stream; bit ``b`` of the stream is bit ``b % 32``
-of word ``b // 32``. A row is padded with zero bits to a whole number of words. Codes of 3, 5, 6 and 7 bits straddle words.
-With 4 bits this is the well-known "eight nibbles to a word, lowest first".
+Code ``i`` of a row occupies the bits ``[i * bits, (i + 1) * bits)`` of the row's stream; bit ``b`` of the stream is bit
+``b % 32`` of word ``b // 32``. A row is padded with zero bits to a whole number of words. Codes of 3, 5, 6 and 7 bits
+straddle words. With 4 bits this is the well-known "eight nibbles to a word, lowest first".
 
-Eight codes are one *unit*: in memory eight bytes, packed ``bits`` bytes. Read as one 64-bit number, a unit is squeezed in three
-steps (pairs of 8-bit lanes, of 16-bit lanes, of 32-bit lanes), whatever the width: few passes over an eighth of the elements.
+Eight codes are one *unit*: in memory eight bytes, packed ``bits`` bytes. Read as one 64-bit number, a unit is squeezed
+in three steps (pairs of 8-bit lanes, of 16-bit lanes, of 32-bit lanes), whatever the width: few passes over an eighth
+of the elements.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     import torch
     from torch.nn.functional import pad
 
-    assert codes.dtype == torch.uint8 and codes.ndim == 2, f"codes are {codes.dtype} with {codes.ndim} dimensions"
+    assert (codes.dtype, codes.ndim) == (torch.uint8, 2), f"codes are {codes.dtype} with {codes.ndim} dimensions"
     rows, n_codes = codes.shape
     stream = pad(codes, (0, -n_codes % CODES_PER_UNIT))
     if bits == 4:  # the common width by its short way, five times faster than three steps
@@ -53,7 +55,7 @@ def unpack(words: Tensor, bits: int, n_codes: int) -> Tensor:
     import torch
     from torch.nn.functional import pad
 
-    assert words.dtype == torch.int32 and words.ndim == 2, f"words are {words.dtype} with {words.ndim} dimensions"
+    assert (words.dtype, words.ndim) == (torch.int32, 2), f"words are {words.dtype} with {words.ndim} dimensions"
     assert words.shape[1] == n_words(n_codes, bits), f"{words.shape[1]} words cannot be {n_codes} codes of {bits} bits"
     rows = words.shape[0]
     stream = words.contiguous().reshape(-1).view(torch.uint8).view(rows, 4 * words.shape[1])
@@ -74,6 +76,7 @@ def _lanes(bits: int) -> list[tuple[int, int]]:
 
 
 def _masks(lane: int, filled: int) -> tuple[int, int]:
-    """The bits in use of the even and of the odd lanes of a 64-bit unit. The top bit is never in use: no sign, shifts are plain."""
+    """The bits in use of the even and of the odd lanes of a 64-bit unit. The top bit is never in use: no sign, shifts
+    are plain."""
     even = sum(((1 << filled) - 1) << start for start in range(0, 64, 2 * lane))
     return even, even << lane

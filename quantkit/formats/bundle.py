@@ -1,7 +1,7 @@
 """The small files around the weights: config.json, tokenizer and generation files, and the model card.
 
-config.json is copied as the source has it, key by key in its order; only what the conversion changed is replaced. Configs rebuilt by a
-library lose keys that decide about the computation (scoring_func, topk_method).
+config.json is copied as the source has it, key by key in its order; only what the conversion changed is replaced.
+Configs rebuilt by a library lose keys that decide about the computation (scoring_func, topk_method).
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def write_config(
     *,
     mtp_dropped: bool = False,
 ) -> None:
-    """Write config.json: the raw source config with ``quantization_config`` replaced (removed if empty), in the source's key order.
+    """Write config.json: the raw source config with ``quantization_config`` replaced (removed if empty), in the
+    source's key order.
 
-    If the MTP layers were dropped, num_nextn_predict_layers becomes 0, else vLLM would look for them. Raises `OutputError`.
+    If the MTP layers were dropped, num_nextn_predict_layers becomes 0, else vLLM would look for them. Raises
+    `OutputError`.
     """
     config = dict(source_config)
     config.pop("compression_config", None)  # the section's name in old files
@@ -64,8 +66,9 @@ def write_config(
 def copy_side_files(source_directory: Path, directory: Path) -> list[str]:
     """Copy tokenizer, chat template, generation config, code and licence files; returns their names, sorted.
 
-    Only regular files of the folder itself, or links to files inside it (or inside the blob store that a hub cache keeps beside it);
-    a larger file than 100 MB is refused. Raises `SourceError` naming the file, `OutputError` if it cannot be written.
+    Only regular files of the folder itself, or links to files inside it (or inside the blob store that a hub cache
+    keeps beside it); a larger file than 100 MB is refused. Raises `SourceError` naming the file, `OutputError` if it
+    cannot be written.
     """
     names = sorted(path.name for path in source_directory.iterdir() if _is_side_file(path.name) and not path.is_dir())
     for name in names:

@@ -7,9 +7,9 @@ A linear ``P.weight`` (out, in) on an integer grid is stored as ``pack-quantized
     P.weight_zero_point  int32 (ceil(out * bits / 32), groups) only if asymmetric; packed along out
     P.weight_shape       int64 (2,)                            out, in
 
-kept FP8 blocks as ``float-quantized`` (P.weight F8_E4M3, P.weight_scale F32 (out blocks, in blocks)); all else under its own name.
-compressed-tensors counts codes from -2**(bits-1), quantkit from 0; both offsets cancel in (code - zero_point), and the packed bits are
-the same.
+kept FP8 blocks as ``float-quantized`` (P.weight F8_E4M3, P.weight_scale F32 (out blocks, in blocks)); all else under
+its own name. compressed-tensors counts codes from -2**(bits-1), quantkit from 0; both offsets cancel in (code -
+zero_point), and the packed bits are the same.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def _stored_int(tensor: PlannedTensor, scheme: IntScheme) -> tuple[TensorInfo, .
 
 
 class CompressedTensorsSink:
-    """A checkpoint being written. Every tensor's place is known when it is opened, so tensors come in any order and may come again;
-    the bytes of the files do not depend on the order. Nothing is held in memory but the tensor being written."""
+    """A checkpoint being written. Every tensor's place is known when it is opened, so tensors come in any order and may
+    come again; the bytes of the files do not depend on the order. Nothing is held in memory but the tensor being
+    written."""
 
     def __init__(self, writer: ShardWriter, planned: Sequence[PlannedTensor]) -> None:
         self._writer = writer
@@ -77,7 +78,8 @@ class CompressedTensorsSink:
     def open(
         cls, directory: Path, planned: Sequence[PlannedTensor], max_shard_bytes: int = MAX_SHARD_BYTES
     ) -> CompressedTensorsSink:
-        """Create the shards in full size in ``directory``, or take up those of an interrupted job (`fresh` tells which).
+        """Create the shards in full size in ``directory``, or take up those of an interrupted job (`fresh` tells
+        which).
 
         Raises `OutputError` if the disk is too full, or if files are there that this plan would not have made.
         """
@@ -95,7 +97,8 @@ class CompressedTensorsSink:
         return self._writer.nbytes
 
     def write(self, tensor: QuantizedTensor) -> None:
-        """Store a quantised linear. Raises `SchemeError` for a scale that is not finite or is zero, `OutputError` for a full disk."""
+        """Store a quantised linear. Raises `SchemeError` for a scale that is not finite or is zero, `OutputError` for a
+        full disk."""
         planned = self._planned[tensor.name]
         scheme = planned.scheme
         assert scheme == tensor.scheme, f"{tensor.name}: planned {scheme}, got {tensor.scheme}"
@@ -116,7 +119,8 @@ class CompressedTensorsSink:
         self._writer.write(f"{prefix}_shape", 0, struct.pack("<2q", *planned.info.shape))
 
     def write_kept(self, name: str, start_row: int, tensor: Tensor) -> None:
-        """Store rows ``[start_row, start_row + len(tensor))`` of a kept tensor, cast to its planned dtype (round to nearest even).
+        """Store rows ``[start_row, start_row + len(tensor))`` of a kept tensor, cast to its planned dtype (round to
+        nearest even).
 
         Raises `SchemeError` if a finite value would become infinite, `OutputError` for a full disk.
         """
@@ -134,7 +138,8 @@ class CompressedTensorsSink:
         self._writer.sync()
 
     def finish(self) -> dict[str, str]:
-        """Write the index (if there are several shards or not, runtimes read both), sync, and return file name -> sha256 (hex).
+        """Write the index (if there are several shards or not, runtimes read both), sync, and return file name ->
+        sha256 (hex).
 
         Raises `OutputError` if an integer linear of the plan was never written.
         """

@@ -1,14 +1,15 @@
-"""The ``quantization_config`` of compressed-tensors: which module is stored how, said in few patterns that are checked name by name.
+"""The ``quantization_config`` of compressed-tensors: which module is stored how, said in few patterns that are checked
+name by name.
 
-Rules of the readers that shape what is written here (vLLM's compressed_tensors/utils.py, compressed-tensors' utils/match.py,
-transformers' integrations/compressed_tensors.py):
+Rules of the readers that shape what is written here (vLLM's compressed_tensors/utils.py, compressed-tensors'
+utils/match.py, transformers' integrations/compressed_tensors.py):
 
 - ``re:`` patterns are matched from the start of the module name; a match by name wins over the class name "Linear".
-- vLLM asks for its fused modules (gate_up_proj, ...) by their own name first, then by class, and by the names of the parts last. So a
-  pattern that takes all the parts must take the fused name too, else "Linear" of another group would win.
+- vLLM asks for its fused modules (gate_up_proj, ...) by their own name first, then by class, and by the names of the
+  parts last. So a pattern that takes all the parts must take the fused name too, else "Linear" of another group wins.
 - ``ignore`` wins over every target; for a fused module vLLM asks for the parts.
-- transformers takes for *all* routed experts the first group with a ``re:`` target that contains "experts", else the first that names
-  a class. So among several groups that of the experts comes first and is named by a pattern.
+- transformers takes for *all* routed experts the first group with a ``re:`` target that contains "experts", else the
+  first that names a class. So among several groups that of the experts comes first and is named by a pattern.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ FUSED_PARTS: dict[str, tuple[str, ...]] = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
-"""Modules that vLLM builds from several linears of a checkpoint (``packed_modules_mapping``). Each must have one scheme."""
+"""Modules that vLLM builds from several linears of a checkpoint (``packed_modules_mapping``). Each must have one
+scheme."""
 
 LINEAR = "Linear"
 ALWAYS_IGNORED = "lm_head"
@@ -51,7 +53,8 @@ class Targets:
 
 
 def quantization_config(planned: Sequence[PlannedTensor]) -> dict[str, object]:
-    """The section for config.json, in the form that compressed-tensors 0.20, transformers 5 and vLLM read; {} if nothing is quantised."""
+    """The section for config.json, in the form that compressed-tensors 0.20, transformers 5 and vLLM read; {} if
+    nothing is quantised."""
     targets = find_targets(planned)
     if not targets.groups:
         return {}
@@ -106,7 +109,8 @@ def _weights_section(scheme: AnyScheme) -> dict[str, object]:
     }
 
 
-# DeepSeek's own recipe ("activation_scheme": "dynamic"): inputs are rounded to FP8 per token and 128 channels while serving.
+# DeepSeek's own recipe ("activation_scheme": "dynamic"): inputs are rounded to FP8 per token and 128 channels while
+# serving.
 _FLOAT8_INPUTS: dict[str, object] = {
     "num_bits": 8,
     "type": "float",
@@ -140,7 +144,8 @@ KEPT = -1
 def numbered_schemes(schemes: Iterable[AnyScheme | None]) -> tuple[list[AnyScheme], list[int]]:
     """Distinct schemes in order of appearance, and for each given one its number, KEPT for None.
 
-    Comparing two schemes costs a microsecond; a plan has tens of thousands of tensors that share a handful of scheme objects.
+    Comparing two schemes costs a microsecond; a plan has tens of thousands of tensors that share a handful of scheme
+    objects.
     """
     distinct: list[AnyScheme] = []
     numbers: dict[int, int] = {id(None): KEPT}
@@ -166,7 +171,8 @@ class Resolver:
         self._default = next((n for n, group in enumerate(targets.groups) if LINEAR in group.targets), KEPT)
 
     def group(self, module: str) -> int:
-        """Number of the group of a linear, KEPT if it is not quantised. The first group that names the module wins, then the class."""
+        """Number of the group of a linear, KEPT if it is not quantised. The first group that names the module wins,
+        then the class."""
         if self._ignore.match(module):
             return KEPT
         return next(iter(self.naming(module)), self._default)
@@ -195,13 +201,15 @@ def _mistakes(targets: Targets, linears: _Linears, schemes: list[AnyScheme]) -> 
         for module, key in linears.items()
         if expected[resolver.group(module)] != key or (key != KEPT and len(resolver.naming(module)) > 1)
     ]
-    # An ignored fused module is recognised by its parts, checked above; a quantised one must resolve under its own name.
+    # An ignored fused module is recognised by its parts, checked above; a quantised one must resolve under its own
+    # name.
     wrong += [name for name, key in _fused_modules(linears) if key != KEPT and expected[resolver.group(name)] != key]
     return wrong
 
 
 def _fused_modules(linears: _Linears) -> list[tuple[str, int]]:
-    """Fused modules all of whose parts are present with one scheme. Routed experts are no modules of their own in vLLM."""
+    """Fused modules all of whose parts are present with one scheme. Routed experts are no modules of their own in
+    vLLM."""
     fused_of = {parts[0]: (fused, parts) for fused, parts in FUSED_PARTS.items()}
     found: list[tuple[str, int]] = []
     for module, key in linears.items():
@@ -213,7 +221,7 @@ def _fused_modules(linears: _Linears) -> list[tuple[str, int]]:
     return found
 
 
-# --- patterns -----------------------------------------------------------------------------------------------------------------------
+# --- patterns ---------------------------------------------------------------------------------------------------------
 
 _Linears = dict[str, int]
 """Module -> number of its scheme, or KEPT."""
@@ -253,7 +261,8 @@ def _compact(linears: _Linears, schemes: list[AnyScheme]) -> Targets:
 
 
 def _group_order(linears: _Linears) -> tuple[list[int], set[int]]:
-    """Schemes of routed experts first (the commonest first), then by number of linears; and which of them experts have."""
+    """Schemes of routed experts first (the commonest first), then by number of linears; and which of them experts
+    have."""
     counts, experts = Counter[int](), Counter[int]()
     for module, key in linears.items():
         if key != KEPT:
@@ -289,7 +298,8 @@ def _list_of_layers(place: _Place) -> str:
 
 
 def _place(module: str) -> _Place | None:
-    """model.layers.7.mlp.experts.12.up_proj -> ("model.layers.*.mlp.experts.*.up_proj", 7); None for a module outside the layers."""
+    """model.layers.7.mlp.experts.12.up_proj -> ("model.layers.*.mlp.experts.*.up_proj", 7); None for a module outside
+    the layers."""
     first = _NUMBER.search(module)
     return (_NUMBER.sub(".*", module), int(first[1])) if first else None
 

@@ -63,7 +63,7 @@ def describe(scheme: AnyScheme | None) -> str:
             return f"int{scheme.bits} {group}" + ("" if scheme.symmetric else " asymmetric")
 
 
-# --- problems -----------------------------------------------------------------------------------------------------------------------
+# --- problems ---------------------------------------------------------------------------------------------------------
 
 
 def _plain_modules(linears: Linears) -> Iterator[str]:
@@ -106,7 +106,7 @@ def _packed_zero_points(linears: Linears) -> Iterator[str]:
             )
 
 
-# --- notes --------------------------------------------------------------------------------------------------------------------------
+# --- notes ------------------------------------------------------------------------------------------------------------
 
 Tensors = list[PlannedTensor]
 
@@ -121,7 +121,9 @@ class Use:
 
 
 def _note_bits(uses: list[Use], kept: Tensors) -> Iterator[str]:
-    text = "vLLM's Marlin kernels take 4 and 8 bits; transformers loads other widths (dequantised), vLLM at best by other kernels."
+    text = (
+        "vLLM's Marlin kernels take 4 and 8 bits; other widths load in transformers, in vLLM at best by other kernels."
+    )
     for use in uses:
         if isinstance(use.scheme, IntScheme) and use.scheme.bits not in MARLIN_BITS:
             yield _line(use.tensors, text)
@@ -163,8 +165,8 @@ def _note_expert_width(uses: list[Use], kept: Tensors) -> Iterator[str]:
         ways = use.scheme.n_groups(in_features)
         if ways < WIDE_TENSOR_PARALLEL:
             yield (
-                f"{down.module}: {in_features} inputs are {ways} groups of {use.scheme.group_size}, so vLLM can split experts over "
-                f"at most {ways} GPUs by tensor parallelism; expert and pipeline parallelism are not limited."
+                f"{down.module}: {in_features} inputs are {ways} groups of {use.scheme.group_size}, so vLLM can split "
+                f"experts over at most {ways} GPUs by tensor parallelism; expert and pipeline parallelism are free."
             )
 
 
@@ -191,7 +193,7 @@ def _note_expert_schemes(uses: list[Use], kept: Tensors) -> Iterator[str]:
     found = [use for use in uses if use.experts]
     if len(found) > 1:
         listed = ", ".join(describe(use.scheme) for use in found)
-        yield f"routed experts: {listed} in different layers; transformers 5.23 reads all of them as one scheme; vLLM loads them."
+        yield f"routed experts: {listed} by layer; transformers 5.23 reads all as one scheme, vLLM as they are."
 
 
 _NOTES: tuple[Callable[[list[Use], Tensors], Iterator[str]], ...] = (

@@ -1,7 +1,8 @@
-"""A finished compressed-tensors checkpoint as a `TensorSource`: every linear appears decoded, float32, under its official name.
+"""A finished compressed-tensors checkpoint as a `TensorSource`: every linear appears decoded, float32, under its
+official name.
 
-Reads what quantkit writes, and pack-quantized integer checkpoints of other tools (groups or channels, symmetric or with zero points,
-several config groups), and float-quantized FP8 blocks. What it cannot read exactly it refuses.
+Reads what quantkit writes, and pack-quantized integer checkpoints of other tools (groups or channels, symmetric or with
+zero points, several config groups), and float-quantized FP8 blocks. What it cannot read exactly it refuses.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class _Linear:
 
 
 class CompressedTensorsSource:
-    """Decoded tensors of one folder. ``config``: the raw config.json. Reads are thread-safe; `close` (or ``with``) when done."""
+    """Decoded tensors of one folder. ``config``: the raw config.json. Reads are thread-safe; `close` (or ``with``) when
+    done."""
 
     def __init__(self, directory: Path | str) -> None:
-        """Read config.json and headers. Raises `SourceError` for what is damaged, incomplete, or stored in a way it cannot decode."""
+        """Read config.json and headers. Raises `SourceError` for what is damaged, incomplete, or stored in a way it
+        cannot decode."""
         self.directory = Path(directory)
         self.config: Mapping[str, object] = read_config(self.directory)
         self._where = str(self.directory / "config.json")
@@ -84,7 +87,8 @@ class CompressedTensorsSource:
         return torch.cat(rows) if rows else self.read(name, (0, 0))
 
     def chunks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
-        """The tensor in consecutive pieces of its first dimension, each at most ``max_bytes`` (decoded) but at least one row."""
+        """The tensor in consecutive pieces of its first dimension, each at most ``max_bytes`` (decoded) but at least
+        one row."""
         for rows in row_ranges(self._infos[name], max_bytes):
             yield self.read(name, rows)
 
@@ -157,7 +161,8 @@ class CompressedTensorsSource:
     def _in_features(
         self, name: str, scheme: IntScheme, scale: TensorInfo, packed: TensorInfo, stored: Mapping[str, TensorInfo]
     ) -> int:
-        """From the scales of groups; rows of one scale need weight_shape (two numbers), since padding hides the true width."""
+        """From the scales of groups; rows of one scale need weight_shape (two numbers), since padding hides the true
+        width."""
         if scheme.group_size is not None:
             return scale.shape[1] * scheme.group_size
         shape = stored.get(f"{name}_shape")
@@ -175,7 +180,8 @@ class CompressedTensorsSource:
             )
         if len(info.shape) != 2 or scale.shape != scheme.scale_shape(info.shape):
             raise SourceError(
-                f"{where}: weight_scale {list(scale.shape)} does not fit {list(info.shape)} in blocks of {scheme.block_size}."
+                f"{where}: weight_scale {list(scale.shape)} does not fit {list(info.shape)} in blocks "
+                f"of {list(scheme.block_size)}."
             )
         self._linears[info.name] = _Linear(scheme, TensorInfo(info.name, info.shape, "F32"))
         return self._linears[info.name].info
@@ -188,7 +194,8 @@ class CompressedTensorsSource:
         return scheme.decode(codes, scale, zero_point)
 
     def _read_zero_point(self, name: str, linear: _Linear, scheme: IntScheme, start: int, stop: int) -> Tensor:
-        """Zero points are packed along rows: 32 rows are exactly ``bits`` words, so reading starts at a multiple of 32 rows."""
+        """Zero points are packed along rows: 32 rows are exactly ``bits`` words, so reading starts at a multiple of 32
+        rows."""
         first = start // WORD_BITS * WORD_BITS
         last = min(math.ceil(stop / WORD_BITS) * WORD_BITS, linear.info.shape[0])
         first_word = first // WORD_BITS * scheme.bits

@@ -11,9 +11,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """All that the card states. ``measured``: label -> text with unit and standard error, as the report has them. ``contents``: rows of
-    (role, how it is stored, parameters, bytes). ``serve``: shell lines, as the plan's fit found them. ``license`` and ``base_model`` are
-    hub identifiers or "". ``notes``: limits of runtimes.
+    """All that the card states. ``measured``: label -> text with unit and standard error, as the report has them.
+    ``contents``: rows of (role, how it is stored, parameters, bytes). ``serve``: shell lines, as the plan's fit found
+    them. ``license`` and ``base_model`` are hub identifiers or "". ``notes``: limits of runtimes.
     """
 
     title: str
@@ -65,7 +65,8 @@ def _summary(facts: CardFacts) -> str:
     lines = [
         f"Quantised{base} by {made}: {facts.parameters:,} weights in {facts.nbytes:,} bytes of tensor data "
         f"= {facts.nbytes / 1e9:.2f} GB = {facts.nbytes / GIB:.2f} GiB, {facts.bpw:.3f} bits per weight.",
-        "Format: compressed-tensors. Every tensor's scheme and error, the calibration's token counts and sha256 sums are in `quantkit.json`.",
+        "Format: compressed-tensors. Scheme and error of every tensor, token counts of the calibration and sha256 sums "
+        "are in `quantkit.json`.",
     ]
     if not facts.validated:
         lines.insert(
@@ -90,6 +91,7 @@ def _serving(facts: CardFacts) -> str:
     if facts.notes:
         lines.append("")
     lines.append(
-        "vLLM does not notice a missing tensor of a quantised module: compare files with the sha256 sums in `quantkit.json` after copying."
+        "vLLM does not notice a missing tensor of a quantised module: after copying, compare the files with the sha256 "
+        "sums in `quantkit.json`."
     )
     return "\n".join(lines) + "\n"

@@ -10,10 +10,11 @@ from quantkit.tensors import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """``info``: the tensor as the source shows it (official name, decoded dtype). Exactly one of ``scheme`` and ``keep_dtype`` is set:
-    the grid it is stored on, or the safetensors dtype ("BF16", "F32", ...) it is kept in.
+    """``info``: the tensor as the source shows it (official name, decoded dtype). Exactly one of ``scheme`` and
+    ``keep_dtype`` is set: the grid it is stored on, or the safetensors dtype ("BF16", "F32", ...) it is kept in.
 
-    ``layer`` is None outside the decoder layers, ``expert`` outside routed experts; ``role`` is the value of the family's role, or "".
+    ``layer`` is None outside the decoder layers, ``expert`` outside routed experts; ``role`` is the value of the
+    family's role, or "".
     """
 
     info: TensorInfo

@@ -1,11 +1,11 @@
 """Safetensors shards whose every byte has its place before the first is written.
 
-What enters are the tensors of a checkpoint, in groups that must share a file; what leaves is a folder of shards with complete headers
-and reserved space, into which data is written at offsets in any order. A killed job is taken up by opening the folder again: the layout
-is a function of the plan alone, so headers and sizes must be exactly the same.
+What enters are the tensors of a checkpoint, in groups that must share a file; what leaves is a folder of shards with
+complete headers and reserved space, into which data is written at offsets in any order. A killed job is taken up by
+opening the folder again: the layout is a function of the plan alone, so headers and sizes must be exactly the same.
 
-Files are made under names ending in ``.new`` and renamed when all have their full size. So a shard under its final name is whole, and
-as long as one ``.new`` is left no data was written.
+Files are made under names ending in ``.new`` and renamed when all have their full size. So a shard under its final name
+is whole, and as long as one ``.new`` is left no data was written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _HASH_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file. ``header``: length, JSON and padding, as it stands at the start; ``offsets``: of each tensor's data from the file's start."""
+    """One file. ``header``: length, JSON and padding, as it stands at the start; ``offsets``: of each tensor's data
+    from the file's start."""
 
     file: str
     tensors: tuple[TensorInfo, ...]
@@ -57,7 +58,8 @@ class ShardLayout:
 
 
 def layout_shards(groups: Iterable[tuple[TensorInfo, ...]], max_shard_bytes: int = MAX_SHARD_BYTES) -> ShardLayout:
-    """Distribute tensors over shards in the order given; a group stays together, and a shard exceeds the limit only for one large group."""
+    """Distribute tensors over shards in the order given; a group stays together, and a shard exceeds the limit only for
+    one large group."""
     files: list[list[TensorInfo]] = [[]]
     size = 0
     for group in groups:
@@ -79,7 +81,8 @@ def _file_names(n_files: int) -> list[str]:
 
 
 def _shard(file: str, tensors: list[TensorInfo]) -> Shard:
-    # Wide elements first: then every tensor starts at a multiple of its element size without gaps, which readers may not have.
+    # Wide elements first: then every tensor starts at a multiple of its element size without gaps, which readers may
+    # not have.
     ordered = sorted(tensors, key=lambda info: -DTYPES[info.dtype][0])
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: list[int] = []
@@ -113,7 +116,8 @@ class ShardWriter:
     def open(cls, directory: Path, layout: ShardLayout) -> ShardWriter:
         """Make the shards in full size, or check those of an interrupted job.
 
-        Raises `OutputError` if space is short, if a shard is missing or is not the planned one, or if other shards are in the folder.
+        Raises `OutputError` if space is short, if a shard is missing or is not the planned one, or if other shards are
+        in the folder.
         """
         _refuse_foreign(directory, layout)
         half_made = any((directory / (shard.file + _NEW)).exists() for shard in layout.shards)
@@ -140,7 +144,8 @@ class ShardWriter:
         return self._places[name][0]
 
     def write(self, name: str, start: int, data: bytes | memoryview) -> None:
-        """Put bytes at byte ``start`` of a tensor's data. Raises `OutputError` for a full disk; what was synced before stays good."""
+        """Put bytes at byte ``start`` of a tensor's data. Raises `OutputError` for a full disk; what was synced before
+        stays good."""
         info, file, offset = self._places[name]
         assert 0 <= start <= start + len(data) <= info.nbytes, f"{name}: {len(data)} bytes at {start} of {info.nbytes}"
         fd, at, rest = self._descriptor(file), offset + start, memoryview(data)
@@ -288,7 +293,8 @@ def _free_bytes(directory: Path) -> int:
 
 def _disk_full(directory: Path, needed: int, free: int) -> OutputError:
     return OutputError(
-        f"{directory}: the output needs {needed:,} bytes ({needed / 1e9:.1f} GB), the disk has {free:,} ({free / 1e9:.1f} GB) free.",
+        f"{directory}: the output needs {needed:,} bytes ({needed / 1e9:.1f} GB), "
+        f"the disk has {free:,} ({free / 1e9:.1f} GB) free.",
         hint="Free space, or choose a folder on another disk.",
     )
 

@@ -1,4 +1,5 @@
-"""What we write, compressed-tensors and transformers read: names, numbers, and the logits of our own decoded weights."""
+"""What we write, compressed-tensors and transformers read: names, numbers, and the logits of our own decoded
+weights."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def write_all(
 
 
 def decoded(weights: dict[str, torch.Tensor], quantized: dict[str, QuantizedTensor]) -> dict[str, torch.Tensor]:
-    """float32 weights as transformers computes with them: it decodes routed experts in the dtype of their scales (vLLM all linears)."""
+    """float32 weights as transformers computes with them: it decodes routed experts in the dtype of their scales (vLLM
+    all linears)."""
     result = {name: weight.float() for name, weight in weights.items()}
     for name, tensor in quantized.items():
         weight = tensor.decode()
@@ -156,7 +158,8 @@ def test_transformers_gives_the_logits_of_our_decoded_weights(case: str, tmp_pat
 
 
 def test_kept_fp8_blocks_beside_int4_experts_load_in_transformers(tmp_path: Path) -> None:
-    """transformers rounds the inputs of FP8 linears while computing, as the config asks; the weights themselves are exact."""
+    """transformers rounds the inputs of FP8 linears while computing, as the config asks; the weights themselves are
+    exact."""
     weights = random_weights(CONFIG)
     planned = plan(CONFIG, lambda spec: INT4 if is_expert(spec) else Float8Scheme())
     quantized = write_all(tmp_path / "out", planned, weights)
@@ -238,9 +241,12 @@ def test_stored_names_and_bytes_are_those_in_the_file(tmp_path: Path) -> None:
 
 def test_a_whole_checkpoint_comes_back_through_our_source(tmp_path: Path) -> None:
     weights = random_weights(tiny_config())  # with its MTP layer, kept
-    rule: Rule = lambda spec: (
-        None if spec.role is Role.MTP else INT4 if is_expert(spec) else IntScheme(bits=8, symmetric=False)
-    )  # noqa: E731
+
+    def rule(spec: TensorSpec) -> IntScheme | None:
+        if spec.role is Role.MTP:
+            return None
+        return INT4 if is_expert(spec) else IntScheme(bits=8, symmetric=False)
+
     planned = plan(tiny_config(), rule)
     quantized = write_all(tmp_path, planned, weights)
     with CompressedTensorsSource(with_config(tmp_path, planned)) as source:
@@ -252,7 +258,7 @@ def test_a_whole_checkpoint_comes_back_through_our_source(tmp_path: Path) -> Non
             assert source.infos()[name].shape == tuple(weight.shape)
 
 
-# --- the sink -----------------------------------------------------------------------------------------------------------------------
+# --- the sink ---------------------------------------------------------------------------------------------------------
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -302,7 +308,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         CompressedTensorsSink.open(tmp_path, planned).write(tensor)
 
 
-# --- what transformers cannot do ------------------------------------------------------------------------------------------------------
+# --- what transformers cannot do --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

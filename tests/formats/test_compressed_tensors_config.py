@@ -1,8 +1,11 @@
-"""Config groups say for every module, under every name a runtime may use, what the plan says; and V3 has the known size."""
+"""Config groups say for every module, under every name a runtime may use, what the plan says; and V3 has the known
+size."""
 
 from __future__ import annotations
 
 import json
+import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,8 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match, match_targets
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import Role, TensorSpec
@@ -99,7 +104,8 @@ def test_compressed_tensors_finds_the_planned_scheme_for_every_linear(rule: str)
 
 
 def vllm_target(name: str, class_name: str, targets: list[str]) -> str | None:
-    """Order of vLLM's lookup: the name as it is, the class (a part of its name suffices), the parts of a fused module."""
+    """Order of vLLM's lookup: the name as it is, the class (a part of its name suffices), the parts of a fused
+    module."""
     by_name = next((t for t in targets if is_match(name, torch.nn.Identity(), t)), None)
     by_class = next((t for t in targets if not t.startswith("re:") and t.lower() in class_name.lower()), None)
     return by_name or by_class
@@ -172,6 +178,24 @@ def test_names_that_no_pattern_can_separate_are_listed() -> None:
     assert targets.ignore == ("lm_head", "m.layers.0.x")
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32), st.sampled_from([1, 3, 10, 40]))
+def test_any_mixture_is_said_exactly(seed: int, uniform: int) -> None:
+    """Schemes drawn for each kind of linear, with an exception in one layer of ``uniform``: layers and names appear
+    where needed."""
+    draw = random.Random(seed)
+    schemes = [INT4, INT8, None, Float8Scheme()]
+    kinds: dict[str, IntScheme | Float8Scheme | None] = {}
+
+    def rule(spec: TensorSpec) -> IntScheme | Float8Scheme | None:
+        kind = re.sub(r"\.\d+\.", ".*.", spec.name)
+        kinds.setdefault(kind, draw.choice(schemes))
+        return draw.choice(schemes) if draw.randrange(uniform + 1) == 0 else kinds[kind]
+
+    planned = plan(tiny_config(n_routed_experts=8), rule)
+    assert mistakes(find_targets(planned), planned) == []
+
+
 def test_nothing_quantised_is_no_section() -> None:
     assert quantization_config(plan(tiny_config(), lambda spec: None)) == {}
 
@@ -200,7 +224,7 @@ def test_planning_v3_is_quick() -> None:
     assert time.process_time() - start < 5
 
 
-# --- load contract --------------------------------------------------------------------------------------------------------------------
+# --- load contract ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name not in ("chaos", "one linear")])
@@ -264,7 +288,7 @@ def test_zero_points_must_fill_words() -> None:
         (lambda spec: None if is_expert(spec) else INT4, "loses unquantised routed experts"),
         (
             lambda spec: (INT8 if spec.layer == 1 else INT4) if is_expert(spec) else INT4,
-            "reads all of them as one scheme",
+            "reads all as one scheme",
         ),
     ],
 )

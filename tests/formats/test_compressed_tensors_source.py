@@ -1,4 +1,5 @@
-"""Finished checkpoints that are damaged, incomplete or stored in other ways are refused by one line; other tools' are read."""
+"""Finished checkpoints that are damaged, incomplete or stored in other ways are refused by one line; other tools' are
+read."""
 
 from __future__ import annotations
 

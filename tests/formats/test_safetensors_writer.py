@@ -1,4 +1,5 @@
-"""Shards with their final headers, written in any order, taken up after a crash, and refused when they are not the planned ones."""
+"""Shards with their final headers, written in any order, taken up after a crash, and refused when they are not the
+planned ones."""
 
 from __future__ import annotations
 
