@@ -73,7 +73,8 @@ def recipe_reference(schema: dict[str, Any]) -> str:
     order = ["Recipe", "Calibration", "Output", "Rule", "IntScheme", "Rtn", "Gptq", "Validation"]
     assert set(order) == set(models), sorted(models)
     parts = [
-        "# Recipe files\n\nGenerated from the models by `tools/docs_reference.py`. Editors complete recipes that begin with\n"
+        "# Recipe files\n\nGenerated from the models by `tools/docs_reference.py`.\n"
+        "Editors complete recipes that begin with\n"
         "`# yaml-language-server: $schema=.../docs/recipe.schema.json` (`quantkit recipes schema` prints the schema).\n"
     ]
     for name in order:

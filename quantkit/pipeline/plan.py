@@ -237,11 +237,11 @@ def _plan_output(
     for number, rule in enumerate(output.rules):
         if not used[number]:
             _unused_rule(output, number + 1, rule, specs, problems, warnings)
-    if problems.lines:
-        return OutputPlan(output, decisions, (), ())
     planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
     for line in compressed_tensors.problems(tuple(planned.values())):
         problems.add("format problems", f"output {output.name}: {line}")
+    if problems.lines:
+        return OutputPlan(output, decisions, (), ())
     warnings += [f"output {output.name}: {line}" for line in compressed_tensors.notes(tuple(planned.values()))]
     return OutputPlan(output, decisions, tuple(planned.values()), _sizes(decisions, planned))
 

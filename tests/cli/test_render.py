@@ -1,0 +1,48 @@
+"""Texts of sizes, times, tables and progress."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantkit.cli.progress import LiveProgress, Tally
+from quantkit.cli.render import both_units, duration, table
+from quantkit.pipeline.events import LayerDone, StageStarted, Started, TensorDone, ValidationProgress
+
+
+def test_units() -> None:
+    assert both_units(348_909_324_928) == "348.91 GB (324.95 GiB)"
+    assert both_units(8_075_088) == "8.08 MB (7.70 MiB)"
+    assert [duration(s) for s in (0.4, 119, 125, 7199, 12_000)] == ["0 s", "119 s", "2 min", "2 h 00 min", "3 h 20 min"]
+
+
+def test_table() -> None:
+    assert table(("a", "long"), [("xx", "1"), ("y", "22")], rule_before_last=True).splitlines() == [
+        "a   long",
+        "--------",
+        "xx     1",
+        "--------",
+        "y     22",
+    ]
+
+
+def test_tally() -> None:
+    now = [0.0]
+    tally = Tally(clock=lambda: now[0])
+    tally.add(Started(4, 8 * 10**9, 1000, layers_done=1))
+    assert tally.line() == "layer 1/4  0.00 GB/s"
+    tally.add(StageStarted("experts", 1, 3))
+    tally.add(TensorDone("w", 0.1, 2 * 10**9))
+    now[0] = 4.0
+    tally.add(LayerDone(1, 4.0, 1000))
+    assert tally.line() == "layer 2/4  experts 1/3  250 tokens/s  0.50 GB/s  ETA 8 s"
+    assert tally.eta_s == 8.0
+
+
+def test_live_progress_draws_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with LiveProgress() as progress:
+        for event in (Started(2, 10, 5), StageStarted("mlp", 0, 2), TensorDone("w", None, 5), ValidationProgress(1, 2)):
+            progress(event)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "2 layers" in captured.err
