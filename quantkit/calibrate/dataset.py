@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Calibration(BaseModel):
     """The recipe's `calibration` settings: which text, how much of it, in rows of what length."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     data: Annotated[tuple[str, ...], Field(min_length=1)]
     """`builtin:NAME`, files and globs of .txt, .jsonl and .parquet; relative names count from the recipe's folder."""
