@@ -97,7 +97,7 @@ class CompressedTensorsSink:
         return self._writer.nbytes
 
     def write(self, tensor: QuantizedTensor) -> None:
-        """Store a quantised linear. Raises `SchemeError` for a scale that is not finite or is zero, `OutputError` for a
+        """Store a quantised linear. Raises `SchemeError` for a scale that is not finite, `OutputError` for a
         full disk."""
         planned = self._planned[tensor.name]
         scheme = planned.scheme
@@ -107,7 +107,7 @@ class CompressedTensorsSink:
         prefix = f"{planned.module}.weight"
         if isinstance(scheme, Float8Scheme):
             self._put(tensor.name, tensor.codes)
-            self._put(f"{prefix}_scale", tensor.scale)
+            self._put(f"{prefix}_scale", tensor.scale.float())  # exact, whatever float the source stores scales in
             return
         assert isinstance(scheme, IntScheme)
         assert scheme.symmetric == (tensor.zero_point is None), f"{tensor.name}: zero points do not fit the scheme"

@@ -300,6 +300,16 @@ def test_values_that_a_narrower_dtype_cannot_hold_are_refused(tmp_path: Path) ->
         sink.write_kept("norm.weight", 2, torch.tensor([1.0, 70000.0], dtype=torch.bfloat16))
 
 
+def test_float8_scales_of_other_dtypes_become_float32(tmp_path: Path) -> None:
+    planned = [PlannedTensor(TensorInfo("a.weight", (130, 128), "BF16"), Float8Scheme(), None)]
+    tensor = quantize("a.weight", torch.randn(130, 128), Float8Scheme())
+    scale = tensor.scale.to(torch.bfloat16)
+    sink = CompressedTensorsSink.open(tmp_path, planned)
+    sink.write(QuantizedTensor("a.weight", tensor.scheme, tensor.codes, scale, None, tensor.error))
+    sink.finish()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a.weight_scale"], scale.float())
+
+
 def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     planned = [PlannedTensor(TensorInfo("a.weight", (8, 128), "BF16"), INT4, None)]
     tensor = quantize("a.weight", torch.ones(8, 128), INT4)
