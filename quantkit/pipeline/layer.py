@@ -24,6 +24,7 @@ from quantkit.pipeline.hidden import Streams
 from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, quantize_linears
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers import Gptq
+from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import QuantizedTensor
 
 EXPERT_CHUNK = 4096
@@ -118,15 +119,17 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
     for weights, store, context in zip(job.weights.by_stream(), stores, contexts, strict=False):
         _add_output(weights(block.output), store, context)
         context.close()
+    job.weights.forget()
 
 
 def _quantize_group(job: LayerJob, group: InputGroup, stats: InputStats | None) -> None:
     if not any_quantised(job.outputs, group.linears):
         return
     linears = tuple(Linears((name,), job.weights.original(name).unsqueeze(0)) for name in group.linears)
-    carried = quantize_linears(job.outputs, linears, stats, job.on_tensor)
-    for name, weight in zip(group.linears, carried, strict=True):
-        job.weights.carry(name, weight[0])
+    batches = quantize_linears(job.outputs, linears, stats, job.on_tensor)
+    for name, batch in zip(group.linears, batches, strict=True):
+        if batch is not None:
+            job.weights.carry(name, batch)
 
 
 def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
@@ -244,7 +247,8 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     tokens = tuple(_tokens_for_statistics(routes, expert) for expert in experts)
     if any_quantised(job.outputs, (gate.names[0], up.names[0])):
         stats = shrunk(_input_stats(job, routes, tokens), routes.pooled, _strength(job, gate.names[0], "shrink"))
-        new_gate, new_up = quantize_linears(job.outputs, (gate, up), stats, job.on_tensor)
+        new_gate, new_up = _decoded(quantize_linears(job.outputs, (gate, up), stats, job.on_tensor), (gate, up))
+        del stats
     else:
         new_gate, new_up = gate.weight, up.weight
     new_down = down.weight
@@ -253,7 +257,7 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
         stats = shrunk_to_diagonal(
             _hidden_stats(job, routes, tokens, hidden), _strength(job, down.names[0], "down_shrink")
         )
-        (new_down,) = quantize_linears(job.outputs, (down,), stats, job.on_tensor)
+        (new_down,) = _decoded(quantize_linears(job.outputs, (down,), stats, job.on_tensor), (down,))
     for position, expert in enumerate(experts):
         parts = ((new_gate, new_up, new_down), (gate.weight, up.weight, down.weight))
         for stream, (g, u, d) in zip(
@@ -261,6 +265,13 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
         ):
             own = {block.gates[expert]: g[position], block.ups[expert]: u[position], block.downs[expert]: d[position]}
             forward_expert(block, own.__getitem__, expert, stream.tokens, stream.x, stream.h)
+
+
+def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linears, ...]) -> list[Tensor]:
+    """(B, out, in) float32 each: what the first output made of a linear, or the original where it keeps it."""
+    return [
+        linears.weight if batch is None else batch.decode() for batch, linears in zip(batches, originals, strict=True)
+    ]
 
 
 def _strength(job: LayerJob, name: str, option: str) -> float:

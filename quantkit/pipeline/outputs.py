@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.calibrate.inputs import InputStats
 from quantkit.quantizers import Method
+from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import IntScheme, QuantizedTensor
 
 
@@ -50,35 +51,37 @@ def quantize_linears(
     group: tuple[Linears, ...],
     stats: InputStats | None,
     on_tensor: Callable[[int, QuantizedTensor], None],
-) -> tuple[Tensor, ...]:
+) -> tuple[QuantizedBatch | None, ...]:
     """Quantise linears that the same inputs feed, for every output, and write them.
 
-    The factor of a method is made once for the group. Returns the weights (B, out, in) float32 that the stream goes on with: those
-    of the first output, or the original where the first output keeps the linear. ``on_tensor(output, tensor)`` hears of each.
-    ``stats`` is overwritten.
+    The factor of a method is made once for the group. Returns what the first output made of each, None where it keeps the
+    original. ``on_tensor(output, tensor)`` hears of each. ``stats`` is overwritten.
     """
-    carried = [linears.weight for linears in group]
-    for number, output in enumerate(outputs):
-        prepared: dict[Method, object] = {}
-        for position, linears in enumerate(group):
-            decision = output.methods.get(linears.names[0])
-            if decision is None:
-                continue
-            scheme, method = decision
-            if method not in prepared:
-                prepared[method] = method.prepare(_copy(stats))
-            batch = method.quantize(linears.weight, scheme, prepared[method])  # type: ignore[arg-type]
-            n_tokens = (0,) * len(linears.names) if stats is None else stats.n_tokens
-            for tensor in batch.tensors(linears.names, n_tokens):
-                output.sink.write(tensor)
+    first: list[QuantizedBatch | None] = [None] * len(group)
+    work = [
+        (method, number, position, scheme)
+        for number, output in enumerate(outputs)
+        for position, linears in enumerate(group)
+        if linears.names[0] in output.methods
+        for scheme, method in [output.methods[linears.names[0]]]
+    ]
+    methods = list(dict.fromkeys(method for method, *_ in work))
+    for method in methods:
+        # Methods overwrite what they are given; the last one may.
+        own = stats if method == methods[-1] else _copy(stats)
+        prepared = method.prepare(own)
+        for _, number, position, scheme in (item for item in work if item[0] == method):
+            names = group[position].names
+            batch = method.quantize(group[position].weight, scheme, prepared)  # type: ignore[arg-type]
+            for tensor in batch.tensors(names, (0,) * len(names) if stats is None else stats.n_tokens):
+                outputs[number].sink.write(tensor)
                 on_tensor(number, tensor)
             if number == 0:
-                carried[position] = batch.decode()
-    return tuple(carried)
+                first[position] = batch
+    return tuple(first)
 
 
 def _copy(stats: InputStats | None) -> InputStats | None:
-    """Methods overwrite what they are given."""
     return None if stats is None else replace(stats, hessian=stats.hessian.clone())
 
 

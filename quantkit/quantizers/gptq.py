@@ -33,6 +33,30 @@ class PreparedInputs:
     importance: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of B matrices: codes (B, rows, in), scale and zero_point (B, rows, groups), loss (B, rows)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    loss: Tensor
+
+    def better_of(self, other: _Rows) -> _Rows:
+        """Row by row whichever has the smaller loss. Both have the same zero points."""
+        better = (other.loss < self.loss).unsqueeze(-1)
+        return _Rows(
+            other.codes.where(better, self.codes),
+            other.scale.where(better, self.scale),
+            self.zero_point,
+            other.loss.minimum(self.loss),
+        )
+
+
+_SLICE_BYTES = 64 * 2**20
+"""Float32 bytes of the rows that are swept at once; about ten buffers of this size exist meanwhile."""
+
+
 class Gptq(BaseModel, frozen=True, extra="forbid"):
     """Options of GPTQ. Each part of the stack is a switch, so that an ablation is one line of a recipe."""
 
@@ -44,6 +68,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
     scale_search: ScaleSearch = Field("importance", description="How the scale of a group is chosen.")
     grid: int = Field(40, ge=2, le=200, description="Candidate ranges tried for each group.")
     signed: bool = Field(True, description="Symmetric scales may be negative (the extra level on either side).")
+    multipliers: tuple[float, ...] = Field((1.0,), description="Scale multipliers tried.")
     refits: int = Field(
         2, ge=0, le=16, description="Hessian-aware scale refits, with a new sweep between one and the next."
     )
@@ -70,29 +95,55 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return PreparedInputs(factor, stats.cross if self.cross else None, importance)
 
     def quantize(self, weight: Tensor, scheme: IntScheme, prepared: PreparedInputs) -> QuantizedBatch:
-        """weight (B, out, in) float32 -> codes and scales."""
+        """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
+        import torch
+
         from quantkit.quantizers import ldlq
         from quantkit.quantizers.batch import QuantizedBatch
 
         factor = prepared.factor
-        norm = ldlq.row_loss(weight, factor.hessian).sum(-1).clamp_min(1e-30)
+        rows = max(1, _SLICE_BYTES // (4 * weight.shape[-1] * len(weight)))
+        parts = [self._quantize_rows(part, scheme, prepared) for part in weight.split(rows, dim=1)]
+        zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+        norm = sum(ldlq.row_loss(part, factor.hessian).sum(-1) for part in weight.split(rows, dim=1))
+        return QuantizedBatch(
+            scheme,
+            torch.cat([part.codes for part in parts], 1),
+            torch.cat([part.scale for part in parts], 1),
+            torch.cat(zero_points, 1) if zero_points else None,
+            torch.stack([part.loss.sum(-1) for part in parts]).sum(0) / norm.clamp_min(1e-30),
+            "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times",
+        )
+
+    def _quantize_rows(self, weight: Tensor, scheme: IntScheme, prepared: PreparedInputs) -> _Rows:
+        from quantkit.quantizers import ldlq
+
+        factor = prepared.factor
         target = weight
         if prepared.cross is not None:
             target = ldlq.towards_original(weight, prepared.cross, factor, self.cross)
         scale, zero_point = search_scales(
             target, scheme, prepared.importance, search=self.scale_search, grid=self.grid, signed=self.signed
         )
-        codes, loss = ldlq.sweep(scheme, target, scale, zero_point, factor)
+        best = _swept(scheme, target, scale, zero_point, factor)
+        for multiplier in self.multipliers:
+            if multiplier != 1.0:
+                tried = representable(scheme, scale.float() * multiplier).to(scale.dtype)
+                best = best.better_of(_swept(scheme, target, tried, zero_point, factor))
         for round_number in range(self.refits):
-            new_scale = ldlq.refit(scheme, target, codes, scale, zero_point, factor.hessian)
-            new_scale = representable(scheme, new_scale).to(scale.dtype)
-            new_codes = codes
+            refitted = ldlq.refit(scheme, target, best.codes, best.scale, zero_point, factor.hessian)
+            refitted = representable(scheme, refitted).to(scale.dtype)
+            error = target - scheme.decode(best.codes, refitted, zero_point)
+            best = best.better_of(_Rows(best.codes, refitted, zero_point, ldlq.row_loss(error, factor.hessian)))
             if round_number + 1 < self.refits:
-                new_codes, new_loss = ldlq.sweep(scheme, target, new_scale, zero_point, factor)
-            else:
-                new_loss = ldlq.row_loss(target - scheme.decode(codes, new_scale, zero_point), factor.hessian)
-            better = (new_loss < loss).unsqueeze(-1)
-            codes, scale = new_codes.where(better, codes), new_scale.where(better, scale)
-            loss = new_loss.minimum(loss)
-        fallback = "" if factor.damping == 1 else f"damp_percent raised {factor.damping:g} times"
-        return QuantizedBatch(scheme, codes, scale, zero_point, loss.sum(-1) / norm, fallback)
+                best = best.better_of(_swept(scheme, target, best.scale, zero_point, factor))
+        return best
+
+
+def _swept(
+    scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor
+) -> _Rows:
+    from quantkit.quantizers import ldlq
+
+    codes, loss = ldlq.sweep(scheme, target, scale, zero_point, factor)
+    return _Rows(codes, scale, zero_point, loss)

@@ -1,12 +1,13 @@
-"""GPTQ's error feedback written as LDLQ (QuIP, arXiv 2307.13304, section 3; GPTQ, arXiv 2210.17323, algorithm 1: the same codes).
+"""GPTQ's error feedback written as LDLQ (QuIP, arXiv 2307.13304, section 3; GPTQ, arXiv 2210.17323, algorithm 1: same codes).
 
-With the damped Hessian in processing order, H = U D U^T (U unit upper triangular), the columns are rounded one after the other:
+Columns are laid out by *rising* diag(H) and rounded from the last to the first. With the damped Hessian in that layout,
+H = R D R^T (R unit lower triangular, from ONE Cholesky, no inverse), column k is rounded as
 
-    w'_k = w_k + sum_{j<k} (w_j - q_j) U[j, k]          q_k = nearest level to w'_k
+    w'_k = w_k + sum_{j>k} (w_j - q_j) R[j, k]          q_k = nearest level to w'_k
 
-and the loss tr(E H E^T) is sum_k D_k (w'_k - q_k)^2. U comes from ONE Cholesky of the index-reversed Hessian; no inverse is formed.
+and the loss tr(E H E^T) is sum_k D_k (w'_k - q_k)^2. (The index-reversed form of U D U^T, so that nothing is flipped.)
 
-Everything is batched over matrices of one shape: B experts at once. Accumulation is float32; the caller sets the TF32 mode.
+Everything is batched over matrices of one shape: B experts at once. Float32 throughout; the caller sets the TF32 mode.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from torch import Tensor
 from quantkit.schemes import IntScheme
 
 _LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
+_PANEL = 512  # columns that a Cholesky or triangular solve handles at once
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """H = U D U^T in processing order, for B matrices of one shape.
+    """H = R D R^T in layout order, for B matrices of one shape.
 
-    hessian (B, in, in) damped, storage order; order (B, in) int64: order[:, k] is the storage column processed k-th;
-    feedback (B, in, in): U; pivots (B, in): D; damping: the factor by which damp_percent had to be raised (1 = not at all).
+    hessian (B, in, in) damped, storage order; layout (B, in) int64: storage column of each place, the last is rounded first;
+    lower (B, in, in): R below the diagonal (what lies above is undefined); pivots (B, in): D;
+    damping: how many times damp_percent had to be taken (1 = as asked).
     """
 
     hessian: Tensor
-    order: Tensor
-    feedback: Tensor
+    layout: Tensor
+    lower: Tensor
     pivots: Tensor
     damping: float
 
@@ -40,7 +43,8 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Facto
     """Damp, order and factor a batch of Hessians (B, in, in) float32. The argument is overwritten with its damped form.
 
     An input that never fires has a zero row: damping keeps it invertible, and its rounding error reaches no other column.
-    If float32 rounding still makes a pivot negative the damping is raised tenfold for the whole batch, and `Factor.damping` says so.
+    If float32 rounding still makes a pivot negative the damping is raised tenfold for the whole batch, and `Factor.damping`
+    says so. Two matrices of this size exist at the end, and never more than that and a panel.
     """
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
     step = damp_percent * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -48,18 +52,16 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Facto
     while True:
         diagonal += (raised - added) * step
         added = raised
-        order = diagonal.argsort(dim=-1, descending=True, stable=True) if act_order else _storage_order(diagonal)
-        reversed_order = order.flip(-1)
-        lower, info = torch.linalg.cholesky_ex(_permuted(hessian, reversed_order))
-        if not info.any():
+        layout = diagonal.argsort(dim=-1, stable=True) if act_order else _storage_order(diagonal).flip(-1)
+        lower = _permuted(hessian, layout)
+        if _cholesky_(lower):
             break
         if raised > 1e6:
             raise FloatingPointError("a Hessian is not finite")
         raised *= 10
-    upper = lower.flip(-2, -1)  # H = upper @ upper.T, upper triangular
-    root = torch.diagonal(upper, dim1=-2, dim2=-1).clone()
-    upper /= root.unsqueeze(-2)
-    return Factor(hessian, order, upper, root.square_(), raised)
+    root = torch.diagonal(lower, dim1=-2, dim2=-1).clone()
+    lower /= root.unsqueeze(-2)
+    return Factor(hessian, layout, lower, root.square_(), raised)
 
 
 def _storage_order(diagonal: Tensor) -> Tensor:
@@ -67,21 +69,53 @@ def _storage_order(diagonal: Tensor) -> Tensor:
 
 
 def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
-    """(B, n, n) with rows and columns in ``order`` (B, n)."""
-    batch = torch.arange(len(matrix), device=matrix.device)[:, None, None]
-    return matrix[batch, order.unsqueeze(-1), order.unsqueeze(-2)]
+    """(B, n, n) with rows and columns in ``order`` (B, n), one copy."""
+    result = torch.empty_like(matrix)
+    for one, source, columns in zip(result, matrix, order, strict=True):
+        for start in range(0, len(columns), _PANEL):
+            rows = columns[start : start + _PANEL]
+            one[start : start + _PANEL] = source[rows][:, columns]
+    return result
+
+
+def _cholesky_(matrix: Tensor) -> bool:
+    """Overwrite the lower triangle of (B, n, n) with its Cholesky factor, left-looking by panels. False: not positive definite."""
+    n = matrix.shape[-1]
+    for start in range(0, n, _PANEL):
+        stop = min(start + _PANEL, n)
+        panel = matrix[:, start:, start:stop]
+        if start:
+            panel -= matrix[:, start:, :start] @ matrix[:, start:stop, :start].mT
+        block, info = torch.linalg.cholesky_ex(panel[:, : stop - start])
+        if info.any():
+            return False
+        panel[:, : stop - start] = block
+        if stop < n:
+            below = panel[:, stop - start :]
+            below.copy_(torch.linalg.solve_triangular(block.mT, below, upper=True, left=False))
+    return True
 
 
 def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) -> Tensor:
-    """The target that makes W* x_quantised follow W x_original: W + alpha W C H^-1 (the output matching of GPTAQ, arXiv 2504.02692).
+    """The target that makes W* x_quantised follow W x_original: W + alpha W C H^-1 (output matching, GPTAQ, arXiv 2504.02692).
 
     weight (B, out, in); cross (B, in, in): mean of (x_original - x_quantised) x_quantised^T over the tokens.
     """
-    moved = _columns(weight @ cross, factor.order)
-    moved = torch.linalg.solve_triangular(factor.feedback.mT, moved, upper=False, left=False, unitriangular=True)
+    moved = _columns(weight @ cross, factor.layout)
+    panels = [slice(start, start + _PANEL) for start in range(0, moved.shape[-1], _PANEL)]
+    lower = factor.lower
+    for panel in panels:  # X R^T = moved
+        moved[..., panel] -= moved[..., : panel.start] @ lower[:, panel, : panel.start].mT
+        moved[..., panel] = torch.linalg.solve_triangular(
+            lower[:, panel, panel].mT, moved[..., panel], upper=True, left=False, unitriangular=True
+        )
     moved /= factor.pivots.unsqueeze(-2)
-    moved = torch.linalg.solve_triangular(factor.feedback, moved, upper=True, left=False, unitriangular=True)
-    return weight + alpha * _columns(moved, factor.order.argsort(-1))
+    for panel in reversed(panels):  # Y R = X
+        moved[..., panel] -= moved[..., panel.stop :] @ lower[:, panel.stop :, panel]
+        moved[..., panel] = torch.linalg.solve_triangular(
+            lower[:, panel, panel], moved[..., panel], upper=False, left=False, unitriangular=True
+        )
+    return _columns(moved, factor.layout.argsort(-1)).mul_(alpha).add_(weight)
 
 
 def _columns(matrix: Tensor, order: Tensor) -> Tensor:
@@ -98,10 +132,10 @@ def sweep(
     -> codes (B, out, in) uint8 in storage order, loss (B, out) float32: tr(E H E^T) by row.
     """
     in_features = target.shape[-1]
-    group = factor.order.div(in_features // scale.shape[-1], rounding_mode="floor")  # of each processed column
+    group = factor.layout.div(in_features // scale.shape[-1], rounding_mode="floor")  # of each place
     columns = _Columns(
-        error=_columns(target, factor.order).mT.contiguous(),
-        moved=_columns(target, factor.order).mT.contiguous(),
+        error=_columns(target, factor.layout).mT.contiguous(),
+        moved=_columns(target, factor.layout).mT.contiguous(),
         scale=_columns_of_groups(scale.float(), group),
         zero=None if zero_point is None else _columns_of_groups(zero_point.float(), group),
         half=2.0 ** (scheme.bits - 1),
@@ -110,12 +144,12 @@ def sweep(
         loss=torch.zeros(target.shape[:-1], device=target.device),
     )
     _sweep_span(columns, factor, 0, in_features)
-    return _columns(columns.codes.mT, factor.order.argsort(-1)), columns.loss
+    return _columns(columns.codes.mT, factor.layout.argsort(-1)), columns.loss
 
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """A sweep under way, transposed so that one column of the weight is contiguous. All but loss are (B, in, out), processing order.
+    """A sweep under way, transposed so that one column of the weight is contiguous. All but loss are (B, in, out) in layout order.
 
     ``moved`` holds w', ``error`` the target until a column is rounded and w - q afterwards.
     """
@@ -131,27 +165,27 @@ class _Columns:
 
 
 def _columns_of_groups(values: Tensor, group: Tensor) -> Tensor:
-    """values (B, out, groups), group (B, in) -> (B, in, out): each processed column's own scale."""
+    """values (B, out, groups), group (B, in) -> (B, in, out): the scale of each place."""
     out_features = values.shape[-2]
     return values.mT.contiguous().gather(-2, group.unsqueeze(-1).expand(*group.shape, out_features))
 
 
 def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> None:
-    """Round columns [start, stop). Halving puts nearly all of the feedback into matrix products."""
+    """Round columns [start, stop), the last first. Halving puts nearly all of the feedback into matrix products."""
     if stop - start <= _LEAF:
-        for column in range(start, stop):
-            _round_column(columns, factor, column, stop)
+        for column in range(stop - 1, start - 1, -1):
+            _round_column(columns, factor, column, start)
         return
     middle = (start + stop) // 2
-    _sweep_span(columns, factor, start, middle)
-    columns.moved[:, middle:stop].baddbmm_(
-        factor.feedback[:, start:middle, middle:stop].mT, columns.error[:, start:middle]
-    )
     _sweep_span(columns, factor, middle, stop)
+    columns.moved[:, start:middle].baddbmm_(
+        factor.lower[:, middle:stop, start:middle].mT, columns.error[:, middle:stop]
+    )
+    _sweep_span(columns, factor, start, middle)
 
 
-def _round_column(columns: _Columns, factor: Factor, column: int, stop: int) -> None:
-    """Round one column and push its error to the rest of its leaf."""
+def _round_column(columns: _Columns, factor: Factor, column: int, start: int) -> None:
+    """Round one column and push its error to the rest of its leaf, [start, column)."""
     moved, scale = columns.moved[:, column], columns.scale[:, column]
     zero = columns.half if columns.zero is None else columns.zero[:, column]
     codes = (moved / scale).add_(zero).round_().clamp_(0, columns.top)
@@ -160,9 +194,9 @@ def _round_column(columns: _Columns, factor: Factor, column: int, stop: int) -> 
     columns.loss.addcmul_((moved - level).square_(), factor.pivots[:, column, None])
     error = columns.error[:, column]
     error -= level
-    if column + 1 < stop:
-        weights = factor.feedback[:, column, column + 1 : stop, None]
-        columns.moved[:, column + 1 : stop].addcmul_(weights, error.unsqueeze(1))
+    if column > start:
+        weights = factor.lower[:, column, start:column, None]
+        columns.moved[:, start:column].addcmul_(weights, error.unsqueeze(1))
 
 
 def refit(

@@ -47,12 +47,12 @@ def test_sweep_gives_the_codes_of_textbook_gptq(
             scale[index].repeat_interleave(repeats, -1).numpy(),
             zeros[index].repeat_interleave(repeats, -1).numpy(),
             2**bits - 1,
-            factor.order[index].numpy(),
+            factor.layout[index].flip(-1).numpy(),
         )
         unequal = codes[index].numpy() != expected
         # A row follows the oracle until its first rounding tie; what comes later in that row may differ in consequence.
         for row in np.flatnonzero(unequal.any(1)):
-            processed = factor.order[index].numpy()
+            processed = factor.layout[index].flip(-1).numpy()
             first = np.flatnonzero(unequal[row][processed])[0]
             assert margins[row][processed[first]] < 1e-3
             different += 1
