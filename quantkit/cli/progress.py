@@ -57,6 +57,7 @@ class Tally:
                 self.tensors_done += 1
             case LayerDone():
                 self.layers_done += 1
+                self.stage, self.layer, self.tensors_done, self.tensors_total = "", None, 0, 0
                 self.layer_seconds.append(event.seconds)
                 self.tokens_per_s = event.tokens / event.seconds if event.seconds > 0 else 0.0
             case CopyDone():
@@ -88,7 +89,7 @@ class Tally:
             parts.append(f"{self.stage}{count}")
         if self.tokens_per_s:
             parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
-        parts.append(f"{self.gb_per_s:.2f} GB/s")
+        parts.append(f"{self.gb_per_s:.2f} GB/s" if self.gb_per_s >= 0.1 else f"{self.gb_per_s * 1e3:.1f} MB/s")
         if self.eta_s is not None:
             parts.append(f"ETA {duration(self.eta_s)}")
         return "  ".join(parts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import typer
 
@@ -49,5 +51,17 @@ def _aligned(row: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
 
 
 def show_json(document: object) -> None:
-    """One JSON document on stdout."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON document on stdout. Numbers that JSON cannot say (infinity, NaN) become null."""
+    typer.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(item) for key, item in cast("Mapping[str, object]", value).items()}
+        case list() | tuple():
+            return [_finite(item) for item in cast("Sequence[object]", value)]
+        case _:
+            return value

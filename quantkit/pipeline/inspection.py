@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from pydantic import ValidationError
+
 from quantkit.arch import arch_of
 from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import ConfigError
@@ -100,7 +102,8 @@ def inspect_folder(directory: Path | str) -> Inspection:
     config = _config(directory, unusual)
     family, specs = _family(config, unusual)
     weights = _weights(infos)
-    planned = {name: _planned(weight, specs.get(name), unusual) for name, weight in weights.items()}
+    groups = _stated_groups(config)
+    planned = {name: _planned(weight, specs.get(name), groups, unusual) for name, weight in weights.items()}
     _compare_with_family(specs, weights, planned, unusual)
     _compare_with_config(config, planned, infos, unusual)
     if any(tensor and tensor.scheme for tensor in planned.values()) and quant_method(config) == "compressed-tensors":
@@ -140,7 +143,19 @@ def _weights(infos: Mapping[str, TensorInfo]) -> dict[str, _Weight]:
     return weights
 
 
-def _planned(weight: _Weight, spec: TensorSpec | None, unusual: list[str]) -> PlannedTensor | None:
+def _stated_groups(config: Mapping[str, object]) -> set[tuple[object, object]]:
+    """(bits, group_size) of each config group of compressed-tensors; empty for anything that is not formed like one."""
+    section = cast("dict[str, dict[str, dict[str, dict[str, object]]]]", config.get("quantization_config") or {})
+    try:
+        weights = [group["weights"] for group in section["config_groups"].values()]
+        return {(entry["num_bits"], entry["group_size"]) for entry in weights}
+    except (KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _planned(
+    weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object, object]], unusual: list[str]
+) -> PlannedTensor | None:
     """The weight as a plan would have it, None if its storage is not understood."""
     layer, expert, role = (spec.layer, spec.expert, spec.role.value) if spec else (None, None, "")
     parts = weight.parts
@@ -153,7 +168,7 @@ def _planned(weight: _Weight, spec: TensorSpec | None, unusual: list[str]) -> Pl
     ):
         return PlannedTensor(parts[""], Float8Scheme(), None, layer, expert, role)
     if {"_packed", "_scale", "_shape"} <= set(parts) <= {"_packed", "_scale", "_shape", "_zero_point"}:
-        scheme, shape = _int_scheme(parts, spec)
+        scheme, shape = _int_scheme(parts, spec, groups)
         if scheme is not None:
             return PlannedTensor(TensorInfo(weight.name, shape, "BF16"), scheme, None, layer, expert, role)
     stored = ", ".join(sorted(info.name for info in parts.values()))
@@ -161,32 +176,32 @@ def _planned(weight: _Weight, spec: TensorSpec | None, unusual: list[str]) -> Pl
     return None
 
 
-def _int_scheme(parts: Mapping[str, TensorInfo], spec: TensorSpec | None) -> tuple[IntScheme | None, tuple[int, ...]]:
-    """Scheme and shape of a pack-quantized linear, read off the shapes. Without a family, codes are taken for 4 bits
-    wide."""
+def _int_scheme(
+    parts: Mapping[str, TensorInfo], spec: TensorSpec | None, groups: set[tuple[object, object]]
+) -> tuple[IntScheme | None, tuple[int, ...]]:
+    """Scheme and shape of a pack-quantized linear, read off the shapes. Without a family, codes count as 4 bits.
+
+    One scale a row is a group as long as the row where config.json has such ``groups``, else a channel.
+    """
     packed, scale = parts["_packed"], parts["_scale"]
-    if (
-        len(packed.shape) != 2
-        or len(scale.shape) != 2
-        or scale.dtype not in _SCALE_DTYPES
-        or not packed.numel
-        or not scale.numel
-    ):
+    if len(packed.shape) != 2 or len(scale.shape) != 2 or not packed.numel or not scale.numel:
         return None, ()
     words, n_groups = packed.shape[1], scale.shape[1]
     in_features = spec.shape[1] if spec is not None and len(spec.shape) == 2 else words * 8
     bits = words * 32 // in_features
-    if not 2 <= bits <= 8 or math.ceil(in_features * bits / 32) != words or in_features % n_groups:
+    if math.ceil(in_features * bits / 32) != words or in_features % n_groups:
         return None, ()
-    group_size = None if n_groups == 1 else in_features // n_groups
-    if group_size is not None and group_size < 8:
+    grouped = n_groups > 1 or (bits, in_features) in groups
+    scheme = {
+        "bits": bits,
+        "group_size": in_features // n_groups if grouped else None,
+        "symmetric": "_zero_point" not in parts,
+        "scale_dtype": _SCALE_DTYPES.get(scale.dtype),
+    }
+    try:
+        return IntScheme.model_validate(scheme), (packed.shape[0], in_features)
+    except ValidationError:
         return None, ()
-    shape = (packed.shape[0], in_features)
-    scale_dtype = _SCALE_DTYPES[scale.dtype]
-    symmetric = "_zero_point" not in parts
-    return IntScheme.model_validate(
-        {"bits": bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
-    ), shape
 
 
 def _compare_with_family(

@@ -3,6 +3,7 @@
     hidden states   tokens * (hidden + widest dense input) * 4 B, for each stream, in RAM or on disk
     resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers, on disk
     Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of the widest GPTQ linear
+    sweep           rows in slices of bounded size
     weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the largest quantised linear
     activations     one batch of rows at the widest linear
     kept chunk      tensors that are not quantised pass through in pieces
@@ -14,6 +15,7 @@ two streams if some method follows the unquantised model beside the quantised on
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,8 +29,10 @@ from quantkit.quantizers import Gptq
 
 HESSIAN_COPIES = 4
 """The Hessian, its ordered and damped form, the factor, and the cross term toward the unquantised stream."""
-WEIGHT_COPIES = 4
-"""Original, running targets, errors, and codes with their scales."""
+WEIGHT_COPIES = 3
+"""Two originals that share a Hessian (gate and up), and the codes and scales of both."""
+SWEEP_BYTES = 10 * 64 * 2**20
+"""GPTQ sweeps rows in slices of 64 MiB, with about ten buffers of that size."""
 KEPT_CHUNK_BYTES = 64 * 2**20
 INTERPRETER_BYTES = 300 * 10**6
 BATCH_TOKENS = 2048
@@ -109,16 +113,14 @@ def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
 
 def _working(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
     terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries")]
+    largest = max((math.prod(decision.spec.shape) * 4 for decision in quantized), default=0)
     gptq = [decision.spec.shape[1] for decision in quantized if isinstance(decision.method, Gptq)]
     if gptq:
         widest = max(gptq)
         terms.append(Term("Hessian set", widest**2 * 4 * HESSIAN_COPIES, f"{widest:,}^2 x 4 B x {HESSIAN_COPIES}"))
+        terms.append(Term("sweep", min(SWEEP_BYTES, 10 * largest), "10 buffers of 64 MiB at most"))
     if quantized:
-        out_features, in_features = max(
-            (decision.spec.shape for decision in quantized), key=lambda shape: shape[0] * shape[1]
-        )
-        nbytes = out_features * in_features * 4 * WEIGHT_COPIES
-        terms.append(Term("weight set", nbytes, f"{out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}"))
+        terms.append(Term("weight set", largest * WEIGHT_COPIES, f"{largest / 1e6:,.1f} MB x {WEIGHT_COPIES}"))
     if plan.recipe.calibration and quantized:
         widest_out = max(max(decision.spec.shape) for decision in quantized)
         length = max(BATCH_TOKENS, plan.recipe.calibration.sequence_length)

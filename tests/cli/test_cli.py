@@ -264,7 +264,7 @@ def test_convert_reports(walk: Walk, tmp_path: Path) -> None:
     assert "next:" in result.stdout
     progress = result.stderr.splitlines()
     assert progress[0] == "2 layers, 1.00 GB to read, 32,768 calibration tokens"
-    assert progress[1].startswith("layer 1/2  experts 1/12  16,384 tokens/s")
+    assert progress[1].startswith("layer 1/2  16,384 tokens/s")
     assert "ETA 2 s" in progress[1]
     assert progress[-1] == "validation: layer 2/2"
 
