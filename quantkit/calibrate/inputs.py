@@ -30,14 +30,13 @@ class InputMoments:
         self._hessian = torch.zeros(in_features, in_features, device=device)
         self._cross = torch.zeros(in_features, in_features, device=device) if cross else None
 
-    def add(self, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
-        """x and original (tokens, in) float32; weight (tokens,) float32: how much each token counts (None: one each)."""
+    def add(self, x: Tensor, original: Tensor | None) -> None:
+        """x and original (tokens, in) float32: the same tokens in the calibrated and in the unquantised stream."""
         self.n_tokens += len(x)
-        left = x if weight is None else x * weight.unsqueeze(-1)
-        self._hessian.addmm_(left.T, x)
+        self._hessian.addmm_(x.T, x)
         if self._cross is not None:
             assert original is not None
-            self._cross.addmm_((original - x).mul_(1.0 if weight is None else weight.unsqueeze(-1)).T, x)
+            self._cross.addmm_((original - x).T, x)
 
     def stats(self) -> InputStats:
         """The means so far, as a batch of one. The sums are handed over: call it once."""

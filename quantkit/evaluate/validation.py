@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import ModelArch
+from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.evaluate.compare import Model, TokenScores
 from quantkit.evaluate.scores import Estimate, Scores
 from quantkit.tensors import TensorSource
@@ -22,10 +23,10 @@ class RowSource(TensorSource, Protocol):
         ...
 
 
-def model_of(arch: ModelArch, source: RowSource, device: torch.device) -> Model:
-    """A source as `compare` runs it: float32 on ``device``, each weight read when asked for."""
+def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_bytes: int) -> Model:
+    """A source as `compare` runs it: float32 on ``device``, read when asked for, the latest weights kept up to ``cache_bytes``."""
     return Model(
-        weights=lambda name: source.read(name).to(device).float(),
+        weights=WeightCache(lambda name: source.read(name).to(device).float(), cache_bytes),
         embed_rows=lambda ids: source.read_rows(arch.embed, ids.tolist()).float(),
         head_rows=lambda start, stop: source.read(arch.lm_head, (start, stop)).to(device).float(),
     )

@@ -60,6 +60,8 @@ class Finishing(Protocol):
     @property
     def stores(self) -> Stores: ...
     @property
+    def cache_bytes(self) -> int: ...
+    @property
     def sinks(self) -> tuple[CompressedTensorsSink, ...]: ...
     @property
     def on_event(self) -> OnEvent: ...
@@ -121,12 +123,12 @@ def _validate(walk: Finishing, output: OutputPlan, directory: Path, base_dir: Pa
         return None
     windows = eval_windows(wanted.text, wanted.context, walk.source.directory, base_dir, wanted.max_windows_per_file)
     walk.on_event(StageStarted("validation", total=walk.arch.n_layers))
-    device = walk.machine.device
+    device, cache_bytes = walk.machine.device, walk.cache_bytes // 2
     with CompressedTensorsSource(directory) as written:
         scores = compare(
             walk.arch,
-            model_of(walk.arch, walk.source, device),
-            model_of(walk.arch, written, device),
+            model_of(walk.arch, walk.source, device, cache_bytes),
+            model_of(walk.arch, written, device, cache_bytes),
             torch.from_numpy(windows.tokens).long(),
             lambda n_rows, length, width: walk.stores.new(n_rows, length, width, 3),
             on_layer=lambda layer: walk.on_event(ValidationProgress(layer + 1, walk.arch.n_layers)),

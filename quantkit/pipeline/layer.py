@@ -125,7 +125,7 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
 def _quantize_group(job: LayerJob, group: InputGroup, stats: InputStats | None) -> None:
     if not any_quantised(job.outputs, group.linears):
         return
-    linears = tuple(Linears((name,), job.weights.original(name).unsqueeze(0)) for name in group.linears)
+    linears = tuple(Linears((name,), job.weights.read(name).unsqueeze(0)) for name in group.linears)
     batches = quantize_linears(job.outputs, linears, stats, job.on_tensor)
     for name, batch in zip(group.linears, batches, strict=True):
         if batch is not None:
@@ -239,7 +239,7 @@ def _expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ..
 
 def _linears(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) -> Linears:
     chosen = tuple(names[expert] for expert in experts)
-    return Linears(chosen, torch.stack([job.weights.original(name) for name in chosen]))
+    return Linears(chosen, torch.stack([job.weights.read(name) for name in chosen]))
 
 
 def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, experts: tuple[int, ...]) -> None:

@@ -27,6 +27,17 @@ SCRATCH_STORES = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Bytes for hidden states in memory, and for float32 weights kept between batches of rows."""
+
+    stores: int
+    cache: int
+
+
+_LEAST_CACHE = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """``budget``: bytes that the process should stay under, interpreter and torch apart."""
 
@@ -44,17 +55,26 @@ class Machine:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return cls(torch.device(found), memory_budget or int(physical * DEFAULT_SHARE))
 
+    def share(self, working_bytes: int) -> Share:
+        """Divide what the budget leaves beside ``working_bytes``, the least that the work needs.
+
+        Raises `PlanError` if it leaves nothing.
+        """
+        spare = self.budget - working_bytes
+        if spare < 0:
+            raise PlanError(
+                f"memory budget {self.budget / 2**30:.2f} GiB: this conversion needs at least "
+                f"{working_bytes / 2**30:.2f} GiB.",
+                hint="Raise --memory-budget, or use method rtn for the widest linears.",
+            )
+        return Share(stores=int(spare * 0.7), cache=_LEAST_CACHE + int(spare * 0.2))
+
     def experts_at_once(self, arch: ModelArch, inter: int) -> int:
         """Experts of one shape (inter, hidden) that are quantised as a batch."""
         hidden = arch.hidden_size
         moments = 6 * hidden * hidden  # Hessian, cross term, factor, and what making them copies
         weights = 8 * 3 * hidden * inter  # originals, targets, sweep state, codes, results
         return max(1, min(MOST_EXPERTS, int(self.budget * 0.5) // (4 * (moments + weights))))
-
-    @property
-    def cache_bytes(self) -> int:
-        """Float32 weights of one layer's dense linears kept between batches of rows."""
-        return int(self.budget * 0.15)
 
 
 class Stores:

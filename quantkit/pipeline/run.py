@@ -29,7 +29,7 @@ from quantkit.pipeline.hidden import StreamFiles, Streams
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_inputs
 from quantkit.pipeline.machine import Machine, Stores, Timer
-from quantkit.pipeline.memory import check_free_disk, conversion_needs
+from quantkit.pipeline.memory import INTERPRETER_BYTES, check_free_disk, conversion_needs
 from quantkit.pipeline.outputs import OutputJob
 from quantkit.pipeline.plan import Action, OutputPlan, Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
@@ -49,6 +49,7 @@ class Walk:
     folder: OutputFolder
     journal: Journal
     stores: Stores
+    cache_bytes: int
     sinks: tuple[CompressedTensorsSink, ...]
     on_event: OnEvent
     timer: Timer
@@ -81,6 +82,8 @@ def convert(
         opened = stack.enter_context(open_source(source))
         arch = arch_of(opened.config)
         plan = make_plan(recipe, arch, opened.infos(), opened.is_float8)
+        needs = conversion_needs(plan, arch)
+        share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
         if rows is not None:
             _check_vocabulary(rows, arch)
@@ -89,12 +92,12 @@ def convert(
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)
         if not journal.entries:
-            check_free_disk(plan, conversion_needs(plan, arch), folder.partial)
+            check_free_disk(plan, needs, folder.partial)
         sinks = tuple(_open_sink(folder, output, plan, journal) for output in plan.outputs)
         for sink in sinks:
             stack.callback(sink.close)
-        stores = Stores(folder.hidden, int(machine.budget * 0.5))
-        walk = Walk(plan, arch, opened, machine, folder, journal, stores, sinks, on_event, Timer())
+        stores = Stores(folder.hidden, share.stores)
+        walk = Walk(plan, arch, opened, machine, folder, journal, stores, share.cache, sinks, on_event, Timer())
         return _run(walk, rows, header, base_dir)
 
 
@@ -141,7 +144,7 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
         weights=LayerWeights(
             walk.source,
             carries_quantised=walk.plan.recipe.propagate == "quantized",
-            cache_bytes=walk.machine.cache_bytes,
+            cache_bytes=walk.cache_bytes,
             device=walk.machine.device,
         ),
         streams=streams,

@@ -1,7 +1,8 @@
 """GPTQ (arXiv 2210.17323) as LDLQ, with the parts that earned their place on a trained Mixture-of-Experts model:
 
 scales searched under diag(H) and signed; columns by falling diag(H) on static groups (nothing is permuted in the file); targets that
-follow the unquantised stream (`cross`); Hessian-aware scale refits with a new sweep after each; the best round kept row by row.
+follow the unquantised stream (`cross`); Hessian-aware scale refits, each followed by coordinate descent over the codes; the best of
+all rounds kept row by row.
 The numerics are in `quantkit.quantizers.ldlq`.
 """
 
@@ -68,10 +69,10 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
     scale_search: ScaleSearch = Field("importance", description="How the scale of a group is chosen.")
     grid: int = Field(40, ge=2, le=200, description="Candidate ranges tried for each group.")
     signed: bool = Field(True, description="Symmetric scales may be negative (the extra level on either side).")
-    multipliers: tuple[float, ...] = Field((1.0,), description="Scale multipliers tried.")
     refits: int = Field(
         2, ge=0, le=16, description="Hessian-aware scale refits, with a new sweep between one and the next."
     )
+    descend: bool = Field(True, description="After each refit one pass of coordinate descent over the codes.")
     cross: float = Field(0.5, ge=0, le=1, description="How far targets follow the unquantised stream (0: plain GPTQ).")
     shrink: float = Field(
         3.0, ge=0, description="Pull of an expert's gate/up Hessian to the layer's, in in_features tokens."
@@ -126,16 +127,14 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
             target, scheme, prepared.importance, search=self.scale_search, grid=self.grid, signed=self.signed
         )
         best = _swept(scheme, target, scale, zero_point, factor)
-        for multiplier in self.multipliers:
-            if multiplier != 1.0:
-                tried = representable(scheme, scale.float() * multiplier).to(scale.dtype)
-                best = best.better_of(_swept(scheme, target, tried, zero_point, factor))
         for round_number in range(self.refits):
             refitted = ldlq.refit(scheme, target, best.codes, best.scale, zero_point, factor.hessian)
             refitted = representable(scheme, refitted).to(scale.dtype)
-            error = target - scheme.decode(best.codes, refitted, zero_point)
-            best = best.better_of(_Rows(best.codes, refitted, zero_point, ldlq.row_loss(error, factor.hessian)))
-            if round_number + 1 < self.refits:
+            best = best.better_of(_judged(scheme, target, best.codes, refitted, zero_point, factor))
+            if self.descend:
+                codes = ldlq.descend(scheme, target, best.codes, best.scale, zero_point, factor.hessian)
+                best = best.better_of(_judged(scheme, target, codes, best.scale, zero_point, factor))
+            elif round_number + 1 < self.refits:
                 best = best.better_of(_swept(scheme, target, best.scale, zero_point, factor))
         return best
 
@@ -147,3 +146,12 @@ def _swept(
 
     codes, loss = ldlq.sweep(scheme, target, scale, zero_point, factor)
     return _Rows(codes, scale, zero_point, loss)
+
+
+def _judged(
+    scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor
+) -> _Rows:
+    from quantkit.quantizers import ldlq
+
+    error = target - scheme.decode(codes, scale, zero_point)
+    return _Rows(codes, scale, zero_point, ldlq.row_loss(error, factor.hessian))

@@ -93,3 +93,28 @@ def test_damping_is_raised_and_reported_when_rounding_makes_a_pivot_negative() -
     factor = ldlq.factorize(hessian - 0.2 * torch.diag(vector * 1e6)[None], 1e-3, act_order=False)
     assert factor.damping > 1
     assert bool((factor.pivots > 0).all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_descent_reaches_codes_that_no_single_change_improves(symmetric: bool) -> None:
+    scheme = IntScheme(bits=3, group_size=32, symmetric=symmetric, scale_dtype="float32")
+    weight, hessian = heavy_tailed_problem(3, 24, 160, 400)
+    factor = ldlq.factorize(hessian[None].clone(), 0.01, act_order=True)
+    scale, zero = scheme.fit(weight[None], hessian.diagonal()[None])
+    codes, _ = ldlq.sweep(scheme, weight[None], scale, zero, factor)
+
+    def loss(codes: torch.Tensor) -> torch.Tensor:
+        error = (weight[None] - scheme.decode(codes, scale, zero)).double()
+        return ((error @ factor.hessian.double()) * error).sum(-1)
+
+    before = loss(codes)
+    for _ in range(12):
+        codes = ldlq.descend(scheme, weight[None], codes, scale, zero, factor.hessian)
+        after = loss(codes)
+        assert bool((after <= before * (1 + 1e-6)).all())
+        before = after
+    for column in range(160):
+        for step in (-1, 1):
+            changed = codes.clone()
+            changed[..., column] = (changed[..., column].int() + step).clamp(0, 7).byte()
+            assert bool((loss(changed) >= before * (1 - 1e-6)).all())
