@@ -20,6 +20,8 @@ import torch
 from decoded import Stopwatch, write_decoded
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
+from gptqmodel.quantization.foem import FOEM
+from gptqmodel.quantization.gptaq import GPTAQ
 from protocol import CALIBRATION_WINDOWS, GROUP_SIZE, bits_of, calibration_windows, is_projection, model_dir
 from safetensors.torch import load_file
 from torch import Tensor
@@ -59,7 +61,7 @@ def quantize_config(args: argparse.Namespace) -> QuantizeConfig:
     if args.gptaq:
         chosen["gptaq"] = GPTAQConfig(alpha=args.gptaq)
     if args.foem:
-        chosen["foem"] = FOEMConfig(alpha=0.25, beta=args.foem)
+        chosen["foem"] = FOEMConfig(alpha=0, beta=args.foem)
     if args.scheme == "mixed":
         chosen["dynamic"] = {NOT_ROUTED: {"bits": 8}}
     bits = 4 if args.scheme == "mixed" else int(args.scheme.removeprefix("int"))
@@ -76,6 +78,22 @@ def settings_of(config: QuantizeConfig) -> str:
     return ", ".join(parts)
 
 
+def flatten_wide_inputs() -> None:
+    """Let GPTAQ and FOEM see inputs of more than three dimensions as (batch, tokens, features).
+
+    transformers 5.23 feeds kv_b_proj a 4-D tensor, which their accumulation refuses ("t() expects <= 2 dimensions").
+    """
+    for kind in (GPTAQ, FOEM):
+        original = kind.process_batch
+
+        def process_batch(self: Any, inp: Tensor, original: Any = original) -> Any:
+            if getattr(self, "native_inps", None) and self.native_inps[0].dim() > 3:
+                self.native_inps[0] = self.native_inps[0].flatten(1, -2)
+            return original(self, inp.flatten(1, -2) if inp.dim() > 3 else inp)
+
+        kind.process_batch = process_batch
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", choices=["int3", "int4", "mixed"], required=True)
@@ -84,11 +102,12 @@ def main() -> None:
     parser.add_argument("--desc-act", action="store_true")
     parser.add_argument("--static-groups", action="store_true")
     parser.add_argument("--gptaq", type=float, help="alpha of GPTAQ")
-    parser.add_argument("--foem", type=float, help="beta of FOEM, with GPTAQ alpha 0.25")
+    parser.add_argument("--foem", type=float, help="beta of FOEM, without GPTAQ")
     parser.add_argument("--windows", type=int, default=CALIBRATION_WINDOWS)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
+    flatten_wide_inputs()
     config = quantize_config(args)
     model = GPTQModel.load(str(model_dir()), config, dtype=torch.float32, trust_remote_code=False)
     rows = calibration_windows(args.windows)

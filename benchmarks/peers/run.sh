@@ -18,16 +18,18 @@ gptqmodel int4 mse --mse 2.4
 llmcompressor int4 fine --damp 0.01 --observer-kwargs {"norm":2.0,"grid":100,"maxshrink":0.5,"patience":50}
 llmcompressor int4 d10 --damp 0.1
 autoround int4 i200 --iters 200
-llmcompressor int3 fine --damp 0.01 --observer-kwargs {"norm":2.0,"grid":100,"maxshrink":0.5,"patience":50}
-gptqmodel int4 default
-llmcompressor int3 d10 --damp 0.1
 gptqmodel int3 mse --mse 2.4
-gptqmodel int4 gptaq --mse 2.4 --gptaq 0.25
-autoround int3 i200 --iters 200
+llmcompressor int3 d10 --damp 0.1
 gptqmodel mixed mse --mse 2.4
-llmcompressor mixed fine --damp 0.01 --observer-kwargs {"norm":2.0,"grid":100,"maxshrink":0.5,"patience":50}
+gptqmodel int4 foem --mse 2.4 --foem 0.2
+autoround int3 i100 --iters 100
+autoround mixed i100 --iters 100
+gptqmodel int3 foem --mse 2.4 --foem 0.2
+gptqmodel int4 default
+gptqmodel int4 static --mse 2.4 --desc-act --static-groups
+llmcompressor int3 fine --damp 0.01 --observer-kwargs {"norm":2.0,"grid":100,"maxshrink":0.5,"patience":50}
 llmcompressor mixed d10 --damp 0.1
-autoround mixed i200 --iters 200
+gptqmodel mixed foem --mse 2.4 --foem 0.2
 llmcompressor int4 all --damp 0.01 --all-experts
 '
 
