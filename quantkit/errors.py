@@ -1,21 +1,22 @@
 """The exceptions a user can meet. Each carries one line of what was found and needed, and a hint what to do next.
 
-    QuantkitError
-    ├── SourceError        a checkpoint on disk is damaged, incomplete or hostile
-    ├── ConfigError        config.json lacks or contradicts something the family needs
-    ├── RecipeError        a recipe file is wrong (names file, line and key)
-    ├── PlanError          source and recipe do not fit together, or the machine is too small
-    ├── SchemeError        a tensor cannot be stored in the scheme asked for
-    ├── CalibrationError   text, tokenizer or hidden states are unusable
-    ├── OutputError        the output folder is taken, locked or full
-    └── ValidationError    the finished checkpoint failed its recipe's limits
+QuantkitError
+├── SourceError        a checkpoint on disk is damaged, incomplete or hostile
+├── ConfigError        config.json lacks or contradicts something the family needs
+├── RecipeError        a recipe file is wrong (names file, line and key)
+├── PlanError          source and recipe do not fit together, or the machine is too small
+├── SchemeError        a tensor cannot be stored in the scheme asked for
+├── CalibrationError   text, tokenizer or hidden states are unusable
+├── OutputError        the output folder is taken, locked or full
+└── ValidationError    the finished checkpoint failed its recipe's limits
 """
 
 from __future__ import annotations
 
 
 class QuantkitError(Exception):
-    """Base of everything that a user, a file or a full disk can cause. The command line prints it without a traceback."""
+    """Base of everything that a user, a file or a full disk can cause. The command line prints it without a
+    traceback."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)

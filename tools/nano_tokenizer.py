@@ -13,7 +13,8 @@ SPECIALS = (BOS, EOS, PAD, USER, ASSISTANT)  # ids 0 to 4
 BOS_ID, EOS_ID = 0, 1
 SAMPLE_BYTES = 1_500_000  # of each domain, for the merges
 
-# DeepSeek-V3's splits (llama.cpp calls the sequence "deepseek-v3"): digits in threes, CJK and kana runs, words and punctuation.
+# DeepSeek-V3's splits (llama.cpp calls the sequence "deepseek-v3"): digits in threes, CJK and kana runs, then words
+# and punctuation.
 SPLITS = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
@@ -88,4 +89,6 @@ def train(texts: dict[str, list[str]], vocab_size: int, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -1,14 +1,14 @@
-"""Train nano-deepseek-v3 from random weights and write its BF16 form (tools/fp8_cast.py makes the FP8 form that is shipped).
+"""Train nano-deepseek-v3 from random weights and write its BF16 form.
 
-    python tools/nano_text.py --cache CACHE --work TOKENS                       # text, tokenizer, token streams (CPU, minutes)
-    python tools/train_nano.py TOKENS OUT                                       # one GPU, minutes
-    python tools/train_nano.py TOKENS OUT --steps 5 --batch 2 --length 64       # smoke run on a CPU, seconds
+    python tools/nano_text.py --cache CACHE --work TOKENS                      # text, tokenizer, tokens (CPU, minutes)
+    python tools/train_nano.py TOKENS OUT --steps 17000 --rate 5e-3            # one GPU, minutes
+    python tools/train_nano.py TOKENS OUT --steps 5 --batch 2 --length 64      # smoke run on a CPU, seconds
     python tools/fp8_cast.py to-fp8 OUT examples/nano-deepseek-v3 --shard-bytes 2500000
 
-Needs torch and safetensors only. The weights are not reproducible bit for bit (GPU kernels), the run is: seed, text and schedule.
-Method: AdamW, constant learning rate after a warm-up, then linearly to zero; bf16 autocast over float32 weights; expert load
-balanced by the selection bias as in DeepSeek-V3 (arXiv 2412.19437, 2.1.2) plus its sequence-wise loss with a tiny factor; the MTP
-layer's loss with factor 0.3, then 0.1.
+Needs torch and safetensors only. The weights are not reproducible bit for bit (GPU kernels), the run is: seed, text
+and schedule. Method: AdamW, constant learning rate after a warm-up, then linearly to zero; bf16 autocast over float32
+weights; expert load balanced by the selection bias as in DeepSeek-V3 (arXiv 2412.19437, 2.1.2) plus its sequence-wise
+loss with a tiny factor; the MTP layer's loss with factor 0.3, then 0.1.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from nano_model import Config, DeepseekV3, official_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nano_model import Config, DeepseekV3, official_tensors
-
-MIX = {"prose": 1.4, "code": 1.6, "techdoc": 1.3, "german": 0.9, "french": 0.9, "chinese": 1.2, "arithmetic": 0.7, "chat": 0.8}
+MIX = {
+    "prose": 1.4,
+    "code": 1.6,
+    "techdoc": 1.3,
+    "german": 0.9,
+    "french": 0.9,
+    "chinese": 1.2,
+    "arithmetic": 0.7,
+    "chat": 0.8,
+}
 BOS_ID = 0
 EVAL_WINDOWS = 8
 
@@ -103,7 +111,9 @@ def optimizer_for(model: DeepseekV3, schedule: Schedule) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def held_out_losses(model: DeepseekV3, folder: Path, device: torch.device, context: int = 512) -> dict[str, tuple[float, float]]:
+def held_out_losses(
+    model: DeepseekV3, folder: Path, device: torch.device, context: int = 512
+) -> dict[str, tuple[float, float]]:
     """Domain -> (next-token loss, MTP loss) in nats over up to EVAL_WINDOWS windows BOS + 511 tokens, float32."""
     result: dict[str, tuple[float, float]] = {}
     for path in sorted(folder.glob("eval_*.u16.xz")):
@@ -146,7 +156,11 @@ def train(model: DeepseekV3, streams: Streams, schedule: Schedule, compile_model
             share = loads * loads.shape[1]
             rows.append([step, main.item(), mtp.item(), share.min().item(), share.max().item()])
             rate = (step + 1) / (time.perf_counter() - started)
-            print("step {} loss {:.4f} mtp {:.4f} load {:.2f}..{:.2f}".format(*rows[-1]), f"{rate:.1f} steps/s", flush=True)
+            print(
+                "step {} loss {:.4f} mtp {:.4f} load {:.2f}..{:.2f}".format(*rows[-1]),
+                f"{rate:.1f} steps/s",
+                flush=True,
+            )
     return rows
 
 
@@ -162,9 +176,9 @@ def write_bf16(model: DeepseekV3, config: Config, model_folder: Path, out: Path,
     for file in sorted(set(weight_map.values())):
         save_file({n: v for n, v in tensors.items() if weight_map[n] == file}, out / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    (out / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    (out / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, out / name)
@@ -174,7 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokens", type=Path, help="folder of token streams that nano_text.py wrote")
     parser.add_argument("out", type=Path, help="new folder for the BF16 checkpoint and training.json")
-    parser.add_argument("--model", type=Path, default=Path("examples/nano-deepseek-v3"), help="folder of config.json and tokenizer")
+    parser.add_argument(
+        "--model", type=Path, default=Path("examples/nano-deepseek-v3"), help="folder of config.json and tokenizer"
+    )
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
@@ -184,12 +200,15 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     schedule = Schedule(arguments.steps, arguments.batch, arguments.length, arguments.rate, seed=arguments.seed)
-    config = json.loads((arguments.model / "config.json").read_text())
+    config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(schedule.seed)
     torch.set_float32_matmul_precision("high")
     model = DeepseekV3(config).to(device)
     streams = Streams(arguments.tokens, list(MIX), device, schedule.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {streams.tokens.numel():,} tokens, {device}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {streams.tokens.numel():,} tokens, {device}",
+        flush=True,
+    )
     started = time.perf_counter()
     rows = train(model, streams, schedule, compile_model=device.type == "cuda")
     seconds = time.perf_counter() - started
@@ -201,11 +220,12 @@ def main() -> None:
     write_bf16(model, config, arguments.model, arguments.out)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     record = {
-        "schedule": asdict(schedule), "mix": MIX, "device": name, "torch": torch.__version__, "seconds": round(seconds, 1),
+        "schedule": asdict(schedule),
+        "mix": MIX, "device": name, "torch": torch.__version__, "seconds": round(seconds, 1),
         "tokens": schedule.steps * schedule.batch * schedule.length, "corpus_tokens": streams.tokens.numel(),
         "curve": rows, "held_out_nats_next_and_mtp": held_out,
     }  # fmt: skip
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

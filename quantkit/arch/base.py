@@ -1,9 +1,10 @@
 """What every model family states about itself: where its tensors sit and how one layer computes.
 
-A layer is a tuple of *sublayers*; a sublayer is a tuple of *blocks* that read the same residual stream ``x`` and whose outputs are
-added to it together (attention; dense MLP; shared expert + routed experts). A block lists its linears in the order in which data
-meets them, as *stages*, so that the same description serves calibration (statistics of a stage are taken after the stage before
-it was quantised), the reference forward pass and the evaluation of a finished checkpoint.
+A layer is a tuple of *sublayers*; a sublayer is a tuple of *blocks* that read the same residual stream ``x`` and whose
+outputs are added to it together (attention; dense MLP; shared expert + routed experts). A block lists its linears in
+the order in which data meets them, as *stages*, so that the same description serves calibration (statistics of a stage
+are taken after the stage before it was quantised), the reference forward pass and the evaluation of a finished
+checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     Weights = Callable[[str], torch.Tensor]
-    """Name -> float32 tensor (out_features, in_features). Whether it is the original or the quantised one is the caller's choice."""
+    """Name -> float32 tensor (out_features, in_features). Whether it is the original or the quantised one is the
+    caller's choice."""
 
 
 class Role(str, Enum):
@@ -36,8 +38,9 @@ class Role(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor that a checkpoint of this family must hold. ``layer`` is None outside the decoder layers; ``expert`` is the routed
-    expert's number. ``linear`` marks the 2-D weights that a recipe may quantise. ``float32`` marks what the official release stores in F32."""
+    """One tensor that a checkpoint of this family must hold. ``layer`` is None outside the decoder layers; ``expert``
+    is the routed expert's number. ``linear`` marks the 2-D weights that a recipe may quantise. ``float32`` marks what
+    the official release stores in F32."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,7 +53,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class InputGroup:
-    """Linears fed by the same tokens: they share one Hessian, one factor and one imatrix row. Names are full tensor names (``….weight``)."""
+    """Linears fed by the same tokens: they share one Hessian, one factor and one imatrix row. Names are full tensor
+    names (``….weight``)."""
 
     linears: tuple[str, ...]
 
@@ -59,7 +63,8 @@ class InputGroup:
 class Stage:
     """Input groups whose inputs are known once the linears of all earlier stages of the block are final.
 
-    ``inputs(weights, x)``: x (rows, tokens, hidden) float32 -> one tensor (rows * tokens, in_features) float32 for each group.
+    ``inputs(weights, x)``: x (rows, tokens, hidden) float32 -> one tensor (rows * tokens, in_features) float32 for each
+    group.
     It recomputes from ``x`` and calls ``weights`` only for norms and for linears of earlier stages.
     """
 
@@ -85,8 +90,9 @@ class DenseBlock:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which experts a token takes. indices (tokens, top_k) int64, weights (tokens, top_k) float32 (scaled, as multiplied onto the expert's
-    output), scores (tokens, experts) float32: the biased selection score, higher = nearer to being chosen."""
+    """Which experts a token takes. indices (tokens, top_k) int64, weights (tokens, top_k) float32 (scaled, as
+    multiplied onto the expert's output), scores (tokens, experts) float32: the biased selection score, higher = nearer
+    to being chosen."""
 
     indices: torch.Tensor
     weights: torch.Tensor

@@ -1,7 +1,7 @@
 """Rows of activations, in memory or in a file: (n_rows, length, width) float32, addressed by row or by token.
 
-A file is read and written with pread/pwrite, never mapped: its pages belong to the page cache and not to this process, so a store on
-disk costs the process nothing but the rows in hand. Both kinds give the same numbers.
+A file is read and written with pread/pwrite, never mapped: its pages belong to the page cache and not to this process,
+so a store on disk costs the process nothing but the rows in hand. Both kinds give the same numbers.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class MemoryRows:
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
         with path.open("wb") as file:
-            file.write(memoryview(self._data.view(torch.uint8).numpy()).cast("B"))
+            file.write(self._data.view(torch.uint8).numpy().data.cast("B"))
             file.flush()
             os.fsync(file.fileno())
 
@@ -160,7 +160,7 @@ def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
 
 def read_exactly(fd: int, tensor: Tensor, offset: int) -> None:
     """Fill a contiguous tensor from a file. Raises EOFError where the file ends early."""
-    view = memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+    view = tensor.view(torch.uint8).numpy().data.cast("B")
     done = 0
     while done < len(view):
         count = os.preadv(fd, [view[done : done + _IO_BYTES]], offset + done)
@@ -171,7 +171,7 @@ def read_exactly(fd: int, tensor: Tensor, offset: int) -> None:
 
 def write_exactly(fd: int, tensor: Tensor, offset: int) -> None:
     """Write a tensor's bytes to a file at ``offset``."""
-    view = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    view = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done : done + _IO_BYTES], offset + done)

@@ -1,4 +1,5 @@
-"""What linears see: second moments of their inputs in the stream that carries the quantised weights, and how far it has drifted."""
+"""What linears see: second moments of their inputs in the stream that carries the quantised weights, and how far it has
+drifted."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from torch import Tensor
 class InputStats:
     """Statistics for B matrices of one shape (B = 1 for a dense linear, a batch of experts otherwise).
 
-    hessian (B, in, in) float32: mean of x x^T over tokens; its diagonal is the imatrix. (GPTQ's factor 2 changes no code.)
-    cross (B, in, in) float32 or None: mean of (x_original - x) x^T, x_original being the same token in the unquantised stream.
+    hessian (B, in, in) float32: mean of x x^T over tokens; its diagonal is the imatrix. (GPTQ's factor 2 changes no
+    code.)
+    cross (B, in, in) float32 or None: mean of (x_original - x) x^T, x_original being the same token in the unquantised
+    stream.
     n_tokens: tokens that each matrix saw.
     """
 
@@ -46,10 +49,11 @@ class InputMoments:
 
 
 def shrunk(stats: InputStats, pooled: InputStats, strength: float) -> InputStats:
-    """Pull each matrix's moments towards the pooled ones: (n H_e + k H_pool) / (n + k), k = strength * in_features tokens.
+    """Pull each matrix's moments towards the pooled ones: (n H_e + k H_pool) / (n + k), k = strength * in_features
+    tokens.
 
-    An expert with few tokens knows little about its own inputs; with many it keeps them. hessian and cross move alike, so that the
-    least-squares target stays consistent. Overwrites ``stats``.
+    An expert with few tokens knows little about its own inputs; with many it keeps them. hessian and cross move alike,
+    so that the least-squares target stays consistent. Overwrites ``stats``.
     """
     k = strength * stats.hessian.shape[-1]
     if k == 0:
@@ -63,9 +67,11 @@ def shrunk(stats: InputStats, pooled: InputStats, strength: float) -> InputStats
 
 
 def shrunk_to_diagonal(stats: InputStats, strength: float) -> InputStats:
-    """Weaken what was learnt between different inputs: off-diagonal moments times n / (n + k), k = strength * in_features tokens.
+    """Weaken what was learnt between different inputs: off-diagonal moments times n / (n + k), k = strength *
+    in_features tokens.
 
-    For ``down``, whose inputs are an expert's own hidden units, so that no pool over experts means anything. Overwrites ``stats``.
+    For ``down``, whose inputs are an expert's own hidden units, so that no pool over experts means anything. Overwrites
+    ``stats``.
     """
     k = strength * stats.hessian.shape[-1]
     if k == 0:

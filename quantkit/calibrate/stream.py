@@ -1,7 +1,7 @@
 """One stream of hidden states on its way through the model: the forward pass of a checkpoint that never fits in memory.
 
-A layer's dense blocks run over batches of rows, its routed experts one after the other over the tokens that chose them, so that one
-expert's weights are in memory at a time.
+A layer's dense blocks run over batches of rows, its routed experts one after the other over the tokens that chose them,
+so that one expert's weights are in memory at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def row_batches(store: RowStore) -> Iterator[tuple[int, int]]:
 
 
 def embed(embed_rows: Callable[[Tensor], Tensor], tokens: Tensor, store: RowStore) -> None:
-    """Fill ``store`` with the embeddings of tokens (n_rows, length) int64. ``embed_rows``: ids (n,) -> (n, hidden) float32."""
+    """Fill ``store`` with the embeddings of tokens (n_rows, length) int64. ``embed_rows``: ids (n,) -> (n, hidden)
+    float32."""
     for start, stop in row_batches(store):
         ids, back = tokens[start:stop].flatten().unique(return_inverse=True)
         store.write(start, embed_rows(ids)[back])
@@ -40,7 +41,8 @@ def embed(embed_rows: Callable[[Tensor], Tensor], tokens: Tensor, store: RowStor
 
 @dataclass(frozen=True, slots=True)
 class ExpertTokens:
-    """The tokens of each expert, sorted by expert once. token (n,) int64 and weight (n,) float32; expert e owns [bounds[e], bounds[e+1])."""
+    """The tokens of each expert, sorted by expert once. token (n,) int64 and weight (n,) float32; expert e owns
+    [bounds[e], bounds[e+1])."""
 
     token: Tensor
     weight: Tensor
@@ -70,7 +72,8 @@ def expert_hidden(block: ExpertBlock, gate: Tensor, up: Tensor, h: Tensor) -> Te
 
 
 def forward_layer(sublayers: tuple[Sublayer, ...], weights: Weights, x: RowStore, h: RowStore) -> list[Tensor]:
-    """Carry ``x`` through one layer in place. ``h`` is scratch of the same shape. Returns the routing indices of each expert block."""
+    """Carry ``x`` through one layer in place. ``h`` is scratch of the same shape. Returns the routing indices of each
+    expert block."""
     routings: list[Tensor] = []
     for sublayer in sublayers:
         routed = [(block, route_all(block, weights, x, h)) for block in sublayer if isinstance(block, ExpertBlock)]
@@ -92,7 +95,8 @@ def _forward_dense(block: DenseBlock, weights: Weights, x: RowStore) -> None:
 
 
 def route_all(block: ExpertBlock, weights: Weights, x: RowStore, h: RowStore) -> tuple[ExpertTokens, Tensor]:
-    """Fill ``h`` with the block's inputs and route every token -> the experts' tokens, routing indices (tokens, top_k) int64."""
+    """Fill ``h`` with the block's inputs and route every token -> the experts' tokens, routing indices (tokens, top_k)
+    int64."""
     indices, gates = [], []
     for start, stop in row_batches(x):
         inputs = block.inputs(weights, x.read(start, stop))

@@ -1,11 +1,12 @@
 """Perplexity and KL divergence of a candidate against its reference, both streamed side by side through the same text.
 
-Weights of one layer (of one expert) at a time for each; the vocabulary in blocks, so that no token's logits exist as a whole. For each
-predicting position, in one pass over the blocks:
+Weights of one layer (of one expert) at a time for each; the vocabulary in blocks, so that no token's logits exist as a
+whole. For each predicting position, in one pass over the blocks:
 
     KL(p || q) = sum_v p_v (l_v - m_v) - (lse l - lse m)        l, m: reference and candidate logits
 
-sum_v p_v (l_v - m_v) is carried with a running maximum of l, as in online softmax. Sums are float64 over float32 logits.
+sum_v p_v (l_v - m_v) is carried with a running maximum of l, as in online softmax. Sums are float64 over float32
+logits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ VOCAB_BLOCK = 8192
 class Model:
     """A checkpoint to run: float32 weights by name, and rows of the two vocabulary matrices.
 
-    ``embed_rows(ids)``: ids (n,) int64 -> (n, hidden); ``head_rows(start, stop)`` -> (stop - start, hidden), all float32.
+    ``embed_rows(ids)``: ids (n,) int64 -> (n, hidden); ``head_rows(start, stop)`` -> (stop - start, hidden), all
+    float32.
     """
 
     weights: Weights
@@ -42,8 +44,8 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """One value for each position that predicts a token: (n_rows, length - 1). nll in nats of reference and candidate, kld in nats,
-    same_top bool: both put the same token first."""
+    """One value for each position that predicts a token: (n_rows, length - 1). nll in nats of reference and candidate,
+    kld in nats, same_top bool: both put the same token first."""
 
     reference_nll: Tensor
     candidate_nll: Tensor
@@ -59,10 +61,12 @@ def compare(
     new_rows: Callable[[int, int, int], RowStore],
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> TokenScores:
-    """Score both models on tokens (n_rows, length) int64. ``new_rows(n_rows, length, width)`` makes a store for hidden states."""
+    """Score both models on tokens (n_rows, length) int64. ``new_rows(n_rows, length, width)`` makes a store for hidden
+    states."""
     models = (reference, candidate)
-    stores = [new_rows(*tokens.shape, arch.hidden_size) for _ in models]
-    scratch = new_rows(*tokens.shape, arch.hidden_size)
+    n_rows, length = tokens.shape
+    stores = [new_rows(n_rows, length, arch.hidden_size) for _ in models]
+    scratch = new_rows(n_rows, length, arch.hidden_size)
     for model, store in zip(models, stores, strict=True):
         embed(model.embed_rows, tokens, store)
     for layer in range(arch.n_layers):
@@ -85,7 +89,8 @@ class _Softmax:
         self.target = torch.zeros(n)
 
     def add(self, first: int, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (n, block) of tokens from ``first`` on -> (exp(logits - new top) (n, block), factor for sums so far (n,))."""
+        """logits (n, block) of tokens from ``first`` on -> (exp(logits - new top) (n, block), factor for sums so far
+        (n,))."""
         top, token = logits.max(-1)
         better = top > self.top
         self.top_token = torch.where(better, token + first, self.top_token)

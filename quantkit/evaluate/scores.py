@@ -1,4 +1,5 @@
-"""Held-out scores of a candidate against its reference, and whether they keep a recipe's limits. Plain values, no torch."""
+"""Held-out scores of a candidate against its reference, and whether they keep a recipe's limits. Plain values, no
+torch."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Reference against candidate on held-out windows. Perplexities are exp of the mean loss over all tokens, their errors by the delta
-    method over windows; KLD in nats per token; ``perplexity_ratio`` is paired, so its error leaves out what both find hard."""
+    """Reference against candidate on held-out windows. Perplexities are exp of the mean loss over all tokens, their
+    errors by the delta method over windows; KLD in nats per token; ``perplexity_ratio`` is paired, so its error leaves
+    out what both find hard."""
 
     windows: int
     tokens: int

@@ -1,4 +1,5 @@
-"""Tensors that are kept pass from the source to the sinks in pieces, so that a vocabulary matrix never is in memory as a whole."""
+"""Tensors that are kept pass from the source to the sinks in pieces, so that a vocabulary matrix never is in memory as
+a whole."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """Reference against result on held-out text. ``problems``: one line for each limit of the recipe that the result exceeds."""
+    """Reference against result on held-out text. ``problems``: one line for each limit of the recipe that the result
+    exceeds."""
 
     output: str
     scores: Scores

@@ -22,7 +22,8 @@ class Fingerprinted(Protocol):
 
 
 def job_header(recipe: Recipe, source: Fingerprinted, rows: TokenRows | None, machine: Machine) -> dict[str, object]:
-    """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other way."""
+    """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other
+    way."""
     return {
         "quantkit version": quantkit.__version__,
         "torch version": torch.__version__,

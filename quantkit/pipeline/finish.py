@@ -1,4 +1,5 @@
-"""The end of a conversion: config and side files, validation of what lies on the disk, quantkit.json, model card, final name."""
+"""The end of a conversion: config and side files, validation of what lies on the disk, quantkit.json, model card, final
+name."""
 
 from __future__ import annotations
 

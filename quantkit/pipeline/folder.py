@@ -1,7 +1,8 @@
-"""OUT while it is made: everything lies in OUT.partial, under a lock, and one rename gives the finished result its name.
+"""OUT while it is made: everything lies in OUT.partial, under a lock, and one rename gives the finished result its
+name.
 
-OUT.partial/lock            held by the living process (flock: the kernel lets go of it when the process dies, however it dies)
-OUT.partial/journal.jsonl   what is done
+OUT.partial/lock            held by the living process (flock: the kernel lets go of it when the process dies, however
+it dies) OUT.partial/journal.jsonl   what is done
 OUT.partial/replace         present if this job was begun with leave to replace an existing OUT
 OUT.partial/hidden/         hidden states at the last layer border
 OUT.partial/result/         becomes OUT
@@ -23,7 +24,8 @@ class OutputFolder:
     """The partial folder of one output path, locked for this process."""
 
     def __init__(self, out: Path, *, restart: bool) -> None:
-        """Create or take up ``OUT.partial``. Raises `OutputError` if OUT exists (unless ``restart``) or another process works on it."""
+        """Create or take up ``OUT.partial``. Raises `OutputError` if OUT exists (unless ``restart``) or another process
+        works on it."""
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self._replace = (

@@ -1,8 +1,8 @@
-"""The hidden states between layers: embedded at the start, saved at each layer's border, loaded again by a resumed run."""
+"""The hidden states between layers: embedded at the start, saved at each layer's border, loaded again by a resumed
+run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from quantkit.pipeline.machine import SCRATCH_STORES, Stores
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The hidden states at a layer's border. ``original``: the same tokens through the unquantised model, if a method follows it."""
+    """The hidden states at a layer's border. ``original``: the same tokens through the unquantised model, if a method
+    follows it."""
 
     x: RowStore
     original: RowStore | None
@@ -44,10 +45,11 @@ class StreamFiles:
         self._shape = (0, 0)
 
     def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, layers_done: Collection[object]) -> Streams:
-        """The streams before the first layer that is not done: embeddings, or what `save` left. Clears older scratch files."""
+        """The streams before the first layer that is not done: embeddings, or what `save` left. Clears older scratch
+        files."""
         for scratch in self._folder.glob("scratch-*"):
             scratch.unlink()
-        self._shape = rows.tokens.shape
+        self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
         stores = [self._new(arch.hidden_size) for _ in range(self._count)]
         done = [layer for layer in layers_done if isinstance(layer, int) and layer < arch.n_layers]
         if done:
@@ -69,7 +71,7 @@ class StreamFiles:
             path = self._path(layer, number)
             part = path.with_suffix(".part")
             store.save(part)
-            os.replace(part, path)
+            part.replace(path)
 
     def forget(self, layer: int) -> None:
         """Remove what was saved behind a layer that is no longer the last."""
@@ -80,4 +82,4 @@ class StreamFiles:
         return self._folder / f"layer-{layer}-stream-{number}.f32"
 
     def _new(self, width: int) -> RowStore:
-        return self._stores.new(*self._shape, width, self._count * (1 + SCRATCH_STORES))
+        return self._stores.new(self._shape[0], self._shape[1], width, self._count * (1 + SCRATCH_STORES))

@@ -1,7 +1,8 @@
 """What a conversion has finished, one JSON line each, synced before the next step begins.
 
-Line 1 names the job: recipe, source, text, versions. A resumed run must state the same, or is told what differs. The bytes that a later
-line vouches for are on the disk before the line is. A line torn by a kill is ignored, and so is its step.
+Line 1 names the job: recipe, source, text, versions. A resumed run must state the same, or is told what differs. The
+bytes that a later line vouches for are on the disk before the line is. A line torn by a kill is ignored, and so is its
+step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Journal:
     """An append-only file of entries. ``entries`` holds those after the header."""
 
     def __init__(self, path: Path, header: Mapping[str, object]) -> None:
-        """Start a journal, or take one up. Raises `OutputError` if it belongs to another job, naming every difference."""
+        """Start a journal, or take one up. Raises `OutputError` if it belongs to another job, naming every
+        difference."""
         self._path = path
         lines = _read_lines(path)
         self.entries: list[Entry] = lines[1:]

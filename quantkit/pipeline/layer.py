@@ -1,9 +1,10 @@
 """One decoder layer: calibrate, quantise, write and carry the hidden states on.
 
-Dense blocks: stage by stage over batches of rows, each stage's statistics taken with the earlier stages' quantised weights.
-Routed experts: expert-major. The layer's tokens are routed once and sorted by expert; then, a batch of experts at a time: gather tokens,
-moments, quantise gate and up together, hidden from the *quantised* gate and up, quantise down, add to the residual. A layer's Hessians
-never exist all at once.
+Dense blocks: stage by stage over batches of rows, each stage's statistics taken with the earlier stages' quantised
+weights.
+Routed experts: expert-major. The layer's tokens are routed once and sorted by expert; then, a batch of experts at a
+time: gather tokens, moments, quantise gate and up together, hidden from the *quantised* gate and up, quantise down, add
+to the residual. A layer's Hessians never exist all at once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ EXPERT_CHUNK = 4096
 
 @dataclass(slots=True)
 class ExpertCounts:
-    """What the router gave an expert: tokens, the sum of their gate weights, and tokens borrowed because there were too few."""
+    """What the router gave an expert: tokens, the sum of their gate weights, and tokens borrowed because there were too
+    few."""
 
     n_tokens: int
     gate_weight: float
@@ -44,13 +46,14 @@ class ExpertCounts:
 class LayerJob:
     """Everything one layer needs. ``new_rows(width)`` makes a scratch store for all tokens, in memory or on disk.
 
-    ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to choosing them, for the statistics only.
-    ``experts_at_once``: how many experts of one shape are quantised as a batch.
+    ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to choosing them, for the statistics
+    only.
+    ``streams`` is None in a data-free conversion. ``experts_at_once``: how many experts of one shape are one batch.
     """
 
     outputs: tuple[OutputJob, ...]
     weights: LayerWeights
-    streams: Streams
+    streams: Streams | None
     new_rows: Callable[[int], RowStore]
     on_tensor: Callable[[int, QuantizedTensor], None]
     on_stage: Callable[[str, int], None]
@@ -59,11 +62,19 @@ class LayerJob:
     min_expert_tokens: int
     counts: dict[str, list[ExpertCounts]] = field(default_factory=dict[str, list[ExpertCounts]])
 
+    @property
+    def hidden(self) -> Streams:
+        """The streams of a calibrated layer."""
+        assert self.streams is not None, "a data-free layer has no hidden states"
+        return self.streams
+
 
 def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...]) -> None:
-    """Quantise and write every linear of the layer that some output quantises, and carry the streams through it in place."""
+    """Quantise and write every linear of the layer that some output quantises, and carry the streams through it in
+    place."""
     for sublayer in sublayers:
-        # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x first.
+        # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x
+        # first.
         routed = [(block, _route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
         dense = [block for block in sublayer if isinstance(block, DenseBlock)]
         assert len(dense) <= 1, "a second dense block would read what the first has added"
@@ -91,7 +102,7 @@ def quantize_without_inputs(job: LayerJob, blocks: tuple[Block, ...]) -> None:
 
 
 def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
-    stores = job.streams.stores()
+    stores = job.hidden.stores()
     width = job.weights.shape(block.output)[1]
     contexts = tuple(job.new_rows(width) for _ in stores)
     for stage in block.stages:
@@ -100,7 +111,7 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
         if not (needed or last):
             continue
         moments: list[InputMoments] | None = None
-        for start, stop in row_batches(job.streams.x):
+        for start, stop in row_batches(job.hidden.x):
             inputs = [
                 stage.inputs(weights, store.read(start, stop).to(job.device))
                 for weights, store in zip(job.weights.by_stream(), stores, strict=False)
@@ -162,13 +173,13 @@ class _Routes:
 
 def _route(job: LayerJob, block: ExpertBlock) -> _Routes:
     """Route every token of every stream once, and pool the moments of the inputs over all tokens of the layer."""
-    stores = job.streams.stores()
+    stores = job.hidden.stores()
     inputs_of = tuple(job.new_rows(store.width) for store in stores)
-    pooled = InputMoments(job.streams.x.width, cross=len(stores) > 1, device=job.device)
+    pooled = InputMoments(job.hidden.x.width, cross=len(stores) > 1, device=job.device)
     nearest = _Nearest(block.n_experts, job.min_expert_tokens)
     chosen: list[list[Tensor]] = [[] for _ in stores]
     gates: list[list[Tensor]] = [[] for _ in stores]
-    for start, stop in row_batches(job.streams.x):
+    for start, stop in row_batches(job.hidden.x):
         batch: list[Tensor] = []
         for number, (weights, store) in enumerate(zip(job.weights.by_stream(), stores, strict=False)):
             h = block.inputs(weights, store.read(start, stop).to(job.device))
@@ -188,7 +199,8 @@ def _route(job: LayerJob, block: ExpertBlock) -> _Routes:
 
 
 class _Nearest:
-    """For each expert the ``keep`` tokens with the highest scores among those that did not choose it, over all batches."""
+    """For each expert the ``keep`` tokens with the highest scores among those that did not choose it, over all
+    batches."""
 
     def __init__(self, n_experts: int, keep: int) -> None:
         self._keep = keep

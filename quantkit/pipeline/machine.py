@@ -1,4 +1,5 @@
-"""What the machine grants a conversion: device, memory budget, and what follows from it for stores and expert batches."""
+"""What the machine grants a conversion: device, memory budget, and what follows from it for stores and expert
+batches."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -46,7 +47,8 @@ class Machine:
 
     @classmethod
     def of(cls, device: str, memory_budget: int | None) -> Machine:
-        """``device``: "auto", "cpu" or "cuda"; ``memory_budget``: bytes or None. Raises `PlanError` for a device that is not there."""
+        """``device``: "auto", "cpu" or "cuda"; ``memory_budget``: bytes or None. Raises `PlanError` for a device that
+        is not there."""
         if device == "cuda" and not torch.cuda.is_available():
             raise PlanError(
                 "device cuda: torch sees no GPU.", hint="Use --device cpu, or install a CUDA build of torch."
@@ -78,7 +80,8 @@ class Machine:
 
 
 class Stores:
-    """Makes stores for the hidden states of one token set, in memory while they fit the budget and on disk otherwise."""
+    """Makes stores for the hidden states of one token set, in memory while they fit the budget and on disk
+    otherwise."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self._folder = folder
@@ -105,7 +108,7 @@ class Timer:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Generator[None]:
         """Count the time of the block to ``name``."""
         start = time.monotonic()
         try:

@@ -15,7 +15,8 @@ from quantkit.schemes import IntScheme, QuantizedTensor
 
 
 class Sink(Protocol):
-    """A checkpoint being written: every tensor at an offset known before the work began, in any order, as often as need be."""
+    """A checkpoint being written: every tensor at an offset known before the work began, in any order, as often as need
+    be."""
 
     def write(self, tensor: QuantizedTensor) -> None:
         """Store a quantised linear."""
@@ -32,7 +33,8 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OutputJob:
-    """One output. ``methods``: how each quantised linear is to be stored and chosen; other tensors are kept or dropped."""
+    """One output. ``methods``: how each quantised linear is to be stored and chosen; other tensors are kept or
+    dropped."""
 
     methods: Mapping[str, tuple[IntScheme, Method]]
     sink: Sink
@@ -40,7 +42,8 @@ class OutputJob:
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """B linears of one shape that play the same part (one projection of B experts, or B = 1), with their weights (B, out, in) float32."""
+    """B linears of one shape that play the same part (one projection of B experts, or B = 1), with their weights (B,
+    out, in) float32."""
 
     names: tuple[str, ...]
     weight: Tensor
@@ -54,8 +57,8 @@ def quantize_linears(
 ) -> tuple[QuantizedBatch | None, ...]:
     """Quantise linears that the same inputs feed, for every output, and write them.
 
-    The factor of a method is made once for the group. Returns what the first output made of each, None where it keeps the
-    original. ``on_tensor(output, tensor)`` hears of each. ``stats`` is overwritten.
+    The factor of a method is made once for the group. Returns what the first output made of each, None where it keeps
+    the original. ``on_tensor(output, tensor)`` hears of each. ``stats`` is overwritten.
     """
     first: list[QuantizedBatch | None] = [None] * len(group)
     work = [

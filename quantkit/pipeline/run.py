@@ -1,7 +1,8 @@
-"""`convert`: source shards -> layer -> expert -> quantised tensor -> sinks, one loop for every method, format and device.
+"""`convert`: source shards -> layer -> expert -> quantised tensor -> sinks, one loop for every method, format and
+device.
 
-Plan first (everything refusable is refused in seconds), then the tensors outside the layers, then layer by layer, each synced and then
-recorded in the journal, then the files around the weights, the validation, and one rename.
+Plan first (everything refusable is refused in seconds), then the tensors outside the layers, then layer by layer, each
+synced and then recorded in the journal, then the files around the weights, the validation, and one rename.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def convert(
 ) -> Report:
     """Quantise the checkpoint in folder ``source`` by ``recipe`` and leave the result under ``out``.
 
-    ``base_dir``: where the recipe's relative text files lie; ``memory_budget``: bytes to stay under (default: 60 % of the machine);
-    ``jobs``: CPU threads; ``restart``: discard an unfinished job and replace an existing ``out``. An unfinished job of the same recipe,
-    source and text is continued, and its files are the same bytes as those of an unbroken one.
+    ``base_dir``: where the recipe's relative text files lie; ``memory_budget``: bytes to stay under (default: 60 % of
+    the machine); ``jobs``: CPU threads; ``restart``: discard an unfinished job and replace an existing ``out``. An
+    unfinished job of the same recipe, source and text is continued, and its files are the same bytes as those of an
+    unbroken one.
 
     Raises a `QuantkitError` with one line for whatever a user, a file or the machine can cause.
     """

@@ -15,11 +15,14 @@ from quantkit.tensors import TensorSource
 class LayerWeights:
     """Float32 weights by name for the two streams of a layer.
 
-    Dense linears are asked for once a batch of rows, so the latest of each stream are kept up to half of ``cache_bytes``.
+    Dense linears are asked for once a batch of rows, so the latest of each stream are kept up to half of
+    ``cache_bytes``.
     Quantised linears are held as codes and decoded when asked for.
     """
 
-    def __init__(self, source: TensorSource, *, carries_quantised: bool, cache_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self, source: TensorSource, *, carries_quantised: bool, cache_bytes: int, device: torch.device
+    ) -> None:
         self.carries_quantised = carries_quantised
         self._source = source
         self._device = device

@@ -11,7 +11,8 @@ from quantkit.schemes import IntScheme, QuantError, QuantizedTensor
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBatch:
-    """codes (B, out, in) uint8, scale (B, out, groups), zero_point the same or None, relative_loss (B,) float32; fallback as in `QuantError`."""
+    """codes (B, out, in) uint8, scale (B, out, groups), zero_point the same or None, relative_loss (B,) float32;
+    fallback as in `QuantError`."""
 
     scheme: IntScheme
     codes: Tensor

@@ -1,8 +1,8 @@
 """GPTQ (arXiv 2210.17323) as LDLQ, with the parts that earned their place on a trained Mixture-of-Experts model:
 
-scales searched under diag(H) and signed; columns by falling diag(H) on static groups (nothing is permuted in the file); targets that
-follow the unquantised stream (`cross`); Hessian-aware scale refits, each followed by coordinate descent over the codes; the best of
-all rounds kept row by row.
+scales searched under diag(H) and signed; columns by falling diag(H) on static groups (nothing is permuted in the file);
+targets that follow the unquantised stream (`cross`); Hessian-aware scale refits, each followed by coordinate descent
+over the codes; the best of all rounds kept row by row.
 The numerics are in `quantkit.quantizers.ldlq`.
 """
 
@@ -106,13 +106,13 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         rows = max(1, _SLICE_BYTES // (4 * weight.shape[-1] * len(weight)))
         parts = [self._quantize_rows(part, scheme, prepared) for part in weight.split(rows, dim=1)]
         zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-        norm = sum(ldlq.row_loss(part, factor.hessian).sum(-1) for part in weight.split(rows, dim=1))
+        norms = [ldlq.row_loss(part, factor.hessian).sum(-1) for part in weight.split(rows, dim=1)]
         return QuantizedBatch(
             scheme,
             torch.cat([part.codes for part in parts], 1),
             torch.cat([part.scale for part in parts], 1),
             torch.cat(zero_points, 1) if zero_points else None,
-            torch.stack([part.loss.sum(-1) for part in parts]).sum(0) / norm.clamp_min(1e-30),
+            torch.stack([part.loss.sum(-1) for part in parts]).sum(0) / torch.stack(norms).sum(0).clamp_min(1e-30),
             "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times",
         )
 
@@ -139,9 +139,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return best
 
 
-def _swept(
-    scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor
-) -> _Rows:
+def _swept(scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor) -> _Rows:
     from quantkit.quantizers import ldlq
 
     codes, loss = ldlq.sweep(scheme, target, scale, zero_point, factor)

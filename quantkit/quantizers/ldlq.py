@@ -1,4 +1,5 @@
-"""GPTQ's error feedback written as LDLQ (QuIP, arXiv 2307.13304, section 3; GPTQ, arXiv 2210.17323, algorithm 1: same codes).
+"""GPTQ's error feedback written as LDLQ (QuIP, arXiv 2307.13304, section 3; GPTQ, arXiv 2210.17323, algorithm 1: same
+codes).
 
 Columns are laid out by *rising* diag(H) and rounded from the last to the first. With the damped Hessian in that layout,
 H = R D R^T (R unit lower triangular, from ONE Cholesky, no inverse), column k is rounded as
@@ -27,8 +28,8 @@ _PANEL = 512  # columns that a Cholesky or triangular solve handles at once
 class Factor:
     """H = R D R^T in layout order, for B matrices of one shape.
 
-    hessian (B, in, in) damped, storage order; layout (B, in) int64: storage column of each place, the last is rounded first;
-    lower (B, in, in): R below the diagonal (what lies above is undefined); pivots (B, in): D;
+    hessian (B, in, in) damped, storage order; layout (B, in) int64: storage column of each place, the last is rounded
+    first; lower (B, in, in): R below the diagonal (what lies above is undefined); pivots (B, in): D;
     damping: how many times damp_percent had to be taken (1 = as asked).
     """
 
@@ -42,9 +43,10 @@ class Factor:
 def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Factor:
     """Damp, order and factor a batch of Hessians (B, in, in) float32. The argument is overwritten with its damped form.
 
-    An input that never fires has a zero row: damping keeps it invertible, and its rounding error reaches no other column.
-    If float32 rounding still makes a pivot negative the damping is raised tenfold for the whole batch, and `Factor.damping`
-    says so. Two matrices of this size exist at the end, and never more than that and a panel.
+    An input that never fires has a zero row: damping keeps it invertible, and its rounding error reaches no other
+    column.
+    If float32 rounding still makes a pivot negative the damping is raised tenfold for the whole batch, and
+    `Factor.damping` says so. Two matrices of this size exist at the end, and never more than that and a panel.
     """
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
     step = damp_percent * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -79,7 +81,8 @@ def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
 
 
 def _cholesky_(matrix: Tensor) -> bool:
-    """Overwrite the lower triangle of (B, n, n) with its Cholesky factor, left-looking by panels. False: not positive definite."""
+    """Overwrite the lower triangle of (B, n, n) with its Cholesky factor, left-looking by panels. False: not positive
+    definite."""
     n = matrix.shape[-1]
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)
@@ -97,7 +100,8 @@ def _cholesky_(matrix: Tensor) -> bool:
 
 
 def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) -> Tensor:
-    """The target that makes W* x_quantised follow W x_original: W + alpha W C H^-1 (output matching, GPTAQ, arXiv 2504.02692).
+    """The target that makes W* x_quantised follow W x_original: W + alpha W C H^-1 (output matching, GPTAQ, arXiv
+    2504.02692).
 
     weight (B, out, in); cross (B, in, in): mean of (x_original - x_quantised) x_quantised^T over the tokens.
     """
@@ -126,7 +130,8 @@ def _columns(matrix: Tensor, order: Tensor) -> Tensor:
 def sweep(
     scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor
 ) -> tuple[Tensor, Tensor]:
-    """Round the columns of ``target`` with error feedback on a fixed grid (groups stay where storage has them: static groups).
+    """Round the columns of ``target`` with error feedback on a fixed grid (groups stay where storage has them: static
+    groups).
 
     target (B, out, in) float32; scale (B, out, groups); zero_point the same or None
     -> codes (B, out, in) uint8 in storage order, loss (B, out) float32: tr(E H E^T) by row.
@@ -149,7 +154,8 @@ def sweep(
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """A sweep under way, transposed so that one column of the weight is contiguous. All but loss are (B, in, out) in layout order.
+    """A sweep under way, transposed so that one column of the weight is contiguous. All but loss are (B, in, out) in
+    layout order.
 
     ``moved`` holds w', ``error`` the target until a column is rounded and w - q afterwards.
     """
@@ -207,13 +213,11 @@ def descend(
     With G = E H, the best real value of a column is its level + G_k / H_kk. Panels keep G in matrix products.
     codes (B, out, in) uint8 -> the same, storage order.
     """
-    half: Tensor | float = 2.0 ** (scheme.bits - 1)
     top, size = 2**scheme.bits - 1, target.shape[-1] // scale.shape[-1]
     codes = codes.mT.contiguous()  # (B, in, out): a column is contiguous
     error = target.mT - scheme.decode(codes.mT, scale, zero_point).mT  # (B, in, out)
     gradient = hessian @ error
     scales = scale.float().mT.contiguous()
-    zeros = None if zero_point is None else zero_point.float().mT.contiguous()
     for start in range(0, codes.shape[1], _CD_PANEL):
         stop = min(start + _CD_PANEL, codes.shape[1])
         change = torch.empty_like(error[:, start:stop])
@@ -222,7 +226,6 @@ def descend(
         for column in range(start, stop):
             place, group = column - start, column // size
             step = scales[:, group]
-            zero = half if zeros is None else zeros[:, group]
             old = codes[:, column].float()
             new = (local[:, place] / block[:, place, place, None]).div_(step).add_(old).round_().clamp_(0, top)
             codes[:, column] = new
@@ -240,9 +243,11 @@ _CD_PANEL = 64
 def refit(
     scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor
 ) -> Tensor:
-    """The scales (B, out, groups) float32 of least loss for fixed codes: for each row the normal equations over its groups.
+    """The scales (B, out, groups) float32 of least loss for fixed codes: for each row the normal equations over its
+    groups.
 
-    A group whose levels are all zero keeps its scale; a small pull to the old scales keeps near-singular rows where they were.
+    A group whose levels are all zero keeps its scale; a small pull to the old scales keeps near-singular rows where
+    they were.
     """
     n_groups = scale.shape[-1]
     levels = scheme.decode(codes, torch.ones_like(scale, dtype=torch.float32), zero_point)  # (B, out, in)

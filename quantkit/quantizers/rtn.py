@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from quantkit.quantizers.batch import QuantizedBatch
 
 ScaleSearch = Literal["range", "mse", "importance"]
-"""range: the group's whole range; mse: least squared weight error; importance: that error weighted by each input's mean square."""
+"""range: the group's whole range; mse: least squared weight error; importance: that error weighted by each input's mean
+square."""
 
 
 class Rtn(BaseModel, frozen=True, extra="forbid"):

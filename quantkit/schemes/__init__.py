@@ -23,8 +23,10 @@ Scheme = Annotated[IntScheme | Float8Scheme, Field(discriminator="kind")]
 class QuantError:
     """How far a quantised linear is from its original, as the method saw it.
 
-    ``relative_loss``: tr(E H E^T) / tr(W H W^T) on the calibration inputs, or the relative squared weight error without calibration.
-    ``n_tokens``: calibration tokens that this linear saw. ``fallback``: why something weaker than the method asked for was used, or "".
+    ``relative_loss``: tr(E H E^T) / tr(W H W^T) on the calibration inputs, or the relative squared weight error without
+    calibration.
+    ``n_tokens``: calibration tokens that this linear saw. ``fallback``: why something weaker than the method asked for
+    was used, or "".
     """
 
     relative_loss: float
@@ -36,8 +38,8 @@ class QuantError:
 class QuantizedTensor:
     """A linear after quantisation. Codes are unpacked; packing them is the format's business.
 
-    codes (out, in) uint8 for ``int`` (unsigned), float8_e4m3fn for ``float8``; scale (out, groups) or (out blocks, in blocks);
-    zero_point (out, groups) uint8 or None.
+    codes (out, in) uint8 for ``int`` (unsigned), float8_e4m3fn for ``float8``; scale (out, groups) or (out blocks, in
+    blocks); zero_point (out, groups) uint8 or None.
     """
 
     name: str

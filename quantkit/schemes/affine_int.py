@@ -2,7 +2,8 @@
 
     weight ~ (codes - zero_point) * scale          codes, zero_point in [0, 2**bits - 1]
 
-Symmetric is the same rule with the fixed zero point ``2**(bits - 1)``. A symmetric scale may be *negative*: the lone extra level
+Symmetric is the same rule with the fixed zero point ``2**(bits - 1)``. A symmetric scale may be *negative*: the lone
+extra level
 -2**(bits - 1) then lies on the positive side, where the largest weight of the group may need it.
 
 torch is imported inside the functions: a plan needs the schemes but must start without it.
@@ -45,7 +46,7 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         if self.group_size is not None and shape[1] % self.group_size:
             raise SchemeError(
                 f"{name}: in_features {shape[1]} is not a multiple of group_size {self.group_size}.",
-                hint="Use a group_size that divides it, null (one scale a row), or a rule that keeps this tensor in bf16.",
+                hint="Use a group_size that divides it, null (one scale a row), or a rule that keeps this tensor.",
             )
 
     def n_groups(self, in_features: int) -> int:
@@ -63,7 +64,8 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         return fit(self, weight, importance, grid=grid, signed=signed)
 
     def encode(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-        """Nearest code, ties to even. weight (..., out, in) float32, scale (..., out, groups) -> (..., out, in) uint8."""
+        """Nearest code, ties to even. weight (..., out, in) float32, scale (..., out, groups) -> (..., out, in)
+        uint8."""
         grouped = _grouped(weight, scale.shape[-1])
         codes = grouped / scale.float().unsqueeze(-1) + self._zero(zero_point)
         return codes.round_().clamp_(0, 2**self.bits - 1).byte().view(weight.shape)
@@ -84,12 +86,14 @@ Params = tuple["Tensor", "Tensor | None"]
 def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: int, signed: bool) -> Params:
     """Search scale (and zero point) of each group for the least importance-weighted squared error.
 
-    ``grid`` candidate ranges are tried, from a fraction of the group's range up to the whole of it. Each gives codes, and those
-    codes the least-squares scale (the idea of ggml's make_qx_quants); with ``signed`` symmetric grids are tried in both
-    orientations. ``grid=0`` takes the whole range, which is plain round to nearest with compressed-tensors' own scale.
+    ``grid`` candidate ranges are tried, from a fraction of the group's range up to the whole of it. Each gives codes,
+    and those codes the least-squares scale (the idea of ggml's make_qx_quants); with ``signed`` symmetric grids are
+    tried in both orientations. ``grid=0`` takes the whole range, which is plain round to nearest with
+    compressed-tensors' own scale.
     Scales come back rounded to ``scale_dtype``, so that codes are chosen for the scale that will be served.
 
-    weight (..., out, in) float32; importance (..., in) float32, the mean square of each input, or None for equal weights.
+    weight (..., out, in) float32; importance (..., in) float32, the mean square of each input, or None for equal
+    weights.
     """
     import torch
 
@@ -113,9 +117,11 @@ _FIT_GROUPS = 2048  # groups searched at once: the working set of the search sta
 
 
 def representable(scheme: IntScheme, scale: Tensor) -> Tensor:
-    """Round scales (float32) to the scheme's scale_dtype, back in float32. Zero and non-finite become the nearest usable scale.
+    """Round scales (float32) to the scheme's scale_dtype, back in float32. Zero and non-finite become the nearest
+    usable scale.
 
-    A scale that underflows to zero would divide by zero: such a group's weights are smaller than any step, so 1 encodes them as 0.
+    A scale that underflows to zero would divide by zero: such a group's weights are smaller than any step, so 1 encodes
+    them as 0.
     """
     import torch
 
@@ -170,7 +176,8 @@ def _candidates(scheme: IntScheme, weight: Tensor, grid: int, signed: bool) -> l
     return [(scale, (-low / width * top).round_()) for scale in scales]
 
 
-# The smallest fraction of the range worth trying, by bits (5 stands for 5 and more): few levels gain most from clipping.
+# The smallest fraction of the range worth trying, by bits (5 stands for 5 and more): few levels gain most from
+# clipping.
 _SMALLEST_RANGE = {2: 0.3, 3: 0.45, 4: 0.6, 5: 0.8}
 
 
