@@ -8,9 +8,11 @@ import numpy as np
 def gptq_codes(
     weight: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: int, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """weight (out, in), hessian (in, in) damped, scale and zero (out, in) by column -> codes and margins (out, in), storage order.
+    """weight (out, in), hessian (in, in) damped, scale and zero (out, in) by column -> codes and margins (out, in),
+    storage order.
 
-    The margin is the distance of the value that was rounded from its nearest rounding tie, in steps: codes may differ where it is 0.
+    The margin is the distance of the value that was rounded from its nearest rounding tie, in steps: codes may differ
+    where it is 0.
     """
     weight = weight[:, order].astype(np.float64).copy()
     scale, zero = scale[:, order].astype(np.float64), zero[:, order].astype(np.float64)
