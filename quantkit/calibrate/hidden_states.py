@@ -15,6 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.errors import OutputError
+from quantkit.formats.safetensors_writer import disk_errors
+
 
 class RowStore(Protocol):
     """Activations of ``n_rows`` sequences of ``length`` tokens. Token t of row r has the number ``r * length + t``."""
@@ -74,9 +77,8 @@ class MemoryRows:
 
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
-        with path.open("wb") as file:
-            file.write(self._data.view(torch.uint8).numpy().data.cast("B"))
-            file.flush()
+        with disk_errors(path), path.open("wb") as file:
+            write_exactly(file.fileno(), self._data, 0)
             os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -90,8 +92,9 @@ class FileRows:
     def __init__(self, path: Path, n_rows: int, length: int, width: int) -> None:
         self.n_rows, self.length, self.width = n_rows, length, width
         self._path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.ftruncate(self._fd, n_rows * length * width * 4)
+        with disk_errors(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            os.ftruncate(self._fd, n_rows * length * width * 4)
 
     def read(self, start: int, stop: int) -> Tensor:
         """See `RowStore.read`."""
@@ -101,7 +104,8 @@ class FileRows:
 
     def write(self, start: int, rows: Tensor) -> None:
         """See `RowStore.write`."""
-        write_exactly(self._fd, rows.reshape(-1, self.width), start * self.length * self.width * 4)
+        with disk_errors(self._path):
+            write_exactly(self._fd, rows.reshape(-1, self.width), start * self.length * self.width * 4)
 
     def gather(self, tokens: Tensor) -> Tensor:
         """See `RowStore.gather`."""
@@ -113,12 +117,13 @@ class FileRows:
     def add(self, tokens: Tensor, values: Tensor) -> None:
         """See `RowStore.add`."""
         total = self.gather(tokens).add_(values)
-        for run in _runs(tokens):
-            write_exactly(self._fd, total[run.first : run.first + run.count], run.token * self.width * 4)
+        with disk_errors(self._path):
+            for run in _runs(tokens):
+                write_exactly(self._fd, total[run.first : run.first + run.count], run.token * self.width * 4)
 
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
-        with path.open("wb") as file:
+        with disk_errors(path), path.open("wb") as file:
             for start in range(self.n_rows):
                 write_exactly(file.fileno(), self.read(start, start + 1), start * self.length * self.width * 4)
             os.fsync(file.fileno())
@@ -149,8 +154,15 @@ def _runs(tokens: Tensor) -> Iterator[_Run]:
 
 
 def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
-    """Fill ``store`` from a file that `RowStore.save` wrote."""
-    with path.open("rb") as file:
+    """Fill ``store`` from a file that `RowStore.save` wrote. Raises `OutputError` if it is gone or has another size."""
+    needed = store.n_rows * store.length * store.width * 4
+    found = path.stat().st_size if path.exists() else 0
+    if found != needed:
+        raise OutputError(
+            f"{path}: has {found:,} bytes, the hidden states of the unfinished job have {needed:,}.",
+            hint="Begin anew with --restart.",
+        )
+    with disk_errors(path), path.open("rb") as file:
         for start in range(0, store.n_rows, chunk_rows):
             stop = min(start + chunk_rows, store.n_rows)
             data = torch.empty(stop - start, store.length, store.width)

@@ -149,7 +149,7 @@ class ShardWriter:
         info, file, offset = self._places[name]
         assert 0 <= start <= start + len(data) <= info.nbytes, f"{name}: {len(data)} bytes at {start} of {info.nbytes}"
         fd, at, rest = self._descriptor(file), offset + start, memoryview(data)
-        with _disk_errors(self.directory / file):
+        with disk_errors(self.directory / file):
             while rest:
                 written = os.pwrite(fd, rest, at)
                 at, rest = at + written, rest[written:]
@@ -157,14 +157,14 @@ class ShardWriter:
     def read(self, name: str) -> bytes:
         """All bytes of a (small) tensor as the file now has them."""
         info, file, offset = self._places[name]
-        with _disk_errors(self.directory / file):
+        with disk_errors(self.directory / file):
             return os.pread(self._descriptor(file), info.nbytes, offset)
 
     def sync(self) -> None:
         """Return when everything written is on the disk."""
         for file in list(self._open):
             fd = self._open.pop(file)
-            with _disk_errors(self.directory / file):
+            with disk_errors(self.directory / file):
                 try:
                     os.fsync(fd)
                 finally:
@@ -184,7 +184,7 @@ class ShardWriter:
         if file not in self._open:
             if len(self._open) >= _MAX_OPEN:
                 self.sync()
-            with _disk_errors(self.directory / file):
+            with disk_errors(self.directory / file):
                 self._open[file] = os.open(self.directory / file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         return self._open[file]
 
@@ -192,19 +192,19 @@ class ShardWriter:
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a small file in one step: after a crash it holds the old bytes or the new ones. Raises `OutputError`."""
     new = path.with_name(path.name + _NEW)
-    with _disk_errors(path):
+    with disk_errors(path):
         with new.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a file."""
     digest = hashlib.sha256()
-    with _disk_errors(path), path.open("rb") as file:
+    with disk_errors(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -223,7 +223,7 @@ def _refuse_foreign(directory: Path, layout: ShardLayout) -> None:
 
 
 def _check_shard(path: Path, shard: Shard) -> None:
-    with _disk_errors(path):
+    with disk_errors(path):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             size, header = os.fstat(fd).st_size, os.pread(fd, len(shard.header), 0)
@@ -256,11 +256,11 @@ def _create(directory: Path, shards: list[Shard]) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(directory, needed, _free_bytes(directory)) from error
         raise OutputError(f"{directory}: cannot be written ({error.strerror}).") from error
-    with _disk_errors(directory):
-        _sync_directory(directory)
+    with disk_errors(directory):
+        sync_directory(directory)
         for shard in shards:
             (directory / (shard.file + _NEW)).rename(directory / shard.file)
-        _sync_directory(directory)
+        sync_directory(directory)
 
 
 def _reserve(path: Path, shard: Shard) -> None:
@@ -286,7 +286,7 @@ def _allocate(fd: int, nbytes: int) -> None:
 
 
 def _free_bytes(directory: Path) -> int:
-    with _disk_errors(directory):
+    with disk_errors(directory):
         status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
 
@@ -300,7 +300,7 @@ def _disk_full(directory: Path, needed: int, free: int) -> OutputError:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Generator[None, None, None]:
+def disk_errors(path: Path) -> Generator[None, None, None]:
     """Turn what the operating system says about a file into one line."""
     try:
         yield
@@ -311,7 +311,8 @@ def _disk_errors(path: Path) -> Generator[None, None, None]:
         raise OutputError(f"{path}: {what}.", hint=hint) from error
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Return when the folder's names, new and changed, are on the disk."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -4,6 +4,7 @@ name."""
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -93,7 +94,8 @@ def finish(
         records = _tensor_records(walk.journal, number)
         with walk.timer.stage("files"):
             document = _document(walk, output, header, rows, records, hashes, result)
-            write_durably(directory / "quantkit.json", (json.dumps(document, indent=1) + "\n").encode())
+            text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+            write_durably(directory / "quantkit.json", text.encode())
             write_model_card(directory, _card(walk, output, directory, result))
         reports.append(_output_report(walk, output, records, result))
     walk.folder.publish()
@@ -183,6 +185,19 @@ def _document(
         "tensors": {name: {"scheme": scheme, **records.get(name, {})} for name, scheme in schemes.items()},
         "sha256": dict(hashes),
     }
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN: null stands for a number that is none, such as the standard error of a single window."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: _finite(item) for key, item in cast("dict[str, object]", value).items()}
+        case list() | tuple():
+            return [_finite(item) for item in cast("list[object]", value)]
+        case _:
+            return value
 
 
 def _card(walk: Finishing, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:

@@ -1,11 +1,12 @@
 """OUT while it is made: everything lies in OUT.partial, under a lock, and one rename gives the finished result its
 name.
 
-OUT.partial/lock            held by the living process (flock: the kernel lets go of it when the process dies, however
-it dies) OUT.partial/journal.jsonl   what is done
+OUT.partial/lock            held by the living process (flock: the kernel lets go of it however the process dies)
+OUT.partial/journal.jsonl   what is done
 OUT.partial/replace         present if this job was begun with leave to replace an existing OUT
 OUT.partial/hidden/         hidden states at the last layer border
 OUT.partial/result/         becomes OUT
+OUT.partial/replaced        the older OUT on its way out
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from quantkit.errors import OutputError
+from quantkit.formats.safetensors_writer import disk_errors, sync_directory
 
 
 class OutputFolder:
@@ -26,26 +28,21 @@ class OutputFolder:
     def __init__(self, out: Path, *, restart: bool) -> None:
         """Create or take up ``OUT.partial``. Raises `OutputError` if OUT exists (unless ``restart``) or another process
         works on it."""
+        if out.name in ("", ".."):
+            raise OutputError(f"{out}: names no new folder.", hint="Give the folder a name, -o NAME.")
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
-        self._replace = (
-            self.partial / "replace"
-        )  # a restarted job may replace OUT, also after it was killed and taken up again
-        if (out.exists() or out.is_symlink()) and not (restart or self._replace.exists()):
+        # A restarted job may replace OUT, also after it was killed and taken up again.
+        self._replace = self.partial / "replace"
+        if _exists(out) and not restart and (not self._replace.exists() or self._published()):
             raise OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise OutputError(
-                f"{self.partial}: cannot be created: {error.strerror}.", hint="Choose another -o."
-            ) from error
-        self._take_lock()
-        if restart:
-            self._clear()
-            self._replace.touch()
-        for folder in (self.result, self.hidden):
-            folder.mkdir(exist_ok=True)
+        self._lock = self._locked()
+        with disk_errors(self.partial):
+            if restart:
+                self._clear()
+                self._replace.touch()
+            for folder in (self.result, self.hidden):
+                folder.mkdir(exist_ok=True)
 
     @property
     def result(self) -> Path:
@@ -62,16 +59,21 @@ class OutputFolder:
         """The journal's file."""
         return self.partial / "journal.jsonl"
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Disk that the result takes already."""
+        return sum(path.stat().st_blocks * 512 for path in self.result.rglob("*") if path.is_file())
+
     def publish(self) -> None:
         """Give the result its final name. An older OUT is replaced only now."""
-        old = self.out.with_name(self.out.name + ".old")
-        if self._replace.exists() and self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-        self.result.rename(self.out)
-        _sync_folder(self.out.parent)
-        shutil.rmtree(self.partial)
-        shutil.rmtree(old, ignore_errors=True)
+        with disk_errors(self.out):
+            if self._replace.exists() and _exists(self.out):
+                _remove(self._replaced)
+                self.out.rename(self._replaced)
+            self.result.rename(self.out)
+            sync_directory(self.out.parent)
+        # OUT is complete. What cannot be removed now, or after a kill, does no harm.
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process take it up."""
@@ -85,11 +87,34 @@ class OutputFolder:
     ) -> None:
         self.close()
 
-    def _take_lock(self) -> None:
+    @property
+    def _replaced(self) -> Path:
+        return self.partial / "replaced"
+
+    def _published(self) -> bool:
+        """Whether an earlier process was killed after it had given the result its final name."""
+        return self.journal.exists() and not self.result.exists()
+
+    def _locked(self) -> int:
+        """Descriptor of the lock file of this folder, which exists from now on."""
+        while True:
+            try:
+                self.partial.mkdir(parents=True, exist_ok=True)
+                lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise OutputError(
+                    f"{self.partial}: cannot be created: {error.strerror}.", hint="Choose another -o."
+                ) from error
+            self._take_lock(lock)
+            if _is_file_of(lock, self.partial / "lock"):
+                return lock
+            os.close(lock)  # its last holder finished, and removed the folder, between our open and our lock
+
+    def _take_lock(self, lock: int) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
+            os.close(lock)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise OutputError(f"{self.partial}: cannot be locked: {error.strerror}.") from error
             raise OutputError(
@@ -97,18 +122,27 @@ class OutputFolder:
             ) from None
 
     def _clear(self) -> None:
+        # The journal goes first: without it a folder that is half cleared is nobody's unfinished job.
+        self.journal.unlink(missing_ok=True)
         for entry in self.partial.iterdir():
-            if entry.name == "lock":
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            if entry.name != "lock":
+                _remove(entry)
 
 
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+def _exists(path: Path) -> bool:
+    """Whether the name is taken, be it by a link that leads nowhere."""
+    return os.path.lexists(path)
+
+
+def _is_file_of(fd: int, path: Path) -> bool:
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

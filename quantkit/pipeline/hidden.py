@@ -14,6 +14,7 @@ from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.hidden_states import RowStore, load
 from quantkit.calibrate.stream import embed
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.safetensors_writer import disk_errors, sync_directory
 from quantkit.pipeline.machine import SCRATCH_STORES, Stores
 
 
@@ -72,6 +73,8 @@ class StreamFiles:
             part = path.with_suffix(".part")
             store.save(part)
             part.replace(path)
+        with disk_errors(self._folder):
+            sync_directory(self._folder)
 
     def forget(self, layer: int) -> None:
         """Remove what was saved behind a layer that is no longer the last."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from quantkit.errors import OutputError
+from quantkit.formats.safetensors_writer import disk_errors
 
 Entry = dict[str, object]
 
@@ -29,10 +30,10 @@ class Journal:
         self.entries: list[Entry] = lines[1:]
         if lines:
             _refuse_other_job(path, lines[0], header)
-        self._file = path.open("r+b" if lines else "wb")
-        whole = b"".join(_line(entry) for entry in lines)
-        self._file.seek(len(whole))
-        self._file.truncate()
+        with disk_errors(path):
+            # Unbuffered: what a full disk refused must not be written again when the file is closed.
+            self._file = path.open("r+b" if lines else "wb", buffering=0)
+            self._file.truncate(self._file.seek(sum(len(_line(entry)) for entry in lines)))
         if not lines:
             self._append(dict(header))
 
@@ -50,15 +51,11 @@ class Journal:
         self._file.close()
 
     def _append(self, entry: Entry) -> None:
-        try:
-            self._file.write(_line(entry))
-            self._file.flush()
+        with disk_errors(self._path):
+            rest = memoryview(_line(entry))
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(
-                f"{self._path}: {error.strerror}.",
-                hint="Free space and run the same command again: it goes on from here.",
-            ) from error
 
 
 def _line(entry: Mapping[str, object]) -> bytes:
@@ -70,7 +67,9 @@ def _read_lines(path: Path) -> list[Entry]:
     if not path.exists():
         return []
     entries: list[Entry] = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    with disk_errors(path):
+        content = path.read_bytes()
+    for line in content.splitlines(keepends=True):
         try:
             value: object = json.loads(line)
         except ValueError:

@@ -94,7 +94,7 @@ def convert(
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)
         if not journal.entries:
-            check_free_disk(plan, needs, folder.partial)
+            check_free_disk(plan, needs, folder.partial, folder.reserved_bytes)
         sinks = tuple(_open_sink(folder, output, plan, journal) for output in plan.outputs)
         for sink in sinks:
             stack.callback(sink.close)
