@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 2048
 """Tokens that go through a dense block at once. A constant: sums must not depend on the machine's memory."""
 
+EXPERT_CHUNK = 4096
+"""Tokens of one expert gathered at once. A constant too."""
+
 
 def row_batches(store: RowStore) -> Iterator[tuple[int, int]]:
     """[start, stop) of each batch of rows, at least one row."""
@@ -71,49 +74,63 @@ def expert_hidden(block: ExpertBlock, gate: Tensor, up: Tensor, h: Tensor) -> Te
     return block.activate(linear(h, gate), linear(h, up))
 
 
-def forward_layer(sublayers: tuple[Sublayer, ...], weights: Weights, x: RowStore, h: RowStore) -> list[Tensor]:
-    """Carry ``x`` through one layer in place. ``h`` is scratch of the same shape. Returns the routing indices of each
-    expert block."""
+def forward_layer(
+    sublayers: tuple[Sublayer, ...], weights: Weights, x: RowStore, h: RowStore, device: torch.device
+) -> list[Tensor]:
+    """Carry ``x`` through one layer in place, computing on ``device``. ``h`` is scratch of the same shape. Returns the
+    routing indices of each expert block."""
     routings: list[Tensor] = []
     for sublayer in sublayers:
-        routed = [(block, route_all(block, weights, x, h)) for block in sublayer if isinstance(block, ExpertBlock)]
+        routed = [
+            (block, route_all(block, weights, x, h, device)) for block in sublayer if isinstance(block, ExpertBlock)
+        ]
         for block in sublayer:
             if isinstance(block, DenseBlock):
-                _forward_dense(block, weights, x)
+                _forward_dense(block, weights, x, device)
         for block, (tokens, indices) in routed:
             routings.append(indices)
             for expert in range(block.n_experts):
-                forward_expert(block, weights, expert, tokens, x, h)
+                forward_expert(block, weights, expert, tokens, x, h, device)
     return routings
 
 
-def _forward_dense(block: DenseBlock, weights: Weights, x: RowStore) -> None:
+def _forward_dense(block: DenseBlock, weights: Weights, x: RowStore, device: torch.device) -> None:
     for start, stop in row_batches(x):
-        rows = x.read(start, stop)
+        rows = x.read(start, stop).to(device)
         (inputs,) = block.stages[-1].inputs(weights, rows)
-        x.write(start, rows + linear(inputs, weights(block.output)).view(rows.shape))
+        x.write(start, (rows + linear(inputs, weights(block.output)).view(rows.shape)).cpu())
 
 
-def route_all(block: ExpertBlock, weights: Weights, x: RowStore, h: RowStore) -> tuple[ExpertTokens, Tensor]:
+def route_all(
+    block: ExpertBlock, weights: Weights, x: RowStore, h: RowStore, device: torch.device
+) -> tuple[ExpertTokens, Tensor]:
     """Fill ``h`` with the block's inputs and route every token -> the experts' tokens, routing indices (tokens, top_k)
-    int64."""
+    int64, both on the CPU."""
     indices, gates = [], []
     for start, stop in row_batches(x):
-        inputs = block.inputs(weights, x.read(start, stop))
-        h.write(start, inputs)
+        inputs = block.inputs(weights, x.read(start, stop).to(device))
+        h.write(start, inputs.cpu())
         routing = block.route(weights, inputs)
-        indices.append(routing.indices)
-        gates.append(routing.weights)
+        indices.append(routing.indices.cpu())
+        gates.append(routing.weights.cpu())
     chosen = torch.cat(indices)
     return ExpertTokens.of(chosen, torch.cat(gates), block.n_experts), chosen
 
 
 def forward_expert(
-    block: ExpertBlock, weights: Weights, expert: int, tokens: ExpertTokens, x: RowStore, h: RowStore
+    block: ExpertBlock,
+    weights: Weights,
+    expert: int,
+    tokens: ExpertTokens,
+    x: RowStore,
+    h: RowStore,
+    device: torch.device,
 ) -> None:
-    """Add one expert's output to the residual of its tokens."""
+    """Add one expert's output to the residual of its tokens. Its weights are asked for once."""
     token, weight = tokens.of_expert(expert)
     if not len(token):
         return
-    hidden = expert_hidden(block, weights(block.gates[expert]), weights(block.ups[expert]), h.gather(token))
-    x.add(token, linear(hidden, weights(block.downs[expert])).mul_(weight.unsqueeze(-1)))
+    gate, up, down = (weights(names[expert]) for names in (block.gates, block.ups, block.downs))
+    for part, share in zip(token.split(EXPERT_CHUNK), weight.split(EXPERT_CHUNK), strict=True):
+        hidden = expert_hidden(block, gate, up, h.gather(part).to(device))
+        x.add(part, linear(hidden, down).mul_(share.to(device).unsqueeze(-1)).cpu())

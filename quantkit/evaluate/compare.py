@@ -40,6 +40,7 @@ class Model:
     weights: Weights
     embed_rows: Callable[[Tensor], Tensor]
     head_rows: Callable[[int, int], Tensor]
+    device: torch.device = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def compare(
         embed(model.embed_rows, tokens, store)
     for layer in range(arch.n_layers):
         for model, store in zip(models, stores, strict=True):
-            forward_layer(arch.sublayers(layer), model.weights, store, scratch)
+            forward_layer(arch.sublayers(layer), model.weights, store, scratch, model.device)
         on_layer(layer)
     scores = _score(arch, models, stores, tokens)
     for store in (*stores, scratch):

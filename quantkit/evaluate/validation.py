@@ -30,6 +30,7 @@ def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_byt
         weights=WeightCache(lambda name: source.read(name).to(device).float(), cache_bytes),
         embed_rows=lambda ids: source.read_rows(arch.embed, ids.tolist()).float(),
         head_rows=lambda start, stop: source.read(arch.lm_head, (start, stop)).to(device).float(),
+        device=device,
     )
 
 

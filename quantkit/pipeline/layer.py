@@ -20,16 +20,13 @@ from torch.nn.functional import linear
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.inputs import InputMoments, InputStats, shrunk, shrunk_to_diagonal
-from quantkit.calibrate.stream import ExpertTokens, expert_hidden, forward_expert, row_batches
+from quantkit.calibrate.stream import EXPERT_CHUNK, ExpertTokens, expert_hidden, forward_expert, row_batches
 from quantkit.pipeline.hidden import Streams
 from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, quantize_linears
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers import Gptq
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import QuantizedTensor
-
-EXPERT_CHUNK = 4096
-"""Tokens of one expert gathered at once. A constant, like `stream.BATCH_TOKENS`."""
 
 
 @dataclass(slots=True)
@@ -276,7 +273,7 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
             routes.streams, parts if job.weights.carries_quantised else parts[::-1], strict=False
         ):
             own = {block.gates[expert]: g[position], block.ups[expert]: u[position], block.downs[expert]: d[position]}
-            forward_expert(block, own.__getitem__, expert, stream.tokens, stream.x, stream.h)
+            forward_expert(block, own.__getitem__, expert, stream.tokens, stream.x, stream.h, job.device)
 
 
 def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linears, ...]) -> list[Tensor]:

@@ -2,10 +2,10 @@
 
     hidden states   tokens * (hidden + widest dense input) * 4 B, for each stream, in RAM or on disk
     resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers, on disk
-    Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of the widest GPTQ linear
+    Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of a GPTQ linear
     sweep           rows in slices of bounded size
-    weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the largest quantised linear
-    activations     one batch of rows at the widest linear
+    weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the linears that are quantised together
+    activations     one batch of rows at the widest linear; never during a sweep, so the larger of the two counts
     kept chunk      tensors that are not quantised pass through in pieces
     interpreter     Python, torch and libraries
 
@@ -15,7 +15,6 @@ two streams if some method follows the unquantised model beside the quantised on
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,17 +26,17 @@ from quantkit.errors import PlanError
 from quantkit.pipeline.plan import Action, Decision, Plan
 from quantkit.quantizers import Gptq
 
-HESSIAN_COPIES = 4
-"""The Hessian, its ordered and damped form, the factor, and the cross term toward the unquantised stream."""
-WEIGHT_COPIES = 3
-"""Two originals that share a Hessian (gate and up), and the codes and scales of both."""
+HESSIAN_COPIES = 3
+"""The damped Hessian, its factor, and the cross term toward the unquantised stream."""
+WEIGHT_COPIES = 1.5
+"""Of each linear of a group: the float32 original, and codes and scales twice (in slices and joined)."""
 SWEEP_BYTES = 10 * 64 * 2**20
 """GPTQ sweeps rows in slices of 64 MiB, with about ten buffers of that size."""
 KEPT_CHUNK_BYTES = 64 * 2**20
 INTERPRETER_BYTES = 300 * 10**6
 BATCH_TOKENS = 2048
-ACTIVATION_COPIES = 3
-"""Activations of one batch of rows: input, the widest linear's output and one temporary."""
+ACTIVATION_COPIES = 4
+"""Activations of one batch of rows: two projections and their product, and the other stream's."""
 HEADER_BYTES_PER_TENSOR = 140
 """Room in a safetensors header; V3's release uses 129."""
 STORED_PER_TENSOR = 3
@@ -84,7 +83,7 @@ def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
     quantized = [decision for output in plan.outputs for decision in _distinct(output.decisions.values())]
     quantized = [decision for decision in quantized if decision.action is Action.QUANTIZE]
     hidden = _hidden_states(plan, arch, quantized)
-    return Needs(_working(plan, quantized), hidden, _disk(plan, arch, hidden))
+    return Needs(_working(plan, arch, quantized), hidden, _disk(plan, arch, hidden))
 
 
 def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 0) -> None:
@@ -111,23 +110,49 @@ def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
     return list(seen.values())
 
 
-def _working(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
+def _working(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> tuple[Term, ...]:
     terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries")]
-    largest = max((math.prod(decision.spec.shape) * 4 for decision in quantized), default=0)
-    gptq = [decision.spec.shape[1] for decision in quantized if isinstance(decision.method, Gptq)]
-    if gptq:
-        widest = max(gptq)
-        terms.append(Term("Hessian set", widest**2 * 4 * HESSIAN_COPIES, f"{widest:,}^2 x 4 B x {HESSIAN_COPIES}"))
-        terms.append(Term("sweep", min(SWEEP_BYTES, 10 * largest), "10 buffers of 64 MiB at most"))
-    if quantized:
-        terms.append(Term("weight set", largest * WEIGHT_COPIES, f"{largest / 1e6:,.1f} MB x {WEIGHT_COPIES}"))
+    phases = [_quantising(decision, arch.hidden_size) for decision in quantized]
     if plan.recipe.calibration and quantized:
-        widest_out = max(max(decision.spec.shape) for decision in quantized)
-        length = max(BATCH_TOKENS, plan.recipe.calibration.sequence_length)
-        nbytes = length * widest_out * 4 * ACTIVATION_COPIES
-        terms.append(Term("activations", nbytes, f"{length:,} tokens x {widest_out:,} x 4 B x {ACTIVATION_COPIES}"))
+        phases.append(_collecting(plan, quantized))
+    terms += max(phases, key=lambda phase: sum(term.nbytes for term in phase), default=())
     terms.append(Term("kept chunk", KEPT_CHUNK_BYTES, "64 MiB"))
     return tuple(terms)
+
+
+def _quantising(decision: Decision, hidden_size: int) -> tuple[Term, ...]:
+    """While one linear is quantised. Linears that read the residual stream come in pairs."""
+    out_features, in_features = decision.spec.shape
+    name, pair = decision.spec.name, 2 if in_features == hidden_size else 1
+    weight = Term(
+        "weight set",
+        int(pair * WEIGHT_COPIES * out_features * in_features * 4),
+        f"{name}: {pair} x {out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}",
+    )
+    if not isinstance(decision.method, Gptq):
+        return (weight,)
+    hessian = in_features**2 * 4 * HESSIAN_COPIES
+    return (
+        Term("Hessian set", hessian, f"{name}: {in_features:,}^2 x 4 B x {HESSIAN_COPIES}"),
+        weight,
+        Term("sweep", min(SWEEP_BYTES, 10 * out_features * in_features * 4), "10 buffers of 64 MiB at most"),
+    )
+
+
+def _collecting(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
+    """While a batch of rows passes and the moments of its inputs are added up."""
+    widest = max(max(decision.spec.shape) for decision in quantized)
+    calibration = plan.recipe.calibration
+    tokens = max(BATCH_TOKENS, calibration.sequence_length if calibration else 0)
+    gptq = max((d.spec.shape[1] for d in quantized if isinstance(d.method, Gptq)), default=0)
+    return (
+        Term(
+            "activations",
+            tokens * widest * 4 * ACTIVATION_COPIES,
+            f"{tokens:,} tokens x {widest:,} x 4 B x {ACTIVATION_COPIES}",
+        ),
+        Term("moments", gptq**2 * 4 * 2, f"{gptq:,}^2 x 4 B x 2"),
+    )
 
 
 def _hidden_states(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> Term | None:
