@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from quantkit.calibrate.inputs import InputStats
+from quantkit.errors import CalibrationError
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import IntScheme, QuantizedTensor
@@ -72,7 +73,10 @@ def quantize_linears(
     for method in methods:
         # Methods overwrite what they are given; the last one may.
         own = stats if method == methods[-1] else _copy(stats)
-        prepared = method.prepare(own)
+        try:
+            prepared = method.prepare(own)
+        except CalibrationError as error:
+            raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
         for _, number, position, scheme in (item for item in work if item[0] == method):
             names = group[position].names
             batch = method.quantize(group[position].weight, scheme, prepared)  # type: ignore[arg-type]

@@ -12,14 +12,14 @@ from quantkit.schemes import IntScheme, QuantError, QuantizedTensor
 @dataclass(frozen=True, slots=True)
 class QuantizedBatch:
     """codes (B, out, in) uint8, scale (B, out, groups), zero_point the same or None, relative_loss (B,) float32;
-    fallback as in `QuantError`."""
+    fallbacks: one for each matrix, as in `QuantError`."""
 
     scheme: IntScheme
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     relative_loss: Tensor
-    fallback: str = ""
+    fallbacks: tuple[str, ...]
 
     def decode(self) -> Tensor:
         """(B, out, in) float32, as a runtime will compute with it."""
@@ -37,7 +37,7 @@ class QuantizedBatch:
                 codes[i],
                 scale[i],
                 None if zero is None else zero[i],
-                QuantError(losses[i], n, self.fallback),
+                QuantError(losses[i], n, self.fallbacks[i]),
             )
             for i, (name, n) in enumerate(zip(names, n_tokens, strict=True))
         ]

@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PreparedInputs:
-    """One factor for all linears that the same tokens feed. importance (B, in): diag(H) before damping."""
+    """One factor for all linears that the same tokens feed; fallbacks: one for each matrix of the batch."""
 
     factor: Factor
     cross: Tensor | None
-    importance: Tensor
+    fallbacks: tuple[str, ...]
+
+    @property
+    def importance(self) -> Tensor:
+        """(B, in): diagonal of the damped Hessian. The damping lets inputs that never fired count a little."""
+        return self.factor.hessian.diagonal(dim1=-2, dim2=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,22 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return True
 
     def prepare(self, stats: InputStats | None) -> PreparedInputs:
-        """Factor the Hessians once for all linears of the group. Overwrites ``stats``."""
+        """Factor the Hessians once for all linears of the group. Overwrites ``stats``.
+
+        Raises `CalibrationError` if a Hessian is not finite.
+        """
+        import torch
+
         from quantkit.quantizers import ldlq
 
         assert stats is not None, "the plan admits gptq with calibration only"
-        importance = stats.hessian.diagonal(dim1=-2, dim2=-1).clone()
+        unseen = stats.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+        if unseen.any():  # no token, or none that did anything: all inputs count alike
+            stats.hessian[unseen] += torch.eye(stats.hessian.shape[-1], device=stats.hessian.device)
         factor = ldlq.factorize(stats.hessian, self.damp_percent, act_order=self.act_order == "static")
-        return PreparedInputs(factor, stats.cross if self.cross else None, importance)
+        damped = "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times"
+        fallbacks = tuple("no calibration tokens: round to nearest" if blind else damped for blind in unseen.tolist())
+        return PreparedInputs(factor, stats.cross if self.cross else None, fallbacks)
 
     def quantize(self, weight: Tensor, scheme: IntScheme, prepared: PreparedInputs) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
@@ -113,7 +127,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
             torch.cat([part.scale for part in parts], 1),
             torch.cat(zero_points, 1) if zero_points else None,
             torch.stack([part.loss.sum(-1) for part in parts]).sum(0) / torch.stack(norms).sum(0).clamp_min(1e-30),
-            "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times",
+            prepared.fallbacks,
         )
 
     def _quantize_rows(self, weight: Tensor, scheme: IntScheme, prepared: PreparedInputs) -> _Rows:

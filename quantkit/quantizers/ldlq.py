@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.errors import CalibrationError
 from quantkit.schemes import IntScheme
 
 _LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
@@ -56,10 +57,13 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Facto
         added = raised
         layout = diagonal.argsort(dim=-1, stable=True) if act_order else _storage_order(diagonal).flip(-1)
         lower = _permuted(hessian, layout)
-        if _cholesky_(lower):
+        if _cholesky_(lower) and torch.diagonal(lower, dim1=-2, dim2=-1).isfinite().all():
             break
         if raised > 1e6:
-            raise FloatingPointError("a Hessian is not finite")
+            raise CalibrationError(
+                "the inputs of these linears overflow or are not numbers.",
+                hint="Check the source's weights, or keep this layer.",
+            )
         raised *= 10
     root = torch.diagonal(lower, dim1=-2, dim2=-1).clone()
     lower /= root.unsqueeze(-2)

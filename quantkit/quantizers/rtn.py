@@ -21,6 +21,8 @@ ScaleSearch = Literal["range", "mse", "importance"]
 """range: the group's whole range; mse: least squared weight error; importance: that error weighted by each input's mean
 square."""
 
+_FLOOR = 0.01  # the same share of the mean that GPTQ's damping adds by default
+
 
 class Rtn(BaseModel, frozen=True, extra="forbid"):
     """Options of round to nearest."""
@@ -37,7 +39,11 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
 
     def prepare(self, stats: InputStats | None) -> Tensor | None:
         """What `quantize` needs of the inputs, shared by all linears that they feed: the imatrix (B, in) float32."""
-        return None if stats is None else stats.hessian.diagonal(dim1=-2, dim2=-1)
+        if stats is None:
+            return None
+        importance = stats.hessian.diagonal(dim1=-2, dim2=-1)
+        # Inputs that never fired still count a little: a scale must not ignore them.
+        return importance + _FLOOR * importance.mean(-1, keepdim=True).clamp_min(1e-30)
 
     def quantize(self, weight: Tensor, scheme: IntScheme, prepared: Tensor | None) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales."""
@@ -50,7 +56,9 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         error = scheme.decode(codes, scale, zero_point) - weight
         importance = 1.0 if prepared is None else prepared.unsqueeze(-2)
         norm = (weight.square() * importance).sum((-2, -1)).clamp_min(1e-30)
-        return QuantizedBatch(scheme, codes, scale, zero_point, (error.square() * importance).sum((-2, -1)) / norm)
+        return QuantizedBatch(
+            scheme, codes, scale, zero_point, (error.square() * importance).sum((-2, -1)) / norm, ("",) * len(weight)
+        )
 
 
 def search_scales(
