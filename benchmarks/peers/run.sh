@@ -7,7 +7,9 @@ cd "$(dirname "$0")/../.."
 out="${PEERS_OUT:-build/peers}"
 threads="${PEERS_THREADS:-1}"
 base="${QUANTKIT_VENV:-.venv}/bin/python"
-mkdir -p "$out"
+mkdir -p "$out/cwd" # some peers write logs/ where they are started
+root="$PWD"
+out="$(cd "$out" && pwd)"
 
 # peer, scheme, tag of the settings, arguments; the order is the order of interest
 list='
@@ -37,8 +39,8 @@ one() { # one <peer> <scheme> <tag> <arguments...>
     local peer="$1" scheme="$2" dir="$out/$1-$2-$3"
     shift 3
     if [ ! -e "$dir/run.json" ]; then
-        env OMP_NUM_THREADS="$threads" HF_HUB_OFFLINE=1 nice -n 10 ".venvs/$peer/bin/python" \
-            "benchmarks/peers/peer_$peer.py" --scheme "$scheme" --out "$dir" "$@" > "$dir.log" 2>&1 < /dev/null ||
+        env -C "$out/cwd" OMP_NUM_THREADS="$threads" HF_HUB_OFFLINE=1 nice -n 10 "$root/.venvs/$peer/bin/python" \
+            "$root/benchmarks/peers/peer_$peer.py" --scheme "$scheme" --out "$dir" "$@" > "$dir.log" 2>&1 < /dev/null ||
             { echo "FAILED $dir: $(tail -n 1 "$dir.log")"; return 0; }
     fi
     env OMP_NUM_THREADS="$threads" nice -n 10 "$base" benchmarks/peers/evaluate.py \
