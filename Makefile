@@ -3,6 +3,9 @@
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# A thread that waits sleeps instead of spinning: on a machine with other work spinning costs several times the run.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help install demo test check format
 
 help:

@@ -13,7 +13,7 @@ from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
 from quantkit.cli.progress import LiveProgress, PlainProgress
 from quantkit.cli.render import show_json
-from quantkit.cli.report import report_document, report_text
+from quantkit.cli.report import program, report_document, report_text
 from quantkit.pipeline.events import Event, Report
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.recipe_file import load_recipe, recipe_path
@@ -63,7 +63,7 @@ def convert(
     if as_json:
         show_json(report_document(report))
     else:
-        typer.echo(report_text(report, source))
+        typer.echo(report_text(report))
     if not report.validated:
         for output in report.outputs:
             for problem in output.validation.problems if output.validation else ():
@@ -112,4 +112,4 @@ def _resume_command(source: Path, recipe: str, out: Path) -> str:
     import shlex
 
     words = sys.argv[1:] if sys.argv[1:2] == ["convert"] else ["convert", str(source), "-r", recipe, "-o", str(out)]
-    return shlex.join(["quantkit", *(word for word in words if word != "--restart")])
+    return f"{program()} {shlex.join(word for word in words if word != '--restart')}"

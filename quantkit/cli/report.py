@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +14,11 @@ from quantkit.evaluate.scores import Estimate
 from quantkit.pipeline.events import OutputReport, Report, ValidationResult
 
 
-def report_text(report: Report, source: Path) -> str:
+def report_text(report: Report) -> str:
     """Tables of quality and size, times, and what to try next."""
     blocks = [_output_text(output) for output in report.outputs]
     blocks.append(_run_text(report))
-    blocks.append(_next_text(report, source))
+    blocks.append(_next_text(report))
     return "\n\n".join(blocks)
 
 
@@ -67,15 +70,26 @@ def _run_text(report: Report) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
-def _next_text(report: Report, source: Path) -> str:
-    path = report.outputs[0].path
+def _next_text(report: Report) -> str:
+    """Commands that can be pasted into the shell this one was typed in."""
+    command, path = program(), shlex.quote(str(report.outputs[0].path))
     lines = [
-        "next:",
-        f"  quantkit inspect {path}",
-        f"  vllm serve {path}",
-        f"  quantkit plan {source} -r RECIPE     other recipes: quantkit recipes list",
+        ("next:", ""),
+        (f"  {command} inspect {path}", "what the checkpoint holds"),
+        (f"  cat {path}/README.md", "its model card; quantkit.json beside it has every tensor"),
+        (f"  {command} recipes list", "other recipes, each a name for -r"),
+        (f"  vllm serve {path}", "on a machine with vLLM"),
     ]
-    return "\n".join(lines)
+    width = max(len(line) for line, _ in lines)
+    return "\n".join(f"{line.ljust(width)}  # {why}" if why else line for line, why in lines)
+
+
+def program() -> str:
+    """How to call quantkit from here: by its name if that is on PATH, else by the path it was started with."""
+    started = Path(sys.argv[0])
+    if started.name != "quantkit" or shutil.which("quantkit") is not None:
+        return "quantkit"
+    return shlex.quote(str(started))
 
 
 def _estimate(value: Estimate, digits: int) -> str:
