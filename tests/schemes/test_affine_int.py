@@ -54,7 +54,7 @@ def test_grid_points_come_back_exactly(scheme: IntScheme) -> None:
 
 
 def oracle_error(row: np.ndarray, importance: np.ndarray, bits: int) -> float:
-    """Least weighted squared error of one symmetric group over 4,000 scales of either sign, float64, no least squares."""
+    """Least weighted squared error of one symmetric group over 4,000 scales of either sign, float64."""
     half = 2 ** (bits - 1)
     largest = np.abs(row).max()
     scales = np.concatenate([np.linspace(0.2, 1.2, 2000), -np.linspace(0.2, 1.2, 2000)]) * largest / (half - 0.5)

@@ -1,0 +1,132 @@
+"""A random model of DeepSeek V3's architecture, in FP8 blocks as the official release, and what `quantkit convert` makes
+of it by five recipes: the folders that `run_vllm.py` loads. Needs no GPU; a few minutes.
+
+    python benchmarks/vllm/make_cases.py DIR
+
+DIR then holds ``source`` (FP8), ``bf16`` (the same weights decoded, not quantised: the noise floor), one folder a case,
+``recipes/`` and ``prompts.json``. The attention has the shapes that vLLM's MLA kernels are compiled for; everything else
+is small, so that all cases together are some 150 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.tiny_models import tiny_config, write_checkpoint, write_shards  # noqa: E402
+
+VOCAB = 1024
+MODEL: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 16,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 256,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "vocab_size": VOCAB,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+}
+
+HEAD = "version: 1\ncalibration: {data: [builtin:mixed], tokens: 8192, sequence_length: 256, seed: 0}\noutputs:\n"
+INT4 = "scheme: {kind: int, bits: 4, group_size: 128, symmetric: true}"
+INT8 = "scheme: {kind: int, bits: 8, group_size: 128, symmetric: true}"
+GPTQ, RTN = "method: {kind: gptq}", "method: {kind: rtn}"
+DROP_MTP = '{match: "role:mtp", drop: true}'
+KEPT = '{match: "role:norm|router|embed|lm_head", keep: source}'
+EXPERTS = f'{{match: "role:expert", {INT4}, {GPTQ}}}'
+LINEARS8 = f'{{match: "role:attention|shared_expert|mlp", {INT8}, {GPTQ}}}'
+
+CASES: dict[str, tuple[str, ...]] = {
+    "int4": (DROP_MTP, KEPT, f'{{match: "role:expert|attention|shared_expert|mlp", {INT4}, {GPTQ}}}'),
+    "int4-int8": (DROP_MTP, KEPT, EXPERTS, LINEARS8),
+    "int4-bf16": (DROP_MTP, KEPT, EXPERTS, '{match: "*", keep: bf16}'),
+    "int4-int8-mtp": (
+        f'{{match: "role:mtp", {INT4}, {RTN}}}',
+        '{match: "role:mtp|norm|router|embed|lm_head", keep: source}',
+        EXPERTS,
+        LINEARS8,
+    ),
+    "int4-fp8": (DROP_MTP, KEPT, EXPERTS, '{match: "*", keep: source}'),
+}
+"""Name of the case -> rules of its recipe."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the checkpoints that run_vllm.py loads.")
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    directory.mkdir(parents=True, exist_ok=True)
+    make_source(directory)
+    (directory / "recipes").mkdir(exist_ok=True)
+    for name, rules in CASES.items():
+        recipe = directory / "recipes" / f"{name}.yaml"
+        listed = "".join(f"      - {rule}\n" for rule in rules)
+        recipe.write_text(f"{HEAD}  - name: {name}\n    format: compressed-tensors\n    rules:\n{listed}")
+        convert(directory / "source", recipe, directory / name)
+    tokens = torch.randint(VOCAB, (4, 64), generator=torch.Generator().manual_seed(1))
+    (directory / "prompts.json").write_text(json.dumps(tokens.tolist()))
+
+
+def make_source(directory: Path) -> None:
+    """The FP8 checkpoint with a byte-level tokenizer, and its decoded main model in BF16."""
+    config = tiny_config(**MODEL)
+    decoded = write_checkpoint(directory / "source", config, seed=0, fp8=True)
+    write_tokenizer(directory / "source")
+    mtp = f"model.layers.{config['num_hidden_layers']}."
+    main_model = {name: tensor for name, tensor in decoded.items() if not name.startswith(mtp)}
+    write_shards(directory / "bf16", main_model)
+    plain = {**config, "num_nextn_predict_layers": 0}
+    (directory / "bf16" / "config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a byte: enough for calibration text to become token ids."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ("<bos>", "<eos>")
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    names = {"bos_token": special[0], "eos_token": special[1], "add_bos_token": True, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def convert(source: Path, recipe: Path, out: Path) -> None:
+    """The command as a user runs it, in a process of its own."""
+    shutil.rmtree(out, ignore_errors=True)
+    code = "import sys; from quantkit.cli.app import main; sys.argv[0] = 'quantkit'; main()"
+    words = ["convert", source, "-r", recipe, "-o", out, "--device", "cpu", "--jobs", "1", "--restart"]
+    subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
