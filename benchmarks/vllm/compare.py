@@ -4,8 +4,8 @@
 
 The twin of a case is `quantkit.arch.forward` in float32 over the decoded weights of the folder that vLLM loaded. vLLM
 computes in BF16, so the two differ even for weights that are not quantised (case ``bf16``): that is the noise floor.
-Two controls show what a misread file would look like: the twin with the signs of all scales dropped, and the twin of the
-unquantised model.
+Two controls show what a misread file would look like: the twin with the signs of all scales dropped, and the twin of
+the unquantised model.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def distance(theirs: Tensor, ours: Tensor) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """As Markdown."""
     lines = [
-        "| run | loads | NLL vLLM / twin | mean, median abs dlogprob | greedy tokens | unquantised twin | signs dropped |",
+        "| run | loads | NLL vLLM / twin | mean, median abs dlogprob | greedy | unquantised twin | signs dropped |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,11 +1,11 @@
-"""A random model of DeepSeek V3's architecture, in FP8 blocks as the official release, and what `quantkit convert` makes
-of it by five recipes: the folders that `run_vllm.py` loads. Needs no GPU; a few minutes.
+"""A random model of DeepSeek V3's architecture, in FP8 blocks as the official release, and what `quantkit convert`
+makes of it by five recipes: the folders that `run_vllm.py` loads. Needs no GPU; a few minutes.
 
     python benchmarks/vllm/make_cases.py DIR
 
 DIR then holds ``source`` (FP8), ``bf16`` (the same weights decoded, not quantised: the noise floor), one folder a case,
-``recipes/`` and ``prompts.json``. The attention has the shapes that vLLM's MLA kernels are compiled for; everything else
-is small, so that all cases together are some 150 MB.
+``recipes/`` and ``prompts.json``. The attention has the shapes that vLLM's MLA kernels are compiled for; everything
+else is small, so that all cases together are some 230 MB.
 """
 
 from __future__ import annotations

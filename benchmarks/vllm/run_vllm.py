@@ -3,9 +3,9 @@ tokens after each prompt. Needs vLLM and nothing of quantkit.
 
     python run_vllm.py DIR RESULTS.json [--jobs 4] [--limit 240] RUN...
 
-RUN is a folder of DIR, with options behind ``@`` joined by ``+``: ``mtp`` (speculative decoding with the checkpoint's MTP
-layer), ``graphs`` (CUDA graphs instead of eager mode), ``marlin`` (linears and attention as an A100 would take them:
-Marlin, Triton MLA). Each run is a process of its own; its log is written beside RESULTS.json.
+RUN is a folder of DIR, with options behind ``@`` joined by ``+``: ``mtp`` (speculative decoding with the checkpoint's
+MTP layer), ``graphs`` (CUDA graphs instead of eager mode), ``marlin`` (linears and attention as an A100 would take
+them: Marlin, Triton MLA). Each run is a process of its own; its log is written beside RESULTS.json.
 
 DeepGEMM is off: it compiles some two hundred shapes at start-up, which takes longer than everything else here.
 """
