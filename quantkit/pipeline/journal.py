@@ -34,8 +34,13 @@ class Journal:
             # Unbuffered: what a full disk refused must not be written again when the file is closed.
             self._file = path.open("r+b" if lines else "wb", buffering=0)
             self._file.truncate(self._file.seek(sum(len(_line(entry)) for entry in lines)))
-        if not lines:
+        if lines:
+            return
+        try:
             self._append(dict(header))
+        except OutputError:
+            self._file.close()
+            raise
 
     def append(self, entry: Entry) -> None:
         """Record a finished step. Returns when it is on the disk."""
