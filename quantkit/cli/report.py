@@ -87,6 +87,8 @@ def _next_text(report: Report) -> str:
 def program() -> str:
     """How to call quantkit from here: by its name if that is on PATH, else by the path it was started with."""
     started = Path(sys.argv[0])
+    if started.parts[-2:] == ("quantkit", "__main__.py"):
+        return f"{shlex.quote(sys.executable)} -m quantkit"
     if started.name != "quantkit" or shutil.which("quantkit") is not None:
         return "quantkit"
     return shlex.quote(str(started))
