@@ -77,7 +77,7 @@ def write_weights(folder: Path) -> None:
             if len(spec.shape) == 1:
                 value = 0.01 * noise if spec.float32 else 1 + 0.1 * noise
             else:
-                value = noise.mul_(100.0 if len(stored) == 2 else gain)
+                value = noise.mul_(100.0).clamp_(-448, 448) if len(stored) == 2 else noise.mul_(gain)
             dtype = {"F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32, "BF16": torch.bfloat16}[stored[0].dtype]
             piece = value.to(dtype).view(torch.uint8).numpy().tobytes()
             writer.write(spec.name, at, piece)

@@ -30,8 +30,8 @@ HESSIAN_COPIES = 3
 """The damped Hessian, its factor, and the cross term toward the unquantised stream."""
 WEIGHT_COPIES = 1.5
 """Of each linear of a group: the float32 original, and codes and scales twice (in slices and joined)."""
-SWEEP_BYTES = 10 * 64 * 2**20
-"""GPTQ sweeps rows in slices of 64 MiB, with about ten buffers of that size."""
+SWEEP_BYTES = 6 * 128 * 2**20
+"""GPTQ sweeps rows in slices of 128 MiB, with about six buffers of that size."""
 KEPT_CHUNK_BYTES = 64 * 2**20
 INTERPRETER_BYTES = 300 * 10**6
 BATCH_TOKENS = 2048
@@ -135,7 +135,7 @@ def _quantising(decision: Decision, hidden_size: int) -> tuple[Term, ...]:
     return (
         Term("Hessian set", hessian, f"{name}: {in_features:,}^2 x 4 B x {HESSIAN_COPIES}"),
         weight,
-        Term("sweep", min(SWEEP_BYTES, 10 * out_features * in_features * 4), "10 buffers of 64 MiB at most"),
+        Term("sweep", min(SWEEP_BYTES, 6 * out_features * in_features * 4), "6 buffers of 128 MiB at most"),
     )
 
 

@@ -15,7 +15,6 @@ from pydantic import BaseModel, Field
 
 from quantkit.quantizers.rtn import ScaleSearch, search_scales
 from quantkit.schemes import IntScheme
-from quantkit.schemes.affine_int import representable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,19 +47,9 @@ class _Rows:
     zero_point: Tensor | None
     loss: Tensor
 
-    def better_of(self, other: _Rows) -> _Rows:
-        """Row by row whichever has the smaller loss. Both have the same zero points."""
-        better = (other.loss < self.loss).unsqueeze(-1)
-        return _Rows(
-            other.codes.where(better, self.codes),
-            other.scale.where(better, self.scale),
-            self.zero_point,
-            other.loss.minimum(self.loss),
-        )
 
-
-_SLICE_BYTES = 64 * 2**20
-"""Float32 bytes of the rows that are swept at once; about ten buffers of this size exist meanwhile."""
+_SLICE_BYTES = 128 * 2**20
+"""Float32 bytes of the rows that are swept at once; about six buffers of this size exist meanwhile."""
 
 
 class Gptq(BaseModel, frozen=True, extra="forbid"):
@@ -74,10 +63,9 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
     scale_search: ScaleSearch = Field("importance", description="How the scale of a group is chosen.")
     grid: int = Field(40, ge=2, le=200, description="Candidate ranges tried for each group.")
     signed: bool = Field(True, description="Symmetric scales may be negative (the extra level on either side).")
-    refits: int = Field(
-        2, ge=0, le=16, description="Hessian-aware scale refits, with a new sweep between one and the next."
+    polish: int = Field(
+        2, ge=0, le=16, description="Rounds of coordinate descent over scales and codes after the sweep."
     )
-    descend: bool = Field(True, description="After each refit one pass of coordinate descent over the codes.")
     cross: float = Field(0.5, ge=0, le=1, description="How far targets follow the unquantised stream (0: plain GPTQ).")
     shrink: float = Field(
         3.0, ge=0, description="Pull of an expert's gate/up Hessian to the layer's, in in_features tokens."
@@ -140,30 +128,6 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         scale, zero_point = search_scales(
             target, scheme, prepared.importance, search=self.scale_search, grid=self.grid, signed=self.signed
         )
-        best = _swept(scheme, target, scale, zero_point, factor)
-        for round_number in range(self.refits):
-            refitted = ldlq.refit(scheme, target, best.codes, best.scale, zero_point, factor.hessian)
-            refitted = representable(scheme, refitted).to(scale.dtype)
-            best = best.better_of(_judged(scheme, target, best.codes, refitted, zero_point, factor))
-            if self.descend:
-                codes = ldlq.descend(scheme, target, best.codes, best.scale, zero_point, factor.hessian)
-                best = best.better_of(_judged(scheme, target, codes, best.scale, zero_point, factor))
-            elif round_number + 1 < self.refits:
-                best = best.better_of(_swept(scheme, target, best.scale, zero_point, factor))
-        return best
-
-
-def _swept(scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor) -> _Rows:
-    from quantkit.quantizers import ldlq
-
-    codes, loss = ldlq.sweep(scheme, target, scale, zero_point, factor)
-    return _Rows(codes, scale, zero_point, loss)
-
-
-def _judged(
-    scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor
-) -> _Rows:
-    from quantkit.quantizers import ldlq
-
-    error = target - scheme.decode(codes, scale, zero_point)
-    return _Rows(codes, scale, zero_point, ldlq.row_loss(error, factor.hessian))
+        codes = ldlq.sweep(scheme, target, scale, zero_point, factor)
+        codes, scale, loss = ldlq.polish(scheme, target, codes, scale, zero_point, factor.hessian, self.polish)
+        return _Rows(codes, scale, zero_point, loss)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantkit.errors import CalibrationError
 from quantkit.schemes import IntScheme
+from quantkit.schemes.affine_int import representable
 
 _LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
 _PANEL = 512  # columns that a Cholesky or triangular solve handles at once
@@ -138,7 +139,7 @@ def sweep(
     groups).
 
     target (B, out, in) float32; scale (B, out, groups); zero_point the same or None
-    -> codes (B, out, in) uint8 in storage order, loss (B, out) float32: tr(E H E^T) by row.
+    -> codes (B, out, in) uint8 in storage order.
     """
     in_features = target.shape[-1]
     group = factor.layout.div(in_features // scale.shape[-1], rounding_mode="floor")  # of each place
@@ -150,15 +151,14 @@ def sweep(
         half=2.0 ** (scheme.bits - 1),
         top=2**scheme.bits - 1,
         codes=torch.empty(target.mT.shape, dtype=torch.uint8, device=target.device),
-        loss=torch.zeros(target.shape[:-1], device=target.device),
     )
     _sweep_span(columns, factor, 0, in_features)
-    return _columns(columns.codes.mT, factor.layout.argsort(-1)), columns.loss
+    return _columns(columns.codes.mT, factor.layout.argsort(-1))
 
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """A sweep under way, transposed so that one column of the weight is contiguous. All but loss are (B, in, out) in
+    """A sweep under way, transposed so that one column of the weight is contiguous. All are (B, in, out) in
     layout order.
 
     ``moved`` holds w', ``error`` the target until a column is rounded and w - q afterwards.
@@ -171,7 +171,6 @@ class _Columns:
     half: float
     top: int
     codes: Tensor
-    loss: Tensor
 
 
 def _columns_of_groups(values: Tensor, group: Tensor) -> Tensor:
@@ -196,78 +195,99 @@ def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> Non
 
 def _round_column(columns: _Columns, factor: Factor, column: int, start: int) -> None:
     """Round one column and push its error to the rest of its leaf, [start, column)."""
-    moved, scale = columns.moved[:, column], columns.scale[:, column]
+    scale = columns.scale[:, column]
     zero = columns.half if columns.zero is None else columns.zero[:, column]
-    codes = (moved / scale).add_(zero).round_().clamp_(0, columns.top)
+    codes = (columns.moved[:, column] / scale).add_(zero).round_().clamp_(0, columns.top)
     columns.codes[:, column] = codes
-    level = codes.sub_(zero).mul_(scale)
-    columns.loss.addcmul_((moved - level).square_(), factor.pivots[:, column, None])
     error = columns.error[:, column]
-    error -= level
+    error.addcmul_(codes.sub_(zero), scale, value=-1)
     if column > start:
         weights = factor.lower[:, column, start:column, None]
         columns.moved[:, start:column].addcmul_(weights, error.unsqueeze(1))
 
 
-def descend(
-    scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor
-) -> Tensor:
-    """One pass of coordinate descent: each column takes the code that is best given all others. Never raises the loss.
+def polish(
+    scheme: IntScheme,
+    target: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    hessian: Tensor,
+    rounds: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinate descent on tr(E H E^T), group by group: the group's scale, then each of its codes, all others fixed.
 
-    With G = E H, the best real value of a column is its level + G_k / H_kk. Panels keep G in matrix products.
-    codes (B, out, in) uint8 -> the same, storage order.
+    With the gradient G = E H kept up to date, the best step of a scale is (q . G_g) / (q H_gg q), that of a column
+    G_k / H_kk. Only steps that lower the loss are taken, so a round never raises it.
+
+    target (B, out, in) float32, codes uint8 the same, scale and zero_point (B, out, groups)
+    -> codes, scale in the scheme's dtype, loss (B, out) float32.
     """
-    top, size = 2**scheme.bits - 1, target.shape[-1] // scale.shape[-1]
-    codes = codes.mT.contiguous()  # (B, in, out): a column is contiguous
-    error = target.mT - scheme.decode(codes.mT, scale, zero_point).mT  # (B, in, out)
-    gradient = hessian @ error
+    zero: Tensor | float = 2.0 ** (scheme.bits - 1)
+    if zero_point is not None:
+        zero = zero_point.float().repeat_interleave(target.shape[-1] // scale.shape[-1], -1).mT
+    levels = (codes.mT.float() - zero).contiguous()  # (B, in, out): a column is contiguous
     scales = scale.float().mT.contiguous()
-    for start in range(0, codes.shape[1], _CD_PANEL):
-        stop = min(start + _CD_PANEL, codes.shape[1])
-        change = torch.empty_like(error[:, start:stop])
-        local = gradient[:, start:stop].clone()
-        block = hessian[:, start:stop, start:stop]
-        for column in range(start, stop):
-            place, group = column - start, column // size
-            step = scales[:, group]
-            old = codes[:, column].float()
-            new = (local[:, place] / block[:, place, place, None]).div_(step).add_(old).round_().clamp_(0, top)
-            codes[:, column] = new
-            moved = (new - old).mul_(step)
-            change[:, place] = moved
-            if place + 1 < stop - start:
-                local[:, place + 1 :].addcmul_(block[:, place, place + 1 :, None], moved.unsqueeze(1), value=-1)
-        gradient[:, stop:].baddbmm_(hessian[:, stop:, start:stop], change, alpha=-1)
-    return codes.mT
+    n_groups, size = scales.shape[1], target.shape[-1] // scales.shape[1]
+    error = target.mT - levels * scales.repeat_interleave(size, 1)
+    gradient = hessian @ error
+    for _ in range(rounds):
+        for group in range(n_groups):
+            span = slice(group * size, (group + 1) * size)
+            own = hessian[:, span, span]
+            local = gradient[:, span].clone()
+            change = -error[:, span]
+            scales[:, group] = _step_scale(scheme, scales[:, group], levels[:, span], error[:, span], local, own)
+            low = -zero if isinstance(zero, float) else -zero[:, span]
+            _step_codes(scheme, scales[:, group], levels[:, span], error[:, span], local, own, low)
+            change += error[:, span]
+            gradient.baddbmm_(hessian[:, :, span], change)
+    final = (levels + zero).mT.to(codes.dtype)
+    return final, scales.mT.to(scale.dtype), (error * gradient).sum(1)
 
 
-_CD_PANEL = 64
-
-
-def refit(
-    scheme: IntScheme, target: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, hessian: Tensor
+def _step_scale(
+    scheme: IntScheme, scale: Tensor, levels: Tensor, error: Tensor, gradient: Tensor, hessian: Tensor
 ) -> Tensor:
-    """The scales (B, out, groups) float32 of least loss for fixed codes: for each row the normal equations over its
-    groups.
+    """The better scale (B, out) of one group; ``error`` and ``gradient`` (B, group, out) follow in place."""
+    through = hessian @ levels
+    curvature, slope = (levels * through).sum(1), (levels * gradient).sum(1)
+    step = representable(scheme, scale + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)) - scale
+    step = torch.where((step * (step * curvature - 2 * slope) < 0) & (curvature > 0), step, 0.0)
+    error.addcmul_(levels, step.unsqueeze(1), value=-1)
+    gradient.addcmul_(through, step.unsqueeze(1), value=-1)
+    return scale + step
 
-    A group whose levels are all zero keeps its scale; a small pull to the old scales keeps near-singular rows where
-    they were.
-    """
-    n_groups = scale.shape[-1]
-    levels = scheme.decode(codes, torch.ones_like(scale, dtype=torch.float32), zero_point)  # (B, out, in)
-    size = levels.shape[-1] // n_groups
-    normal = levels.new_empty(*scale.shape, n_groups)  # (B, out, groups, groups)
-    right = levels.new_empty(scale.shape)
-    for group in range(n_groups):
-        span = slice(group * size, (group + 1) * size)
-        seen = levels[..., span] @ hessian[:, span]  # (B, out, in): this group's levels through H
-        normal[..., group, :] = (seen * levels).unflatten(-1, (n_groups, size)).sum(-1)
-        right[..., group] = (seen * target).sum(-1)
-    diagonal = torch.diagonal(normal, dim1=-2, dim2=-1)
-    ridge = 1e-4 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    right += ridge * scale.float()
-    diagonal += ridge
-    return torch.linalg.solve(normal, right)
+
+def _step_codes(
+    scheme: IntScheme,
+    scale: Tensor,
+    levels: Tensor,
+    error: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+    low: Tensor | float,
+) -> None:
+    """Move each code of one group to its best level given all others. (B, group, out) tensors follow in place."""
+    size, top = levels.shape[1], 2**scheme.bits - 1
+    inverse = 1 / scale
+    diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
+    for start in range(0, size, _LEAF):
+        stop = min(start + _LEAF, size)
+        before = error[:, start:stop].clone()
+        for column in range(start, stop):
+            old = levels[:, column]
+            wanted = (gradient[:, column] / diagonal[:, column, None]).mul_(inverse).add_(old).round_()
+            floor = low if isinstance(low, float) else low[:, column]
+            new = wanted.clamp_(floor, floor + top)
+            moved = (new - old).mul_(scale)
+            levels[:, column] = new
+            error[:, column] -= moved
+            if column + 1 < stop:
+                weights = hessian[:, column, column + 1 : stop, None]
+                gradient[:, column + 1 : stop].addcmul_(weights, moved.unsqueeze(1), value=-1)
+        if stop < size:
+            gradient[:, stop:].baddbmm_(hessian[:, stop:, start:stop], error[:, start:stop] - before)
 
 
 def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
