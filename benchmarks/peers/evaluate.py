@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -38,6 +39,7 @@ from protocol import (
 from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers_tiny.json"
+WHAT = "tiny-deepseek-v3, 88 held-out windows of 512 tokens, KLD in nats against the BF16 weights, float32 arithmetic"
 PUBLISHED = {"int4": 0.07509, "int3": 0.42365}
 """Mean KLD of plain rounding, measured before by another script: it comes out only if windows and arithmetic match."""
 
@@ -94,16 +96,15 @@ def evaluate_decoded(
 
 def store(row: dict[str, Any]) -> None:
     """Put the row into the results file, in place of an older one of the same name, scheme and settings."""
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    key = ("name", "scheme", "settings")
-    rows = [old for old in rows if any(old.get(k) != row.get(k) for k in key)] + [row]
-    what = (
-        "tiny-deepseek-v3, 88 held-out windows of 512 tokens, KLD in nats against the BF16 weights, float32 arithmetic"
-    )
-    lines = ",\n".join(json.dumps(r) for r in rows)
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text(f'{{"what": {json.dumps(what)},\n"rows": [\n{lines}\n]}}\n')
-    partial.rename(RESULTS)
+    with RESULTS.with_suffix(".lock").open("w") as lock:  # two evaluations may end at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        key = ("name", "scheme", "settings")
+        rows = [old for old in rows if any(old.get(k) != row.get(k) for k in key)] + [row]
+        lines = ",\n".join(json.dumps(r) for r in rows)
+        partial = RESULTS.with_suffix(".partial")
+        partial.write_text(f'{{"what": {json.dumps(WHAT)},\n"rows": [\n{lines}\n]}}\n')
+        partial.rename(RESULTS)
 
 
 def show(row: dict[str, Any]) -> None:
