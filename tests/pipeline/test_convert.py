@@ -204,7 +204,7 @@ def test_a_nano_model_keeps_its_quality(tmp_path: Path) -> None:
     calibration = {"data": ["builtin:mixed"], "tokens": 2048, "sequence_length": 128}
     validation = {"text": ["builtin:eval"], "context": 128, "max_windows_per_file": 1, "max_mean_kl": 0.2}
     means: list[float] = []
-    for name, rule in {"gptq": int4(refits=1), "rtn": int4(kind="rtn")}.items():
+    for name, rule in {"gptq": int4(polish=1), "rtn": int4(kind="rtn")}.items():
         recipe = recipe_of(rule, calibration=calibration, validation=validation)
         report = run(nano, recipe, tmp_path / name)
         result = report.outputs[0].validation
