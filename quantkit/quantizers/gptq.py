@@ -1,8 +1,7 @@
 """GPTQ (arXiv 2210.17323) as LDLQ, with the parts that earned their place on a trained Mixture-of-Experts model:
 
 scales searched under diag(H) and signed; columns by falling diag(H) on static groups (nothing is permuted in the file);
-targets that follow the unquantised stream (`cross`); Hessian-aware scale refits, each followed by coordinate descent
-over the codes; the best of all rounds kept row by row.
+targets that follow the unquantised stream (`cross`); and coordinate descent over scales and codes after the sweep.
 The numerics are in `quantkit.quantizers.ldlq`.
 """
 
