@@ -33,6 +33,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from quantkit.cli.app import app
+from quantkit.quantizers import Gptq
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,7 +86,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def short(recipe: str) -> str:
-    recipe = re.sub(r"tokens: \d+, sequence_length: \d+", "tokens: 4096, sequence_length: 256", recipe)
+    recipe = re.sub(r"tokens: \d+, sequence_length: \d+", "tokens: 2048, sequence_length: 256", recipe)
     return re.sub(r"max_windows_per_file: \d+", "max_windows_per_file: 1", recipe)
 
 
@@ -214,6 +215,15 @@ def test_the_limits_of_the_demo_stop_a_broken_quantiser(session: Path) -> None:
     code, printed = outcome(run("quantkit convert examples/nano-deepseek-v3 -r broken.yaml -o broken"))
     assert code == 1
     assert "EXCEEDED" in printed
+
+
+def test_the_switches_of_gptq_that_a_page_names_exist() -> None:
+    page = (ROOT / "docs" / "write-a-recipe.md").read_text(encoding="utf-8")
+    table = page[page.index("| to switch off |") :].split("\n\n")[0]
+    switches = [yaml.safe_load(text) for text in re.findall(r"`([^`]+: [^`]+)`", table)]
+    assert len(switches) > 5
+    for switch in switches:
+        Gptq.model_validate(switch)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=ids)
