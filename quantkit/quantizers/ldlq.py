@@ -132,9 +132,7 @@ def _columns(matrix: Tensor, order: Tensor) -> Tensor:
     return matrix.gather(-1, order.unsqueeze(-2).expand(matrix.shape))
 
 
-def sweep(
-    scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor
-) -> tuple[Tensor, Tensor]:
+def sweep(scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor) -> Tensor:
     """Round the columns of ``target`` with error feedback on a fixed grid (groups stay where storage has them: static
     groups).
 
@@ -238,7 +236,7 @@ def polish(
             local = gradient[:, span].clone()
             change = -error[:, span]
             scales[:, group] = _step_scale(scheme, scales[:, group], levels[:, span], error[:, span], local, own)
-            low = -zero if isinstance(zero, float) else -zero[:, span]
+            low = -zero[:, span] if isinstance(zero, Tensor) else -zero
             _step_codes(scheme, scales[:, group], levels[:, span], error[:, span], local, own, low)
             change += error[:, span]
             gradient.baddbmm_(hessian[:, :, span], change)
@@ -278,7 +276,7 @@ def _step_codes(
         for column in range(start, stop):
             old = levels[:, column]
             wanted = (gradient[:, column] / diagonal[:, column, None]).mul_(inverse).add_(old).round_()
-            floor = low if isinstance(low, float) else low[:, column]
+            floor = low[:, column] if isinstance(low, Tensor) else low
             new = wanted.clamp_(floor, floor + top)
             moved = (new - old).mul_(scale)
             levels[:, column] = new

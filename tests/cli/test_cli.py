@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -133,16 +132,25 @@ def test_plan_text_and_json(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_plan_of_v3_is_fast_and_small() -> None:
-    """At the true size <= 3 s and <= 600 MB. Processor time, because other work may share the machine."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = subprocess_of("plan", V3, "-r", "deepseek-v3-w4a16-gptq", "--json")
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
-    assert after.ru_maxrss < 600_000
-    assert json.loads(stdout)["outputs"][0]["nbytes"] == 356_487_744_128
+    """At the true size <= 3 s and <= 600 MB. Processor time, because other work may share the machine; VmHWM, because
+    the peak that getrusage reports of a child begins with its parent's."""
+    code = (
+        "import sys, time; from quantkit.cli.app import main; sys.argv[0] = 'quantkit'\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    peak = [line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]\n"
+        "    print(time.process_time(), peak, file=sys.stderr)"
+    )
+    words = ["plan", V3, "-r", "deepseek-v3-w4a16-gptq", "--json"]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    seconds, peak_kib = map(float, found.stderr.split())
+    assert seconds < 3
+    assert peak_kib < 600_000
+    assert json.loads(found.stdout)["outputs"][0]["nbytes"] == 356_487_744_128
 
 
 def test_torch_is_loaded_only_by_convert() -> None:
