@@ -26,7 +26,7 @@ outputs:
     rules:
       - match: "role:attention|mlp|shared_expert|expert"
         scheme: {kind: int, bits: 4, group_size: 128}
-        method: {kind: gptq, grid: 8}
+        method: {kind: gptq, grid: 8, polish: 1}
       - {match: "*", keep: source}
 validation: {text: [builtin:eval], context: 256, max_windows_per_file: 1}
 """

@@ -129,6 +129,15 @@ class OutputFolder:
                 _remove(entry)
 
 
+def refuse_to_lose(out: Path, *kept: Path) -> None:
+    """Raise `OutputError` if OUT, which may be replaced, is or holds one of ``kept``: source, texts, where the user is."""
+    for path in kept:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputError(
+                f"{out}: is or holds {path.resolve()}, which would be replaced.", hint="Choose another -o."
+            )
+
+
 def _exists(path: Path) -> bool:
     """Whether the name is taken, be it by a link that leads nowhere."""
     return os.path.lexists(path)

@@ -21,9 +21,9 @@ BUDGET = 2 * 2**30
 
 
 def small_config(**changes: Any) -> dict[str, Any]:
-    """A dense layer, an MoE layer with 4 experts, an MTP layer, every feature of the real one; a byte vocabulary."""
+    """A dense layer, an MoE layer with 4 experts, an MTP layer, every feature of the real one; several shards."""
     sizes = {"num_hidden_layers": 2, "n_routed_experts": 4, "n_group": 2, "topk_group": 2, "num_experts_per_tok": 2}
-    return tiny_config(**{"vocab_size": 260, **sizes, **changes})
+    return tiny_config(**{"vocab_size": 1024, **sizes, **changes})
 
 
 def write_model(folder: Path, config: dict[str, Any] | None = None, **options: Any) -> dict[str, torch.Tensor]:

@@ -287,6 +287,24 @@ def test_a_second_process_is_refused_while_the_first_lives(place: Path, tmp_path
     assert decoded(tmp_path / "out")
 
 
+def test_a_folder_that_holds_the_source_or_the_user_is_never_replaced(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place, tmp_path / "job")
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    (tmp_path / "users" / "me").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "users" / "me"))
+    before = files_of(tmp_path)
+    source = tmp_path / "job" / "model"
+    folders = (source, tmp_path / "job", tmp_path, tmp_path / "work", Path("../here"), Path.home(), Path.home().parent)
+    for out in folders:
+        for restart in (True, False):
+            with pytest.raises(OutputError):
+                run(source, data_free(), out, restart=restart)
+    assert files_of(tmp_path) == before
+
+
 class Stop(Exception):
     """A kill that leaves the test alive."""
 

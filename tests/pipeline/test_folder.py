@@ -163,6 +163,21 @@ def test_a_kill_after_the_last_rename_leaves_a_finished_output(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_out_that_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with OutputFolder(out, restart=False) as folder:
+        fill(folder, "new")
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+        with pytest.raises(OutputError, match="out: "):
+            folder.publish()
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    out.rename(tmp_path / "moved")
+    with OutputFolder(out, restart=False) as folder:
+        folder.publish()
+    assert (out / "weights").read_text() == "new"
+
+
 @pytest.mark.parametrize("name", [".", "", "..", "/"])
 def test_a_path_without_a_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
