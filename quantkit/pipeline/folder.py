@@ -130,7 +130,7 @@ class OutputFolder:
 
 
 def refuse_to_lose(out: Path, *kept: Path) -> None:
-    """Raise `OutputError` if OUT, which may be replaced, is or holds one of ``kept``: source, texts, where the user is."""
+    """Raise `OutputError` if OUT, which may be replaced, is or holds one of ``kept``: source, texts, the user's place."""
     for path in kept:
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(
