@@ -130,7 +130,7 @@ class OutputFolder:
 
 
 def refuse_to_lose(out: Path, *kept: Path) -> None:
-    """Raise `OutputError` if OUT, which may be replaced, is or holds one of ``kept``: source, texts, the user's place."""
+    """Raise `OutputError` if OUT, which may be replaced, is or holds one of ``kept``: source, texts, the user."""
     for path in kept:
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(
