@@ -19,14 +19,14 @@ import synthetic
 
 RECIPE = """\
 version: 1
-calibration: {data: [builtin:mixed], tokens: 16384, sequence_length: 512}
+calibration: {data: [builtin:mixed], tokens: 4096, sequence_length: 512}
 outputs:
   - name: w4a16
     format: compressed-tensors
     rules:
       - match: "role:attention|mlp|shared_expert|expert"
         scheme: {kind: int, bits: 4, group_size: 128}
-        method: {kind: gptq, grid: 8, polish: 1}
+        method: {kind: gptq, grid: 4, polish: 0}
       - {match: "*", keep: source}
 validation: {text: [builtin:eval], context: 256, max_windows_per_file: 1}
 """

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 RECIPE = recipe_of(
     {"match": "role:mtp", **INT4_RTN},
-    int4(grid=2, polish=1),
+    int4(grid=2, polish=0),
     others={"second": [int4("role:expert", kind="rtn", grid=2)]},
     tokens=128,
     validated=True,
