@@ -4,8 +4,8 @@
 
 The twin of a case is `quantkit.arch.forward` in float32 over the decoded weights of the folder that vLLM loaded. vLLM
 computes in BF16, so the two differ even for weights that are not quantised (case ``bf16``): that is the noise floor.
-Two controls show what a misread file would look like: the twin with the signs of all scales dropped, and the twin of
-the unquantised model.
+Controls show what a misread file would look like: the twin with the signs of all scales dropped, the twin whose FP8
+blocks have each other's scales, and the twin of the unquantised model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from quantkit.schemes import Float8Scheme  # noqa: E402
 
 UNQUANTIZED = "bf16"
 FP8_MAX = 448.0
-KERNELS = ("Kernel for", "MoE backend", "prefill backend", "attention backend", "AttentionBackend")
+KERNELS = ("Kernel for", "Selected", "MoE backend", "prefill backend", "attention backend", "AttentionBackend")
 
 
 def main() -> None:
@@ -71,25 +71,33 @@ class Twin:
                 self.float8.add(storage(self.weights[name]))
         return self.weights[name]
 
-    def logprobs(self, tokens: Tensor) -> Tensor:
-        """tokens (rows, n) int64 -> log-probability of each token but the first, (rows, n - 1)."""
-        with torch.inference_mode(), RoundedInputs(self.float8):
+    def logprobs(self, tokens: Tensor, bfloat16: bool = False) -> Tensor:
+        """tokens (rows, n) int64 -> log-probability of each token but the first, (rows, n - 1). ``bfloat16``: what goes
+        into linears and comes out of them is rounded."""
+        with torch.inference_mode(), RoundedLinears(self.float8, bfloat16):
             scores = logits(self.arch, self.weight, tokens)[:, :-1].log_softmax(-1)
         return scores.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
-class RoundedInputs(TorchFunctionMode):
+class RoundedLinears(TorchFunctionMode):
     """Linears with FP8 weights get their inputs in FP8 too, one scale for each token and 128 channels, as config.json
-    asks of a runtime that multiplies in FP8."""
+    asks of a runtime that multiplies in FP8. With ``bfloat16`` all linears read and write BF16."""
 
-    def __init__(self, float8: set[int]) -> None:
+    def __init__(self, float8: set[int], bfloat16: bool) -> None:
         super().__init__()
         self.float8 = float8
+        self.bfloat16 = bfloat16
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and storage(args[1]) in self.float8:
-            args = (rounded_to_float8(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.linear:
+            return func(*args, **(kwargs or {}))
+        x, weight = args
+        if self.bfloat16:
+            x = x.bfloat16().float()
+        if storage(weight) in self.float8:
+            x = rounded_to_float8(x)
+        y = func(x, weight)
+        return y.bfloat16().float() if self.bfloat16 else y
 
 
 def storage(weight: Tensor) -> int:
@@ -118,6 +126,21 @@ def without_signs(folder: Path) -> Callable[[str, Tensor], Tensor]:
     return changed
 
 
+def with_moved_scales(folder: Path) -> Callable[[str, Tensor], Tensor]:
+    """A reader that gives every FP8 block the scale of the block before it."""
+    source = CompressedTensorsSource(folder)
+
+    def changed(name: str, weight: Tensor) -> Tensor:
+        if not isinstance(source.scheme(name), Float8Scheme):
+            return weight
+        scale = source.raw.read(f"{name}_scale").float()
+        factor = scale.flatten().roll(1).view_as(scale) / scale
+        wide = factor.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        return weight * wide[: weight.shape[0], : weight.shape[1]]
+
+    return changed
+
+
 def compare(directory: Path, run: str, record: dict[str, Any], prompts: Tensor, noise: Twin) -> dict[str, Any]:
     """One row of the result: what vLLM gave, what the twin gives, and how far apart they are."""
     if "error" in record:
@@ -136,6 +159,7 @@ def compare(directory: Path, run: str, record: dict[str, Any], prompts: Tensor, 
         "nll_twin": round(-ours.mean().item(), 5),
         "prompt": distance(theirs, ours),
         "greedy": distance(torch.tensor(record["new_logprobs"]), ours_new),
+        "noise": distance(twin.logprobs(prompts, bfloat16=True), ours),
         "controls": {"unquantized": distance(theirs, noise.logprobs(prompts))},
         "kernels": [line for line in record["log"] if any(word in line for word in KERNELS)],
     }
@@ -143,6 +167,9 @@ def compare(directory: Path, run: str, record: dict[str, Any], prompts: Tensor, 
         scales = [twin.source.raw.read(name) for name in twin.source.raw.infos() if name.endswith("weight_scale")]
         row["negative_scales"] = round(sum((s < 0).sum().item() for s in scales) / sum(s.numel() for s in scales), 4)
         row["controls"]["signs_dropped"] = distance(theirs, Twin(folder, without_signs(folder)).logprobs(prompts))
+        if twin.float8:
+            moved = Twin(folder, with_moved_scales(folder)).logprobs(prompts)
+            row["controls"]["float8_scales_moved"] = distance(theirs, moved)
     return row
 
 
@@ -159,14 +186,15 @@ def distance(theirs: Tensor, ours: Tensor) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """As Markdown."""
     lines = [
-        "| run | loads | NLL vLLM / twin | mean, median abs dlogprob | greedy | unquantised twin | signs dropped |",
-        "|---|---|---|---|---|---|---|",
+        "| run | loads | NLL vLLM / twin | mean, median abs dlogprob | greedy | noise | unquantised | signs dropped |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if not row["loads"]:
-            lines.append(f"| {row['run']} | no: {row['error']} | | | | | |")
+            lines.append(f"| {row['run']} | no: {row['error']} | | | | | | |")
             continue
-        found = [row["prompt"], row["greedy"], row["controls"]["unquantized"], row["controls"].get("signs_dropped")]
+        controls = row["controls"]
+        found = [row["prompt"], row["greedy"], row["noise"], controls["unquantized"], controls.get("signs_dropped")]
         cells = [f"{d['mean']:.3f}, {d['median']:.3f}" if d else "" for d in found]
         lines.append(f"| {row['run']} | yes | {row['nll_vllm']:.4f} / {row['nll_twin']:.4f} | {' | '.join(cells)} |")
     return "\n".join(lines)
