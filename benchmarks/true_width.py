@@ -68,7 +68,7 @@ def main() -> None:
     source, recipe, out = folder / "model", folder / "recipe.yaml", folder / "out"
     synthetic.write_in_child(source, config(arguments.scale, arguments.experts, arguments.vocab))
     recipe.write_text(RECIPE.format(tokens=arguments.tokens))
-    limits = ["--memory-budget", arguments.budget, "--jobs", arguments.jobs, "--restart"]
+    limits = ["--memory-budget", arguments.budget, "--jobs", arguments.jobs, "--device", "cpu", "--restart"]
     run = synthetic.convert(source, recipe, out, *limits)
     report = run.pop("report")
     budget = parse_size(arguments.budget)
