@@ -28,6 +28,6 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Entry point of the ``quantkit`` script."""
-    # Waiting threads sleep instead of spinning: on a machine with other work, spinning made a conversion five times slower.
+    # Waiting threads sleep instead of spinning: beside other work, spinning made a conversion five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
     app()
