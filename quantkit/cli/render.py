@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
 
 import typer
+
+from quantkit.pipeline.json_text import finite
 
 GB, GIB = 1e9, 2**30
 
@@ -52,16 +52,4 @@ def _aligned(row: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
 
 def show_json(document: object) -> None:
     """One JSON document on stdout. Numbers that JSON cannot say (infinity, NaN) become null."""
-    typer.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: object) -> object:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {key: _finite(item) for key, item in cast("Mapping[str, object]", value).items()}
-        case list() | tuple():
-            return [_finite(item) for item in cast("Sequence[object]", value)]
-        case _:
-            return value
+    typer.echo(json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False))

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quantkit.cli.render import both_units, duration, short_size, table
-from quantkit.evaluate.scores import Estimate
 from quantkit.pipeline.events import OutputReport, Report, ValidationResult
 
 
@@ -39,10 +38,10 @@ def _output_text(output: OutputReport) -> str:
 def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
     scores = result.scores
     return [
-        ("perplexity, reference", _estimate(scores.reference_perplexity, 4)),
-        ("perplexity, quantised", _estimate(scores.candidate_perplexity, 4)),
-        ("their ratio, paired", _estimate(scores.perplexity_ratio, 5)),
-        ("mean KL divergence", f"{_estimate(scores.mean_kl, 5)} nats"),
+        ("perplexity, reference", scores.reference_perplexity.shown(4)),
+        ("perplexity, quantised", scores.candidate_perplexity.shown(4)),
+        ("their ratio, paired", scores.perplexity_ratio.shown(5)),
+        ("mean KL divergence", f"{scores.mean_kl.shown(5)} nats"),
         ("median, 99 % of it", f"{scores.median_kl:.5f}, {scores.p99_kl:.5f} nats"),
         ("same most likely token", f"{scores.top1.mean:.2%} ± {scores.top1.standard_error:.2%}"),
         ("measured on", f"{scores.tokens:,} tokens in {scores.windows:,} windows"),
@@ -92,10 +91,6 @@ def program() -> str:
     if started.name != "quantkit" or shutil.which("quantkit") is not None:
         return "quantkit"
     return shlex.quote(str(started))
-
-
-def _estimate(value: Estimate, digits: int) -> str:
-    return f"{value.mean:.{digits}f} ± {value.standard_error:.{digits}f}"
 
 
 def report_document(report: Report) -> Mapping[str, object]:

@@ -13,6 +13,10 @@ class Estimate:
     mean: float
     standard_error: float
 
+    def shown(self, digits: int) -> str:
+        """ "1.2345 ± 0.0067"."""
+        return f"{self.mean:.{digits}f} ± {self.standard_error:.{digits}f}"
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:

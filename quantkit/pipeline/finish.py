@@ -4,33 +4,28 @@ name."""
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import yaml
 
 import quantkit
-from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, eval_windows
 from quantkit.evaluate.compare import compare
-from quantkit.evaluate.scores import Estimate, Scores, limits_exceeded
+from quantkit.evaluate.scores import Scores, limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, copy_side_files, write_config, write_model_card
-from quantkit.formats.compressed_tensors import CompressedTensorsSink
 from quantkit.formats.compressed_tensors_config import quantization_config
 from quantkit.formats.compressed_tensors_contract import notes
 from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
-from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.safetensors_writer import write_durably
 from quantkit.pipeline.events import (
     ExpertTokens,
     Finished,
-    OnEvent,
     OutputReport,
     Report,
     StageStarted,
@@ -39,36 +34,11 @@ from quantkit.pipeline.events import (
 )  # fmt: skip
 from quantkit.pipeline.folder import OutputFolder
 from quantkit.pipeline.journal import Journal
-from quantkit.pipeline.machine import Machine, Stores, Timer, peak_rss_bytes
+from quantkit.pipeline.json_text import finite
+from quantkit.pipeline.machine import peak_rss_bytes
 from quantkit.pipeline.plan import Action, OutputPlan, Plan
 from quantkit.pipeline.recipe import Validation
-
-
-class Finishing(Protocol):
-    """What the end needs of the walk."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def arch(self) -> ModelArch: ...
-    @property
-    def source(self) -> Fp8Source: ...
-    @property
-    def machine(self) -> Machine: ...
-    @property
-    def folder(self) -> OutputFolder: ...
-    @property
-    def journal(self) -> Journal: ...
-    @property
-    def stores(self) -> Stores: ...
-    @property
-    def cache_bytes(self) -> int: ...
-    @property
-    def sinks(self) -> tuple[CompressedTensorsSink, ...]: ...
-    @property
-    def on_event(self) -> OnEvent: ...
-    @property
-    def timer(self) -> Timer: ...
+from quantkit.pipeline.walk import Walk
 
 
 def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
@@ -79,7 +49,7 @@ def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
 
 
 def finish(
-    walk: Finishing, header: Mapping[str, object], rows: TokenRows | None, base_dir: Path, *, resumed: bool
+    walk: Walk, header: Mapping[str, object], rows: TokenRows | None, base_dir: Path, *, resumed: bool
 ) -> Report:
     """Complete, validate and publish every output."""
     reports: list[OutputReport] = []
@@ -94,7 +64,7 @@ def finish(
         records = _tensor_records(walk.journal, number)
         with walk.timer.stage("files"):
             document = _document(walk, output, header, rows, records, hashes, result)
-            text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+            text = json.dumps(finite(document), indent=1, allow_nan=False) + "\n"
             write_durably(directory / "quantkit.json", text.encode())
             write_model_card(directory, _card(walk, output, directory, result))
         reports.append(_output_report(walk, output, records, result))
@@ -112,14 +82,13 @@ def finish(
     return report
 
 
-def _write_side_files(walk: Finishing, output: OutputPlan, directory: Path) -> None:
+def _write_side_files(walk: Walk, output: OutputPlan, directory: Path) -> None:
     dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
-    section = quantization_config(output.planned) if any(tensor.scheme for tensor in output.planned) else {}
-    write_config(directory, walk.source.config, section, mtp_dropped=dropped)
+    write_config(directory, walk.source.config, quantization_config(output.planned), mtp_dropped=dropped)
     copy_side_files(walk.source.directory, directory)
 
 
-def _validate(walk: Finishing, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
+def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
     """Score the files that were written, read back from the disk, against the source."""
     wanted = walk.plan.recipe.validation
     if wanted is None:
@@ -159,7 +128,7 @@ def _tensor_records(journal: Journal, output: int) -> dict[str, dict[str, object
 
 
 def _document(
-    walk: Finishing,
+    walk: Walk,
     output: OutputPlan,
     header: Mapping[str, object],
     rows: TokenRows | None,
@@ -187,28 +156,15 @@ def _document(
     }
 
 
-def _finite(value: object) -> object:
-    """JSON has no NaN: null stands for a number that is none, such as the standard error of a single window."""
-    match value:
-        case float() if not math.isfinite(value):
-            return None
-        case dict():
-            return {key: _finite(item) for key, item in cast("dict[str, object]", value).items()}
-        case list() | tuple():
-            return [_finite(item) for item in cast("list[object]", value)]
-        case _:
-            return value
-
-
-def _card(walk: Finishing, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
+def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
     recipe = walk.plan.recipe.model_dump(mode="json", exclude_none=True)
     measured: dict[str, str] = {}
     if result is not None:
         scores = result.scores
         measured = {
-            "perplexity, reference": _shown(scores.reference_perplexity, 4),
-            "perplexity, this checkpoint": _shown(scores.candidate_perplexity, 4),
-            "mean KL divergence": f"{_shown(scores.mean_kl, 5)} nats per token",
+            "perplexity, reference": scores.reference_perplexity.shown(4),
+            "perplexity, this checkpoint": scores.candidate_perplexity.shown(4),
+            "mean KL divergence": f"{scores.mean_kl.shown(5)} nats per token",
             "same most likely token": f"{scores.top1.mean:.2%} ± {scores.top1.standard_error:.2%}",
             "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
         }
@@ -225,12 +181,8 @@ def _card(walk: Finishing, output: OutputPlan, directory: Path, result: Validati
     )
 
 
-def _shown(value: Estimate, digits: int) -> str:
-    return f"{value.mean:.{digits}f} ± {value.standard_error:.{digits}f}"
-
-
 def _output_report(
-    walk: Finishing, output: OutputPlan, records: Mapping[str, Mapping[str, object]], result: ValidationResult | None
+    walk: Walk, output: OutputPlan, records: Mapping[str, Mapping[str, object]], result: ValidationResult | None
 ) -> OutputReport:
     several = len(walk.plan.outputs) > 1
     return OutputReport(

@@ -179,10 +179,7 @@ def _tokens(calibration: Calibration) -> int:
 
 
 def _streams(plan: Plan) -> int:
-    """2 if some method follows the unquantised stream beside the quantised one."""
-    methods = (decision.method for output in plan.outputs for decision in output.decisions.values())
-    follows = plan.recipe.propagate == "quantized" and any(isinstance(m, Gptq) and m.cross > 0 for m in methods)
-    return 2 if follows else 1
+    return 2 if plan.follows_original else 1
 
 
 def _disk(plan: Plan, arch: ModelArch, hidden: Term | None) -> tuple[Term, ...]:

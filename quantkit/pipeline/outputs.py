@@ -74,12 +74,12 @@ def quantize_linears(
         # Methods overwrite what they are given; the last one may.
         own = stats if method == methods[-1] else _copy(stats)
         try:
-            prepared = method.prepare(own)
+            quantize = method.quantizer(own)
         except CalibrationError as error:
             raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
         for _, number, position, scheme in (item for item in work if item[0] == method):
             names = group[position].names
-            batch = method.quantize(group[position].weight, scheme, prepared)  # type: ignore[arg-type]
+            batch = quantize(group[position].weight, scheme)
             for tensor in batch.tensors(names, (0,) * len(names) if stats is None else stats.n_tokens):
                 outputs[number].sink.write(tensor)
                 on_tensor(number, tensor)

@@ -18,7 +18,7 @@ from quantkit.formats.compressed_tensors_contract import describe
 from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.headers import IsFloat8
 from quantkit.pipeline.recipe import Output, Recipe, Rule
-from quantkit.quantizers import Gptq, Method
+from quantkit.quantizers import Method
 from quantkit.schemes import Float8Scheme, IntScheme
 from quantkit.tensors import TensorInfo
 
@@ -115,6 +115,13 @@ class Plan:
     outputs: tuple[OutputPlan, ...]
     source_bytes: int
     warnings: tuple[str, ...]
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether some method follows the unquantised stream beside the quantised one: then hidden states exist
+        twice."""
+        methods = (decision.method for output in self.outputs for decision in output.decisions.values())
+        return self.recipe.propagate == "quantized" and any(m is not None and m.follows_original for m in methods)
 
     def decision(self, name: str, output: int = 0) -> Decision:
         """What happens to a tensor in one output."""
@@ -276,8 +283,8 @@ def _check_decision(output: Output, decision: Decision, calibrated: bool, proble
             "Put a rule with keep: source before it.",
         )
         return
-    if isinstance(decision.method, Gptq):
-        _check_gptq(where, spec, calibrated, problems)
+    if decision.method is not None and decision.method.needs_inputs:
+        _check_inputs(where, spec, decision.method.kind, calibrated, problems)
     assert isinstance(decision.scheme, IntScheme)
     try:
         decision.scheme.check(spec.name, spec.shape)
@@ -285,16 +292,17 @@ def _check_decision(output: Output, decision: Decision, calibrated: bool, proble
         problems.add("schemes that do not fit", f"output {output.name}: {error.message}", error.hint)
 
 
-def _check_gptq(where: str, spec: TensorSpec, calibrated: bool, problems: _Problems) -> None:
+def _check_inputs(where: str, spec: TensorSpec, method: str, calibrated: bool, problems: _Problems) -> None:
+    """A method that learns from inputs needs text, and a layer that the text passes."""
     if not calibrated:
         problems.add(
-            "gptq without calibration",
-            f"{where}: gptq needs calibration text.",
+            f"{method} without calibration",
+            f"{where}: {method} needs calibration text.",
             "Add calibration:, or use method: {kind: rtn}.",
         )
     elif spec.role is Role.MTP:
         problems.add(
-            "gptq on MTP layers",
+            f"{method} on MTP layers",
             f"{where}: MTP layers see no calibration tokens.",
             "Use method: {kind: rtn} for role:mtp.",
         )

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import ExpertBlock, ModelArch
+from quantkit.arch.base import Block, ExpertBlock
 from quantkit.calibrate.dataset import TokenRows, token_rows
-from quantkit.errors import CalibrationError, OutputError
+from quantkit.errors import OutputError
 from quantkit.formats import open_source
 from quantkit.formats.compressed_tensors import CompressedTensorsSink
-from quantkit.formats.fp8_source import Fp8Source
 from quantkit.pipeline.copying import copy_kept
 from quantkit.pipeline.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
 from quantkit.pipeline.fingerprint import job_header
 from quantkit.pipeline.finish import finish, result_folder
-from quantkit.pipeline.folder import OutputFolder
+from quantkit.pipeline.folder import OutputFolder, refuse_to_lose
 from quantkit.pipeline.hidden import StreamFiles, Streams
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_inputs
@@ -34,26 +32,10 @@ from quantkit.pipeline.memory import INTERPRETER_BYTES, check_free_disk, convers
 from quantkit.pipeline.outputs import OutputJob
 from quantkit.pipeline.plan import Action, OutputPlan, Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
+from quantkit.pipeline.walk import Walk
 from quantkit.pipeline.weights import LayerWeights
-from quantkit.quantizers import Gptq
+from quantkit.quantizers import Method
 from quantkit.schemes import IntScheme, QuantizedTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """What stays the same from the first tensor to the last."""
-
-    plan: Plan
-    arch: ModelArch
-    source: Fp8Source
-    machine: Machine
-    folder: OutputFolder
-    journal: Journal
-    stores: Stores
-    cache_bytes: int
-    sinks: tuple[CompressedTensorsSink, ...]
-    on_event: OnEvent
-    timer: Timer
 
 
 def convert(
@@ -87,8 +69,7 @@ def convert(
         needs = conversion_needs(plan, arch)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
-        if rows is not None:
-            _check_vocabulary(rows, arch)
+        refuse_to_lose(Path(out), opened.directory, base_dir, Path.cwd(), Path("~").expanduser())
         folder = stack.enter_context(OutputFolder(Path(out), restart=restart))
         header = job_header(recipe, opened, rows, machine)
         journal = Journal(folder.journal, header)
@@ -115,7 +96,7 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
             copy_kept(walk.source, walk.plan, walk.sinks, None, walk.on_event)
             _sync(walk)
             walk.journal.append({"done": "outside"})
-    files = StreamFiles(walk.folder.hidden, walk.stores, two=_follows_original(walk.plan))
+    files = StreamFiles(walk.folder.hidden, walk.stores, two=walk.plan.follows_original)
     with walk.timer.stage("embeddings"):
         streams = None if rows is None else files.open(rows, walk.arch, walk.source, layers_done=done)
     for layer in layers:
@@ -129,34 +110,10 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
 def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
     """Quantise one layer, bring it to the disk, and say so in the journal."""
     start = time.monotonic()
-    records: list[list[object]] = []
-
-    def on_tensor(output: int, tensor: QuantizedTensor) -> None:
-        error = tensor.error
-        records.append([output, tensor.name, error.relative_loss, error.n_tokens, error.fallback])
-        if output == 0:
-            walk.on_event(TensorDone(tensor.name, error.relative_loss, walk.source.infos()[tensor.name].nbytes))
-
     sublayers = walk.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
-    job = LayerJob(
-        outputs=tuple(
-            OutputJob(_methods(output), sink) for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True)
-        ),
-        weights=LayerWeights(
-            walk.source,
-            carries_quantised=walk.plan.recipe.propagate == "quantized",
-            cache_bytes=walk.cache_bytes,
-            device=walk.machine.device,
-        ),
-        streams=streams,
-        new_rows=files.scratch,
-        on_tensor=on_tensor,
-        on_stage=lambda stage, total: walk.on_event(StageStarted(stage, layer, total)),
-        device=walk.machine.device,
-        experts_at_once=_experts_at_once(walk, blocks),
-        min_expert_tokens=walk.plan.recipe.calibration.min_expert_tokens if walk.plan.recipe.calibration else 0,
-    )
+    records: list[list[object]] = []
+    job = _layer_job(walk, layer, streams, files, blocks, records)
     _prefetch(walk, layer + 1)
     with walk.timer.stage("layers" if streams is not None else "layers without calibration"):
         if streams is None:
@@ -169,14 +126,53 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
         _sync(walk)
         if streams is not None:
             files.save(streams, layer)
-        counts = {
-            name: [[c.n_tokens, c.gate_weight, c.borrowed] for c in per_expert]
-            for name, per_expert in job.counts.items()
-        }
-        walk.journal.append({"done": "layer", "layer": layer, "tensors": records, "experts": counts})
+        walk.journal.append({"done": "layer", "layer": layer, "tensors": records, "experts": _expert_records(job)})
         if streams is not None:
             files.forget(layer - 1)
     walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
+
+
+def _layer_job(
+    walk: Walk,
+    layer: int,
+    streams: Streams | None,
+    files: StreamFiles,
+    blocks: tuple[Block, ...],
+    records: list[list[object]],
+) -> LayerJob:
+    """What a layer needs of the walk. ``records`` fills with what the journal says of each quantised linear."""
+    device, calibration = walk.machine.device, walk.plan.recipe.calibration
+
+    def on_tensor(output: int, tensor: QuantizedTensor) -> None:
+        error = tensor.error
+        records.append([output, tensor.name, error.relative_loss, error.n_tokens, error.fallback])
+        if output == 0:
+            walk.on_event(TensorDone(tensor.name, error.relative_loss, walk.source.infos()[tensor.name].nbytes))
+
+    carries_quantised = walk.plan.recipe.propagate == "quantized"
+    return LayerJob(
+        outputs=tuple(
+            OutputJob(_methods(output), sink) for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True)
+        ),
+        weights=LayerWeights(
+            walk.source, carries_quantised=carries_quantised, cache_bytes=walk.cache_bytes, device=device
+        ),
+        streams=streams,
+        new_rows=files.scratch,
+        on_tensor=on_tensor,
+        on_stage=lambda stage, total: walk.on_event(StageStarted(stage, layer, total)),
+        device=device,
+        experts_at_once=_experts_at_once(walk, blocks),
+        min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
+    )
+
+
+def _expert_records(job: LayerJob) -> dict[str, list[list[object]]]:
+    """What the journal says of each routed expert, by block."""
+    return {
+        name: [[count.n_tokens, count.gate_weight, count.borrowed] for count in counts]
+        for name, counts in job.counts.items()
+    }
 
 
 def _layers(plan: Plan) -> list[int]:
@@ -185,15 +181,16 @@ def _layers(plan: Plan) -> list[int]:
     return sorted({d.spec.layer for d in decisions if d.spec.layer is not None})
 
 
-def _methods(output: OutputPlan) -> dict[str, tuple[IntScheme, Gptq]]:
+def _methods(output: OutputPlan) -> dict[str, tuple[IntScheme, Method]]:
+    """Scheme and method of every linear that an output quantises."""
     return {
-        name: (decision.scheme, decision.method)  # type: ignore[misc]
+        name: (decision.scheme, decision.method)
         for name, decision in output.decisions.items()
-        if decision.action is Action.QUANTIZE
+        if isinstance(decision.scheme, IntScheme) and decision.method is not None
     }
 
 
-def _experts_at_once(walk: Walk, blocks: tuple[object, ...]) -> int:
+def _experts_at_once(walk: Walk, blocks: tuple[Block, ...]) -> int:
     routed = [block for block in blocks if isinstance(block, ExpertBlock)]
     if not routed:
         return 1
@@ -221,18 +218,3 @@ def _open_sink(folder: OutputFolder, output: OutputPlan, plan: Plan, journal: Jo
             f"{folder.partial}: the shards of the unfinished job are gone.", hint="Begin anew with --restart."
         )
     return sink
-
-
-def _follows_original(plan: Plan) -> bool:
-    """Whether some method needs the unquantised stream beside the quantised one."""
-    methods = (decision.method for output in plan.outputs for decision in output.decisions.values())
-    return plan.recipe.propagate == "quantized" and any(isinstance(m, Gptq) and m.cross > 0 for m in methods)
-
-
-def _check_vocabulary(rows: TokenRows, arch: ModelArch) -> None:
-    largest = int(rows.tokens.max())
-    if largest >= arch.vocab_size:
-        raise CalibrationError(
-            f"tokenizer.json gives token {largest}, config.json has vocab_size {arch.vocab_size}.",
-            hint="The tokenizer belongs to another checkpoint.",
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,3 +42,7 @@ class QuantizedBatch:
             )
             for i, (name, n) in enumerate(zip(names, n_tokens, strict=True))
         ]
+
+
+Quantizer = Callable[[Tensor, IntScheme], QuantizedBatch]
+"""A method with its inputs: weight (B, out, in) float32 and the scheme to store it in -> codes and scales."""

@@ -8,6 +8,7 @@ The numerics are in `quantkit.quantizers.ldlq`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.calibrate.inputs import InputStats
-    from quantkit.quantizers.batch import QuantizedBatch
+    from quantkit.quantizers.batch import QuantizedBatch, Quantizer
     from quantkit.quantizers.ldlq import Factor
 
 
@@ -77,6 +78,15 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
     def needs_inputs(self) -> bool:
         """Whether the method can't work without calibration inputs."""
         return True
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether the method wants the unquantised stream beside the quantised one."""
+        return self.cross > 0
+
+    def quantizer(self, stats: InputStats | None) -> Quantizer:
+        """`quantize` for linears that these inputs feed, prepared once for all of them. Overwrites ``stats``."""
+        return partial(self.quantize, prepared=self.prepare(stats))
 
     def prepare(self, stats: InputStats | None) -> PreparedInputs:
         """Factor the Hessians once for all linears of the group. Overwrites ``stats``.

@@ -5,6 +5,7 @@ With calibration the scale search weights each input by its mean square (the ima
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.calibrate.inputs import InputStats
-    from quantkit.quantizers.batch import QuantizedBatch
+    from quantkit.quantizers.batch import QuantizedBatch, Quantizer
 
 ScaleSearch = Literal["range", "mse", "importance"]
 """range: the group's whole range; mse: least squared weight error; importance: that error weighted by each input's mean
@@ -36,6 +37,15 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
     def needs_inputs(self) -> bool:
         """Whether the method can't work without calibration inputs."""
         return False
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether the method wants the unquantised stream beside the quantised one."""
+        return False
+
+    def quantizer(self, stats: InputStats | None) -> Quantizer:
+        """`quantize` for linears that these inputs feed, prepared once for all of them. Overwrites ``stats``."""
+        return partial(self.quantize, prepared=self.prepare(stats))
 
     def prepare(self, stats: InputStats | None) -> Tensor | None:
         """What `quantize` needs of the inputs, shared by all linears that they feed: the imatrix (B, in) float32."""

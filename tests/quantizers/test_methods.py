@@ -30,14 +30,14 @@ def loss(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> 
 def test_the_batch_is_what_each_matrix_alone_gives(method: Rtn | Gptq, scheme: IntScheme) -> None:
     weight, stats = problem()
     hessian = stats.hessian.clone()
-    batch = method.quantize(weight, scheme, method.prepare(stats))  # type: ignore[arg-type]
+    batch = method.quantizer(stats)(weight, scheme)
     assert batch.codes.shape == weight.shape
     assert batch.codes.dtype == torch.uint8
     assert int(batch.codes.max()) < 2**scheme.bits
     assert batch.fallbacks == ("",) * 3
     for index in range(3):
         alone = InputStats(hessian[index : index + 1].clone(), None, (300,))
-        single = method.quantize(weight[index : index + 1], scheme, method.prepare(alone))  # type: ignore[arg-type]
+        single = method.quantizer(alone)(weight[index : index + 1], scheme)
         assert float((single.codes[0] != batch.codes[index]).float().mean()) < 0.01  # rounding ties only
         torch.testing.assert_close(single.relative_loss[0], batch.relative_loss[index], rtol=0.02, atol=0)
 
@@ -49,7 +49,7 @@ def test_each_part_of_gptq_lowers_the_calibration_loss(scheme: IntScheme) -> Non
 
     def total(method: Rtn | Gptq) -> float:
         fresh = InputStats(hessian.clone(), None, stats.n_tokens)
-        batch = method.quantize(weight, scheme, method.prepare(fresh))  # type: ignore[arg-type]
+        batch = method.quantizer(fresh)(weight, scheme)
         return float(loss(weight, batch.decode(), hessian).sum())
 
     plain, once, twice = (total(Gptq(polish=rounds, damp_percent=1e-4)) for rounds in (0, 1, 2))

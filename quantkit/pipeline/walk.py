@@ -1,0 +1,32 @@
+"""What stays the same from the first tensor of a conversion to the last: the plan, and everything that is open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantkit.arch.base import ModelArch
+from quantkit.formats.compressed_tensors import CompressedTensorsSink
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.pipeline.events import OnEvent
+from quantkit.pipeline.folder import OutputFolder
+from quantkit.pipeline.journal import Journal
+from quantkit.pipeline.machine import Machine, Stores, Timer
+from quantkit.pipeline.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """``sinks``: one for each output of the plan, in its order. ``cache_bytes``: float32 weights that may be kept
+    between batches of rows."""
+
+    plan: Plan
+    arch: ModelArch
+    source: Fp8Source
+    machine: Machine
+    folder: OutputFolder
+    journal: Journal
+    stores: Stores
+    cache_bytes: int
+    sinks: tuple[CompressedTensorsSink, ...]
+    on_event: OnEvent
+    timer: Timer
