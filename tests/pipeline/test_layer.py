@@ -97,6 +97,7 @@ class Case:
     unloved: tuple[int, ...] = ()
     experts_at_once: int = 3
     in_files: Path | None = None
+    min_tokens: int = MIN_TOKENS
     config: dict[str, Any] = field(default_factory=small_config)
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class Case:
             on_stage=lambda stage, total: None,
             device=CPU,
             experts_at_once=self.experts_at_once,
-            min_expert_tokens=MIN_TOKENS,
+            min_expert_tokens=self.min_tokens,
         )
 
     def store(self, rows: Tensor) -> RowStore:
@@ -179,7 +180,7 @@ class Case:
 
     def expected(self) -> Result:
         method = next((m for _, m in self.outputs[0].values() if isinstance(m, Gptq)), GPTQ)
-        settings = Settings(self.weights.__getitem__, self.carried, MIN_TOKENS, method.shrink, method.down_shrink)
+        settings = Settings(self.weights.__getitem__, self.carried, self.min_tokens, method.shrink, method.down_shrink)
         return expected_statistics(self.sublayers, settings, self.x, self.original)
 
 
@@ -224,6 +225,7 @@ CASES = {
     "originals carry": Case(two_streams=False, carries_quantised=False),
     "originals carry, dense": Case(layer=0, two_streams=False, carries_quantised=False),
     "unloved experts": Case(unloved=(0, 3)),
+    "unloved experts that borrow nothing": Case(unloved=(0, 3), min_tokens=0),
     "only experts": Case(outputs=({".experts.": (SCHEME, GPTQ)},)),
     "only down": Case(outputs=({"down_proj": (SCHEME, GPTQ)},)),
     "only gate and up": Case(outputs=({"gate_proj": (SCHEME, GPTQ), "up_proj": (SCHEME, GPTQ)},)),
@@ -245,7 +247,23 @@ def test_methods_are_given_what_the_plain_loop_gives(name: str, monkeypatch: pyt
     if case.unloved:
         (counts,) = job.counts.values()
         assert [counts[expert].n_tokens for expert in case.unloved] == [0] * len(case.unloved)
-        assert [counts[expert].borrowed for expert in case.unloved] == [MIN_TOKENS] * len(case.unloved)
+        assert [counts[expert].borrowed for expert in case.unloved] == [case.min_tokens] * len(case.unloved)
+
+
+@pytest.mark.parametrize("shrink", [0.0, 3.0])
+def test_an_expert_that_nobody_chose_is_never_quantised_silently(
+    shrink: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What knows no inputs is rounded to nearest and says so; gate and up know the layer's, if they may."""
+    method = Gptq(grid=4, shrink=shrink)
+    case = Case(unloved=(0,), min_tokens=0, outputs=({"*": (SCHEME, method)},))
+    case.quantised(monkeypatch)
+    for part in ("gate", "up", "down"):
+        name = f"model.layers.1.mlp.experts.0.{part}_proj.weight"
+        tensor, weight = case.sinks[0].written[name], case.weights[name]
+        assert tensor.error.n_tokens == 0
+        assert ("no calibration tokens" in tensor.error.fallback) == (part == "down" or shrink == 0)
+        assert float((tensor.decode() - weight).norm() / weight.norm()) < 0.25
 
 
 def test_gate_weights_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
