@@ -204,7 +204,7 @@ def _document(where: str, record: Mapping[str, object]) -> Document:
     text = record["text"]
     if not isinstance(text, str):
         raise CalibrationError(f"{where}: `text` is {type(text).__name__}, needed a string.")
-    return TextDocument(where, _encodable(where, text))
+    return TextDocument(where, encodable(where, text))
 
 
 def _messages(where: str, value: object) -> list[Mapping[str, Any]]:
@@ -217,7 +217,8 @@ def _messages(where: str, value: object) -> list[Mapping[str, Any]]:
     return cast("list[Mapping[str, Any]]", messages)
 
 
-def _encodable(where: str, text: str) -> str:
+def encodable(where: str, text: str) -> str:
+    """``text`` if it can be UTF-8. Raises CalibrationError that begins with ``where``."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -16,15 +16,10 @@ from torch.nn.functional import linear
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
+from quantkit.calibrate.portions import BATCH_TOKENS, EXPERT_CHUNK
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
-
-BATCH_TOKENS = 2048
-"""Tokens that go through a dense block at once. A constant: sums must not depend on the machine's memory."""
-
-EXPERT_CHUNK = 4096
-"""Tokens of one expert gathered at once. A constant too."""
 
 
 def row_batches(store: RowStore) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from quantkit.calibrate.chat_template import TemplateFailure, render_chats
-from quantkit.calibrate.documents import ChatDocument, Document, TextDocument
+from quantkit.calibrate.documents import ChatDocument, Document, TextDocument, encodable
 from quantkit.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class CheckpointTokenizer:
             where = chats[failure.index or 0].where
             raise CalibrationError(f"{where}: the checkpoint's chat template failed: {failure}.") from failure
         bos = self.special_tokens.get("bos_token", "")
-        return [_checked(chat.where, text.removeprefix(bos)) for chat, text in zip(chats, texts, strict=True)]
+        return [encodable(chat.where, text.removeprefix(bos)) for chat, text in zip(chats, texts, strict=True)]
 
 
 def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
@@ -178,14 +178,6 @@ def _chat_template(checkpoint_dir: Path, tokenizer_config: Mapping[str, Any]) ->
         named = [cast("dict[str, object]", item) for item in cast("list[object]", template) if isinstance(item, dict)]
         template = next((item.get("template") for item in named if item.get("name") == "default"), None)
     return template if isinstance(template, str) else None
-
-
-def _checked(where: str, text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CalibrationError(f"{where}: holds half of a surrogate pair, which is no character.") from error
-    return text
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

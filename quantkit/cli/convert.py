@@ -34,7 +34,7 @@ def convert(
             "--memory-budget",
             parser=size,
             metavar="SIZE",
-            help="Memory to stay within, e.g. 20GiB. Default: most of what is free.",
+            help="Memory to stay within, e.g. 20GiB. Default: 60 % of the machine's memory.",
         ),
     ] = None,
     jobs: Annotated[

@@ -15,7 +15,7 @@ from quantkit.pipeline.memory import Needs, conversion_needs
 from quantkit.pipeline.plan import OutputPlan, Plan, RoleSize, make_plan
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.recipe_file import load_recipe
-from quantkit.pipeline.serving import Fit, Gpus, fit
+from quantkit.pipeline.serving import UTILIZATIONS, Fit, Gpus, fit
 
 
 def plan(
@@ -100,13 +100,8 @@ def _fit_text(found: Fit, name: str) -> str:
         f"for {layout.context:,} tokens; a GPU has {found.gpus.total_bytes / 2**30:.1f} GiB"
     )
     if found.utilization is None:
-        needed = layout.needed_bytes / 2**30
-        return "\n".join(
-            [
-                *lines,
-                f"  does not fit: {needed:.1f} GiB needed, {0.95 * found.gpus.total_bytes / 2**30:.1f} GiB usable.",
-            ]
-        )
+        needed, usable = layout.needed_bytes / 2**30, max(UTILIZATIONS) * found.gpus.total_bytes / 2**30
+        return "\n".join([*lines, f"  does not fit: {needed:.1f} GiB needed, {usable:.1f} GiB usable."])
     lines.append(
         f"  fits, with room for {found.spare_kv_tokens:,} more tokens of KV cache. Estimated, not run. Serve with"
     )

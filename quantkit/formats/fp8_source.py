@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import SourceError
 from quantkit.formats.safetensors import SafetensorsSource, require_finite, row_ranges
 from quantkit.formats.safetensors_header import printable
+from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -151,16 +152,11 @@ class Fp8Source:
             raise self._refusal(name, f"is FP8 but {scale_name} is missing", self._missing_scale_hint(name))
         if scale.dtype not in SCALE_DTYPES:
             raise self._refusal(scale_name, f"has dtype {scale.dtype}, one of {', '.join(SCALE_DTYPES)} was needed")
-        needed = self._scale_shape(weight.shape)
+        needed = Float8Scheme(block_size=self.block_size).scale_shape(weight.shape)
         if scale.shape != needed:
             asked = f"{list(needed)} was needed for {list(weight.shape)} in blocks of {list(self.block_size)}"
             hint = "Compare quantization_config.weight_block_size in config.json."
             raise self._refusal(scale_name, f"has shape {list(scale.shape)}, {asked}", hint)
-
-    def _scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        out_features, in_features = shape
-        block_rows, block_columns = self.block_size
-        return math.ceil(out_features / block_rows), math.ceil(in_features / block_columns)
 
     def _refusal(self, name: str, problem: str, hint: str = "") -> SourceError:
         return SourceError(f"{self.raw.path_of(name)}: {printable(name)}: {problem}.", hint=hint)

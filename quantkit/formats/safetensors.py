@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from quantkit.errors import SourceError
 from quantkit.formats.safetensors_header import (
+    INDEX_NAME,
     ShardHeader,
     StoredTensor,
     as_strings,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SafetensorsSource", "StoredTensor", "read_header", "read_index", "require_finite"]
 
-INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 200_000_000
 """Bound on an index or a config that is read whole. V3's index has about 9 MB."""

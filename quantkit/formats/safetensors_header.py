@@ -21,6 +21,8 @@ from typing import cast
 from quantkit.errors import SourceError
 from quantkit.tensors import DTYPES, TensorInfo
 
+INDEX_NAME = "model.safetensors.index.json"
+"""Beside the shards of a folder: which of them holds what."""
 MAX_HEADER_BYTES = 100_000_000
 """Same limit as the reference implementation. V3's largest header is about 0.1 MB."""
 MAX_DIMS = 8

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import OutputError
+from quantkit.formats.safetensors_header import INDEX_NAME
 from quantkit.tensors import DTYPES, TensorInfo
 
 MAX_SHARD_BYTES = 5_000_000_000
-INDEX_NAME = "model.safetensors.index.json"
 _NEW = ".new"
 _ALIGNMENT = 8
 _MAX_OPEN = 64

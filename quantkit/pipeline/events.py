@@ -15,7 +15,7 @@ from quantkit.evaluate.scores import Scores
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The plan is made and work begins. ``total_bytes``: decoded source bytes to be read; ``tokens``: calibration
+    """The plan is made and work begins. ``total_bytes``: stored source bytes to be read; ``tokens``: calibration
     tokens (0: data-free); ``layers_done``: layers that an earlier, killed run has finished already."""
 
     total_layers: int
@@ -26,7 +26,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
-    """A part of the work begins: "embeddings", "attention", "mlp", "experts", "copy", "validation"... ``layer`` is
+    """A part of the work begins: "embeddings", "attention", "mlp", "experts", "files", "validation"... ``layer`` is
     None outside the decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
 
     stage: str
@@ -36,11 +36,11 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True)
 class TensorDone:
-    """One tensor is written. ``error``: relative loss of a quantised linear, None for a kept tensor. ``nbytes``:
-    bytes of the source."""
+    """A linear is quantised and written for the first output. ``error``: its relative loss; ``nbytes``: of the decoded
+    source tensor."""
 
     name: str
-    error: float | None
+    error: float
     nbytes: int
 
 
@@ -93,7 +93,8 @@ class ValidationResult:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTokens:
-    """Calibration tokens over all routed experts of all layers. ``thin``: experts below the method's ``min_tokens``."""
+    """Calibration tokens over all routed experts of all layers. ``thin``: experts that borrowed tokens, because
+    fewer chose them than the recipe's ``min_expert_tokens``."""
 
     experts: int
     least: int

@@ -11,11 +11,12 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError, SourceError
 from quantkit.formats.checkpoint import open_source, quant_method, read_config
-from quantkit.formats.safetensors import INDEX_NAME, read_index
+from quantkit.formats.fp8_source import SCALE_SUFFIX
+from quantkit.formats.safetensors import read_index
+from quantkit.formats.safetensors_header import INDEX_NAME
 from quantkit.tensors import TensorInfo
 
 IsFloat8 = Callable[[str], bool]
-SCALE_SUFFIX = "_scale_inv"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.inputs import InputMoments, InputStats, shrunk, shrunk_to_diagonal
-from quantkit.calibrate.stream import EXPERT_CHUNK, ExpertTokens, expert_hidden, forward_expert, row_batches
+from quantkit.calibrate.portions import EXPERT_CHUNK
+from quantkit.calibrate.stream import ExpertTokens, expert_hidden, forward_expert, row_batches
 from quantkit.pipeline.hidden import Streams
 from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, quantize_linears
 from quantkit.pipeline.weights import LayerWeights
@@ -255,7 +256,8 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     gate, up, down = (_linears(job, names, experts) for names in (block.gates, block.ups, block.downs))
     tokens = tuple(_tokens_for_statistics(routes, expert) for expert in experts)
     if any_quantised(job.outputs, (gate.names[0], up.names[0])):
-        stats = shrunk(_input_stats(job, routes, tokens), routes.pooled, _strength(job, gate.names[0], "shrink"))
+        strength, _ = _shrinkage(job, gate.names[0])
+        stats = shrunk(_input_stats(job, routes, tokens), routes.pooled, strength)
         new_gate, new_up = _decoded(quantize_linears(job.outputs, (gate, up), stats, job.on_tensor), (gate, up))
         del stats
     else:
@@ -263,9 +265,8 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     new_down = down.weight
     if any_quantised(job.outputs, down.names):
         hidden = _HiddenOf(block, (new_gate, new_up), (gate.weight, up.weight))
-        stats = shrunk_to_diagonal(
-            _hidden_stats(job, routes, tokens, hidden), _strength(job, down.names[0], "down_shrink")
-        )
+        _, strength = _shrinkage(job, down.names[0])
+        stats = shrunk_to_diagonal(_hidden_stats(job, routes, tokens, hidden), strength)
         (new_down,) = _decoded(quantize_linears(job.outputs, (down,), stats, job.on_tensor), (down,))
     for position, expert in enumerate(experts):
         parts = ((new_gate, new_up, new_down), (gate.weight, up.weight, down.weight))
@@ -283,13 +284,15 @@ def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linear
     ]
 
 
-def _strength(job: LayerJob, name: str, option: str) -> float:
-    """The shrinkage that the first calibrated method asks for."""
+def _shrinkage(job: LayerJob, name: str) -> tuple[float, float]:
+    """How much the first output with a calibrated method wants of `shrunk`, and of `shrunk_to_diagonal`."""
     for output in job.outputs:
-        decision = output.methods.get(name)
-        if decision is not None and isinstance(decision[1], Gptq):
-            return float(getattr(decision[1], option))
-    return 0.0
+        match output.methods.get(name):
+            case (_, Gptq() as method):
+                return method.shrink, method.down_shrink
+            case _:
+                pass
+    return 0.0, 0.0
 
 
 def _tokens_for_statistics(routes: _Routes, expert: int) -> Tensor:

@@ -22,19 +22,20 @@ from pathlib import Path
 
 from quantkit.arch.base import ModelArch, Role
 from quantkit.calibrate.dataset import Calibration
+from quantkit.calibrate.portions import BATCH_TOKENS
 from quantkit.errors import PlanError
 from quantkit.pipeline.plan import Action, Decision, Plan
 from quantkit.quantizers import Gptq
+from quantkit.quantizers.gptq import SLICE_BYTES
 
 HESSIAN_COPIES = 3
 """The damped Hessian, its factor, and the cross term toward the unquantised stream."""
 WEIGHT_COPIES = 1.5
 """Of each linear of a group: the float32 original, and codes and scales twice (in slices and joined)."""
-SWEEP_BYTES = 6 * 128 * 2**20
-"""GPTQ sweeps rows in slices of 128 MiB, with about six buffers of that size."""
+SWEEP_BUFFERS = 6
+"""GPTQ sweeps rows in slices, with about so many buffers of a slice's size."""
 KEPT_CHUNK_BYTES = 64 * 2**20
 INTERPRETER_BYTES = 300 * 10**6
-BATCH_TOKENS = 2048
 ACTIVATION_COPIES = 4
 """Activations of one batch of rows: two projections and their product, and the other stream's."""
 HEADER_BYTES_PER_TENSOR = 140
@@ -135,7 +136,11 @@ def _quantising(decision: Decision, hidden_size: int) -> tuple[Term, ...]:
     return (
         Term("Hessian set", hessian, f"{name}: {in_features:,}^2 x 4 B x {HESSIAN_COPIES}"),
         weight,
-        Term("sweep", min(SWEEP_BYTES, 6 * out_features * in_features * 4), "6 buffers of 128 MiB at most"),
+        Term(
+            "sweep",
+            SWEEP_BUFFERS * min(SLICE_BYTES, out_features * in_features * 4),
+            f"{SWEEP_BUFFERS} buffers of {SLICE_BYTES // 2**20} MiB at most",
+        ),
     )
 
 

@@ -48,7 +48,7 @@ class _Rows:
     loss: Tensor
 
 
-_SLICE_BYTES = 128 * 2**20
+SLICE_BYTES = 128 * 2**20
 """Float32 bytes of the rows that are swept at once; about six buffers of this size exist meanwhile."""
 
 
@@ -114,7 +114,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         from quantkit.quantizers.batch import QuantizedBatch
 
         factor = prepared.factor
-        rows = max(1, _SLICE_BYTES // (4 * weight.shape[-1] * len(weight)))
+        rows = max(1, SLICE_BYTES // (4 * weight.shape[-1] * len(weight)))
         parts = [self._quantize_rows(part, scheme, prepared) for part in weight.split(rows, dim=1)]
         zero_points = [part.zero_point for part in parts if part.zero_point is not None]
         norms = [ldlq.row_loss(part, factor.hessian).sum(-1) for part in weight.split(rows, dim=1)]

@@ -82,7 +82,7 @@ def test_rows_in_slices_give_the_same_as_all_at_once(monkeypatch: pytest.MonkeyP
     weight, stats = problem()
     scheme, method = SCHEMES[0], Gptq()
     whole = method.quantize(weight, scheme, method.prepare(InputStats(stats.hessian.clone(), None, stats.n_tokens)))
-    monkeypatch.setattr("quantkit.quantizers.gptq._SLICE_BYTES", 7 * 4 * 128 * 3)
+    monkeypatch.setattr("quantkit.quantizers.gptq.SLICE_BYTES", 7 * 4 * 128 * 3)
     slices = method.quantize(weight, scheme, method.prepare(stats))
     assert float((slices.codes != whole.codes).float().mean()) < 0.005
     torch.testing.assert_close(slices.relative_loss, whole.relative_loss, rtol=0.01, atol=0)
