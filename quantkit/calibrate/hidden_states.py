@@ -7,8 +7,7 @@ so a store on disk costs the process nothing but the rows in hand. Both kinds gi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -78,7 +77,7 @@ class MemoryRows:
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
         with disk_errors(path), path.open("wb") as file:
-            write_exactly(file.fileno(), self._data, 0)
+            write_exactly(file.fileno(), _bytes_of(self._data), 0)
             os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -99,33 +98,38 @@ class FileRows:
     def read(self, start: int, stop: int) -> Tensor:
         """See `RowStore.read`."""
         data = torch.empty(stop - start, self.length, self.width)
-        read_exactly(self._fd, data, start * self.length * self.width * 4)
+        read_exactly(self._fd, _bytes_of(data), start * self.length * self.width * 4)
         return data
 
     def write(self, start: int, rows: Tensor) -> None:
         """See `RowStore.write`."""
         with disk_errors(self._path):
-            write_exactly(self._fd, rows.reshape(-1, self.width), start * self.length * self.width * 4)
+            write_exactly(self._fd, _bytes_of(rows.contiguous()), start * self.length * self.width * 4)
 
     def gather(self, tokens: Tensor) -> Tensor:
         """See `RowStore.gather`."""
         data = torch.empty(len(tokens), self.width)
-        for run in _runs(tokens):
-            read_exactly(self._fd, data[run.first : run.first + run.count], run.token * self.width * 4)
+        self._each_run(tokens, data, read_exactly)
         return data
 
     def add(self, tokens: Tensor, values: Tensor) -> None:
         """See `RowStore.add`."""
         total = self.gather(tokens).add_(values)
         with disk_errors(self._path):
-            for run in _runs(tokens):
-                write_exactly(self._fd, total[run.first : run.first + run.count], run.token * self.width * 4)
+            self._each_run(tokens, total, write_exactly)
+
+    def _each_run(self, tokens: Tensor, rows: Tensor, move: Callable[[int, memoryview, int], None]) -> None:
+        """Read or write ``rows`` (n, width) of tokens (n,) in rising order, consecutive tokens at once."""
+        view, nbytes = _bytes_of(rows), self.width * 4
+        for first, stop, token in _runs(tokens):
+            move(self._fd, view[first * nbytes : stop * nbytes], token * nbytes)
 
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
         with disk_errors(path), path.open("wb") as file:
             for start in range(self.n_rows):
-                write_exactly(file.fileno(), self.read(start, start + 1), start * self.length * self.width * 4)
+                rows = self.read(start, start + 1)
+                write_exactly(file.fileno(), _bytes_of(rows), start * self.length * self.width * 4)
             os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -134,23 +138,13 @@ class FileRows:
         self._path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """``count`` consecutive tokens: positions ``first``... of the request, from token ``token`` on."""
-
-    first: int
-    count: int
-    token: int
-
-
-def _runs(tokens: Tensor) -> Iterator[_Run]:
-    """Consecutive tokens as one run each."""
+def _runs(tokens: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Consecutive tokens: positions [first, stop) of ``tokens``, from token number ``token`` on."""
     if not len(tokens):
         return
-    breaks = (tokens.diff() != 1).nonzero().flatten().add_(1).tolist()
-    starts = [0, *breaks]
-    for first, stop in zip(starts, [*breaks, len(tokens)], strict=True):
-        yield _Run(first, stop - first, int(tokens[first]))
+    breaks = (tokens.diff() != 1).nonzero().flatten().add_(1)
+    starts = torch.cat([breaks.new_zeros(1), breaks])
+    yield from zip(starts.tolist(), [*breaks.tolist(), len(tokens)], tokens[starts].tolist(), strict=True)
 
 
 def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
@@ -166,27 +160,29 @@ def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
         for start in range(0, store.n_rows, chunk_rows):
             stop = min(start + chunk_rows, store.n_rows)
             data = torch.empty(stop - start, store.length, store.width)
-            read_exactly(file.fileno(), data, start * store.length * store.width * 4)
+            read_exactly(file.fileno(), _bytes_of(data), start * store.length * store.width * 4)
             store.write(start, data)
 
 
-def read_exactly(fd: int, tensor: Tensor, offset: int) -> None:
-    """Fill a contiguous tensor from a file. Raises EOFError where the file ends early."""
-    view = tensor.view(torch.uint8).numpy().data.cast("B")
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done : done + _IO_BYTES]], offset + done)
+def read_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Fill bytes from a file. Raises EOFError where the file ends early."""
+    while view:
+        count = os.preadv(fd, [view[:_IO_BYTES]], offset)
         if count == 0:
-            raise EOFError(f"file ends {len(view) - done} bytes early")
-        done += count
+            raise EOFError(f"file ends {len(view)} bytes early")
+        view, offset = view[count:], offset + count
 
 
-def write_exactly(fd: int, tensor: Tensor, offset: int) -> None:
-    """Write a tensor's bytes to a file at ``offset``."""
-    view = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done : done + _IO_BYTES], offset + done)
+def write_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Write bytes to a file at ``offset``."""
+    while view:
+        count = os.pwrite(fd, view[:_IO_BYTES], offset)
+        view, offset = view[count:], offset + count
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
 
 
 _IO_BYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
