@@ -32,7 +32,7 @@ def plan(
 def show_plan(source: Path, recipe: Recipe, name: str, gpus: Gpus | None, context: int, as_json: bool) -> None:
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common."""
     headers = read_headers(source)
-    made = make_plan(recipe, headers.arch, headers.infos, headers.is_float8)
+    made = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
     needs = conversion_needs(made, headers.arch)
     fits = None
     if gpus is not None:

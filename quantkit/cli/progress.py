@@ -31,10 +31,7 @@ class Tally:
     started: float = 0.0
     total_layers: int = 0
     layers_done: int = 0
-    layers_before: int = 0
-    total_bytes: int = 0
     bytes_done: int = 0
-    tokens: int = 0
     stage: str = ""
     layer: int | None = None
     tensors_done: int = 0
@@ -47,8 +44,7 @@ class Tally:
         match event:
             case Started():
                 self.started = self.clock()
-                self.total_layers, self.total_bytes, self.tokens = event.total_layers, event.total_bytes, event.tokens
-                self.layers_done = self.layers_before = event.layers_done
+                self.total_layers, self.layers_done = event.total_layers, event.layers_done
             case StageStarted():
                 self.stage, self.layer = event.stage, event.layer
                 self.tensors_done, self.tensors_total = 0, event.total

@@ -29,7 +29,7 @@ def open_source(path: Path | str) -> Fp8Source:
             f"{printable(str(path))}: is not a folder.", hint="Download the checkpoint and give its folder."
         )
     config = read_config(directory)
-    block_size = _float8_block_size(directory, config)
+    block_size = float8_block_size(directory, config)
     raw = SafetensorsSource(directory)
     try:
         _check_agreement(raw, block_size is not None)
@@ -55,8 +55,9 @@ def quant_method(config: Mapping[str, object]) -> str | None:
     return method if isinstance(method, str) else "unknown"
 
 
-def _float8_block_size(directory: Path, config: Mapping[str, object]) -> tuple[int, int] | None:
-    """Block size of an FP8 checkpoint, None for an unquantised one."""
+def float8_block_size(directory: Path, config: Mapping[str, object]) -> tuple[int, int] | None:
+    """Block size of an FP8 checkpoint by its config.json, None for an unquantised one. Raises `SourceError` for what
+    is quantised in another way."""
     where = f"{directory / 'config.json'}: quantization_config"
     method = quant_method(config)
     if method is None:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quantkit.formats.planned import PlannedTensor
-from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.schemes import Float8Scheme, IntScheme, Scheme
 
 FUSED_PARTS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -33,14 +33,12 @@ scheme."""
 LINEAR = "Linear"
 ALWAYS_IGNORED = "lm_head"
 
-AnyScheme = IntScheme | Float8Scheme
-
 
 @dataclass(frozen=True, slots=True)
 class ConfigGroup:
     """A scheme and the targets (module names, ``re:`` patterns, or the class ``Linear``) that have it."""
 
-    scheme: AnyScheme
+    scheme: Scheme
     targets: tuple[str, ...]
 
 
@@ -70,7 +68,7 @@ def quantization_config(planned: Sequence[PlannedTensor]) -> dict[str, object]:
     }
 
 
-def group_format(scheme: AnyScheme) -> str:
+def group_format(scheme: Scheme) -> str:
     """compressed-tensors' name for the way in which a scheme's tensors are stored."""
     return "pack-quantized" if isinstance(scheme, IntScheme) else "float-quantized"
 
@@ -85,7 +83,7 @@ def _group_section(group: ConfigGroup) -> dict[str, object]:
     }
 
 
-def _weights_section(scheme: AnyScheme) -> dict[str, object]:
+def _weights_section(scheme: Scheme) -> dict[str, object]:
     if isinstance(scheme, Float8Scheme):
         return {
             "num_bits": 8,
@@ -141,13 +139,13 @@ def is_module(tensor: PlannedTensor) -> bool:
 KEPT = -1
 
 
-def numbered_schemes(schemes: Iterable[AnyScheme | None]) -> tuple[list[AnyScheme], list[int]]:
+def numbered_schemes(schemes: Iterable[Scheme | None]) -> tuple[list[Scheme], list[int]]:
     """Distinct schemes in order of appearance, and for each given one its number, KEPT for None.
 
     Comparing two schemes costs a microsecond; a plan has tens of thousands of tensors that share a handful of scheme
     objects.
     """
-    distinct: list[AnyScheme] = []
+    distinct: list[Scheme] = []
     numbers: dict[int, int] = {id(None): KEPT}
     keys: list[int] = []
     for scheme in schemes:
@@ -177,7 +175,7 @@ class Resolver:
             return KEPT
         return next(iter(self.naming(module)), self._default)
 
-    def scheme(self, module: str) -> AnyScheme | None:
+    def scheme(self, module: str) -> Scheme | None:
         """Scheme of a linear, None if it is not quantised."""
         number = self.group(module)
         return None if number == KEPT else self.groups[number].scheme
@@ -193,7 +191,7 @@ def mistakes(targets: Targets, planned: Sequence[PlannedTensor]) -> list[str]:
     return _mistakes(targets, {t.module: key for t, key in zip(planned, keys, strict=True) if is_module(t)}, schemes)
 
 
-def _mistakes(targets: Targets, linears: _Linears, schemes: list[AnyScheme]) -> list[str]:
+def _mistakes(targets: Targets, linears: _Linears, schemes: list[Scheme]) -> list[str]:
     resolver = Resolver(targets)
     expected = {number: schemes.index(group.scheme) for number, group in enumerate(targets.groups)} | {KEPT: KEPT}
     wrong = [
@@ -229,7 +227,7 @@ _Place = tuple[str, int]
 """(module name with * for numbers, number of the layer)"""
 
 
-def _compact(linears: _Linears, schemes: list[AnyScheme]) -> Targets:
+def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
     """Patterns by parent module and leaf names; layer numbers appear only where layers of one kind differ."""
     found = [(module, key, _place(module)) for module, key in linears.items()]
     kept_layers = _kept_layers((key, place) for _, key, place in found if place)
@@ -349,7 +347,7 @@ def _alternatives(options: list[str]) -> str:
     return options[0] if len(options) == 1 else f"({'|'.join(options)})"
 
 
-def _by_name(linears: _Linears, schemes: list[AnyScheme]) -> Targets:
+def _by_name(linears: _Linears, schemes: list[Scheme]) -> Targets:
     """Every module by its name, fused ones included. Long, but right for any plan."""
     names: dict[int, list[str]] = {}
     for module, key in [*linears.items(), *_fused_modules(linears)]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quantkit.formats.bitpack import WORD_BITS
-from quantkit.formats.compressed_tensors_config import FUSED_PARTS, KEPT, AnyScheme, is_module, numbered_schemes
+from quantkit.formats.compressed_tensors_config import FUSED_PARTS, KEPT, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
-from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.schemes import Float8Scheme, IntScheme, Scheme
 
 MARLIN_GROUP_SIZES = (None, 32, 64, 128)
 MARLIN_BITS = (4, 8)
@@ -51,7 +51,7 @@ def notes(planned: Sequence[PlannedTensor]) -> list[str]:
     return [line for check in _NOTES for line in check(uses, kept)]
 
 
-def describe(scheme: AnyScheme | None) -> str:
+def describe(scheme: Scheme | None) -> str:
     """A scheme in a few words: "int4 g128", "int8 channel asymmetric", "fp8 block", "unquantised"."""
     match scheme:
         case None:
@@ -115,7 +115,7 @@ Tensors = list[PlannedTensor]
 class Use:
     """A scheme and the linears that have it; ``experts`` are those of them that are routed experts."""
 
-    scheme: AnyScheme
+    scheme: Scheme
     tensors: Tensors
     experts: Tensors
 

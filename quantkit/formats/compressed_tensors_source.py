@@ -18,10 +18,10 @@ from quantkit.errors import SourceError
 from quantkit.formats.bitpack import WORD_BITS, n_words, unpack
 from quantkit.formats.checkpoint import read_config
 from quantkit.formats.compressed_tensors import SCALE_DTYPES
-from quantkit.formats.compressed_tensors_config import AnyScheme, ConfigGroup, Resolver, Targets
+from quantkit.formats.compressed_tensors_config import ConfigGroup, Resolver, Targets
 from quantkit.formats.safetensors import SafetensorsSource, row_ranges
 from quantkit.formats.safetensors_header import printable
-from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.schemes import Float8Scheme, IntScheme, Scheme
 from quantkit.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _PARTS = ("_packed", "_scale", "_shape", "_zero_point")
 class _Linear:
     """A decoded linear: its scheme and how it appears."""
 
-    scheme: AnyScheme
+    scheme: Scheme
     info: TensorInfo
 
 
@@ -60,7 +60,7 @@ class CompressedTensorsSource:
         """Every tensor by official name; quantised linears as F32."""
         return self._infos
 
-    def scheme(self, name: str) -> AnyScheme | None:
+    def scheme(self, name: str) -> Scheme | None:
         """How a tensor of `infos` is stored, None if it is unquantised."""
         linear = self._linears.get(name)
         return None if linear is None else linear.scheme
@@ -247,7 +247,7 @@ def _group(where: str, value: object) -> ConfigGroup:
     )
 
 
-def _scheme(where: str, weights: Mapping[str, object]) -> AnyScheme:
+def _scheme(where: str, weights: Mapping[str, object]) -> Scheme:
     """The grid of a group. The dtype of the scales is not said here; each tensor's header says it."""
     bits, kind, strategy, group_size = (weights.get(key) for key in ("num_bits", "type", "strategy", "group_size"))
     symmetric = weights.get("symmetric") is not False

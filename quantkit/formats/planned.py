@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.schemes import Scheme
 from quantkit.tensors import TensorInfo
 
 
@@ -18,7 +18,7 @@ class PlannedTensor:
     """
 
     info: TensorInfo
-    scheme: IntScheme | Float8Scheme | None
+    scheme: Scheme | None
     keep_dtype: str | None
     layer: int | None = None
     expert: int | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError, SourceError
-from quantkit.formats.checkpoint import open_source, quant_method, read_config
+from quantkit.formats.checkpoint import DEFAULT_BLOCK_SIZE, float8_block_size, open_source, quant_method, read_config
 from quantkit.formats.fp8_source import SCALE_SUFFIX
 from quantkit.formats.safetensors import read_index
 from quantkit.formats.safetensors_header import INDEX_NAME
@@ -21,8 +21,8 @@ IsFloat8 = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class SourceHeaders:
-    """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name. ``has_shards``: False if all was derived
-    from config.json."""
+    """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name, in blocks of ``block_size``.
+    ``has_shards``: False if all was derived from config.json."""
 
     directory: Path
     config: Mapping[str, object]
@@ -30,6 +30,7 @@ class SourceHeaders:
     infos: Mapping[str, TensorInfo]
     is_float8: IsFloat8
     has_shards: bool
+    block_size: tuple[int, int] = DEFAULT_BLOCK_SIZE
 
 
 def read_headers(directory: Path | str) -> SourceHeaders:
@@ -46,15 +47,18 @@ def read_headers(directory: Path | str) -> SourceHeaders:
         )
     if any(directory.glob("*.safetensors")):
         with open_source(directory) as source:
+            arch = arch_of(source.config)
             return SourceHeaders(
-                directory, source.config, arch_of(source.config), source.infos(), source.is_float8, True
+                directory, source.config, arch, source.infos(), source.is_float8, True, source.block_size
             )
     config = read_config(directory)
     arch = arch_of(config)
     infos, is_float8 = headers_from_arch(arch, config)
     if (directory / INDEX_NAME).exists():
         _check_index(directory, infos, is_float8)
-    return SourceHeaders(directory, config, arch, infos, is_float8, False)
+    says_float8 = quant_method(config) == "fp8"
+    block_size = float8_block_size(directory, config) if says_float8 else None
+    return SourceHeaders(directory, config, arch, infos, is_float8, False, block_size or DEFAULT_BLOCK_SIZE)
 
 
 def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[dict[str, TensorInfo], IsFloat8]:

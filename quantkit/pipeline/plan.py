@@ -19,7 +19,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.headers import IsFloat8
 from quantkit.pipeline.recipe import Output, Recipe, Rule
 from quantkit.quantizers import Method
-from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.schemes import Float8Scheme, IntScheme, Scheme
 from quantkit.tensors import TensorInfo
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -50,7 +50,7 @@ class Decision:
     rule: int
     source_dtype: str
     dtype: str
-    scheme: IntScheme | Float8Scheme | None = None
+    scheme: Scheme | None = None
     method: Method | None = None
 
 
@@ -151,9 +151,15 @@ class _Problems:
         raise PlanError("\n".join(shown), hint=" ".join(list(self.hints)[:3]))
 
 
-def make_plan(recipe: Recipe, arch: ModelArch, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    arch: ModelArch,
+    infos: Mapping[str, TensorInfo],
+    is_float8: IsFloat8,
+    block_size: tuple[int, int] = (128, 128),
+) -> Plan:
     """Decide every tensor of every output. ``infos``: the decoded view of the source; ``is_float8``: whether a tensor
-    is stored as FP8.
+    is stored as FP8, in blocks of ``block_size``.
 
     Raises `PlanError` with every problem, one line each: tensors that are missing, unexpected or of the wrong shape;
     tensors that no rule matches; rules that cannot do what they say; schemes that do not fit a shape; what the
@@ -163,19 +169,19 @@ def make_plan(recipe: Recipe, arch: ModelArch, infos: Mapping[str, TensorInfo], 
     specs = tuple(arch.tensors())
     _check_source(specs, infos, problems)
     problems.raise_if_any()
-    outputs = tuple(
-        _plan_output(output, recipe, specs, infos, is_float8, problems, warnings) for output in recipe.outputs
-    )
+    blocks = Float8Scheme(block_size=block_size)
+    float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
+    outputs = tuple(_plan_output(output, recipe, specs, infos, float8, problems, warnings) for output in recipe.outputs)
     problems.raise_if_any()
-    source_bytes = sum(source_nbytes(infos[spec.name], is_float8(spec.name)) for spec in specs)
+    source_bytes = sum(source_nbytes(infos[spec.name], float8.get(spec.name)) for spec in specs)
     return Plan(recipe, outputs, source_bytes, tuple(warnings))
 
 
-def source_nbytes(info: TensorInfo, float8: bool) -> int:
+def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:
     """Stored bytes behind a decoded tensor: itself, or FP8 codes and their float32 block scales."""
-    if not float8:
+    if float8 is None:
         return info.nbytes
-    rows, columns = Float8Scheme().scale_shape(info.shape)
+    rows, columns = float8.scale_shape(info.shape)
     return info.numel + 4 * rows * columns
 
 
@@ -220,7 +226,7 @@ def _plan_output(
     recipe: Recipe,
     specs: tuple[TensorSpec, ...],
     infos: Mapping[str, TensorInfo],
-    is_float8: IsFloat8,
+    float8: Mapping[str, Float8Scheme],
     problems: _Problems,
     warnings: list[str],
 ) -> OutputPlan:
@@ -238,7 +244,7 @@ def _plan_output(
             )
             continue
         used[number] = True
-        decision = _decide(spec, number + 1, output.rules[number], infos[spec.name].dtype, is_float8(spec.name))
+        decision = _decide(spec, number + 1, output.rules[number], infos[spec.name].dtype, float8.get(spec.name))
         _check_decision(output, decision, recipe.calibration is not None, problems)
         decisions[spec.name] = decision
     for number, rule in enumerate(output.rules):
@@ -253,13 +259,13 @@ def _plan_output(
     return OutputPlan(output, decisions, tuple(planned.values()), _sizes(decisions, planned))
 
 
-def _decide(spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: bool) -> Decision:
+def _decide(spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
     if rule.drop:
         return Decision(spec, Action.DROP, number, dtype, dtype)
     if rule.scheme is not None:
         return Decision(spec, Action.QUANTIZE, number, dtype, dtype, rule.scheme, rule.method)
     if rule.keep == "source":
-        return Decision(spec, Action.KEEP, number, dtype, dtype, Float8Scheme() if float8 else None)
+        return Decision(spec, Action.KEEP, number, dtype, dtype, float8)
     return Decision(spec, Action.KEEP, number, dtype, "BF16" if rule.keep == "bf16" else "F32")
 
 

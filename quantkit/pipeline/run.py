@@ -65,7 +65,7 @@ def convert(
     with ExitStack() as stack:
         opened = stack.enter_context(open_source(source))
         arch = arch_of(opened.config)
-        plan = make_plan(recipe, arch, opened.infos(), opened.is_float8)
+        plan = make_plan(recipe, arch, opened.infos(), opened.is_float8, opened.block_size)
         needs = conversion_needs(plan, arch)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)

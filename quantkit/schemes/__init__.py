@@ -43,7 +43,7 @@ class QuantizedTensor:
     """
 
     name: str
-    scheme: IntScheme | Float8Scheme
+    scheme: Scheme
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None

@@ -23,6 +23,7 @@ from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
 from quantkit.pipeline import machine as machine_module
 from quantkit.pipeline.events import Event, Finished, LayerDone, Started, TensorDone
 from quantkit.schemes import IntScheme
+from tests import tiny_models
 from tests.pipeline.jobs import (
     BUDGET,
     INT4_RTN,
@@ -147,6 +148,19 @@ def test_fp8_and_its_bf16_form_give_the_same_bytes(
     run(place / "model", recipe, tmp_path / "a")
     run(tmp_path / "bf16" / "model", recipe, tmp_path / "b")
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
+
+
+def test_fp8_blocks_of_another_size_are_kept_as_they_are(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_models, "FP8_BLOCK", 64)
+    shutil.copytree(place, tmp_path / "job", ignore=lambda *_: ["model"])
+    before = write_model(tmp_path / "job" / "model", fp8=True)
+    report = run(tmp_path / "job" / "model", recipe_of(tokens=None), tmp_path / "out")
+    after = decoded(tmp_path / "out")
+    assert all(torch.equal(after[name].to(tensor.dtype), tensor) for name, tensor in before.items())
+    shards = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert report.outputs[0].nbytes == sum(tensor.nbytes for shard in shards for tensor in shard.values())
 
 
 def test_the_same_job_gives_the_same_files(place: Path, tmp_path: Path) -> None:
