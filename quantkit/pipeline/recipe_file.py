@@ -221,7 +221,8 @@ class _Document:
         return tuple(path), line
 
 
-_TAGS = {"rtn", "gptq", "int"}
+_METHODS: dict[str, type[BaseModel]] = {"rtn": Rtn, "gptq": Gptq}
+_TAGS = {*_METHODS, "int"}
 _MODELS: dict[str, type[BaseModel]] = {
     "": Recipe,
     "calibration": Calibration,
@@ -253,7 +254,7 @@ def _found_needed(detail: ErrorDetails, path: Loc) -> str:
     if kind == "union_tag_invalid":
         return f"found {context['tag']!r}, needed one of the allowed values (allowed: {context['expected_tags']})"
     if kind == "union_tag_not_found":
-        return f"found no key 'kind', needed it (allowed: {', '.join(repr(tag) for tag in ('rtn', 'gptq'))})"
+        return f"found no key 'kind', needed it (allowed: {', '.join(map(repr, _METHODS))})"
     if kind in _NEEDED:
         return f"{found}, needed {_NEEDED[kind]}"
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
@@ -275,7 +276,8 @@ def _known_keys(parent: Loc, loc: Loc) -> tuple[str, ...]:
     """Keys that the mapping at ``parent`` may hold."""
     name = next((part for part in reversed(parent) if isinstance(part, str)), "")
     if name == "method":
-        return tuple((Gptq if "gptq" in loc else Rtn).model_fields)
+        kind = next((part for part in loc if part in _METHODS), "rtn")
+        return tuple(_METHODS[str(kind)].model_fields)
     return tuple(_MODELS[name].model_fields) if name in _MODELS else tuple(role.value for role in Role)
 
 

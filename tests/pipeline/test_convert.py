@@ -242,7 +242,7 @@ def test_a_result_beyond_its_limits_is_kept_and_marked(place: Path, tmp_path: Pa
     document = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert document["validated"] is False
     assert document["validation"]["problems"] == [problem]
-    assert "validat" in (tmp_path / "out" / "README.md").read_text().lower()
+    assert "**Not validated**" in (tmp_path / "out" / "README.md").read_text()
     assert decoded(tmp_path / "out")
 
 
