@@ -34,13 +34,14 @@ class Model:
     """A checkpoint to run: float32 weights by name, and rows of the two vocabulary matrices.
 
     ``embed_rows(ids)``: ids (n,) int64 -> (n, hidden); ``head_rows(start, stop)`` -> (stop - start, hidden), all
-    float32.
+    float32. ``forget()``: no weight asked for so far is needed again soon.
     """
 
     weights: Weights
     embed_rows: Callable[[Tensor], Tensor]
     head_rows: Callable[[int, int], Tensor]
     device: torch.device = torch.device("cpu")
+    forget: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ def compare(
     for layer in range(arch.n_layers):
         for model, store in zip(models, stores, strict=True):
             forward_layer(arch.sublayers(layer), model.weights, store, scratch, model.device)
+            model.forget()
         on_layer(layer)
     scores = _score(arch, models, stores, tokens)
     for store in (*stores, scratch):

@@ -24,13 +24,15 @@ class RowSource(TensorSource, Protocol):
 
 
 def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_bytes: int) -> Model:
-    """A source as `compare` runs it: float32 on ``device``, read when asked for, the latest weights kept up to
-    ``cache_bytes``."""
+    """A source as `compare` runs it: float32 on ``device``, read when asked for, the latest weights of a layer
+    kept up to ``cache_bytes``."""
+    weights = WeightCache(lambda name: source.read(name).to(device).float(), cache_bytes)
     return Model(
-        weights=WeightCache(lambda name: source.read(name).to(device).float(), cache_bytes),
+        weights=weights,
         embed_rows=lambda ids: source.read_rows(arch.embed, ids.tolist()).float(),
         head_rows=lambda start, stop: source.read(arch.lm_head, (start, stop)).to(device).float(),
         device=device,
+        forget=weights.forget,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,21 @@ def test_a_checkpoint_on_disk_gives_the_scores_of_its_decoded_tensors(
                 in_memory,
             )
             assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_weights_are_let_go_layer_by_layer(weights: dict[str, Tensor], tokens: Tensor) -> None:
+    """However large the cache may be: memory must not grow with the number of layers."""
+    held: set[str] = set()
+    most: list[int] = [0]
+
+    def read(name: str) -> Tensor:
+        held.add(name)
+        most[0] = max(most[0], len({key.split(".")[2] for key in held if key.startswith("model.layers.")}))
+        return weights[name]
+
+    watched = replace(model(weights), weights=read, forget=held.clear)
+    compare(arch_of(CONFIG), watched, model(weights), tokens, in_memory)
+    assert most == [1]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 255, 256, 1000])
