@@ -112,7 +112,7 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
         for start, stop in row_batches(job.hidden.x):
             inputs = [
                 stage.inputs(weights, store.read(start, stop).to(job.device))
-                for weights, store in zip(job.weights.by_stream(), stores, strict=False)
+                for weights, store in zip(job.weights.by_stream(len(stores)), stores, strict=True)
             ]
             if moments is None:
                 moments = [InputMoments(x.shape[-1], cross=len(stores) > 1, device=job.device) for x in inputs[0]]
@@ -125,7 +125,7 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
         assert moments is not None
         for group, sums in zip(stage.groups, moments, strict=True):
             _quantize_group(job, group, sums.stats())
-    for weights, store, context in zip(job.weights.by_stream(), stores, contexts, strict=False):
+    for weights, store, context in zip(job.weights.by_stream(len(stores)), stores, contexts, strict=True):
         _add_output(weights(block.output), store, context)
         context.close()
     job.weights.forget()
@@ -179,7 +179,7 @@ def _route(job: LayerJob, block: ExpertBlock) -> _Routes:
     gates: list[list[Tensor]] = [[] for _ in stores]
     for start, stop in row_batches(job.hidden.x):
         batch: list[Tensor] = []
-        for number, (weights, store) in enumerate(zip(job.weights.by_stream(), stores, strict=False)):
+        for number, (weights, store) in enumerate(zip(job.weights.by_stream(len(stores)), stores, strict=True)):
             h = block.inputs(weights, store.read(start, stop).to(job.device))
             routing = block.route(weights, h)
             inputs_of[number].write(start, h.cpu())

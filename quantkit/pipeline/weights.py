@@ -57,6 +57,6 @@ class LayerWeights:
         self._original.forget()
         self._carried.forget()
 
-    def by_stream(self) -> tuple[Callable[[str], Tensor], Callable[[str], Tensor]]:
-        """Weights for the stream that is calibrated on, and for the original one."""
-        return self.carried, self.original
+    def by_stream(self, n_streams: int) -> tuple[Callable[[str], Tensor], ...]:
+        """Weights for the stream that is calibrated on and, if there are two, for the original one."""
+        return (self.carried, self.original)[:n_streams]
