@@ -28,7 +28,7 @@ def _output_text(output: OutputReport) -> str:
     rows += [
         ("bits per weight", f"{output.bpw:.3f}"),
         ("size", both_units(output.nbytes)),
-        ("weights, quantised of all", f"{output.quantized:,} of {output.tensors:,}"),
+        ("tensors, quantised of all", f"{output.quantized:,} of {output.tensors:,}"),
     ]
     if output.fallbacks:
         rows.append(("linears with a fallback", f"{output.fallbacks:,} (see quantkit.json)"))

@@ -95,7 +95,7 @@ def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -
         return None
     windows = eval_windows(wanted.text, wanted.context, walk.source.directory, base_dir, wanted.max_windows_per_file)
     walk.on_event(StageStarted("validation", total=walk.arch.n_layers))
-    device, cache_bytes = walk.machine.device, walk.cache_bytes // 2
+    device, cache_bytes = walk.machine.device, walk.share.cache // 2
     with CompressedTensorsSource(directory) as written:
         scores = compare(
             walk.arch,

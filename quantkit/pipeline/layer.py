@@ -285,7 +285,7 @@ def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linear
 
 
 def _shrinkage(job: LayerJob, name: str) -> tuple[float, float]:
-    """How much the first output with a calibrated method wants of `shrunk`, and of `shrunk_to_diagonal`."""
+    """What the calibrated methods want of `shrunk` and `shrunk_to_diagonal`; the plan saw that all outputs agree."""
     for output in job.outputs:
         match output.methods.get(name):
             case (_, Gptq() as method):

@@ -29,10 +29,19 @@ SCRATCH_STORES = 2
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Bytes for hidden states in memory, and for float32 weights kept between batches of rows."""
+    """Bytes for hidden states in memory, for float32 weights kept between batches of rows, and for the experts beside
+    the first that are quantised as one batch."""
 
     stores: int
     cache: int
+    experts: int
+
+    def experts_at_once(self, arch: ModelArch, inter: int) -> int:
+        """Experts of one shape (inter, hidden) that are quantised as a batch."""
+        hidden = arch.hidden_size
+        moments = 6 * hidden * hidden  # Hessian, cross term, factor, and what making them copies
+        weights = 8 * 3 * hidden * inter  # originals, targets, sweep state, codes, results
+        return min(MOST_EXPERTS, 1 + self.experts // (4 * (moments + weights)))
 
 
 _LEAST_CACHE = 64 * 2**20
@@ -69,14 +78,7 @@ class Machine:
                 f"{working_bytes / 2**30:.2f} GiB.",
                 hint="Raise --memory-budget, or use method rtn for the widest linears.",
             )
-        return Share(stores=int(spare * 0.7), cache=_LEAST_CACHE + int(spare * 0.2))
-
-    def experts_at_once(self, arch: ModelArch, inter: int) -> int:
-        """Experts of one shape (inter, hidden) that are quantised as a batch."""
-        hidden = arch.hidden_size
-        moments = 6 * hidden * hidden  # Hessian, cross term, factor, and what making them copies
-        weights = 8 * 3 * hidden * inter  # originals, targets, sweep state, codes, results
-        return max(1, min(MOST_EXPERTS, int(self.budget * 0.5) // (4 * (moments + weights))))
+        return Share(stores=int(spare * 0.5), cache=_LEAST_CACHE + int(spare * 0.15), experts=int(spare * 0.3))
 
 
 class Stores:

@@ -18,7 +18,7 @@ from quantkit.formats.compressed_tensors_contract import describe
 from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.headers import IsFloat8
 from quantkit.pipeline.recipe import Output, Recipe, Rule
-from quantkit.quantizers import Method
+from quantkit.quantizers import Gptq, Method
 from quantkit.schemes import Float8Scheme, IntScheme, Scheme
 from quantkit.tensors import TensorInfo
 
@@ -172,9 +172,26 @@ def make_plan(
     blocks = Float8Scheme(block_size=block_size)
     float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
     outputs = tuple(_plan_output(output, recipe, specs, infos, float8, problems, warnings) for output in recipe.outputs)
+    _check_shrinkage(outputs, problems)
     problems.raise_if_any()
     source_bytes = sum(source_nbytes(infos[spec.name], float8.get(spec.name)) for spec in specs)
     return Plan(recipe, outputs, source_bytes, tuple(warnings))
+
+
+def _check_shrinkage(outputs: tuple[OutputPlan, ...], problems: _Problems) -> None:
+    """An expert's statistics are taken and shrunk once for all outputs."""
+    wanted: dict[str, tuple[float, float]] = {}
+    for output in outputs:
+        for name, decision in output.decisions.items():
+            if decision.spec.expert is None or not isinstance(decision.method, Gptq):
+                continue
+            own = (decision.method.shrink, decision.method.down_shrink)
+            if wanted.setdefault(name, own) != own:
+                problems.add(
+                    "outputs that shrink differently",
+                    f"output {output.output.name}: {name}: shrink, down_shrink are {own}, but {wanted[name]} before.",
+                    "Give all outputs the same shrink and down_shrink, or convert them one after the other.",
+                )
 
 
 def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:

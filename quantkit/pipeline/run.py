@@ -80,7 +80,7 @@ def convert(
         for sink in sinks:
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores)
-        walk = Walk(plan, arch, opened, machine, folder, journal, stores, share.cache, sinks, on_event, Timer())
+        walk = Walk(plan, arch, opened, machine, folder, journal, stores, share, sinks, on_event, Timer())
         return _run(walk, rows, header, base_dir)
 
 
@@ -155,7 +155,7 @@ def _layer_job(
             OutputJob(_methods(output), sink) for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True)
         ),
         weights=LayerWeights(
-            walk.source, carries_quantised=carries_quantised, cache_bytes=walk.cache_bytes, device=device
+            walk.source, carries_quantised=carries_quantised, cache_bytes=walk.share.cache, device=device
         ),
         streams=streams,
         new_rows=files.scratch,
@@ -195,7 +195,7 @@ def _experts_at_once(walk: Walk, blocks: tuple[Block, ...]) -> int:
     if not routed:
         return 1
     inter = walk.source.infos()[routed[0].gates[0]].shape[0]
-    return walk.machine.experts_at_once(walk.arch, inter)
+    return walk.share.experts_at_once(walk.arch, inter)
 
 
 def _prefetch(walk: Walk, layer: int) -> None:

@@ -10,14 +10,14 @@ from quantkit.formats.fp8_source import Fp8Source
 from quantkit.pipeline.events import OnEvent
 from quantkit.pipeline.folder import OutputFolder
 from quantkit.pipeline.journal import Journal
-from quantkit.pipeline.machine import Machine, Stores, Timer
+from quantkit.pipeline.machine import Machine, Share, Stores, Timer
 from quantkit.pipeline.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """``sinks``: one for each output of the plan, in its order. ``cache_bytes``: float32 weights that may be kept
-    between batches of rows."""
+    """``sinks``: one for each output of the plan, in its order. ``share``: how the memory
+    budget is divided."""
 
     plan: Plan
     arch: ModelArch
@@ -26,7 +26,7 @@ class Walk:
     folder: OutputFolder
     journal: Journal
     stores: Stores
-    cache_bytes: int
+    share: Share
     sinks: tuple[CompressedTensorsSink, ...]
     on_event: OnEvent
     timer: Timer
