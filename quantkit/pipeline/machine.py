@@ -64,7 +64,9 @@ class Machine:
             )
         found = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return cls(torch.device(found), memory_budget or int(physical * DEFAULT_SHARE))
+        # In whole GiB: the budget is part of the job, and a new kernel must not make it another one.
+        default = max(1, round(physical * DEFAULT_SHARE / 2**30)) * 2**30
+        return cls(torch.device(found), memory_budget or default)
 
     def share(self, working_bytes: int) -> Share:
         """Divide what the budget leaves beside ``working_bytes``, the least that the work needs.
