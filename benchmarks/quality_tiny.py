@@ -86,7 +86,8 @@ def main() -> None:
             seconds = report["seconds"]
             settings = {
                 "settings": f"gptq with quantkit's defaults, {arguments.tokens:,} tokens",
-                "seconds": seconds,
+                "seconds_by_stage": seconds,
+                "seconds": round(seconds["total"] - seconds["validation"], 1),
                 "wall_s_with_validation": round(float(report["wall_s"]), 1),
                 "peak_rss_mb": round(int(report["peak_rss_bytes"]) / 1e6),
                 "own_evaluation": report["outputs"][0]["validation"]["mean_kl"],
