@@ -1,6 +1,6 @@
 """The typed key-values at the start of a GGUF file: made here, encoded here; `header` decodes them.
 
-    {"general.architecture": string("deepseek2"), "deepseek2.block_count": u32(61), "tokenizer.ggml.tokens": strings(...)}
+    {"general.architecture": string("deepseek2"), "deepseek2.block_count": u32(61), "tokenizer.ggml.tokens": strings(t)}
 
 A key-value is a length and the key, a u32 type, and the value; an array adds the u32 type of its items and a u64 count.
 Everything is little-endian. Source: ggml/include/gguf.h of llama.cpp. Arrays of arrays exist in the specification, but
@@ -162,7 +162,6 @@ def _items(kind: str, items: tuple[Scalar, ...]) -> bytes:
 
 def _float32(value: float) -> float:
     try:
-        (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+        return struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:  # refused with the key's name when it is encoded
         return value
-    return cast("float", rounded)
