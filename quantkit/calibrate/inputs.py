@@ -24,6 +24,22 @@ class InputStats:
     cross: Tensor | None
     n_tokens: tuple[int, ...]
 
+    @property
+    def importance(self) -> Tensor:
+        """(B, in) float32: mean square of each input, a view of the hessian's diagonal."""
+        return self.hessian.diagonal(dim1=-2, dim2=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class InputImportance:
+    """The part of `InputStats` that an imatrix file holds: importance (B, in) float32."""
+
+    importance: Tensor
+    n_tokens: tuple[int, ...]
+
+
+Inputs = InputStats | InputImportance
+
 
 class InputMoments:
     """Sums behind `InputStats` for one matrix, filled token batch by token batch."""

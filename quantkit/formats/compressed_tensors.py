@@ -102,19 +102,21 @@ class CompressedTensorsSink:
         planned = self._planned[tensor.name]
         scheme = planned.scheme
         assert scheme == tensor.scheme, f"{tensor.name}: planned {scheme}, got {tensor.scheme}"
-        assert tuple(tensor.codes.shape) == planned.info.shape, f"{tensor.name}: codes are {list(tensor.codes.shape)}"
-        _check_scale(tensor)
+        codes, scale, zero_point = (tensor.stored.get(key) for key in ("codes", "scale", "zero_point"))
+        assert codes is not None and scale is not None, f"{tensor.name}: a scheme that compressed-tensors lacks"
+        assert tuple(codes.shape) == planned.info.shape, f"{tensor.name}: codes are {list(codes.shape)}"
+        _check_scale(tensor.name, scale)
         prefix = f"{planned.module}.weight"
         if isinstance(scheme, Float8Scheme):
-            self._put(tensor.name, tensor.codes)
-            self._put(f"{prefix}_scale", tensor.scale.float())  # exact, whatever float the source stores scales in
+            self._put(tensor.name, codes)
+            self._put(f"{prefix}_scale", scale.float())  # exact, whatever float the source stores scales in
             return
         assert isinstance(scheme, IntScheme)
-        assert scheme.symmetric == (tensor.zero_point is None), f"{tensor.name}: zero points do not fit the scheme"
-        self._put(f"{prefix}_packed", pack(tensor.codes, scheme.bits))
-        self._put(f"{prefix}_scale", tensor.scale)
-        if tensor.zero_point is not None:
-            self._put(f"{prefix}_zero_point", pack(tensor.zero_point.T.contiguous(), scheme.bits).T)
+        assert scheme.symmetric == (zero_point is None), f"{tensor.name}: zero points do not fit the scheme"
+        self._put(f"{prefix}_packed", pack(codes, scheme.bits))
+        self._put(f"{prefix}_scale", scale)
+        if zero_point is not None:
+            self._put(f"{prefix}_zero_point", pack(zero_point.T.contiguous(), scheme.bits).T)
         # Last, because it doubles as the mark that this linear was written: a shape is never zero.
         self._writer.write(f"{prefix}_shape", 0, struct.pack("<2q", *planned.info.shape))
 
@@ -170,12 +172,12 @@ class CompressedTensorsSink:
         return (tensor.name for tensor in self._planned.values() if isinstance(tensor.scheme, IntScheme))
 
 
-def _check_scale(tensor: QuantizedTensor) -> None:
+def _check_scale(name: str, scale: Tensor) -> None:
     import torch
 
-    if not torch.isfinite(tensor.scale).all():
+    if not torch.isfinite(scale).all():
         raise SchemeError(
-            f"{tensor.name}: a scale is NaN or infinite.",
+            f"{name}: a scale is NaN or infinite.",
             hint="The weight or its Hessian holds values that are no numbers.",
         )
 

@@ -24,7 +24,8 @@ def copy_kept(
                 continue
             if isinstance(decision.scheme, Float8Scheme):
                 codes, scale = source.read_float8(name)
-                sink.write(QuantizedTensor(name, decision.scheme, codes, scale, None, QuantError(0.0)))
+                stored = {"codes": codes, "scale": scale}
+                sink.write(QuantizedTensor(name, decision.scheme, stored, QuantError(0.0)))
             else:
                 _copy_rows(source, sink, name)
             tensors += 1

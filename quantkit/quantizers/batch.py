@@ -4,45 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from quantkit.schemes import ChosenScheme, QuantError, QuantizedTensor
 
-from quantkit.schemes import IntScheme, QuantError, QuantizedTensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.schemes.grid import Stored
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBatch:
-    """codes (B, out, in) uint8, scale (B, out, groups), zero_point the same or None, relative_loss (B,) float32;
-    fallbacks: one for each matrix, as in `QuantError`."""
+    """``stored``: as in `QuantizedTensor`, each with a leading dimension B; relative_loss (B,) float32; fallbacks: one
+    for each matrix, as in `QuantError`."""
 
-    scheme: IntScheme
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
+    scheme: ChosenScheme
+    stored: Stored
     relative_loss: Tensor
     fallbacks: tuple[str, ...]
 
     def decode(self) -> Tensor:
         """(B, out, in) float32, as a runtime will compute with it."""
-        return self.scheme.decode(self.codes, self.scale, self.zero_point)
+        return self.scheme.decode(**self.stored)
 
     def tensors(self, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> list[QuantizedTensor]:
-        """One `QuantizedTensor` for each matrix, on the CPU."""
-        codes, scale = self.codes.cpu(), self.scale.cpu()
-        zero = None if self.zero_point is None else self.zero_point.cpu()
+        """One `QuantizedTensor` for each matrix, on the CPU; a single name for several matrices (the heads of one
+        tensor) gets them one under the other."""
+        stored = {key: value.cpu() for key, value in self.stored.items()}
+        if len(names) == 1:
+            fallback = next((text for text in self.fallbacks if text), "")
+            error = QuantError(float(self.relative_loss.mean()), max(n_tokens), fallback)
+            return [QuantizedTensor(names[0], self.scheme, {k: v.flatten(0, 1) for k, v in stored.items()}, error)]
         losses = self.relative_loss.tolist()
         return [
             QuantizedTensor(
                 name,
                 self.scheme,
-                codes[i],
-                scale[i],
-                None if zero is None else zero[i],
+                {key: value[i] for key, value in stored.items()},
                 QuantError(losses[i], n, self.fallbacks[i]),
             )
             for i, (name, n) in enumerate(zip(names, n_tokens, strict=True))
         ]
 
 
-Quantizer = Callable[[Tensor, IntScheme], QuantizedBatch]
-"""A method with its inputs: weight (B, out, in) float32 and the scheme to store it in -> codes and scales."""
+Quantizer = Callable[["Tensor", ChosenScheme], QuantizedBatch]
+"""A method with its inputs: weight (B, out, in) float32 and the scheme to store it in -> what is stored."""

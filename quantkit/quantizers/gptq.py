@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
-from quantkit.quantizers.rtn import ScaleSearch, search_scales
-from quantkit.schemes import IntScheme
+from quantkit.calibrate.inputs import InputStats
+from quantkit.quantizers.rtn import ScaleSearch, grid_points, weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.calibrate.inputs import InputStats
+    from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, Quantizer
     from quantkit.quantizers.ldlq import Factor
+    from quantkit.schemes import ChosenScheme
+    from quantkit.schemes.grid import Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,9 @@ class PreparedInputs:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Some rows of B matrices: codes (B, rows, in), scale and zero_point (B, rows, groups), loss (B, rows)."""
+    """Some rows of B matrices: what is stored, each (B, rows, ...), and the loss (B, rows)."""
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
+    stored: Stored
     loss: Tensor
 
 
@@ -84,11 +84,11 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         """Whether the method wants the unquantised stream beside the quantised one."""
         return self.cross > 0
 
-    def quantizer(self, stats: InputStats | None) -> Quantizer:
+    def quantizer(self, stats: Inputs | None) -> Quantizer:
         """`quantize` for linears that these inputs feed, prepared once for all of them. Overwrites ``stats``."""
         return partial(self.quantize, prepared=self.prepare(stats))
 
-    def prepare(self, stats: InputStats | None) -> PreparedInputs:
+    def prepare(self, stats: Inputs | None) -> PreparedInputs:
         """Factor the Hessians once for all linears of the group. Overwrites ``stats``.
 
         Raises `CalibrationError` if a Hessian is not finite.
@@ -97,7 +97,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
 
         from quantkit.quantizers import ldlq
 
-        assert stats is not None, "the plan admits gptq with calibration only"
+        assert isinstance(stats, InputStats), "the plan admits gptq with calibration only"
         unseen = stats.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
         if unseen.any():  # no token, or none that did anything: all inputs count alike
             stats.hessian[unseen] += torch.eye(stats.hessian.shape[-1], device=stats.hessian.device)
@@ -106,7 +106,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         fallbacks = tuple("no calibration tokens: round to nearest" if blind else damped for blind in unseen.tolist())
         return PreparedInputs(factor, stats.cross if self.cross else None, fallbacks)
 
-    def quantize(self, weight: Tensor, scheme: IntScheme, prepared: PreparedInputs) -> QuantizedBatch:
+    def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
         import torch
 
@@ -116,27 +116,23 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         factor = prepared.factor
         rows = max(1, SLICE_BYTES // (4 * weight.shape[-1] * len(weight)))
         parts = [self._quantize_rows(part, scheme, prepared) for part in weight.split(rows, dim=1)]
-        zero_points = [part.zero_point for part in parts if part.zero_point is not None]
         norms = [ldlq.row_loss(part, factor.hessian).sum(-1) for part in weight.split(rows, dim=1)]
         return QuantizedBatch(
             scheme,
-            torch.cat([part.codes for part in parts], 1),
-            torch.cat([part.scale for part in parts], 1),
-            torch.cat(zero_points, 1) if zero_points else None,
+            {key: torch.cat([part.stored[key] for part in parts], 1) for key in parts[0].stored},
             torch.stack([part.loss.sum(-1) for part in parts]).sum(0) / torch.stack(norms).sum(0).clamp_min(1e-30),
             prepared.fallbacks,
         )
 
-    def _quantize_rows(self, weight: Tensor, scheme: IntScheme, prepared: PreparedInputs) -> _Rows:
+    def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> _Rows:
         from quantkit.quantizers import ldlq
 
         factor = prepared.factor
         target = weight
         if prepared.cross is not None:
             target = ldlq.towards_original(weight, prepared.cross, factor, self.cross)
-        scale, zero_point = search_scales(
-            target, scheme, prepared.importance, search=self.scale_search, grid=self.grid, signed=self.signed
-        )
-        codes = ldlq.sweep(scheme, target, scale, zero_point, factor)
-        codes, scale, loss = ldlq.polish(scheme, target, codes, scale, zero_point, factor.hessian, self.polish)
-        return _Rows(codes, scale, zero_point, loss)
+        importance = weighting(prepared.importance, self.scale_search)
+        grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed)
+        codes = ldlq.sweep(grid, target, factor)
+        polished = ldlq.polish(grid, target, codes, factor.hessian, self.polish)
+        return _Rows(grid.stored(polished.codes, polished.scale, polished.offset), polished.loss)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
-from quantkit.schemes import IntScheme
-from quantkit.schemes.affine_int import representable
+from quantkit.schemes.grid import Grid
 
 _LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
 _PANEL = 512  # columns that a Cholesky or triangular solve handles at once
@@ -132,26 +131,47 @@ def _columns(matrix: Tensor, order: Tensor) -> Tensor:
     return matrix.gather(-1, order.unsqueeze(-2).expand(matrix.shape))
 
 
-def sweep(scheme: IntScheme, target: Tensor, scale: Tensor, zero_point: Tensor | None, factor: Factor) -> Tensor:
+def sweep(grid: Grid, target: Tensor, factor: Factor) -> Tensor:
     """Round the columns of ``target`` with error feedback on a fixed grid (groups stay where storage has them: static
     groups).
 
-    target (B, out, in) float32; scale (B, out, groups); zero_point the same or None
-    -> codes (B, out, in) uint8 in storage order.
+    target (B, out, in) float32 -> codes (B, out, in) uint8 in storage order.
     """
     in_features = target.shape[-1]
-    group = factor.layout.div(in_features // scale.shape[-1], rounding_mode="floor")  # of each place
+    group = factor.layout.div(in_features // grid.scale.shape[-1], rounding_mode="floor")  # of each place
     columns = _Columns(
         error=_columns(target, factor.layout).mT.contiguous(),
         moved=_columns(target, factor.layout).mT.contiguous(),
-        scale=_columns_of_groups(scale.float(), group),
-        zero=None if zero_point is None else _columns_of_groups(zero_point.float(), group),
-        half=2.0 ** (scheme.bits - 1),
-        top=2**scheme.bits - 1,
+        scale=_columns_of_groups(grid.scale, group),
+        zero=grid.zero if isinstance(grid.zero, float) else _columns_of_groups(grid.zero, group),
+        offset=None if grid.offset is None else _columns_of_groups(grid.offset, group),
+        levels=_Levels(grid),
         codes=torch.empty(target.mT.shape, dtype=torch.uint8, device=target.device),
     )
     _sweep_span(columns, factor, 0, in_features)
     return _columns(columns.codes.mT, factor.layout.argsort(-1))
+
+
+class _Levels:
+    """The nearest code of a value in units of its scale, and the level of a code."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.top = grid.top
+        table = grid.table
+        self._table = table
+        self._middles = None if table is None else (table[1:] + table[:-1]) / 2
+
+    def round(self, values: Tensor, zero: Tensor | float) -> tuple[Tensor, Tensor]:
+        """values (overwritten), zero: of integer levels -> codes, levels, both float32 and shaped like values."""
+        if self._table is None or self._middles is None:
+            codes = values.add_(zero).round_().clamp_(0, self.top)
+            return codes, codes - zero
+        codes = torch.bucketize(values, self._middles)
+        return codes, self._table[codes]
+
+    def of(self, codes: Tensor, zero: Tensor | float) -> Tensor:
+        """codes uint8 -> levels float32."""
+        return codes.float() - zero if self._table is None else self._table[codes.int()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +185,9 @@ class _Columns:
     error: Tensor
     moved: Tensor
     scale: Tensor
-    zero: Tensor | None
-    half: float
-    top: int
+    zero: Tensor | float
+    offset: Tensor | None
+    levels: _Levels
     codes: Tensor
 
 
@@ -194,92 +214,142 @@ def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> Non
 def _round_column(columns: _Columns, factor: Factor, column: int, start: int) -> None:
     """Round one column and push its error to the rest of its leaf, [start, column)."""
     scale = columns.scale[:, column]
-    zero = columns.half if columns.zero is None else columns.zero[:, column]
-    codes = (columns.moved[:, column] / scale).add_(zero).round_().clamp_(0, columns.top)
+    zero = columns.zero if isinstance(columns.zero, float) else columns.zero[:, column]
+    wanted, error = columns.moved[:, column], columns.error[:, column]
+    if columns.offset is not None:
+        wanted = wanted - columns.offset[:, column]
+        error -= columns.offset[:, column]
+    codes, levels = columns.levels.round(wanted / _divisor(scale), zero)
     columns.codes[:, column] = codes
-    error = columns.error[:, column]
-    error.addcmul_(codes.sub_(zero), scale, value=-1)
+    error.addcmul_(levels, scale, value=-1)
     if column > start:
         weights = factor.lower[:, column, start:column, None]
         columns.moved[:, start:column].addcmul_(weights, error.unsqueeze(1))
 
 
-def polish(
-    scheme: IntScheme,
-    target: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    hessian: Tensor,
-    rounds: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Coordinate descent on tr(E H E^T), group by group: the group's scale, then each of its codes, all others fixed.
+def _divisor(scale: Tensor) -> Tensor:
+    """What brings values to units of a scale; a group without extent has scale 0, and any code will do."""
+    return scale.masked_fill(scale == 0, torch.inf)
 
-    With the gradient G = E H kept up to date, the best step of a scale is (q . G_g) / (q H_gg q), that of a column
-    G_k / H_kk. Only steps that lower the loss are taken, so a round never raises it.
 
-    target (B, out, in) float32, codes uint8 the same, scale and zero_point (B, out, groups)
-    -> codes, scale in the scheme's dtype, loss (B, out) float32.
+@dataclass(frozen=True, slots=True)
+class Polished:
+    """codes (B, out, in) uint8, scale and offset (B, out, groups) float32, loss tr(E H E^T) (B, out) float32."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    loss: Tensor
+
+
+def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: int) -> Polished:
+    """Coordinate descent on tr(E H E^T), group by group: the group's scale, its offset if it has one, then each of its
+    codes, all others fixed.
+
+    With the gradient G = E H kept up to date, the best step along a direction q of a group is (q . G_g) / (q H_gg q):
+    q is the levels for the scale, ones for the offset, one column for a code. Only steps that lower the loss are taken,
+    so a round never raises it.
+
+    target (B, out, in) float32, codes uint8 the same, hessian (B, in, in) damped.
     """
-    zero: Tensor | float = 2.0 ** (scheme.bits - 1)
-    if zero_point is not None:
-        zero = zero_point.float().repeat_interleave(target.shape[-1] // scale.shape[-1], -1).mT
-    levels = (codes.mT.float() - zero).contiguous()  # (B, in, out): a column is contiguous
-    scales = scale.float().mT.contiguous()
-    n_groups, size = scales.shape[1], target.shape[-1] // scales.shape[1]
-    error = target.mT - levels * scales.repeat_interleave(size, 1)
-    gradient = hessian @ error
+    work = _Descent.of(grid, target, codes, hessian)
     for _ in range(rounds):
-        for group in range(n_groups):
-            span = slice(group * size, (group + 1) * size)
-            own = hessian[:, span, span]
-            local = gradient[:, span].clone()
-            change = -error[:, span]
-            scales[:, group] = _step_scale(scheme, scales[:, group], levels[:, span], error[:, span], local, own)
-            low = -zero[:, span] if isinstance(zero, Tensor) else -zero
-            _step_codes(scheme, scales[:, group], levels[:, span], error[:, span], local, own, low)
-            change += error[:, span]
-            gradient.baddbmm_(hessian[:, :, span], change)
-    final = (levels + zero).mT.to(codes.dtype)
-    return final, scales.mT.to(scale.dtype), (error * gradient).sum(1)
+        for group in range(work.scales.shape[1]):
+            _polish_group(work, group)
+    offset = None if work.offsets is None else work.offsets.mT
+    final = work.codes.mT.to(codes.dtype)
+    return Polished(final, work.scales.mT.contiguous(), offset, (work.error * work.gradient).sum(1))
 
 
-def _step_scale(
-    scheme: IntScheme, scale: Tensor, levels: Tensor, error: Tensor, gradient: Tensor, hessian: Tensor
-) -> Tensor:
-    """The better scale (B, out) of one group; ``error`` and ``gradient`` (B, group, out) follow in place."""
-    through = hessian @ levels
+@dataclass(frozen=True, slots=True)
+class _Descent:
+    """A polish under way, transposed: codes, levels, error, gradient (B, in, out), scales, offsets (B, groups, out)
+    float32."""
+
+    grid: Grid
+    find: _Levels
+    hessian: Tensor
+    codes: Tensor
+    levels: Tensor
+    error: Tensor
+    gradient: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    zero: Tensor | float
+
+    @classmethod
+    def of(cls, grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor) -> _Descent:
+        size = target.shape[-1] // grid.scale.shape[-1]
+        zero = grid.zero if isinstance(grid.zero, float) else grid.zero.repeat_interleave(size, -1).mT
+        find = _Levels(grid)
+        levels = find.of(codes.mT, zero).contiguous()
+        scales = grid.scale.mT.contiguous()
+        offsets = None if grid.offset is None else grid.offset.mT.contiguous()
+        error = target.mT - levels * scales.repeat_interleave(size, 1)
+        if offsets is not None:
+            error -= offsets.repeat_interleave(size, 1)
+        return cls(grid, find, hessian, codes.mT.float(), levels, error, hessian @ error, scales, offsets, zero)
+
+
+def _polish_group(work: _Descent, group: int) -> None:
+    size = work.levels.shape[1] // work.scales.shape[1]
+    span = slice(group * size, (group + 1) * size)
+    local = work.gradient[:, span].clone()
+    change = -work.error[:, span]
+    _step_scale(work, group, span, local)
+    if work.offsets is not None:
+        _step_offset(work, work.offsets, group, span, local)
+    _step_codes(work, group, span, local)
+    change += work.error[:, span]
+    work.gradient.baddbmm_(work.hessian[:, :, span], change)
+
+
+def _step_scale(work: _Descent, group: int, span: slice, gradient: Tensor) -> None:
+    """The better scale of one group; ``error`` and ``gradient`` (B, group, out) follow in place."""
+    levels, scale = work.levels[:, span], work.scales[:, group]
+    through = work.hessian[:, span, span] @ levels
     curvature, slope = (levels * through).sum(1), (levels * gradient).sum(1)
-    step = representable(scheme, scale + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)) - scale
-    step = torch.where((step * (step * curvature - 2 * slope) < 0) & (curvature > 0), step, 0.0)
-    error.addcmul_(levels, step.unsqueeze(1), value=-1)
+    wanted = scale + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
+    step = _if_better(work.grid.nearest_scale(group, wanted) - scale, curvature, slope)
+    work.error[:, span].addcmul_(levels, step.unsqueeze(1), value=-1)
     gradient.addcmul_(through, step.unsqueeze(1), value=-1)
-    return scale + step
+    work.scales[:, group] = scale + step
 
 
-def _step_codes(
-    scheme: IntScheme,
-    scale: Tensor,
-    levels: Tensor,
-    error: Tensor,
-    gradient: Tensor,
-    hessian: Tensor,
-    low: Tensor | float,
-) -> None:
-    """Move each code of one group to its best level given all others. (B, group, out) tensors follow in place."""
-    size, top = levels.shape[1], 2**scheme.bits - 1
-    inverse = 1 / scale
+def _step_offset(work: _Descent, offsets: Tensor, group: int, span: slice, gradient: Tensor) -> None:
+    """The better offset of one group, in the same way."""
+    through = work.hessian[:, span, span].sum(-1, keepdim=True)  # (B, group, 1)
+    curvature, slope = through.sum(1).expand(offsets[:, group].shape), gradient.sum(1)
+    wanted = offsets[:, group] + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
+    step = _if_better(work.grid.nearest_offset(group, wanted) - offsets[:, group], curvature, slope)
+    work.error[:, span] -= step.unsqueeze(1)
+    gradient.addcmul_(through, step.unsqueeze(1), value=-1)
+    offsets[:, group] += step
+
+
+def _if_better(step: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
+    """The step where it lowers the loss, else 0."""
+    return torch.where((step * (step * curvature - 2 * slope) < 0) & (curvature > 0), step, 0.0)
+
+
+def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> None:
+    """Move each code of one group to its best level given all others; ``gradient`` (B, group, out) follows in place."""
+    hessian, scale = work.hessian[:, span, span], work.scales[:, group]
+    levels, codes, error = work.levels[:, span], work.codes[:, span], work.error[:, span]
+    zero = work.zero if isinstance(work.zero, float) else work.zero[:, span]
+    inverse = 1 / _divisor(scale)
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
+    size = levels.shape[1]
     for start in range(0, size, _LEAF):
         stop = min(start + _LEAF, size)
         before = error[:, start:stop].clone()
         for column in range(start, stop):
             old = levels[:, column]
-            wanted = (gradient[:, column] / diagonal[:, column, None]).mul_(inverse).add_(old).round_()
-            floor = low[:, column] if isinstance(low, Tensor) else low
-            new = wanted.clamp_(floor, floor + top)
+            wanted = (gradient[:, column] / diagonal[:, column, None]).mul_(inverse).add_(old)
+            new_codes, new = work.find.round(wanted, zero if isinstance(zero, float) else zero[:, column])
             moved = (new - old).mul_(scale)
             levels[:, column] = new
+            codes[:, column] = new_codes
             error[:, column] -= moved
             if column + 1 < stop:
                 weights = hessian[:, column, column + 1 : stop, None]

@@ -1,22 +1,21 @@
 """Round to nearest: the scale of each group is searched, the codes are the nearest ones. Needs no calibration.
 
-With calibration the scale search weights each input by its mean square (the imatrix of llama.cpp).
+With calibration, or an imatrix, the scale search weights each input by its mean square.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import BaseModel, Field
-
-from quantkit.schemes import IntScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.calibrate.inputs import InputStats
+    from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+    from quantkit.schemes import ChosenScheme
 
 ScaleSearch = Literal["range", "mse", "importance"]
 """range: the group's whole range; mse: least squared weight error; importance: that error weighted by each input's mean
@@ -43,37 +42,43 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         """Whether the method wants the unquantised stream beside the quantised one."""
         return False
 
-    def quantizer(self, stats: InputStats | None) -> Quantizer:
+    def quantizer(self, stats: Inputs | None) -> Quantizer:
         """`quantize` for linears that these inputs feed, prepared once for all of them. Overwrites ``stats``."""
         return partial(self.quantize, prepared=self.prepare(stats))
 
-    def prepare(self, stats: InputStats | None) -> Tensor | None:
+    def prepare(self, stats: Inputs | None) -> Tensor | None:
         """What `quantize` needs of the inputs, shared by all linears that they feed: the imatrix (B, in) float32."""
         if stats is None:
             return None
-        importance = stats.hessian.diagonal(dim1=-2, dim2=-1)
+        importance = stats.importance
         # Inputs that never fired still count a little: a scale must not ignore them.
         return importance + _FLOOR * importance.mean(-1, keepdim=True).clamp_min(1e-30)
 
-    def quantize(self, weight: Tensor, scheme: IntScheme, prepared: Tensor | None) -> QuantizedBatch:
+    def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales."""
         from quantkit.quantizers.batch import QuantizedBatch
 
-        scale, zero_point = search_scales(
-            weight, scheme, prepared, search=self.scale_search, grid=self.grid, signed=self.signed
+        stored = scheme.rounded(
+            weight, weighting(prepared, self.scale_search), points=grid_points(self), signed=self.signed
         )
-        codes = scheme.encode(weight, scale, zero_point)
-        error = scheme.decode(codes, scale, zero_point) - weight
+        error = scheme.decode(**stored) - weight
         importance = 1.0 if prepared is None else prepared.unsqueeze(-2)
         norm = (weight.square() * importance).sum((-2, -1)).clamp_min(1e-30)
-        return QuantizedBatch(
-            scheme, codes, scale, zero_point, (error.square() * importance).sum((-2, -1)) / norm, ("",) * len(weight)
-        )
+        return QuantizedBatch(scheme, stored, (error.square() * importance).sum((-2, -1)) / norm, ("",) * len(weight))
 
 
-def search_scales(
-    weight: Tensor, scheme: IntScheme, importance: Tensor | None, *, search: ScaleSearch, grid: int, signed: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of each group as a method's options say. weight (B, out, in), importance (B, in) or None."""
-    weighting = importance if search == "importance" else None
-    return scheme.fit(weight, weighting, grid=0 if search == "range" else grid, signed=signed)
+class _SearchOptions(Protocol):
+    @property
+    def scale_search(self) -> ScaleSearch: ...
+    @property
+    def grid(self) -> int: ...
+
+
+def grid_points(method: _SearchOptions) -> int:
+    """Candidate ranges to try, 0 for the whole range as it is."""
+    return 0 if method.scale_search == "range" else method.grid
+
+
+def weighting(importance: Tensor | None, search: ScaleSearch) -> Tensor | None:
+    """The importance (B, in) where the search is to use it."""
+    return importance if search == "importance" else None

@@ -12,11 +12,16 @@ from pydantic import Field
 
 from quantkit.schemes.affine_int import IntScheme
 from quantkit.schemes.float8 import Float8Scheme
+from quantkit.schemes.ggml import GgmlScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Scheme = Annotated[IntScheme | Float8Scheme, Field(discriminator="kind")]
+    from quantkit.schemes.grid import Stored
+
+ChosenScheme = Annotated[IntScheme | GgmlScheme, Field(discriminator="kind")]
+"""Schemes whose codes a method chooses."""
+Scheme = Annotated[IntScheme | GgmlScheme | Float8Scheme, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +41,22 @@ class QuantError:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A linear after quantisation. Codes are unpacked; packing them is the format's business.
+    """A linear after quantisation.
 
-    codes (out, in) uint8 for ``int`` (unsigned), float8_e4m3fn for ``float8``; scale (out, groups) or (out blocks, in
-    blocks); zero_point (out, groups) uint8 or None.
+    ``stored``: what its scheme keeps, by the names of the arguments of the scheme's ``decode``.
+    ``int``: codes (out, in) uint8 (unsigned, unpacked: packing is the format's business), scale (out, groups) and, if
+    asymmetric, zero_point (out, groups) uint8. ``float8``: codes (out, in) float8_e4m3fn, scale (out blocks, in
+    blocks). ``ggml``: blocks (out, row bytes) uint8.
     """
 
     name: str
     scheme: Scheme
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
+    stored: Stored
     error: QuantError
 
     def decode(self) -> Tensor:
         """The weight that a runtime will compute with, (out, in) float32."""
-        return self.scheme.decode(self.codes, self.scale, self.zero_point)
+        return self.scheme.decode(**self.stored)
 
 
-__all__ = ["Float8Scheme", "IntScheme", "QuantError", "QuantizedTensor", "Scheme"]
+__all__ = ["ChosenScheme", "Float8Scheme", "GgmlScheme", "IntScheme", "QuantError", "QuantizedTensor", "Scheme"]

@@ -11,6 +11,7 @@ torch is imported inside the functions: a plan needs the schemes but must start 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
@@ -20,6 +21,8 @@ from quantkit.errors import SchemeError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from quantkit.schemes.grid import Stored
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -63,6 +66,16 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         """Scale and zero point of each group. See `fit`."""
         return fit(self, weight, importance, grid=grid, signed=signed)
 
+    def grid(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> IntGrid:
+        """Fitted scales of weight (B, out, in) float32 under importance (B, in). ``points``, ``signed``: as ``grid``
+        and ``signed`` of `fit`."""
+        return IntGrid(self, *self.fit(weight, importance, grid=points, signed=signed))
+
+    def rounded(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> Stored:
+        """Fitted scales and nearest codes of weight (B, out, in), as `decode` takes them."""
+        scale, zero_point = self.fit(weight, importance, grid=points, signed=signed)
+        return _stored(self.encode(weight, scale, zero_point), scale, zero_point)
+
     def encode(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Nearest code, ties to even. weight (..., out, in) float32, scale (..., out, groups) -> (..., out, in)
         uint8."""
@@ -77,6 +90,49 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
 
     def _zero(self, zero_point: Tensor | None) -> Tensor | float:
         return float(2 ** (self.bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
+
+
+def _stored(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Stored:
+    stored = {"codes": codes, "scale": scale}
+    return stored if zero_point is None else {**stored, "zero_point": zero_point}
+
+
+@dataclass(frozen=True, slots=True)
+class IntGrid:
+    """A `Grid`: scale (B, out, groups) in the dtype that is stored, zero_point the same in uint8 or None."""
+
+    scheme: IntScheme
+    stored_scale: Tensor
+    zero_point: Tensor | None
+    offset: None = None
+    table: None = None
+
+    @property
+    def scale(self) -> Tensor:
+        """(B, out, groups) float32."""
+        return self.stored_scale.float()
+
+    @property
+    def zero(self) -> Tensor | float:
+        """Half of the codes, or the zero points in float32."""
+        return 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point.float()
+
+    @property
+    def top(self) -> int:
+        """The highest code."""
+        return 2**self.scheme.bits - 1
+
+    def nearest_scale(self, group: int, wanted: Tensor) -> Tensor:
+        """``wanted`` in the dtype that is stored; the group does not matter."""
+        return representable(self.scheme, wanted)
+
+    def nearest_offset(self, group: int, wanted: Tensor) -> Tensor:
+        """There are no offsets."""
+        raise AssertionError("an integer grid has zero points, no offsets")
+
+    def stored(self, codes: Tensor, scale: Tensor, offset: None) -> Stored:
+        """Codes, scales in the stored dtype and, if asymmetric, zero points."""
+        return _stored(codes, scale.to(self.stored_scale.dtype), self.zero_point)
 
 
 Params = tuple["Tensor", "Tensor | None"]

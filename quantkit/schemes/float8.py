@@ -37,7 +37,7 @@ class Float8Scheme(BaseModel, frozen=True, extra="forbid"):
         """Bits per weight of codes and scales for a matrix (out_features, in_features)."""
         return 8 + 32 * math.prod(self.scale_shape(shape)) / math.prod(shape)
 
-    def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """codes (out, in) float8_e4m3fn, scale (out blocks, in blocks) float32 -> weight (out, in) float32."""
         out_features, in_features = codes.shape
         rows, columns = self.block_size

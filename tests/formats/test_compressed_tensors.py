@@ -55,12 +55,13 @@ def quantize(
     """Round to nearest; ``negate`` turns every other scale negative."""
     if isinstance(scheme, Float8Scheme):
         codes, scale = encode_fp8_blocks(weight.float())
-        return QuantizedTensor(name, scheme, codes, scale, None, QuantError(0.0))
+        return QuantizedTensor(name, scheme, {"codes": codes, "scale": scale}, QuantError(0.0))
     scale, zero_point = scheme.fit(weight.float(), grid=0)
     if negate:
         scale[::2] *= -1
     codes = scheme.encode(weight.float(), scale, zero_point)
-    return QuantizedTensor(name, scheme, codes, scale, zero_point, QuantError(0.0))
+    stored = {"codes": codes, "scale": scale} | ({} if zero_point is None else {"zero_point": zero_point})
+    return QuantizedTensor(name, scheme, stored, QuantError(0.0))
 
 
 def write_all(
@@ -95,7 +96,7 @@ def decoded(weights: dict[str, torch.Tensor], quantized: dict[str, QuantizedTens
     result = {name: weight.float() for name, weight in weights.items()}
     for name, tensor in quantized.items():
         weight = tensor.decode()
-        result[name] = weight.to(tensor.scale.dtype).float() if ".experts." in name else weight
+        result[name] = weight.to(tensor.stored["scale"].dtype).float() if ".experts." in name else weight
     return result
 
 
@@ -303,9 +304,9 @@ def test_values_that_a_narrower_dtype_cannot_hold_are_refused(tmp_path: Path) ->
 def test_float8_scales_of_other_dtypes_become_float32(tmp_path: Path) -> None:
     planned = [PlannedTensor(TensorInfo("a.weight", (130, 128), "BF16"), Float8Scheme(), None)]
     tensor = quantize("a.weight", torch.randn(130, 128), Float8Scheme())
-    scale = tensor.scale.to(torch.bfloat16)
+    scale = tensor.stored["scale"].to(torch.bfloat16)
     sink = CompressedTensorsSink.open(tmp_path, planned)
-    sink.write(QuantizedTensor("a.weight", tensor.scheme, tensor.codes, scale, None, tensor.error))
+    sink.write(QuantizedTensor("a.weight", tensor.scheme, {**tensor.stored, "scale": scale}, tensor.error))
     sink.finish()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a.weight_scale"], scale.float())
 
@@ -313,7 +314,7 @@ def test_float8_scales_of_other_dtypes_become_float32(tmp_path: Path) -> None:
 def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     planned = [PlannedTensor(TensorInfo("a.weight", (8, 128), "BF16"), INT4, None)]
     tensor = quantize("a.weight", torch.ones(8, 128), INT4)
-    tensor.scale[3, 0] = torch.nan
+    tensor.stored["scale"][3, 0] = torch.nan
     with pytest.raises(SchemeError, match=r"a\.weight: a scale is NaN or infinite"):
         CompressedTensorsSink.open(tmp_path, planned).write(tensor)
 

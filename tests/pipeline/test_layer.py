@@ -286,8 +286,8 @@ def test_a_second_output_changes_nothing_about_the_first(monkeypatch: pytest.Mon
     assert_streams(case)
     assert set(case.sinks[0].written) == set(case.sinks[1].written) == set(case.linears)
     for name, tensor in alone.sinks[0].written.items():
-        assert torch.equal(tensor.codes, case.sinks[0].written[name].codes), name
-        assert torch.equal(tensor.scale, case.sinks[0].written[name].scale), name
+        assert torch.equal(tensor.stored["codes"], case.sinks[0].written[name].stored["codes"]), name
+        assert torch.equal(tensor.stored["scale"], case.sinks[0].written[name].stored["scale"]), name
     assert case.sinks[1].written["model.layers.1.mlp.experts.1.up_proj.weight"].scheme == SCHEME
     assert case.sinks[1].written["model.layers.1.mlp.experts.2.up_proj.weight"].scheme == other
 
@@ -308,8 +308,8 @@ def test_the_batch_of_experts_changes_codes_at_ties_only(at_once: int, monkeypat
     differing = total = 0
     for name, tensor in one.sinks[0].written.items():
         other = many.sinks[0].written[name]
-        differing += int((tensor.codes != other.codes).sum())
-        total += tensor.codes.numel()
+        differing += int((tensor.stored["codes"] != other.stored["codes"]).sum())
+        total += tensor.stored["codes"].numel()
         assert other.error.relative_loss == pytest.approx(tensor.error.relative_loss, rel=0.02)
     assert differing <= (0 if at_once == 1 else total * 0.002)
 
@@ -319,8 +319,8 @@ def test_stores_in_files_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest
     for case in (memory, files):
         case.quantised(monkeypatch)
     for name, tensor in memory.sinks[0].written.items():
-        assert torch.equal(tensor.codes, files.sinks[0].written[name].codes), name
-        assert torch.equal(tensor.scale, files.sinks[0].written[name].scale), name
+        assert torch.equal(tensor.stored["codes"], files.sinks[0].written[name].stored["codes"]), name
+        assert torch.equal(tensor.stored["scale"], files.sinks[0].written[name].stored["scale"]), name
     assert files.streams.original is not None
     assert memory.streams.original is not None
     assert torch.equal(memory.streams.x.read(0, ROWS), files.streams.x.read(0, ROWS))
@@ -339,8 +339,8 @@ def test_without_inputs_every_linear_is_rounded_by_itself(layer: int) -> None:
     assert set(case.sinks[1].written) == {name for name in case.linears if "down_proj" in name}
     for name, tensor in case.sinks[0].written.items():
         expected = method.quantize(case.weights[name][None], SCHEME, None).tensors((name,), (0,))[0]
-        assert torch.equal(tensor.codes, expected.codes), name
-        assert torch.equal(tensor.scale, expected.scale), name
+        assert torch.equal(tensor.stored["codes"], expected.stored["codes"]), name
+        assert torch.equal(tensor.stored["scale"], expected.stored["scale"]), name
         assert tensor.error.n_tokens == 0
 
 

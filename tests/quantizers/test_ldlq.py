@@ -8,6 +8,7 @@ import torch
 
 from quantkit.quantizers import ldlq
 from quantkit.schemes import IntScheme
+from quantkit.schemes.affine_int import IntGrid
 from tests.oracles.gptq import gptq_codes
 
 
@@ -34,8 +35,9 @@ def test_sweep_gives_the_codes_of_textbook_gptq(
     problems = [heavy_tailed_problem(seed, 48, 192, n_tokens) for seed in range(3)]
     weight, hessian = (torch.stack(parts) for parts in zip(*problems, strict=True))
     factor = ldlq.factorize(hessian.clone(), 0.01, act_order=act_order)
-    scale, zero = scheme.fit(weight, torch.diagonal(hessian, dim1=-2, dim2=-1))
-    codes = ldlq.sweep(scheme, weight, scale, zero, factor)
+    grid = scheme.grid(weight, torch.diagonal(hessian, dim1=-2, dim2=-1), points=40, signed=True)
+    scale, zero = grid.scale, grid.zero_point
+    codes = ldlq.sweep(grid, weight, factor)
     assert factor.damping == 1.0
     different = 0
     for index in range(3):
@@ -86,8 +88,9 @@ def test_polish_ends_where_no_single_code_or_scale_improves(symmetric: bool, gro
     weight, hessian = heavy_tailed_problem(3, 24, 160, 400)
     factor = ldlq.factorize(hessian[None].clone(), 0.01, act_order=True)
     exact = factor.hessian.double()
-    scale, zero = scheme.fit(weight[None], hessian.diagonal()[None])
-    codes = ldlq.sweep(scheme, weight[None], scale, zero, factor)
+    grid = scheme.grid(weight[None], hessian.diagonal()[None], points=40, signed=True)
+    scale, zero = grid.scale, grid.zero_point
+    codes = ldlq.sweep(grid, weight[None], factor)
 
     def loss(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         error = (weight[None] - scheme.decode(codes, scale, zero)).double()
@@ -95,7 +98,8 @@ def test_polish_ends_where_no_single_code_or_scale_improves(symmetric: bool, gro
 
     before = loss(codes, scale)
     for _ in range(20):
-        codes, scale, claimed = ldlq.polish(scheme, weight[None], codes, scale, zero, factor.hessian, 1)
+        polished = ldlq.polish(IntGrid(scheme, scale, zero), weight[None], codes, factor.hessian, 1)
+        codes, scale, claimed = polished.codes, polished.scale, polished.loss
         after = loss(codes, scale)
         torch.testing.assert_close(claimed.double(), after, rtol=1e-3, atol=0)
         assert bool((after <= before * (1 + 1e-5)).all())

@@ -31,14 +31,14 @@ def test_the_batch_is_what_each_matrix_alone_gives(method: Rtn | Gptq, scheme: I
     weight, stats = problem()
     hessian = stats.hessian.clone()
     batch = method.quantizer(stats)(weight, scheme)
-    assert batch.codes.shape == weight.shape
-    assert batch.codes.dtype == torch.uint8
-    assert int(batch.codes.max()) < 2**scheme.bits
+    assert batch.stored["codes"].shape == weight.shape
+    assert batch.stored["codes"].dtype == torch.uint8
+    assert int(batch.stored["codes"].max()) < 2**scheme.bits
     assert batch.fallbacks == ("",) * 3
     for index in range(3):
         alone = InputStats(hessian[index : index + 1].clone(), None, (300,))
         single = method.quantizer(alone)(weight[index : index + 1], scheme)
-        assert float((single.codes[0] != batch.codes[index]).float().mean()) < 0.01  # rounding ties only
+        assert float((single.stored["codes"][0] != batch.stored["codes"][index]).float().mean()) < 0.01  # rounding ties only
         torch.testing.assert_close(single.relative_loss[0], batch.relative_loss[index], rtol=0.02, atol=0)
 
 
@@ -84,5 +84,5 @@ def test_rows_in_slices_give_the_same_as_all_at_once(monkeypatch: pytest.MonkeyP
     whole = method.quantize(weight, scheme, method.prepare(InputStats(stats.hessian.clone(), None, stats.n_tokens)))
     monkeypatch.setattr("quantkit.quantizers.gptq.SLICE_BYTES", 7 * 4 * 128 * 3)
     slices = method.quantize(weight, scheme, method.prepare(stats))
-    assert float((slices.codes != whole.codes).float().mean()) < 0.005
+    assert float((slices.stored["codes"] != whole.stored["codes"]).float().mean()) < 0.005
     torch.testing.assert_close(slices.relative_loss, whole.relative_loss, rtol=0.01, atol=0)
