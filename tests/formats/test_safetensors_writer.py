@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from quantkit.errors import OutputError
-from quantkit.formats import safetensors_writer
+from quantkit.formats import preallocated
 from quantkit.formats.safetensors_header import INDEX_NAME, read_header
 from quantkit.formats.safetensors_writer import ShardWriter, layout_shards, write_durably
 from quantkit.tensors import DTYPES, TensorInfo
@@ -179,7 +179,7 @@ def test_a_disk_that_fills_while_space_is_reserved(tmp_path: Path, monkeypatch: 
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors_writer, "_allocate", allocate)
+    monkeypatch.setattr(preallocated, "_allocate", allocate)
     with pytest.raises(OutputError, match=r"the output needs [\d,]+ bytes .* free\. Free space"):
         ShardWriter.open(tmp_path, layout_shards(GROUPS, 60))
     assert not list(tmp_path.iterdir())
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_while_writing_leaves_a_job_to_go_on_with(
 
 
 def test_many_shards_need_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_writer, "_MAX_OPEN", 2)
+    monkeypatch.setattr(preallocated, "_MAX_OPEN", 2)
     before = len(list(Path("/proc/self/fd").iterdir()))
     writer = ShardWriter.open(tmp_path, layout_shards(GROUPS, 1))
     for group in GROUPS:
