@@ -1,0 +1,99 @@
+"""Scales of ggml's block types, searched for the least importance-weighted squared error of the values as stored.
+
+    minimise  sum importance * (weight - (scale * level[code] + offset))**2
+
+`fit` finds the scales, `encode` the nearest codes for them. Processors run the compiled kernels of
+`quantkit.kernels.ggml_fit`; other devices run `ggml_search`, the same search in torch, which is also the reference.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantkit.errors import SchemeError
+from quantkit.schemes.ggml_search import nearest_codes, search
+from quantkit.schemes.ggml_types import BlockParams, BlockType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HALF_MAX = 65504.0
+
+
+def fit(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> BlockParams:
+    """The scales of all blocks, as they will be stored.
+
+    weight (..., out, in) float32, rows of whole blocks; importance (..., in) float32, not negative (the mean square of
+    each input), one for each matrix; None: all equal. Raises `SchemeError` for weights that are not finite or too large
+    for float16 scales, and for an importance that is negative or not finite.
+    """
+    check(kind, weight, importance)
+    matrices = weight.reshape(-1, *weight.shape[-2:])
+    return _shaped(search(kind, matrices, _normalised(matrices, importance)), weight)
+
+
+def encode(kind: BlockType, weight: Tensor, params: BlockParams) -> Tensor:
+    """The nearest level for the stored scales. weight (..., out, in) float32 -> codes (..., out, in) uint8, indices of
+    ``kind.levels``; 0 is as good as any in a group whose scale is 0."""
+    return nearest_codes(kind, weight, params)
+
+
+def check(kind: BlockType, weight: Tensor, importance: Tensor | None) -> None:
+    """Raise `SchemeError` unless all values are finite and within reach of the type's largest scales."""
+    assert weight.dtype == torch.float32, f"weight is {weight.dtype}"
+    assert weight.shape[-1] % kind.block == 0, f"{weight.shape[-1]} is no multiple of {kind.block}"
+    if importance is not None:
+        assert importance.shape == (*weight.shape[:-2], weight.shape[-1]), "one importance for each matrix"
+        if not bool((importance >= 0).all() & importance.isfinite().all()):
+            raise SchemeError(
+                "importance: negative or non-finite values.", hint="Calibrate again, or take another imatrix."
+            )
+    if not weight.numel():
+        return
+    lowest, highest = torch.aminmax(weight, dim=-1)
+    low, high = _reach(kind)
+    wrong = ~((lowest >= low) & (highest <= high))  # NaN is wrong, too
+    if bool(wrong.any()):
+        row = tuple(wrong.nonzero()[0].tolist())
+        value = float(lowest[row]) if not float(lowest[row]) >= low else float(highest[row])
+        raise SchemeError(
+            f"row {', '.join(map(str, row))}: no scale of {kind.name} fits the value {value:g} "
+            f"(needed: {low:g} to {high:g}).",
+            hint="Repair the checkpoint, or keep this tensor in F32.",
+        )
+
+
+def _reach(kind: BlockType) -> tuple[float, float]:
+    """The lowest and the highest weight that some block of the type decodes to."""
+    if kind.name == "MXFP4":
+        return -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max
+    largest = HALF_MAX * max(map(abs, kind.sub_scale or (1,))) * max(map(abs, kind.levels))
+    lowest = -HALF_MAX * (kind.sub_min or (0, 1))[1] if kind.offset else -largest
+    return lowest, largest
+
+
+def _normalised(matrices: Tensor, importance: Tensor | None) -> Tensor:
+    """(B, in) of mean 1, so that products stay within float32. Inputs of no importance get a little of it: among equal
+    errors their weights decide."""
+    if importance is None:
+        return torch.ones_like(matrices[:, 0])
+    importance = importance.reshape(-1, importance.shape[-1])
+    scaled = importance / importance.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    mean = scaled.mean(-1, keepdim=True)
+    return torch.where(mean > 0, scaled / mean + IMPORTANCE_FLOOR, torch.ones_like(scaled))
+
+
+IMPORTANCE_FLOOR = 1e-6
+
+
+def _shaped(params: BlockParams, weight: Tensor) -> BlockParams:
+    lead = weight.shape[:-1]
+
+    def shaped(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.reshape(*lead, -1)
+
+    return BlockParams(
+        params.d.reshape(*lead, -1), shaped(params.dmin), shaped(params.sub_scale), shaped(params.sub_min)
+    )
