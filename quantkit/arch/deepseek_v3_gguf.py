@@ -1,0 +1,296 @@
+"""What llama.cpp calls the parts of a DeepSeek V3: architecture ``deepseek2``, tensor names and metadata.
+
+In: official tensor names and the checked config. Out: GGUF names with the place in the stacked expert tensor, the two
+halves of kv_b_proj, and the architecture's key-values as plain Python values (int: uint32, float: float32, bool, str).
+Sources: src/models/deepseek2.cpp, src/llama-context.cpp (yarn) and conversion/deepseek.py of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantkit.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.arch.deepseek_v3 import DeepseekV3Config
+
+GGUF_ARCHITECTURE = "deepseek2"
+
+K_PART, V_PART = ":k", ":v"
+"""What is appended to the name of kv_b_proj to mean one of its halves."""
+
+_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS: asserts when a file is loaded
+_LITE_LAYERS = (26, 27)  # deepseek2.cpp, is_lite; and 48 layers with the vocabulary of GigaChat
+_LITE_48_VOCABULARY = 128_256
+_LATENT_EPS = 1e-6  # see `deepseek_v3.LATENT_NORM_EPS`
+
+_KV_B = "self_attn.kv_b_proj.weight"
+_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_IN_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.q_a_proj.weight": "attn_q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
+    "self_attn.q_b_proj.weight": "attn_q_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
+    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    _KV_B + K_PART: "attn_k_b.weight",
+    _KV_B + V_PART: "attn_v_b.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+    # Only MTP layers have these:
+    "embed_tokens.weight": "nextn.embed_tokens.weight",
+    "enorm.weight": "nextn.enorm.weight",
+    "hnorm.weight": "nextn.hnorm.weight",
+    "eh_proj.weight": "nextn.eh_proj.weight",
+    "shared_head.norm.weight": "nextn.shared_head_norm.weight",
+    "shared_head.head.weight": "nextn.shared_head_head.weight",
+}
+_STACKED = {
+    "gate_proj.weight": "ffn_gate_exps.weight",
+    "up_proj.weight": "ffn_up_exps.weight",
+    "down_proj.weight": "ffn_down_exps.weight",
+}
+_OF_TOP = {stored: name for name, stored in _TOP.items()}
+_OF_LAYER = {stored: name for name, stored in _IN_LAYER.items()}
+_OF_STACKED = {stored: name for name, stored in _STACKED.items()}
+
+_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(.+)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(.+)")
+
+
+def part_names(name: str) -> tuple[str, ...]:
+    """The names under which an official tensor is stored in parts: kv_b_proj in two, any other whole."""
+    return (name + K_PART, name + V_PART) if name.endswith(_KV_B) else (name,)
+
+
+def stored_name(name: str) -> tuple[str, int | None]:
+    """The GGUF name of an official tensor, or of a part of it (`part_names`), and its place in a stacked expert tensor.
+
+    Raises SourceError for a name that the architecture has no place for (kv_b_proj itself: only its parts are stored).
+    """
+    if (stored := _TOP.get(name)) is not None:
+        return stored, None
+    if match := _LAYER.fullmatch(name):
+        layer, rest = match.groups()
+        if (stored := _IN_LAYER.get(rest)) is not None:
+            return f"blk.{layer}.{stored}", None
+        expert = _EXPERT.fullmatch(rest)
+        if expert and (stored := _STACKED.get(expert[2])) is not None:
+            return f"blk.{layer}.{stored}", int(expert[1])
+    raise SourceError(f"{name}: a GGUF file of architecture {GGUF_ARCHITECTURE} has no place for this tensor.")
+
+
+def official_names(stored: str, n_experts: int) -> tuple[str, ...]:
+    """The inverse: official names (or part names) of a GGUF tensor; of a stacked one all experts in order.
+
+    Raises SourceError for a name that the architecture does not know.
+    """
+    if (name := _OF_TOP.get(stored)) is not None:
+        return (name,)
+    if match := _BLOCK.fullmatch(stored):
+        layer, rest = match.groups()
+        if (name := _OF_LAYER.get(rest)) is not None:
+            return (f"model.layers.{layer}.{name}",)
+        if (name := _OF_STACKED.get(rest)) is not None:
+            return tuple(f"model.layers.{layer}.mlp.experts.{expert}.{name}" for expert in range(n_experts))
+    raise SourceError(f"{stored}: the GGUF architecture {GGUF_ARCHITECTURE} has no such tensor.")
+
+
+@dataclass(frozen=True, slots=True)
+class KvB:
+    """kv_b_proj and its halves: llama.cpp keeps keys and values in latent form and multiplies per head.
+
+    Whole: (n_heads * (nope_dim + v_dim), rank), for each head its key rows, then its value rows.
+    """
+
+    n_heads: int
+    nope_dim: int
+    v_dim: int
+    rank: int
+
+    @property
+    def k_shape(self) -> tuple[int, int, int]:
+        """Of attn_k_b: (n_heads, rank, nope_dim); it maps a query head into the latent space."""
+        return (self.n_heads, self.rank, self.nope_dim)
+
+    @property
+    def v_shape(self) -> tuple[int, int, int]:
+        """Of attn_v_b: (n_heads, v_dim, rank)."""
+        return (self.n_heads, self.v_dim, self.rank)
+
+    def take_k(self, whole: Tensor) -> Tensor:
+        """The key half of ``whole``, each head transposed: `k_shape`, a view."""
+        return self._heads(whole)[:, : self.nope_dim].transpose(1, 2)
+
+    def take_v(self, whole: Tensor) -> Tensor:
+        """The value half of ``whole``: `v_shape`, a view."""
+        return self._heads(whole)[:, self.nope_dim :]
+
+    def put(self, k: Tensor, v: Tensor) -> Tensor:
+        """The whole matrix from its halves (`k_shape`, `v_shape`), a new tensor: (n_heads * (nope + v), rank)."""
+        import torch
+
+        return torch.cat((k.transpose(1, 2), v), dim=1).reshape(-1, self.rank)
+
+    def _heads(self, whole: Tensor) -> Tensor:
+        return whole.view(self.n_heads, self.nope_dim + self.v_dim, self.rank)
+
+
+def kv_b_parts(config: DeepseekV3Config) -> KvB:
+    """How kv_b_proj of this model is cut."""
+    return KvB(config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank)
+
+
+def key_values(config: DeepseekV3Config, *, mtp: bool) -> dict[str, int | float | bool | str]:
+    """general.architecture, general.type and every key of the architecture, in the order of llama.cpp's converter.
+
+    int means uint32, float float32. ``mtp``: the file holds the MTP layer. Not here: tokenizer, file_type,
+    quantization_version, names of the model. Raises ConfigError for what llama.cpp would refuse or compute otherwise.
+    """
+    _check(config, mtp=mtp)
+    c = config
+    values: dict[str, int | float | bool | str] = {
+        "block_count": c.num_hidden_layers + (c.num_nextn_predict_layers if mtp else 0),
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": 1,  # every head reads the same latent: MQA
+        "rope.freq_base": float(c.rope_theta),
+        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
+        "leading_dense_block_count": c.first_k_dense_replace,
+        "vocab_size": c.vocab_size,
+        "attention.q_lora_rank": c.q_lora_rank or 0,  # the key is required; 0 selects attn_q
+        "attention.kv_lora_rank": c.kv_lora_rank,
+        "attention.key_length": c.kv_lora_rank + c.qk_rope_head_dim,
+        "attention.value_length": c.kv_lora_rank,
+        "attention.key_length_mla": c.qk_head_dim,
+        "attention.value_length_mla": c.v_head_dim,
+        **_expert_values(c),
+        "rope.dimension_count": c.qk_rope_head_dim,
+        **_yarn_values(c),
+    }
+    if mtp:
+        values["nextn_predict_layers"] = c.num_nextn_predict_layers
+    named = {f"{GGUF_ARCHITECTURE}.{key}": value for key, value in values.items()}
+    return {"general.architecture": GGUF_ARCHITECTURE, "general.type": "model", **named}
+
+
+def differences(config: DeepseekV3Config) -> tuple[str, ...]:
+    """What llama.cpp computes slightly otherwise than the checkpoint's own code, one line each, to be shown in a plan.
+
+    The official code norms the latents with eps 1e-6 whatever rms_norm_eps says; llama.cpp knows one eps.
+    """
+    if math.isclose(config.rms_norm_eps, _LATENT_EPS, rel_tol=1e-6):
+        return ()
+    return (
+        f"llama.cpp norms the attention latents with rms_norm_eps {config.rms_norm_eps:g}, the official code with "
+        f"{_LATENT_EPS:g}.",
+    )
+
+
+def _expert_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
+    values: dict[str, int | float | bool | str] = {
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_count": c.n_routed_experts,
+        "expert_used_count": c.num_experts_per_tok,
+        "expert_shared_count": c.n_shared_experts,
+        "expert_weights_scale": float(c.routed_scaling_factor),
+        "expert_gating_func": _SIGMOID,  # absent means softmax
+    }
+    if c.norm_topk_prob:
+        values["expert_weights_norm"] = True
+    # llama.cpp asserts 0 < used < count when count > 1; where every group is used, grouping chooses nothing.
+    if c.topk_group < c.n_group:
+        values |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
+    return values
+
+
+def _yarn_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
+    yarn = c.rope_scaling
+    if yarn is None:
+        return {}
+    values: dict[str, int | float | bool | str] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(yarn.factor),
+        "rope.scaling.original_context_length": yarn.original_max_position_embeddings or c.max_position_embeddings,
+        "rope.scaling.yarn_beta_fast": float(yarn.beta_fast),
+        "rope.scaling.yarn_beta_slow": float(yarn.beta_slow),
+    }
+    if yarn.mscale_all_dim:
+        # For this architecture alone a tenth is stored; the loader divides by 0.1 (TAG_DEEPSEEK2_YARN_LOG_MUL_FIX).
+        values["rope.scaling.yarn_log_multiplier"] = 0.1 * yarn.mscale_all_dim
+    return values
+
+
+def _check(c: DeepseekV3Config, *, mtp: bool) -> None:
+    faults = [*_layout_faults(c), *_rope_faults(c), *(_mtp_faults(c) if mtp else ())]
+    if faults:
+        raise ConfigError(
+            f"config.json: {'; '.join(faults)}.",
+            hint="llama.cpp cannot run this model: choose another output format.",
+        )
+
+
+def _layout_faults(c: DeepseekV3Config) -> list[str]:
+    faults: list[str] = []
+    layers = c.num_hidden_layers
+    lite = layers in _LITE_LAYERS or (layers == 48 and c.vocab_size == _LITE_48_VOCABULARY)
+    if c.q_lora_rank is not None and lite:
+        faults.append(
+            f"num_hidden_layers {layers} with q_lora_rank {c.q_lora_rank}: a model of so many layers is a lite one to "
+            "llama.cpp, without q_lora_rank"
+        )
+    if layers + c.num_nextn_predict_layers > _MAX_LAYERS:
+        faults.append(f"num_hidden_layers {layers}: llama.cpp holds at most {_MAX_LAYERS} with MTP")
+    if c.n_routed_experts > _MAX_EXPERTS:
+        faults.append(f"n_routed_experts {c.n_routed_experts}: llama.cpp holds at most {_MAX_EXPERTS}")
+    return faults
+
+
+def _rope_faults(c: DeepseekV3Config) -> list[str]:
+    """llama.cpp takes mscale as equal to mscale_all_dim, so that sine and cosine are not scaled, only the softmax."""
+    faults: list[str] = []
+    if not c.rope_interleave:
+        faults.append("rope_interleave is false, llama.cpp rotates neighbours in pairs for deepseek2")
+    yarn = c.rope_scaling
+    if yarn is None:
+        return faults
+    if not yarn.truncate:
+        faults.append("rope_scaling.truncate is false, llama.cpp rounds the ramp of yarn to whole indices")
+    scaled = yarn.factor > 1 and not yarn.mscale_all_dim
+    if scaled or not math.isclose(c.rope.attention_factor, 1.0, abs_tol=1e-6):
+        faults.append(
+            f"rope_scaling has mscale {yarn.mscale}, mscale_all_dim {yarn.mscale_all_dim}, attention_factor "
+            f"{yarn.attention_factor}; llama.cpp needs mscale equal to mscale_all_dim, not 0, and no attention_factor"
+        )
+    return faults
+
+
+def _mtp_faults(c: DeepseekV3Config) -> list[str]:
+    faults: list[str] = []
+    if c.num_nextn_predict_layers != 1:
+        faults.append(f"num_nextn_predict_layers is {c.num_nextn_predict_layers}, llama.cpp runs exactly one MTP layer")
+    if c.q_lora_rank is None:
+        faults.append("q_lora_rank is null, llama.cpp runs an MTP layer only with it")
+    return faults
