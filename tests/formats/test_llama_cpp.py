@@ -1,0 +1,246 @@
+"""llama.cpp, run on a GGUF, computes what the checkpoint's own forward pass computes.
+
+The files of this module come from an independent writer (tests/oracles/gguf_writer.py): they prove the harness, and
+what the same asserts mean when the file is quantkit's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from quantkit.arch import arch_of
+from quantkit.arch.base import ExpertBlock, ModelArch
+from quantkit.arch.forward import block_output
+from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
+from tests.oracles import gguf_writer
+from tests.oracles.llama_cpp import CacheType, LlamaError, LlamaModel, render_chat
+
+TEXTS = {"nano": ROOT / "calibration_data" / "eval", "tiny": SHARED / "models" / "text" / "eval"}
+LENGTH = 192
+"""Tokens of a row: one row of each text file."""
+TOLERANCE = 2e-3
+"""On a logit, with everything in float32: another order of summation moves far less."""
+NEAR_TIE = 1e-5
+"""In router scores, which are sums of a sigmoid and a bias: float32 noise may turn such a decision."""
+
+Metadata = dict[str, gguf_writer.Value]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model, its text as rows (n_rows, LENGTH) int64 with BOS in front, and our own forward pass on them:
+    logits (n_rows, LENGTH, vocab) and router margins (n_rows, LENGTH)."""
+
+    folder: Path
+    texts: tuple[str, ...]
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    rows: Tensor
+    logits: Tensor
+    margins: Tensor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _runtime() -> None:
+    pytest.importorskip("xllamacpp")
+
+
+@functools.cache
+def read_checkpoint(name: str) -> Checkpoint:
+    folder = CHECKPOINTS[name]
+    if not folder.exists():
+        pytest.skip(f"{name} is not here")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = {key: tensor.float() for key, tensor in gguf_writer.read_weights(folder).items()}
+    texts = tuple(file.read_text(encoding="utf-8") for file in sorted(TEXTS[name].glob("*.txt")))
+    rows = torch.stack([row_of(folder, text) for text in texts])
+    with torch.inference_mode():
+        logits, margins = forward(arch_of(config), weights.__getitem__, rows, config)
+    return Checkpoint(folder, texts, config, weights, rows, logits, margins)
+
+
+@pytest.fixture(scope="module", params=["nano", "tiny"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    return read_checkpoint(request.param)
+
+
+@pytest.fixture(scope="module")
+def oracle_file(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("gguf") / "oracle-f32.gguf"
+    gguf_writer.write_f32(checkpoint.folder, path)
+    yield path
+    path.unlink()
+
+
+def row_of(folder: Path, text: str) -> Tensor:
+    """BOS and the first tokens of a text (its first characters hold enough), (LENGTH,) int64."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(text[: 8 * LENGTH], add_special_tokens=False).ids
+    return torch.tensor([0, *ids[: LENGTH - 1]])
+
+
+# ------------------------------------------------------------------------------------------------- our own side
+
+
+def forward(
+    arch: ModelArch, weights: Callable[[str], Tensor], rows: Tensor, config: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """rows (n_rows, n) -> logits (n_rows, n, vocab), and each token's smallest router margin over the layers."""
+    x = weights(arch.embed)[rows]
+    margins = torch.full(rows.shape, torch.inf)
+    for layer in range(arch.n_layers):
+        for sublayer in arch.sublayers(layer):
+            for block in sublayer:
+                if isinstance(block, ExpertBlock):
+                    scores = block.route(weights, block.inputs(weights, x)).scores
+                    margins = torch.minimum(margins, router_margin(scores, config).view(rows.shape))
+            x = x + sum(block_output(block, weights, x) for block in sublayer).view_as(x)
+    return arch.final_hidden(weights, x) @ weights(arch.lm_head).T, margins
+
+
+def router_margin(scores: Tensor, config: dict[str, Any]) -> Tensor:
+    """scores (tokens, experts) -> (tokens,): how far the last group and the last expert that are taken lie above the
+    first ones that are not."""
+    groups, kept, top_k = (config[key] for key in ("n_group", "topk_group", "num_experts_per_tok"))
+    grouped = scores.view(len(scores), groups, -1)
+    ranks = grouped.topk(2).values.sum(-1)
+    ordered = ranks.sort(descending=True)
+    chosen = grouped.gather(1, ordered.indices[:, :kept, None].expand(-1, -1, grouped.shape[-1])).flatten(1)
+    experts = chosen.topk(top_k + 1).values
+    between_experts = experts[:, top_k - 1] - experts[:, top_k]
+    return torch.minimum(ordered.values[:, kept - 1] - ordered.values[:, kept], between_experts)
+
+
+def log_probs(logits: Tensor, rows: Tensor) -> Tensor:
+    """Log-probability of each next token: (n_rows * (n - 1),) float64."""
+    return -cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="none").double()
+
+
+# ------------------------------------------------------------------------------------------------ llama.cpp's side
+
+
+def llama_logits(path: Path, rows: Tensor, cache: CacheType = "f32") -> Tensor:
+    """(n_rows, n, vocab) float32, each row in an empty cache."""
+    with LlamaModel(path) as model, model.context(rows.shape[1], cache=cache) as context:
+        return torch.from_numpy(np.stack([context.logits(row.numpy()) for row in rows]))
+
+
+def assert_same_logits(found: Tensor, checkpoint: Checkpoint) -> None:
+    """Equal within TOLERANCE, but where a router's near tie fell the other way, and after it in the same row."""
+    assert found.shape == checkpoint.logits.shape
+    assert checkpoint.logits.std() > 0.5
+    near = checkpoint.margins < NEAR_TIE
+    assert near.float().mean() <= 0.005
+    differs = (found - checkpoint.logits).abs().amax(-1) > TOLERANCE
+    excused = (differs & near).cumsum(1) > 0
+    assert excused.float().mean() <= 0.1
+    assert not (differs & ~excused).any()
+
+
+def assert_close_log_probs(found: Tensor, checkpoint: Checkpoint) -> None:
+    """What llama.cpp's default of a float16 cache costs."""
+    ours, theirs = log_probs(checkpoint.logits, checkpoint.rows), log_probs(found, checkpoint.rows)
+    assert (ours - theirs).abs().mean() <= 0.01
+    assert (ours.mean() - theirs.mean()).abs() <= 1e-3
+
+
+def test_float32_file_gives_our_logits(checkpoint: Checkpoint, oracle_file: Path) -> None:
+    assert_same_logits(llama_logits(oracle_file, checkpoint.rows), checkpoint)
+
+
+def test_float16_cache_costs_little(checkpoint: Checkpoint, oracle_file: Path) -> None:
+    found = llama_logits(oracle_file, checkpoint.rows, "f16")
+    assert_close_log_probs(found, checkpoint)
+    with pytest.raises(AssertionError):  # the cache really was another one
+        assert_same_logits(found, checkpoint)
+
+
+def test_tokenizer_is_the_checkpoint_s(checkpoint: Checkpoint, oracle_file: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    chat = "<｜User｜>How?\n<｜Assistant｜>So.<｜end▁of▁sentence｜>"
+    with LlamaModel(oracle_file, vocab_only=True) as model:
+        for text in (text[:50_000] for text in checkpoint.texts):
+            expected = tokenizer.encode(text, add_special_tokens=False).ids
+            assert model.tokenize(text).tolist() == expected
+        assert model.tokenize(chat, add_special=True, parse_special=True).tolist() == tokenizer.encode(chat).ids
+
+
+# --------------------------------------------------------------------------- what the asserts above would notice
+
+
+@pytest.fixture(scope="module")
+def nano() -> Checkpoint:
+    return read_checkpoint("nano")
+
+
+def write_changed(checkpoint: Checkpoint, path: Path, change: Callable[[Metadata], None]) -> Path:
+    """An oracle file without a vocabulary whose metadata went through ``change``."""
+    keys: Metadata = {**gguf_writer.metadata(checkpoint.config), "tokenizer.ggml.model": "no_vocab"}
+    change(keys)
+    gguf_writer.write(path, keys, gguf_writer.tensors(checkpoint.config, checkpoint.weights))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("expert_group_count", None),
+        ("expert_gating_func", None),
+        ("expert_weights_norm", None),
+        ("expert_weights_scale", 1.0),
+        ("rope.scaling.yarn_log_multiplier", 1.0),
+        ("attention.layer_norm_rms_epsilon", 1e-3),
+    ],
+)
+def test_wrong_metadata_loads_but_is_noticed(nano: Checkpoint, tmp_path: Path, key: str, value: float | None) -> None:
+    def change(keys: Metadata) -> None:
+        del keys[f"deepseek2.{key}"]
+        if value is not None:
+            keys[f"deepseek2.{key}"] = value
+        if key == "expert_group_count":
+            del keys["deepseek2.expert_group_used_count"]
+
+    few = replace(nano, rows=nano.rows[:2], logits=nano.logits[:2], margins=nano.margins[:2])
+    found = llama_logits(write_changed(nano, tmp_path / "changed.gguf", change), few.rows)
+    with pytest.raises(AssertionError):
+        assert_same_logits(found, few)
+
+
+def test_refusal_carries_the_message_of_llama_cpp(nano: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(LlamaError, match=r"absent\.gguf.*No such file"):
+        LlamaModel(tmp_path / "absent.gguf")
+    path = write_changed(nano, tmp_path / "a.gguf", lambda keys: keys.pop("deepseek2.attention.q_lora_rank"))
+    with pytest.raises(LlamaError, match=r"key not found in model: deepseek2\.attention\.q_lora_rank"):
+        LlamaModel(path)
+
+
+def test_metadata_and_chat(nano: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "nano.gguf"
+    gguf_writer.write_f32(nano.folder, path)
+    with LlamaModel(path, vocab_only=True) as model:
+        assert model.metadata("general.architecture") == "deepseek2"
+        assert model.metadata("deepseek2.rope.scaling.yarn_log_multiplier") == "0.100000"
+        assert model.metadata("absent") is None
+        assert model.vocab_size == nano.config["vocab_size"]
+    messages = [
+        {"role": "system", "content": "Be brief.\n"},
+        {"role": "user", "content": "你好?"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": " And now {{ this }}? "},
+    ]
+    turn = "<｜User｜>你好?<｜Assistant｜>Hello.<｜end▁of▁sentence｜><｜User｜> And now {{ this }}? <｜Assistant｜>"
+    assert render_chat(path, messages) == f"<｜begin▁of▁sentence｜>Be brief.\n{turn}"
+    with pytest.raises(LlamaError, match="No such file"):  # the server took the log, the harness listens again
+        LlamaModel(tmp_path / "absent.gguf")
