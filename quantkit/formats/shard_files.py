@@ -102,19 +102,22 @@ def read_into(fd: int, tensor: Tensor, start: int, where: str) -> None:
     assert tensor.is_contiguous(), where
     assert tensor.device.type == "cpu", where
     nbytes = tensor.numel() * tensor.element_size()
-    if not nbytes:
-        return
-    # A view of the tensor's own memory without numpy; the tensor outlives it because the caller holds it.
-    buffer = memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+    if nbytes:
+        # A view of the tensor's own memory without numpy; the tensor outlives it because the caller holds it.
+        read_buffer(fd, memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B"), start, where)
+
+
+def read_buffer(fd: int, buffer: memoryview, start: int, where: str) -> None:
+    """Fill the writable ``buffer`` (of bytes) with the file's bytes from ``start``. Raises as `read_into` does."""
     done = 0
-    while done < nbytes:
+    while done < len(buffer):
         try:
             count = os.preadv(fd, [buffer[done : done + MAX_READ]], start + done)
         except OSError as error:
             raise SourceError(f"{where}: cannot be read ({error.strerror}).") from error
         if count == 0:
             raise SourceError(
-                f"{where}: the file ends {nbytes - done:,} bytes too early.", hint="Fetch the file again."
+                f"{where}: the file ends {len(buffer) - done:,} bytes too early.", hint="Fetch the file again."
             )
         done += count
 

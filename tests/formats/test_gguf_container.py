@@ -1,17 +1,21 @@
-"""GGUF files equal what gguf-py writes, byte for byte."""
+"""GGUF files equal what gguf-py writes, byte for byte, and are read back as they were meant."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from quantkit.errors import ConfigError, PlanError
+from quantkit.errors import ConfigError, PlanError, SourceError
 from quantkit.formats.gguf import values as v
 from quantkit.formats.gguf.layout import GgufTensor, layout_gguf, padded, split_name
+from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.types import TYPES_BY_ID, WRITABLE
 from quantkit.formats.preallocated import PreallocatedFiles
 
@@ -139,3 +143,114 @@ def test_too_many_files() -> None:
 def test_names_and_padding() -> None:
     assert split_name("DeepSeek-V3-Q4_K_M", 0, 9) == "DeepSeek-V3-Q4_K_M-00001-of-00009.gguf"
     assert [padded(n) for n in (0, 1, 32, 33)] == [0, 32, 32, 64]
+
+
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_the_reader_returns_what_was_written(limit: int | None, tmp_path: Path) -> None:
+    files = write_ours(tmp_path / "m", TENSORS, limit, 32, KEY_VALUES)
+    for path in (tmp_path / "m", *(tmp_path / "m" / name for name in files)):
+        with GgufReader(path) as reader:
+            assert {key: reader.key_values[key] for key in KEY_VALUES} == KEY_VALUES
+            assert reader.get("a.f64") == 1e-6
+            assert reader.get("absent") is None
+            assert reader.path.name == min(files)
+            assert [(t.name, t.shape, t.kind, t.nbytes) for t in reader.tensors.values()] == [
+                (t.name, t.shape, t.kind, t.nbytes) for t in TENSORS
+            ]
+            for tensor in TENSORS:
+                data = data_of(tensor)
+                assert np.array_equal(reader.read(tensor.name).numpy(), data)
+                assert np.array_equal(reader.read_array(tensor.name, 3, 3), data[3:6])
+                assert len(reader.read_array(tensor.name, tensor.nbytes)) == 0
+
+
+def test_gguf_py_reads_the_same_model(tmp_path: Path) -> None:
+    write_ours(tmp_path / "m", TENSORS, None, 64, KEY_VALUES)
+    theirs = gguf.GGUFReader(tmp_path / "m" / "model.gguf")
+    ours = GgufReader(tmp_path / "m")
+    assert [t.name for t in theirs.tensors] == list(ours.tensors)
+    for tensor in theirs.tensors:
+        entry = ours.tensors[tensor.name]
+        assert (tuple(tensor.shape[::-1]), tensor.tensor_type.name) == (entry.shape, entry.kind)
+        assert (tensor.data_offset, tensor.n_bytes) == (entry.offset, entry.nbytes)
+    for key in KEY_VALUES:
+        content = theirs.fields[key].contents()
+        assert (tuple(content) if isinstance(content, list) else content) == pytest.approx(ours.get(key))
+
+
+def test_a_large_vocabulary_is_read_fast(tmp_path: Path) -> None:
+    words = [f"Ġwört{n}" for n in range(129_280)]
+    key_values = {
+        "tokenizer.ggml.tokens": v.strings(words),
+        "tokenizer.ggml.token_type": v.array("i32", [1] * len(words)),
+        "tokenizer.ggml.merges": v.strings([f"{n} {n}" for n in range(127_741)]),
+    }
+    write_ours(tmp_path / "m", TENSORS[1:2], None, 32, key_values)
+    start = time.perf_counter()
+    reader = GgufReader(tmp_path / "m")
+    assert time.perf_counter() - start < 1
+    assert reader.key_values == key_values
+
+
+def test_a_folder_must_hold_one_model(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="holds no GGUF model, one was needed"):
+        GgufReader(tmp_path)
+    write_ours(tmp_path / "m", TENSORS, 1000, 32, KEY_VALUES)
+    layout = layout_gguf("imatrix", {"general.type": v.string("imatrix")}, TENSORS[1:2])
+    (tmp_path / "m" / "imatrix.gguf").write_bytes(layout.files[0].header + bytes(32))
+    assert GgufReader(tmp_path / "m").path.name == "model-00001-of-00004.gguf"
+    (tmp_path / "m" / "other.gguf").write_bytes(layout_gguf("o", {}, []).files[0].header)
+    with pytest.raises(SourceError, match=r"holds 2 GGUF models \(model-00001-of-00004\.gguf, other\.gguf\)"):
+        GgufReader(tmp_path / "m")
+
+
+def test_a_split_set_must_be_whole_and_agree(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    files = write_ours(folder, TENSORS, 1000, 32, KEY_VALUES)
+    first, second, third, fourth = (folder / name for name in sorted(files))
+    third.rename(folder / "x")
+    with pytest.raises(SourceError, match=r"model-00003-of-00004\.gguf of the 4 files of this model is missing"):
+        GgufReader(first)
+    fourth.rename(folder / "y")
+    with pytest.raises(SourceError, match=r"model-00003-of-00004\.gguf and 1 more of the 4 files"):
+        GgufReader(folder)
+    (folder / "x").rename(fourth)
+    (folder / "y").rename(third)
+    with pytest.raises(SourceError, match=r"00003-of-00004\.gguf: split\.no is 3, 2 was needed"):
+        GgufReader(first)
+    (folder / "renamed.gguf").write_bytes(files[first.name])
+    with pytest.raises(SourceError, match=r"renamed\.gguf: is one of 4 files by its header .* not by its name"):
+        GgufReader(folder / "renamed.gguf")
+    other = layout_gguf("model", {}, TENSORS, 2000).files[1]
+    fourth.write_bytes(files[fourth.name])
+    third.write_bytes(other.header + bytes(other.nbytes - len(other.header)))
+    with pytest.raises(SourceError, match=r"00003-of-00004\.gguf: split\.no is 1"):
+        GgufReader(first)
+    count = b"split.tensors.count" + (5).to_bytes(4, "little")
+    third.write_bytes(files[third.name].replace(count + b"\x07", count + b"\x08"))
+    with pytest.raises(SourceError, match=r"claims 8 tensors in all files \(split\.tensors\.count\), they hold 7"):
+        GgufReader(second)
+    third.write_bytes(files[third.name])
+    assert len(GgufReader(second).tensors) == 7
+    plain = layout_gguf("m", {}, []).files[0].header
+    (folder / "part-00001-of-00002.gguf").write_bytes(plain)
+    with pytest.raises(SourceError, match=r"named as one of 2 files, but its header has no split\.count"):
+        GgufReader(folder / "part-00001-of-00002.gguf")
+
+
+def test_a_file_changed_under_the_reader(tmp_path: Path) -> None:
+    write_ours(tmp_path / "m", TENSORS, None, 32, KEY_VALUES)
+    path = tmp_path / "m" / "model.gguf"
+    reader = GgufReader(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(SourceError, match="when it was opened"):
+        reader.read("blk.0.bf")
+
+
+def test_reading_headers_needs_no_torch(tmp_path: Path) -> None:
+    write_ours(tmp_path / "m", TENSORS, None, 32, KEY_VALUES)
+    code = (
+        "import sys; from pathlib import Path; from quantkit.formats.gguf.reader import GgufReader;"
+        f"GgufReader(Path({str(tmp_path / 'm')!r})); sys.exit('torch' in sys.modules or 'gguf' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
