@@ -1,0 +1,100 @@
+"""Sixteen rows of a block, column by column, and what coding them on given scales would cost.
+
+A tile is a flat (columns * 16,) float32: weight of column c and row r at 16 c + r. Importance belongs to columns. The
+sums A to F are those of the torch twin, `quantkit.schemes.ggml_search`, whose docstring explains them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from quantkit.kernels.ggml_lanes import ROWS, absolute, fma, half, least, load, most, rint, splat, where_less
+
+Floats = NDArray[np.float32]
+
+HALF_MAX = np.float32(65504.0)
+HALF_TINY = np.float32(2.0**-24)
+STEPS = 15
+"""Steps between the levels of a table; tables with fewer are padded by steps of 0 at infinity."""
+
+
+@njit(cache=True, nogil=True)
+def fill(tile: Floats, weight: Floats, row: int, column: int, columns: int) -> None:
+    """Take up to 16 rows from ``row`` on; rows past the end are zeros."""
+    for lane in range(ROWS):
+        if row + lane < weight.shape[0]:
+            for c in range(columns):
+                tile[c * ROWS + lane] = weight[row + lane, column + c]
+        else:
+            for c in range(columns):
+                tile[c * ROWS + lane] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def inverse(scale: Any) -> Any:
+    """1 / scale; 0 where that would be infinite."""
+    return where_less(splat(1e-37), absolute(scale), 1.0 / scale, splat(0.0))
+
+
+@njit(cache=True, nogil=True)
+def ratio(numerator: Any, denominator: Any) -> Any:
+    """numerator / denominator, 0 unless the denominator is positive."""
+    return where_less(splat(0.0), denominator, numerator / denominator, splat(0.0))
+
+
+@njit(cache=True, nogil=True)
+def nonzero_half(value: Any) -> Any:
+    """The nearest float16, or the smallest one with the sign of the value: even that scale may code something."""
+    rounded = half(least(most(value, splat(-HALF_MAX)), splat(HALF_MAX)))
+    smallest = where_less(value, splat(0.0), splat(-HALF_TINY), splat(HALF_TINY))
+    return where_less(splat(0.0), absolute(rounded), rounded, smallest)
+
+
+@njit(cache=True, nogil=True)
+def range_of(tile: Floats, h: Floats, start: int, stop: int) -> tuple[Any, Any, Any, Any]:
+    """Least and largest weight, the one of the largest magnitude, and sum h x^2, of the columns from start to stop."""
+    low, high, reach, energy = load(tile, start * ROWS), load(tile, start * ROWS), splat(0.0), splat(0.0)
+    for c in range(start, stop):
+        x = load(tile, c * ROWS)
+        low, high = least(low, x), most(high, x)
+        reach = where_less(absolute(reach), absolute(x), x, reach)
+        energy = fma(h[c] * x, x, energy)
+    return low, high, reach, energy
+
+
+@njit(cache=True, nogil=True)
+def measure(
+    tile: Floats, h: Floats, start: int, stop: int, scale: Any, low: float, high: float, table: Floats
+) -> tuple[Any, Any, Any]:
+    """A, B, C of the columns on ``scale``. Levels are the integers from low to high, or, if ``table`` has entries,
+    low plus its steps: table[i] is where step i begins (in units of the scale), table[15 + i] its height."""
+    a, b, c = splat(0.0), splat(0.0), splat(0.0)
+    to_levels, negative, bottom, top = inverse(scale), 0.0 - scale, splat(low), splat(high)
+    if table.size == 0:
+        for column in range(start, stop):
+            x = load(tile, column * ROWS)
+            level = least(most(rint(x * to_levels), bottom), top)
+            residual = fma(negative, level, x)
+            weighted = h[column] * residual
+            a, b, c = fma(weighted, residual, a), fma(weighted, level, b), fma(h[column] * level, level, c)
+    else:
+        for column in range(start, stop):
+            x = load(tile, column * ROWS)
+            level = level_of_table(x * to_levels, bottom, table)
+            residual = fma(negative, level, x)
+            weighted = h[column] * residual
+            a, b, c = fma(weighted, residual, a), fma(weighted, level, b), fma(h[column] * level, level, c)
+    return a, b, c
+
+
+@njit(cache=True, nogil=True)
+def level_of_table(x: Any, bottom: Any, table: Floats) -> Any:
+    """The level nearest to x."""
+    level = bottom
+    for step in range(STEPS):
+        level = where_less(splat(table[step]), x, level + table[STEPS + step], level)
+    return level
