@@ -1,0 +1,59 @@
+"""Files of a layout, whatever their format: made whole, filled at offsets, taken up, and refused when others are
+there. (What a crash, a full disk and links do is tested through safetensors in test_safetensors_writer.)"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import OutputError
+from quantkit.formats.preallocated import FileLayout, FilesLayout, Place, PreallocatedFiles, combined
+
+ONE = FileLayout("m-1.x", b"HEAD", {"a": Place(8, 4), "b": Place(12, 8)}, 24)
+TWO = FileLayout("m-2.x", b"HEAD2", {"c": Place(5, 3)}, 8)
+LAYOUT = FilesLayout((ONE, TWO), ("*.x*",), ("index.x",))
+OTHER = FilesLayout((FileLayout("beside.y", b"", {"d": Place(0, 2)}, 2),), ("*.y", "*.x*"))
+
+
+def test_what_is_not_written_is_zero(tmp_path: Path) -> None:
+    writer = PreallocatedFiles.open(tmp_path, LAYOUT)
+    assert (writer.fresh, LAYOUT.nbytes, LAYOUT.data_bytes) == (True, 32, 15)
+    writer.write("b", 4, memoryview(array("I", [0x04030201])))  # a view of wider elements counts in bytes
+    writer.write("c", 0, b"xyz")
+    assert (writer.read("b"), writer.read("c")) == (b"\0\0\0\0\1\2\3\4", b"xyz")
+    contents = {"m-1.x": b"HEAD" + bytes(12) + b"\1\2\3\4" + bytes(4), "m-2.x": b"HEAD2xyz"}
+    assert writer.sha256() == {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    again = PreallocatedFiles.open(tmp_path, LAYOUT)
+    assert (again.fresh, again.read("c")) == (False, b"xyz")
+
+
+def test_writes_stay_in_their_place(tmp_path: Path) -> None:
+    writer = PreallocatedFiles.open(tmp_path, LAYOUT)
+    for start, data in ((0, b"12345"), (4, b"1"), (-1, b"1")):
+        with pytest.raises(AssertionError, match=r"a: \d bytes at -?\d of 4"):
+            writer.write("a", start, data)
+    with pytest.raises(AssertionError, match="a is planned twice"):
+        PreallocatedFiles(tmp_path, combined(LAYOUT, LAYOUT), fresh=True)
+
+
+@pytest.mark.parametrize(("name", "refused"), [("m-3.x", True), ("old.x.new", True), ("index.x", False), ("z", False)])
+def test_files_of_other_jobs_are_refused_by_the_formats_patterns(name: str, refused: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    if refused:
+        with pytest.raises(OutputError, match=rf"{name}: is not one of the 2 shards of this job\. It is from another"):
+            PreallocatedFiles.open(tmp_path, LAYOUT)
+    else:
+        assert PreallocatedFiles.open(tmp_path, LAYOUT).fresh
+
+
+def test_layouts_go_together(tmp_path: Path) -> None:
+    both = combined(LAYOUT, OTHER)
+    assert (both.patterns, both.companions, both.nbytes) == (("*.x*", "*.y"), ("index.x",), 34)
+    PreallocatedFiles.open(tmp_path, both).write("d", 0, b"ok")
+    assert not PreallocatedFiles.open(tmp_path, both).fresh
+    with pytest.raises(OutputError, match="is not one of the 1 shards"):
+        PreallocatedFiles.open(tmp_path, OTHER)
