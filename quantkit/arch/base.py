@@ -40,7 +40,11 @@ class Role(str, Enum):
 class TensorSpec:
     """One tensor that a checkpoint of this family must hold. ``layer`` is None outside the decoder layers; ``expert``
     is the routed expert's number. ``linear`` marks the 2-D weights that a recipe may quantise. ``float32`` marks what
-    the official release stores in F32."""
+    the official release stores in F32. ``table`` marks matrices that no calibration input reaches (vocabulary, MTP
+    projections): only formats that store them in blocks quantise them.
+
+    ``part_of``: official name of the linear that this is a part of, for formats that store the parts; its shape is then
+    (heads, out, in)."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,12 +53,35 @@ class TensorSpec:
     expert: int | None = None
     linear: bool = False
     float32: bool = False
+    table: bool = False
+    part_of: str | None = None
+
+    @property
+    def official(self) -> str:
+        """Name of the tensor in the source that holds this one."""
+        return self.part_of or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """Part of a linear that some formats store, and so quantise, as a tensor of its own: ``name`` is the linear's with
+    a suffix.
+
+    ``take``: the linear (out, in) -> the part (heads, rows, columns), columns being what its inputs run along;
+    ``put(whole, part)`` writes it back in place.
+    """
+
+    name: str
+    whole: str
+    shape: tuple[int, int, int]
+    take: Callable[[torch.Tensor], torch.Tensor]
+    put: Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
 class InputGroup:
     """Linears fed by the same tokens: they share one Hessian, one factor and one imatrix row. Names are full tensor
-    names (``….weight``)."""
+    names (``….weight``), or names of parts beside or instead of the linear that they belong to."""
 
     linears: tuple[str, ...]
 
@@ -64,7 +91,7 @@ class Stage:
     """Input groups whose inputs are known once the linears of all earlier stages of the block are final.
 
     ``inputs(weights, x)``: x (rows, tokens, hidden) float32 -> one tensor (rows * tokens, in_features) float32 for each
-    group.
+    group; (heads, rows * tokens, in_features) for a part whose heads read different things.
     It recomputes from ``x`` and calls ``weights`` only for norms and for linears of earlier stages.
     """
 
@@ -127,6 +154,23 @@ Block = DenseBlock | ExpertBlock
 Sublayer = tuple[Block, ...]
 
 
+class GgufModel(Protocol):
+    """What llama.cpp calls a model and its tensors."""
+
+    def stored_name(self, name: str) -> tuple[str, int | None]:
+        """GGUF name of an official tensor or of a part, and the place of a routed expert in its stacked tensor."""
+        ...
+
+    def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
+        """Metadata of the architecture: int is stored as uint32, float as float32. Raises `ConfigError` for a model
+        that llama.cpp cannot run."""
+        ...
+
+    def differences(self) -> tuple[str, ...]:
+        """What llama.cpp computes slightly otherwise, one line each."""
+        ...
+
+
 class ModelArch(Protocol):
     """One model family bound to one config.json."""
 
@@ -143,8 +187,16 @@ class ModelArch(Protocol):
         """Every tensor of an official checkpoint, MTP layers included, in layer order."""
         ...
 
+    def parts(self) -> Mapping[str, LinearPart]:
+        """Parts of linears, by name, that a format may store in place of the whole ones."""
+        ...
+
     def sublayers(self, layer: int) -> tuple[Sublayer, ...]:
         """How decoder layer ``layer`` computes (MTP layers: the decoder layer inside)."""
+        ...
+
+    def gguf(self) -> GgufModel:
+        """The model as llama.cpp sees it."""
         ...
 
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:

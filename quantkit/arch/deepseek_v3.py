@@ -8,12 +8,13 @@ asked for, so that planning needs no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quantkit.arch.base import Role, Sublayer, TensorSpec
+from quantkit.arch.base import GgufModel, LinearPart, Role, Sublayer, TensorSpec
 from quantkit.arch.rope import Rope, Yarn, rope_entries
 from quantkit.errors import ConfigError
 
@@ -141,14 +142,34 @@ class DeepseekV3:
     def tensors(self) -> Iterator[TensorSpec]:
         """Embedding, decoder layers, final norm, head, then the MTP layers: every tensor of an official checkpoint."""
         table = (self.vocab_size, self.hidden_size)
-        yield TensorSpec(self.embed, table, Role.EMBED)
+        yield TensorSpec(self.embed, table, Role.EMBED, table=True)
         for layer in range(self.n_layers):
             yield from self._layer_tensors(layer)
         yield TensorSpec(self.final_norm, (self.hidden_size,), Role.NORM)
         if self.lm_head != self.embed:
-            yield TensorSpec(self.lm_head, table, Role.LM_HEAD)
+            yield TensorSpec(self.lm_head, table, Role.LM_HEAD, table=True)
         for layer in range(self.n_layers, self.n_layers + self.n_mtp_layers):
             yield from self._mtp_tensors(layer)
+
+    def parts(self) -> Mapping[str, LinearPart]:
+        """kv_b_proj of each layer as its key part, ``:k``, and its value part, ``:v``.
+
+        Where the latent itself is cached (weight absorption, arXiv 2405.04434, section 2.1.2), queries pass through the
+        key part head by head before they meet it: its inputs are the queries, so it is turned.
+        """
+        c = self.config
+        nope, rank = c.qk_nope_head_dim, c.kv_lora_rank
+        parts: dict[str, LinearPart] = {}
+        for layer in range(self.n_layers + self.n_mtp_layers):
+            whole = f"{_prefix(layer)}self_attn.kv_b_proj.weight"
+            for suffix, turned, shape in (
+                ("k", True, (c.num_attention_heads, rank, nope)),
+                ("v", False, (c.num_attention_heads, c.v_head_dim, rank)),
+            ):
+                place = _HeadRows(c.num_attention_heads, nope if suffix == "v" else 0, nope, turned)
+                name = f"{whole}:{suffix}"
+                parts[name] = LinearPart(name, whole, shape, place.take, place.put)
+        return parts
 
     def sublayers(self, layer: int) -> tuple[Sublayer, ...]:
         """Attention, then the dense MLP or the shared expert beside the routed ones. ``layer`` may be an MTP layer."""
@@ -185,6 +206,12 @@ class DeepseekV3:
         shared = moe.mlp_block("shared_experts", f"{prefix}mlp.shared_experts.", norm)
         experts = moe.expert_block("experts", f"{prefix}mlp.experts.", c.n_routed_experts, norm, router)
         return (attention,), (shared, experts)
+
+    def gguf(self) -> GgufModel:
+        """Architecture ``deepseek2`` of llama.cpp."""
+        from quantkit.arch.deepseek_v3_gguf import DeepseekV3Gguf
+
+        return DeepseekV3Gguf(self.config)
 
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) float32 after the last layer -> normed, float32, the input of lm_head."""
@@ -275,12 +302,35 @@ class DeepseekV3:
         table = (self.vocab_size, hidden)
         for spec in self._layer_tensors(layer):
             yield TensorSpec(spec.name, spec.shape, Role.MTP, layer, spec.expert, spec.linear, spec.float32)
-        yield TensorSpec(f"{prefix}embed_tokens.weight", table, Role.MTP, layer)
+        yield TensorSpec(f"{prefix}embed_tokens.weight", table, Role.MTP, layer, table=True)
         yield TensorSpec(f"{prefix}enorm.weight", (hidden,), Role.MTP, layer)
         yield TensorSpec(f"{prefix}hnorm.weight", (hidden,), Role.MTP, layer)
-        yield TensorSpec(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), Role.MTP, layer)
+        yield TensorSpec(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), Role.MTP, layer, table=True)
         yield TensorSpec(f"{prefix}shared_head.norm.weight", (hidden,), Role.MTP, layer)
-        yield TensorSpec(f"{prefix}shared_head.head.weight", table, Role.MTP, layer)
+        yield TensorSpec(f"{prefix}shared_head.head.weight", table, Role.MTP, layer, table=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadRows:
+    """The first ``nope`` rows of each head of kv_b_proj (``start`` 0), or the rest; ``turned``: rows become columns."""
+
+    n_heads: int
+    start: int
+    nope: int
+    turned: bool
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """(heads * (nope + v), rank) -> (heads, rank, nope) or (heads, v, rank)."""
+        part = self._view(whole)
+        return part.mT.contiguous() if self.turned else part.contiguous()
+
+    def put(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """The inverse, into ``whole``."""
+        self._view(whole).copy_(part.mT if self.turned else part)
+
+    def _view(self, whole: torch.Tensor) -> torch.Tensor:
+        heads = whole.view(self.n_heads, -1, whole.shape[-1])
+        return heads[:, self.start :] if self.start else heads[:, : self.nope]
 
 
 def _prefix(layer: int) -> str:

@@ -294,3 +294,22 @@ def _mtp_faults(c: DeepseekV3Config) -> list[str]:
     if c.q_lora_rank is None:
         faults.append("q_lora_rank is null, llama.cpp runs an MTP layer only with it")
     return faults
+
+
+@dataclass(frozen=True, slots=True)
+class DeepseekV3Gguf:
+    """A `GgufModel`: the functions above for one config."""
+
+    config: DeepseekV3Config
+
+    def stored_name(self, name: str) -> tuple[str, int | None]:
+        """See `stored_name`."""
+        return stored_name(name)
+
+    def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
+        """See `key_values`."""
+        return key_values(self.config, mtp=mtp)
+
+    def differences(self) -> tuple[str, ...]:
+        """See `differences`."""
+        return differences(self.config)

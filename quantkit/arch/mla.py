@@ -1,7 +1,8 @@
 """Multi-head latent attention (arXiv 2405.04434, section 2.1) as a `DenseBlock`: the full causal pass over rows.
 
 In: the residual stream x (rows, tokens, hidden). Out, per stage: the normed stream (for q_a and kv_a), the two normed
-latents (for q_b and kv_b), the attention context (for o_proj). Queries, keys and values of all heads never exist at
+latents (for q_b and kv_b), the heads' queries (for the key part of kv_b, where a format stores it alone), the
+attention context (for o_proj). Queries, keys and values of all heads never exist at
 once: rows and heads go in chunks.
 """
 
@@ -55,7 +56,7 @@ class MlaShape:
 def attention_block(prefix: str, shape: MlaShape) -> DenseBlock:
     """Block "attention" of the layer whose names start with ``prefix`` ("model.layers.3.")."""
     names = _Names(prefix)
-    latents = (InputGroup((names.kv_b,)),)
+    latents = (InputGroup((names.kv_b, f"{names.kv_b}:v")),)
     if shape.q_lora:
         latents = (InputGroup((names.q_b,)), *latents)
     return DenseBlock(
@@ -63,6 +64,7 @@ def attention_block(prefix: str, shape: MlaShape) -> DenseBlock:
         stages=(
             Stage((InputGroup((names.q_a if shape.q_lora else names.q, names.kv_a)),), partial(_normed, names, shape)),
             Stage(latents, partial(_latents, names, shape)),
+            Stage((InputGroup((f"{names.kv_b}:k",)),), partial(_head_queries, names, shape)),
             Stage((InputGroup((names.o,)),), partial(_contexts, names, shape)),
         ),
     )
@@ -91,6 +93,14 @@ def _latents(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tup
     (h,) = _normed(names, shape, weights, x)
     kv, _ = _key_value_latent(names, shape, weights, h)
     return (_query_latent(names, shape, weights, h), kv) if shape.q_lora else (kv,)
+
+
+def _head_queries(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tuple[Tensor]:
+    """The part of each head's queries without position, (heads, rows * tokens, nope)."""
+    (h,) = _normed(names, shape, weights, x)
+    latent = _query_latent(names, shape, weights, h)
+    weight = weights(names.q_b if shape.q_lora else names.q).view(shape.n_heads, shape.qk_dim, -1)
+    return (latent @ weight[:, : shape.nope_dim].mT,)
 
 
 def _query_latent(names: _Names, shape: MlaShape, weights: Weights, h: Tensor) -> Tensor:

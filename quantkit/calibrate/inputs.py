@@ -42,55 +42,98 @@ Inputs = InputStats | InputImportance
 
 
 class InputMoments:
-    """Sums behind `InputStats` for one matrix, filled token batch by token batch."""
+    """Sums behind `InputStats` for one matrix (or the heads of one), filled token batch by token batch.
 
-    def __init__(self, in_features: int, *, cross: bool, device: torch.device) -> None:
+    ``full``: whole second moments; else only their diagonal, for methods that use no more.
+    """
+
+    def __init__(
+        self, in_features: int, *, cross: bool, device: torch.device, heads: int = 1, full: bool = True
+    ) -> None:
         self.n_tokens = 0
-        self._hessian = torch.zeros(in_features, in_features, device=device)
-        self._cross = torch.zeros(in_features, in_features, device=device) if cross else None
+        self._full = full
+        self._sums = torch.zeros(heads, in_features, *([in_features] if full else []), device=device)
+        self._cross = torch.zeros_like(self._sums) if cross and full else None
+
+    @classmethod
+    def like(cls, x: Tensor, *, cross: bool, full: bool = True) -> InputMoments:
+        """Empty sums for inputs (tokens, in) or (heads, tokens, in)."""
+        heads = len(x) if x.ndim == 3 else 1
+        return cls(x.shape[-1], cross=cross, device=x.device, heads=heads, full=full)
 
     def add(self, x: Tensor, original: Tensor | None) -> None:
-        """x and original (tokens, in) float32: the same tokens in the calibrated and in the unquantised stream."""
-        self.n_tokens += len(x)
-        self._hessian.addmm_(x.T, x)
+        """x and original (tokens, in) or (heads, tokens, in) float32: the same tokens in the calibrated and in the
+        unquantised stream."""
+        self.n_tokens += x.shape[-2]
+        if not self._full:
+            self._sums += x.square().sum(-2)
+            return
+        _add_products(self._sums, x, x)
         if self._cross is not None:
             assert original is not None
-            self._cross.addmm_((original - x).T, x)
+            _add_products(self._cross, original - x, x)
 
-    def stats(self) -> InputStats:
-        """The means so far, as a batch of one. The sums are handed over: call it once."""
+    def stats(self) -> Inputs:
+        """The means so far, as a batch of one (or of the heads). The sums are handed over: call it once."""
         count = max(self.n_tokens, 1)
-        cross = None if self._cross is None else self._cross.div_(count).unsqueeze(0)
-        return InputStats(self._hessian.div_(count).unsqueeze(0), cross, (self.n_tokens,))
+        n_tokens = (self.n_tokens,) * len(self._sums)
+        if not self._full:
+            return InputImportance(self._sums.div_(count), n_tokens)
+        cross = None if self._cross is None else self._cross.div_(count)
+        return InputStats(self._sums.div_(count), cross, n_tokens)
 
 
-def shrunk(stats: InputStats, pooled: InputStats, strength: float) -> InputStats:
+def stacked(parts: list[Inputs]) -> Inputs:
+    """One batch of several, all of one kind; a single one is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    n_tokens = tuple(n for part in parts for n in part.n_tokens)
+    full = [part for part in parts if isinstance(part, InputStats)]
+    if len(full) < len(parts):
+        return InputImportance(torch.cat([part.importance for part in parts]), n_tokens)
+    crosses = [part.cross for part in full if part.cross is not None]
+    return InputStats(torch.cat([part.hessian for part in full]), torch.cat(crosses) if crosses else None, n_tokens)
+
+
+def _add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """sums (heads, in, in) += left^T right over tokens."""
+    if left.ndim == 2:
+        sums[0].addmm_(left.T, right)
+    else:
+        sums.baddbmm_(left.mT, right)
+
+
+def shrunk(stats: Inputs, pooled: Inputs, strength: float) -> Inputs:
     """Pull each matrix's moments towards the pooled ones: (n H_e + k H_pool) / (n + k), k = strength * in_features
     tokens.
 
     An expert with few tokens knows little about its own inputs; with many it keeps them. hessian and cross move alike,
     so that the least-squares target stays consistent. Overwrites ``stats``.
     """
-    k = strength * stats.hessian.shape[-1]
+    k = strength * stats.importance.shape[-1]
     if k == 0:
         return stats
-    count = torch.tensor(stats.n_tokens, dtype=torch.float32, device=stats.hessian.device)[:, None, None]
+    count = torch.tensor(stats.n_tokens, dtype=torch.float32, device=stats.importance.device)[:, None, None]
     share = k / (count + k)
+    if isinstance(stats, InputImportance):
+        stats.importance.lerp_(pooled.importance.expand_as(stats.importance), share[..., 0])
+        return stats
+    assert isinstance(pooled, InputStats), "the pool of full moments is full"
     stats.hessian.lerp_(pooled.hessian.expand_as(stats.hessian), share)
     if stats.cross is not None and pooled.cross is not None:
         stats.cross.lerp_(pooled.cross.expand_as(stats.cross), share)
     return stats
 
 
-def shrunk_to_diagonal(stats: InputStats, strength: float) -> InputStats:
+def shrunk_to_diagonal(stats: Inputs, strength: float) -> Inputs:
     """Weaken what was learnt between different inputs: off-diagonal moments times n / (n + k), k = strength *
     in_features tokens.
 
     For ``down``, whose inputs are an expert's own hidden units, so that no pool over experts means anything. Overwrites
     ``stats``.
     """
-    k = strength * stats.hessian.shape[-1]
-    if k == 0:
+    k = strength * stats.importance.shape[-1]
+    if k == 0 or isinstance(stats, InputImportance):
         return stats
     count = torch.tensor(stats.n_tokens, dtype=torch.float32, device=stats.hessian.device)[:, None, None]
     keep = count / (count + k)

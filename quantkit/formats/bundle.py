@@ -19,6 +19,7 @@ from quantkit.formats.safetensors_writer import write_durably
 
 __all__ = ["CardFacts", "copy_side_files", "model_card", "write_config", "write_model_card"]
 
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
 SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -31,8 +32,7 @@ SIDE_FILES = (
     "*.py",
     "*.model",
     "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
+    *LICENCE_FILES,
 )
 """What goes along. Weights, their index and config.json never match; README.md is written anew."""
 NOT_SIDE_FILES = ("*.safetensors*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
@@ -63,21 +63,22 @@ def write_config(
     write_durably(directory / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def copy_side_files(source_directory: Path, directory: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config, code and licence files; returns their names, sorted.
+def copy_side_files(source_directory: Path, directory: Path, patterns: tuple[str, ...] = SIDE_FILES) -> list[str]:
+    """Copy tokenizer, chat template, generation config, code and licence files (or what ``patterns`` match); returns
+    their names, sorted.
 
     Only regular files of the folder itself, or links to files inside it (or inside the blob store that a hub cache
     keeps beside it); a larger file than 100 MB is refused. Raises `SourceError` naming the file, `OutputError` if it
     cannot be written.
     """
-    names = sorted(path.name for path in source_directory.iterdir() if _is_side_file(path.name) and not path.is_dir())
+    names = sorted(path.name for path in source_directory.iterdir() if _is_side_file(path.name, patterns) and not path.is_dir())
     for name in names:
         write_durably(directory / name, _read_side_file(source_directory, name))
     return names
 
 
-def _is_side_file(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in SIDE_FILES) and not any(
+def _is_side_file(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and not any(
         fnmatch.fnmatchcase(name, pattern) for pattern in NOT_SIDE_FILES
     )
 

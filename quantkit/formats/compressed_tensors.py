@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import OutputError, SchemeError
 from quantkit.formats.bitpack import n_words, pack
+from quantkit.formats.casting import bytes_of, cast_to
 from quantkit.formats.compressed_tensors_config import quantization_config
 from quantkit.formats.compressed_tensors_contract import notes, problems
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors_writer import MAX_SHARD_BYTES, ShardWriter, layout_shards
-from quantkit.schemes import Float8Scheme, IntScheme, QuantizedTensor
+from quantkit.schemes import Float8Scheme, GgmlScheme, IntScheme, QuantizedTensor
 from quantkit.tensors import DTYPES, TensorInfo
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def stored(tensor: PlannedTensor) -> tuple[TensorInfo, ...]:
                 TensorInfo(tensor.name, tensor.info.shape, "F8_E4M3"),
                 TensorInfo(f"{tensor.module}.weight_scale", scale_shape, "F32"),
             )
+        case GgmlScheme():
+            raise AssertionError(f"{tensor.name}: the plan admits no block types of ggml here")
 
 
 def _stored_int(tensor: PlannedTensor, scheme: IntScheme) -> tuple[TensorInfo, ...]:
@@ -96,9 +99,10 @@ class CompressedTensorsSink:
         """Size of all shards, headers included."""
         return self._writer.nbytes
 
-    def write(self, tensor: QuantizedTensor) -> None:
-        """Store a quantised linear. Raises `SchemeError` for a scale that is not finite, `OutputError` for a
+    def write(self, tensor: QuantizedTensor, start_row: int = 0) -> None:
+        """Store a quantised linear, always whole. Raises `SchemeError` for a scale that is not finite, `OutputError` for a
         full disk."""
+        assert start_row == 0, f"{tensor.name}: packed zero points of rows cannot be stored alone"
         planned = self._planned[tensor.name]
         scheme = planned.scheme
         assert scheme == tensor.scheme, f"{tensor.name}: planned {scheme}, got {tensor.scheme}"
@@ -131,9 +135,12 @@ class CompressedTensorsSink:
         assert start_row + (len(tensor) if tensor.ndim else 1) <= (info.shape[0] if info.shape else 1), (
             f"{name}: too many rows"
         )
-        cast = _cast(name, tensor, info.dtype)
+        cast = cast_to(name, tensor, info.dtype)
         row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
-        self._writer.write(name, start_row * row_bytes, _bytes(cast))
+        self._writer.write(name, start_row * row_bytes, bytes_of(cast))
+
+    def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
+        """The format has no place for it."""
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
@@ -158,7 +165,7 @@ class CompressedTensorsSink:
         assert str(tensor.dtype) == f"torch.{DTYPES[info.dtype][1]}", (
             f"{name}: planned {info.dtype}, got {tensor.dtype}"
         )
-        self._writer.write(name, 0, _bytes(tensor))
+        self._writer.write(name, 0, bytes_of(tensor))
 
     def _refuse_unwritten(self) -> None:
         missing = [name for name in self._int_linears() if not any(self._writer.read(f"{name}_shape"))]
@@ -180,26 +187,3 @@ def _check_scale(name: str, scale: Tensor) -> None:
             f"{name}: a scale is NaN or infinite.",
             hint="The weight or its Hessian holds values that are no numbers.",
         )
-
-
-def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    import torch
-
-    cast = tensor.to(getattr(torch, DTYPES[dtype][1]))
-    # Only a narrower exponent can overflow; the check costs a pass, so it is made where it can fail.
-    if tensor.is_floating_point() and torch.finfo(cast.dtype).max < torch.finfo(tensor.dtype).max and tensor.numel():
-        lost = int((torch.isinf(cast) & torch.isfinite(tensor)).sum())
-        if lost:
-            raise SchemeError(
-                f"{name}: {lost:,} values are too large for {dtype} (the largest is {float(tensor.abs().max()):.6g}).",
-                hint="Keep this tensor in bf16, f32 or as the source has it.",
-            )
-    return cast
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements in row order, without a copy if they already lie so on the CPU."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from quantkit.formats.bitpack import WORD_BITS
 from quantkit.formats.compressed_tensors_config import FUSED_PARTS, KEPT, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
-from quantkit.schemes import Float8Scheme, IntScheme, Scheme
+from quantkit.schemes import Float8Scheme, IntScheme, Scheme, describe
 
 MARLIN_GROUP_SIZES = (None, 32, 64, 128)
 MARLIN_BITS = (4, 8)
@@ -49,18 +49,6 @@ def notes(planned: Sequence[PlannedTensor]) -> list[str]:
     kept = by_scheme.pop(KEPT, [])
     uses = [Use(schemes[key], tensors, list(filter(_is_expert, tensors))) for key, tensors in by_scheme.items()]
     return [line for check in _NOTES for line in check(uses, kept)]
-
-
-def describe(scheme: Scheme | None) -> str:
-    """A scheme in a few words: "int4 g128", "int8 channel asymmetric", "fp8 block", "unquantised"."""
-    match scheme:
-        case None:
-            return "unquantised"
-        case Float8Scheme():
-            return "fp8 block"
-        case IntScheme():
-            group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
-            return f"int{scheme.bits} {group}" + ("" if scheme.symmetric else " asymmetric")
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ class CardFacts:
     measured: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
     serve: tuple[str, ...] = ("vllm serve .",)
+    format: str = "compressed-tensors"
     version: str = ""
     base_model: str = ""
     license: str = ""
@@ -55,7 +56,8 @@ def _front_matter(facts: CardFacts) -> str:
         lines.append(f"license: {json.dumps(facts.license)}")
     if facts.base_model:
         lines += [f"base_model: {json.dumps(facts.base_model)}", "base_model_relation: quantized"]
-    lines += ["library_name: transformers", "tags:", "- compressed-tensors", "- quantkit", "---\n"]
+    library = "gguf" if facts.format == "gguf" else "transformers"
+    lines += [f"library_name: {library}", "tags:", f"- {facts.format}", "- quantkit", "---\n"]
     return "\n".join(lines)
 
 
@@ -65,7 +67,7 @@ def _summary(facts: CardFacts) -> str:
     lines = [
         f"Quantised{base} by {made}: {facts.parameters:,} weights in {facts.nbytes:,} bytes of tensor data "
         f"= {facts.nbytes / 1e9:.2f} GB = {facts.nbytes / GIB:.2f} GiB, {facts.bpw:.3f} bits per weight.",
-        "Format: compressed-tensors. Scheme and error of every tensor, token counts of the calibration and sha256 sums "
+        f"Format: {facts.format}. Scheme and error of every tensor, token counts of the calibration and sha256 sums "
         "are in `quantkit.json`.",
     ]
     if not facts.validated:
@@ -90,8 +92,6 @@ def _serving(facts: CardFacts) -> str:
     lines += [f"- {note}" for note in facts.notes]
     if facts.notes:
         lines.append("")
-    lines.append(
-        "vLLM does not notice a missing tensor of a quantised module: after copying, compare the files with the sha256 "
-        "sums in `quantkit.json`."
-    )
+    what = "vLLM does not notice a missing tensor of a quantised module: after" if facts.format != "gguf" else "After"
+    lines.append(f"{what} copying, compare the files with the sha256 sums in `quantkit.json`.")
     return "\n".join(lines) + "\n"

@@ -1,39 +1,71 @@
-"""Tensors that are kept pass from the source to the sinks in pieces, so that a vocabulary matrix never is in memory as
-a whole."""
+"""Tensors that no calibration reaches pass from the source to the sinks in pieces, so that a vocabulary matrix never is
+in memory as a whole: kept ones, and matrices that a format stores in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import torch
 
-from quantkit.formats.compressed_tensors import CompressedTensorsSink
+from quantkit.errors import SchemeError
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.pipeline.events import CopyDone, OnEvent
+from quantkit.pipeline.events import CopyDone
 from quantkit.pipeline.memory import KEPT_CHUNK_BYTES
-from quantkit.pipeline.plan import Action, Plan
+from quantkit.pipeline.plan import Action, Decision
+from quantkit.pipeline.targets import Sink
+from quantkit.pipeline.walk import Walk
 from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor
 
 
-def copy_kept(
-    source: Fp8Source, plan: Plan, sinks: Sequence[CompressedTensorsSink], layer: int | None, on_event: OnEvent
-) -> None:
+def copy_kept(walk: Walk, layer: int | None) -> None:
     """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them."""
+    source, parts = walk.source, walk.arch.parts()
     tensors = nbytes = 0
-    for output, sink in zip(plan.outputs, sinks, strict=True):
+    for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True):
         for name, decision in output.decisions.items():
             if decision.spec.layer != layer or decision.action is not Action.KEEP:
                 continue
             if isinstance(decision.scheme, Float8Scheme):
                 codes, scale = source.read_float8(name)
-                stored = {"codes": codes, "scale": scale}
-                sink.write(QuantizedTensor(name, decision.scheme, stored, QuantError(0.0)))
+                sink.write(QuantizedTensor(name, decision.scheme, {"codes": codes, "scale": scale}, QuantError(0.0)))
+            elif decision.spec.part_of is not None:
+                sink.write_kept(name, 0, parts[name].take(source.read(decision.spec.part_of)))
             else:
                 _copy_rows(source, sink, name)
             tensors += 1
-            nbytes += source.infos()[name].nbytes
-    on_event(CopyDone(tensors, nbytes))
+            nbytes += source.infos()[decision.spec.official].nbytes
+    walk.on_event(CopyDone(tensors, nbytes))
 
 
-def _copy_rows(source: Fp8Source, sink: CompressedTensorsSink, name: str) -> None:
+def quantize_tables(walk: Walk, layer: int | None) -> list[tuple[int, str, QuantError]]:
+    """Quantise the matrices of one layer (None: the vocabulary's) whose inputs are not calibrated, rows at a time ->
+    output, name and error of each."""
+    records: list[tuple[int, str, QuantError]] = []
+    for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
+        for name, decision in output.decisions.items():
+            if decision.spec.layer == layer and decision.action is Action.QUANTIZE and decision.spec.table:
+                records.append((number, name, _quantize_rows(walk.source, sink, name, decision, walk.machine.device)))
+    return records
+
+
+def _quantize_rows(source: Fp8Source, sink: Sink, name: str, decision: Decision, device: torch.device) -> QuantError:
+    assert decision.scheme is not None and decision.method is not None
+    assert not isinstance(decision.scheme, Float8Scheme)
+    quantize = decision.method.quantizer(None)
+    row, lost, total = 0, 0.0, 0.0
+    for chunk in source.chunks(name, KEPT_CHUNK_BYTES // 2):  # a BF16 chunk is twice as large in float32
+        weight = chunk.to(device).float().unsqueeze(0)
+        try:
+            batch = quantize(weight, decision.scheme)
+        except SchemeError as error:
+            raise SchemeError(f"{name}: {error.message}", hint=error.hint) from error
+        (tensor,) = batch.tensors((name,), (0,))
+        sink.write(tensor, row)
+        row += len(chunk)
+        norm = float(weight.square().sum(dtype=torch.float64))
+        lost, total = lost + tensor.error.relative_loss * norm, total + norm
+    return QuantError(lost / max(total, 1e-30))
+
+
+def _copy_rows(source: Fp8Source, sink: Sink, name: str) -> None:
     row = 0
     for chunk in source.chunks(name, KEPT_CHUNK_BYTES):
         sink.write_kept(name, row, chunk)

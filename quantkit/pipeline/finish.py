@@ -18,10 +18,7 @@ from quantkit.calibrate.dataset import TokenRows, eval_windows
 from quantkit.evaluate.compare import compare
 from quantkit.evaluate.scores import Scores, limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
-from quantkit.formats.bundle import CardFacts, copy_side_files, write_config, write_model_card
-from quantkit.formats.compressed_tensors_config import quantization_config
-from quantkit.formats.compressed_tensors_contract import notes
-from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.safetensors_writer import write_durably
 from quantkit.pipeline.events import (
     ExpertTokens,
@@ -84,8 +81,9 @@ def finish(
 
 def _write_side_files(walk: Walk, output: OutputPlan, directory: Path) -> None:
     dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
-    write_config(directory, walk.source.config, quantization_config(output.planned), mtp_dropped=dropped)
-    copy_side_files(walk.source.directory, directory)
+    output.target.write_side_files(
+        directory, walk.source.directory, walk.source.config, output.planned, mtp=not dropped
+    )
 
 
 def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
@@ -96,7 +94,7 @@ def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -
     windows = eval_windows(wanted.text, wanted.context, walk.source.directory, base_dir, wanted.max_windows_per_file)
     walk.on_event(StageStarted("validation", total=walk.arch.n_layers))
     device, cache_bytes = walk.machine.device, walk.share.cache // 2
-    with CompressedTensorsSource(directory) as written:
+    with output.target.open_written(directory) as written:
         scores = compare(
             walk.arch,
             model_of(walk.arch, walk.source, device, cache_bytes),
@@ -118,7 +116,7 @@ def _result(output: OutputPlan, wanted: Validation, scores: Scores) -> Validatio
 def _tensor_records(journal: Journal, output: int) -> dict[str, dict[str, object]]:
     """Error, tokens and fallback of every linear that an output quantised, in the order of the work."""
     records: dict[str, dict[str, object]] = {}
-    for entry in journal.of_kind("layer"):
+    for entry in (*journal.of_kind("outside"), *journal.of_kind("layer")):
         for number, name, loss, n_tokens, fallback in cast("list[tuple[int, str, float, int, str]]", entry["tensors"]):
             if number == output:
                 records[name] = {"relative_loss": loss, "n_tokens": n_tokens}
@@ -175,7 +173,9 @@ def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationRes
         nbytes=output.nbytes,
         contents=tuple((s.role.value, s.what, s.parameters, s.nbytes) for s in output.sizes),
         measured=measured,
-        notes=tuple(notes(output.planned)),
+        notes=tuple(output.target.notes(output.planned)),
+        format=output.target.label,
+        serve=output.target.serve_commands(walk.source.directory),
         version=quantkit.__version__,
         validated=result is None or result.passed,
     )

@@ -20,7 +20,7 @@ from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.checkpoint import quant_method, read_config
-from quantkit.formats.compressed_tensors_contract import describe
+from quantkit.schemes import describe
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors import SafetensorsSource
 from quantkit.schemes import Float8Scheme, IntScheme

@@ -19,13 +19,12 @@ from torch.nn.functional import linear
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.inputs import InputMoments, InputStats, shrunk, shrunk_to_diagonal
+from quantkit.calibrate.inputs import InputImportance, InputMoments, Inputs, shrunk, shrunk_to_diagonal, stacked
 from quantkit.calibrate.portions import EXPERT_CHUNK
 from quantkit.calibrate.stream import ExpertTokens, expert_hidden, forward_expert, row_batches
 from quantkit.pipeline.hidden import Streams
-from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, quantize_linears
+from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, needs_inputs, quantize_linears
 from quantkit.pipeline.weights import LayerWeights
-from quantkit.quantizers import Gptq
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import QuantizedTensor
 
@@ -47,6 +46,8 @@ class LayerJob:
     ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to choosing them, for the statistics
     only.
     ``streams`` is None in a data-free conversion. ``experts_at_once``: how many experts of one shape are one batch.
+    ``importance(names)``: what an imatrix file knows of the inputs of linears of one shape, for conversions without
+    streams.
     """
 
     outputs: tuple[OutputJob, ...]
@@ -58,6 +59,7 @@ class LayerJob:
     device: torch.device
     experts_at_once: int
     min_expert_tokens: int
+    importance: Callable[[tuple[str, ...]], InputImportance | None] = lambda names: None
     counts: dict[str, list[ExpertCounts]] = field(default_factory=dict[str, list[ExpertCounts]])
 
     @property
@@ -77,7 +79,8 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...]) -> None:
         dense = [block for block in sublayer if isinstance(block, DenseBlock)]
         assert len(dense) <= 1, "a second dense block would read what the first has added"
         for block in dense:
-            job.on_stage(block.name, sum(len(group.linears) for stage in block.stages for group in stage.groups))
+            names = (name for stage in block.stages for group in stage.groups for name in group.linears)
+            job.on_stage(block.name, sum(name in job.outputs[0].methods for name in names))
             _quantize_dense(job, block)
         for block, routes in routed:
             job.on_stage(block.name, 3 * block.n_experts)
@@ -88,12 +91,14 @@ def quantize_without_inputs(job: LayerJob, blocks: tuple[Block, ...]) -> None:
     """The same for a data-free conversion: no hidden states, each linear alone."""
     for block in blocks:
         if isinstance(block, DenseBlock):
-            for group in (group for stage in block.stages for group in stage.groups):
-                _quantize_group(job, group, None)
+            for name in (name for stage in block.stages for group in stage.groups for name in group.linears):
+                _quantize_group(job, InputGroup((name,)), job.importance((name,)))
+            job.weights.forget()
             continue
         for experts in _expert_batches(job, block):
             for names in (block.gates, block.ups, block.downs):
-                quantize_linears(job.outputs, (_linears(job, names, experts),), None, job.on_tensor)
+                linears = _linears(job, names, experts)
+                quantize_linears(job.outputs, (linears,), job.importance(linears.names), job.on_tensor)
 
 
 # Dense blocks
@@ -115,7 +120,10 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
                 for weights, store in zip(job.weights.by_stream(len(stores)), stores, strict=True)
             ]
             if moments is None:
-                moments = [InputMoments(x.shape[-1], cross=len(stores) > 1, device=job.device) for x in inputs[0]]
+                moments = [
+                    InputMoments.like(x, cross=len(stores) > 1, full=needs_inputs(job.outputs, group.linears))
+                    for x, group in zip(inputs[0], stage.groups, strict=True)
+                ]
             for number, group in enumerate(moments):
                 if needed:
                     group.add(inputs[0][number], inputs[1][number] if len(inputs) > 1 else None)
@@ -131,14 +139,31 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
     job.weights.forget()
 
 
-def _quantize_group(job: LayerJob, group: InputGroup, stats: InputStats | None) -> None:
-    if not any_quantised(job.outputs, group.linears):
+def _quantize_group(job: LayerJob, group: InputGroup, stats: Inputs | None) -> None:
+    names = tuple(name for name in group.linears if any_quantised(job.outputs, (name,)))
+    if not names:
         return
-    linears = tuple(Linears((name,), job.weights.read(name).unsqueeze(0)) for name in group.linears)
-    batches = quantize_linears(job.outputs, linears, stats, job.on_tensor)
-    for name, batch in zip(group.linears, batches, strict=True):
-        if batch is not None:
-            job.weights.carry(name, batch)
+    if stats is not None:
+        _note_importance(job, names, stats)
+    batch = 1 if stats is None else len(stats.importance)
+    linears = tuple(Linears((name,), _in_matrices(job.weights.read(name), batch)) for name in names)
+    for name, result in zip(names, quantize_linears(job.outputs, linears, stats, job.on_tensor), strict=True):
+        if result is not None:
+            job.weights.carry(name, result)
+
+
+def _in_matrices(weight: Tensor, count: int) -> Tensor:
+    """(out, in), or (heads, out, in) of a part -> (count, ..., in): all rows together if their inputs are one."""
+    return weight.reshape(count, -1, weight.shape[-1])
+
+
+def _note_importance(job: LayerJob, names: tuple[str, ...], stats: Inputs) -> None:
+    """Let the outputs that keep it know what the inputs of dense linears, or of one projection of some experts, are."""
+    if job.streams is None:
+        return
+    for output in job.outputs:
+        for name in names:
+            output.sink.write_importance(name, stats.importance, stats.n_tokens)
 
 
 def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
@@ -165,7 +190,7 @@ class _Routes:
     """``borrowed[e]``: tokens (n,) int64, rising, that did not choose expert e but came nearest to it."""
 
     streams: tuple[_Stream, ...]
-    pooled: InputStats
+    pooled: Inputs
     borrowed: tuple[Tensor, ...]
 
 
@@ -173,7 +198,8 @@ def _route(job: LayerJob, block: ExpertBlock) -> _Routes:
     """Route every token of every stream once, and pool the moments of the inputs over all tokens of the layer."""
     stores = job.hidden.stores()
     inputs_of = tuple(job.new_rows(store.width) for store in stores)
-    pooled = InputMoments(job.hidden.x.width, cross=len(stores) > 1, device=job.device)
+    full = needs_inputs(job.outputs, (*block.gates, *block.ups))
+    pooled = InputMoments(job.hidden.x.width, cross=len(stores) > 1, device=job.device, full=full)
     nearest = _Nearest(block.n_experts, job.min_expert_tokens)
     chosen: list[list[Tensor]] = [[] for _ in stores]
     gates: list[list[Tensor]] = [[] for _ in stores]
@@ -256,8 +282,10 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     gate, up, down = (_linears(job, names, experts) for names in (block.gates, block.ups, block.downs))
     tokens = tuple(_tokens_for_statistics(routes, expert) for expert in experts)
     if any_quantised(job.outputs, (gate.names[0], up.names[0])):
+        stats = _input_stats(job, routes, tokens, full=needs_inputs(job.outputs, (gate.names[0], up.names[0])))
+        _note_expert_importance(job, (gate, up), stats)
         strength, _ = _shrinkage(job, gate.names[0])
-        stats = shrunk(_input_stats(job, routes, tokens), routes.pooled, strength)
+        stats = shrunk(stats, routes.pooled, strength)
         new_gate, new_up = _decoded(quantize_linears(job.outputs, (gate, up), stats, job.on_tensor), (gate, up))
         del stats
     else:
@@ -265,8 +293,10 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     new_down = down.weight
     if any_quantised(job.outputs, down.names):
         hidden = _HiddenOf(block, (new_gate, new_up), (gate.weight, up.weight))
+        stats = _hidden_stats(job, routes, tokens, hidden, full=needs_inputs(job.outputs, down.names))
+        _note_expert_importance(job, (down,), stats)
         _, strength = _shrinkage(job, down.names[0])
-        stats = shrunk_to_diagonal(_hidden_stats(job, routes, tokens, hidden), strength)
+        stats = shrunk_to_diagonal(stats, strength)
         (new_down,) = _decoded(quantize_linears(job.outputs, (down,), stats, job.on_tensor), (down,))
     for position, expert in enumerate(experts):
         parts = ((new_gate, new_up, new_down), (gate.weight, up.weight, down.weight))
@@ -275,6 +305,13 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
         ):
             own = {block.gates[expert]: g[position], block.ups[expert]: u[position], block.downs[expert]: d[position]}
             forward_expert(block, own.__getitem__, expert, stream.tokens, stream.x, stream.h, job.device)
+
+
+def _note_expert_importance(job: LayerJob, group: tuple[Linears, ...], stats: Inputs) -> None:
+    for output in job.outputs:
+        for linears in group:
+            for name, row, n_tokens in zip(linears.names, stats.importance, stats.n_tokens, strict=True):
+                output.sink.write_importance(name, row.unsqueeze(0), (n_tokens,))
 
 
 def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linears, ...]) -> list[Tensor]:
@@ -286,13 +323,8 @@ def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linear
 
 def _shrinkage(job: LayerJob, name: str) -> tuple[float, float]:
     """What the calibrated methods want of `shrunk` and `shrunk_to_diagonal`; the plan saw that all outputs agree."""
-    for output in job.outputs:
-        match output.methods.get(name):
-            case (_, Gptq() as method):
-                return method.shrink, method.down_shrink
-            case _:
-                pass
-    return 0.0, 0.0
+    wanted = (output.methods[name][1].shrinkage for output in job.outputs if name in output.methods)
+    return next((strengths for strengths in wanted if strengths is not None), (0.0, 0.0))
 
 
 def _tokens_for_statistics(routes: _Routes, expert: int) -> Tensor:
@@ -300,13 +332,14 @@ def _tokens_for_statistics(routes: _Routes, expert: int) -> Tensor:
     return torch.cat([own, routes.borrowed[expert]]).sort().values
 
 
-def _input_stats(job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...]) -> InputStats:
+def _input_stats(job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...], *, full: bool) -> Inputs:
     """Moments of what each expert of a batch reads, (B, hidden, hidden)."""
-    sums = [InputMoments(routes.streams[0].h.width, cross=len(routes.streams) > 1, device=job.device) for _ in tokens]
+    width, cross = routes.streams[0].h.width, len(routes.streams) > 1
+    sums = [InputMoments(width, cross=cross, device=job.device, full=full) for _ in tokens]
     for moments, chosen in zip(sums, tokens, strict=True):
         for part in chosen.split(EXPERT_CHUNK):
             moments.add(*_gather(job, routes, part))
-    return _stacked(sums)
+    return stacked([moments.stats() for moments in sums])
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,10 +351,12 @@ class _HiddenOf:
     original: tuple[Tensor, Tensor]
 
 
-def _hidden_stats(job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...], weights: _HiddenOf) -> InputStats:
+def _hidden_stats(
+    job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...], weights: _HiddenOf, *, full: bool
+) -> Inputs:
     """Moments of what each expert's down projection reads, (B, inter, inter)."""
-    inter = weights.original[0].shape[-2]
-    sums = [InputMoments(inter, cross=len(routes.streams) > 1, device=job.device) for _ in tokens]
+    inter, cross = weights.original[0].shape[-2], len(routes.streams) > 1
+    sums = [InputMoments(inter, cross=cross, device=job.device, full=full) for _ in tokens]
     carried = weights.quantised if job.weights.carries_quantised else weights.original
     for i, (moments, chosen) in enumerate(zip(sums, tokens, strict=True)):
         for part in chosen.split(EXPERT_CHUNK):
@@ -331,7 +366,7 @@ def _hidden_stats(job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...], we
             if original is not None:
                 other = expert_hidden(weights.block, weights.original[0][i], weights.original[1][i], original)
             moments.add(hidden, other)
-    return _stacked(sums)
+    return stacked([moments.stats() for moments in sums])
 
 
 def _gather(job: LayerJob, routes: _Routes, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -339,15 +374,3 @@ def _gather(job: LayerJob, routes: _Routes, tokens: Tensor) -> tuple[Tensor, Ten
     parts = [stream.h.gather(tokens).to(job.device) for stream in routes.streams]
     return parts[0], parts[1] if len(parts) > 1 else None
 
-
-def _stacked(sums: list[InputMoments]) -> InputStats:
-    """One batch of several; a single matrix is not copied."""
-    parts = [moments.stats() for moments in sums]
-    if len(parts) == 1:
-        return parts[0]
-    crosses = [part.cross for part in parts if part.cross is not None]
-    return InputStats(
-        torch.cat([part.hessian for part in parts]),
-        torch.cat(crosses) if crosses else None,
-        tuple(part.n_tokens[0] for part in parts),
-    )

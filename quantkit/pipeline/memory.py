@@ -25,7 +25,6 @@ from quantkit.calibrate.dataset import Calibration
 from quantkit.calibrate.portions import BATCH_TOKENS
 from quantkit.errors import PlanError
 from quantkit.pipeline.plan import Action, Decision, Plan
-from quantkit.quantizers import Gptq
 from quantkit.quantizers.gptq import SLICE_BYTES
 
 HESSIAN_COPIES = 3
@@ -122,34 +121,43 @@ def _working(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> tuple[Te
 
 
 def _quantising(decision: Decision, hidden_size: int) -> tuple[Term, ...]:
-    """While one linear is quantised. Linears that read the residual stream come in pairs."""
-    out_features, in_features = decision.spec.shape
+    """While one linear is quantised. Linears that read the residual stream come in pairs; tables come in pieces."""
+    heads, out_features, in_features = _matrices(decision)
+    if decision.spec.table:
+        return (Term("rows of a table", 4 * KEPT_CHUNK_BYTES, f"{decision.spec.name}: a piece in float32, and blocks"),)
     name, pair = decision.spec.name, 2 if in_features == hidden_size else 1
     weight = Term(
         "weight set",
-        int(pair * WEIGHT_COPIES * out_features * in_features * 4),
-        f"{name}: {pair} x {out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}",
+        int(pair * WEIGHT_COPIES * heads * out_features * in_features * 4),
+        f"{name}: {pair} x {heads * out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}",
     )
-    if not isinstance(decision.method, Gptq):
+    if decision.method is None or not decision.method.needs_inputs:
         return (weight,)
-    hessian = in_features**2 * 4 * HESSIAN_COPIES
+    hessian = heads * in_features**2 * 4 * HESSIAN_COPIES
     return (
-        Term("Hessian set", hessian, f"{name}: {in_features:,}^2 x 4 B x {HESSIAN_COPIES}"),
+        Term("Hessian set", hessian, f"{name}: {heads} x {in_features:,}^2 x 4 B x {HESSIAN_COPIES}"),
         weight,
         Term(
             "sweep",
-            SWEEP_BUFFERS * min(SLICE_BYTES, out_features * in_features * 4),
+            SWEEP_BUFFERS * min(SLICE_BYTES, heads * out_features * in_features * 4),
             f"{SWEEP_BUFFERS} buffers of {SLICE_BYTES // 2**20} MiB at most",
         ),
     )
 
 
+def _matrices(decision: Decision) -> tuple[int, int, int]:
+    """(heads, out, in) of a linear or of a part of one."""
+    shape = decision.spec.shape
+    return (shape[0], shape[1], shape[2]) if len(shape) == 3 else (1, shape[0], shape[1])
+
+
 def _collecting(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
     """While a batch of rows passes and the moments of its inputs are added up."""
-    widest = max(max(decision.spec.shape) for decision in quantized)
+    linears = [_matrices(decision) for decision in quantized if not decision.spec.table]
+    widest = max((max(heads * out, heads * inputs) for heads, out, inputs in linears), default=0)
     calibration = plan.recipe.calibration
     tokens = max(BATCH_TOKENS, calibration.sequence_length if calibration else 0)
-    gptq = max((d.spec.shape[1] for d in quantized if isinstance(d.method, Gptq)), default=0)
+    gptq = max((d.spec.shape[-1] for d in quantized if d.method is not None and d.method.needs_inputs), default=0)
     return (
         Term(
             "activations",
@@ -165,7 +173,7 @@ def _hidden_states(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> Te
     calibration = plan.recipe.calibration
     if calibration is None or not quantized:
         return None
-    widest = max(decision.spec.shape[1] for decision in _dense_linears(plan))
+    widest = max(decision.spec.shape[-1] for decision in _dense_linears(plan))
     nbytes = _tokens(calibration) * (arch.hidden_size + max(widest, arch.hidden_size)) * 4 * _streams(plan)
     width = f"({arch.hidden_size:,} + {widest:,})"
     formula = f"{_tokens(calibration):,} tokens x {width} x 4 B x {_streams(plan)} streams"

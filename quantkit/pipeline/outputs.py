@@ -4,32 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from torch import Tensor
 
-from quantkit.calibrate.inputs import InputStats
-from quantkit.errors import CalibrationError
+from quantkit.calibrate.inputs import Inputs, InputStats
+from quantkit.errors import CalibrationError, SchemeError
+from quantkit.pipeline.targets import Sink
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch
-from quantkit.schemes import IntScheme, QuantizedTensor
-
-
-class Sink(Protocol):
-    """A checkpoint being written: every tensor at an offset known before the work began, in any order, as often as need
-    be."""
-
-    def write(self, tensor: QuantizedTensor) -> None:
-        """Store a quantised linear."""
-        ...
-
-    def write_kept(self, name: str, start_row: int, tensor: Tensor) -> None:
-        """Store rows of a kept tensor, cast to its planned dtype."""
-        ...
-
-    def sync(self) -> None:
-        """Bring what was written to the disk."""
-        ...
+from quantkit.schemes import ChosenScheme, QuantizedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +20,14 @@ class OutputJob:
     """One output. ``methods``: how each quantised linear is to be stored and chosen; other tensors are kept or
     dropped."""
 
-    methods: Mapping[str, tuple[IntScheme, Method]]
+    methods: Mapping[str, tuple[ChosenScheme, Method]]
     sink: Sink
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
     """B linears of one shape that play the same part (one projection of B experts, or B = 1), with their weights (B,
-    out, in) float32."""
+    out, in) float32. One name for several matrices: the heads of a part."""
 
     names: tuple[str, ...]
     weight: Tensor
@@ -53,7 +36,7 @@ class Linears:
 def quantize_linears(
     outputs: tuple[OutputJob, ...],
     group: tuple[Linears, ...],
-    stats: InputStats | None,
+    stats: Inputs | None,
     on_tensor: Callable[[int, QuantizedTensor], None],
 ) -> tuple[QuantizedBatch | None, ...]:
     """Quantise linears that the same inputs feed, for every output, and write them.
@@ -79,7 +62,10 @@ def quantize_linears(
             raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
         for _, number, position, scheme in (item for item in work if item[0] == method):
             names = group[position].names
-            batch = quantize(group[position].weight, scheme)
+            try:
+                batch = quantize(group[position].weight, scheme)
+            except SchemeError as error:
+                raise SchemeError(f"{names[0]}: {error.message}", hint=error.hint) from error
             for tensor in batch.tensors(names, (0,) * len(names) if stats is None else stats.n_tokens):
                 outputs[number].sink.write(tensor)
                 on_tensor(number, tensor)
@@ -88,10 +74,16 @@ def quantize_linears(
     return tuple(first)
 
 
-def _copy(stats: InputStats | None) -> InputStats | None:
-    return None if stats is None else replace(stats, hessian=stats.hessian.clone())
+def _copy(stats: Inputs | None) -> Inputs | None:
+    return replace(stats, hessian=stats.hessian.clone()) if isinstance(stats, InputStats) else stats
 
 
 def any_quantised(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:
     """Whether some output quantises one of these linears."""
     return any(name in output.methods for output in outputs for name in names)
+
+
+def needs_inputs(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:
+    """Whether some output chooses the numbers of one of these linears with whole second moments of its inputs."""
+    methods = (output.methods[name][1] for output in outputs for name in names if name in output.methods)
+    return any(method.needs_inputs for method in methods)

@@ -13,13 +13,12 @@ from enum import Enum
 
 from quantkit.arch.base import ModelArch, Role, TensorSpec
 from quantkit.errors import PlanError, SchemeError
-from quantkit.formats import compressed_tensors
-from quantkit.formats.compressed_tensors_contract import describe
 from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.headers import IsFloat8
 from quantkit.pipeline.recipe import Output, Recipe, Rule
-from quantkit.quantizers import Gptq, Method
-from quantkit.schemes import Float8Scheme, IntScheme, Scheme
+from quantkit.pipeline.targets import Target, target_of
+from quantkit.quantizers import Gptq, Method, Rtn
+from quantkit.schemes import ChosenScheme, Float8Scheme, GgmlScheme, Scheme, describe
 from quantkit.tensors import TensorInfo
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -77,6 +76,7 @@ class OutputPlan:
     treatment."""
 
     output: Output
+    target: Target
     decisions: Mapping[str, Decision]
     planned: tuple[PlannedTensor, ...]
     sizes: tuple[RoleSize, ...]
@@ -171,7 +171,10 @@ def make_plan(
     problems.raise_if_any()
     blocks = Float8Scheme(block_size=block_size)
     float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
-    outputs = tuple(_plan_output(output, recipe, specs, infos, float8, problems, warnings) for output in recipe.outputs)
+    outputs = tuple(
+        _plan_output(output, target_of(output, recipe, arch), recipe, infos, float8, problems, warnings)
+        for output in recipe.outputs
+    )
     _check_shrinkage(outputs, problems)
     problems.raise_if_any()
     source_bytes = sum(source_nbytes(infos[spec.name], float8.get(spec.name)) for spec in specs)
@@ -183,10 +186,8 @@ def _check_shrinkage(outputs: tuple[OutputPlan, ...], problems: _Problems) -> No
     wanted: dict[str, tuple[float, float]] = {}
     for output in outputs:
         for name, decision in output.decisions.items():
-            if decision.spec.expert is None or not isinstance(decision.method, Gptq):
-                continue
-            own = (decision.method.shrink, decision.method.down_shrink)
-            if wanted.setdefault(name, own) != own:
+            own = None if decision.spec.expert is None or decision.method is None else decision.method.shrinkage
+            if own is not None and wanted.setdefault(name, own) != own:
                 problems.add(
                     "outputs that shrink differently",
                     f"output {output.output.name}: {name}: shrink, down_shrink are {own}, but {wanted[name]} before.",
@@ -200,11 +201,6 @@ def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:
         return info.nbytes
     rows, columns = float8.scale_shape(info.shape)
     return info.numel + 4 * rows * columns
-
-
-def stored_nbytes(tensor: PlannedTensor) -> int:
-    """Exact bytes of a planned tensor's data in its output."""
-    return sum(info.nbytes for info in compressed_tensors.stored(tensor))
 
 
 def _check_source(specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: _Problems) -> None:
@@ -240,8 +236,8 @@ _MTP_HINT = 'A checkpoint without its MTP layer says so: set "num_nextn_predict_
 
 def _plan_output(
     output: Output,
+    target: Target,
     recipe: Recipe,
-    specs: tuple[TensorSpec, ...],
     infos: Mapping[str, TensorInfo],
     float8: Mapping[str, Float8Scheme],
     problems: _Problems,
@@ -249,10 +245,12 @@ def _plan_output(
 ) -> OutputPlan:
     matchers = [rule.matcher() for rule in output.rules]
     used = [False] * len(output.rules)
+    decide = _Decider(output, target, recipe.calibration is not None, problems)
     decisions: dict[str, Decision] = {}
-    for spec in specs:
+    for spec in target.specs:
         number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
-        if number is None:
+        rule = target.preset_rule(spec) if number is None else output.rules[number]
+        if rule is None:
             where = f"output {output.name}: {spec.name} (role {spec.role.value})"
             problems.add(
                 "tensors without a rule",
@@ -260,30 +258,64 @@ def _plan_output(
                 'Add a last rule, e.g. {match: "*", keep: source}.',
             )
             continue
-        used[number] = True
-        decision = _decide(spec, number + 1, output.rules[number], infos[spec.name].dtype, float8.get(spec.name))
-        _check_decision(output, decision, recipe.calibration is not None, problems)
-        decisions[spec.name] = decision
+        if number is not None:
+            used[number] = True
+        place = 0 if number is None else number + 1
+        decisions[spec.name] = decide(spec, place, rule, infos[spec.official].dtype, float8.get(spec.official))
     for number, rule in enumerate(output.rules):
         if not used[number]:
-            _unused_rule(output, number + 1, rule, specs, problems, warnings)
+            _unused_rule(output, number + 1, rule, target.specs, problems, warnings)
     planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
-    for line in compressed_tensors.problems(tuple(planned.values())):
-        problems.add("format problems", f"output {output.name}: {line}")
+    if not problems.lines:
+        for line in target.problems(tuple(planned.values())):
+            problems.add("format problems", f"output {output.name}: {line}")
     if problems.lines:
-        return OutputPlan(output, decisions, (), ())
-    warnings += [f"output {output.name}: {line}" for line in compressed_tensors.notes(tuple(planned.values()))]
-    return OutputPlan(output, decisions, tuple(planned.values()), _sizes(decisions, planned))
+        return OutputPlan(output, target, decisions, (), ())
+    warnings += [f"output {output.name}: {line}" for line in target.notes(tuple(planned.values()))]
+    return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
 
 
-def _decide(spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
-    if rule.drop:
-        return Decision(spec, Action.DROP, number, dtype, dtype)
-    if rule.scheme is not None:
-        return Decision(spec, Action.QUANTIZE, number, dtype, dtype, rule.scheme, rule.method)
-    if rule.keep == "source":
-        return Decision(spec, Action.KEEP, number, dtype, dtype, float8)
-    return Decision(spec, Action.KEEP, number, dtype, "BF16" if rule.keep == "bf16" else "F32")
+@dataclass(frozen=True, slots=True)
+class _Decider:
+    """A rule applied to a tensor of one output."""
+
+    output: Output
+    target: Target
+    calibrated: bool
+    problems: _Problems
+
+    def __call__(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
+        decision = self._decide(spec, number, rule, dtype, float8)
+        _check_decision(self.output, decision, self.calibrated, self.problems)
+        return decision
+
+    def _decide(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
+        if rule.drop:
+            return Decision(spec, Action.DROP, number, dtype, dtype)
+        if rule.scheme is not None:
+            scheme = self._fitting(spec, rule.scheme)
+            return Decision(spec, Action.QUANTIZE, number, dtype, dtype, scheme, self._method(spec, rule, scheme))
+        if rule.keep == "source" and float8 is not None:
+            return Decision(spec, Action.KEEP, number, dtype, dtype, float8)
+        kept = dtype if rule.keep in (None, "source") else rule.keep.upper()
+        return Decision(spec, Action.KEEP, number, dtype, self.target.kept_dtype(spec, kept))
+
+    def _fitting(self, spec: TensorSpec, scheme: ChosenScheme) -> ChosenScheme:
+        try:
+            fitting = self.target.fitting(spec, scheme)
+            fitting.check(spec.name, spec.shape)
+        except SchemeError as error:
+            self.problems.add("schemes that do not fit", f"output {self.output.name}: {error.message}", error.hint)
+            return scheme
+        return fitting
+
+    def _method(self, spec: TensorSpec, rule: Rule, scheme: ChosenScheme) -> Method:
+        """The rule's method, or the output's where this tensor has the inputs that it needs."""
+        if rule.method is not None:
+            return rule.method
+        wanted = self.output.method or (Gptq() if self.calibrated else Rtn())
+        usable = self.calibrated and scheme.has_grid and not spec.table and spec.role is not Role.MTP
+        return wanted if usable or not wanted.needs_inputs else Rtn()
 
 
 def _check_decision(output: Output, decision: Decision, calibrated: bool, problems: _Problems) -> None:
@@ -299,7 +331,7 @@ def _check_decision(output: Output, decision: Decision, calibrated: bool, proble
         problems.add("float32 tensors", f"{where}: is float32 and loses its meaning in bf16.", "Give it keep: source.")
     if decision.action is not Action.QUANTIZE:
         return
-    if not spec.linear:
+    if not (spec.linear or (spec.table and isinstance(decision.scheme, GgmlScheme))):
         problems.add(
             "tensors that cannot be quantised",
             f"{where}: role {spec.role.value}, shape {list(spec.shape)} is no linear and cannot be quantised.",
@@ -308,11 +340,12 @@ def _check_decision(output: Output, decision: Decision, calibrated: bool, proble
         return
     if decision.method is not None and decision.method.needs_inputs:
         _check_inputs(where, spec, decision.method.kind, calibrated, problems)
-    assert isinstance(decision.scheme, IntScheme)
-    try:
-        decision.scheme.check(spec.name, spec.shape)
-    except SchemeError as error:
-        problems.add("schemes that do not fit", f"output {output.name}: {error.message}", error.hint)
+        if isinstance(decision.scheme, GgmlScheme) and not decision.scheme.has_grid:
+            problems.add(
+                f"{decision.method.kind} on codebooks",
+                f"{where}: {decision.scheme.type} rounds vectors of weights, which {decision.method.kind} cannot.",
+                "Use method: {kind: rtn}, or leave the method out.",
+            )
 
 
 def _check_inputs(where: str, spec: TensorSpec, method: str, calibrated: bool, problems: _Problems) -> None:
@@ -323,11 +356,12 @@ def _check_inputs(where: str, spec: TensorSpec, method: str, calibrated: bool, p
             f"{where}: {method} needs calibration text.",
             "Add calibration:, or use method: {kind: rtn}.",
         )
-    elif spec.role is Role.MTP:
+    elif spec.role is Role.MTP or spec.table:
+        what = "MTP layers see" if spec.role is Role.MTP else "this tensor sees"
         problems.add(
-            f"{method} on MTP layers",
-            f"{where}: MTP layers see no calibration tokens.",
-            "Use method: {kind: rtn} for role:mtp.",
+            f"{method} without inputs",
+            f"{where}: {what} no calibration tokens.",
+            f"Use method: {{kind: rtn}} for role:{spec.role.value}.",
         )
 
 
@@ -364,7 +398,9 @@ def _planned(decision: Decision) -> PlannedTensor:
     return PlannedTensor(info, scheme, keep_dtype, spec.layer, spec.expert, spec.role.value)
 
 
-def _sizes(decisions: Mapping[str, Decision], planned: Mapping[str, PlannedTensor]) -> tuple[RoleSize, ...]:
+def _sizes(
+    target: Target, decisions: Mapping[str, Decision], planned: Mapping[str, PlannedTensor]
+) -> tuple[RoleSize, ...]:
     """Exact bytes by role and treatment, in order of first appearance. Tensors of one shape and treatment are
     measured once."""
     measured: dict[tuple[object, ...], int] = {}
@@ -373,7 +409,7 @@ def _sizes(decisions: Mapping[str, Decision], planned: Mapping[str, PlannedTenso
         spec, what = decision.spec, _what(decision)
         key = (spec.shape, what, decision.scheme)
         if key not in measured:
-            measured[key] = stored_nbytes(planned[name]) if name in planned else 0
+            measured[key] = target.nbytes(planned[name]) if name in planned else 0
         total = totals.setdefault((spec.role, what), [0, 0, 0])
         total[0] += 1
         total[1] += math.prod(spec.shape)

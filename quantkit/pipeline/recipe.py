@@ -17,12 +17,14 @@ from pydantic_core import PydanticCustomError
 
 from quantkit.arch.base import Role, TensorSpec
 from quantkit.calibrate.dataset import Calibration
+from quantkit.formats.gguf.presets import FILE_TYPES
 from quantkit.quantizers import Method
-from quantkit.schemes import IntScheme
+from quantkit.schemes import ChosenScheme
+from quantkit.schemes.ggml_types import BLOCK_TYPES
 
-Keep = Literal["source", "bf16", "f32"]
-"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f32: converted, decoded if it
-was FP8."""
+Keep = Literal["source", "bf16", "f16", "f32"]
+"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f16, f32: converted, decoded if
+it was FP8."""
 
 SIZE_UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -48,17 +50,24 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
     """What happens to the tensors that ``match`` names. Of all rules of an output the first that matches a tensor
     decides.
 
-    Exactly one of ``keep``, ``drop``, or ``scheme`` with ``method``.
+    Exactly one of ``keep``, ``drop``, or ``scheme``, the last with or without a ``method`` of its own.
     """
 
     match: Annotated[str, StringConstraints(min_length=1, max_length=500)] = Field(
         description='"role:expert|shared_expert", or a glob on the tensor name, "*.experts.*.down_proj.weight". '
         "With a scheme, a role stands for its linears only; other tensors of the role go on to the next rule."
     )
-    keep: Keep | None = Field(None, description="Store unquantised: as the source does, or converted to bf16 or f32.")
+    keep: Keep | None = Field(
+        None, description="Store unquantised: as the source does, or converted to bf16, f16 or f32."
+    )
     drop: Literal[True] | None = Field(None, description="Leave the tensors out. Only MTP tensors can be dropped.")
-    scheme: IntScheme | None = Field(None, description="What the stored numbers mean.")
-    method: Method | None = Field(None, description="How the numbers are chosen.")
+    scheme: ChosenScheme | None = Field(
+        None,
+        description="What the stored numbers mean. The name of a block type of ggml, such as Q4_K, stands for "
+        "{kind: ggml, type: Q4_K}.",
+        json_schema_extra={"x-shorthand": "ggml type"},
+    )
+    method: Method | None = Field(None, description="How the numbers are chosen; null: the output's method.")
 
     @field_validator("match")
     @classmethod
@@ -71,12 +80,21 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
             raise _fault(f"found {match[:60]!r}, needed role:a|b or one glob ('|' joins roles, not globs)")
         return match
 
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _type_name(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value not in BLOCK_TYPES:
+            raise _fault(f"found {value[:40]!r}, needed a mapping, or {_one_of(value, tuple(BLOCK_TYPES))}")
+        return {"kind": "ggml", "type": value}
+
     @model_validator(mode="after")
     def _one_action(self) -> Rule:
         given = [key for key in ("keep", "drop", "scheme", "method") if getattr(self, key) is not None]
-        if given not in (["keep"], ["drop"], ["scheme", "method"]):
+        if given not in (["keep"], ["drop"], ["scheme"], ["scheme", "method"]):
             found = " and ".join(given) or "no action"
-            raise _fault(f"found {found}, needed exactly one of: keep, drop, or scheme with method")
+            raise _fault(f"found {found}, needed exactly one of: keep, drop, or scheme (with or without method)")
         return self
 
     @property
@@ -93,18 +111,32 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
             pattern = re.compile(fnmatch.translate(self.match))
             return lambda tensor: pattern.match(tensor.name) is not None
         if self.scheme is not None:
-            return lambda tensor: tensor.linear and tensor.role in roles
+            tables = self.scheme.kind == "ggml"
+            return lambda tensor: tensor.role in roles and (tensor.linear or (tables and tensor.table))
         return lambda tensor: tensor.role in roles
 
 
-class Output(BaseModel, frozen=True, extra="forbid"):
+Rules = Annotated[tuple[Rule, ...], Field(max_length=1000)]
+
+
+class _Output(BaseModel, frozen=True, extra="forbid"):
     """One checkpoint to be written."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = Field(
         description="Names the output in reports, and its folder when the recipe has several outputs."
     )
+    method: Method | None = Field(
+        None,
+        description="How numbers are chosen where a rule does not say; null: gptq with calibration text, else rtn. "
+        "Tensors that no calibration input reaches take rtn.",
+    )
+
+
+class CompressedTensorsOutput(_Output, frozen=True, extra="forbid"):
+    """A folder of safetensors that vLLM and transformers load."""
+
     format: Literal["compressed-tensors"] = Field(description="Which bytes hold the result.")
-    rules: Annotated[tuple[Rule, ...], Field(min_length=1, max_length=1000)] = Field(
+    rules: Annotated[Rules, Field(min_length=1)] = Field(
         description="First match wins; together they must match every tensor of the checkpoint."
     )
     max_shard_size: str = Field(
@@ -114,18 +146,66 @@ class Output(BaseModel, frozen=True, extra="forbid"):
     @field_validator("max_shard_size")
     @classmethod
     def _is_size(cls, text: str) -> str:
-        try:
-            size = parse_size(text)
-        except ValueError as error:
-            raise _fault(str(error)) from None
-        if size < 2**20:
-            raise _fault(f"found {text!r}, needed at least 1MiB")
-        return text
+        return _checked_size(text)
 
     @property
     def max_shard_bytes(self) -> int:
         """``max_shard_size`` in bytes."""
         return parse_size(self.max_shard_size)
+
+
+class GgufOutput(_Output, frozen=True, extra="forbid"):
+    """A GGUF file that llama.cpp loads, whole or in splits, and the importance of its inputs beside it."""
+
+    format: Literal["gguf"] = Field(description="Which bytes hold the result.")
+    preset: str | None = Field(
+        None, description="A mix of block types by the name that llama-quantize gives it, for what no rule matches."
+    )
+    rules: Rules = Field((), description="First match wins; without a preset they must match every tensor.")
+    mtp: Literal["drop", "keep"] = Field("drop", description="Whether a preset leaves the MTP layer out or stores it.")
+    split_max_size: str | None = Field(
+        None, description="Largest file, as a number with unit (GB is decimal, GiB binary); null: one file."
+    )
+    pre: str | None = Field(
+        None, max_length=80, description="llama.cpp's name of the pre-tokenizer; null: recognised by tokenizer.json."
+    )
+    imatrix: bool = Field(True, description="With calibration text: write imatrix.gguf beside the model.")
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_exists(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in FILE_TYPES:
+            raise _fault(f"found {preset[:40]!r}, needed {_one_of(preset, tuple(FILE_TYPES))}")
+        return preset
+
+    @field_validator("split_max_size")
+    @classmethod
+    def _is_size(cls, text: str | None) -> str | None:
+        return None if text is None else _checked_size(text)
+
+    @model_validator(mode="after")
+    def _says_what(self) -> GgufOutput:
+        if self.preset is None and not self.rules:
+            raise _fault("found neither preset nor rules, needed one of them, or both")
+        return self
+
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """``split_max_size`` in bytes."""
+        return None if self.split_max_size is None else parse_size(self.split_max_size)
+
+
+Output = Annotated[CompressedTensorsOutput | GgufOutput, Field(discriminator="format")]
+
+
+def _checked_size(text: str) -> str:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise _fault(str(error)) from None
+    if size < 2**20:
+        raise _fault(f"found {text!r}, needed at least 1MiB")
+    return text
 
 
 class Validation(BaseModel, frozen=True, extra="forbid"):
@@ -166,6 +246,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     version: Literal[1] = Field(description="Version of the recipe's format.")
     description: str = Field("", max_length=2000, description="One line for people.")
     calibration: Calibration | None = Field(None, description="Text that the methods learn from; null: data-free.")
+    imatrix: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = Field(
+        None,
+        description="An imatrix file of llama.cpp for this model, in place of calibration text; relative to the "
+        "recipe's folder.",
+    )
     propagate: Literal["quantized", "original"] = Field(
         "quantized", description="Whose weights carry the hidden states to the next layer (of the first output)."
     )
@@ -183,6 +268,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             if name in names[:place]:
                 raise _fault(f"found two outputs named {outputs[place].name!r}, needed different names")
         return outputs
+
+
+    @model_validator(mode="after")
+    def _one_source_of_importance(self) -> Recipe:
+        if self.calibration is not None and self.imatrix is not None:
+            raise _fault("found calibration and imatrix, needed one of them (or neither)")
+        return self
 
 
 _ROLES = tuple(role.value for role in Role)

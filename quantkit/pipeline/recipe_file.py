@@ -18,9 +18,9 @@ from pydantic_core import ErrorDetails
 from quantkit.arch.base import Role
 from quantkit.calibrate.dataset import Calibration
 from quantkit.errors import RecipeError
-from quantkit.pipeline.recipe import Output, Recipe, Rule, Validation, nearest
+from quantkit.pipeline.recipe import CompressedTensorsOutput, GgufOutput, Recipe, Rule, Validation, nearest
 from quantkit.quantizers import Gptq, Rtn
-from quantkit.schemes import IntScheme
+from quantkit.schemes import GgmlScheme, IntScheme
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
@@ -222,13 +222,14 @@ class _Document:
 
 
 _METHODS: dict[str, type[BaseModel]] = {"rtn": Rtn, "gptq": Gptq}
-_TAGS = {*_METHODS, "int"}
+_SCHEMES: dict[str, type[BaseModel]] = {"int": IntScheme, "ggml": GgmlScheme}
+_OUTPUTS: dict[str, type[BaseModel]] = {"compressed-tensors": CompressedTensorsOutput, "gguf": GgufOutput}
+_UNIONS = {"method": _METHODS, "scheme": _SCHEMES, "outputs": _OUTPUTS}
+_TAGS = {*_METHODS, *_SCHEMES, *_OUTPUTS}
 _MODELS: dict[str, type[BaseModel]] = {
     "": Recipe,
     "calibration": Calibration,
-    "outputs": Output,
     "rules": Rule,
-    "scheme": IntScheme,
     "validation": Validation,
 }
 
@@ -254,7 +255,8 @@ def _found_needed(detail: ErrorDetails, path: Loc) -> str:
     if kind == "union_tag_invalid":
         return f"found {context['tag']!r}, needed one of the allowed values (allowed: {context['expected_tags']})"
     if kind == "union_tag_not_found":
-        return f"found no key 'kind', needed it (allowed: {', '.join(map(repr, _METHODS))})"
+        members = _UNIONS.get(next((part for part in reversed(path) if isinstance(part, str)), ""), _METHODS)
+        return f"found no key {context['discriminator']}, needed it (allowed: {', '.join(map(repr, members))})"
     if kind in _NEEDED:
         return f"{found}, needed {_NEEDED[kind]}"
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
@@ -275,9 +277,10 @@ _NEEDED = {
 def _known_keys(parent: Loc, loc: Loc) -> tuple[str, ...]:
     """Keys that the mapping at ``parent`` may hold."""
     name = next((part for part in reversed(parent) if isinstance(part, str)), "")
-    if name == "method":
-        kind = next((part for part in loc if part in _METHODS), "rtn")
-        return tuple(_METHODS[str(kind)].model_fields)
+    if name in _UNIONS:
+        # The tag of the union's member stands in loc, which may hold tags of outer unions too: the last one counts.
+        tags = [str(part) for part in loc if part in _UNIONS[name]]
+        return tuple(_UNIONS[name][tags[-1] if tags else next(iter(_UNIONS[name]))].model_fields)
     return tuple(_MODELS[name].model_fields) if name in _MODELS else tuple(role.value for role in Role)
 
 

@@ -18,8 +18,7 @@ from quantkit.arch.base import Block, ExpertBlock
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
-from quantkit.formats.compressed_tensors import CompressedTensorsSink
-from quantkit.pipeline.copying import copy_kept
+from quantkit.pipeline.copying import copy_kept, quantize_tables
 from quantkit.pipeline.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
 from quantkit.pipeline.fingerprint import job_header
 from quantkit.pipeline.finish import finish, result_folder
@@ -32,10 +31,11 @@ from quantkit.pipeline.memory import INTERPRETER_BYTES, check_free_disk, convers
 from quantkit.pipeline.outputs import OutputJob
 from quantkit.pipeline.plan import Action, OutputPlan, Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
+from quantkit.pipeline.targets import Sink
 from quantkit.pipeline.walk import Walk
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers import Method
-from quantkit.schemes import IntScheme, QuantizedTensor
+from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError, QuantizedTensor
 
 
 def convert(
@@ -76,7 +76,7 @@ def convert(
         stack.callback(journal.close)
         if not journal.entries:
             check_free_disk(plan, needs, folder.partial, folder.reserved_bytes)
-        sinks = tuple(_open_sink(folder, output, plan, journal) for output in plan.outputs)
+        sinks = tuple(_open_sink(folder, output, plan, opened.directory, journal) for output in plan.outputs)
         for sink in sinks:
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores)
@@ -93,9 +93,10 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
     if not walk.journal.of_kind("outside"):
         with walk.timer.stage("copy"):
             walk.on_event(StageStarted("embeddings"))
-            copy_kept(walk.source, walk.plan, walk.sinks, None, walk.on_event)
+            copy_kept(walk, None)
+            tables = _table_records(quantize_tables(walk, None))
             _sync(walk)
-            walk.journal.append({"done": "outside"})
+            walk.journal.append({"done": "outside", "tensors": tables})
     files = StreamFiles(walk.folder.hidden, walk.stores, two=walk.plan.follows_original)
     with walk.timer.stage("embeddings"):
         streams = None if rows is None else files.open(rows, walk.arch, walk.source, layers_done=done)
@@ -121,7 +122,8 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
         else:
             quantize_layer(job, sublayers)
     with walk.timer.stage("copy"):
-        copy_kept(walk.source, walk.plan, walk.sinks, layer, walk.on_event)
+        copy_kept(walk, layer)
+        records += _table_records(quantize_tables(walk, layer))
     with walk.timer.stage("sync"):
         _sync(walk)
         if streams is not None:
@@ -144,10 +146,10 @@ def _layer_job(
     device, calibration = walk.machine.device, walk.plan.recipe.calibration
 
     def on_tensor(output: int, tensor: QuantizedTensor) -> None:
-        error = tensor.error
-        records.append([output, tensor.name, error.relative_loss, error.n_tokens, error.fallback])
+        records.append(_record(output, tensor.name, tensor.error))
         if output == 0:
-            walk.on_event(TensorDone(tensor.name, error.relative_loss, walk.source.infos()[tensor.name].nbytes))
+            official = walk.plan.outputs[0].decisions[tensor.name].spec.official
+            walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, walk.source.infos()[official].nbytes))
 
     carries_quantised = walk.plan.recipe.propagate == "quantized"
     return LayerJob(
@@ -155,7 +157,9 @@ def _layer_job(
             OutputJob(_methods(output), sink) for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True)
         ),
         weights=LayerWeights(
-            walk.source, carries_quantised=carries_quantised, cache_bytes=walk.share.cache, device=device
+            walk.source,
+            walk.arch.parts(),
+            carries_quantised=carries_quantised, cache_bytes=walk.share.cache, device=device
         ),
         streams=streams,
         new_rows=files.scratch,
@@ -165,6 +169,15 @@ def _layer_job(
         experts_at_once=_experts_at_once(walk, blocks),
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
     )
+
+
+def _record(output: int, name: str, error: QuantError) -> list[object]:
+    """What the journal says of a quantised matrix."""
+    return [output, name, error.relative_loss, error.n_tokens, error.fallback]
+
+
+def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[list[object]]:
+    return [_record(*table) for table in tables]
 
 
 def _expert_records(job: LayerJob) -> dict[str, list[list[object]]]:
@@ -181,12 +194,12 @@ def _layers(plan: Plan) -> list[int]:
     return sorted({d.spec.layer for d in decisions if d.spec.layer is not None})
 
 
-def _methods(output: OutputPlan) -> dict[str, tuple[IntScheme, Method]]:
+def _methods(output: OutputPlan) -> dict[str, tuple[ChosenScheme, Method]]:
     """Scheme and method of every linear that an output quantises."""
     return {
         name: (decision.scheme, decision.method)
         for name, decision in output.decisions.items()
-        if isinstance(decision.scheme, IntScheme) and decision.method is not None
+        if decision.scheme is not None and not isinstance(decision.scheme, Float8Scheme) and decision.method is not None
     }
 
 
@@ -200,8 +213,9 @@ def _experts_at_once(walk: Walk, blocks: tuple[Block, ...]) -> int:
 
 def _prefetch(walk: Walk, layer: int) -> None:
     """Let the kernel read the next layer's bytes while this one is computed."""
-    decisions = walk.plan.outputs[0].decisions
-    walk.source.prefetch([name for name, decision in decisions.items() if decision.spec.layer == layer])
+    decisions = walk.plan.outputs[0].decisions.values()
+    names = dict.fromkeys(decision.spec.official for decision in decisions if decision.spec.layer == layer)
+    walk.source.prefetch(list(names))
 
 
 def _sync(walk: Walk) -> None:
@@ -209,12 +223,10 @@ def _sync(walk: Walk) -> None:
         sink.sync()
 
 
-def _open_sink(folder: OutputFolder, output: OutputPlan, plan: Plan, journal: Journal) -> CompressedTensorsSink:
-    sink = CompressedTensorsSink.open(
-        result_folder(folder, plan, output), output.planned, output.output.max_shard_bytes
-    )
+def _open_sink(folder: OutputFolder, output: OutputPlan, plan: Plan, source: Path, journal: Journal) -> Sink:
+    sink = output.target.open_sink(result_folder(folder, plan, output), source, output.planned)
     if journal.entries and sink.fresh:
         raise OutputError(
-            f"{folder.partial}: the shards of the unfinished job are gone.", hint="Begin anew with --restart."
+            f"{folder.partial}: the files of the unfinished job are gone.", hint="Begin anew with --restart."
         )
     return sink

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from quantkit.arch.base import Role
 from quantkit.errors import PlanError
-from quantkit.pipeline.plan import OutputPlan, stored_nbytes
+from quantkit.pipeline.plan import OutputPlan
 from quantkit.schemes import IntScheme
 
 GIB = 2**30
@@ -181,7 +181,7 @@ class _Weights:
                 continue
             key = (spec.shape, scheme, tensor.keep_dtype)
             if key not in measured:
-                measured[key] = stored_nbytes(tensor)
+                measured[key] = plan.target.nbytes(tensor)
             outside = 0 if spec.role is Role.EMBED else n_layers + 1
             place = outside if spec.layer is None else spec.layer + 1
             replicated = spec.role in (Role.NORM, Role.ROUTER) or spec.name.endswith(_REPLICATED)

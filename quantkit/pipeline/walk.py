@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantkit.arch.base import ModelArch
-from quantkit.formats.compressed_tensors import CompressedTensorsSink
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.pipeline.events import OnEvent
 from quantkit.pipeline.folder import OutputFolder
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.machine import Machine, Share, Stores, Timer
 from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.targets import Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,6 @@ class Walk:
     journal: Journal
     stores: Stores
     share: Share
-    sinks: tuple[CompressedTensorsSink, ...]
+    sinks: tuple[Sink, ...]
     on_event: OnEvent
     timer: Timer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from quantkit.arch.base import LinearPart
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.tensors import TensorSource
@@ -17,25 +18,38 @@ class LayerWeights:
 
     Dense linears are asked for once a batch of rows, so the latest of each stream are kept up to half of
     ``cache_bytes``.
-    Quantised linears are held as codes and decoded when asked for.
+    Quantised linears are held as stored and decoded when asked for; one that was quantised in ``parts`` is put
+    together.
     """
 
     def __init__(
-        self, source: TensorSource, *, carries_quantised: bool, cache_bytes: int, device: torch.device
+        self,
+        source: TensorSource,
+        parts: Mapping[str, LinearPart],
+        *,
+        carries_quantised: bool,
+        cache_bytes: int,
+        device: torch.device,
     ) -> None:
         self.carries_quantised = carries_quantised
+        self._parts = parts
         self._source = source
         self._device = device
         self._batches: dict[str, QuantizedBatch] = {}
+        self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
         self._original = WeightCache(self.read, cache_bytes // 2)
-        self._carried = WeightCache(lambda name: self._batches[name].decode()[0], cache_bytes // 2)
+        self._carried = WeightCache(self._decoded, cache_bytes // 2)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the headers."""
         return self._source.infos()[name].shape
 
     def read(self, name: str) -> Tensor:
-        """The source's weight, float32 on the device, not kept: for weights that are asked for once."""
+        """The source's weight, or a part (heads, out, in) of it, float32 on the device, not kept: for weights that are
+        asked for once."""
+        part = self._parts.get(name)
+        if part is not None:
+            return part.take(self.original(part.whole))
         return self._source.read(name).to(self._device).float()
 
     def original(self, name: str) -> Tensor:
@@ -44,16 +58,32 @@ class LayerWeights:
 
     def carried(self, name: str) -> Tensor:
         """The weight that the quantised stream computes with."""
-        return self._carried(name) if name in self._batches else self._original(name)
+        known = name in self._batches or name in self._part_batches
+        return self._carried(name) if known else self._original(name)
 
     def carry(self, name: str, batch: QuantizedBatch) -> None:
-        """From now on the quantised stream computes with this linear (a batch of one)."""
-        if self.carries_quantised:
+        """From now on the quantised stream computes with this linear, or with this part of one."""
+        if not self.carries_quantised:
+            return
+        part = self._parts.get(name)
+        if part is None:
             self._batches[name] = batch
+        else:
+            self._part_batches.setdefault(part.whole, {})[name] = batch
+            self._carried.forget()
+
+    def _decoded(self, name: str) -> Tensor:
+        if name in self._batches:
+            return self._batches[name].decode()[0]
+        whole = self._original(name).clone()
+        for part, batch in self._part_batches[name].items():
+            self._parts[part].put(whole, batch.decode().view(self._parts[part].shape))
+        return whole
 
     def forget(self) -> None:
         """A block is done: free what was carried and kept for it."""
         self._batches.clear()
+        self._part_batches.clear()
         self._original.forget()
         self._carried.forget()
 

@@ -84,6 +84,11 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         """Whether the method wants the unquantised stream beside the quantised one."""
         return self.cross > 0
 
+    @property
+    def shrinkage(self) -> tuple[float, float]:
+        """Strengths of `inputs.shrunk` for an expert's gate and up, and of `inputs.shrunk_to_diagonal` for its down."""
+        return self.shrink, self.down_shrink
+
     def quantizer(self, stats: Inputs | None) -> Quantizer:
         """`quantize` for linears that these inputs feed, prepared once for all of them. Overwrites ``stats``."""
         return partial(self.quantize, prepared=self.prepare(stats))

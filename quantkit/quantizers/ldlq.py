@@ -143,7 +143,7 @@ def sweep(grid: Grid, target: Tensor, factor: Factor) -> Tensor:
         error=_columns(target, factor.layout).mT.contiguous(),
         moved=_columns(target, factor.layout).mT.contiguous(),
         scale=_columns_of_groups(grid.scale, group),
-        zero=grid.zero if isinstance(grid.zero, float) else _columns_of_groups(grid.zero, group),
+        zero=_columns_of_groups(grid.zero, group) if isinstance(grid.zero, Tensor) else grid.zero,
         offset=None if grid.offset is None else _columns_of_groups(grid.offset, group),
         levels=_Levels(grid),
         codes=torch.empty(target.mT.shape, dtype=torch.uint8, device=target.device),
@@ -214,7 +214,7 @@ def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> Non
 def _round_column(columns: _Columns, factor: Factor, column: int, start: int) -> None:
     """Round one column and push its error to the rest of its leaf, [start, column)."""
     scale = columns.scale[:, column]
-    zero = columns.zero if isinstance(columns.zero, float) else columns.zero[:, column]
+    zero = columns.zero[:, column] if isinstance(columns.zero, Tensor) else columns.zero
     wanted, error = columns.moved[:, column], columns.error[:, column]
     if columns.offset is not None:
         wanted = wanted - columns.offset[:, column]
@@ -280,7 +280,7 @@ class _Descent:
     @classmethod
     def of(cls, grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor) -> _Descent:
         size = target.shape[-1] // grid.scale.shape[-1]
-        zero = grid.zero if isinstance(grid.zero, float) else grid.zero.repeat_interleave(size, -1).mT
+        zero = grid.zero.repeat_interleave(size, -1).mT if isinstance(grid.zero, Tensor) else grid.zero
         find = _Levels(grid)
         levels = find.of(codes.mT, zero).contiguous()
         scales = grid.scale.mT.contiguous()
@@ -336,7 +336,7 @@ def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> No
     """Move each code of one group to its best level given all others; ``gradient`` (B, group, out) follows in place."""
     hessian, scale = work.hessian[:, span, span], work.scales[:, group]
     levels, codes, error = work.levels[:, span], work.codes[:, span], work.error[:, span]
-    zero = work.zero if isinstance(work.zero, float) else work.zero[:, span]
+    zero = work.zero[:, span] if isinstance(work.zero, Tensor) else work.zero
     inverse = 1 / _divisor(scale)
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
     size = levels.shape[1]
@@ -346,7 +346,7 @@ def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> No
         for column in range(start, stop):
             old = levels[:, column]
             wanted = (gradient[:, column] / diagonal[:, column, None]).mul_(inverse).add_(old)
-            new_codes, new = work.find.round(wanted, zero if isinstance(zero, float) else zero[:, column])
+            new_codes, new = work.find.round(wanted, zero[:, column] if isinstance(zero, Tensor) else zero)
             moved = (new - old).mul_(scale)
             levels[:, column] = new
             codes[:, column] = new_codes

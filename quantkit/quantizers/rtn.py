@@ -42,6 +42,11 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         """Whether the method wants the unquantised stream beside the quantised one."""
         return False
 
+    @property
+    def shrinkage(self) -> None:
+        """No opinion: the importance of single inputs needs few tokens."""
+        return
+
     def quantizer(self, stats: Inputs | None) -> Quantizer:
         """`quantize` for linears that these inputs feed, prepared once for all of them. Overwrites ``stats``."""
         return partial(self.quantize, prepared=self.prepare(stats))

@@ -59,4 +59,27 @@ class QuantizedTensor:
         return self.scheme.decode(**self.stored)
 
 
-__all__ = ["ChosenScheme", "Float8Scheme", "GgmlScheme", "IntScheme", "QuantError", "QuantizedTensor", "Scheme"]
+def describe(scheme: Scheme | None) -> str:
+    """A scheme in a few words: "int4 g128", "int8 channel asymmetric", "fp8 block", "Q4_K", "unquantised"."""
+    match scheme:
+        case None:
+            return "unquantised"
+        case Float8Scheme():
+            return "fp8 block"
+        case GgmlScheme():
+            return scheme.type
+        case IntScheme():
+            group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
+            return f"int{scheme.bits} {group}" + ("" if scheme.symmetric else " asymmetric")
+
+
+__all__ = [
+    "ChosenScheme",
+    "Float8Scheme",
+    "GgmlScheme",
+    "IntScheme",
+    "QuantError",
+    "QuantizedTensor",
+    "Scheme",
+    "describe",
+]

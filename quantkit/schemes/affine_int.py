@@ -40,6 +40,11 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         "bfloat16", description="Dtype of the stored scales: the dtype that will be served."
     )
 
+    @property
+    def has_grid(self) -> bool:
+        """Whether single weights have levels of their own, so that a method can choose them one by one."""
+        return True
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `SchemeError` unless a tensor of this shape (out_features, in_features) fits the grid."""
         if len(shape) != 2:
@@ -130,7 +135,7 @@ class IntGrid:
         """There are no offsets."""
         raise AssertionError("an integer grid has zero points, no offsets")
 
-    def stored(self, codes: Tensor, scale: Tensor, offset: None) -> Stored:
+    def stored(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Stored:
         """Codes, scales in the stored dtype and, if asymmetric, zero points."""
         return _stored(codes, scale.to(self.stored_scale.dtype), self.zero_point)
 

@@ -2,7 +2,7 @@
 
 Nothing here comes from quantkit. Enters: a checkpoint folder (BF16 or FP8 blocks). In three steps, so that a test can
 change what lies between: ``metadata(config)`` and ``tokenizer_metadata(folder)`` -> key to value; ``tensors(config,
-weights)`` -> name to float32 array; ``write(path, metadata, tensors)``.
+weights)`` -> name and tensor (a meta tensor will do where only shapes are asked); ``write(path, metadata, tensors)``.
 
 Keys and names are those of llama.cpp's architecture "deepseek2" (src/models/deepseek2.cpp, gguf-py's constants). Types
 follow from the Python value: int is u32, float f32, bool, str, and lists of str or int32.
@@ -11,6 +11,7 @@ follow from the Python value: int is u32, float f32, bool, str, and lists of str
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,16 +171,15 @@ def token_type(known: bool, added: Mapping[str, Any] | None) -> int:
 
 def tensors(
     config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, mtp: bool = False
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and float32 array in numpy's order of dimensions: (out, in), experts and heads in front."""
-    yield "token_embd.weight", as_array(weights["model.embed_tokens.weight"])
-    yield "output_norm.weight", as_array(weights["model.norm.weight"])
-    yield "output.weight", as_array(weights["lm_head.weight"])
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, dimensions in torch's order: (out, in), experts and heads in front."""
+    yield "token_embd.weight", weights["model.embed_tokens.weight"]
+    yield "output_norm.weight", weights["model.norm.weight"]
+    yield "output.weight", weights["lm_head.weight"]
     for layer in range(config["num_hidden_layers"] + mtp):
         prefix = f"model.layers.{layer}."
         held = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        for name, tensor in layer_tensors(config, held):
-            yield f"blk.{layer}.{name}", as_array(tensor)
+        yield from ((f"blk.{layer}.{name}", tensor) for name, tensor in layer_tensors(config, held))
 
 
 def layer_tensors(config: Mapping[str, Any], held: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -198,24 +198,48 @@ def layer_tensors(config: Mapping[str, Any], held: Mapping[str, torch.Tensor]) -
             yield f"{name}_exps.weight", torch.stack([held[f"mlp.experts.{e}.{part}.weight"] for e in experts])
 
 
-def as_array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.float().contiguous().numpy()
-
-
 # ----------------------------------------------------------------------------------------------------------- file
 
 
-def write(path: Path, metadata: Mapping[str, Value], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    writer = gguf.GGUFWriter(path, arch="deepseek2")
-    for key, value in metadata.items():
-        if key != "general.architecture":  # the writer has put it first already
-            add(writer, key, value)
-    for name, array in tensors:
-        writer.add_tensor(name, array)
+def write(path: Path, metadata: Mapping[str, Value], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """The file, every tensor in float32."""
+    writer = new_writer(path, metadata)
+    for name, tensor in tensors:
+        writer.add_tensor(name, tensor.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_shape(path: Path, metadata: Mapping[str, Value], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """The header of a BF16 file and a hole of the right length: as large as one likes, and no bytes on the disk."""
+    writer = new_writer(path, metadata)
+    total = 0
+    for name, tensor in tensors:
+        kind = gguf.GGMLQuantizationType.F32 if is_float32(name) else gguf.GGMLQuantizationType.BF16
+        nbytes = tensor.numel() * gguf.GGML_QUANT_SIZES[kind][1]
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        total += gguf.GGUFWriter.ggml_pad(nbytes, gguf.GGUF_DEFAULT_ALIGNMENT)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = gguf.GGUFWriter.ggml_pad(path.stat().st_size, gguf.GGUF_DEFAULT_ALIGNMENT)
+    os.truncate(path, header + total)
+
+
+def is_float32(name: str) -> bool:
+    """What llama.cpp's converter keeps in float32."""
+    return name.endswith(("_norm.weight", "ffn_gate_inp.weight", "norm.weight", ".bias"))
+
+
+def new_writer(path: Path, metadata: Mapping[str, Value]) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(path, arch="deepseek2")
+    for key, value in metadata.items():
+        if key != "general.architecture":  # the writer has put it first already
+            add(writer, key, value)
+    return writer
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:

@@ -71,6 +71,8 @@ def _dense(block: DenseBlock, settings: Settings, x: Tensor, x_original: Tensor 
         inputs = stage.inputs(settings.carried, x)
         originals = (None,) * len(inputs) if x_original is None else stage.inputs(settings.original, x_original)
         for group, own, original in zip(stage.groups, inputs, originals, strict=True):
+            if own.ndim == 3:  # heads of a part, which these outputs do not store
+                continue
             moments = _moments(own, original, range(len(own)))
             result.stats.update(dict.fromkeys(group.linears, moments))
 

@@ -134,6 +134,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_decode": (c.c_int32, (c.c_void_p, Batch)),
     "llama_get_logits": (c.POINTER(c.c_float), (c.c_void_p,)),
 }
+NODE_CALLBACK = c.CFUNCTYPE(c.c_bool, c.c_void_p, c.c_bool, c.c_void_p)
+"""ggml_backend_sched_eval_callback: (node, whether this only asks, user data) -> wanted, or go on."""
 LOG_CALLBACK = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
 
 
@@ -229,9 +231,10 @@ class LlamaModel:
         assert n >= 0, f"{-n} ids of {len(raw)} bytes"
         return ids[:n].copy()
 
-    def context(self, n_ctx: int, *, cache: CacheType = "f32", threads: int = 1) -> LlamaContext:
-        """A fresh context of this model; close it before the model."""
-        return LlamaContext(self._lib, self._model, self.vocab_size, n_ctx, cache, threads)
+    def context(self, n_ctx: int, *, cache: CacheType = "f32", threads: int = 1, on_node: Any = None) -> LlamaContext:
+        """A fresh context of this model; close it before the model. ``on_node`` (`NODE_CALLBACK`) sees every node of
+        the graph as it is computed."""
+        return LlamaContext(self._lib, self._model, self.vocab_size, n_ctx, cache, threads, on_node)
 
     def close(self) -> None:
         if self._model:
@@ -250,13 +253,18 @@ class LlamaModel:
 class LlamaContext:
     """Up to ``n_ctx`` tokens in one batch, a key-value cache of the type asked for, no flash attention."""
 
-    def __init__(self, lib: Library, model: int, vocab_size: int, n_ctx: int, cache: CacheType, threads: int) -> None:
+    def __init__(
+        self, lib: Library, model: int, vocab_size: int, n_ctx: int, cache: CacheType, threads: int, on_node: Any
+    ) -> None:
         self._lib, self._vocab_size, self._n_ctx = lib, vocab_size, n_ctx
         params = lib.call.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = 0
         params.type_k = params.type_v = GGML_TYPES[cache]
+        if on_node is not None:
+            params.cb_eval = c.cast(on_node, c.c_void_p)
+            self._on_node = on_node  # called as long as the context lives
         lib.clear_log()
         self._context = lib.call.llama_init_from_model(model, params)
         if not self._context:

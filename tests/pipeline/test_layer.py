@@ -77,13 +77,22 @@ class Memory:
 
     def prefetch(self, names: list[str]) -> None: ...
 
-    def write(self, tensor: QuantizedTensor) -> None:
+    def write(self, tensor: QuantizedTensor, start_row: int = 0) -> None:
         assert tensor.name not in self.written, "written twice"
         self.written[tensor.name] = tensor
 
     def write_kept(self, name: str, start_row: int, tensor: Tensor) -> None: ...
 
+    def write_importance(self, name: str, importance: Tensor, n_tokens: tuple[int, ...]) -> None: ...
+
     def sync(self) -> None: ...
+
+    fresh = True
+
+    def finish(self) -> dict[str, str]:
+        return {}
+
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -123,7 +132,7 @@ class Case:
                     names += [name for stage in block.stages for group in stage.groups for name in group.linears]
                 else:
                     names += [*block.gates, *block.ups, *block.downs]
-        return names
+        return [name for name in names if name not in self.arch.parts()]
 
     def job(self) -> LayerJob:
         self.sinks = tuple(Memory(self.weights) for _ in self.outputs)
@@ -132,7 +141,9 @@ class Case:
             for patterns, sink in zip(self.outputs, self.sinks, strict=True)
         )
         self.streams = Streams(self.store(self.x), None if self.original is None else self.store(self.original))
-        weights = LayerWeights(self.sinks[0], carries_quantised=self.carries_quantised, cache_bytes=300_000, device=CPU)
+        weights = LayerWeights(
+            self.sinks[0], {}, carries_quantised=self.carries_quantised, cache_bytes=300_000, device=CPU
+        )
         self.counter = 0
         return LayerJob(
             outputs=outputs,

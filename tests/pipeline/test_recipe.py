@@ -80,18 +80,19 @@ def test_good_recipe() -> None:
             "keep: source",
             "keep: bf61",
             "r.yaml:9: outputs[0].rules[0].keep: found 'bf61', needed one of the allowed values "
-            "(allowed: 'source', 'bf16' or 'f32').",
+            "(allowed: 'source', 'bf16', 'f16' or 'f32').",
         ),
         (
             "keep: source",
             "keep: source, drop: true",
-            "r.yaml:9: outputs[0].rules[0]: found keep and drop, needed exactly one of: keep, drop, or scheme with "
-            "method.",
+            "r.yaml:9: outputs[0].rules[0]: found keep and drop, needed exactly one of: keep, drop, or scheme "
+            "(with or without method).",
         ),
         (
-            ", method: {kind: gptq}",
-            "",
-            "r.yaml:10: outputs[0].rules[1]: found scheme, needed exactly one of: keep, drop, or scheme with method.",
+            "scheme: {kind: int, bits: 4, group_size: 128}",
+            "scheme: Q4_M",
+            "r.yaml:10: outputs[0].rules[1].scheme: found 'Q4_M', needed a mapping, or one of Q4_0, Q4_1, Q5_0, Q5_1, "
+            "Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ3_XXS, IQ4_NL, IQ3_S, IQ4_XS, MXFP4 (did you mean Q4_K?).",
         ),
         ("tokens: 4096, ", "", "r.yaml:3: calibration.tokens: found nothing, needed this key."),
         (
@@ -102,9 +103,9 @@ def test_good_recipe() -> None:
         ),
         (
             "format: compressed-tensors",
-            "format: gguf",
-            "r.yaml:7: outputs[0].format: found 'gguf', needed one of the allowed values (allowed: "
-            "'compressed-tensors').",
+            "format: ggml",
+            "r.yaml:6: outputs[0]: found 'ggml', needed one of the allowed values (allowed: "
+            "'compressed-tensors', 'gguf').",
         ),
         (
             "name: w4a16",
