@@ -152,10 +152,10 @@ def best_units(scale: Floats, curvature: Floats, limits: tuple[int, int]) -> tup
     errors = splat(INFINITY), splat(INFINITY), splat(INFINITY)
     low, high = splat(np.float32(limits[0])), splat(np.float32(limits[1]))
     for attempt in range(2 * UNITS):
-        end = limits[1] if attempt % 2 else limits[0]
-        if end == 0:
+        end = limits[1] - attempt // 2 if attempt % 2 else limits[0] + attempt // 2
+        if end * limits[attempt % 2] <= 0:
             continue
-        d = nonzero_half(reach / np.float32(end * (0.7 + 0.025 * (attempt // 2))))
+        d = nonzero_half(reach / np.float32(end))
         to_integer, error = 1.0 / d, splat(0.0)
         for g in range(0, scale.size, ROWS):
             wanted = load(scale, g)

@@ -98,3 +98,20 @@ def level_of_table(x: Any, bottom: Any, table: Floats) -> Any:
     for step in range(STEPS):
         level = where_less(splat(table[step]), x, level + table[STEPS + step], level)
     return level
+
+
+@njit(cache=True, nogil=True)
+def measure_pair(
+    tile: Floats, h: Floats, start: int, stop: int, scale: Any, offset: Any, high: float
+) -> tuple[Any, Any, Any, Any, Any]:
+    """A, B, C, D, F of the columns on scale and offset; levels are the integers from 0 to high."""
+    a, b, c, d, f = splat(0.0), splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    to_levels, negative, bottom, top = inverse(scale), 0.0 - scale, splat(0.0), splat(high)
+    for column in range(start, stop):
+        x = load(tile, column * ROWS) - offset
+        level = least(most(rint(x * to_levels), bottom), top)
+        residual = fma(negative, level, x)
+        weighted, weighted_level = h[column] * residual, h[column] * level
+        a, b, f = fma(weighted, residual, a), fma(weighted, level, b), f + weighted
+        c, d = fma(weighted_level, level, c), d + weighted_level
+    return a, b, c, d, f

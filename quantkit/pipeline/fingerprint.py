@@ -9,6 +9,7 @@ import torch
 
 import quantkit
 from quantkit.calibrate.dataset import TokenRows
+from quantkit.pipeline.importance import ImportanceFile
 from quantkit.pipeline.machine import Machine
 from quantkit.pipeline.recipe import Recipe
 
@@ -21,7 +22,9 @@ class Fingerprinted(Protocol):
         ...
 
 
-def job_header(recipe: Recipe, source: Fingerprinted, rows: TokenRows | None, machine: Machine) -> dict[str, object]:
+def job_header(
+    recipe: Recipe, source: Fingerprinted, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
+) -> dict[str, object]:
     """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other
     way."""
     return {
@@ -30,6 +33,7 @@ def job_header(recipe: Recipe, source: Fingerprinted, rows: TokenRows | None, ma
         "recipe": sha256_of_text(recipe.model_dump_json()),
         "source": source.fingerprint(),
         "calibration text": None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
+        "imatrix": None if importance is None else importance.sha256,
         "device": str(machine.device),
         "threads": torch.get_num_threads(),
         "memory budget": machine.budget,

@@ -20,10 +20,9 @@ from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.checkpoint import quant_method, read_config
-from quantkit.schemes import describe
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors import SafetensorsSource
-from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import TensorInfo
 
 UNKNOWN_ROLE = "-"

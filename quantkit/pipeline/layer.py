@@ -373,4 +373,3 @@ def _gather(job: LayerJob, routes: _Routes, tokens: Tensor) -> tuple[Tensor, Ten
     """The block's inputs of some tokens in the stream that is carried and, if there is one, in the original stream."""
     parts = [stream.h.gather(tokens).to(job.device) for stream in routes.streams]
     return parts[0], parts[1] if len(parts) > 1 else None
-

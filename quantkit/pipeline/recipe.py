@@ -269,7 +269,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
                 raise _fault(f"found two outputs named {outputs[place].name!r}, needed different names")
         return outputs
 
-
     @model_validator(mode="after")
     def _one_source_of_importance(self) -> Recipe:
         if self.calibration is not None and self.imatrix is not None:

@@ -24,6 +24,7 @@ from quantkit.pipeline.fingerprint import job_header
 from quantkit.pipeline.finish import finish, result_folder
 from quantkit.pipeline.folder import OutputFolder, refuse_to_lose
 from quantkit.pipeline.hidden import StreamFiles, Streams
+from quantkit.pipeline.importance import ImportanceFile
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_inputs
 from quantkit.pipeline.machine import Machine, Stores, Timer
@@ -69,9 +70,13 @@ def convert(
         needs = conversion_needs(plan, arch)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
+        importance = None
+        if recipe.imatrix is not None:
+            importance = ImportanceFile.open(base_dir / recipe.imatrix, arch)
+            stack.callback(importance.close)
         refuse_to_lose(Path(out), opened.directory, base_dir, Path.cwd(), Path("~").expanduser())
         folder = stack.enter_context(OutputFolder(Path(out), restart=restart))
-        header = job_header(recipe, opened, rows, machine)
+        header = job_header(recipe, opened, rows, importance, machine)
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)
         if not journal.entries:
@@ -80,7 +85,7 @@ def convert(
         for sink in sinks:
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores)
-        walk = Walk(plan, arch, opened, machine, folder, journal, stores, share, sinks, on_event, Timer())
+        walk = Walk(plan, arch, opened, machine, folder, journal, stores, share, sinks, importance, on_event, Timer())
         return _run(walk, rows, header, base_dir)
 
 
@@ -159,7 +164,9 @@ def _layer_job(
         weights=LayerWeights(
             walk.source,
             walk.arch.parts(),
-            carries_quantised=carries_quantised, cache_bytes=walk.share.cache, device=device
+            carries_quantised=carries_quantised,
+            cache_bytes=walk.share.cache,
+            device=device,
         ),
         streams=streams,
         new_rows=files.scratch,
@@ -168,6 +175,7 @@ def _layer_job(
         device=device,
         experts_at_once=_experts_at_once(walk, blocks),
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
+        importance=(lambda names: None) if walk.importance is None else walk.importance.of,
     )
 
 

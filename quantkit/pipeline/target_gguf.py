@@ -39,7 +39,7 @@ class GgufTarget:
         self._recipe = recipe
         self._arch = arch
         self._model = arch.gguf()
-        self.specs: tuple[TensorSpec, ...] = _in_parts(arch)
+        self.specs: tuple[TensorSpec, ...] = in_parts(arch)
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
 
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
@@ -190,7 +190,7 @@ class GgufTarget:
         return list(entries.values())
 
 
-def _in_parts(arch: ModelArch) -> tuple[TensorSpec, ...]:
+def in_parts(arch: ModelArch) -> tuple[TensorSpec, ...]:
     """The family's tensors, linears with parts replaced by these."""
     parts: dict[str, list[LinearPart]] = {}
     for part in arch.parts().values():
@@ -198,7 +198,9 @@ def _in_parts(arch: ModelArch) -> tuple[TensorSpec, ...]:
     specs: list[TensorSpec] = []
     for spec in arch.tensors():
         own = parts.get(spec.name)
-        specs += [replace(spec, name=part.name, shape=part.shape, part_of=part.whole) for part in own] if own else [spec]
+        specs += (
+            [replace(spec, name=part.name, shape=part.shape, part_of=part.whole) for part in own] if own else [spec]
+        )
     return tuple(specs)
 
 

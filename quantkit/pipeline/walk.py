@@ -8,6 +8,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.pipeline.events import OnEvent
 from quantkit.pipeline.folder import OutputFolder
+from quantkit.pipeline.importance import ImportanceFile
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.machine import Machine, Share, Stores, Timer
 from quantkit.pipeline.plan import Plan
@@ -17,7 +18,7 @@ from quantkit.pipeline.targets import Sink
 @dataclass(frozen=True, slots=True)
 class Walk:
     """``sinks``: one for each output of the plan, in its order. ``share``: how the memory
-    budget is divided."""
+    budget is divided. ``importance``: an imatrix file in place of calibration text."""
 
     plan: Plan
     arch: ModelArch
@@ -28,5 +29,6 @@ class Walk:
     stores: Stores
     share: Share
     sinks: tuple[Sink, ...]
+    importance: ImportanceFile | None
     on_event: OnEvent
     timer: Timer

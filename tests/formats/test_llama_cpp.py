@@ -22,26 +22,30 @@ from torch.nn.functional import cross_entropy
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock, ModelArch
-from quantkit.arch.forward import block_output
+from quantkit.arch.deepseek_v3 import DeepseekV3
+from quantkit.arch.deepseek_v3_gguf import key_values
+from quantkit.arch.forward import block_output, logits
 from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
 from tests.oracles import gguf_writer
 from tests.oracles.llama_cpp import CacheType, LlamaError, LlamaModel, render_chat
+from tests.tiny_models import YARN, random_weights, tiny_config
 
 TEXTS = {"nano": ROOT / "calibration_data" / "eval", "tiny": SHARED / "models" / "text" / "eval"}
 LENGTH = 192
-"""Tokens of a row: one row of each text file."""
+"""Tokens of a row."""
 TOLERANCE = 2e-3
 """On a logit, with everything in float32: another order of summation moves far less."""
 NEAR_TIE = 1e-5
 """In router scores, which are sums of a sigmoid and a bias: float32 noise may turn such a decision."""
 
 Metadata = dict[str, gguf_writer.Value]
+VERSION = "general.quantization_version"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model, its text as rows (n_rows, LENGTH) int64 with BOS in front, and our own forward pass on them:
-    logits (n_rows, LENGTH, vocab) and router margins (n_rows, LENGTH)."""
+    """A trained model, its texts (one a domain), some of them as rows (n_rows, LENGTH) int64 with BOS in front, and our
+    own forward pass on those: logits (n_rows, LENGTH, vocab) and router margins (n_rows, LENGTH)."""
 
     folder: Path
     texts: tuple[str, ...]
@@ -65,7 +69,7 @@ def read_checkpoint(name: str) -> Checkpoint:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = {key: tensor.float() for key, tensor in gguf_writer.read_weights(folder).items()}
     texts = tuple(file.read_text(encoding="utf-8") for file in sorted(TEXTS[name].glob("*.txt")))
-    rows = torch.stack([row_of(folder, text) for text in texts])
+    rows = torch.stack([row_of(folder, text) for text in texts[:: 2 if len(texts) > 8 else 1]])
     with torch.inference_mode():
         logits, margins = forward(arch_of(config), weights.__getitem__, rows, config)
     return Checkpoint(folder, texts, config, weights, rows, logits, margins)
@@ -82,6 +86,11 @@ def oracle_file(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
     gguf_writer.write_f32(checkpoint.folder, path)
     yield path
     path.unlink()
+
+
+@pytest.fixture(scope="module")
+def nano() -> Checkpoint:
+    return read_checkpoint("nano")
 
 
 def row_of(folder: Path, text: str) -> Tensor:
@@ -160,6 +169,11 @@ def test_float32_file_gives_our_logits(checkpoint: Checkpoint, oracle_file: Path
     assert_same_logits(llama_logits(oracle_file, checkpoint.rows), checkpoint)
 
 
+def test_mtp_block_is_carried_and_not_run(nano: Checkpoint, tmp_path: Path) -> None:
+    gguf_writer.write_f32(nano.folder, tmp_path / "mtp.gguf", mtp=True)
+    assert_same_logits(llama_logits(tmp_path / "mtp.gguf", nano.rows), nano)
+
+
 def test_float16_cache_costs_little(checkpoint: Checkpoint, oracle_file: Path) -> None:
     found = llama_logits(oracle_file, checkpoint.rows, "f16")
     assert_close_log_probs(found, checkpoint)
@@ -177,12 +191,46 @@ def test_tokenizer_is_the_checkpoint_s(checkpoint: Checkpoint, oracle_file: Path
         assert model.tokenize(chat, add_special=True, parse_special=True).tolist() == tokenizer.encode(chat).ids
 
 
+# ------------------------------------------------------------------------- what quantkit says of other configs
+
+
+YARN_40 = {"rope_scaling": {**YARN, "factor": 40, "original_max_position_embeddings": 16}}
+RUNNABLE: dict[str, dict[str, Any]] = {
+    "no q_lora": {"q_lora_rank": None},
+    "no yarn": {"rope_scaling": None},
+    "yarn x40": YARN_40,
+    "one group": {"n_group": 1, "topk_group": 1},
+    "every group": {"n_group": 4, "topk_group": 4},
+    "two shared experts": {"n_shared_experts": 2},
+    "weights not normalised": {"norm_topk_prob": False},
+    "wide values": {"v_head_dim": 96, "qk_nope_head_dim": 16},
+    "all dense": {"first_k_dense_replace": 3, "num_nextn_predict_layers": 0},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("changes", RUNNABLE.values(), ids=RUNNABLE.keys())
+def test_our_metadata_of_other_configs_gives_our_logits(changes: dict[str, Any], tmp_path: Path) -> None:
+    """quantkit's keys with the oracle's tensors, random weights."""
+    config = tiny_config(**changes)
+    arch = DeepseekV3(config)
+    weights = {name: tensor.float() for name, tensor in random_weights(config, seed=1).items()}
+    keys: Metadata = {**key_values(arch.config, mtp=False), "tokenizer.ggml.model": "no_vocab"}
+    gguf_writer.write(tmp_path / "a.gguf", keys, gguf_writer.tensors(config, weights))
+    rows = torch.randint(0, config["vocab_size"], (1, 150), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        expected = logits(arch, weights.__getitem__, rows)
+    assert (llama_logits(tmp_path / "a.gguf", rows) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_our_metadata_is_what_the_independent_writer_writes(nano: Checkpoint, mtp: bool) -> None:
+    ours = key_values(DeepseekV3(nano.config).config, mtp=mtp)
+    theirs = gguf_writer.metadata(nano.config, mtp=mtp)
+    assert ours == {key: value for key, value in theirs.items() if key not in ("general.file_type", VERSION)}
+
+
 # --------------------------------------------------------------------------- what the asserts above would notice
-
-
-@pytest.fixture(scope="module")
-def nano() -> Checkpoint:
-    return read_checkpoint("nano")
 
 
 def write_changed(checkpoint: Checkpoint, path: Path, change: Callable[[Metadata], None]) -> Path:

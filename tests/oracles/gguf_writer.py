@@ -175,7 +175,8 @@ def tensors(
     """Name and tensor, dimensions in torch's order: (out, in), experts and heads in front."""
     yield "token_embd.weight", weights["model.embed_tokens.weight"]
     yield "output_norm.weight", weights["model.norm.weight"]
-    yield "output.weight", weights["lm_head.weight"]
+    if not config["tie_word_embeddings"]:
+        yield "output.weight", weights["lm_head.weight"]
     for layer in range(config["num_hidden_layers"] + mtp):
         prefix = f"model.layers.{layer}."
         held = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -106,7 +106,9 @@ class GgufSource:
             raise SourceError(f"{self.reader.path}: {stored} is {entry.kind}, a type that quantkit does not decode.")
         shape = entry.shape if place is None else entry.shape[1:]
         if place is not None and not (len(entry.shape) == 3 and place < entry.shape[0]):
-            raise SourceError(f"{self.reader.path}: {stored} has shape {list(entry.shape)}, which has no expert {place}.")
+            raise SourceError(
+                f"{self.reader.path}: {stored} has shape {list(entry.shape)}, which has no expert {place}."
+            )
         return TensorInfo(name, shape, "F32")
 
 
