@@ -185,7 +185,7 @@ def test_tokenizer_is_the_checkpoint_s(checkpoint: Checkpoint, oracle_file: Path
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     chat = "<｜User｜>How?\n<｜Assistant｜>So.<｜end▁of▁sentence｜>"
     with LlamaModel(oracle_file, vocab_only=True) as model:
-        for text in (text[:50_000] for text in checkpoint.texts):
+        for text in (text[:20_000] for text in checkpoint.texts):
             expected = tokenizer.encode(text, add_special_tokens=False).ids
             assert model.tokenize(text).tolist() == expected
         assert model.tokenize(chat, add_special=True, parse_special=True).tolist() == tokenizer.encode(chat).ids
