@@ -71,7 +71,8 @@ def copy_side_files(source_directory: Path, directory: Path, patterns: tuple[str
     keeps beside it); a larger file than 100 MB is refused. Raises `SourceError` naming the file, `OutputError` if it
     cannot be written.
     """
-    names = sorted(path.name for path in source_directory.iterdir() if _is_side_file(path.name, patterns) and not path.is_dir())
+    entries = source_directory.iterdir()
+    names = sorted(path.name for path in entries if _is_side_file(path.name, patterns) and not path.is_dir())
     for name in names:
         write_durably(directory / name, _read_side_file(source_directory, name))
     return names

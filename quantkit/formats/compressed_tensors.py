@@ -100,14 +100,15 @@ class CompressedTensorsSink:
         return self._writer.nbytes
 
     def write(self, tensor: QuantizedTensor, start_row: int = 0) -> None:
-        """Store a quantised linear, always whole. Raises `SchemeError` for a scale that is not finite, `OutputError` for a
-        full disk."""
+        """Store a quantised linear, always whole. Raises `SchemeError` for a scale that is not finite, `OutputError`
+        for a full disk."""
         assert start_row == 0, f"{tensor.name}: packed zero points of rows cannot be stored alone"
         planned = self._planned[tensor.name]
         scheme = planned.scheme
         assert scheme == tensor.scheme, f"{tensor.name}: planned {scheme}, got {tensor.scheme}"
         codes, scale, zero_point = (tensor.stored.get(key) for key in ("codes", "scale", "zero_point"))
-        assert codes is not None and scale is not None, f"{tensor.name}: a scheme that compressed-tensors lacks"
+        assert codes is not None, f"{tensor.name}: a scheme that compressed-tensors lacks"
+        assert scale is not None, f"{tensor.name}: a scheme that compressed-tensors lacks"
         assert tuple(codes.shape) == planned.info.shape, f"{tensor.name}: codes are {list(codes.shape)}"
         _check_scale(tensor.name, scale)
         prefix = f"{planned.module}.weight"

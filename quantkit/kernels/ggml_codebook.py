@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from quantkit.kernels.ggml_lanes import ROWS, absolute, fma, half, least, load, most, rint, splat, store, where_less
 from quantkit.kernels.ggml_vectors import (
+    ERROR,
+    FLIPPED,
     INFINITY,
+    ROOM,
     Book,
     Floats,
-    Tables,
+    aligned,
     flip,
     least_error,
-    make_tables,
     nearest,
     nearest_code,
 )
@@ -74,6 +76,7 @@ class Tile(NamedTuple):
     codes: NDArray[np.int64]
     flipped: NDArray[np.int64]
     error: Floats
+    d: Floats
     product: Floats
     square: Floats
 
@@ -83,38 +86,39 @@ def make_tile() -> Tile:
     """Room, uninitialised."""
     groups = GROUPS * ROWS
     return Tile(
-        np.empty(BLOCK * ROWS, np.float32),
-        np.empty(BLOCK * ROWS, np.float32),
-        np.empty(BLOCK, np.float32),
-        np.empty(ROWS, np.float32),
-        np.empty(groups, np.float32),
-        np.empty(groups, np.float32),
-        np.empty(groups, np.float32),
-        np.empty(groups, np.float32),
-        np.empty(groups * TRIALS, np.float32),
-        np.empty(ROWS, np.float32),
+        aligned(BLOCK * ROWS),
+        aligned(BLOCK * ROWS),
+        aligned(BLOCK),
+        aligned(ROWS),
+        aligned(groups),
+        aligned(groups),
+        aligned(groups),
+        aligned(groups),
+        aligned(groups * TRIALS),
+        aligned(ROWS),
         np.empty(64 * ROWS, np.int64),
         np.empty(32 * ROWS, np.int64),
-        np.empty(ROWS, np.float32),
-        np.empty(ROWS, np.float32),
-        np.empty(ROWS, np.float32),
+        aligned(ROWS),
+        aligned(ROWS),
+        aligned(ROWS),
+        aligned(ROWS),
     )
 
 
 @njit(cache=True, nogil=True)
 def search_rows(book: Book, weight: Floats, importance: Floats, rows: tuple[int, int], found: Found) -> None:
-    """weight (out, in) finite, importance (in,) >= 0: fill rows[0] to rows[1] of ``found``, which holds zeros before."""
-    tile, tables = make_tile(), make_tables()
+    """weight (out, in) finite, importance (in,) >= 0: fill rows[0] to rows[1] of ``found``, zeros before."""
+    tile, room = make_tile(), aligned(ROOM)
     for row in range(rows[0], rows[1], ROWS):
         for b in range(weight.shape[1] // BLOCK):
             columns = slice(b * BLOCK, (b + 1) * BLOCK)
             _fill(tile, weight[row : rows[1], columns], importance[columns])
-            _measure(book, tile, tables)
+            _measure(book, tile, room)
             step = _rounded(book, tile, _best_step(book, tile))
-            _try_neighbours(book, tile, tables, step)
-            _encode(book, tile, tables, step, 1, found, row, rows[1], b)
+            _try_neighbours(book, tile, room, step)
+            _encode(book, tile, room, step, 1, found, row, rows[1], b)
             step = _rounded(book, tile, _refitted(tile))
-            _encode(book, tile, tables, step, FLIPS if book.even else 1, found, row, rows[1], b)
+            _encode(book, tile, room, step, FLIPS if book.even else 1, found, row, rows[1], b)
 
 
 @njit(cache=True, nogil=True)
@@ -137,23 +141,20 @@ def _fill(tile: Tile, weight: Floats, importance: Floats) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _group_error(book: Book, tile: Tile, tables: Tables, g: int, scale: Any) -> Any:
+def _group_error(book: Book, tile: Tile, room: Floats, g: int, scale: Any) -> Any:
     """Error of a group's nearest codewords."""
-    error = splat(0.0)
-    for column in range(g * GROUP, (g + 1) * GROUP, 8):
-        error = error + least_error(book, tile.value, tile.h, column, scale, tables)
-    return error
+    columns = g * GROUP, (g + 1) * GROUP
+    return least_error(book.levels, book.order, book.places, tile.value, tile.h, columns, scale, room)
 
 
 @njit(cache=True, nogil=True)
-def _flip_group(book: Book, tile: Tile, tables: Tables, g: int, scale: Any) -> None:
+def _flip_group(book: Book, tile: Tile, room: Floats, g: int, scale: Any) -> None:
     if book.even:
-        for column in range(g * GROUP, (g + 1) * GROUP, 8):
-            flip(book, tile.weight, tile.h, column, scale, 0, tables, tile.value)
+        flip(book.levels, tile.weight, tile.h, (g * GROUP, (g + 1) * GROUP), scale, 0, room, tile.value)
 
 
 @njit(cache=True, nogil=True)
-def _measure(book: Book, tile: Tile, tables: Tables) -> None:
+def _measure(book: Book, tile: Tile, room: Floats) -> None:
     """The curve of each group, its unit, its likely scale and its error of zeros."""
     total = splat(0.0)
     for g in range(GROUPS):
@@ -162,10 +163,10 @@ def _measure(book: Book, tile: Tile, tables: Tables) -> None:
             x = absolute(load(tile.weight, c * ROWS))
             reach, zero = most(reach, x), zero + tile.h[c] * x * x
         unit, best, likely = reach / book.levels[7], splat(INFINITY), splat(0.0)
-        _flip_group(book, tile, tables, g, unit)
+        _flip_group(book, tile, room, g, unit)
         for trial in range(TRIALS):
             scale = unit * (LOWEST + TRIAL_STEP * np.float32(trial))
-            error = _group_error(book, tile, tables, g, scale)
+            error = _group_error(book, tile, room, g, scale)
             store(tile.curve, (g * TRIALS + trial) * ROWS, error)
             likely, best = where_less(error, best, scale, likely), least(error, best)
         store(tile.unit, g * ROWS, unit)
@@ -231,22 +232,22 @@ def _rounded(book: Book, tile: Tile, step: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _try_neighbours(book: Book, tile: Tile, tables: Tables, step: Any) -> None:
+def _try_neighbours(book: Book, tile: Tile, room: Floats, step: Any) -> None:
     """Move the m of each group by one where its real error gets less."""
     for g in range(GROUPS):
         middle, best, smallest = load(tile.m, g * ROWS), splat(0.0), splat(INFINITY)
         for move in range(-1, 2):
             m = least(most(middle + np.float32(move), splat(0.0)), splat(15.0))
             scale = step * (m * 2.0 + 1.0)
-            _flip_group(book, tile, tables, g, scale)
-            error = _group_error(book, tile, tables, g, scale)
+            _flip_group(book, tile, room, g, scale)
+            error = _group_error(book, tile, room, g, scale)
             best, smallest = where_less(error, smallest, m, best), least(error, smallest)
         store(tile.m, g * ROWS, best)
 
 
 @njit(cache=True, nogil=True)
 def _encode(
-    book: Book, tile: Tile, tables: Tables, step: Any, flips: int, found: Found, row: int, stop: int, b: int
+    book: Book, tile: Tile, room: Floats, step: Any, flips: int, found: Found, row: int, stop: int, b: int
 ) -> None:
     """Nearest codewords for the scales at hand, written to ``found`` in the rows where nothing was better before."""
     total, zero = splat(0.0), splat(0.0)
@@ -256,36 +257,36 @@ def _encode(
         scale = step * (load(tile.m, pair // 4 * ROWS) * 2.0 + 1.0)
         smallest = splat(INFINITY)
         for rank in range(flips):
-            flipped = splat(8.0)
             if book.even:
-                flipped = flip(book, tile.weight, tile.h, 8 * pair, scale, rank, tables, tile.value)
+                flip(book.levels, tile.weight, tile.h, (8 * pair, 8 * pair + 8), scale, rank, room, tile.value)
+            else:
+                store(room, FLIPPED, splat(8.0))
+            nearest(book.levels, book.order, book.places, tile.value, tile.h, 8 * pair, scale, room)
             store(tile.error, 0, smallest)
-            error = nearest(book, tile.value, tile.h, 8 * pair, scale, tables)
-            _take(book, tile, tables, pair, flipped)
-            smallest = least(error, smallest)
+            _take(book, tile, room, pair)
+            smallest = least(load(room, ERROR), smallest)
         total = total + smallest
         _add_products(book, tile, pair)
     # A step of 0 codes nothing: no error is less than that of zeros, but for rounding.
     total = where_less(zero, step, total, splat(INFINITY))
     store(tile.error, 0, total)
-    d = _half_of(book, tile, step)
-    store(tables.error, 0, d)
+    store(tile.d, 0, _half_of(book, tile, step))
     for lane in range(min(ROWS, stop - row)):
         if tile.error[lane] < tile.least[lane]:
             tile.least[lane] = tile.error[lane]
-            found.d[row + lane, b] = tables.error[lane]
+            found.d[row + lane, b] = tile.d[lane]
             _write(book, tile, lane, found, row + lane, b)
 
 
 @njit(cache=True, nogil=True)
-def _take(book: Book, tile: Tile, tables: Tables, pair: int, flipped: Any) -> None:
+def _take(book: Book, tile: Tile, room: Floats, pair: int) -> None:
     """Keep the codewords just found for 8 columns, in the rows where they are better than ``tile.error``."""
-    store(tables.increase, 0, flipped)
+    places, code, codes, flipped = book.places, book.code, tile.codes, tile.flipped
     for lane in range(ROWS):
-        if tables.error[lane] < tile.error[lane]:
-            tile.flipped[pair * ROWS + lane] = int(tables.increase[lane])
+        if room[ERROR + lane] < tile.error[lane]:
+            flipped[pair * ROWS + lane] = int(room[FLIPPED + lane])
             for v in range(2):
-                tile.codes[(2 * pair + v) * ROWS + lane] = nearest_code(book, tables, v, lane)
+                codes[(2 * pair + v) * ROWS + lane] = nearest_code(places, code, room, v, lane)
 
 
 @njit(cache=True, nogil=True)

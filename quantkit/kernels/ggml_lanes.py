@@ -64,6 +64,22 @@ def store(typing: Any, array: Any, place: Any, value: Any) -> Any:
 
 
 @intrinsic
+def store_bytes(typing: Any, array: Any, place: Any, value: Any) -> Any:
+    """store_bytes(array (n,) uint8, place, lanes): write lanes that are whole numbers of 0 to 255."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array, place, value = args
+        data = context.make_array(signature.args[0])(context, builder, array).data
+        bytes_ = ir.VectorType(ir.IntType(8), ROWS)
+        address = builder.bitcast(builder.gep(data, [place]), bytes_.as_pointer())
+        wide = builder.fptosi(value, ir.VectorType(ir.IntType(32), ROWS))
+        builder.store(builder.trunc(wide, bytes_), address, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
 def splat(typing: Any, value: Any) -> Any:
     """The same number in all lanes."""
 

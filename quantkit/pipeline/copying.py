@@ -47,7 +47,8 @@ def quantize_tables(walk: Walk, layer: int | None) -> list[tuple[int, str, Quant
 
 
 def _quantize_rows(source: Fp8Source, sink: Sink, name: str, decision: Decision, device: torch.device) -> QuantError:
-    assert decision.scheme is not None and decision.method is not None
+    assert decision.scheme is not None
+    assert decision.method is not None
     assert not isinstance(decision.scheme, Float8Scheme)
     quantize = decision.method.quantizer(None)
     row, lost, total = 0, 0.0, 0.0

@@ -27,6 +27,9 @@ LINES_PER_KIND = 5
 """Problems of one kind that are printed; more are counted."""
 
 
+_GPTQ, _RTN = Gptq.model_validate({}), Rtn.model_validate({})
+
+
 class Action(Enum):
     """What is done with a tensor."""
 
@@ -313,9 +316,9 @@ class _Decider:
         """The rule's method, or the output's where this tensor has the inputs that it needs."""
         if rule.method is not None:
             return rule.method
-        wanted = self.output.method or (Gptq() if self.calibrated else Rtn())
+        wanted = self.output.method or (_GPTQ if self.calibrated else _RTN)
         usable = self.calibrated and scheme.has_grid and not spec.table and spec.role is not Role.MTP
-        return wanted if usable or not wanted.needs_inputs else Rtn()
+        return wanted if usable or not wanted.needs_inputs else _RTN
 
 
 def _check_decision(output: Output, decision: Decision, calibrated: bool, problems: _Problems) -> None:

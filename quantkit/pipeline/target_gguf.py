@@ -47,7 +47,7 @@ class GgufTarget:
         if self._output.preset is None:
             return None
         if spec.role is Role.MTP and self._output.mtp == "drop":
-            return Rule(match="*", drop=True)
+            return _DROP
         name, place = self._model.stored_name(spec.name)
         shape = spec.shape if place is None else (self._n_experts, *spec.shape)
         kind = presets.preset_type(
@@ -95,7 +95,7 @@ class GgufTarget:
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """Types that were replaced because rows are too short, and what llama.cpp computes otherwise."""
         replaced = [
-            f"{name}: {kind} instead of {wanted} in {count} tensors, whose rows are no whole blocks (as llama-quantize)."
+            f"{name}: {kind} instead of {wanted} ({count} times), since rows are no whole blocks; as llama-quantize does."
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
         return [*replaced, *self._model.differences()]
@@ -202,6 +202,9 @@ def in_parts(arch: ModelArch) -> tuple[TensorSpec, ...]:
             [replace(spec, name=part.name, shape=part.shape, part_of=part.whole) for part in own] if own else [spec]
         )
     return tuple(specs)
+
+
+_DROP = Rule.model_validate({"match": "*", "drop": True})
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """Block types of ggml as a scheme: Q8_0, Q4_0, Q4_K, IQ4_XS... what llama.cpp computes with.
 
-This file joins the parts: the table of types (`ggml_types`), the search for scales (`ggml_fit`), the bits (`ggml_layout`)
-and the types with a codebook (`ggml_codebook`). A quantised matrix is its blocks, (out, row bytes) uint8.
+This file joins the parts: the table of types (`ggml_types`), the search for scales (`ggml_fit`), the bits
+(`ggml_layout`) and the types with a codebook (`ggml_codebook`). A quantised matrix is its blocks, (out, row bytes)
+uint8.
 """
 
 from __future__ import annotations

@@ -285,4 +285,5 @@ def _book(kind: BlockType) -> Book:
             chunks.append(four + four[-1:] * (4 - len(four)))
     code = np.array(chunks)
     unit, even = np.float32(UNITS[kind.name]), kind.name == "IQ3_XXS"
-    return Book(levels, grid, first[code[:, 0]] * ROWS, second[code] * ROWS, code, order, unit, even)
+    chunk_places = np.concatenate([first[code[:, :1]], second[code]], 1) * ROWS
+    return Book(levels, grid, chunk_places, code, order, unit, even)

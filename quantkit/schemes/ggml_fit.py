@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import SchemeError
-from quantkit.schemes.ggml_search import nearest_codes, search
+from quantkit.schemes.ggml_search import nearest_codes, search, shares
 from quantkit.schemes.ggml_types import BlockParams, BlockType
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    from quantkit.kernels.ggml_fit import BlockSearch
 
 HALF_MAX = 65504.0
 
@@ -31,13 +35,64 @@ def fit(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Bl
     """
     check(kind, weight, importance)
     matrices = weight.reshape(-1, *weight.shape[-2:])
-    return _shaped(search(kind, matrices, _normalised(matrices, importance)), weight)
+    normalised = _normalised(matrices, importance)
+    if weight.device.type == "cpu":
+        found = _fit_compiled(kind, matrices, normalised)
+    else:
+        found = search(kind, matrices, normalised)
+    return _shaped(found, weight)
 
 
 def encode(kind: BlockType, weight: Tensor, params: BlockParams) -> Tensor:
     """The nearest level for the stored scales. weight (..., out, in) float32 -> codes (..., out, in) uint8, indices of
     ``kind.levels``; 0 is as good as any in a group whose scale is 0."""
-    return nearest_codes(kind, weight, params)
+    if weight.device.type != "cpu":
+        return nearest_codes(kind, weight, params)
+    from quantkit.kernels.ggml_fit import encode_blocks
+
+    scale, offset = params.scale(), params.offset()
+    codes = encode_blocks(
+        _block_search(kind),
+        _numpy(weight),
+        _numpy(scale),
+        None if offset is None else _numpy(offset),
+        torch.get_num_threads(),
+    )
+    return torch.from_numpy(codes).view(weight.shape)
+
+
+def _fit_compiled(kind: BlockType, weight: Tensor, importance: Tensor) -> BlockParams:
+    """weight (B, out, in), importance (B, in), both float32."""
+    from quantkit.kernels.ggml_fit import fit_blocks
+
+    found = fit_blocks(_block_search(kind), _numpy(weight), _numpy(importance), torch.get_num_threads())
+    d, dmin, sub_scale, sub_min = (None if values is None else torch.from_numpy(values) for values in found)
+    assert d is not None
+    return BlockParams(d, dmin, sub_scale, sub_min)
+
+
+def _block_search(kind: BlockType) -> BlockSearch:
+    import numpy as np
+
+    from quantkit.kernels.ggml_fit import BlockSearch
+
+    return BlockSearch(
+        kind.block,
+        kind.group,
+        tuple(sorted(set(kind.levels))),
+        np.array(shares(kind), np.float32),
+        kind.sub_scale,
+        kind.sub_min[1] if kind.sub_min else None,
+        has_offset=bool(kind.offset),
+        powers_of_two=kind.name == "MXFP4",
+    )
+
+
+def _numpy(values: Tensor) -> NDArray[np.float32]:
+    """(..., rows, columns) -> (B, rows, columns); (B, columns) stays."""
+    if values.dim() > 2:
+        values = values.reshape(-1, *values.shape[-2:])
+    return values.detach().contiguous().numpy()
 
 
 def check(kind: BlockType, weight: Tensor, importance: Tensor | None) -> None:

@@ -54,6 +54,14 @@ def _fields(params: BlockParams) -> tuple[Tensor | None, ...]:
     return params.d, params.dmin, params.sub_scale, params.sub_min
 
 
+def shares(kind: BlockType) -> list[float]:
+    """Ranges tried for a group, in units of its own: its largest weight, or its width if the type has offsets. Negative
+    ones, too, where the scale may be."""
+    low, high, count = RANGES[_bits(kind)]
+    steps = torch.linspace(low, high, count).tolist()
+    return steps if kind.offset else steps + [-step for step in steps]
+
+
 def _search_rows(kind: BlockType, weight: Tensor, importance: Tensor) -> BlockParams:
     """weight (rows, in), importance (in,) -> scales (rows, blocks or groups)."""
     rows, in_features = weight.shape

@@ -365,7 +365,7 @@ def test_shards_removed_from_an_unfinished_job_are_missed(place: Path, tmp_path:
     with pytest.raises(Stop):
         run(place / "model", data_free(), tmp_path / "out", on_event=stop_after(0))
     shutil.rmtree(tmp_path / "out.partial" / "result")
-    with pytest.raises(OutputError, match="shards of the unfinished job are gone"):
+    with pytest.raises(OutputError, match="files of the unfinished job are gone"):
         run(place / "model", data_free(), tmp_path / "out")
 
 

@@ -56,7 +56,7 @@ def stacked_tensors(planned: Iterable[PlannedTensor], stored_name: StoredName) -
 
 
 def problems(planned: Iterable[PlannedTensor], stored_name: StoredName) -> list[str]:
-    """One line for each stacked tensor whose experts differ in type, and each kept tensor of a dtype that GGUF lacks."""
+    """One line for each stacked tensor whose experts differ in type, and each tensor of a dtype that GGUF lacks."""
     lines: list[str] = []
     kinds: dict[str, tuple[str, str]] = {}
     for tensor in planned:
