@@ -200,9 +200,7 @@ def _integers(
 
 
 @njit(cache=True, nogil=True)
-def _error(
-    tile: Floats, h: Floats, group: int, levels: tuple[float, float], table: Floats, d: Any, sub: Floats
-) -> Any:
+def _error(tile: Floats, h: Floats, group: int, levels: tuple[float, float], table: Floats, d: Any, sub: Floats) -> Any:
     """The true error of a block."""
     error = splat(0.0)
     for g in range(sub.size // ROWS):

@@ -53,9 +53,9 @@ def encode(kind: BlockType, weight: Tensor, params: BlockParams) -> Tensor:
     scale, offset = params.scale(), params.offset()
     codes = encode_blocks(
         _block_search(kind),
-        _numpy(weight),
-        _numpy(scale),
-        None if offset is None else _numpy(offset),
+        _matrices(weight),
+        _matrices(scale),
+        None if offset is None else _matrices(offset),
         torch.get_num_threads(),
     )
     return torch.from_numpy(codes).view(weight.shape)
@@ -65,7 +65,7 @@ def _fit_compiled(kind: BlockType, weight: Tensor, importance: Tensor) -> BlockP
     """weight (B, out, in), importance (B, in), both float32."""
     from quantkit.kernels.ggml_fit import fit_blocks
 
-    found = fit_blocks(_block_search(kind), _numpy(weight), _numpy(importance), torch.get_num_threads())
+    found = fit_blocks(_block_search(kind), _matrices(weight), importance.contiguous().numpy(), torch.get_num_threads())
     d, dmin, sub_scale, sub_min = (None if values is None else torch.from_numpy(values) for values in found)
     assert d is not None
     return BlockParams(d, dmin, sub_scale, sub_min)
@@ -88,11 +88,9 @@ def _block_search(kind: BlockType) -> BlockSearch:
     )
 
 
-def _numpy(values: Tensor) -> NDArray[np.float32]:
-    """(..., rows, columns) -> (B, rows, columns); (B, columns) stays."""
-    if values.dim() > 2:
-        values = values.reshape(-1, *values.shape[-2:])
-    return values.detach().contiguous().numpy()
+def _matrices(values: Tensor) -> NDArray[np.float32]:
+    """(..., rows, columns) -> (B, rows, columns), contiguous."""
+    return values.detach().reshape(-1, *values.shape[-2:]).contiguous().numpy()
 
 
 def check(kind: BlockType, weight: Tensor, importance: Tensor | None) -> None:
