@@ -1,7 +1,7 @@
 """What llama.cpp calls the parts of a DeepSeek V3: architecture ``deepseek2``, tensor names and metadata.
 
-In: official tensor names and the checked config. Out: GGUF names with the place in the stacked expert tensor, the two
-halves of kv_b_proj, and the architecture's key-values as plain Python values (int: uint32, float: float32, bool, str).
+In: official tensor names and the checked config. Out: GGUF names with the place in the stacked expert tensor, and the
+architecture's key-values as plain Python values (int: uint32, float: float32, bool, str).
 Sources: src/models/deepseek2.cpp, src/llama-context.cpp (yarn) and conversion/deepseek.py of llama.cpp.
 """
 
@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING
 from quantkit.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantkit.arch.deepseek_v3 import DeepseekV3Config
 
 GGUF_ARCHITECTURE = "deepseek2"
-
-K_PART, V_PART = ":k", ":v"
-"""What is appended to the name of kv_b_proj to mean one of its halves."""
 
 _SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS: asserts when a file is loaded
@@ -30,7 +25,6 @@ _LITE_LAYERS = (26, 27)  # deepseek2.cpp, is_lite; and 48 layers with the vocabu
 _LITE_48_VOCABULARY = 128_256
 _LATENT_EPS = 1e-6  # see `deepseek_v3.LATENT_NORM_EPS`
 
-_KV_B = "self_attn.kv_b_proj.weight"
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -44,8 +38,8 @@ _IN_LAYER = {
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
     "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
     "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
-    _KV_B + K_PART: "attn_k_b.weight",
-    _KV_B + V_PART: "attn_v_b.weight",
+    "self_attn.kv_b_proj.weight:k": "attn_k_b.weight",
+    "self_attn.kv_b_proj.weight:v": "attn_v_b.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
     "mlp.gate_proj.weight": "ffn_gate.weight",
@@ -69,22 +63,12 @@ _STACKED = {
     "up_proj.weight": "ffn_up_exps.weight",
     "down_proj.weight": "ffn_down_exps.weight",
 }
-_OF_TOP = {stored: name for name, stored in _TOP.items()}
-_OF_LAYER = {stored: name for name, stored in _IN_LAYER.items()}
-_OF_STACKED = {stored: name for name, stored in _STACKED.items()}
-
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(.+)")
-_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(.+)")
-
-
-def part_names(name: str) -> tuple[str, ...]:
-    """The names under which an official tensor is stored in parts: kv_b_proj in two, any other whole."""
-    return (name + K_PART, name + V_PART) if name.endswith(_KV_B) else (name,)
 
 
 def stored_name(name: str) -> tuple[str, int | None]:
-    """The GGUF name of an official tensor, or of a part of it (`part_names`), and its place in a stacked expert tensor.
+    """The GGUF name of an official tensor or of a part (`DeepseekV3.parts`), and its place in a stacked expert tensor.
 
     Raises SourceError for a name that the architecture has no place for (kv_b_proj itself: only its parts are stored).
     """
@@ -98,67 +82,6 @@ def stored_name(name: str) -> tuple[str, int | None]:
         if expert and (stored := _STACKED.get(expert[2])) is not None:
             return f"blk.{layer}.{stored}", int(expert[1])
     raise SourceError(f"{name}: a GGUF file of architecture {GGUF_ARCHITECTURE} has no place for this tensor.")
-
-
-def official_names(stored: str, n_experts: int) -> tuple[str, ...]:
-    """The inverse: official names (or part names) of a GGUF tensor; of a stacked one all experts in order.
-
-    Raises SourceError for a name that the architecture does not know.
-    """
-    if (name := _OF_TOP.get(stored)) is not None:
-        return (name,)
-    if match := _BLOCK.fullmatch(stored):
-        layer, rest = match.groups()
-        if (name := _OF_LAYER.get(rest)) is not None:
-            return (f"model.layers.{layer}.{name}",)
-        if (name := _OF_STACKED.get(rest)) is not None:
-            return tuple(f"model.layers.{layer}.mlp.experts.{expert}.{name}" for expert in range(n_experts))
-    raise SourceError(f"{stored}: the GGUF architecture {GGUF_ARCHITECTURE} has no such tensor.")
-
-
-@dataclass(frozen=True, slots=True)
-class KvB:
-    """kv_b_proj and its halves: llama.cpp keeps keys and values in latent form and multiplies per head.
-
-    Whole: (n_heads * (nope_dim + v_dim), rank), for each head its key rows, then its value rows.
-    """
-
-    n_heads: int
-    nope_dim: int
-    v_dim: int
-    rank: int
-
-    @property
-    def k_shape(self) -> tuple[int, int, int]:
-        """Of attn_k_b: (n_heads, rank, nope_dim); it maps a query head into the latent space."""
-        return (self.n_heads, self.rank, self.nope_dim)
-
-    @property
-    def v_shape(self) -> tuple[int, int, int]:
-        """Of attn_v_b: (n_heads, v_dim, rank)."""
-        return (self.n_heads, self.v_dim, self.rank)
-
-    def take_k(self, whole: Tensor) -> Tensor:
-        """The key half of ``whole``, each head transposed: `k_shape`, a view."""
-        return self._heads(whole)[:, : self.nope_dim].transpose(1, 2)
-
-    def take_v(self, whole: Tensor) -> Tensor:
-        """The value half of ``whole``: `v_shape`, a view."""
-        return self._heads(whole)[:, self.nope_dim :]
-
-    def put(self, k: Tensor, v: Tensor) -> Tensor:
-        """The whole matrix from its halves (`k_shape`, `v_shape`), a new tensor: (n_heads * (nope + v), rank)."""
-        import torch
-
-        return torch.cat((k.transpose(1, 2), v), dim=1).reshape(-1, self.rank)
-
-    def _heads(self, whole: Tensor) -> Tensor:
-        return whole.view(self.n_heads, self.nope_dim + self.v_dim, self.rank)
-
-
-def kv_b_parts(config: DeepseekV3Config) -> KvB:
-    """How kv_b_proj of this model is cut."""
-    return KvB(config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank)
 
 
 def key_values(config: DeepseekV3Config, *, mtp: bool) -> dict[str, int | float | bool | str]:

@@ -9,15 +9,11 @@ from typing import Any
 
 import gguf
 import pytest
-import torch
 
 from quantkit.arch.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from quantkit.arch.deepseek_v3_gguf import (
     differences,
     key_values,
-    kv_b_parts,
-    official_names,
-    part_names,
     stored_name,
 )
 from quantkit.errors import ConfigError, SourceError
@@ -33,6 +29,14 @@ def example(model: str) -> dict[str, Any]:
 
 def config_of(**changes: Any) -> DeepseekV3Config:
     return DeepseekV3Config.of(tiny_config(**changes))
+
+
+def part_names(arch: DeepseekV3) -> dict[str, tuple[str, ...]]:
+    """Name of a linear -> names of the parts that are stored in its place."""
+    names: dict[str, tuple[str, ...]] = {}
+    for part in arch.parts().values():
+        names[part.whole] = (*names.get(part.whole, ()), part.name)
+    return names
 
 
 def gguf_py_maps(n_layers: int) -> list[gguf.TensorNameMap]:
@@ -58,6 +62,7 @@ class TestNames:
     def test_every_tensor_is_called_as_in_gguf_py(self, model: str) -> None:
         arch = DeepseekV3(example(model))
         maps = gguf_py_maps(arch.n_layers + arch.n_mtp_layers)
+        parts = part_names(arch)
         unmapped: set[str] = set()
         for spec in arch.tensors():
             if spec.expert not in (None, 0):
@@ -66,7 +71,7 @@ class TestNames:
             if not expected:
                 unmapped.add(spec.name.split(".", 3)[-1])
                 continue
-            assert {stored_name(part)[0] for part in part_names(spec.name)} == expected
+            assert {stored_name(part)[0] for part in parts.get(spec.name, (spec.name,))} == expected
         assert unmapped <= {"embed_tokens.weight", "enorm.weight", "hnorm.weight"}
 
     def test_mtp_names_of_the_c_loader(self) -> None:
@@ -75,24 +80,24 @@ class TestNames:
         assert stored_name("model.layers.61.embed_tokens.weight")[0] == "blk.61.nextn.embed_tokens.weight"
 
     @pytest.mark.parametrize("model", MODELS)
-    def test_inverse_gives_every_name_once(self, model: str) -> None:
+    def test_every_place_is_taken_once(self, model: str) -> None:
         arch = DeepseekV3(example(model))
-        parts = [part for spec in arch.tensors() for part in part_names(spec.name)]
-        stored = {stored_name(part)[0] for part in parts}
-        back = [name for entry in stored for name in official_names(entry, arch.config.n_routed_experts)]
-        assert sorted(back) == sorted(parts)
-        assert len(stored) == len(parts) - sum(1 for spec in arch.tensors() if (spec.expert or 0) > 0)
+        parts = part_names(arch)
+        places = [stored_name(part) for spec in arch.tensors() for part in parts.get(spec.name, (spec.name,))]
+        assert len(set(places)) == len(places)
+        n_stacked = sum(1 for _, place in places if place == 0)
+        assert sum(1 for _, place in places if place is not None) == n_stacked * arch.config.n_routed_experts
 
     def test_v3_without_mtp_has_1086_tensors(self) -> None:
         arch = DeepseekV3(example("deepseek-v3-671b"))
         main = [spec.name for spec in arch.tensors() if spec.layer is None or spec.layer < arch.n_layers]
-        assert len({stored_name(part)[0] for name in main for part in part_names(name)}) == 1086
+        parts = part_names(arch)
+        assert len({stored_name(part)[0] for name in main for part in parts.get(name, (name,))}) == 1086
 
     def test_place_in_the_stack(self) -> None:
         assert stored_name("model.layers.3.mlp.experts.255.down_proj.weight") == ("blk.3.ffn_down_exps.weight", 255)
         assert stored_name("model.norm.weight") == ("output_norm.weight", None)
-        names = official_names("blk.3.ffn_up_exps.weight", 3)
-        assert names == tuple(f"model.layers.3.mlp.experts.{expert}.up_proj.weight" for expert in range(3))
+        assert stored_name("model.layers.0.self_attn.kv_b_proj.weight:k") == ("blk.0.attn_k_b.weight", None)
 
     @pytest.mark.parametrize(
         "name",
@@ -110,30 +115,6 @@ class TestNames:
     def test_unknown_names_are_refused(self, name: str) -> None:
         with pytest.raises(SourceError, match="has no place for this tensor"):
             stored_name(name)
-
-    @pytest.mark.parametrize("name", ["blk.0.attn_kv_b.weight", "blk.x.attn_norm.weight", "rope_freqs.weight"])
-    def test_unknown_stored_names_are_refused(self, name: str) -> None:
-        with pytest.raises(SourceError, match="has no such tensor"):
-            official_names(name, 4)
-
-
-class TestKvB:
-    def test_halves_are_those_of_llama_cpp_s_converter_and_join_again(self) -> None:
-        parts = kv_b_parts(config_of(num_attention_heads=3, num_key_value_heads=3, v_head_dim=5, kv_lora_rank=7))
-        whole = torch.arange(3 * (32 + 5) * 7.0).view(-1, 7)
-        k, v = parts.take_k(whole), parts.take_v(whole)
-        assert k.shape == parts.k_shape == (3, 7, 32)
-        assert v.shape == parts.v_shape == (3, 5, 7)
-        for head in range(3):
-            rows = whole[head * 37 : (head + 1) * 37]
-            assert torch.equal(k[head], rows[:32].T)
-            assert torch.equal(v[head], rows[32:])
-        assert torch.equal(parts.put(k.contiguous(), v.contiguous()), whole)
-
-    def test_shapes_of_v3(self) -> None:
-        parts = kv_b_parts(DeepseekV3Config.of(example("deepseek-v3-671b")))
-        assert parts.k_shape == (128, 512, 128)
-        assert parts.v_shape == (128, 128, 512)
 
 
 class TestKeyValues:

@@ -13,7 +13,7 @@ import gguf
 import pytest
 
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.deepseek_v3_gguf import kv_b_parts, part_names, stored_name
+from quantkit.arch.deepseek_v3_gguf import stored_name
 from quantkit.errors import PlanError
 from quantkit.formats.gguf.presets import FILE_TYPES, PRESETS, fitting_type, is_quantised, preset_type
 from quantkit.formats.gguf.types import WRITABLE
@@ -32,17 +32,14 @@ def stored_shapes(config: dict[str, Any], *, mtp: bool = False) -> Shapes:
 @functools.cache
 def shapes_of(config: str, mtp: bool) -> Shapes:
     arch = DeepseekV3(json.loads(config))
-    parts = kv_b_parts(arch.config)
+    parts = list(arch.parts().values())
+    cut = {part.whole for part in parts}
+    whole = [spec for spec in arch.tensors() if spec.name not in cut]
     shapes: Shapes = {}
-    for spec in arch.tensors():
-        if not mtp and spec.layer is not None and spec.layer >= arch.n_layers:
-            continue
-        for part in part_names(spec.name):
-            name, place = stored_name(part)
-            if part != spec.name:
-                shapes[name] = parts.k_shape if part.endswith(":k") else parts.v_shape
-            else:
-                shapes[name] = spec.shape if place is None else (arch.config.n_routed_experts, *spec.shape)
+    for entry in (*whole, *parts):
+        name, place = stored_name(entry.name)
+        if mtp or not name.startswith("blk.") or int(name.split(".")[1]) < arch.n_layers:
+            shapes[name] = entry.shape if place is None else (arch.config.n_routed_experts, *entry.shape)
     return shapes
 
 
