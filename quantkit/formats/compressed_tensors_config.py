@@ -95,6 +95,7 @@ def _weights_section(scheme: Scheme) -> dict[str, object]:
             "dynamic": False,
             "actorder": None,
         }
+    assert isinstance(scheme, IntScheme), "the plan admits no block types of ggml here"
     return {
         "num_bits": scheme.bits,
         "type": "int",

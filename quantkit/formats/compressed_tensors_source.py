@@ -34,7 +34,7 @@ _PARTS = ("_packed", "_scale", "_shape", "_zero_point")
 class _Linear:
     """A decoded linear: its scheme and how it appears."""
 
-    scheme: Scheme
+    scheme: IntScheme | Float8Scheme
     info: TensorInfo
 
 

@@ -95,7 +95,7 @@ class GgufTarget:
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """Types that were replaced because rows are too short, and what llama.cpp computes otherwise."""
         replaced = [
-            f"{name}: {kind} instead of {wanted} ({count} times), since rows are no whole blocks; as llama-quantize does."
+            f"{name}: {kind} for {wanted} ({count} times): rows are no whole blocks. llama-quantize does so too."
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
         return [*replaced, *self._model.differences()]
