@@ -42,8 +42,10 @@ FIRST_D, D_STEP = np.float32(29.0), np.float32(0.25)
 FLIPS = 3
 """Weights of eight that are tried with the wrong sign, where there must be one (IQ3_XXS)."""
 HALF_MAX = np.float32(65504.0)
-TINY = np.float32(1e-6)
-"""Reach of a group of zeros, and least importance, each beside the largest of the block: never quite nothing."""
+LEAST_REACH = np.float32(1e-6)
+"""Of a group of zeros, beside the largest weight of the block: its scale has some size, too."""
+LEAST_IMPORTANCE = np.float32(1e-10)
+"""Beside the highest of the block: weights without any are stored sensibly where that costs the others nothing."""
 
 
 class Found(NamedTuple):
@@ -83,7 +85,7 @@ class Tile(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def make_tile() -> Tile:
-    """Room, uninitialised."""
+    """Room to work, mostly uninitialised."""
     groups = GROUPS * ROWS
     return Tile(
         aligned(BLOCK * ROWS),
@@ -96,8 +98,8 @@ def make_tile() -> Tile:
         aligned(groups),
         aligned(groups * TRIALS),
         aligned(ROWS),
-        np.empty(64 * ROWS, np.int64),
-        np.empty(32 * ROWS, np.int64),
+        np.zeros(64 * ROWS, np.int64),
+        np.zeros(32 * ROWS, np.int64),
         aligned(ROWS),
         aligned(ROWS),
         aligned(ROWS),
@@ -112,7 +114,8 @@ def search_rows(book: Book, weight: Floats, importance: Floats, rows: tuple[int,
     for row in range(rows[0], rows[1], ROWS):
         for b in range(weight.shape[1] // BLOCK):
             columns = slice(b * BLOCK, (b + 1) * BLOCK)
-            _fill(tile, weight[row : rows[1], columns], importance[columns])
+            if not _fill(tile, weight[row : rows[1], columns], importance[columns]):
+                continue
             _measure(book, tile, room)
             step = _rounded(book, tile, _best_step(book, tile))
             _try_neighbours(book, tile, room, step)
@@ -122,22 +125,25 @@ def search_rows(book: Book, weight: Floats, importance: Floats, rows: tuple[int,
 
 
 @njit(cache=True, nogil=True)
-def _fill(tile: Tile, weight: Floats, importance: Floats) -> None:
-    """Take up to 16 rows of a block; rows past the end are zeros."""
+def _fill(tile: Tile, weight: Floats, importance: Floats) -> bool:
+    """Take up to 16 rows of a block; rows past the end are zeros. Returns whether any weight is not zero."""
+    anything = False
     for lane in range(ROWS):
         reach = np.float32(0)
         if lane < weight.shape[0]:
             for c in range(BLOCK):
                 reach = max(reach, abs(weight[lane, c]))
+        anything |= reach > 0
         tile.power[lane] = 2.0 ** np.floor(np.log2(np.float64(reach))) if reach > 0 else 1.0
         inverse = 1 / np.float64(tile.power[lane])
         for c in range(BLOCK):
             tile.weight[c * ROWS + lane] = weight[lane, c] * inverse if reach > 0 else 0.0
     most_important = np.float64(importance.max())
     for c in range(BLOCK):
-        tile.h[c] = max(importance[c] / most_important, TINY) if most_important > 0 else 1.0
+        tile.h[c] = max(importance[c] / most_important, LEAST_IMPORTANCE) if most_important > 0 else 1.0
     for i in range(BLOCK * ROWS):
         tile.value[i] = abs(tile.weight[i])
+    return anything
 
 
 @njit(cache=True, nogil=True)
@@ -158,7 +164,7 @@ def _measure(book: Book, tile: Tile, room: Floats) -> None:
     """The curve of each group, its unit, its likely scale and its error of zeros."""
     total = splat(0.0)
     for g in range(GROUPS):
-        reach, zero = splat(TINY), splat(0.0)
+        reach, zero = splat(LEAST_REACH), splat(0.0)
         for c in range(g * GROUP, (g + 1) * GROUP):
             x = absolute(load(tile.weight, c * ROWS))
             reach, zero = most(reach, x), zero + tile.h[c] * x * x

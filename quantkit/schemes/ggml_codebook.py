@@ -144,7 +144,7 @@ def quantize_codebook(kind: BlockType, weight: Tensor, importance: Tensor | None
     if importance is None:
         importance = torch.ones(in_features)
     importance = importance.expand(*weight.shape[:-2], in_features).reshape(-1, in_features).float().cpu()
-    _check(kind, matrices, importance)
+    _check(kind, matrices.view(weight.shape), importance)
     shape, book = (*matrices.shape[:-1], in_features // kind.block), _book(kind)
     d = torch.zeros(shape)
     sub = torch.zeros(*shape, kind.groups, dtype=torch.uint8)
@@ -225,24 +225,28 @@ def _encode_eights(
 
 
 def _check(kind: BlockType, weight: Tensor, importance: Tensor) -> None:
-    """Raise `SchemeError` unless blocks can hold the rows (n, in) and importance (matrices, in) means something."""
+    """Raise `SchemeError` unless blocks can hold the weight (..., in) and the importance (matrices, in) is one."""
+    import torch
+
     if weight.shape[-1] % kind.block:
         raise SchemeError(
             f"{kind.name}: in_features {weight.shape[-1]} is not a multiple of {kind.block}.",
             hint="Use a type with blocks of 32 (Q5_0, IQ4_NL...).",
         )
     limit = HALF_MAX * UNITS[kind.name] * 31 * float(_grid(kind).max())
-    largest = weight.abs().amax(-1)
-    wrong = (~(largest <= limit)).nonzero()
+    lowest, highest = weight.aminmax(dim=-1)
+    largest = torch.maximum(-lowest, highest)
+    wrong = (~(largest <= limit)).nonzero()  # NaN is wrong, too
     if len(wrong):
-        row = int(wrong[0])
+        row = tuple(wrong[0].tolist())
         raise SchemeError(
-            f"{kind.name}: row {row} has a value of magnitude {float(largest[row]):g}, a block holds up to {limit:.4g}.",
-            hint="Repair the tensor, or keep it in a float type.",
+            f"row {', '.join(map(str, row))}: no scale of {kind.name} fits the value {float(largest[row]):g} "
+            f"(needed: at most {limit:g}).",
+            hint="Repair the checkpoint, or keep this tensor in F32.",
         )
     if not bool(((importance >= 0) & importance.isfinite()).all()):
         raise SchemeError(
-            f"{kind.name}: the importance has a negative or non-finite value.", hint="Collect the imatrix again."
+            "importance: negative or non-finite values.", hint="Calibrate again, or take another imatrix."
         )
 
 

@@ -1,0 +1,229 @@
+"""IQ3_XXS and IQ3_S: decoded as ggml's C code and gguf-py do; encoded with no more error than ggml's search leaves."""
+
+from __future__ import annotations
+
+import itertools
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.errors import SchemeError
+from quantkit.schemes.ggml_codebook import (
+    codewords,
+    decode_codebook,
+    decode_parts,
+    encode_fixed,
+    pack,
+    quantize_codebook,
+    unpack,
+)
+from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockType
+from tests.oracles import ggml
+
+KINDS = [BLOCK_TYPES["IQ3_XXS"], BLOCK_TYPES["IQ3_S"]]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+IN_FEATURES = 512
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def random_blocks(kind: BlockType, *lead: int) -> Tensor:
+    """Any bytes, but d is finite."""
+    blocks = torch.randint(0, 256, (*lead, 3, kind.nbytes), generator=generator(), dtype=torch.uint8)
+    high = blocks[..., 1]
+    blocks[..., 1] = torch.where(high & 0x7C == 0x7C, high ^ 0x40, high)
+    return blocks.flatten(-2)
+
+
+def some_importance(kind: str) -> Tensor | None:
+    """Of the inputs: unequal, with dead inputs (and a dead block), with one that outweighs all others, or none."""
+    importance = normal(IN_FEATURES, seed=7).exp()
+    if kind == "dead":
+        importance[::3] = 0
+        importance[256:] = 0
+    if kind == "outlier":
+        importance[40] = 1e7
+    return None if kind == "none" else importance
+
+
+def many_rows() -> dict[str, Tensor]:
+    rows = 5
+    plain, steep = normal(rows, IN_FEATURES), normal(rows, IN_FEATURES // 32, seed=2).mul(2).exp()
+    ramp = torch.rand(rows, IN_FEATURES, generator=generator(4)) + 0.01
+    return {
+        "normal": plain * 0.02,
+        "heavy": plain / torch.rand(rows, IN_FEATURES, generator=generator(1)),
+        "groups": plain * steep.repeat_interleave(32, -1),
+        "channels": plain * normal(IN_FEATURES, seed=3).exp(),
+        "sparse": plain * (ramp < 0.06),
+        "one": plain * (torch.arange(IN_FEATURES) % 256 == 7),
+        "positive": ramp,
+        "negative": -ramp,
+        "constant": torch.tensor([1.0, -1.0, 0.02, -3e4, 7e-4])[:, None].expand(-1, IN_FEATURES),
+        "signs": plain.sign(),
+        "zero": torch.zeros(rows, IN_FEATURES),
+        "half zero": plain * (torch.arange(IN_FEATURES) % 64 < 32),
+        "large": plain * 1e6,
+        "d is subnormal": plain * torch.tensor([1e-4, 3e-5, 1e-5, 3e-6, 1e-6])[:, None],
+        "d underflows": plain * 1e-9,
+        "subnormal": plain * 1e-40,
+    }
+
+
+def weighted_error(weight: Tensor, decoded: Tensor, importance: Tensor | None) -> float:
+    squares = (weight.double() - decoded.double()).square()
+    return float((squares if importance is None else squares * importance.double()).sum())
+
+
+def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
+    """As numbers, and the sign of each zero."""
+    assert ours.shape == theirs.shape
+    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+def assert_decoded_as_by_others(kind: BlockType, blocks: Tensor) -> None:
+    decoded = decode_codebook(kind, blocks)
+    assert_same_bits(decoded, ggml.dequantize(kind.name, blocks))
+    theirs = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType(kind.id))
+    assert torch.equal(decoded, torch.from_numpy(theirs))
+
+
+@every_kind
+def test_any_bytes_decode_as_ggml_and_gguf_do(kind: BlockType) -> None:
+    assert_decoded_as_by_others(kind, random_blocks(kind, 2, 7))
+
+
+@every_kind
+def test_slices_of_rows_decode_as_one(kind: BlockType, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = random_blocks(kind, 2, 7)
+    whole = decode_codebook(kind, blocks)
+    monkeypatch.setattr("quantkit.schemes.ggml_codebook.SLICE_BYTES", 30_000)
+    assert_same_bits(decode_codebook(kind, blocks), whole)
+
+
+@every_kind
+def test_parts_pack_to_the_bytes_they_came_from(kind: BlockType) -> None:
+    blocks = random_blocks(kind, 2, 7)
+    assert torch.equal(pack(kind, unpack(kind, blocks)), blocks)
+
+
+@every_kind
+@pytest.mark.parametrize("importance", ["none", "unequal", "dead", "outlier"])
+def test_error_is_at_most_that_of_ggml(kind: BlockType, importance: str) -> None:
+    weights = many_rows()
+    share = some_importance(importance)
+    blocks = quantize_codebook(kind, torch.stack(list(weights.values())), share)
+    assert ggml.is_valid(kind.name, blocks)
+    assert_decoded_as_by_others(kind, blocks)
+    for (name, weight), encoded in zip(weights.items(), blocks, strict=True):
+        ours = weighted_error(weight, decode_codebook(kind, encoded), share)
+        theirs = weighted_error(weight, ggml.dequantize(kind.name, ggml.quantize(kind.name, weight, share)), share)
+        assert ours <= theirs, f"{name}: {ours / theirs:.4f} of ggml's"
+
+
+@every_kind
+def test_a_normal_matrix_has_much_less_error_than_by_ggml(kind: BlockType) -> None:
+    weight, importance = normal(32, IN_FEATURES), some_importance("unequal")
+    ours = weighted_error(weight, decode_codebook(kind, quantize_codebook(kind, weight, importance)), importance)
+    theirs = ggml.dequantize(kind.name, ggml.quantize(kind.name, weight, importance))
+    assert ours <= 0.9 * weighted_error(weight, theirs, importance)
+
+
+@every_kind
+def test_codes_are_the_best_for_the_stored_scales(kind: BlockType) -> None:
+    weight, importance = normal(16, IN_FEATURES), some_importance("unequal")
+    assert importance is not None
+    parts = unpack(kind, quantize_codebook(kind, weight, importance))
+    found = weighted_error(weight, decode_parts(kind, parts), importance)
+    scale = parts.scale(kind).repeat_interleave(4, -1)
+    codes, signs = encode_fixed(kind, weight, scale, importance)
+    best = type(parts)(parts.d, parts.sub, codes, signs)
+    assert_decoded_as_by_others(kind, pack(kind, best))
+    least = weighted_error(weight, decode_parts(kind, best), importance)
+    # The search for IQ3_XXS tries only some of the places for a wrong sign.
+    assert least * (1 - 1e-6) <= found <= least * (1.001 if kind.name == "IQ3_XXS" else 1 + 1e-6)
+
+
+@every_kind
+def test_eight_weights_on_a_fixed_scale_are_encoded_as_by_trying_everything(kind: BlockType) -> None:
+    weight, importance = normal(12, 8), torch.rand(12, 8, generator=generator(9))
+    scale = torch.full((12, 1), 2.0 / float(codewords(kind).max()))
+    codes, signs = encode_fixed(kind, weight, scale, importance)
+    grid = codewords(kind).double()
+    for row in range(12):
+        least = np.inf
+        for negative in itertools.product((1, -1), repeat=8):
+            if kind.name == "IQ3_XXS" and np.prod(negative) < 0:
+                continue
+            miss = (weight[row].double() * torch.tensor(negative)).view(2, 1, 4) - float(scale[row]) * grid
+            least = min(least, float((miss.square() * importance[row].double().view(2, 1, 4)).sum(-1).amin(-1).sum()))
+        sign = 1 - 2 * (signs[row].int() >> torch.arange(8) & 1)
+        assert kind.name == "IQ3_S" or int(sign.prod()) == 1
+        decoded = grid[codes[row].long()].flatten() * sign * float(scale[row])
+        assert weighted_error(weight[row], decoded, importance[row]) == pytest.approx(least, rel=1e-6)
+
+
+@every_kind
+def test_neither_threads_nor_company_change_bytes(kind: BlockType) -> None:
+    weight, importance = normal(3, 37, 256), torch.rand(3, 256, generator=generator(5))
+    threads = torch.get_num_threads()
+    together = quantize_codebook(kind, weight, importance)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(quantize_codebook(kind, weight, importance), together)
+    finally:
+        torch.set_num_threads(threads)
+    for matrix, share, blocks in zip(weight, importance, together, strict=True):
+        assert torch.equal(quantize_codebook(kind, matrix, share), blocks)
+    assert torch.equal(quantize_codebook(kind, weight[1, 30:31], importance[1]), together[1, 30:31])
+
+
+@every_kind
+def test_the_largest_weights_have_finite_scales(kind: BlockType) -> None:
+    weight = normal(2, 256).clamp(-1, 1) * 3e7
+    blocks = quantize_codebook(kind, weight, None)
+    assert ggml.is_valid(kind.name, blocks)
+    assert weighted_error(weight, decode_codebook(kind, blocks), None) < 0.3 * weighted_error(weight, weight * 0, None)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 4e7])
+def test_values_that_no_block_holds_are_refused_in_one_line(kind: BlockType, value: float) -> None:
+    weight = normal(2, 3, 256)
+    weight[1, 2, 100] = value
+    with pytest.raises(SchemeError, match=r"row 1, 2") as caught:
+        quantize_codebook(kind, weight, None)
+    assert "\n" not in str(caught.value)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_importance_that_means_nothing_is_refused(kind: BlockType, value: float) -> None:
+    importance = torch.ones(256)
+    importance[3] = value
+    with pytest.raises(SchemeError, match="importance"):
+        quantize_codebook(kind, normal(1, 256), importance)
+
+
+@every_kind
+def test_rows_that_are_no_whole_blocks_are_refused(kind: BlockType) -> None:
+    with pytest.raises(SchemeError, match="288"):
+        quantize_codebook(kind, normal(1, 288), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_kind
+def test_a_gpu_decodes_and_returns_the_same(kind: BlockType) -> None:
+    blocks, weight = random_blocks(kind, 7), normal(7, IN_FEATURES)
+    assert_same_bits(decode_codebook(kind, blocks.cuda()).cpu(), decode_codebook(kind, blocks))
+    assert torch.equal(quantize_codebook(kind, weight.cuda(), None).cpu(), quantize_codebook(kind, weight, None))
