@@ -23,6 +23,7 @@ _SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS: asserts when a file is loaded
 _LITE_LAYERS = (26, 27)  # deepseek2.cpp, is_lite; and 48 layers with the vocabulary of GigaChat
 _LITE_48_VOCABULARY = 128_256
+_YARN_BETAS = (32.0, 1.0)  # of llama_hparams, fast and slow
 _LATENT_EPS = 1e-6  # see `deepseek_v3.LATENT_NORM_EPS`
 
 _TOP = {
@@ -120,16 +121,25 @@ def key_values(config: DeepseekV3Config, *, mtp: bool) -> dict[str, int | float 
 
 
 def differences(config: DeepseekV3Config) -> tuple[str, ...]:
-    """What llama.cpp computes slightly otherwise than the checkpoint's own code, one line each, to be shown in a plan.
-
-    The official code norms the latents with eps 1e-6 whatever rms_norm_eps says; llama.cpp knows one eps.
-    """
-    if math.isclose(config.rms_norm_eps, _LATENT_EPS, rel_tol=1e-6):
-        return ()
-    return (
-        f"llama.cpp norms the attention latents with rms_norm_eps {config.rms_norm_eps:g}, the official code with "
-        f"{_LATENT_EPS:g}.",
-    )
+    """What llama.cpp computes otherwise than the checkpoint's own code, one line each, to be shown in a plan."""
+    lines: list[str] = []
+    if not math.isclose(config.rms_norm_eps, _LATENT_EPS, rel_tol=1e-6):
+        # The official code norms the latents with 1e-6 whatever rms_norm_eps says; llama.cpp knows one eps.
+        lines.append(
+            f"llama.cpp norms the attention latents with rms_norm_eps {config.rms_norm_eps:g}, the official code with "
+            f"{_LATENT_EPS:g}."
+        )
+    yarn = config.rope_scaling
+    if yarn is not None:
+        fast, slow = _YARN_BETAS
+        default = yarn.model_copy(update={"beta_fast": fast, "beta_slow": slow})
+        if config.rope.yarn_ramp(yarn) != config.rope.yarn_ramp(default):
+            # The keys are written, but deepseek2.cpp does not read them: seen in logits, October 2026.
+            lines.append(
+                f"llama.cpp takes beta_fast {fast:g} and beta_slow {slow:g} for {GGUF_ARCHITECTURE} whatever the file "
+                f"says: start it with --yarn-beta-fast {yarn.beta_fast:g} --yarn-beta-slow {yarn.beta_slow:g}."
+            )
+    return tuple(lines)
 
 
 def _expert_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
