@@ -70,14 +70,13 @@ def help_text(words: list[str]) -> str:
 def recipe_reference(schema: dict[str, Any]) -> str:
     """One table for each model of a recipe."""
     models = {"Recipe": {key: value for key, value in schema.items() if key != "$defs"}, **schema["$defs"]}
-    order = ["Recipe", "Calibration", "Output", "Rule", "IntScheme", "Rtn", "Gptq", "Validation"]
-    assert set(order) == set(models), sorted(models)
+    assert set(TITLES) == set(models), sorted(models)
     parts = [
         "# Recipe files\n\nGenerated from the models by `tools/docs_reference.py`.\n"
         "Editors complete recipes that begin with\n"
         "`# yaml-language-server: $schema=.../docs/recipe.schema.json` (`quantkit recipes schema` prints the schema).\n"
     ]
-    for name in order:
+    for name in TITLES:
         model = models[name]
         parts.append(f"## {TITLES[name]}\n\n{paragraph(model.get('description', ''))}\n")
         rows = [field_row(key, entry, key in model.get("required", ())) for key, entry in model["properties"].items()]
@@ -88,9 +87,11 @@ def recipe_reference(schema: dict[str, Any]) -> str:
 TITLES = {
     "Recipe": "The file",
     "Calibration": "`calibration`",
-    "Output": "`outputs[]`",
+    "CompressedTensorsOutput": "`outputs[]` with `format: compressed-tensors`",
+    "GgufOutput": "`outputs[]` with `format: gguf`",
     "Rule": "`outputs[].rules[]`",
     "IntScheme": "`scheme: {kind: int}`",
+    "GgmlScheme": "`scheme: {kind: ggml}`",
     "Rtn": "`method: {kind: rtn}`",
     "Gptq": "`method: {kind: gptq}`",
     "Validation": "`validation`",

@@ -10,9 +10,10 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
+from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
 from quantkit.arch.base import Role, TensorSpec
@@ -46,6 +47,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def _with_type_names(schema: JsonDict) -> None:
+    """Tell editors that a scheme may be the name of a block type."""
+    cast("list[JsonValue]", schema["anyOf"]).insert(0, {"enum": list(BLOCK_TYPES)})
+
+
 class Rule(BaseModel, frozen=True, extra="forbid"):
     """What happens to the tensors that ``match`` names. Of all rules of an output the first that matches a tensor
     decides.
@@ -65,7 +71,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
         None,
         description="What the stored numbers mean. The name of a block type of ggml, such as Q4_K, stands for "
         "{kind: ggml, type: Q4_K}.",
-        json_schema_extra={"x-shorthand": "ggml type"},
+        json_schema_extra=_with_type_names,
     )
     method: Method | None = Field(None, description="How the numbers are chosen; null: the output's method.")
 
@@ -159,7 +165,9 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
 
     format: Literal["gguf"] = Field(description="Which bytes hold the result.")
     preset: str | None = Field(
-        None, description="A mix of block types by the name that llama-quantize gives it, for what no rule matches."
+        None,
+        description="A mix of block types by the name that llama-quantize gives it, for what no rule matches.",
+        json_schema_extra={"anyOf": [{"enum": list(FILE_TYPES)}, {"type": "null"}]},
     )
     rules: Rules = Field((), description="First match wins; without a preset they must match every tensor.")
     mtp: Literal["drop", "keep"] = Field("drop", description="Whether a preset leaves the MTP layer out or stores it.")
@@ -280,9 +288,10 @@ _ROLES = tuple(role.value for role in Role)
 
 
 def nearest(word: str, known: tuple[str, ...]) -> str | None:
-    """The known word that ``word`` was probably meant to be."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return found[0] if found else None
+    """The known word that ``word`` was probably meant to be, whatever its case."""
+    folded = {name.casefold(): name for name in known}
+    found = difflib.get_close_matches(word.casefold(), tuple(folded), n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
 
 
 def _one_of(word: str, known: tuple[str, ...]) -> str:

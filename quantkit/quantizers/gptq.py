@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
-from quantkit.calibrate.inputs import InputStats
 from quantkit.quantizers.rtn import ScaleSearch, grid_points, weighting
 
 if TYPE_CHECKING:
@@ -100,6 +99,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         """
         import torch
 
+        from quantkit.calibrate.inputs import InputStats
         from quantkit.quantizers import ldlq
 
         assert isinstance(stats, InputStats), "the plan admits gptq with calibration only"
