@@ -251,6 +251,10 @@ def _plan_output(
     decide = _Decider(output, target, recipe.calibration is not None, problems)
     decisions: dict[str, Decision] = {}
     for spec in target.specs:
+        if target.omits(spec):
+            dtype = infos[spec.official].dtype
+            decisions[spec.name] = Decision(spec, Action.DROP, 0, dtype, dtype)
+            continue
         number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
         rule = target.preset_rule(spec) if number is None else output.rules[number]
         if rule is None:
@@ -267,7 +271,7 @@ def _plan_output(
         decisions[spec.name] = decide(spec, place, rule, infos[spec.official].dtype, float8.get(spec.official))
     for number, rule in enumerate(output.rules):
         if not used[number]:
-            _unused_rule(output, number + 1, rule, target.specs, problems, warnings)
+            _unused_rule(output, number + 1, rule, target, problems, warnings)
     planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
     if not problems.lines:
         for line in target.problems(tuple(planned.values())):
@@ -369,14 +373,15 @@ def _check_inputs(where: str, spec: TensorSpec, method: str, calibrated: bool, p
 
 
 def _unused_rule(
-    output: Output, number: int, rule: Rule, specs: tuple[TensorSpec, ...], problems: _Problems, warnings: list[str]
+    output: Output, number: int, rule: Rule, target: Target, problems: _Problems, warnings: list[str]
 ) -> None:
     """A rule that decides nothing is a typing error if it is a glob or asks to quantise roles without linears, else
     worth a warning."""
     where = f"output {output.name}: rule {number} ({rule.match})"
-    matches, roles = rule.matcher(), rule.roles
-    if any(matches(spec) for spec in specs):
-        warnings.append(f"{where}: decides nothing, earlier rules take all its tensors.")
+    matches, roles, specs = rule.matcher(), rule.roles, target.specs
+    if matched := [spec for spec in specs if matches(spec)]:
+        taken = "mtp: drop leaves out" if all(map(target.omits, matched)) else "earlier rules take"
+        warnings.append(f"{where}: decides nothing, {taken} all its tensors.")
     elif roles is None:
         problems.add(
             "rules without tensors",

@@ -114,8 +114,9 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
         """A test for tensors. Compiled once, because a plan asks it for each of V3's 46,000 tensors."""
         roles = self.roles
         if roles is None:
+            # The official name of a linear stands for its parts, too: rules move between outputs of different formats.
             pattern = re.compile(fnmatch.translate(self.match))
-            return lambda tensor: pattern.match(tensor.name) is not None
+            return lambda t: any(pattern.match(name) for name in ((t.name, t.part_of) if t.part_of else (t.name,)))
         if self.scheme is not None:
             tables = self.scheme.kind == "ggml"
             return lambda tensor: tensor.role in roles and (tensor.linear or (tables and tensor.table))

@@ -27,6 +27,10 @@ class CompressedTensorsTarget:
         self.specs: tuple[TensorSpec, ...] = tuple(arch.tensors())
         self._output = output
 
+    def omits(self, spec: TensorSpec) -> bool:
+        """Nothing: rules say what is dropped."""
+        return False
+
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """There are no presets: rules say it all."""
         return None

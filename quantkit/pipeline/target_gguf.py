@@ -42,12 +42,15 @@ class GgufTarget:
         self.specs: tuple[TensorSpec, ...] = in_parts(arch)
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
 
+    def omits(self, spec: TensorSpec) -> bool:
+        """The MTP layer, unless it is asked for: globs such as ``*.down_proj.weight`` would keep a part of it. Without
+        a preset rules decide."""
+        return self._output.preset is not None and self._output.mtp == "drop" and spec.role is Role.MTP
+
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one."""
         if self._output.preset is None:
             return None
-        if spec.role is Role.MTP and self._output.mtp == "drop":
-            return _DROP
         name, place = self._model.stored_name(spec.name)
         shape = spec.shape if place is None else (self._n_experts, *spec.shape)
         kind = presets.preset_type(
@@ -202,9 +205,6 @@ def in_parts(arch: ModelArch) -> tuple[TensorSpec, ...]:
             [replace(spec, name=part.name, shape=part.shape, part_of=part.whole) for part in own] if own else [spec]
         )
     return tuple(specs)
-
-
-_DROP = Rule.model_validate({"match": "*", "drop": True})
 
 
 @lru_cache(maxsize=64)

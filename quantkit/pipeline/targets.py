@@ -66,6 +66,10 @@ class Target(Protocol):
     specs: tuple[TensorSpec, ...]
     """What it stores, in official order: the source's tensors, or parts of them."""
 
+    def omits(self, spec: TensorSpec) -> bool:
+        """Whether an option of the output leaves a tensor out, whatever its rules say."""
+        ...
+
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """What a preset says of a tensor that no rule matched."""
         ...
