@@ -32,9 +32,9 @@ from quantkit.kernels.ggml_vectors import (
 )
 
 BLOCK, GROUP, GROUPS = 256, 32, 8
-TRIALS = 10
+TRIALS = 13
 """Scales on which each group is measured..."""
-LOWEST, TRIAL_STEP = np.float32(0.68), np.float32(0.08)
+LOWEST, TRIAL_STEP = np.float32(0.6), np.float32(0.065)
 """...from LOWEST times the scale that maps its largest magnitude to the highest level, in steps of TRIAL_STEP."""
 DS = 16
 FIRST_D, D_STEP = np.float32(29.0), np.float32(0.25)
