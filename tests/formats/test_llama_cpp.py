@@ -1,13 +1,15 @@
 """llama.cpp, run on a GGUF, computes what the checkpoint's own forward pass computes.
 
-The files of this module come from an independent writer (tests/oracles/gguf_writer.py): they prove the harness, and
-what the same asserts mean when the file is quantkit's own.
+The same asserts hold for quantkit's files and for those of an independent writer (tests/oracles/gguf_writer.py), which
+prove the harness.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +27,10 @@ from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_gguf import key_values
 from quantkit.arch.forward import block_output, logits
+from quantkit.pipeline.recipe import Recipe
+from quantkit.pipeline.run import convert
 from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
-from tests.oracles import gguf_writer
+from tests.oracles import gguf_reader, gguf_writer
 from tests.oracles.llama_cpp import CacheType, LlamaError, LlamaModel, render_chat
 from tests.tiny_models import YARN, random_weights, tiny_config
 
@@ -75,17 +79,22 @@ def read_checkpoint(name: str) -> Checkpoint:
     return Checkpoint(folder, texts, config, weights, rows, logits, margins)
 
 
-@pytest.fixture(scope="module", params=["nano", "tiny"])
-def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
-    return read_checkpoint(request.param)
+@pytest.fixture(scope="module", params=["nano by oracle", "nano", "tiny"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Checkpoint, Path]]:
+    """A checkpoint, and a float32 GGUF of it; quantkit's is in splits."""
+    name, *by_oracle = request.param.split(" by ")
+    checkpoint, folder = read_checkpoint(name), tmp_path_factory.mktemp("gguf")
+    if by_oracle:
+        gguf_writer.write_f32(checkpoint.folder, folder / "oracle.gguf")
+    else:
+        outputs = [{"name": "f32", "format": "gguf", "preset": "F32", "split_max_size": "12MB"}]
+        convert(checkpoint.folder, recipe_of(outputs), folder / "out", memory_budget=2 * 2**30)
+    yield checkpoint, min(folder.rglob("*.gguf"))
+    shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def oracle_file(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("gguf") / "oracle-f32.gguf"
-    gguf_writer.write_f32(checkpoint.folder, path)
-    yield path
-    path.unlink()
+def recipe_of(outputs: list[dict[str, Any]]) -> Recipe:
+    return Recipe.model_validate({"version": 1, "outputs": outputs})
 
 
 @pytest.fixture(scope="module")
@@ -165,33 +174,83 @@ def assert_close_log_probs(found: Tensor, checkpoint: Checkpoint) -> None:
     assert (ours.mean() - theirs.mean()).abs() <= 1e-3
 
 
-def test_float32_file_gives_our_logits(checkpoint: Checkpoint, oracle_file: Path) -> None:
-    assert_same_logits(llama_logits(oracle_file, checkpoint.rows), checkpoint)
+def test_float32_file_gives_our_logits(case: tuple[Checkpoint, Path]) -> None:
+    checkpoint, path = case
+    assert_same_logits(llama_logits(path, checkpoint.rows), checkpoint)
 
 
-def test_mtp_block_is_carried_and_not_run(nano: Checkpoint, tmp_path: Path) -> None:
-    gguf_writer.write_f32(nano.folder, tmp_path / "mtp.gguf", mtp=True)
-    assert_same_logits(llama_logits(tmp_path / "mtp.gguf", nano.rows), nano)
-
-
-def test_float16_cache_costs_little(checkpoint: Checkpoint, oracle_file: Path) -> None:
-    found = llama_logits(oracle_file, checkpoint.rows, "f16")
+def test_float16_cache_costs_little(case: tuple[Checkpoint, Path]) -> None:
+    checkpoint, path = case
+    found = llama_logits(path, checkpoint.rows, "f16")
     assert_close_log_probs(found, checkpoint)
     with pytest.raises(AssertionError):  # the cache really was another one
         assert_same_logits(found, checkpoint)
 
 
-def test_tokenizer_is_the_checkpoint_s(checkpoint: Checkpoint, oracle_file: Path) -> None:
+def test_tokenizer_is_the_checkpoint_s(case: tuple[Checkpoint, Path]) -> None:
+    checkpoint, path = case
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     chat = "<｜User｜>How?\n<｜Assistant｜>So.<｜end▁of▁sentence｜>"
-    with LlamaModel(oracle_file, vocab_only=True) as model:
+    with LlamaModel(path, vocab_only=True) as model:
         for text in (text[:20_000] for text in checkpoint.texts):
             expected = tokenizer.encode(text, add_special_tokens=False).ids
             assert model.tokenize(text).tolist() == expected
         assert model.tokenize(chat, add_special=True, parse_special=True).tolist() == tokenizer.encode(chat).ids
 
 
-# ------------------------------------------------------------------------- what quantkit says of other configs
+def test_chat_template_is_rendered(case: tuple[Checkpoint, Path]) -> None:
+    _, path = case
+    messages = [
+        {"role": "system", "content": "Be brief.\n"},
+        {"role": "user", "content": "你好?"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": " And now {{ this }}? "},
+    ]
+    turn = "<｜User｜>你好?<｜Assistant｜>Hello.<｜end▁of▁sentence｜><｜User｜> And now {{ this }}? <｜Assistant｜>"
+    assert render_chat(path, messages) == f"<｜begin▁of▁sentence｜>Be brief.\n{turn}"
+    with pytest.raises(LlamaError, match="No such file"):  # the server took the log, the harness listens again
+        LlamaModel(path.with_name("absent.gguf"))
+
+
+def test_metadata_is_read(case: tuple[Checkpoint, Path]) -> None:
+    checkpoint, path = case
+    with LlamaModel(path, vocab_only=True) as model:
+        assert model.metadata("general.architecture") == "deepseek2"
+        assert model.metadata("deepseek2.rope.scaling.yarn_log_multiplier") == "0.100000"
+        assert model.metadata("absent") is None
+        assert model.vocab_size == checkpoint.config["vocab_size"]
+
+
+# ------------------------------------------------------------------------------------------- block types, by preset
+
+
+QUANTISED = ("Q8_0", "Q4_K_M", "IQ4_XS", "MXFP4_MOE", "Q3_K_M", "IQ3_S", "Q2_K")
+
+
+@pytest.fixture(scope="module")
+def quantised(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nano under several presets, data-free: a folder with one for each."""
+    out = tmp_path_factory.mktemp("quantised") / "out"
+    outputs = [{"name": preset, "format": "gguf", "preset": preset} for preset in QUANTISED]
+    convert(nano.folder, recipe_of(outputs), out, memory_budget=2 * 2**30)
+    return out
+
+
+@pytest.mark.parametrize("preset", QUANTISED)
+def test_perplexity_of_quantised_files_is_ours(nano: Checkpoint, quantised: Path, preset: str) -> None:
+    """llama.cpp rounds what block types are multiplied with to 8 bits, so that its logits are not ours."""
+    (path,) = (quantised / preset).glob("*.gguf")
+    weights = gguf_reader.read_weights(path)
+    rows = nano.rows[::2]
+    with torch.inference_mode():
+        expected = logits(arch_of(nano.config), weights.__getitem__, rows)
+    ours, theirs = (log_probs(found, rows) for found in (expected, llama_logits(path, rows, "f16")))
+    assert abs(math.exp(ours.mean() - theirs.mean()) - 1) <= 0.015
+    assert (ours - theirs).abs().mean() <= 0.1
+    assert (ours - log_probs(nano.logits[::2], rows)).abs().max() > 1e-3  # they are quantised
+
+
+# ----------------------------------------------------------------------------------- other configs, and MTP
 
 
 YARN_40 = {"rope_scaling": {**YARN, "factor": 40, "original_max_position_embeddings": 16}}
@@ -221,6 +280,15 @@ def test_our_metadata_of_other_configs_gives_our_logits(changes: dict[str, Any],
     with torch.inference_mode():
         expected = logits(arch, weights.__getitem__, rows)
     assert (llama_logits(tmp_path / "a.gguf", rows) - expected).abs().max() <= 1e-4
+
+
+def test_mtp_block_is_carried_and_not_run(nano: Checkpoint, tmp_path: Path) -> None:
+    outputs = [{"name": "mtp", "format": "gguf", "preset": "F32", "mtp": "keep"}]
+    convert(nano.folder, recipe_of(outputs), tmp_path / "out", memory_budget=2 * 2**30)
+    (path,) = (tmp_path / "out").rglob("*.gguf")
+    with LlamaModel(path, vocab_only=True) as model:
+        assert model.metadata("deepseek2.nextn_predict_layers") == "1"
+    assert_same_logits(llama_logits(path, nano.rows), nano)
 
 
 @pytest.mark.parametrize("mtp", [False, True])
@@ -272,23 +340,3 @@ def test_refusal_carries_the_message_of_llama_cpp(nano: Checkpoint, tmp_path: Pa
     path = write_changed(nano, tmp_path / "a.gguf", lambda keys: keys.pop("deepseek2.attention.q_lora_rank"))
     with pytest.raises(LlamaError, match=r"key not found in model: deepseek2\.attention\.q_lora_rank"):
         LlamaModel(path)
-
-
-def test_metadata_and_chat(nano: Checkpoint, tmp_path: Path) -> None:
-    path = tmp_path / "nano.gguf"
-    gguf_writer.write_f32(nano.folder, path)
-    with LlamaModel(path, vocab_only=True) as model:
-        assert model.metadata("general.architecture") == "deepseek2"
-        assert model.metadata("deepseek2.rope.scaling.yarn_log_multiplier") == "0.100000"
-        assert model.metadata("absent") is None
-        assert model.vocab_size == nano.config["vocab_size"]
-    messages = [
-        {"role": "system", "content": "Be brief.\n"},
-        {"role": "user", "content": "你好?"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": " And now {{ this }}? "},
-    ]
-    turn = "<｜User｜>你好?<｜Assistant｜>Hello.<｜end▁of▁sentence｜><｜User｜> And now {{ this }}? <｜Assistant｜>"
-    assert render_chat(path, messages) == f"<｜begin▁of▁sentence｜>Be brief.\n{turn}"
-    with pytest.raises(LlamaError, match="No such file"):  # the server took the log, the harness listens again
-        LlamaModel(tmp_path / "absent.gguf")
