@@ -60,7 +60,7 @@ GpuOption = Annotated[
         "--gpus",
         parser=gpus,
         metavar="NxNAME-SIZEGB",
-        help="Check whether vLLM can serve the result there, e.g. 5xA100-80GB.",
+        help="Check whether vLLM (GGUF: llama.cpp) can serve the result there, e.g. 5xA100-80GB.",
     ),
 ]
 Context = Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from quantkit.cli.fits import AnyFit, fit_document, fit_text, fits_of
 from quantkit.cli.options import AsJson, Context, GpuOption, RecipeName, Source
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import both_units, short_size, show_json, table
@@ -15,7 +16,7 @@ from quantkit.pipeline.memory import Needs, conversion_needs
 from quantkit.pipeline.plan import OutputPlan, Plan, RoleSize, make_plan
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.recipe_file import load_recipe
-from quantkit.pipeline.serving import UTILIZATIONS, Fit, Gpus, fit
+from quantkit.pipeline.serving import Gpus
 
 
 def plan(
@@ -36,7 +37,7 @@ def show_plan(source: Path, recipe: Recipe, name: str, gpus: Gpus | None, contex
     needs = conversion_needs(made, headers.arch)
     fits = None
     if gpus is not None:
-        fits = [fit(output, headers.config, headers.arch.n_layers, gpus, context) for output in made.outputs]
+        fits = fits_of(headers, made, gpus, context)
     if as_json:
         show_json(_document(headers, name, made, needs, fits))
         return
@@ -44,13 +45,13 @@ def show_plan(source: Path, recipe: Recipe, name: str, gpus: Gpus | None, contex
         typer.echo(text)
 
 
-def _paragraphs(headers: SourceHeaders, made: Plan, needs: Needs, fits: list[Fit] | None) -> list[str]:
+def _paragraphs(headers: SourceHeaders, made: Plan, needs: Needs, fits: list[AnyFit] | None) -> list[str]:
     origin = "" if headers.has_shards else "  (no shards here: derived from config.json)"
     blocks = [f"source  {headers.directory}: {len(headers.infos):,} tensors, {both_units(made.source_bytes)}{origin}"]
     for number, output in enumerate(made.outputs):
         blocks.append(f"\noutput  {output.output.name}: {output.output.format}\n\n{_size_table(output)}")
         if fits is not None:
-            blocks.append("\n" + _fit_text(fits[number], output.output.name))
+            blocks.append("\n" + fit_text(fits[number]))
     blocks.append("\n" + _needs_text(needs))
     if made.warnings:
         blocks.append("\n" + "\n".join(f"note: {warning}" for warning in made.warnings))
@@ -86,31 +87,8 @@ def _with_hidden(needs: Needs) -> str:
     )
 
 
-def _fit_text(found: Fit, name: str) -> str:
-    lines = [f"on {found.gpus}:"]
-    lines += [f"  not {refused}" for refused in found.refused]
-    layout = found.layout
-    if layout is None:
-        return "\n".join([*lines, "  does not fit: no way to spread the model over these GPUs."])
-    kv_bytes = layout.kv_bytes_per_token * layout.context
-    stages = "/".join(f"{weights / 2**30:.1f}" for weights in layout.stage_weights)
-    lines.append(
-        f"  TP={layout.tensor_parallel} PP={len(layout.partition)}: weights {stages} GiB a GPU, "
-        f"runtime {layout.runtime_bytes / 2**30:.1f} GiB, KV cache {kv_bytes / 2**30:.2f} GiB "
-        f"for {layout.context:,} tokens; a GPU has {found.gpus.total_bytes / 2**30:.1f} GiB"
-    )
-    if found.utilization is None:
-        needed, usable = layout.needed_bytes / 2**30, max(UTILIZATIONS) * found.gpus.total_bytes / 2**30
-        return "\n".join([*lines, f"  does not fit: {needed:.1f} GiB needed, {usable:.1f} GiB usable."])
-    lines.append(
-        f"  fits, with room for {found.spare_kv_tokens:,} more tokens of KV cache. Estimated, not run. Serve with"
-    )
-    lines.append(f"  {found.command('OUT')}")
-    return "\n".join(lines)
-
-
 def _document(
-    headers: SourceHeaders, name: str, made: Plan, needs: Needs, fits: list[Fit] | None
+    headers: SourceHeaders, name: str, made: Plan, needs: Needs, fits: list[AnyFit] | None
 ) -> Mapping[str, object]:
     return {
         "source": {
@@ -131,9 +109,7 @@ def _document(
                 for term in terms
             ],
         },
-        "fit": None
-        if fits is None
-        else [_fit_document(found, made.outputs[i].output.name) for i, found in enumerate(fits)],
+        "fit": None if fits is None else [fit_document(found) for found in fits],
         "warnings": list(made.warnings),
     }
 
@@ -160,27 +136,3 @@ def _output_document(output: OutputPlan) -> Mapping[str, object]:
             for size in output.sizes
         ],
     }
-
-
-def _fit_document(found: Fit, name: str) -> Mapping[str, object]:
-    layout = found.layout
-    document: dict[str, object] = {
-        "gpus": str(found.gpus),
-        "fits": found.utilization is not None,
-        "refused": list(found.refused),
-    }
-    if layout is not None:
-        document |= {
-            "tensor_parallel": layout.tensor_parallel,
-            "layer_partition": list(layout.partition),
-            "weights_bytes": list(layout.stage_weights),
-            "needed_bytes": layout.needed_bytes,
-            "context": layout.context,
-        }
-    if found.utilization is not None:
-        document |= {
-            "utilization": found.utilization,
-            "spare_kv_tokens": found.spare_kv_tokens,
-            "command": found.command("OUT"),
-        }
-    return document

@@ -12,6 +12,9 @@ from pathlib import Path
 from quantkit.cli.render import both_units, duration, short_size, table
 from quantkit.pipeline.events import OutputReport, Report, ValidationResult
 
+_RUNTIMES = {"vllm": "vLLM", "llama-server": "llama.cpp"}
+"""By the program that serves."""
+
 
 def report_text(report: Report) -> str:
     """Tables of quality and size, times, and what to try next."""
@@ -77,8 +80,9 @@ def _next_text(report: Report) -> str:
         (f"  {command} inspect {path}", "what the checkpoint holds"),
         (f"  cat {path}/README.md", "its model card; quantkit.json beside it has every tensor"),
         (f"  {command} recipes list", "other recipes, each a name for -r"),
-        (f"  vllm serve {path}", "on a machine with vLLM"),
     ]
+    serve = [line for output in report.outputs for line in output.serve]
+    lines += [(f"  {line}", f"on a machine with {_RUNTIMES.get(line.split()[0], 'its runtime')}") for line in serve]
     width = max(len(line) for line, _ in lines)
     return "\n".join(f"{line.ljust(width)}  # {why}" if why else line for line, why in lines)
 
@@ -125,6 +129,7 @@ def _output_document(output: OutputReport) -> Mapping[str, object]:
         "tensors": output.tensors,
         "quantized": output.quantized,
         "fallbacks": output.fallbacks,
+        "serve": list(output.serve),
         "validation": None if output.validation is None else _validation_document(output.validation),
     }
 

@@ -106,7 +106,8 @@ class ExpertTokens:
 
 @dataclass(frozen=True, slots=True)
 class OutputReport:
-    """One finished checkpoint. ``nbytes``: tensor data; ``bpw``: stored bits per weight of the whole checkpoint."""
+    """One finished checkpoint. ``nbytes``: tensor data; ``bpw``: stored bits per weight of the whole checkpoint;
+    ``serve``: shell lines that serve it."""
 
     name: str
     path: Path
@@ -116,6 +117,7 @@ class OutputReport:
     quantized: int
     fallbacks: int
     validation: ValidationResult | None = None
+    serve: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ name."""
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -185,15 +186,17 @@ def _output_report(
     walk: Walk, output: OutputPlan, records: Mapping[str, Mapping[str, object]], result: ValidationResult | None
 ) -> OutputReport:
     several = len(walk.plan.outputs) > 1
+    path = walk.folder.out / output.output.name if several else walk.folder.out
     return OutputReport(
         name=output.output.name,
-        path=walk.folder.out / output.output.name if several else walk.folder.out,
+        path=path,
         nbytes=output.nbytes,
         bpw=output.bpw,
         tensors=output.tensors,
         quantized=len(records),
         fallbacks=sum("fallback" in record for record in records.values()),
         validation=result,
+        serve=output.target.serve_commands(walk.source.directory, shlex.quote(str(path))),
     )
 
 

@@ -113,9 +113,7 @@ def fit(plan: OutputPlan, config: Mapping[str, object], n_layers: int, gpus: Gpu
 
     ``config`` is the raw config.json. Raises `PlanError` if the model is not made for ``context`` tokens.
     """
-    facts = _Facts.of(config)
-    if context > facts.max_positions:
-        raise PlanError(f"--context {context:,}: the model is made for at most {facts.max_positions:,} tokens.")
+    facts = ModelFacts.of(config, context)
     weights = _Weights.of(plan, n_layers)
     refused: list[str] = []
     layouts: list[Layout] = []
@@ -137,8 +135,8 @@ def fit(plan: OutputPlan, config: Mapping[str, object], n_layers: int, gpus: Gpu
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
-    """Entries of config.json that the runtime's memory depends on."""
+class ModelFacts:
+    """Entries of config.json that a runtime's memory depends on."""
 
     heads: int
     hidden: int
@@ -150,14 +148,23 @@ class _Facts:
     max_positions: int
 
     @classmethod
-    def of(cls, config: Mapping[str, object]) -> _Facts:
+    def of(cls, config: Mapping[str, object], context: int) -> ModelFacts:
+        """Raises `PlanError` if one is missing, or if the model is not made for ``context`` tokens."""
         keys = ("num_attention_heads", "hidden_size", "moe_intermediate_size", "num_experts_per_tok", "kv_lora_rank")
         keys += ("qk_rope_head_dim", "vocab_size", "max_position_embeddings")
         values = [config.get(key) for key in keys]
         lacking = [key for key, value in zip(keys, values, strict=True) if not isinstance(value, int)]
         if lacking:
             raise PlanError(f"config.json: lacks {', '.join(lacking)}, needed for --gpus.")
-        return cls(*(value for value in values if isinstance(value, int)))
+        facts = cls(*(value for value in values if isinstance(value, int)))
+        if context > facts.max_positions:
+            raise PlanError(f"--context {context:,}: the model is made for at most {facts.max_positions:,} tokens.")
+        return facts
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one layer: the latent and the rotated key, in 16 bits."""
+        return (self.kv_rank + self.rope_dim) * 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +205,7 @@ class _Weights:
         return [whole + -(-cut // tensor_parallel) for whole, cut in zip(self.whole, self.divided, strict=True)]
 
 
-def _tensor_parallel_problem(weights: _Weights, facts: _Facts, size: int) -> str | None:
+def _tensor_parallel_problem(weights: _Weights, facts: ModelFacts, size: int) -> str | None:
     """Why the model cannot be cut into ``size`` tensor-parallel ranks, None if it can."""
     if facts.heads % size:
         return f"{facts.heads} attention heads are not divisible by {size}"
@@ -208,10 +215,10 @@ def _tensor_parallel_problem(weights: _Weights, facts: _Facts, size: int) -> str
     return None
 
 
-def _layout(weights: _Weights, facts: _Facts, tensor_parallel: int, stages: int, context: int) -> Layout:
+def _layout(weights: _Weights, facts: ModelFacts, tensor_parallel: int, stages: int, context: int) -> Layout:
     first, *layers, last = weights.on_one_rank(tensor_parallel)
-    kv_per_layer = (facts.kv_rank + facts.rope_dim) * 2
-    partition = _partition([nbytes + kv_per_layer * context for nbytes in layers], first, last, stages)
+    kv_per_layer = facts.kv_bytes_per_token
+    partition = partition_layers([nbytes + kv_per_layer * context for nbytes in layers], first, last, stages)
     stops = [sum(partition[: stage + 1]) for stage in range(stages)]
     on_stage = [sum(layers[start:stop]) for start, stop in pairwise([0, *stops])]
     on_stage[0] += first
@@ -220,7 +227,7 @@ def _layout(weights: _Weights, facts: _Facts, tensor_parallel: int, stages: int,
     return Layout(tensor_parallel, partition, tuple(on_stage), runtime, kv_per_layer * max(partition), context)
 
 
-def _partition(costs: list[int], first: int, last: int, stages: int) -> tuple[int, ...]:
+def partition_layers(costs: list[int], first: int, last: int, stages: int) -> tuple[int, ...]:
     """Layers of each stage so that the fullest stage is as small as can be, and the others even.
 
     Dynamic programming over (stages used, layers placed); a solution's cost is (fullest stage, sum of squares).
@@ -246,7 +253,7 @@ def _partition(costs: list[int], first: int, last: int, stages: int) -> tuple[in
     return best[n_layers][2]
 
 
-def _runtime_bytes(facts: _Facts, tensor_parallel: int, context: int) -> int:
+def _runtime_bytes(facts: ModelFacts, tensor_parallel: int, context: int) -> int:
     """Activations at MAX_BATCHED_TOKENS, logits of MAX_SEQS, the MLA decode workspace, CUDA graphs and context."""
     moe_widths = 3 * facts.moe_width // tensor_parallel + facts.hidden
     activations = MAX_BATCHED_TOKENS * facts.top_k * moe_widths * 2

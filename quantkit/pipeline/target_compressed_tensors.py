@@ -73,9 +73,9 @@ class CompressedTensorsTarget:
         write_config(directory, config, compressed_tensors.quantization_config(tensors), mtp_dropped=not mtp)
         copy_side_files(source, directory)
 
-    def serve_commands(self, source: Path) -> tuple[str, ...]:
-        """vLLM on this folder."""
-        return ("vllm serve .",)
+    def serve_commands(self, source: Path, folder: str = ".") -> tuple[str, ...]:
+        """vLLM on the folder."""
+        return (f"vllm serve {folder}",)
 
     def open_written(self, directory: Path) -> CompressedTensorsSource:
         """See `CompressedTensorsSource`."""

@@ -137,10 +137,10 @@ class GgufTarget:
         names = {spec.name: self._model.stored_name(spec.name) for spec in self.specs}
         return GgufSource(directory, names, tuple(self._arch.parts().values()))
 
-    def serve_commands(self, source: Path) -> tuple[str, ...]:
+    def serve_commands(self, source: Path, folder: str = ".") -> tuple[str, ...]:
         """llama.cpp's server on the first file."""
         first = self.stem(source) + (".gguf" if self._output.split_max_size is None else "-00001-of-*.gguf")
-        return (f"llama-server -m {first}",)
+        return (f"llama-server -m {first if folder == '.' else f'{folder}/{first}'}",)
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""

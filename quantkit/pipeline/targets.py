@@ -106,8 +106,9 @@ class Target(Protocol):
         """Config, tokenizer, licence: what a runtime expects beside the weights. ``mtp``: MTP layers are stored."""
         ...
 
-    def serve_commands(self, source: Path) -> tuple[str, ...]:
-        """Shell lines for the model card, run in the output's folder."""
+    def serve_commands(self, source: Path, folder: str = ".") -> tuple[str, ...]:
+        """Shell lines that serve the output in ``folder``, which is quoted where need be; the model card's are run
+        inside it."""
         ...
 
     def open_written(self, directory: Path) -> AbstractContextManager[RowSource]:
