@@ -133,7 +133,7 @@ def _fill(tile: Tile, weight: Floats, importance: Floats) -> bool:
         if lane < weight.shape[0]:
             for c in range(BLOCK):
                 reach = max(reach, abs(weight[lane, c]))
-        anything |= reach > 0
+        anything = anything or bool(reach > 0)
         tile.power[lane] = 2.0 ** np.floor(np.log2(np.float64(reach))) if reach > 0 else 1.0
         inverse = 1 / np.float64(tile.power[lane])
         for c in range(BLOCK):
