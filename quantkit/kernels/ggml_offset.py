@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from quantkit.kernels.ggml_lanes import ROWS, absolute, fma, half, least, load, most, rint, splat, store, where_less
+from quantkit.kernels.ggml_lanes import ROWS, fma, half, least, load, most, rint, splat, store, where_less
 from quantkit.kernels.ggml_symmetric import best_units
 from quantkit.kernels.ggml_tile import (
     HALF_MAX,
@@ -23,7 +23,8 @@ from quantkit.kernels.ggml_tile import (
 
 Integers = NDArray[np.int16]
 INFINITY = np.float32(np.inf)
-ROUNDS = 2
+PAIRS = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (2, 1))
+"""Which of the three best d and dmin are tried together."""
 # Sums kept of each group, in units of a row of lanes.
 SCALE, OFFSET, CURVATURE, TOTAL, SUB, LOW, BEST_SUB, BEST_LOW, B, C, D, F, FIELDS = range(13)
 
@@ -99,19 +100,23 @@ def pair_of_group(
     width = (top - bottom) / high
     best_error, best_scale, best_offset, curvature = splat(INFINITY), width, bottom, splat(0.0)
     limit = splat(INFINITY) if single else splat(0.0)
-    for share in shares:
-        scale = width * share
-        offset = bottom + (1.0 - share) * (0.0 - bottom)
-        if single:
-            offset = bottom + (0.5 - 0.5 * share) * (top - bottom)
-        for _ in range(2):
+    for clipped in (0.0, 0.5, 1.0):
+        mode_error, mode_scale, mode_offset = splat(INFINITY), width, bottom
+        for share in shares:
+            scale = width * share
+            offset = least(bottom + np.float32(clipped * (1.0 - share)) * (top - bottom), limit)
             a, b, c, d, f = measure_pair(tile, h, start, stop, scale, offset, high)
             step, shift, error = solve(a, b, c, d, f, total, limit - offset)
-            scale, offset = scale + step, offset + shift
-        best_scale = where_less(error, best_error, scale, best_scale)
-        best_offset = where_less(error, best_error, offset, best_offset)
-        curvature = where_less(error, best_error, c, curvature)
-        best_error = least(error, best_error)
+            mode_scale = where_less(error, mode_error, scale + step, mode_scale)
+            mode_offset = where_less(error, mode_error, offset + shift, mode_offset)
+            mode_error = least(error, mode_error)
+        a, b, c, d, f = measure_pair(tile, h, start, stop, mode_scale, mode_offset, high)
+        step, shift, mode_error = solve(a, b, c, d, f, total, limit - mode_offset)
+        mode_scale, mode_offset = mode_scale + step, mode_offset + shift
+        best_scale = where_less(mode_error, best_error, mode_scale, best_scale)
+        best_offset = where_less(mode_error, best_error, mode_offset, best_offset)
+        curvature = where_less(mode_error, best_error, c, curvature)
+        best_error = least(mode_error, best_error)
     store(state[SCALE], g * ROWS, best_scale)
     store(state[OFFSET], g * ROWS, best_offset)
     store(state[CURVATURE], g * ROWS, curvature)
@@ -156,14 +161,13 @@ def units_and_integers(
     ds = best_units(state[SCALE], state[CURVATURE], (0, limits[0]))
     dmins = best_units(state[OFFSET], state[TOTAL], (0, limits[1]))
     best_error, best_d, best_dmin = splat(INFINITY), splat(0.0), splat(0.0)
-    for d_start, dmin_start in ((ds[0], dmins[0]), (ds[1], dmins[0])):
-        d, dmin = d_start, dmin_start
-        for _ in range(ROUNDS):
-            error = integer_pairs(tile, h, group, high, limits, d, dmin, state)
-            best_error, best_d, best_dmin = keep(error, d, dmin, best_error, best_d, best_dmin, state)
-            d, dmin = refit(d, dmin, error, state)
-            error = error_of(tile, h, group, high, d, dmin, state)
-            best_error, best_d, best_dmin = keep(error, d, dmin, best_error, best_d, best_dmin, state)
+    for pair in PAIRS:
+        d, dmin = ds[pair[0]], dmins[pair[1]]
+        error = integer_pairs(tile, h, group, high, limits, d, dmin, state)
+        best_error, best_d, best_dmin = keep(error, d, dmin, best_error, best_d, best_dmin, state)
+        d, dmin = refit(d, dmin, error, state)
+        error = error_of(tile, h, group, high, d, dmin, state)
+        best_error, best_d, best_dmin = keep(error, d, dmin, best_error, best_d, best_dmin, state)
     return best_d, best_dmin
 
 

@@ -13,7 +13,8 @@ from quantkit.kernels.ggml_tile import Floats, fill, measure, nonzero_half, rang
 
 Integers = NDArray[np.int16]
 INFINITY = np.float32(np.inf)
-ROUNDS = 2
+import os
+ROUNDS = int(os.environ.get('ROUNDS','2'))
 UNITS = 15
 """Ratios of d tried for each end of the sub-scales."""
 

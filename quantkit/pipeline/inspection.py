@@ -1,5 +1,5 @@
 """What a folder of safetensors holds: weights by role and storage, bits per weight, and what is unusual about it.
-Headers only.
+Headers only. `inspect_path` also takes what `inspection_gguf` understands.
 
 Sources (BF16, F16, F32, FP8 blocks) and compressed-tensors outputs are understood weight by weight; of other formats
 the stored tensors are listed as they are.
@@ -11,19 +11,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from pydantic import ValidationError
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import Role, TensorSpec
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, SourceError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.checkpoint import quant_method, read_config
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors import SafetensorsSource
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.inspection_gguf import GgufInspection
+    from quantkit.pipeline.inspection_imatrix import ImatrixInspection
 
 UNKNOWN_ROLE = "-"
 NAMES_SHOWN = 3
@@ -88,6 +92,22 @@ class _Weight:
         return sum(part.nbytes for part in self.parts.values())
 
 
+def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection:
+    """A folder with safetensors or, if it has none, with a GGUF model; a .gguf file; an imatrix file of either form.
+
+    Raises `SourceError` for damaged files, and for files of other kinds.
+    """
+    from quantkit.pipeline.inspection_gguf import inspect_gguf
+    from quantkit.pipeline.inspection_imatrix import inspect_imatrix
+
+    if path.is_dir():
+        gguf = next(path.glob("*.gguf"), None) is not None and next(path.glob("*.safetensors"), None) is None
+        return inspect_gguf(path) if gguf else inspect_folder(path)
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        raise SourceError(f"{path}: is a file of a checkpoint, its folder was needed.", hint=f"Inspect {path.parent}.")
+    return inspect_imatrix(path) if path.suffix == ".dat" else inspect_gguf(path)
+
+
 def inspect_folder(directory: Path | str) -> Inspection:
     """Headers of all shards, config.json if there is one. Raises `SourceError` for damaged files; what is merely odd
     is reported."""
@@ -97,7 +117,7 @@ def inspect_folder(directory: Path | str) -> Inspection:
         infos = source.infos()
         shards = len({source.stored(name).file for name in infos})
         if source.unlisted:
-            unusual.append(_counted("tensors in the shards that the index does not list", list(source.unlisted)))
+            unusual.append(counted("tensors in the shards that the index does not list", list(source.unlisted)))
     config = _config(directory, unusual)
     family, specs = _family(config, unusual)
     weights = _weights(infos)
@@ -231,7 +251,7 @@ def _compare_with_family(
         ("tensors that the official release stores in float32 and this one does not", narrowed),
     ):
         if names:
-            unusual.append(_counted(text, names))
+            unusual.append(counted(text, names))
 
 
 def _compare_with_config(
@@ -248,7 +268,7 @@ def _compare_with_config(
         unusual.append(f"config.json says {method}, but no weight is quantised: quantization_config is stale.")
     doubles = [name for name, info in infos.items() if info.dtype == "F64"]
     if doubles:
-        unusual.append(_counted("tensors in float64", doubles))
+        unusual.append(counted("tensors in float64", doubles))
 
 
 def _holdings(
@@ -273,7 +293,7 @@ def _holdings(
     )
 
 
-def _counted(text: str, names: list[str]) -> str:
+def counted(text: str, names: list[str]) -> str:
     """ "3 tensors that are missing: a, b, c" """
     more = ", ..." if len(names) > NAMES_SHOWN else ""
     return f"{len(names):,} {text}: {', '.join(names[:NAMES_SHOWN])}{more}"

@@ -301,7 +301,7 @@ class _Decider:
             return Decision(spec, Action.DROP, number, dtype, dtype)
         if rule.scheme is not None:
             scheme = self._fitting(spec, rule.scheme)
-            return Decision(spec, Action.QUANTIZE, number, dtype, dtype, scheme, self._method(spec, rule, scheme))
+            return Decision(spec, Action.QUANTIZE, number, dtype, dtype, scheme, self._method(spec, rule))
         if rule.keep == "source" and float8 is not None:
             return Decision(spec, Action.KEEP, number, dtype, dtype, float8)
         kept = dtype if rule.keep in (None, "source") else rule.keep.upper()
@@ -316,12 +316,12 @@ class _Decider:
             return scheme
         return fitting
 
-    def _method(self, spec: TensorSpec, rule: Rule, scheme: ChosenScheme) -> Method:
+    def _method(self, spec: TensorSpec, rule: Rule) -> Method:
         """The rule's method, or the output's where this tensor has the inputs that it needs."""
         if rule.method is not None:
             return rule.method
         wanted = self.output.method or (_GPTQ if self.calibrated else _RTN)
-        usable = self.calibrated and scheme.has_grid and not spec.table and spec.role is not Role.MTP
+        usable = self.calibrated and not spec.table and spec.role is not Role.MTP
         return wanted if usable or not wanted.needs_inputs else _RTN
 
 
@@ -347,12 +347,6 @@ def _check_decision(output: Output, decision: Decision, calibrated: bool, proble
         return
     if decision.method is not None and decision.method.needs_inputs:
         _check_inputs(where, spec, decision.method.kind, calibrated, problems)
-        if isinstance(decision.scheme, GgmlScheme) and not decision.scheme.has_grid:
-            problems.add(
-                f"{decision.method.kind} on codebooks",
-                f"{where}: {decision.scheme.type} rounds vectors of weights, which {decision.method.kind} cannot.",
-                "Use method: {kind: rtn}, or leave the method out.",
-            )
 
 
 def _check_inputs(where: str, spec: TensorSpec, method: str, calibrated: bool, problems: _Problems) -> None:

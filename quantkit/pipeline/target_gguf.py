@@ -113,13 +113,13 @@ class GgufTarget:
             sink.stacked_tensors(tensors, self._model.stored_name),
             self._output.max_shard_bytes,
         )
-        importance: set[str] = set()
+        importance: dict[str, ImatrixEntry] = {}
         calibration = self._recipe.calibration
         if calibration is not None and self._output.imatrix:
             entries = self._importance_entries()
             chunks = -(-calibration.tokens // calibration.sequence_length)
             layout = combined(layout, imatrix_layout(entries, calibration.data, chunks, calibration.sequence_length))
-            importance = {entry.name for entry in entries}
+            importance = {entry.name: entry for entry in entries}
         return sink.GgufSink.open(directory, layout, tensors, self._model.stored_name, importance)
 
     def write_side_files(

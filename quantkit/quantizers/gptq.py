@@ -7,13 +7,15 @@ The numerics are in `quantkit.quantizers.ldlq`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
 from quantkit.quantizers.rtn import ScaleSearch, grid_points, weighting
+from quantkit.schemes import GgmlScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,8 @@ class PreparedInputs:
     factor: Factor
     cross: Tensor | None
     fallbacks: tuple[str, ...]
+    in_storage_order: Callable[[], Factor]
+    """The factor for codebooks, made when first asked for."""
 
     @property
     def importance(self) -> Tensor:
@@ -109,7 +113,8 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         factor = ldlq.factorize(stats.hessian, self.damp_percent, act_order=self.act_order == "static")
         damped = "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times"
         fallbacks = tuple("no calibration tokens: round to nearest" if blind else damped for blind in unseen.tolist())
-        return PreparedInputs(factor, stats.cross if self.cross else None, fallbacks)
+        storage = cache(partial(ldlq.in_storage_order, factor))
+        return PreparedInputs(factor, stats.cross if self.cross else None, fallbacks, storage)
 
     def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
@@ -130,13 +135,17 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         )
 
     def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> _Rows:
-        from quantkit.quantizers import ldlq
+        from quantkit.quantizers import ldlq, ldlq_vectors
 
         factor = prepared.factor
         target = weight
         if prepared.cross is not None:
             target = ldlq.towards_original(weight, prepared.cross, factor, self.cross)
         importance = weighting(prepared.importance, self.scale_search)
+        if isinstance(scheme, GgmlScheme) and not scheme.has_grid:
+            vectors = scheme.vector_grid(target, importance)
+            error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
+            return _Rows(vectors.stored(), ldlq.row_loss(error, factor.hessian))
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed)
         codes = ldlq.sweep(grid, target, factor)
         polished = ldlq.polish(grid, target, codes, factor.hessian, self.polish)

@@ -70,6 +70,11 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Facto
     return Factor(hessian, layout, lower, root.square_(), raised)
 
 
+def in_storage_order(factor: Factor) -> Factor:
+    """The same damped Hessian factored anew, so that storage column 0 is rounded first."""
+    return factorize(factor.hessian, 0.0, act_order=False)
+
+
 def _storage_order(diagonal: Tensor) -> Tensor:
     return torch.arange(diagonal.shape[-1], device=diagonal.device).expand(diagonal.shape)
 

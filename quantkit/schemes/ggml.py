@@ -18,6 +18,7 @@ from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockParams, BlockType
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.schemes.ggml_codebook import CodebookParts
     from quantkit.schemes.grid import Stored
 
 BlockTypeName = Literal[
@@ -64,6 +65,12 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
         from quantkit.schemes.ggml_fit import fit
 
         return BlockGrid(self.block, fit(self.block, weight, importance))
+
+    def vector_grid(self, weight: Tensor, importance: Tensor | None) -> CodebookGrid:
+        """Fitted scales of weight (B, out, in) for the types with a codebook. Raises `SchemeError` as `grid`."""
+        from quantkit.schemes.ggml_codebook import quantize_codebook, unpack
+
+        return CodebookGrid(self.block, unpack(self.block, quantize_codebook(self.block, weight, importance)))
 
     def rounded(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> Stored:
         """Fitted scales and nearest codes of weight (..., out, in), as `decode` takes them."""
@@ -156,6 +163,35 @@ class BlockGrid:
             else:
                 sub_min = _multiples(-offset, dmin)
         return {"blocks": pack(self.kind, codes, BlockParams(d, dmin, sub_scale, sub_min))}
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookGrid:
+    """A `VectorGrid`: the scales of ``parts`` stay, its codes and signs are filled anew."""
+
+    kind: BlockType
+    parts: CodebookParts
+    width: int = 8
+
+    def encode(self, values: Tensor, start: int, importance: Tensor) -> Tensor:
+        """See `VectorGrid.encode`. Signs and two codewords of each row's eight weights."""
+        import torch
+
+        from quantkit.schemes.ggml_codebook import codewords, encode_fixed
+
+        scale = self.parts.scale(self.kind)[..., start // self.kind.group, None]
+        codes, signs = encode_fixed(self.kind, values, scale, importance.unsqueeze(-2))
+        self.parts.codes[..., start // 4 : start // 4 + 2] = codes
+        self.parts.signs[..., start // 8 : start // 8 + 1] = signs
+        negative = signs >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1
+        magnitudes = codewords(self.kind, codes.device)[codes.int()].flatten(-2)
+        return magnitudes * scale * (1 - 2 * negative.float())
+
+    def stored(self) -> Stored:
+        """The blocks."""
+        from quantkit.schemes.ggml_codebook import pack
+
+        return {"blocks": pack(self.kind, self.parts)}
 
 
 def _half(wanted: Tensor) -> Tensor:

@@ -56,3 +56,18 @@ class Grid(Protocol):
     def stored(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Stored:
         """codes (B, out, in) uint8 on scales and offsets that the two methods above gave -> what is stored."""
         ...
+
+
+class VectorGrid(Protocol):
+    """Fixed scales for B matrices whose weights are coded in vectors: ``width`` neighbours in storage order at once."""
+
+    width: int
+
+    def encode(self, values: Tensor, start: int, importance: Tensor) -> Tensor:
+        """Code columns [start, start + width) as near to ``values`` (B, out, width) as importance (B, width) weighs it
+        -> the values that were coded, the same shape."""
+        ...
+
+    def stored(self) -> Stored:
+        """What is stored, once all columns are coded."""
+        ...

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.formats.casting import bytes_of, cast_to
-from quantkit.formats.gguf.imatrix import imatrix_tensors
+from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_tensors
 from quantkit.formats.gguf.layout import GgufTensor
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.preallocated import FilesLayout, PreallocatedFiles
@@ -81,10 +81,14 @@ class _Place:
 
 
 class GgufSink:
-    """The open files. ``importance``: GGUF names that imatrix.gguf has entries for."""
+    """The open files. ``importance``: the entries of imatrix.gguf by GGUF name, none if it is not written."""
 
     def __init__(
-        self, files: PreallocatedFiles, planned: Sequence[PlannedTensor], stored_name: StoredName, importance: set[str]
+        self,
+        files: PreallocatedFiles,
+        planned: Sequence[PlannedTensor],
+        stored_name: StoredName,
+        importance: Mapping[str, ImatrixEntry],
     ) -> None:
         self._files = files
         self._importance = importance
@@ -101,7 +105,7 @@ class GgufSink:
         layout: FilesLayout,
         planned: Sequence[PlannedTensor],
         stored_name: StoredName,
-        importance: set[str],
+        importance: Mapping[str, ImatrixEntry],
     ) -> GgufSink:
         """Create the files in full size in ``directory``, or take up those of an interrupted job (`fresh` tells which).
 
@@ -135,10 +139,16 @@ class GgufSink:
         self._put(place, start_row * (info.nbytes // info.shape[0]), cast_to(name, tensor, info.dtype))
 
     def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
-        """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: behind each row."""
+        """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: behind each row.
+
+        One row for a tensor of several heads: all of them read the same.
+        """
         stored, expert = self._stored_name(name)
-        if stored not in self._importance:
+        entry = self._importance.get(stored)
+        if entry is None:
             return
+        if expert is None and len(importance) == 1:
+            importance = importance.expand(entry.n_matrices, -1)
         for suffix, values in imatrix_tensors(importance.cpu().numpy(), n_tokens).items():
             self._files.write(f"{stored}{suffix}", (expert or 0) * values.nbytes, values.tobytes())
 
