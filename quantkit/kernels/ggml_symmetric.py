@@ -14,6 +14,8 @@ from quantkit.kernels.ggml_tile import Floats, fill, measure, nonzero_half, rang
 Integers = NDArray[np.int16]
 INFINITY = np.float32(np.inf)
 import os
+WIDE=int(os.environ.get('WIDE','0'))
+REACH=int(os.environ.get('REACH','1'))
 ROUNDS = int(os.environ.get('ROUNDS','2'))
 UNITS = 15
 """Ratios of d tried for each end of the sub-scales."""
@@ -134,11 +136,19 @@ def _units_and_integers(
     best_error, best = splat(INFINITY), splat(0.0)
     for d in best_units(scale, curvature, limits):
         for _ in range(ROUNDS):
-            error, slope, norm = _integers(tile, h, group, levels, table, limits, d, scale, energy, sub)
+            error, slope, norm = _integers(tile, h, group, levels, table, limits, d, scale, energy, sub, REACH)
             best, best_error = _keep(error, d, sub, best_error, best, best_sub)
             d = nonzero_half(d + ratio(slope, norm))
             error = _error(tile, h, group, levels, table, d, sub)
             best, best_error = _keep(error, d, sub, best_error, best, best_sub)
+    if WIDE:
+        for g in range(0, best_sub.size, ROWS):
+            store(scale, g, load(best_sub, g) * best)
+        error, slope, norm = _integers(tile, h, group, levels, table, limits, best, scale, energy, sub, WIDE)
+        best, best_error = _keep(error, best, sub, best_error, best, best_sub)
+        d = nonzero_half(best + ratio(slope, norm))
+        error = _error(tile, h, group, levels, table, d, sub)
+        best, best_error = _keep(error, d, sub, best_error, best, best_sub)
     return best
 
 
@@ -183,6 +193,7 @@ def _integers(
     scale: Floats,
     energy: Floats,
     sub_out: Floats,
+    reach: int,
 ) -> tuple[Any, Any, Any]:
     """The sub-scales of the least true error next to scale / d: error, and slope and curvature of it along d."""
     error, slope, norm, to_integer = splat(0.0), splat(0.0), splat(0.0), 1.0 / d
@@ -190,7 +201,7 @@ def _integers(
     for g in range(scale.size // ROWS):
         best_a, best_b, best_c, best = load(energy, g * ROWS), splat(0.0), splat(0.0), splat(0.0)
         middle = rint(load(scale, g * ROWS) * to_integer)
-        for step in range(-1, 2):
+        for step in range(-reach, reach + 1):
             sub = least(most(middle + np.float32(step), low), high)
             a, b, c = measure(tile, h, g * group, (g + 1) * group, d * sub, levels[0], levels[1], table)
             best, best_b = where_less(a, best_a, sub, best), where_less(a, best_a, b, best_b)

@@ -200,6 +200,8 @@ def _disk(plan: Plan, arch: ModelArch, hidden: Term | None) -> tuple[Term, ...]:
     for output in plan.outputs:
         overhead = STORED_PER_TENSOR * output.tensors * HEADER_BYTES_PER_TENSOR
         terms.append(Term(f"output {output.output.name}", output.nbytes + overhead, "tensor data and headers"))
+        if beside := output.target.companion_bytes:
+            terms.append(Term(f"imatrix of {output.output.name}", beside, "mean squares of all inputs"))
     if hidden is not None and plan.recipe.calibration is not None:
         # A killed run resumes from the last finished layer: its state must live until the next layer's is complete.
         saved = _tokens(plan.recipe.calibration) * arch.hidden_size * 4 * _streams(plan)

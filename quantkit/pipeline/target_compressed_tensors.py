@@ -31,6 +31,11 @@ class CompressedTensorsTarget:
         """Nothing: rules say what is dropped."""
         return False
 
+    @property
+    def companion_bytes(self) -> int:
+        """Only small files."""
+        return 0
+
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """There are no presets: rules say it all."""
         return None

@@ -47,6 +47,12 @@ class GgufTarget:
         a preset rules decide."""
         return self._output.preset is not None and self._output.mtp == "drop" and spec.role is Role.MTP
 
+    @property
+    def companion_bytes(self) -> int:
+        """Of imatrix.gguf."""
+        calibrated = self._recipe.calibration is not None and self._output.imatrix
+        return sum(tensor.nbytes for entry in self._importance_entries() for tensor in entry.tensors()) * calibrated
+
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one."""
         if self._output.preset is None:

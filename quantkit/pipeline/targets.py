@@ -70,6 +70,11 @@ class Target(Protocol):
         """Whether an option of the output leaves a tensor out, whatever its rules say."""
         ...
 
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of large files beside the weights."""
+        ...
+
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """What a preset says of a tensor that no rule matched."""
         ...

@@ -61,7 +61,10 @@ class Grid(Protocol):
 class VectorGrid(Protocol):
     """Fixed scales for B matrices whose weights are coded in vectors: ``width`` neighbours in storage order at once."""
 
-    width: int
+    @property
+    def width(self) -> int:
+        """Neighbours in a vector."""
+        ...
 
     def encode(self, values: Tensor, start: int, importance: Tensor) -> Tensor:
         """Code columns [start, start + width) as near to ``values`` (B, out, width) as importance (B, width) weighs it
