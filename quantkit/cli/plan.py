@@ -34,6 +34,9 @@ def show_plan(source: Path, recipe: Recipe, name: str, gpus: Gpus | None, contex
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common."""
     headers = read_headers(source)
     made = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
+    if (headers.directory / "tokenizer.json").exists():
+        for output in made.outputs:
+            output.target.check_source(headers.directory)
     needs = conversion_needs(made, headers.arch)
     fits = None
     if gpus is not None:

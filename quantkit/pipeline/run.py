@@ -67,6 +67,8 @@ def convert(
         opened = stack.enter_context(open_source(source))
         arch = arch_of(opened.config)
         plan = make_plan(recipe, arch, opened.infos(), opened.is_float8, opened.block_size)
+        for output in plan.outputs:
+            output.target.check_source(opened.directory)
         needs = conversion_needs(plan, arch)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)

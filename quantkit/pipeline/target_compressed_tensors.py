@@ -65,6 +65,9 @@ class CompressedTensorsTarget:
         """See `compressed_tensors.notes`."""
         return compressed_tensors.notes(tensors)
 
+    def check_source(self, source: Path) -> None:
+        """Files are copied as they are."""
+
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> CompressedTensorsSink:
         """See `CompressedTensorsSink.open`."""
         return compressed_tensors.CompressedTensorsSink.open(directory, tensors, self._output.max_shard_bytes)

@@ -85,7 +85,7 @@ class GgufTarget:
 
     def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:
         """Vectors and routers are float32 in every GGUF file: llama.cpp computes with them so."""
-        return "F32" if len(spec.shape) < 2 or spec.role is Role.ROUTER or spec.role is Role.NORM else dtype
+        return dtype if presets.is_quantised(self._model.stored_name(spec.name)[0], spec.shape) else "F32"
 
     def nbytes(self, tensor: PlannedTensor) -> int:
         """Blocks, or the tensor itself."""
@@ -108,6 +108,12 @@ class GgufTarget:
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
         return [*replaced, *self._model.differences()]
+
+    def check_source(self, source: Path) -> None:
+        """Raise `SourceError` for a tokenizer that llama.cpp does not know."""
+        from quantkit.formats.gguf.vocabulary import vocabulary
+
+        vocabulary(source, self._arch.vocab_size, pre=self._output.pre)
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> sink.GgufSink:
         """See `GgufSink.open`."""

@@ -100,6 +100,10 @@ class Target(Protocol):
         """One line for each runtime that will not take it, or takes it otherwise than asked."""
         ...
 
+    def check_source(self, source: Path) -> None:
+        """Raise `SourceError` for files beside the weights, in folder ``source``, that the format cannot take over."""
+        ...
+
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> Sink:
         """Create the files in full size, or take up those of an interrupted job. ``source``: the checkpoint's folder,
         for its tokenizer. Raises `OutputError`, and `SourceError` for side files that the format cannot hold."""

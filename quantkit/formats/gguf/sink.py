@@ -141,8 +141,11 @@ class GgufSink:
     def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
         """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: behind each row.
 
-        One row for a tensor of several heads: all of them read the same.
+        One row for a tensor of several heads: all of them read the same. A linear that is stored in parts, as another
+        output of the same pass quantises it, has no entry.
         """
+        if name not in self._places:
+            return
         stored, expert = self._stored_name(name)
         entry = self._importance.get(stored)
         if entry is None:
