@@ -139,6 +139,14 @@ def test_bad_values(path: Path, suffix: str, value: float, words: str) -> None:
     assert_one_line(caught.value, str(path), "blk.1.ffn_up_exps.weight", words)
 
 
+def test_a_count_that_cannot_be(path: Path) -> None:
+    writer = PreallocatedFiles.open(path.parent, imatrix_layout(ENTRIES, ["wiki.txt", "code.txt"], 4, 512))
+    writer.write("blk.0.attn_q_a.weight.counts", 0, struct.pack("<f", 1e30))
+    writer.sync()
+    with pytest.raises(SourceError, match=r"blk\.0\.attn_q_a\.weight: claims 1e\+30 tokens\."):
+        Imatrix.open(path).of("blk.0.attn_q_a.weight")
+
+
 def gguf_file(path: Path, key_values: dict[str, v.Value], tensors: list[GgufTensor]) -> Path:
     layout: FilesLayout = layout_gguf(path.stem, key_values, tensors)
     path.write_bytes(layout.files[0].header + bytes(layout.nbytes - len(layout.files[0].header)))

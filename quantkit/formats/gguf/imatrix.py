@@ -33,6 +33,7 @@ from quantkit.formats.safetensors_header import printable
 SUMS = ".in_sum2"
 COUNTS = ".counts"
 IMATRIX_STEM = "imatrix"
+MAX_TOKENS = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,8 @@ class Imatrix:
         ``n_matrices`` cuts the values of a 3-D attn_k_b or attn_v_b, which have one count, by head. An expert that
         saw no token has ones, as in llama-quantize. Counts are tokens; in a .dat file chunks.
 
-        Raises `SourceError` for values that are negative or not finite, or that ``n_matrices`` does not divide.
+        Raises `SourceError` for values that are negative or not finite, counts beyond `MAX_TOKENS`, and values that
+        ``n_matrices`` does not divide.
         """
         if weight_name not in self.sizes:
             return None
@@ -145,6 +147,8 @@ class Imatrix:
             raise self._error(weight_name, "has values that are not finite")
         if (sums < 0).any() or (counts < 0).any():
             raise self._error(weight_name, "has negative values")
+        if counts.max() > MAX_TOKENS:
+            raise self._error(weight_name, f"claims {counts.max():.3g} tokens")
         tokens = np.broadcast_to(np.floor(counts.astype(np.float64) + 0.5).astype(np.int64), (count,))
         importance = sums.reshape(count, -1) / np.maximum(tokens, 1).astype(np.float32)[:, None]
         importance[tokens == 0] = 1
