@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -28,11 +27,10 @@ from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_gguf import key_values
 from quantkit.arch.forward import block_output, logits
-from quantkit.calibrate.dataset import token_rows
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.run import convert
 from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
-from tests.oracles import gguf_reader, gguf_writer, llama_imatrix
+from tests.oracles import gguf_reader, gguf_writer
 from tests.oracles.llama_cpp import CacheType, LlamaError, LlamaModel, render_chat
 from tests.tiny_models import YARN, random_weights, tiny_config
 
@@ -95,8 +93,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     shutil.rmtree(folder)
 
 
-def recipe_of(outputs: list[dict[str, Any]], **others: Any) -> Recipe:
-    return Recipe.model_validate({"version": 1, "outputs": outputs, **others})
+def recipe_of(outputs: list[dict[str, Any]]) -> Recipe:
+    return Recipe.model_validate({"version": 1, "outputs": outputs})
 
 
 @pytest.fixture(scope="module")
@@ -298,34 +296,6 @@ def test_our_metadata_is_what_the_independent_writer_writes(nano: Checkpoint, mt
     ours = key_values(DeepseekV3(nano.config).config, mtp=mtp)
     theirs = gguf_writer.metadata(nano.config, mtp=mtp)
     assert ours == {key: value for key, value in theirs.items() if key not in ("general.file_type", VERSION)}
-
-
-# ------------------------------------------------------------------------------------------------------- imatrix
-
-
-def test_imatrix_is_what_llama_cpp_multiplies(nano: Checkpoint, tmp_path: Path) -> None:
-    """Of two outputs, because what one alone is calibrated with has passed its own quantised weights."""
-    outputs = [{"name": preset, "format": "gguf", "preset": preset} for preset in ("Q8_0", "MXFP4_MOE")]
-    calibration = {"data": ["builtin:mixed"], "tokens": 1024, "sequence_length": 128}
-    recipe = recipe_of(outputs, calibration=calibration)
-    convert(nano.folder, recipe, tmp_path / "out", memory_budget=2 * 2**30)
-    imatrix = tmp_path / "out" / "Q8_0" / "imatrix.gguf"
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(imatrix).tensors}
-    gguf_writer.write_f32(nano.folder, tmp_path / "nano.gguf")
-    assert recipe.calibration is not None
-    records = llama_imatrix.collect(tmp_path / "nano.gguf", token_rows(recipe.calibration, nano.folder, Path()).tokens)
-    # llama-quantize leaves the router alone, so nobody needs its importance.
-    names = {name for name in records if "ffn_gate_inp" not in name}
-    assert tensors.keys() == {f"{name}{suffix}" for name in names for suffix in (".in_sum2", ".counts")}
-    for name in names:
-        counts = tensors[f"{name}.counts"].reshape(-1)
-        assert counts.tolist() == records[name].counts.tolist()
-        ours = tensors[f"{name}.in_sum2"].reshape(records[name].in_sum2.shape)
-        if "attn_v_b" in name:
-            # llama.cpp multiplies each head's mean of the latents by attention, quantkit measures the latents.
-            assert all(np.corrcoef(pair)[0, 1] > 0.5 for pair in zip(ours, records[name].in_sum2, strict=True))
-        else:
-            np.testing.assert_allclose(ours, records[name].in_sum2, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------- what the asserts above would notice
