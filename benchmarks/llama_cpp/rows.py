@@ -38,7 +38,7 @@ WHAT = "tiny-deepseek-v3 as GGUF, 88 held-out windows of 512 tokens, KLD in nats
 EXACT = ("token_embd", "output", "output_norm", "attn_norm", "ffn_norm", "attn_q_a_norm", "attn_kv_a_norm")
 EXACT += ("ffn_gate_inp", "exp_probs_b")
 """What is no projection, by the last part of its name but one."""
-HEAD = ["written by", "settings", "bpw", "bytes", "KLD ± SE", "median", "ppl", "top-1 %", "s"]
+HEAD = ["written by", "settings", "bpw", "bytes", "KLD ± SE", "median", "ppl", "top-1 %", "CPU s"]
 
 Row = dict[str, Any]
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--name", help="who wrote it")
     parser.add_argument("--scheme", help="Q4_K_M, ...")
     parser.add_argument("--settings", default="", help="what was chosen, in words")
-    parser.add_argument("--seconds", type=float, help="wall seconds of the quantisation")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of the quantisation")
     parser.add_argument("--own", action="store_true", help="ask quantkit's evaluator too")
     parser.add_argument("--dry-run", action="store_true", help="print the row, do not store it")
     parser.add_argument("--table", action="store_true")
