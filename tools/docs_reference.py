@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,21 @@ def paragraph(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().replace("``", "`").replace("|", "\\|")
 
 
+@lru_cache(maxsize=1)
+def v3_headers() -> Any:
+    """DeepSeek V3 as its config.json describes it."""
+    from quantkit.pipeline.headers import read_headers
+
+    return read_headers(V3)
+
+
 def with_sizes(path: Path) -> str:
     """A recipe's text with the `# size:` and `# needs:` lines that a plan of DeepSeek V3 gives."""
-    from quantkit.pipeline.headers import read_headers
     from quantkit.pipeline.memory import conversion_needs
     from quantkit.pipeline.plan import make_plan
     from quantkit.pipeline.recipe_file import load_recipe
 
-    headers = read_headers(V3)
+    headers = v3_headers()
     plan = make_plan(load_recipe(path), headers.arch, headers.infos, headers.is_float8)
     output, needs = plan.outputs[0], conversion_needs(plan, headers.arch)
     size = f"{output.nbytes / 1e9:.2f} GB ({output.nbytes / 2**30:.2f} GiB), {output.bpw:.3f} bits per weight"

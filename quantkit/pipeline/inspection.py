@@ -20,6 +20,7 @@ from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import ConfigError, SourceError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.checkpoint import quant_method, read_config
+from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors import SafetensorsSource
 from quantkit.schemes import Float8Scheme, IntScheme, describe
@@ -101,11 +102,32 @@ def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection:
     from quantkit.pipeline.inspection_imatrix import inspect_imatrix
 
     if path.is_dir():
-        gguf = next(path.glob("*.gguf"), None) is not None and next(path.glob("*.safetensors"), None) is None
-        return inspect_gguf(path) if gguf else inspect_folder(path)
-    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
-        raise SourceError(f"{path}: is a file of a checkpoint, its folder was needed.", hint=f"Inspect {path.parent}.")
-    return inspect_imatrix(path) if path.suffix == ".dat" else inspect_gguf(path)
+        return inspect_gguf(path) if _holds_gguf(path) else inspect_folder(path)
+    if is_gguf(path) or path.suffix == ".gguf":
+        return inspect_gguf(path)
+    if path.suffix == ".dat" or "imatrix" in path.name:
+        return inspect_imatrix(path)
+    raise SourceError(
+        f"{path}: is neither a GGUF file nor a folder.",
+        hint="Give the folder of a checkpoint, a .gguf file, or an imatrix file.",
+    )
+
+
+def _holds_gguf(folder: Path) -> bool:
+    """Whether a folder has GGUF files and no safetensors. Raises `SourceError` if only folders inside it have any."""
+    if next(folder.glob("*.safetensors"), None) is not None:
+        return False
+    if next(folder.glob("*.gguf"), None) is not None:
+        return True
+    inside = sorted({path.parent.name for end in ("safetensors", "gguf") for path in folder.glob(f"*/*.{end}")})
+    if inside:
+        more = f" and {len(inside) - NAMES_SHOWN:,} more" if len(inside) > NAMES_SHOWN else ""
+        names = ", ".join(inside[:NAMES_SHOWN]) + more
+        raise SourceError(
+            f"{folder}: holds no checkpoint itself, but folders with one: {names}.",
+            hint=f"Give one of them: {folder / inside[0]}",
+        )
+    return False
 
 
 def inspect_folder(directory: Path | str) -> Inspection:

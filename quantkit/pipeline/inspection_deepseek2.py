@@ -175,8 +175,12 @@ def _vocabulary(model: GgufReader) -> int:
 
 
 def _query_rank(model: GgufReader) -> int | None:
-    """q_lora_rank; models that have none, or whose number llama.cpp ignores, have attn_q."""
-    return None if "blk.0.attn_q.weight" in model.tensors else _count(model, "attention.q_lora_rank") or None
+    """q_lora_rank; models that have none, or whose number llama.cpp ignores, have attn_q. A key that is missing has a
+    line of its own."""
+    if "blk.0.attn_q.weight" in model.tensors:
+        return None
+    low = model.tensors.get("blk.0.attn_q_a.weight")
+    return _count(model, "attention.q_lora_rank") or (low.shape[0] if low is not None else None)
 
 
 def _count(model: GgufReader, key: str) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import SourceError
+from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.gguf.imatrix import Imatrix
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.safetensors_header import printable
@@ -33,8 +34,8 @@ class ExpertCounts:
 
 @dataclass(frozen=True, slots=True)
 class ImatrixInspection:
-    """``tokens``: least and most that a weight of no expert saw (None: there are only experts; in the older .dat form
-    chunks are counted). ``chunks``: None if the file does not say. ``values``: of all weights together."""
+    """``tokens``: least and most that a weight of no expert saw; ``experts``: of the others. Both are None in the older
+    .dat form, which counts chunks. ``chunks``: None if the file does not say. ``values``: of all weights together."""
 
     path: Path
     datasets: tuple[str, ...]
@@ -83,11 +84,14 @@ def inspect_imatrix(path: Path) -> ImatrixInspection:
         weights, datasets, chunks = len(imatrix.sizes), _printable(imatrix.datasets), imatrix.chunk_count
     if len(faulty) > 1:
         unusual.append(counted("weights whose values are no importance", faulty))
+    if not is_gguf(path):
+        unusual.append("the older .dat form: it tells for how many chunks a weight was used, not what each expert saw.")
+        return ImatrixInspection(path, datasets, chunks, weights, values, None, None, tuple(unusual))
     experts = _expert_counts(by_layer)
     if experts is not None and experts.unseen:
         unusual.append(counted("experts without tokens, whose weights will all count alike", list(experts.unseen)))
-    if unread := [str(count) for count in dense if count == 0]:
-        unusual.append(f"{len(unread):,} weights that saw no tokens.")
+    if unseen := dense.count(0):
+        unusual.append(f"{unseen:,} weights that saw no tokens.")
     tokens = (min(dense), max(dense)) if dense else None
     return ImatrixInspection(path, datasets, chunks, weights, values, tokens, experts, tuple(unusual))
 

@@ -158,7 +158,10 @@ class ModelFacts:
             raise PlanError(f"config.json: lacks {', '.join(lacking)}, needed for --gpus.")
         facts = cls(*(value for value in values if isinstance(value, int)))
         if context > facts.max_positions:
-            raise PlanError(f"--context {context:,}: the model is made for at most {facts.max_positions:,} tokens.")
+            raise PlanError(
+                f"--context {context:,}: the model is made for at most {facts.max_positions:,} tokens.",
+                hint=f"Give --context {facts.max_positions} or less.",
+            )
         return facts
 
     @property

@@ -30,6 +30,7 @@ from quantkit.pipeline.events import (
     ValidationProgress,
     ValidationResult,
 )
+from tests.pipeline.gguf_files import tiny_file, write_file
 from tests.pipeline.recipes import INT4, KEEP_REST, recipe_text
 from tests.tiny_models import tiny_config, write_checkpoint
 
@@ -153,12 +154,14 @@ def test_plan_of_v3_is_fast_and_small() -> None:
     assert json.loads(found.stdout)["outputs"][0]["nbytes"] == 356_487_744_128
 
 
-def test_torch_is_loaded_only_by_convert() -> None:
+def test_torch_is_loaded_only_by_convert(tmp_path: Path) -> None:
+    model = write_file(tmp_path / "tiny.gguf", *tiny_file())
     code = (
         "import sys; from typer.testing import CliRunner; from quantkit.cli.app import app\n"
         "run = lambda *words: CliRunner().invoke(app, words).exit_code\n"
         f"assert run('plan', {str(V3)!r}, '-r', 'nano-demo') == 0\n"
         "assert run('recipes', 'list') == run('convert', '--help') == 0\n"
+        f"assert run('inspect', {str(model)!r}) == 0\n"
         "assert 'torch' not in sys.modules, 'torch'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
