@@ -140,8 +140,13 @@ class CompressedTensorsSink:
         row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
         self._writer.write(name, start_row * row_bytes, bytes_of(cast))
 
-    def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
+    def wants_importance(self, name: str) -> bool:
         """The format has no place for it."""
+        return False
+
+    def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
+        """See `wants_importance`."""
+        raise AssertionError(f"{name}: compressed-tensors has no place for importance")
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""

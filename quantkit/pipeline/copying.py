@@ -7,9 +7,9 @@ import torch
 
 from quantkit.errors import SchemeError
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.pipeline.decide import Action, Decision
 from quantkit.pipeline.events import CopyDone
 from quantkit.pipeline.memory import KEPT_CHUNK_BYTES
-from quantkit.pipeline.plan import Action, Decision
 from quantkit.pipeline.targets import Sink
 from quantkit.pipeline.walk import Walk
 from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor

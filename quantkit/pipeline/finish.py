@@ -21,6 +21,7 @@ from quantkit.evaluate.scores import Scores, limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.safetensors_writer import write_durably
+from quantkit.pipeline.decide import Action
 from quantkit.pipeline.events import (
     ExpertTokens,
     Finished,
@@ -34,7 +35,7 @@ from quantkit.pipeline.folder import OutputFolder
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.json_text import finite
 from quantkit.pipeline.machine import peak_rss_bytes
-from quantkit.pipeline.plan import Action, OutputPlan, Plan
+from quantkit.pipeline.plan import OutputPlan, Plan
 from quantkit.pipeline.recipe import Validation
 from quantkit.pipeline.walk import Walk
 

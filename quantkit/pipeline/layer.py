@@ -23,7 +23,7 @@ from quantkit.calibrate.inputs import InputImportance, InputMoments, Inputs, shr
 from quantkit.calibrate.portions import EXPERT_CHUNK
 from quantkit.calibrate.stream import ExpertTokens, expert_hidden, forward_expert, row_batches
 from quantkit.pipeline.hidden import Streams
-from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, needs_inputs, quantize_linears
+from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, any_wanted, needs_inputs, quantize_linears
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import QuantizedTensor
@@ -110,7 +110,7 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
     contexts = tuple(job.new_rows(width) for _ in stores)
     for stage in block.stages:
         last = stage is block.stages[-1]
-        needed = any(any_quantised(job.outputs, group.linears) for group in stage.groups)
+        needed = any(any_wanted(job.outputs, group.linears) for group in stage.groups)
         if not (needed or last):
             continue
         moments: list[InputMoments] | None = None
@@ -140,11 +140,11 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
 
 
 def _quantize_group(job: LayerJob, group: InputGroup, stats: Inputs | None) -> None:
+    if stats is not None:
+        _note_importance(job, group.linears, stats)
     names = tuple(name for name in group.linears if any_quantised(job.outputs, (name,)))
     if not names:
         return
-    if stats is not None:
-        _note_importance(job, names, stats)
     batch = 1 if stats is None else len(stats.importance)
     linears = tuple(Linears((name,), _in_matrices(job.weights.read(name), batch)) for name in names)
     for name, result in zip(names, quantize_linears(job.outputs, linears, stats, job.on_tensor), strict=True):
@@ -162,7 +162,7 @@ def _note_importance(job: LayerJob, names: tuple[str, ...], stats: Inputs) -> No
     if job.streams is None:
         return
     for output in job.outputs:
-        for name in names:
+        for name in filter(output.sink.wants_importance, names):
             output.sink.write_importance(name, stats.importance, stats.n_tokens)
 
 
@@ -281,7 +281,7 @@ def _linears(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) ->
 def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, experts: tuple[int, ...]) -> None:
     gate, up, down = (_linears(job, names, experts) for names in (block.gates, block.ups, block.downs))
     tokens = tuple(_tokens_for_statistics(routes, expert) for expert in experts)
-    if any_quantised(job.outputs, (gate.names[0], up.names[0])):
+    if any_wanted(job.outputs, (gate.names[0], up.names[0])):
         stats = _input_stats(job, routes, tokens, full=needs_inputs(job.outputs, (gate.names[0], up.names[0])))
         _note_expert_importance(job, (gate, up), stats)
         strength, _ = _shrinkage(job, gate.names[0])
@@ -291,7 +291,7 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     else:
         new_gate, new_up = gate.weight, up.weight
     new_down = down.weight
-    if any_quantised(job.outputs, down.names):
+    if any_wanted(job.outputs, down.names):
         hidden = _HiddenOf(block, (new_gate, new_up), (gate.weight, up.weight))
         stats = _hidden_stats(job, routes, tokens, hidden, full=needs_inputs(job.outputs, down.names))
         _note_expert_importance(job, (down,), stats)
@@ -311,7 +311,8 @@ def _note_expert_importance(job: LayerJob, group: tuple[Linears, ...], stats: In
     for output in job.outputs:
         for linears in group:
             for name, row, n_tokens in zip(linears.names, stats.importance, stats.n_tokens, strict=True):
-                output.sink.write_importance(name, row.unsqueeze(0), (n_tokens,))
+                if output.sink.wants_importance(name):
+                    output.sink.write_importance(name, row.unsqueeze(0), (n_tokens,))
 
 
 def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linears, ...]) -> list[Tensor]:

@@ -24,7 +24,8 @@ from quantkit.arch.base import ModelArch, Role
 from quantkit.calibrate.dataset import Calibration
 from quantkit.calibrate.portions import BATCH_TOKENS
 from quantkit.errors import PlanError
-from quantkit.pipeline.plan import Action, Decision, Plan
+from quantkit.pipeline.decide import Action, Decision
+from quantkit.pipeline.plan import Plan
 from quantkit.quantizers.gptq import SLICE_BYTES
 
 HESSIAN_COPIES = 3

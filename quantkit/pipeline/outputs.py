@@ -83,6 +83,11 @@ def any_quantised(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> boo
     return any(name in output.methods for output in outputs for name in names)
 
 
+def any_wanted(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:
+    """Whether some output quantises one of these linears, or keeps the importance of its inputs."""
+    return any_quantised(outputs, names) or any(o.sink.wants_importance(name) for o in outputs for name in names)
+
+
 def needs_inputs(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:
     """Whether some output chooses the numbers of one of these linears with whole second moments of its inputs."""
     methods = (output.methods[name][1] for output in outputs for name in names if name in output.methods)

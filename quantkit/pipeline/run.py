@@ -19,6 +19,7 @@ from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
 from quantkit.pipeline.copying import copy_kept, quantize_tables
+from quantkit.pipeline.decide import Action
 from quantkit.pipeline.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
 from quantkit.pipeline.fingerprint import job_header
 from quantkit.pipeline.finish import finish, result_folder
@@ -30,7 +31,7 @@ from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_i
 from quantkit.pipeline.machine import Machine, Stores, Timer
 from quantkit.pipeline.memory import INTERPRETER_BYTES, check_free_disk, conversion_needs
 from quantkit.pipeline.outputs import OutputJob
-from quantkit.pipeline.plan import Action, OutputPlan, Plan, make_plan
+from quantkit.pipeline.plan import OutputPlan, Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.targets import Sink
 from quantkit.pipeline.walk import Walk

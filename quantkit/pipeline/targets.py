@@ -40,9 +40,12 @@ class Sink(Protocol):
         """Store rows of a kept tensor, cast to its planned dtype."""
         ...
 
+    def wants_importance(self, name: str) -> bool:
+        """Whether `write_importance` keeps what it is given of this linear."""
+        ...
+
     def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
-        """What calibration found out about a linear's inputs: importance (B, in) float32, B = 1 or the heads. Formats
-        without a place for it do nothing."""
+        """What calibration found out about a linear's inputs: importance (B, in) float32, B = 1 or the heads."""
         ...
 
     def sync(self) -> None:

@@ -83,6 +83,9 @@ class Memory:
 
     def write_kept(self, name: str, start_row: int, tensor: Tensor) -> None: ...
 
+    def wants_importance(self, name: str) -> bool:
+        return False
+
     def write_importance(self, name: str, importance: Tensor, n_tokens: tuple[int, ...]) -> None: ...
 
     def sync(self) -> None: ...

@@ -15,9 +15,10 @@ from quantkit.arch import arch_of
 from quantkit.errors import PlanError, SourceError
 from quantkit.formats.compressed_tensors import stored
 from quantkit.formats.safetensors_writer import layout_shards
+from quantkit.pipeline.decide import Action
 from quantkit.pipeline.headers import SourceHeaders, headers_from_arch, read_headers
 from quantkit.pipeline.memory import check_free_disk, conversion_needs
-from quantkit.pipeline.plan import Action, Plan, make_plan
+from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.recipe_file import load_recipe
 from quantkit.pipeline.serving import fit, parse_gpus

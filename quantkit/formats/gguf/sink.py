@@ -138,20 +138,19 @@ class GgufSink:
         assert tuple(tensor.shape[1:]) == info.shape[1:], f"{name}: rows of {list(tensor.shape[1:])}"
         self._put(place, start_row * (info.nbytes // info.shape[0]), cast_to(name, tensor, info.dtype))
 
+    def wants_importance(self, name: str) -> bool:
+        """Whether imatrix.gguf has an entry for this linear. One that is stored in parts, as another output of the same
+        pass quantises it, has none."""
+        return name in self._places and self._places[name].name in self._importance
+
     def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
         """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: behind each row.
 
-        One row for a tensor of several heads: all of them read the same. A linear that is stored in parts, as another
-        output of the same pass quantises it, has no entry.
+        One row for a tensor of several heads: all of them read the same.
         """
-        if name not in self._places:
-            return
         stored, expert = self._stored_name(name)
-        entry = self._importance.get(stored)
-        if entry is None:
-            return
         if expert is None and len(importance) == 1:
-            importance = importance.expand(entry.n_matrices, -1)
+            importance = importance.expand(self._importance[stored].n_matrices, -1)
         for suffix, values in imatrix_tensors(importance.cpu().numpy(), n_tokens).items():
             self._files.write(f"{stored}{suffix}", (expert or 0) * values.nbytes, values.tobytes())
 
