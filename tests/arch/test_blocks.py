@@ -49,15 +49,24 @@ def test_stages_read_only_norms_and_earlier_linears(q_lora_rank: int | None) -> 
 
             inputs = stage.inputs(lookup, x)
             assert {name for name in asked if name in linears} <= final
-            check_widths(stage, inputs, {name: spec.shape[1] for name, spec in linears.items()})
+            check_widths(stage, inputs, {name: spec.shape[1:] for name, spec in linears.items()}, arch)
             final |= {name for group in stage.groups for name in group.linears}
 
 
-def check_widths(stage: Stage, inputs: tuple[torch.Tensor, ...], in_features: dict[str, int]) -> None:
+def check_widths(
+    stage: Stage, inputs: tuple[torch.Tensor, ...], in_features: dict[str, tuple[int, ...]], arch: DeepseekV3
+) -> None:
+    """(tokens, in), and (heads, tokens, in) where each head of a part reads something else."""
+    parts = arch.parts()
     assert len(inputs) == len(stage.groups)
     for group, tokens in zip(stage.groups, inputs, strict=True):
         assert tokens.dtype is torch.float32
-        assert {tuple(tokens.shape)} == {(60, in_features[name]) for name in group.linears}
+        for name in group.linears:
+            if name in parts:
+                heads, _, width = parts[name].shape
+                assert tuple(tokens.shape) in {(60, width), (heads, 60, width)}
+            else:
+                assert tuple(tokens.shape) == (60, *in_features[name])
 
 
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"v_head_dim": 96}])

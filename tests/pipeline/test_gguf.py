@@ -536,14 +536,12 @@ for name in ("few", "many"):
 
 
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
-    """16 experts, then 96, in one process: the float32 form of the second's stacked tensors has 3 x 50 MB, its blocks
-    3 x 13 MB, and the experts of its source 76 MB."""
+    """16 experts, then 96, in one process: a stacked tensor of the second has 25 MB in float32, 6.7 MB in blocks."""
     for name, experts in (("few", 16), ("many", 96)):
-        sizes = {"moe_intermediate_size": 512, "n_routed_experts": experts, "num_nextn_predict_layers": 0}
-        write_model(tmp_path / name, wide_config(**sizes))
+        write_model(tmp_path / name, wide_config(n_routed_experts=experts, num_nextn_predict_layers=0))
     done = subprocess.run(
         [sys.executable, "-c", PEAKS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     few, many = map(int, done.stdout.split())
-    assert many - few < 12e6, f"{(many - few) / 1e6:.1f} MB more"
+    assert many - few < 5e6, f"{(many - few) / 1e6:.1f} MB more"
