@@ -226,3 +226,16 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=said) as caught:
             inspect_path(path)
         assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("value", [0, 2**32 - 1, -1.5, float("nan"), "61\x07", [3, 4], True], ids=repr)
+def test_any_value_of_any_key_is_survived(
+    tmp_path: Path, tiny: tuple[dict[str, Any], Shapes], value: int | float | str | bool | list[int]
+) -> None:
+    """Metadata is a stranger's: odd values are told of, and none of them ends in a traceback or in endless lists."""
+    for key in tiny[0]:
+        if key not in ("general.type", "general.architecture"):
+            found = inspected(write_file(tmp_path / "odd.gguf", {**tiny[0], key: value}, tiny[1]))
+            assert len(found.unusual) < 6
+            assert all(line.isprintable() and len(line) < 400 for line in found.unusual)
+            assert all(not isinstance(shown, str) or shown.isprintable() for shown in found.settings.values())
