@@ -24,7 +24,7 @@ def fits_of(headers: SourceHeaders, made: Plan, gpus: Gpus, context: int) -> lis
         folder = OUT if len(made.outputs) == 1 else f"{OUT}/{output.output.name}"
         if isinstance(output.output, GgufOutput):
             llama = fit_llama(output, headers.config, gpus, context)
-            (serve,) = output.target.serve_commands(headers.directory, folder)
+            (serve,) = output.target.serve_commands(headers.directory, output.planned, folder)
             found.append((llama, f"{serve} {llama.options()}" if llama.fits else ""))
         else:
             vllm = fit(output, headers.config, headers.arch.n_layers, gpus, context)

@@ -177,7 +177,7 @@ def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationRes
         measured=measured,
         notes=tuple(output.target.notes(output.planned)),
         format=output.target.label,
-        serve=output.target.serve_commands(walk.source.directory),
+        serve=output.target.serve_commands(walk.source.directory, output.planned),
         version=quantkit.__version__,
         validated=result is None or result.passed,
     )
@@ -197,7 +197,7 @@ def _output_report(
         quantized=len(records),
         fallbacks=sum("fallback" in record for record in records.values()),
         validation=result,
-        serve=output.target.serve_commands(walk.source.directory, shlex.quote(str(path))),
+        serve=output.target.serve_commands(walk.source.directory, output.planned, shlex.quote(str(path))),
     )
 
 

@@ -81,7 +81,7 @@ class CompressedTensorsTarget:
         write_config(directory, config, compressed_tensors.quantization_config(tensors), mtp_dropped=not mtp)
         copy_side_files(source, directory)
 
-    def serve_commands(self, source: Path, folder: str = ".") -> tuple[str, ...]:
+    def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
         """vLLM on the folder."""
         return (f"vllm serve {folder}",)
 

@@ -149,9 +149,10 @@ class GgufTarget:
         names = {spec.name: self._model.stored_name(spec.name) for spec in self.specs}
         return GgufSource(directory, names, tuple(self._arch.parts().values()))
 
-    def serve_commands(self, source: Path, folder: str = ".") -> tuple[str, ...]:
+    def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
         """llama.cpp's server on the first file."""
-        first = self.stem(source) + (".gguf" if self._output.split_max_size is None else "-00001-of-*.gguf")
+        stored = sink.stacked_tensors(tensors, self._model.stored_name)
+        first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
         return (f"llama-server -m {first if folder == '.' else f'{folder}/{first}'}",)
 
     def stem(self, source: Path) -> str:

@@ -118,7 +118,7 @@ class Target(Protocol):
         """Config, tokenizer, licence: what a runtime expects beside the weights. ``mtp``: MTP layers are stored."""
         ...
 
-    def serve_commands(self, source: Path, folder: str = ".") -> tuple[str, ...]:
+    def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
         """Shell lines that serve the output in ``folder``, which is quoted where need be; the model card's are run
         inside it."""
         ...

@@ -47,7 +47,7 @@ def test_both_formats_in_one_pass(tmp_path: Path) -> None:
     assert "output  w4: compressed-tensors" in text.stdout
     assert "output  q4: gguf" in text.stdout
     assert "vllm serve OUT/w4 --" in text.stdout
-    assert "llama-server -m OUT/q4/source-q4-00001-of-*.gguf -ngl 99 -c 128 -ts" in text.stdout
+    assert "llama-server -m OUT/q4/source-q4-00001-of-00002.gguf -ngl 99 -c 128 -ts" in text.stdout
     document = json.loads(quantkit(*words, "--json").stdout)
     assert [(fit["runtime"], fit["fits"]) for fit in document["fit"]] == [("vllm", True), ("llama.cpp", True)]
     llama, output = document["fit"][1], document["outputs"][1]
@@ -61,7 +61,10 @@ def test_both_formats_in_one_pass(tmp_path: Path) -> None:
 
 def test_convert_and_inspect(tmp_path: Path) -> None:
     write_model(tmp_path / "source")
-    chosen, out = recipe(tmp_path, "{name: q8, format: gguf, preset: Q8_0, pre: deepseek-v3}"), tmp_path / "the out"
+    chosen, out = (
+        recipe(tmp_path, "{name: q8, format: gguf, preset: Q8_0, pre: deepseek-v3, split_max_size: 1GB}"),
+        tmp_path / "the out",
+    )
     done = quantkit("convert", tmp_path / "source", "-r", chosen, "-o", out)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[-1].split("  #") == [
