@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from quantkit.quantizers import ldlq
-from quantkit.schemes import IntScheme
+from quantkit.schemes import GgmlScheme, IntScheme
 from quantkit.schemes.affine_int import IntGrid
-from tests.oracles.gptq import gptq_codes
+from quantkit.schemes.ggml import BlockGrid
+from tests.oracles.gptq import gptq_codes, gptq_values
 
 
 def heavy_tailed_problem(
@@ -114,3 +115,100 @@ def test_polish_ends_where_no_single_code_or_scale_improves(symmetric: bool, gro
             changed_scale = scale.clone()
             changed_scale[..., group] *= factor_
             assert bool((loss(codes, changed_scale) >= before * (1 - 1e-4)).all())
+
+
+# --------------------------------------------------------------------------------------------- block types of ggml
+
+
+BLOCK_TYPES = ("Q4_K", "Q3_K", "Q6_K", "Q4_0", "Q5_1", "Q2_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+WIDTH, ROWS, MATRICES = 512, 24, 2
+
+
+def block_problem(kind: str, *, act_order: bool = True) -> tuple[torch.Tensor, ldlq.Factor, BlockGrid]:
+    """Targets (B, out, in), factor, and a grid of fitted scales. A row of zeros and a row that is zero in its first
+    block are among them: groups without extent."""
+    problems = [heavy_tailed_problem(seed, ROWS, WIDTH, 900) for seed in range(MATRICES)]
+    weight, hessian = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    weight[:, 3] = 0
+    weight[:, 5, :256] = 0
+    factor = ldlq.factorize(hessian, 0.01, act_order=act_order)
+    importance = factor.hessian.diagonal(dim1=-2, dim2=-1)
+    return weight, factor, GgmlScheme(type=kind).grid(weight, importance, points=0, signed=True)  # pyright: ignore[reportArgumentType]
+
+
+def allowed_values(grid: BlockGrid) -> torch.Tensor:
+    """(B, out, in, n) float64: by ggml's formula scale * level + offset, from what the blocks will store."""
+    kind, params = grid.kind, grid.params
+    levels = torch.tensor(sorted(set(kind.levels)), dtype=torch.float64)
+
+    def by_weight(values: torch.Tensor) -> torch.Tensor:
+        return values.double().repeat_interleave(WIDTH // values.shape[-1], -1)
+
+    scale = by_weight(params.d)
+    if params.sub_scale is not None:
+        scale = scale * by_weight(params.sub_scale)
+    values = scale[..., None] * levels
+    if params.dmin is not None:
+        low = by_weight(params.dmin)
+        values = values + (low if params.sub_min is None else -low * by_weight(params.sub_min))[..., None]
+    return values
+
+
+def values_of(grid: BlockGrid, codes: torch.Tensor) -> torch.Tensor:
+    return allowed_values(grid).gather(-1, codes.long()[..., None])[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "act_order"), [*((kind, True) for kind in BLOCK_TYPES), ("Q4_K", False), ("IQ4_XS", False)]
+)
+def test_sweep_on_blocks_gives_the_values_of_textbook_gptq(kind: str, act_order: bool) -> None:
+    weight, factor, grid = block_problem(kind, act_order=act_order)
+    found = values_of(grid, ldlq.sweep(grid, weight, factor)).numpy()
+    allowed = allowed_values(grid).numpy()
+    different = 0
+    for index in range(MATRICES):
+        order = factor.layout[index].flip(-1).numpy()
+        expected, margins = gptq_values(weight[index].numpy(), factor.hessian[index].numpy(), allowed[index], order)
+        unequal = found[index] != expected
+        for row in np.flatnonzero(unequal.any(1)):
+            first = np.flatnonzero(unequal[row][order])[0]
+            assert margins[row][order[first]] < 2e-3
+            different += 1
+    assert different <= 5  # of 48 rows
+    assert np.abs(found[:, 3]).max() < 1e-6
+
+
+def loss_by_row(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(E H E^T) in float64."""
+    error = weight.double() - values.double()
+    return ((error @ hessian.double()) * error).sum(-1)
+
+
+def polished_values(grid: BlockGrid, polished: ldlq.Polished) -> torch.Tensor:
+    """scale * level + offset of what polish chose, float64."""
+    levels = torch.tensor(sorted(set(grid.kind.levels)), dtype=torch.float64)[polished.codes.long()]
+    scale, offset = (
+        0.0 if values is None else values.double().repeat_interleave(grid.kind.group, -1)
+        for values in (polished.scale, polished.offset)
+    )
+    return scale * levels + offset
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_polish_on_blocks_never_raises_the_loss_and_is_stored_as_it_is(kind: str) -> None:
+    """What polish claims is the loss of what the file decodes to, round by round."""
+    weight, factor, grid = block_problem(kind)
+    scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
+    codes = ldlq.sweep(grid, weight, factor)
+    before = loss_by_row(weight, values_of(grid, codes), factor.hessian)
+    swept = before
+    for rounds in range(3):
+        polished = ldlq.polish(grid, weight, codes, factor.hessian, rounds)
+        stored = grid.stored(polished.codes, polished.scale, polished.offset)
+        decoded = scheme.decode(**stored)
+        torch.testing.assert_close(decoded.double(), polished_values(grid, polished), rtol=1e-6, atol=1e-7)
+        after = loss_by_row(weight, decoded, factor.hessian)
+        torch.testing.assert_close(polished.loss.double(), after, rtol=1e-3, atol=1e-6)
+        assert bool((after <= before * (1 + 1e-5) + 1e-9).all())
+        before = after
+    assert float(before.sum()) < 0.98 * float(swept.sum())

@@ -8,7 +8,8 @@ import torch
 from quantkit.calibrate.inputs import InputStats
 from quantkit.errors import CalibrationError
 from quantkit.quantizers import Gptq, Rtn
-from quantkit.schemes import IntScheme
+from quantkit.schemes import GgmlScheme, IntScheme
+from quantkit.schemes.ggml_types import BLOCK_TYPES
 from tests.quantizers.test_ldlq import heavy_tailed_problem
 
 SCHEMES = [IntScheme(bits=4, group_size=32), IntScheme(bits=3, group_size=None), IntScheme(bits=8, symmetric=False)]
@@ -86,3 +87,61 @@ def test_rows_in_slices_give_the_same_as_all_at_once(monkeypatch: pytest.MonkeyP
     slices = method.quantize(weight, scheme, method.prepare(stats))
     assert float((slices.stored["codes"] != whole.stored["codes"]).float().mean()) < 0.005
     torch.testing.assert_close(slices.relative_loss, whole.relative_loss, rtol=0.01, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ block types of ggml
+
+KINDS = tuple(BLOCK_TYPES)
+
+
+def wide_problem(n: int = 3) -> tuple[torch.Tensor, InputStats]:
+    """Rows of a whole super-block."""
+    parts = [heavy_tailed_problem(seed, 24, 256, 600) for seed in range(n)]
+    weight, hessian = (torch.stack(part) for part in zip(*parts, strict=True))
+    return weight, InputStats(hessian, None, (600,) * n)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_that_is_reported_is_that_of_the_blocks(kind: str) -> None:
+    """And error feedback lowers it against the search for scales alone. Float64, damped moments."""
+    scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
+    weight, stats = wide_problem()
+    hessian = stats.hessian.double().clone()
+    damping = 0.01 * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    hessian += damping[:, None, None] * torch.eye(256, dtype=torch.float64)
+    norm = loss(weight, torch.zeros_like(weight), hessian)
+    rounded = Rtn().quantizer(InputStats(stats.hessian.clone(), None, stats.n_tokens))(weight, scheme)
+    batch = Gptq(polish=1).quantizer(InputStats(stats.hessian.clone(), None, stats.n_tokens))(weight, scheme)
+    assert batch.stored["blocks"].shape == (*weight.shape[:2], scheme.block.row_bytes(256))
+    assert batch.fallbacks == ("",) * 3
+    found = loss(weight, batch.decode(), hessian) / norm
+    torch.testing.assert_close(batch.relative_loss.double(), found, rtol=1e-3, atol=1e-7)
+    assert bool((found < 0.85 * loss(weight, rounded.decode(), hessian) / norm).all())
+    # Rounding reports the loss under the importance alone, which is what it minimises.
+    importance = stats.importance.double() + 0.01 * stats.importance.double().mean(-1, keepdim=True)
+    diagonal = torch.diag_embed(importance)
+    expected = loss(weight, rounded.decode(), diagonal) / loss(weight, torch.zeros_like(weight), diagonal)
+    torch.testing.assert_close(rounded.relative_loss.double(), expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [Rtn(), Gptq(polish=1)], ids=lambda method: method.kind)
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_1", "MXFP4", "IQ3_S"])
+def test_a_batch_of_blocks_is_what_each_matrix_alone_gives(kind: str, method: Rtn | Gptq) -> None:
+    scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
+    weight, stats = wide_problem()
+    hessian = stats.hessian.clone()
+    blocks = method.quantizer(stats)(weight, scheme).stored["blocks"]
+    for index in range(3):
+        alone = InputStats(hessian[index : index + 1].clone(), None, (600,))
+        single = method.quantizer(alone)(weight[index : index + 1], scheme).stored["blocks"][0]
+        assert float((single != blocks[index]).float().mean()) < 0.02  # rounding ties, and what follows from them
+
+
+def test_heads_under_one_name_are_rows_of_one_tensor() -> None:
+    """The matrices of a part: one tensor, the mean of their losses."""
+    weight, stats = wide_problem()
+    batch = Rtn().quantizer(stats)(weight, GgmlScheme(type="Q4_K"))
+    (tensor,) = batch.tensors(("kv_b_proj.weight:k",), stats.n_tokens)
+    assert torch.equal(tensor.decode(), batch.decode().flatten(0, 1))
+    assert tensor.error.relative_loss == pytest.approx(float(batch.relative_loss.mean()), rel=1e-6)
+    assert tensor.error.n_tokens == 600
