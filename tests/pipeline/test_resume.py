@@ -109,7 +109,8 @@ def _file_of(fd: int) -> str:
 
 def _kind(path: Any) -> str:
     text = str(path)
-    for part in ("journal", "hidden", ".safetensors.new", ".index.json", ".safetensors", "replaced"):
+    safetensors, gguf = (".safetensors.new", ".index.json", ".safetensors"), ("imatrix", ".gguf")
+    for part in ("journal", "hidden", *safetensors, *gguf, "replaced"):
         if part in text.rpartition("out")[2]:
             return part.strip(".")
     return "other"
