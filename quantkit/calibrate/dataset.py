@@ -13,7 +13,8 @@ derived by SHA-256 from the seed, the file's content and the row's number, so it
 where the file lies.
 
 Choice of evaluation windows. Whole chunks of context - 1 tokens (the rest of the file is left out), all of them or k
-evenly spread: chunk numbers unique(int(linspace(0, n - 1, k))).
+evenly spread: chunk numbers unique(int(linspace(0, n - 1, k))). llama.cpp's perplexity tool cuts otherwise: the text with
+BOS in front into chunks of context tokens, and BOS in place of each chunk's first token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,6 +34,10 @@ from quantkit.errors import CalibrationError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+Cut = Literal["windows", "llama.cpp"]
+"""How evaluation text is cut into windows."""
 
 
 class Calibration(BaseModel):
@@ -103,7 +108,12 @@ def token_rows(settings: Calibration, checkpoint_dir: Path, base_dir: Path) -> T
 
 
 def eval_windows(
-    text: Sequence[str], context: int, checkpoint_dir: Path, base_dir: Path, max_windows_per_file: int | None = None
+    text: Sequence[str],
+    context: int,
+    checkpoint_dir: Path,
+    base_dir: Path,
+    max_windows_per_file: int | None = None,
+    cut: Cut = "windows",
 ) -> TokenRows:
     """Windows of `context` tokens for perplexity and KL divergence, file after file.
 
@@ -118,10 +128,13 @@ def eval_windows(
         raise CalibrationError(f"evaluation: found max_windows_per_file {max_windows_per_file}, needed at least 1.")
     tokenizer = load_tokenizer(checkpoint_dir)
     files = _tokenise(text, tokenizer, base_dir)
-    body = context - (tokenizer.bos_id is not None)
+    head = int(tokenizer.bos_id is not None)
+    body = context - head
+    # llama-perplexity: the BOS of the text counts as its first token, and a chunk's first token is lost to its own BOS.
+    stride, before = (context, head) if cut == "llama.cpp" else (body, 0)
     chosen: list[tuple[int, int]] = []
     for place, file in enumerate(files):
-        n_chunks = file.ids.size // body
+        n_chunks = (before + file.ids.size) // stride
         if n_chunks == 0:
             raise CalibrationError(
                 f"{file.file.label}: holds {file.ids.size:,} tokens, one window needs {body:,}.",
@@ -129,7 +142,7 @@ def eval_windows(
             )
         wanted = n_chunks if max_windows_per_file is None else min(max_windows_per_file, n_chunks)
         chunks = np.unique(np.linspace(0, n_chunks - 1, wanted).astype(np.int64))
-        chosen.extend((place, int(chunk) * body) for chunk in chunks)
+        chosen.extend((place, int(chunk) * stride) for chunk in chunks)
     return _rows(files, chosen, context, tokenizer.bos_id)
 
 

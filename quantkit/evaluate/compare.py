@@ -1,32 +1,31 @@
-"""Perplexity and KL divergence of a candidate against its reference, both streamed side by side through the same text.
+"""Candidates against their reference, all streamed side by side through the same text.
 
-Weights of one layer (of one expert) at a time for each; the vocabulary in blocks, so that no token's logits exist as a
-whole. For each predicting position, in one pass over the blocks:
-
-    KL(p || q) = sum_v p_v (l_v - m_v) - (lse l - lse m)        l, m: reference and candidate logits
-
-sum_v p_v (l_v - m_v) is carried with a running maximum of l, as in online softmax. Sums are float64 over float32
-logits.
+Weights of one layer (of one expert) at a time for each; hidden states in stores that may lie on disk. After each layer
+the candidates' hidden states and choices of experts are held against the reference's; after the last one `token_scores`
+takes the vocabulary in blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.stream import embed, forward_layer, row_batches
+from quantkit.evaluate.token_scores import Head, TokenScores, token_scores
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
 
-VOCAB_BLOCK = 8192
+NewRows = Callable[[int, int, int], RowStore]
+"""(n_rows, length, width) -> a store for hidden states."""
+ROUTED_TOKENS = 2**16
+"""Tokens whose experts are compared at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,9 @@ class Model:
     """A checkpoint to run: float32 weights by name, and rows of the two vocabulary matrices.
 
     ``embed_rows(ids)``: ids (n,) int64 -> (n, hidden); ``head_rows(start, stop)`` -> (stop - start, hidden), all
-    float32. ``forget()``: no weight asked for so far is needed again soon.
+    float32. ``forget()``: no weight asked for so far is needed again soon. ``arch``: how it computes, None: as the
+    reference. ``at_border``: what happens to the hidden states (rows, tokens, hidden) after the embedding and after
+    each layer.
     """
 
     weights: Weights
@@ -42,17 +43,42 @@ class Model:
     head_rows: Callable[[int, int], Tensor]
     device: torch.device = torch.device("cpu")
     forget: Callable[[], None] = lambda: None
+    arch: ModelArch | None = None
+    at_border: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores:
-    """One value for each position that predicts a token: (n_rows, length - 1). nll in nats of reference and candidate,
-    kld in nats, same_top bool: both put the same token first."""
+class LayerScore:
+    """A candidate behind one layer. ``hidden_error``: root of the mean over tokens of |x' - x|^2 / |x|^2, x being the
+    hidden state; ``router_agreement``: share of the reference's chosen experts that the candidate chose too, None for
+    a layer without routed experts."""
 
-    reference_nll: Tensor
-    candidate_nll: Tensor
-    kld: Tensor
-    same_top: Tensor
+    layer: int
+    hidden_error: float
+    router_agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was found of one candidate."""
+
+    tokens: TokenScores
+    layers: tuple[LayerScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A model on its way through the layers."""
+
+    arch: ModelArch
+    model: Model
+    x: RowStore
+
+    def cross(self) -> None:
+        """Apply `Model.at_border`."""
+        if self.model.at_border is not None:
+            for start, stop in row_batches(self.x):
+                self.x.write(start, self.model.at_border(self.x.read(start, stop)))
 
 
 def compare(
@@ -60,86 +86,79 @@ def compare(
     reference: Model,
     candidate: Model,
     tokens: Tensor,
-    new_rows: Callable[[int, int, int], RowStore],
+    new_rows: NewRows,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> TokenScores:
-    """Score both models on tokens (n_rows, length) int64. ``new_rows(n_rows, length, width)`` makes a store for hidden
-    states."""
-    models = (reference, candidate)
+    """Score one candidate on every position that predicts a token; see `compare_all`."""
+    (found,) = compare_all(arch, reference, (candidate,), tokens, new_rows, on_layer=on_layer)
+    return found.tokens
+
+
+def compare_all(
+    arch: ModelArch,
+    reference: Model,
+    candidates: Sequence[Model],
+    tokens: Tensor,
+    new_rows: NewRows,
+    *,
+    first_scored: int = 0,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> list[Comparison]:
+    """Score candidates on tokens (n_rows, length) int64, predictions at positions ``first_scored`` on. There are two
+    stores more than candidates. All models have the reference's number of layers, width and vocabulary."""
     n_rows, length = tokens.shape
-    stores = [new_rows(n_rows, length, arch.hidden_size) for _ in models]
+    streams = [
+        _Stream(model.arch or arch, model, new_rows(n_rows, length, arch.hidden_size))
+        for model in (reference, *candidates)
+    ]
     scratch = new_rows(n_rows, length, arch.hidden_size)
-    for model, store in zip(models, stores, strict=True):
-        embed(model.embed_rows, tokens, store)
+    for stream in streams:
+        embed(stream.model.embed_rows, tokens, stream.x)
+        stream.cross()
+    layers: list[list[LayerScore]] = [[] for _ in candidates]
     for layer in range(arch.n_layers):
-        for model, store in zip(models, stores, strict=True):
-            forward_layer(arch.sublayers(layer), model.weights, store, scratch, model.device)
-            model.forget()
+        for found, score in zip(layers, _layer(layer, streams, scratch), strict=True):
+            found.append(score)
         on_layer(layer)
-    scores = _score(arch, models, stores, tokens)
-    for store in (*stores, scratch):
+    heads = [Head(s.arch, s.model.weights, s.model.head_rows, s.x, s.model.device) for s in streams]
+    scores = token_scores(heads, tokens, first_scored)
+    for store in (*(stream.x for stream in streams), scratch):
         store.close()
+    return [Comparison(found, tuple(own)) for found, own in zip(scores, layers, strict=True)]
+
+
+def _layer(layer: int, streams: Sequence[_Stream], scratch: RowStore) -> list[LayerScore]:
+    """Carry every stream through a layer, one after the other -> the candidates' scores."""
+    scores: list[LayerScore] = []
+    expected: list[Tensor] = []
+    for number, stream in enumerate(streams):
+        model = stream.model
+        routings = forward_layer(stream.arch.sublayers(layer), model.weights, stream.x, scratch, model.device)
+        model.forget()
+        stream.cross()
+        if number == 0:
+            expected = routings
+        else:
+            scores.append(LayerScore(layer, _hidden_error(streams[0].x, stream.x), _agreement(expected, routings)))
     return scores
 
 
-class _Softmax:
-    """Running log-sum-exp of each position's logits, block of the vocabulary by block."""
-
-    def __init__(self, n: int) -> None:
-        self.top = torch.full((n,), -torch.inf)
-        self.top_token = torch.zeros(n, dtype=torch.int64)
-        self.total = torch.zeros(n, dtype=torch.float64)
-        self.target = torch.zeros(n)
-
-    def add(self, first: int, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (n, block) of tokens from ``first`` on -> (exp(logits - new top) (n, block), factor for sums so far
-        (n,))."""
-        top, token = logits.max(-1)
-        better = top > self.top
-        self.top_token = torch.where(better, token + first, self.top_token)
-        new_top = torch.where(better, top, self.top)
-        factor = (self.top - new_top).exp().double()
-        self.top = new_top
-        weights = (logits - new_top.unsqueeze(-1)).exp()
-        self.total = self.total * factor + weights.sum(-1, dtype=torch.float64)
-        inside = (targets >= first) & (targets < first + logits.shape[1])
-        own = logits.gather(-1, (targets - first).clamp(0, logits.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
-        self.target = torch.where(inside, own, self.target)
-        return weights, factor
-
-    def log_sum(self) -> Tensor:
-        """(n,) float64."""
-        return self.total.log() + self.top.double()
+def _hidden_error(reference: RowStore, candidate: RowStore) -> float:
+    total = torch.zeros((), dtype=torch.float64)
+    for start, stop in row_batches(reference):
+        x = reference.read(start, stop)
+        moved = (candidate.read(start, stop) - x).square_().sum(-1)
+        total += (moved / x.square().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)).sum(dtype=torch.float64)
+    return float((total / (reference.n_rows * reference.length)).sqrt())
 
 
-def _score(arch: ModelArch, models: tuple[Model, Model], stores: list[RowStore], tokens: Tensor) -> TokenScores:
-    batches = list(row_batches(stores[0]))
-    targets = [tokens[start:stop, 1:].flatten() for start, stop in batches]
-    softmaxes = [(_Softmax(len(t)), _Softmax(len(t))) for t in targets]
-    differences = [torch.zeros(len(t), dtype=torch.float64) for t in targets]
-    for first in range(0, arch.vocab_size, VOCAB_BLOCK):
-        heads = [model.head_rows(first, min(first + VOCAB_BLOCK, arch.vocab_size)) for model in models]
-        for number, (start, stop) in enumerate(batches):
-            logits: list[Tensor] = []
-            for model, store, head in zip(models, stores, heads, strict=True):
-                x = store.read(start, stop)[:, :-1].reshape(-1, arch.hidden_size).to(head.device)
-                logits.append(linear(arch.final_hidden(model.weights, x), head).cpu())
-            reference, candidate = softmaxes[number]
-            weights, factor = reference.add(first, logits[0], targets[number])
-            candidate.add(first, logits[1], targets[number])
-            moved = (weights * (logits[0] - logits[1])).sum(-1, dtype=torch.float64)
-            differences[number] = differences[number] * factor + moved
-    parts = [_finish(*pair, difference) for pair, difference in zip(softmaxes, differences, strict=True)]
-    columns = [torch.cat(column).view(len(tokens), -1) for column in zip(*parts, strict=True)]
-    return TokenScores(*columns)
-
-
-def _finish(reference: _Softmax, candidate: _Softmax, difference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll of both, kld, same top: (n,) each."""
-    kld = difference / reference.total - (reference.log_sum() - candidate.log_sum())
-    return (
-        reference.log_sum() - reference.target.double(),
-        candidate.log_sum() - candidate.target.double(),
-        kld.clamp_min_(0),
-        reference.top_token == candidate.top_token,
-    )
+def _agreement(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float | None:
+    """Routing indices (tokens, top_k) of each block -> share of the expected experts that were found too."""
+    if not expected or len(expected) != len(found):
+        return None
+    shared, chosen = 0, 0
+    for ours, theirs in zip(expected, found, strict=True):
+        for a, b in zip(ours.split(ROUTED_TOKENS), theirs.split(ROUTED_TOKENS), strict=True):
+            shared += int((a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).sum())
+        chosen += ours.numel()
+    return shared / chosen

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.weight_cache import WeightCache
-from quantkit.evaluate.compare import Model, TokenScores
+from quantkit.evaluate.compare import Model
+from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.scores import Estimate, Scores
 from quantkit.tensors import TensorSource
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from quantkit.arch import arch_of
 from quantkit.calibrate import stream
 from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
-from quantkit.evaluate import compare as compare_module
-from quantkit.evaluate.compare import Model, TokenScores, compare
+from quantkit.evaluate import token_scores as token_scores_module
+from quantkit.evaluate.compare import Model, compare
+from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats import open_source
 from tests.tiny_models import random_weights, tiny_config, write_checkpoint
@@ -178,7 +179,7 @@ def test_the_vocabulary_may_be_cut_anywhere(
     tokens: Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compare_module, "VOCAB_BLOCK", block)
+    monkeypatch.setattr(token_scores_module, "VOCAB_BLOCK", block)
     assert_same(scored(weights, damaged, tokens), scores, rtol=1e-5, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantkit.evaluate.compare import TokenScores
+from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.scores import Estimate, Scores, limits_exceeded
 from quantkit.evaluate.validation import summarise
 
