@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 class ImportanceFile:
     """An open imatrix and the model's names in it. An open resource: `close` it.
 
-    ``sha256``: of the file; ``missing``: GGUF names of weights that it does not have, which then count as without
-    importance.
+    ``sha256``: of the file; ``missing``: GGUF names of weights that it does not have (see `lacks`).
     """
 
     imatrix: Imatrix
     specs: dict[str, TensorSpec]
     arch: ModelArch
     sha256: str
-    missing: tuple[str, ...]
+    missing: frozenset[str]
     _latest: tuple[str, InputImportance | None] = ("", None)
 
     @classmethod
@@ -43,18 +42,22 @@ class ImportanceFile:
         except BaseException:
             imatrix.close()
             raise
-        return cls(imatrix, specs, arch, sha256_of(path), tuple(missing))
+        return cls(imatrix, specs, arch, sha256_of(path), frozenset(missing))
 
-    def of(self, names: tuple[str, ...]) -> InputImportance | None:
-        """Mean squares of the inputs of linears of one shape: (B, in), B experts, or the heads of one part. None where
-        the file says nothing. Raises `SourceError` for values that are negative or not finite."""
+    def lacks(self, name: str) -> bool:
+        """Whether a linear of a decoder layer is quantised as without importance: the file does not have it, or has
+        only its parts."""
+        return name not in self.specs or self.arch.gguf().stored_name(name)[0] in self.missing
+
+    def of(self, names: tuple[str, ...], device: torch.device) -> InputImportance | None:
+        """Mean squares of the inputs of linears of one shape: (B, in) on the device, B experts, or the heads of one
+        part. None where the file says nothing. Raises `SourceError` for values that are negative or not finite."""
         found = [self._one(name) for name in names]
         known = [row for row in found if row is not None]
         if len(known) < len(names):
             return None
-        return InputImportance(
-            torch.cat([row.importance for row in known]), tuple(n for row in known for n in row.n_tokens)
-        )
+        importance = torch.cat([row.importance for row in known]).to(device)
+        return InputImportance(importance, tuple(n for row in known for n in row.n_tokens))
 
     def close(self) -> None:
         """Close the file."""

@@ -46,8 +46,8 @@ class LayerJob:
     ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to choosing them, for the statistics
     only.
     ``streams`` is None in a data-free conversion. ``experts_at_once``: how many experts of one shape are one batch.
-    ``importance(names)``: what an imatrix file knows of the inputs of linears of one shape, for conversions without
-    streams.
+    ``importance(names)``: what an imatrix file knows of the inputs of linears of one shape, on the device, for
+    conversions without streams.
     """
 
     outputs: tuple[OutputJob, ...]
@@ -284,7 +284,7 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     if any_wanted(job.outputs, (gate.names[0], up.names[0])):
         stats = _input_stats(job, routes, tokens, full=needs_inputs(job.outputs, (gate.names[0], up.names[0])))
         _note_expert_importance(job, (gate, up), stats)
-        strength, _ = _shrinkage(job, gate.names[0])
+        strength, _ = _shrinkage(job, (gate.names[0], up.names[0]))
         stats = shrunk(stats, routes.pooled, strength)
         new_gate, new_up = _decoded(quantize_linears(job.outputs, (gate, up), stats, job.on_tensor), (gate, up))
         del stats
@@ -295,7 +295,7 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
         hidden = _HiddenOf(block, (new_gate, new_up), (gate.weight, up.weight))
         stats = _hidden_stats(job, routes, tokens, hidden, full=needs_inputs(job.outputs, down.names))
         _note_expert_importance(job, (down,), stats)
-        _, strength = _shrinkage(job, down.names[0])
+        _, strength = _shrinkage(job, down.names[:1])
         stats = shrunk_to_diagonal(stats, strength)
         (new_down,) = _decoded(quantize_linears(job.outputs, (down,), stats, job.on_tensor), (down,))
     for position, expert in enumerate(experts):
@@ -322,9 +322,10 @@ def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linear
     ]
 
 
-def _shrinkage(job: LayerJob, name: str) -> tuple[float, float]:
+def _shrinkage(job: LayerJob, names: tuple[str, ...]) -> tuple[float, float]:
     """What the calibrated methods want of `shrunk` and `shrunk_to_diagonal`; the plan saw that all outputs agree."""
-    wanted = (output.methods[name][1].shrinkage for output in job.outputs if name in output.methods)
+    methods = (output.methods[name][1] for output in job.outputs for name in names if name in output.methods)
+    wanted = (method.shrinkage for method in methods)
     return next((strengths for strengths in wanted if strengths is not None), (0.0, 0.0))
 
 

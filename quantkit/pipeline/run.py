@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Block, ExpertBlock
+from quantkit.arch.base import Block, ExpertBlock, Role
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
@@ -73,11 +75,12 @@ def convert(
         needs = conversion_needs(plan, arch)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
-        importance = None
+        kept, importance = [opened.directory, base_dir, Path.cwd(), Path("~").expanduser()], None
         if recipe.imatrix is not None:
             importance = ImportanceFile.open(base_dir / recipe.imatrix, arch)
             stack.callback(importance.close)
-        refuse_to_lose(Path(out), opened.directory, base_dir, Path.cwd(), Path("~").expanduser())
+            kept.append(base_dir / recipe.imatrix)
+        refuse_to_lose(Path(out), *kept)
         folder = stack.enter_context(OutputFolder(Path(out), restart=restart))
         header = job_header(recipe, opened, rows, importance, machine)
         journal = Journal(folder.journal, header)
@@ -154,7 +157,7 @@ def _layer_job(
     device, calibration = walk.machine.device, walk.plan.recipe.calibration
 
     def on_tensor(output: int, tensor: QuantizedTensor) -> None:
-        records.append(_record(output, tensor.name, tensor.error))
+        records.append(_record(output, tensor.name, _told(walk, output, tensor)))
         if output == 0:
             official = walk.plan.outputs[0].decisions[tensor.name].spec.official
             walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, walk.source.infos()[official].nbytes))
@@ -178,8 +181,16 @@ def _layer_job(
         device=device,
         experts_at_once=_experts_at_once(walk, blocks),
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
-        importance=(lambda names: None) if walk.importance is None else walk.importance.of,
+        importance=(lambda names: None) if walk.importance is None else partial(walk.importance.of, device=device),
     )
+
+
+def _told(walk: Walk, output: int, tensor: QuantizedTensor) -> QuantError:
+    """The error of a linear, which also says if an imatrix file was to weigh it, but does not know it."""
+    mtp = walk.plan.outputs[output].decisions[tensor.name].spec.role is Role.MTP
+    if walk.importance is None or mtp or not walk.importance.lacks(tensor.name):
+        return tensor.error
+    return replace(tensor.error, fallback="not in the imatrix: all inputs count alike")
 
 
 def _record(output: int, name: str, error: QuantError) -> list[object]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.arch import arch_of
 from quantkit.calibrate.dataset import token_rows
-from quantkit.errors import SourceError
+from quantkit.errors import OutputError, SourceError
 from quantkit.pipeline.recipe import Recipe
 from tests.oracles import llama_imatrix
 from tests.oracles.inputs import Sums, attention_inputs, input_sums
@@ -216,6 +216,18 @@ def test_weights_that_the_imatrix_lacks_count_as_without(weighted: Path, place: 
         if types[name] == stored_types(tmp_path / "some")[name]:
             assert some[name] == (none if name in absent else all_)[name], name
     assert all(all_[name] != none[name] for name in absent)
+    tensors = json.loads((tmp_path / "some" / "quantkit.json").read_text())["tensors"]
+    told = {name.removeprefix("model.layers.") for name, entry in tensors.items() if "fallback" in entry}
+    ups = {f"1.mlp.experts.{expert}.up_proj.weight" for expert in range(4)}
+    assert told == {"0.self_attn.kv_b_proj.weight:k", "0.self_attn.o_proj.weight", *ups}
+
+
+def test_an_output_that_holds_the_imatrix_is_not_replaced(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(place / "model", gguf_recipe(WEIGHTED, tokens=TOKENS), out)
+    with pytest.raises(OutputError, match=r"holds .*imatrix\.gguf, which would be replaced"):
+        run(place / "model", gguf_recipe(WEIGHTED, imatrix=str(out / "imatrix.gguf")), out, restart=True)
+    assert (out / "imatrix.gguf").exists()
 
 
 def test_an_imatrix_that_is_not_this_model_s_is_one_line(weighted: Path, place: Path, tmp_path: Path) -> None:
