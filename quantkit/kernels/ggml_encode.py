@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from quantkit.kernels.ggml_lanes import ROWS, least, load, most, rint, splat, store_bytes, where_less
+from quantkit.kernels.ggml_lanes import ROWS, kernel, least, load, most, rint, splat, store_bytes, where_less
 from quantkit.kernels.ggml_tile import STEPS, Floats, inverse
 
 Codes = NDArray[np.uint8]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encode_rows(
     weight: Floats,
     scale: Floats,

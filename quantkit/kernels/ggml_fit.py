@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +27,26 @@ TASK_WEIGHTS = 1 << 16
 
 @dataclass(frozen=True)
 class BlockSearch:
-    """What the kernels know of a type. ``levels``: all values, rising; ``shares``: ranges to try, in units of a group's
-    own; ``sub_scale``: lowest and highest, None if groups have no scale of their own; ``sub_min``: highest."""
+    """What the kernels know of a type.
+
+    ``levels``: all values, rising; ``shares``: ranges to try, in units of a group's own, which spans the weights that
+    have more than the share ``matters`` of its energy; ``sub_scale``: lowest and highest, None if groups have no scale
+    of their own; ``sub_min``: the highest.
+    """
 
     block: int
     group: int
     levels: tuple[int, ...]
     shares: Floats = field(default_factory=lambda: np.ones(1, np.float32))
+    matters: float = 0.0
     sub_scale: tuple[int, int] | None = None
     sub_min: int | None = None
     has_offset: bool = False
     powers_of_two: bool = False
 
     @property
-    def ends(self) -> tuple[np.float32, np.float32]:
-        """The lowest and the highest level."""
+    def ends(self) -> Any:
+        """The lowest and the highest level, a pair of np.float32 (kernels compute with the type they are given)."""
         return np.float32(self.levels[0]), np.float32(self.levels[-1])
 
     def table(self) -> Floats:
@@ -66,23 +72,25 @@ def fit_blocks(search: BlockSearch, weight: Floats, importance: Floats, threads:
     dmin = np.zeros_like(d) if search.has_offset else None
     integers = (matrices, out, in_features // search.group if search.sub_scale else 0)
     sub, low = np.zeros(integers, np.int16), np.zeros(integers, np.int16)
-    table, ends = search.table(), search.ends
+    table, ends, shares = search.table(), search.ends, search.shares
+    matters: Any = np.float32(search.matters)
 
     def run(b: int, rows: tuple[int, int]) -> None:
+        matrix, h = weight[b], importance[b]
         if search.powers_of_two:
-            search_power(weight[b], importance[b], rows, search.block, ends, table, d[b])
+            search_power(matrix, h, rows, search.block, ends, table, matters, d[b])
         elif dmin is not None:
-            limits = (search.sub_scale[1], search.sub_min or 1) if search.sub_scale else (1, 1)
+            highest = (search.sub_scale[1], search.sub_min or 1) if search.sub_scale else (1, 1)
+            scales = d[b], dmin[b], sub[b], low[b]
             search_offset(
-                weight[b], importance[b], rows, search.block, search.group, ends[1], search.shares, limits, d[b],
-                dmin[b], sub[b], low[b],
-            )  # fmt: skip
+                matrix, h, rows, search.block, search.group, ends[1], search.shares, matters, highest, *scales
+            )
         else:
             limits = search.sub_scale or (1, 1)
+            scales = d[b], sub[b]
             search_symmetric(
-                weight[b], importance[b], rows, search.block, search.group, ends, table, search.shares, limits, d[b],
-                sub[b],
-            )  # fmt: skip
+                matrix, h, rows, search.block, search.group, ends, table, search.shares, matters, limits, *scales
+            )
 
     _in_threads(run, weight.shape, threads)
     return d, dmin, sub if search.sub_scale else None, low if search.sub_min else None
@@ -115,5 +123,5 @@ def _in_threads(run: Callable[[int, tuple[int, int]], None], shape: tuple[int, .
             run(*task)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda task: run(*task), tasks):
-            pass
+        for done in [pool.submit(run, *task) for task in tasks]:
+            done.result()

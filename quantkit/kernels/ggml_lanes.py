@@ -9,13 +9,40 @@ machine. Numba caches a kernel by its own file: after a change here, remove the 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.core.extending import intrinsic, models, overload, register_model
 
 ROWS = 16
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel(function: Function) -> Function:
+    """Compile what is called from Python."""
+    return _compiled(function)
+
+
+def part(function: Function) -> Function:
+    """Compile what kernels call. It can't make arrays: counting the references of those that it is given would cost
+    more than its work."""
+    return _compiled(function, _nrt=False)
+
+
+def inlined(function: Function) -> Function:
+    """Compile an innermost loop as a part of its caller: a call would send all sums through memory."""
+    return _compiled(function, _nrt=False, forceinline=True)
+
+
+def _compiled(function: Function, **options: bool) -> Function:
+    compile_: Any = njit
+    return cast("Function", compile_(cache=True, nogil=True, **options)(function))
+
+
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, ROWS)
 _HALVES = ir.VectorType(ir.HalfType(), ROWS)
@@ -31,6 +58,11 @@ class Lanes(types.Type):
 LANES = Lanes()
 
 
+def _intrinsic(build: Callable[..., Any]) -> Any:
+    """numba's decorator; calls of the result don't have the parameters of ``build``, which type checkers can't know."""
+    return intrinsic(build)
+
+
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
@@ -42,7 +74,7 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, place: Any
     return builder.bitcast(builder.gep(data, [place]), _VECTOR.as_pointer())
 
 
-@intrinsic
+@_intrinsic
 def load(typing: Any, array: Any, place: Any) -> Any:
     """load(array (n,) float32, place): lanes from array[place : place + 16]."""
 
@@ -52,7 +84,7 @@ def load(typing: Any, array: Any, place: Any) -> Any:
     return LANES(array, types.intp), generate
 
 
-@intrinsic
+@_intrinsic
 def store(typing: Any, array: Any, place: Any, value: Any) -> Any:
     """store(array (n,) float32, place, lanes): write array[place : place + 16]."""
 
@@ -63,7 +95,7 @@ def store(typing: Any, array: Any, place: Any, value: Any) -> Any:
     return types.void(array, types.intp, value), generate
 
 
-@intrinsic
+@_intrinsic
 def store_bytes(typing: Any, array: Any, place: Any, value: Any) -> Any:
     """store_bytes(array (n,) uint8, place, lanes): write lanes that are whole numbers of 0 to 255."""
 
@@ -79,7 +111,7 @@ def store_bytes(typing: Any, array: Any, place: Any, value: Any) -> Any:
     return types.void(array, types.intp, value), generate
 
 
-@intrinsic
+@_intrinsic
 def splat(typing: Any, value: Any) -> Any:
     """The same number in all lanes."""
 
@@ -95,7 +127,7 @@ def splat(typing: Any, value: Any) -> Any:
 def _instruction(name: str) -> Any:
     """An intrinsic (lanes, lanes) -> lanes that is one instruction of LLVM's builder."""
 
-    @intrinsic
+    @_intrinsic
     def emit(typing: Any, left: Any, right: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return getattr(builder, name)(*args)
@@ -114,20 +146,20 @@ def _function(name: str, arguments: int) -> Any:
 
     if arguments == 1:
 
-        @intrinsic
+        @_intrinsic
         def emit_one(typing: Any, value: Any) -> Any:
             return LANES(value), generate
 
         return emit_one
     if arguments == 2:
 
-        @intrinsic
+        @_intrinsic
         def emit_two(typing: Any, left: Any, right: Any) -> Any:
             return LANES(left, right), generate
 
         return emit_two
 
-    @intrinsic
+    @_intrinsic
     def emit_three(typing: Any, left: Any, right: Any, addend: Any) -> Any:
         return LANES(left, right, addend), generate
 
@@ -143,7 +175,7 @@ absolute = _function("fabs", 1)
 
 
 def _selection(comparison: str) -> Any:
-    @intrinsic
+    @_intrinsic
     def emit(typing: Any, left: Any, right: Any, yes: Any, no: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.select(builder.fcmp_ordered(comparison, args[0], args[1]), args[2], args[3])
@@ -157,7 +189,7 @@ where_less = _selection("<")
 """where_less(a, b, yes, no): lanes of ``yes`` where a < b, else of ``no``."""
 
 
-@intrinsic
+@_intrinsic
 def least(typing: Any, left: Any, right: Any) -> Any:
     """The smaller of each two."""
 
@@ -167,7 +199,7 @@ def least(typing: Any, left: Any, right: Any) -> Any:
     return LANES(left, right), generate
 
 
-@intrinsic
+@_intrinsic
 def most(typing: Any, left: Any, right: Any) -> Any:
     """The larger of each two."""
 
@@ -177,7 +209,7 @@ def most(typing: Any, left: Any, right: Any) -> Any:
     return LANES(left, right), generate
 
 
-@intrinsic
+@_intrinsic
 def half(typing: Any, value: Any) -> Any:
     """Rounded to float16 and back."""
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from quantkit.kernels.ggml_lanes import ROWS, fma, half, least, load, most, rint, splat, store, where_less
+from quantkit.kernels.ggml_lanes import ROWS, fma, half, kernel, least, load, most, part, rint, splat, store, where_less
 from quantkit.kernels.ggml_symmetric import best_units
 from quantkit.kernels.ggml_tile import (
     HALF_MAX,
+    TIE,
     Floats,
     fill,
     inverse,
     measure_pair,
+    moments,
     nonzero_half,
     range_of,
     ratio,
@@ -25,11 +26,13 @@ Integers = NDArray[np.int16]
 INFINITY = np.float32(np.inf)
 PAIRS = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (2, 1))
 """Which of the three best d and dmin are tried together."""
+ENDS = 8
+"""How many of the highest levels the largest weight of a block of its own scale and offset is tried on."""
 # Sums kept of each group, in units of a row of lanes.
 SCALE, OFFSET, CURVATURE, TOTAL, SUB, LOW, BEST_SUB, BEST_LOW, B, C, D, F, FIELDS = range(13)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search_offset(
     weight: Floats,
     h: Floats,
@@ -38,6 +41,7 @@ def search_offset(
     group: int,
     high: float,
     shares: Floats,
+    matters: float,
     limits: tuple[int, int],
     d_out: Floats,
     dmin_out: Floats,
@@ -55,10 +59,19 @@ def search_offset(
         for column in range(0, weight.shape[1], block):
             fill(tile, weight[: rows[1]], row, column, block)
             block_h = h[column : column + block]
-            for g in range(groups):
-                pair_of_group(tile, block_h, g, group, high, shares, single, state)
+            # dmin has one sign for all groups: negative (offsets above 0) only where all weights are above 0.
+            limit = where_less(
+                splat(0.0),
+                range_of(tile, block_h, 0, block, splat(INFINITY), splat(-1.0))[0],
+                splat(INFINITY),
+                splat(0.0),
+            )
             if single:
-                found = stored_pair(tile, block_h, group, high, state)
+                limit = splat(INFINITY)
+            for g in range(groups):
+                pair_of_group(tile, block_h, g, group, high, shares, matters, limit, state)
+            if single:
+                found = stored_pair(tile, block_h, group, high, matters, state)
             else:
                 found = units_and_integers(tile, block_h, group, high, limits, state)
             store(d, 0, found[0])
@@ -72,7 +85,7 @@ def search_offset(
                         low_out[row + lane, column // group + g] = np.int16(state[BEST_LOW, g * ROWS + lane])
 
 
-@njit(cache=True, nogil=True)
+@part
 def solve(a: Any, b: Any, c: Any, d: Any, f: Any, total: Any, room: Any) -> tuple[Any, Any, Any]:
     """Least-squares steps of scale and offset for the same codes, and the error after them. The offset rises by no more
     than ``room``."""
@@ -85,63 +98,68 @@ def solve(a: Any, b: Any, c: Any, d: Any, f: Any, total: Any, room: Any) -> tupl
     return step, shift, error
 
 
-@njit(cache=True, nogil=True)
+@part
 def pair_of_group(
-    tile: Floats, h: Floats, g: int, group: int, high: float, shares: Floats, single: bool, state: Floats
+    tile: Floats, h: Floats, g: int, group: int, high: float, shares: Floats, matters: float, limit: Any, state: Floats
 ) -> None:
-    """The best scale and offset of one group alone; the offset is not above 0 if it will be subtracted."""
+    """The best scale and offset of one group alone; the offset is not above ``limit``."""
     start, stop = g * group, (g + 1) * group
-    bottom, top, _, _ = range_of(tile, h, start, stop)
-    total = splat(0.0)
-    for column in range(start, stop):
-        total = total + h[column]
-    if not single:
-        bottom = least(bottom, splat(0.0))
+    total, dot, energy = moments(tile, h, start, stop)
+    mean = dot / total
+    bottom, top, _ = range_of(tile, h, start, stop, mean, (energy - dot * mean) * matters)
+    bottom = least(bottom, limit)
     width = (top - bottom) / high
+    to_width = inverse(width)
     best_error, best_scale, best_offset, curvature = splat(INFINITY), width, bottom, splat(0.0)
-    limit = splat(INFINITY) if single else splat(0.0)
     for clipped in (0.0, 0.5, 1.0):
         mode_error, mode_scale, mode_offset = splat(INFINITY), width, bottom
         for share in shares:
-            scale = width * share
+            scale, to_levels = width * share, to_width * (np.float32(1.0) / share)
             offset = least(bottom + np.float32(clipped * (1.0 - share)) * (top - bottom), limit)
-            a, b, c, d, f = measure_pair(tile, h, start, stop, scale, offset, high)
+            a, b, c, d, f = measure_pair(tile, h, start, stop, scale, to_levels, offset, high)
             step, shift, error = solve(a, b, c, d, f, total, limit - offset)
-            mode_scale = where_less(error, mode_error, scale + step, mode_scale)
-            mode_offset = where_less(error, mode_error, offset + shift, mode_offset)
-            mode_error = least(error, mode_error)
-        a, b, c, d, f = measure_pair(tile, h, start, stop, mode_scale, mode_offset, high)
+            behind = fma(energy, splat(TIE), error)
+            mode_scale = where_less(behind, mode_error, scale + step, mode_scale)
+            mode_offset = where_less(behind, mode_error, offset + shift, mode_offset)
+            mode_error = where_less(behind, mode_error, error, mode_error)
+        a, b, c, d, f = measure_pair(tile, h, start, stop, mode_scale, inverse(mode_scale), mode_offset, high)
         step, shift, mode_error = solve(a, b, c, d, f, total, limit - mode_offset)
         mode_scale, mode_offset = mode_scale + step, mode_offset + shift
-        best_scale = where_less(mode_error, best_error, mode_scale, best_scale)
-        best_offset = where_less(mode_error, best_error, mode_offset, best_offset)
-        curvature = where_less(mode_error, best_error, c, curvature)
-        best_error = least(mode_error, best_error)
+        behind = fma(energy, splat(TIE), mode_error)
+        best_scale = where_less(behind, best_error, mode_scale, best_scale)
+        best_offset = where_less(behind, best_error, mode_offset, best_offset)
+        curvature = where_less(behind, best_error, c, curvature)
+        best_error = where_less(behind, best_error, mode_error, best_error)
     store(state[SCALE], g * ROWS, best_scale)
     store(state[OFFSET], g * ROWS, best_offset)
     store(state[CURVATURE], g * ROWS, curvature)
     store(state[TOTAL], g * ROWS, total)
 
 
-@njit(cache=True, nogil=True)
+@part
 def limited_half(value: Any) -> Any:
     """The nearest float16."""
     return half(least(most(value, splat(-HALF_MAX)), splat(HALF_MAX)))
 
 
-@njit(cache=True, nogil=True)
-def stored_pair(tile: Floats, h: Floats, group: int, high: float, state: Floats) -> tuple[Any, Any]:
-    """Float16 scale and offset: the rounded best, and what follows when one of the two is rounded first."""
-    bottom, top, _, energy = range_of(tile, h, 0, group)
-    total = load(state[TOTAL], 0)
+@part
+def stored_pair(tile: Floats, h: Floats, group: int, high: float, matters: float, state: Floats) -> tuple[Any, Any]:
+    """Float16 scale and offset: the best, its offset refitted on the rounded scale; what rounding the offset of a
+    constant leaves; and ranges that meet the largest weight with one of the highest levels: some of their scales are
+    hardly rounded, which decides if one weight is huge."""
+    total, dot, energy = moments(tile, h, 0, group)
+    mean = dot / total
+    bottom, top, _ = range_of(tile, h, 0, group, mean, (energy - dot * mean) * matters)
     best_error, best_d, best_dmin = energy, splat(0.0), splat(0.0)
     scale, offset = load(state[SCALE], 0), load(state[OFFSET], 0)
-    for attempt in range(4):
+    for attempt in range(4 + ENDS):
         if attempt == 3:
-            scale, offset = (top - bottom) / high, bottom
+            scale, offset = bottom - limited_half(bottom), bottom
+        elif attempt > 3:
+            scale, offset = (top - bottom) / (high - np.float32(attempt - 4)), bottom
         d, dmin = nonzero_half(scale), limited_half(offset)
         for _ in range(2):
-            a, b, c, dd, f = measure_pair(tile, h, 0, group, d, dmin, high)
+            a, b, c, dd, f = measure_pair(tile, h, 0, group, d, inverse(d), dmin, high)
             best_d = where_less(a, best_error, d, best_d)
             best_dmin = where_less(a, best_error, dmin, best_dmin)
             best_error = least(a, best_error)
@@ -151,7 +169,7 @@ def stored_pair(tile: Floats, h: Floats, group: int, high: float, state: Floats)
     return best_d, best_dmin
 
 
-@njit(cache=True, nogil=True)
+@part
 def units_and_integers(
     tile: Floats, h: Floats, group: int, high: float, limits: tuple[int, int], state: Floats
 ) -> tuple[Any, Any]:
@@ -171,7 +189,7 @@ def units_and_integers(
     return best_d, best_dmin
 
 
-@njit(cache=True, nogil=True)
+@part
 def integer_pairs(
     tile: Floats, h: Floats, group: int, high: float, limits: tuple[int, int], d: Any, dmin: Any, state: Floats
 ) -> Any:
@@ -188,7 +206,7 @@ def integer_pairs(
         for step in range(-1, 2):
             sub, low = least(most(middle + np.float32(step), zero), most_sub), first_low
             for _ in range(2):
-                a, b, c, dd, f = measure_pair(tile, h, start, stop, d * sub, 0.0 - dmin * low, high)
+                a, b, c, dd, f = measure_pair(tile, h, start, stop, d * sub, inverse(d * sub), 0.0 - dmin * low, high)
                 best_sub, best_low = where_less(a, best_a, sub, best_sub), where_less(a, best_a, low, best_low)
                 best_b, best_c = where_less(a, best_a, b, best_b), where_less(a, best_a, c, best_c)
                 best_dd, best_f = where_less(a, best_a, dd, best_dd), where_less(a, best_a, f, best_f)
@@ -204,7 +222,7 @@ def integer_pairs(
     return error
 
 
-@njit(cache=True, nogil=True)
+@part
 def refit(d: Any, dmin: Any, error: Any, state: Floats) -> tuple[Any, Any]:
     """Least-squares d and dmin of a block for the same integers and codes."""
     b, c, cross, f, total = splat(0.0), splat(0.0), splat(0.0), splat(0.0), splat(0.0)
@@ -217,17 +235,17 @@ def refit(d: Any, dmin: Any, error: Any, state: Floats) -> tuple[Any, Any]:
     return nonzero_half(d + step), nonzero_half(dmin + shift)
 
 
-@njit(cache=True, nogil=True)
+@part
 def error_of(tile: Floats, h: Floats, group: int, high: float, d: Any, dmin: Any, state: Floats) -> Any:
     """The true error of a block."""
     error = splat(0.0)
     for g in range(state.shape[1] // ROWS):
         scale, offset = d * load(state[SUB], g * ROWS), 0.0 - dmin * load(state[LOW], g * ROWS)
-        error = error + measure_pair(tile, h, g * group, (g + 1) * group, scale, offset, high)[0]
+        error = error + measure_pair(tile, h, g * group, (g + 1) * group, scale, inverse(scale), offset, high)[0]
     return error
 
 
-@njit(cache=True, nogil=True)
+@part
 def keep(
     error: Any, d: Any, dmin: Any, best_error: Any, best_d: Any, best_dmin: Any, state: Floats
 ) -> tuple[Any, Any, Any]:

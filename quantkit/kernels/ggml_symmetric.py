@@ -5,23 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from quantkit.kernels.ggml_lanes import ROWS, absolute, least, load, most, rint, splat, store, where_less
-from quantkit.kernels.ggml_tile import Floats, fill, measure, nonzero_half, range_of, ratio
+from quantkit.kernels.ggml_lanes import (
+    ROWS,
+    absolute,
+    fma,
+    kernel,
+    least,
+    load,
+    most,
+    part,
+    rint,
+    splat,
+    store,
+    where_less,
+)
+from quantkit.kernels.ggml_tile import TIE, Floats, fill, inverse, measure, moments, nonzero_half, range_of, ratio
 
 Integers = NDArray[np.int16]
 INFINITY = np.float32(np.inf)
-import os
-WIDE=int(os.environ.get('WIDE','0'))
-REACH=int(os.environ.get('REACH','1'))
-ROUNDS = int(os.environ.get('ROUNDS','2'))
+NEAR, WIDE = 1, 4
+"""How far from scale / d the integer of a group is looked for: on each d, and at last on the best."""
 UNITS = 15
-"""Ratios of d tried for each end of the sub-scales."""
+"""How many integers the largest scale of a block may become, from each end."""
+REFINED = 4
+"""Ranges tried between the best one and its neighbours in blocks of one group."""
+NEIGHBOUR = np.float32(1.001 * 2.0**-11)
+"""A float16 grown by this share is rounded to the next one."""
+# What is kept of each group: rows of the array ``state`` (FIELDS, groups * 16).
+SCALE, CURVATURE, ENERGY, REACH, SUB, BEST_SUB, FIELDS = range(7)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def search_symmetric(
     weight: Floats,
     h: Floats,
@@ -31,38 +47,35 @@ def search_symmetric(
     levels: tuple[float, float],
     table: Floats,
     shares: Floats,
+    matters: float,
     limits: tuple[int, int],
     d_out: Floats,
     sub_out: Integers,
 ) -> None:
     """weight (out, in), h (in,): fill rows[0] to rows[1] of d_out (out, blocks) and sub_out (out, groups). ``shares``:
-    the ranges to try; ``limits``: of the sub-scales, (1, 1) if the type has none."""
-    tile = np.empty(block * ROWS, np.float32)
-    groups = block // group
-    scale, curvature = np.empty(groups * ROWS, np.float32), np.empty(groups * ROWS, np.float32)
-    energy, sub, best_sub = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
-    d = np.empty(ROWS, np.float32)
+    the ranges to try; ``matters``: the share of a group's energy that lets a weight stretch its range; ``limits``: of
+    the sub-scales, (1, 1) if the type has none."""
+    tile, groups = np.empty(block * ROWS, np.float32), block // group
+    state, d = np.zeros((FIELDS, groups * ROWS), np.float32), np.empty(ROWS, np.float32)
+    single = limits[0] == limits[1]
     for row in range(rows[0], rows[1], ROWS):
         for column in range(0, weight.shape[1], block):
             fill(tile, weight[: rows[1]], row, column, block)
             block_h = h[column : column + block]
             for g in range(groups):
-                _scale_of_group(tile, block_h, g, group, levels, table, shares, scale, curvature, energy)
-            if limits[0] == limits[1]:
-                found = _stored_scale(tile, block_h, group, levels, table, scale, energy)
+                _scale_of_group(tile, block_h, g, group, levels, table, shares, matters, state)
+            if single:
+                store(d, 0, _stored_scale(tile, block_h, group, levels, table, state))
             else:
-                found = _units_and_integers(
-                    tile, block_h, group, levels, table, limits, scale, curvature, energy, sub, best_sub
-                )
-            store(d, 0, found)
+                store(d, 0, _units_and_integers(tile, block_h, group, levels, table, limits, state))
             for lane in range(min(ROWS, rows[1] - row)):
                 d_out[row + lane, column // block] = d[lane]
                 for g in range(groups):
-                    if limits[0] != limits[1]:
-                        sub_out[row + lane, column // group + g] = np.int16(best_sub[g * ROWS + lane])
+                    if not single:
+                        sub_out[row + lane, column // group + g] = np.int16(state[BEST_SUB, g * ROWS + lane])
 
 
-@njit(cache=True, nogil=True)
+@part
 def _scale_of_group(
     tile: Floats,
     h: Floats,
@@ -71,54 +84,59 @@ def _scale_of_group(
     levels: tuple[float, float],
     table: Floats,
     shares: Floats,
-    scale_out: Floats,
-    curvature_out: Floats,
-    energy_out: Floats,
+    matters: float,
+    state: Floats,
 ) -> None:
     """The best scale of one group alone: sign and size are free."""
-    start, stop = g * group, (g + 1) * group
-    _, _, reach, energy = range_of(tile, h, start, stop)
+    start, stop, place = g * group, (g + 1) * group, g * ROWS
+    _, _, energy = moments(tile, h, start, stop)
+    _, _, reach = range_of(tile, h, start, stop, splat(0.0), energy * matters)
     largest = absolute(reach) / max(-levels[0], levels[1])
-    best_error, best, curvature = splat(INFINITY), largest, splat(0.0)
-    for share in shares:
-        scale = largest * share
-        a, b, c = measure(tile, h, start, stop, scale, levels[0], levels[1], table)
+    to_largest, best_error, best, curvature = inverse(largest), splat(INFINITY), largest, splat(0.0)
+    refined = REFINED if state.shape[1] == ROWS else 0
+    for attempt in range(shares.size + refined):
+        if attempt < shares.size:
+            scale, to_levels = largest * shares[attempt], to_largest * (np.float32(1.0) / shares[attempt])
+        else:  # between the best range and its neighbours
+            part = np.float32((attempt - shares.size) * 2 - REFINED + 1) / np.float32(REFINED + 1)
+            scale = best * (1.0 + part * (shares[1] - shares[0]))
+            to_levels = inverse(scale)
+        a, b, c = measure(tile, h, start, stop, scale, to_levels, levels[0], levels[1], table)
         step = ratio(b, c)
         error = a - step * b
-        best = where_less(error, best_error, scale + step, best)
-        curvature = where_less(error, best_error, c, curvature)
-        best_error = least(error, best_error)
-    store(scale_out, g * ROWS, best)
-    store(curvature_out, g * ROWS, curvature)
-    store(energy_out, g * ROWS, energy)
+        behind = fma(energy, splat(TIE), error)
+        best = where_less(behind, best_error, scale + step, best)
+        curvature = where_less(behind, best_error, c, curvature)
+        best_error = where_less(behind, best_error, error, best_error)
+    store(state[SCALE], place, best)
+    store(state[CURVATURE], place, curvature)
+    store(state[ENERGY], place, energy)
+    store(state[REACH], place, reach)
 
 
-@njit(cache=True, nogil=True)
+@part
 def _stored_scale(
-    tile: Floats, h: Floats, group: int, levels: tuple[float, float], table: Floats, scale: Floats, energy: Floats
+    tile: Floats, h: Floats, group: int, levels: tuple[float, float], table: Floats, state: Floats
 ) -> Any:
-    """The best float16 near the best scale, or the one that just reaches the largest weight."""
-    _, _, reach, _ = range_of(tile, h, 0, group)
-    best, best_error, center = splat(0.0), load(energy, 0), load(scale, 0)
-    for attempt in range(7):
+    """The best of: the scale rounded to float16, refitted and rounded again, those that just reach the largest weight;
+    then of its neighbours."""
+    best, best_error, center = splat(0.0), load(state[ENERGY], 0), load(state[SCALE], 0)
+    for attempt in range(9):
         if attempt < 3:
             candidate = center
-        elif attempt == 3:
-            candidate = center * np.float32(1 + 2.0**-11)
-        elif attempt == 4:
-            candidate = center * np.float32(1 - 2.0**-11)
+        elif attempt < 5:
+            candidate = load(state[REACH], 0) / levels[attempt - 3]
         else:
-            candidate = reach / levels[attempt - 5]
+            candidate = best * (1.0 + (NEIGHBOUR if attempt % 2 else -NEIGHBOUR))
         candidate = nonzero_half(candidate)
-        a, b, c = measure(tile, h, 0, group, candidate, levels[0], levels[1], table)
-        if attempt < 2:
-            center = candidate + ratio(b, c)
+        a, b, c = measure(tile, h, 0, group, candidate, inverse(candidate), levels[0], levels[1], table)
+        center = candidate + ratio(b, c)
         best = where_less(a, best_error, candidate, best)
         best_error = least(a, best_error)
     return best
 
 
-@njit(cache=True, nogil=True)
+@part
 def _units_and_integers(
     tile: Floats,
     h: Floats,
@@ -126,39 +144,70 @@ def _units_and_integers(
     levels: tuple[float, float],
     table: Floats,
     limits: tuple[int, int],
-    scale: Floats,
-    curvature: Floats,
-    energy: Floats,
-    sub: Floats,
-    best_sub: Floats,
+    state: Floats,
 ) -> Any:
-    """d and sub-scales of one block; the latter into best_sub."""
+    """d and sub-scales of one block; the latter into the field BEST_SUB."""
     best_error, best = splat(INFINITY), splat(0.0)
-    for d in best_units(scale, curvature, limits):
-        for _ in range(ROUNDS):
-            error, slope, norm = _integers(tile, h, group, levels, table, limits, d, scale, energy, sub, REACH)
-            best, best_error = _keep(error, d, sub, best_error, best, best_sub)
-            d = nonzero_half(d + ratio(slope, norm))
-            error = _error(tile, h, group, levels, table, d, sub)
-            best, best_error = _keep(error, d, sub, best_error, best, best_sub)
-    if WIDE:
-        for g in range(0, best_sub.size, ROWS):
-            store(scale, g, load(best_sub, g) * best)
-        error, slope, norm = _integers(tile, h, group, levels, table, limits, best, scale, energy, sub, WIDE)
-        best, best_error = _keep(error, best, sub, best_error, best, best_sub)
-        d = nonzero_half(best + ratio(slope, norm))
-        error = _error(tile, h, group, levels, table, d, sub)
-        best, best_error = _keep(error, d, sub, best_error, best, best_sub)
-    return best
+    reach = _farthest(state[REACH])
+    first, second, third = best_units(state[SCALE], state[CURVATURE], limits)
+    # The smallest d that still reaches the largest weight.
+    smallest = nonzero_half(reach / (levels[0] * np.float32(limits[0])))
+    for d in (first, second, third):
+        best, best_error = _integers_and_unit(tile, h, group, levels, table, limits, d, NEAR, best, best_error, state)
+    for place in range(0, state.shape[1], ROWS):
+        farther = where_less(absolute(load(state[REACH], place)), absolute(reach), splat(0.0), splat(1.0))
+        at_end = smallest * np.float32(limits[0])
+        store(state[SCALE], place, where_less(farther, splat(0.5), load(state[SCALE], place), at_end))
+    best, best_error = _integers_and_unit(
+        tile, h, group, levels, table, limits, smallest, NEAR, best, best_error, state
+    )
+    for place in range(0, state.shape[1], ROWS):
+        store(state[SCALE], place, best * load(state[BEST_SUB], place))
+    return _integers_and_unit(tile, h, group, levels, table, limits, best, WIDE, best, best_error, state)[0]
 
 
-@njit(cache=True, nogil=True)
+@part
+def _integers_and_unit(
+    tile: Floats,
+    h: Floats,
+    group: int,
+    levels: tuple[float, float],
+    table: Floats,
+    limits: tuple[int, int],
+    d: Any,
+    near: int,
+    best: Any,
+    best_error: Any,
+    state: Floats,
+) -> tuple[Any, Any]:
+    """Integers for d, then d for the integers; whatever is better than the best so far becomes the best."""
+    error, slope, norm = _integers(tile, h, group, levels, table, limits, d, near, state)
+    best, best_error = _keep(error, d, best, best_error, state)
+    d = nonzero_half(d + ratio(slope, norm))
+    error = splat(0.0)
+    for g in range(state.shape[1] // ROWS):
+        scale = d * load(state[SUB], g * ROWS)
+        error = (
+            error + measure(tile, h, g * group, (g + 1) * group, scale, inverse(scale), levels[0], levels[1], table)[0]
+        )
+    return _keep(error, d, best, best_error, state)
+
+
+@part
+def _farthest(values: Floats) -> Any:
+    """The value farthest from 0 among those of all groups."""
+    farthest = splat(0.0)
+    for place in range(0, values.size, ROWS):
+        value = load(values, place)
+        farthest = where_less(absolute(farthest), absolute(value), value, farthest)
+    return farthest
+
+
+@part
 def best_units(scale: Floats, curvature: Floats, limits: tuple[int, int]) -> tuple[Any, Any, Any]:
     """The three most promising d: their multiples come nearest to the scales, by the curvature of each group's
     error."""
-    reach = splat(0.0)
-    for g in range(0, scale.size, ROWS):
-        reach = where_less(absolute(reach), absolute(load(scale, g)), load(scale, g), reach)
+    reach = _farthest(scale)
     first, second, third = splat(0.0), splat(0.0), splat(0.0)
     errors = splat(INFINITY), splat(INFINITY), splat(INFINITY)
     low, high = splat(np.float32(limits[0])), splat(np.float32(limits[1]))
@@ -181,7 +230,7 @@ def best_units(scale: Floats, curvature: Floats, limits: tuple[int, int]) -> tup
     return first, second, third
 
 
-@njit(cache=True, nogil=True)
+@part
 def _integers(
     tile: Floats,
     h: Floats,
@@ -190,41 +239,30 @@ def _integers(
     table: Floats,
     limits: tuple[int, int],
     d: Any,
-    scale: Floats,
-    energy: Floats,
-    sub_out: Floats,
-    reach: int,
+    near: int,
+    state: Floats,
 ) -> tuple[Any, Any, Any]:
     """The sub-scales of the least true error next to scale / d: error, and slope and curvature of it along d."""
     error, slope, norm, to_integer = splat(0.0), splat(0.0), splat(0.0), 1.0 / d
     low, high = splat(np.float32(limits[0])), splat(np.float32(limits[1]))
-    for g in range(scale.size // ROWS):
-        best_a, best_b, best_c, best = load(energy, g * ROWS), splat(0.0), splat(0.0), splat(0.0)
-        middle = rint(load(scale, g * ROWS) * to_integer)
-        for step in range(-reach, reach + 1):
+    for g in range(state.shape[1] // ROWS):
+        start, stop, place = g * group, (g + 1) * group, g * ROWS
+        best_a, best_b, best_c, best = load(state[ENERGY], place), splat(0.0), splat(0.0), splat(0.0)
+        middle = rint(load(state[SCALE], place) * to_integer)
+        for step in range(-near, near + 1):
             sub = least(most(middle + np.float32(step), low), high)
-            a, b, c = measure(tile, h, g * group, (g + 1) * group, d * sub, levels[0], levels[1], table)
+            a, b, c = measure(tile, h, start, stop, d * sub, inverse(d * sub), levels[0], levels[1], table)
             best, best_b = where_less(a, best_a, sub, best), where_less(a, best_a, b, best_b)
             best_c, best_a = where_less(a, best_a, c, best_c), least(a, best_a)
-        store(sub_out, g * ROWS, best)
+        store(state[SUB], place, best)
         error, slope, norm = error + best_a, slope + best * best_b, norm + best * best * best_c
     return error, slope, norm
 
 
-@njit(cache=True, nogil=True)
-def _error(tile: Floats, h: Floats, group: int, levels: tuple[float, float], table: Floats, d: Any, sub: Floats) -> Any:
-    """The true error of a block."""
-    error = splat(0.0)
-    for g in range(sub.size // ROWS):
-        scale = d * load(sub, g * ROWS)
-        a, _, _ = measure(tile, h, g * group, (g + 1) * group, scale, levels[0], levels[1], table)
-        error = error + a
-    return error
-
-
-@njit(cache=True, nogil=True)
-def _keep(error: Any, d: Any, sub: Floats, best_error: Any, best: Any, best_sub: Floats) -> tuple[Any, Any]:
-    """Take over d and sub in the lanes where the error is the least so far."""
-    for g in range(0, sub.size, ROWS):
-        store(best_sub, g, where_less(error, best_error, load(sub, g), load(best_sub, g)))
+@part
+def _keep(error: Any, d: Any, best: Any, best_error: Any, state: Floats) -> tuple[Any, Any]:
+    """Take over d and sub-scales in the lanes where the error is the least so far."""
+    for place in range(0, state.shape[1], ROWS):
+        kept = where_less(error, best_error, load(state[SUB], place), load(state[BEST_SUB], place))
+        store(state[BEST_SUB], place, kept)
     return where_less(error, best_error, d, best), least(error, best_error)

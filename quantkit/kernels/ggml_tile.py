@@ -9,20 +9,35 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from quantkit.kernels.ggml_lanes import ROWS, absolute, fma, half, least, load, most, rint, splat, where_less
+from quantkit.kernels.ggml_lanes import (
+    ROWS,
+    absolute,
+    fma,
+    half,
+    inlined,
+    least,
+    load,
+    most,
+    part,
+    rint,
+    splat,
+    where_less,
+)
 
 Floats = NDArray[np.float32]
 
 HALF_MAX = np.float32(65504.0)
 HALF_TINY = np.float32(2.0**-24)
+TIE = np.float32(1e-9)
+"""Errors that differ by less than this share of a group's energy count as equal: the first range wins, in all groups
+alike, and their scales fit together."""
 STEPS = 15
 """Steps between the levels of a table; tables with fewer are padded by steps of 0 at infinity."""
 
 
-@njit(cache=True, nogil=True)
+@part
 def fill(tile: Floats, weight: Floats, row: int, column: int, columns: int) -> None:
     """Take up to 16 rows from ``row`` on; rows past the end are zeros."""
     for lane in range(ROWS):
@@ -34,19 +49,19 @@ def fill(tile: Floats, weight: Floats, row: int, column: int, columns: int) -> N
                 tile[c * ROWS + lane] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def inverse(scale: Any) -> Any:
     """1 / scale; 0 where that would be infinite."""
     return where_less(splat(1e-37), absolute(scale), 1.0 / scale, splat(0.0))
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def ratio(numerator: Any, denominator: Any) -> Any:
     """numerator / denominator, 0 unless the denominator is positive."""
     return where_less(splat(0.0), denominator, numerator / denominator, splat(0.0))
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def nonzero_half(value: Any) -> Any:
     """The nearest float16, or the smallest one with the sign of the value: even that scale may code something."""
     rounded = half(least(most(value, splat(-HALF_MAX)), splat(HALF_MAX)))
@@ -54,26 +69,41 @@ def nonzero_half(value: Any) -> Any:
     return where_less(splat(0.0), absolute(rounded), rounded, smallest)
 
 
-@njit(cache=True, nogil=True)
-def range_of(tile: Floats, h: Floats, start: int, stop: int) -> tuple[Any, Any, Any, Any]:
-    """Least and largest weight, the one of the largest magnitude, and sum h x^2, of the columns from start to stop."""
-    low, high, reach, energy = load(tile, start * ROWS), load(tile, start * ROWS), splat(0.0), splat(0.0)
+@inlined
+def moments(tile: Floats, h: Floats, start: int, stop: int) -> tuple[Any, Any, Any]:
+    """sum h, sum h x and sum h x^2 of the columns from start to stop."""
+    total, dot, energy = splat(0.0), splat(0.0), splat(0.0)
     for c in range(start, stop):
         x = load(tile, c * ROWS)
+        total, dot, energy = total + h[c], fma(splat(h[c]), x, dot), fma(h[c] * x, x, energy)
+    return total, dot, energy
+
+
+@inlined
+def range_of(tile: Floats, h: Floats, start: int, stop: int, center: Any, negligible: Any) -> tuple[Any, Any, Any]:
+    """Least and largest weight, and the one farthest from 0, of those whose h (x - center)^2 is more than
+    ``negligible``; the center if there are none."""
+    low, high, reach = center, center, center
+    for c in range(start, stop):
+        x = load(tile, c * ROWS)
+        away = x - center
+        x = where_less(negligible, h[c] * away * away, x, center)
         low, high = least(low, x), most(high, x)
         reach = where_less(absolute(reach), absolute(x), x, reach)
-        energy = fma(h[c] * x, x, energy)
-    return low, high, reach, energy
+    return low, high, reach
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def measure(
-    tile: Floats, h: Floats, start: int, stop: int, scale: Any, low: float, high: float, table: Floats
+    tile: Floats, h: Floats, start: int, stop: int, scale: Any, to_levels: Any, low: float, high: float, table: Floats
 ) -> tuple[Any, Any, Any]:
-    """A, B, C of the columns on ``scale``. Levels are the integers from low to high, or, if ``table`` has entries,
-    low plus its steps: table[i] is where step i begins (in units of the scale), table[15 + i] its height."""
+    """A, B, C of the columns on ``scale``, whose inverse is ``to_levels``.
+
+    Levels are the integers from low to high, or, if ``table`` has entries, low plus its steps: table[i] is where step i
+    begins (in units of the scale), table[15 + i] its height.
+    """
     a, b, c = splat(0.0), splat(0.0), splat(0.0)
-    to_levels, negative, bottom, top = inverse(scale), 0.0 - scale, splat(low), splat(high)
+    negative, bottom, top = 0.0 - scale, splat(low), splat(high)
     if table.size == 0:
         for column in range(start, stop):
             x = load(tile, column * ROWS)
@@ -91,7 +121,7 @@ def measure(
     return a, b, c
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def level_of_table(x: Any, bottom: Any, table: Floats) -> Any:
     """The level nearest to x."""
     level = bottom
@@ -100,13 +130,14 @@ def level_of_table(x: Any, bottom: Any, table: Floats) -> Any:
     return level
 
 
-@njit(cache=True, nogil=True)
+@inlined
 def measure_pair(
-    tile: Floats, h: Floats, start: int, stop: int, scale: Any, offset: Any, high: float
+    tile: Floats, h: Floats, start: int, stop: int, scale: Any, to_levels: Any, offset: Any, high: float
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """A, B, C, D, F of the columns on scale and offset; levels are the integers from 0 to high."""
+    """A, B, C, D, F of the columns on scale, whose inverse is ``to_levels``, and offset. Levels are the integers from 0
+    to high."""
     a, b, c, d, f = splat(0.0), splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-    to_levels, negative, bottom, top = inverse(scale), 0.0 - scale, splat(0.0), splat(high)
+    negative, bottom, top = 0.0 - scale, splat(0.0), splat(high)
     for column in range(start, stop):
         x = load(tile, column * ROWS) - offset
         level = least(most(rint(x * to_levels), bottom), top)

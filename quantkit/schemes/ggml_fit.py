@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import SchemeError
-from quantkit.schemes.ggml_search import nearest_codes, search, shares
+from quantkit.schemes.ggml_search import matters, nearest_codes, search, shares
 from quantkit.schemes.ggml_types import BlockParams, BlockType
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantkit.kernels.ggml_fit import BlockSearch
 
 HALF_MAX = 65504.0
+POWER_REACH = 1.5 * 2.0**127
+"""The largest value of MXFP4 that doesn't overflow float32 when it is decoded."""
 
 
 def fit(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> BlockParams:
@@ -81,6 +83,7 @@ def _block_search(kind: BlockType) -> BlockSearch:
         kind.group,
         tuple(sorted(set(kind.levels))),
         np.array(shares(kind), np.float32),
+        matters(kind),
         kind.sub_scale,
         kind.sub_min[1] if kind.sub_min else None,
         has_offset=bool(kind.offset),
@@ -121,7 +124,7 @@ def check(kind: BlockType, weight: Tensor, importance: Tensor | None) -> None:
 def _reach(kind: BlockType) -> tuple[float, float]:
     """The lowest and the highest weight that some block of the type decodes to."""
     if kind.name == "MXFP4":
-        return -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max
+        return -POWER_REACH, POWER_REACH
     largest = HALF_MAX * max(map(abs, kind.sub_scale or (1,))) * max(map(abs, kind.levels))
     lowest = -HALF_MAX * (kind.sub_min or (0, 1))[1] if kind.offset else -largest
     return lowest, largest
@@ -138,7 +141,7 @@ def _normalised(matrices: Tensor, importance: Tensor | None) -> Tensor:
     return torch.where(mean > 0, scaled / mean + IMPORTANCE_FLOOR, torch.ones_like(scaled))
 
 
-IMPORTANCE_FLOOR = 1e-6
+IMPORTANCE_FLOOR = 1e-16
 
 
 def _shaped(params: BlockParams, weight: Tensor) -> BlockParams:
