@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PreparedInputs:
-    """One factor for all linears that the same tokens feed; fallbacks: one for each matrix of the batch."""
+    """One factor for all linears that the same tokens feed. ``unseen``: of each matrix of the batch, whether no token
+    fed it."""
 
     factor: Factor
     cross: Tensor | None
-    fallbacks: tuple[str, ...]
+    unseen: tuple[bool, ...]
     in_storage_order: Callable[[], Factor]
     """The factor for codebooks, made when first asked for."""
 
@@ -41,6 +42,12 @@ class PreparedInputs:
     def importance(self) -> Tensor:
         """(B, in): diagonal of the damped Hessian. The damping lets inputs that never fired count a little."""
         return self.factor.hessian.diagonal(dim1=-2, dim2=-1)
+
+    def fallbacks(self, scheme: ChosenScheme) -> tuple[str, ...]:
+        """What `QuantError` says of each matrix in this scheme."""
+        factor = self.factor if scheme.has_grid else self.in_storage_order()
+        damped = "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times"
+        return tuple("no calibration tokens: round to nearest" if blind else damped for blind in self.unseen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +118,9 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         if unseen.any():  # no token, or none that did anything: all inputs count alike
             stats.hessian[unseen] += torch.eye(stats.hessian.shape[-1], device=stats.hessian.device)
         factor = ldlq.factorize(stats.hessian, self.damp_percent, act_order=self.act_order == "static")
-        damped = "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times"
-        fallbacks = tuple("no calibration tokens: round to nearest" if blind else damped for blind in unseen.tolist())
-        storage = cache(partial(ldlq.in_storage_order, factor))
-        return PreparedInputs(factor, stats.cross if self.cross else None, fallbacks, storage)
+        anew = cache(partial(ldlq.in_storage_order, factor, self.damp_percent))
+        in_storage_order = anew if self.act_order == "static" else lambda: factor
+        return PreparedInputs(factor, stats.cross if self.cross else None, tuple(unseen.tolist()), in_storage_order)
 
     def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
@@ -131,7 +137,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
             scheme,
             {key: torch.cat([part.stored[key] for part in parts], 1) for key in parts[0].stored},
             torch.stack([part.loss.sum(-1) for part in parts]).sum(0) / torch.stack(norms).sum(0).clamp_min(1e-30),
-            prepared.fallbacks,
+            prepared.fallbacks(scheme),
         )
 
     def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> _Rows:

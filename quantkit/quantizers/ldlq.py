@@ -41,8 +41,9 @@ class Factor:
     damping: float
 
 
-def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Factor:
+def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool, damped: float = 0.0) -> Factor:
     """Damp, order and factor a batch of Hessians (B, in, in) float32. The argument is overwritten with its damped form.
+    ``damped``: how many times it holds damp_percent already.
 
     An input that never fires has a zero row: damping keeps it invertible, and its rounding error reaches no other
     column.
@@ -51,7 +52,7 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Facto
     """
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
     step = damp_percent * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    raised, added = 1.0, 0.0
+    raised, added = max(1.0, damped), damped
     while True:
         diagonal += (raised - added) * step
         added = raised
@@ -70,9 +71,10 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool) -> Facto
     return Factor(hessian, layout, lower, root.square_(), raised)
 
 
-def in_storage_order(factor: Factor) -> Factor:
-    """The same damped Hessian factored anew, so that storage column 0 is rounded first."""
-    return factorize(factor.hessian, 0.0, act_order=False)
+def in_storage_order(factor: Factor, damp_percent: float) -> Factor:
+    """The same damped Hessian factored anew, so that storage column 0 is rounded first. In this order rounding may ask
+    for more damping, which `Factor.damping` counts."""
+    return factorize(factor.hessian, damp_percent, act_order=False, damped=factor.damping)
 
 
 def _storage_order(diagonal: Tensor) -> Tensor:

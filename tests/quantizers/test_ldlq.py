@@ -82,6 +82,20 @@ def test_damping_is_raised_and_reported_when_rounding_makes_a_pivot_negative() -
     assert bool((factor.pivots > 0).all())
 
 
+def test_storage_order_may_need_more_damping_than_act_order() -> None:
+    generator = torch.Generator().manual_seed(50)
+    x = torch.randn(64, 256, generator=generator)
+    count = int(torch.randint(1, 6, (1,), generator=generator))
+    x[:, torch.randint(0, 256, (count,), generator=generator)] *= 10 ** float(torch.rand(1, generator=generator) * 4)
+    x = x + x[:, :1] * float(torch.rand(1, generator=generator) * 3)
+    factor = ldlq.factorize((x.T @ x / 64)[None], 1e-6, act_order=True)
+    again = ldlq.in_storage_order(factor, 1e-6)
+    assert (factor.damping, again.damping) == (1, 10)
+    unit = again.lower[0].tril(-1) + torch.eye(256)
+    rebuilt = (unit * again.pivots[0]) @ unit.T
+    torch.testing.assert_close(rebuilt, again.hessian[0].flip(0, 1), rtol=1e-4, atol=1e-3 * float(again.pivots.mean()))
+
+
 @pytest.mark.parametrize("group_size", [32, None])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_polish_ends_where_no_single_code_or_scale_improves(symmetric: bool, group_size: int | None) -> None:

@@ -39,7 +39,9 @@ def test_the_batch_is_what_each_matrix_alone_gives(method: Rtn | Gptq, scheme: I
     for index in range(3):
         alone = InputStats(hessian[index : index + 1].clone(), None, (300,))
         single = method.quantizer(alone)(weight[index : index + 1], scheme)
-        assert float((single.stored["codes"][0] != batch.stored["codes"][index]).float().mean()) < 0.01  # rounding ties only
+        assert (
+            float((single.stored["codes"][0] != batch.stored["codes"][index]).float().mean()) < 0.01
+        )  # rounding ties only
         torch.testing.assert_close(single.relative_loss[0], batch.relative_loss[index], rtol=0.02, atol=0)
 
 
