@@ -10,7 +10,7 @@ import os
 
 import typer
 
-from quantkit.cli import convert, inspect, plan, recipes
+from quantkit.cli import convert, evaluate, inspect, plan, recipes
 
 app = typer.Typer(
     name="quantkit",
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("convert")(convert.convert)
+app.command("evaluate")(evaluate.evaluate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.add_typer(recipes.app, name="recipes")

@@ -45,9 +45,7 @@ class TokenScores:
     def rows(self, chosen: Sequence[int]) -> TokenScores:
         """Of some rows only."""
         index = torch.tensor(list(chosen), dtype=torch.int64)
-        return TokenScores(
-            self.reference_nll[index], self.candidate_nll[index], self.kld[index], self.same_top[index]
-        )
+        return TokenScores(self.reference_nll[index], self.candidate_nll[index], self.kld[index], self.same_top[index])
 
 
 @dataclass(frozen=True, slots=True)

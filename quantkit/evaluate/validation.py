@@ -1,8 +1,10 @@
-"""A checkpoint as `compare` runs it, and the scores of its tokens as means with standard errors."""
+"""A checkpoint as `compare` runs it, as it is or rounded to bfloat16, and the scores of its tokens as means with
+standard errors."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,8 +13,8 @@ from torch import Tensor
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.evaluate.compare import Model
-from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.scores import Estimate, Scores
+from quantkit.evaluate.token_scores import TokenScores
 from quantkit.tensors import TensorSource
 
 
@@ -25,8 +27,8 @@ class RowSource(TensorSource, Protocol):
 
 
 def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_bytes: int) -> Model:
-    """A source as `compare` runs it: float32 on ``device``, read when asked for, the latest weights of a layer
-    kept up to ``cache_bytes``."""
+    """A source as `compare` runs it: by ``arch``, float32 on ``device``, read when asked for, the latest weights of a
+    layer kept up to ``cache_bytes``."""
     weights = WeightCache(lambda name: source.read(name).to(device).float(), cache_bytes)
     return Model(
         weights=weights,
@@ -34,7 +36,36 @@ def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_byt
         head_rows=lambda start, stop: source.read(arch.lm_head, (start, stop)).to(device).float(),
         device=device,
         forget=weights.forget,
+        arch=arch,
     )
+
+
+BF16_ROUNDING = (
+    "Rounded to bfloat16 (ties to even): every weight but those that the family's official release stores in float32 "
+    "(the router's selection bias), and the hidden states after the embedding and after each decoder layer. "
+    "Arithmetic inside a layer, the final norm and the logits stay float32."
+)
+"""What `rounded_to_bf16` does."""
+
+
+def rounded_to_bf16(arch: ModelArch, model: Model) -> Model:
+    """The model with weights and hidden states at layer borders in bfloat16: see `BF16_ROUNDING`."""
+    exact = {spec.name for spec in arch.tensors() if spec.float32}
+
+    def weights(name: str) -> Tensor:
+        return model.weights(name) if name in exact else _bf16(model.weights(name))
+
+    def embed_rows(ids: Tensor) -> Tensor:
+        return _bf16(model.embed_rows(ids))
+
+    def head_rows(start: int, stop: int) -> Tensor:
+        return _bf16(model.head_rows(start, stop))
+
+    return replace(model, weights=weights, embed_rows=embed_rows, head_rows=head_rows, at_border=_bf16)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
 
 
 def summarise(scores: TokenScores) -> Scores:

@@ -1,0 +1,166 @@
+"""evaluation.json: what `quantkit evaluate` found, as versioned models. Plain values, no torch.
+
+Keys keep the order of the models. A number that JSON has no word for (the standard error of a single window) is null
+in the file and NaN here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Mean(_Part):
+    """A value and its standard error over windows."""
+
+    mean: Number
+    standard_error: Number
+
+    def shown(self, digits: int) -> str:
+        """ "1.2345 ± 0.0067"."""
+        return f"{self.mean:.{digits}f} ± {self.standard_error:.{digits}f}"
+
+
+class Divergence(_Part):
+    """KL divergence of the candidate from the reference, nats per token. Quantiles over tokens are interpolated."""
+
+    mean: Number
+    standard_error: Number
+    median: Number
+    p90: Number
+    p99: Number
+    p999: Number
+    max: Number
+
+
+class Scores(_Part):
+    """A candidate against its reference, on all text or on one domain."""
+
+    windows: int
+    tokens: int
+    """Predicted tokens that were scored."""
+    reference_perplexity: Mean
+    """exp of the mean loss; its error by the delta method."""
+    perplexity: Mean
+    """Of the candidate."""
+    log_ratio: Mean
+    """ln(candidate's / reference's perplexity), paired: windows that both find hard do not widen its error."""
+    kld: Divergence
+    same_top: Mean
+    """Share of tokens whose most likely successor is the same."""
+    rms_probability_change: Mean
+    """Root mean square of the change of the right token's probability."""
+
+
+class Layer(_Part):
+    """A candidate behind one decoder layer, over all tokens of the windows."""
+
+    layer: int
+    hidden_error: Number
+    """Root of the mean over tokens of |x' - x|^2 / |x|^2, x being the reference's hidden state."""
+    router_agreement: Number | None
+    """Share of the experts chosen by the reference that the candidate chose too; null without routed experts."""
+
+
+class Result(_Part):
+    """All scores of one candidate; ``domains`` by the text files' stems."""
+
+    overall: Scores
+    domains: dict[str, Scores]
+    layers: tuple[Layer, ...]
+
+
+class ModelFacts(_Part):
+    """A checkpoint that was read."""
+
+    name: str
+    path: str
+    """As it was given."""
+    format: str
+    fingerprint: str
+    """sha256 over config, index, names, sizes, headers, and three samples of each file's data."""
+    weights: int
+    """Numbers that it stores, MTP layers included."""
+    nbytes: int
+    """Bytes of its tensors."""
+    notes: tuple[str, ...]
+    """What a reader of the scores should know."""
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.nbytes / self.weights if self.weights else math.nan
+
+
+class Candidate(_Part):
+    """A checkpoint and its scores."""
+
+    model: ModelFacts
+    result: Result
+
+
+class NoiseFloor(_Part):
+    """The reference against itself in another rounding: what counts as zero."""
+
+    rounding: str
+    result: Result
+
+
+class Protocol(_Part):
+    """How text was cut and what was scored."""
+
+    name: Literal["windows", "llama.cpp"]
+    description: str
+    context: int
+    max_windows_per_file: int | None
+    scored_per_window: int
+
+
+class Text(_Part):
+    """A file of text. ``tokens``: the whole file's."""
+
+    file: str
+    sha256: str
+    documents: int
+    tokens: int
+    windows: int
+
+
+class Evaluation(_Part):
+    """The whole document."""
+
+    kind: Literal["quantkit evaluation"] = "quantkit evaluation"
+    schema_version: Literal[1] = 1
+    versions: dict[str, str]
+    device: str
+    arithmetic: str
+    protocol: Protocol
+    text: tuple[Text, ...]
+    tokens_sha256: str
+    """Of all windows' token ids (int32): the same for evaluations that can be compared."""
+    reference: ModelFacts
+    noise_floor: NoiseFloor | None
+    candidates: tuple[Candidate, ...]
+    seconds: dict[str, float] | None = None
+    """Wall seconds by stage, only if asked for: without them the same job gives the same bytes."""
+
+    def document(self) -> dict[str, object]:
+        """Plain values for JSON, without ``seconds`` if they were not asked for."""
+        return self.model_dump(mode="json", exclude={"seconds"} if self.seconds is None else None)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
