@@ -34,7 +34,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from quantkit.cli.app import app
+from quantkit.formats.gguf.presets import FILE_TYPES, fitting_type
 from quantkit.quantizers import Gptq
+from quantkit.schemes.ggml_types import BLOCK_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -225,6 +227,16 @@ def test_the_limits_of_the_demo_stop_a_broken_quantiser(session: Path) -> None:
     assert "EXCEEDED" in printed
 
 
+def test_the_limits_of_the_gguf_demo_stop_a_broken_quantiser(session: Path) -> None:
+    recipe = yaml.safe_load((session / "recipes" / "nano-gguf.yaml").read_text(encoding="utf-8"))
+    recipe["outputs"][0]["preset"] = "Q2_K"
+    del recipe["calibration"]
+    (session / "broken.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    code, printed = outcome(run("quantkit convert examples/nano-deepseek-v3 -r broken.yaml -o broken"))
+    assert code == 1
+    assert "EXCEEDED" in printed
+
+
 def test_the_switches_of_gptq_that_a_page_names_exist() -> None:
     page = (ROOT / "docs" / "write-a-recipe.md").read_text(encoding="utf-8")
     table = page[page.index("| to switch off |") :].split("\n\n")[0]
@@ -232,6 +244,44 @@ def test_the_switches_of_gptq_that_a_page_names_exist() -> None:
     assert len(switches) > 5
     for switch in switches:
         Gptq.model_validate(switch)
+
+
+def test_pages_list_the_types_and_presets_that_there_are() -> None:
+    page = (ROOT / "docs" / "gguf.md").read_text(encoding="utf-8")
+    (presets,) = re.findall(r"^Presets: (.*?)\n\n", page, re.MULTILINE | re.DOTALL)
+    assert sorted(re.findall(r"`(\w+)`", presets)) == sorted(FILE_TYPES)
+    bits: dict[str, float] = {}
+    for names, values in re.findall(r"^\| ((?:I?Q\d|MXFP)[\w, ]*) \| ([\d., ]+) \| [\d, ]+ \|", page, re.MULTILINE):
+        each = [float(value) for value in values.split(",")]
+        kinds = names.split(", ")
+        bits |= dict(zip(kinds, each * len(kinds) if len(each) == 1 else each, strict=True))
+    assert {kind: block.bpw for kind, block in BLOCK_TYPES.items()} == pytest.approx(bits, abs=0.006)
+    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md"):
+        content = path.read_text(encoding="utf-8")
+        assert all(re.search(rf"\b{kind}\b", content) for kind in BLOCK_TYPES), path.name
+    for kind, layout in re.findall(r"^\| (\w+) \(\d+\) \| (\d+, \d+) \|", formats_page(), re.MULTILINE):
+        assert layout == f"{BLOCK_TYPES[kind].block}, {BLOCK_TYPES[kind].nbytes}", kind
+
+
+def formats_page() -> str:
+    return (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+
+
+def test_types_for_short_rows_are_as_a_page_says() -> None:
+    page = (ROOT / "docs" / "gguf.md").read_text(encoding="utf-8")
+    rows = page[page.index("| wanted | taken |") :].split("\n\n")[0].splitlines()[2:-1]
+    for row in rows:
+        wanted, taken = (cell.strip().split(", ") for cell in row.strip("|").split("|"))
+        assert [fitting_type(kind, 128) for kind in wanted] == (taken if len(taken) > 1 else taken * len(wanted))
+
+
+def test_sizes_of_v3_are_those_of_the_recipes() -> None:
+    page = (ROOT / "docs" / "convert-deepseek-v3.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(deepseek-v3-[\w-]+)` \|.*\| ([\d.]+ GB) \| ([\d.]+) \|", page, re.MULTILINE)
+    recipes = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "recipes").glob("deepseek-v3-*.yaml")}
+    assert {name for name, *_ in shown} == set(recipes)
+    for name, size, bpw in shown:
+        assert re.search(rf"^# size:  {size} .*, {bpw} bits per weight$", recipes[name], re.MULTILINE), name
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=ids)
