@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from quantkit.arch import arch_of
+from quantkit.arch.base import ExpertBlock
+from quantkit.arch.forward import block_output
 from quantkit.calibrate import stream
 from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
 from quantkit.evaluate import token_scores as token_scores_module
-from quantkit.evaluate.compare import Model, compare
+from quantkit.evaluate.compare import Model, compare, compare_all
 from quantkit.evaluate.token_scores import TokenScores
-from quantkit.evaluate.validation import model_of, summarise
+from quantkit.evaluate.validation import model_of, rounded_to_bf16, summarise
 from quantkit.formats import open_source
 from tests.tiny_models import random_weights, tiny_config, write_checkpoint
 
@@ -245,3 +247,77 @@ def test_trained_model_and_its_fp8_form_equal_transformers() -> None:
     for column in ("reference_nll", "candidate_nll", "kld"):
         torch.testing.assert_close(getattr(found, column).mean(), getattr(expected, column).mean(), rtol=1e-4, atol=0)
     assert float((found.same_top == expected.same_top).double().mean()) == 1
+
+
+# ------------------------------------------------------------------------------------------- layers, several candidates
+
+
+def plain_forward(weights: Mapping[str, Tensor], tokens: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Behind each layer: hidden states (rows, tokens, hidden), and the experts of every token, if there are any."""
+    arch = arch_of(CONFIG)
+    x = weights[arch.embed][tokens]
+    states: list[Tensor] = []
+    chosen: list[Tensor | None] = []
+    for layer in range(arch.n_layers):
+        experts = None
+        for sublayer in arch.sublayers(layer):
+            for block in sublayer:
+                if isinstance(block, ExpertBlock):
+                    experts = block.route(weights.__getitem__, block.inputs(weights.__getitem__, x)).indices
+            x = x + sum(block_output(block, weights.__getitem__, x) for block in sublayer).view_as(x)
+        states.append(x)
+        chosen.append(experts)
+    return states, chosen
+
+
+def test_layers_equal_a_plain_forward_pass(
+    weights: dict[str, Tensor], damaged: dict[str, Tensor], tokens: Tensor
+) -> None:
+    (states, chosen), (others, theirs) = (plain_forward(w, tokens) for w in (weights, damaged))
+    (found,) = compare_all(arch_of(CONFIG), model(weights), [model(damaged)], tokens, in_memory)
+    assert [score.layer for score in found.layers] == [0, 1, 2]
+    for score, x, y, ours, other in zip(found.layers, states, others, chosen, theirs, strict=True):
+        error = ((y - x).norm(dim=-1) / x.norm(dim=-1)).square().mean().sqrt()
+        assert score.hidden_error == pytest.approx(float(error), rel=1e-4)
+        if ours is None or other is None:
+            assert score.router_agreement is None
+        else:
+            same = [len(set(a) & set(b)) for a, b in zip(ours.tolist(), other.tolist(), strict=True)]
+            assert score.router_agreement == pytest.approx(sum(same) / ours.numel(), abs=1e-9)
+            assert 0.5 < score.router_agreement < 1
+
+
+def test_candidates_do_not_mix(weights: dict[str, Tensor], damaged: dict[str, Tensor], tokens: Tensor) -> None:
+    """Each as if it were alone; from a position on: a part of all."""
+    arch = arch_of(CONFIG)
+    found = compare_all(arch, model(weights), [model(damaged), model(weights)], tokens, in_memory, first_scored=9)
+    assert_same(found[0].tokens, cut(scored(weights, damaged, tokens), 9), rtol=1e-4, atol=1e-5)
+    assert_same(found[1].tokens, cut(scored(weights, weights, tokens), 9), rtol=1e-4, atol=1e-5)
+    assert [(score.hidden_error, score.router_agreement) for score in found[1].layers] == [(0, None), (0, 1), (0, 1)]
+
+
+def cut(scores: TokenScores, first: int) -> TokenScores:
+    columns = (scores.reference_nll, scores.candidate_nll, scores.kld, scores.same_top)
+    return TokenScores(*(column[:, first:] for column in columns))
+
+
+def test_bf16_rounding_is_at_the_borders_and_nowhere_else(weights: dict[str, Tensor], tokens: Tensor) -> None:
+    """Against the same rounding written out: hidden states of each border, embeddings first."""
+    arch = arch_of(CONFIG)
+    exact = {spec.name for spec in arch.tensors() if spec.float32}
+    rounded = {name: w if name in exact else w.bfloat16().float() for name, w in weights.items()}
+    x = rounded[arch.embed][tokens]
+    expected: list[float] = []
+    for layer in range(arch.n_layers):
+        for sublayer in arch.sublayers(layer):
+            x = x + sum(block_output(block, rounded.__getitem__, x) for block in sublayer).view_as(x)
+        x = x.bfloat16().float()
+        reference = plain_forward(weights, tokens)[0][layer]
+        expected.append(float(((x - reference).norm(dim=-1) / reference.norm(dim=-1)).square().mean().sqrt()))
+    floor = rounded_to_bf16(arch, model(weights))
+    (found,) = compare_all(arch, model(weights), [floor], tokens, in_memory)
+    assert [score.hidden_error for score in found.layers] == pytest.approx(expected, rel=2e-3)
+    logits = arch.final_hidden(rounded.__getitem__, x) @ rounded[arch.lm_head].T
+    nll = -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    assert float((found.tokens.candidate_nll - nll).abs().mean()) < 1e-3
+    assert 0 < float(found.tokens.kld.mean()) < 0.01

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.scores import Estimate, Scores, limits_exceeded
+from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.validation import summarise
 
 
