@@ -21,9 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("convert")(convert.convert)
-app.command("evaluate")(evaluate.evaluate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
+app.command("evaluate")(evaluate.evaluate)
 app.add_typer(recipes.app, name="recipes")
 
 

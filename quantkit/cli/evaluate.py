@@ -36,7 +36,7 @@ def evaluate(
     candidates: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CANDIDATE...",
+            metavar="CANDIDATE",
             help="Folders (BF16, F16, F32, FP8 blocks, compressed-tensors) and GGUF files or folders of the same "
             "model.",
         ),
