@@ -72,7 +72,7 @@ def fit_blocks(search: BlockSearch, weight: Floats, importance: Floats, threads:
     dmin = np.zeros_like(d) if search.has_offset else None
     integers = (matrices, out, in_features // search.group if search.sub_scale else 0)
     sub, low = np.zeros(integers, np.int16), np.zeros(integers, np.int16)
-    table, ends, shares = search.table(), search.ends, search.shares
+    table, ends = search.table(), search.ends
     matters: Any = np.float32(search.matters)
 
     def run(b: int, rows: tuple[int, int]) -> None:

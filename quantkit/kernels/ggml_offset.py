@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.kernels.ggml_constants import ENDS, HALF_MAX, PAIRS, TIE
 from quantkit.kernels.ggml_lanes import ROWS, fma, half, kernel, least, load, most, part, rint, splat, store, where_less
-from quantkit.kernels.ggml_symmetric import best_units
+from quantkit.kernels.ggml_symmetric import best_units, farthest_of
 from quantkit.kernels.ggml_tile import (
-    HALF_MAX,
-    TIE,
     Floats,
     fill,
     inverse,
@@ -24,12 +23,8 @@ from quantkit.kernels.ggml_tile import (
 
 Integers = NDArray[np.int16]
 INFINITY = np.float32(np.inf)
-PAIRS = ((0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (2, 1))
-"""Which of the three best d and dmin are tried together."""
-ENDS = 8
-"""How many of the highest levels the largest weight of a block of its own scale and offset is tried on."""
 # Sums kept of each group, in units of a row of lanes.
-SCALE, OFFSET, CURVATURE, TOTAL, SUB, LOW, BEST_SUB, BEST_LOW, B, C, D, F, FIELDS = range(13)
+SCALE, OFFSET, WIDTH, BOTTOM, CURVATURE, TOTAL, SUB, LOW, BEST_SUB, BEST_LOW, B, C, D, F, FIELDS = range(15)
 
 
 @kernel
@@ -134,6 +129,8 @@ def pair_of_group(
     store(state[OFFSET], g * ROWS, best_offset)
     store(state[CURVATURE], g * ROWS, curvature)
     store(state[TOTAL], g * ROWS, total)
+    store(state[WIDTH], g * ROWS, width)
+    store(state[BOTTOM], g * ROWS, bottom)
 
 
 @part
@@ -176,8 +173,8 @@ def units_and_integers(
     """d, dmin and the integers of one block; the latter into the fields BEST_SUB and BEST_LOW."""
     for place in range(state.shape[1]):
         state[OFFSET, place] = -state[OFFSET, place]
-    ds = best_units(state[SCALE], state[CURVATURE], (0, limits[0]))
-    dmins = best_units(state[OFFSET], state[TOTAL], (0, limits[1]))
+    ds = with_smallest(best_units(state[SCALE], state[CURVATURE], (0, limits[0])), state[WIDTH], limits[0])
+    dmins = with_smallest(best_units(state[OFFSET], state[TOTAL], (0, limits[1])), state[BOTTOM], -limits[1])
     best_error, best_d, best_dmin = splat(INFINITY), splat(0.0), splat(0.0)
     for pair in PAIRS:
         d, dmin = ds[pair[0]], dmins[pair[1]]
@@ -187,6 +184,12 @@ def units_and_integers(
         error = error_of(tile, h, group, high, d, dmin, state)
         best_error, best_d, best_dmin = keep(error, d, dmin, best_error, best_d, best_dmin, state)
     return best_d, best_dmin
+
+
+@part
+def with_smallest(units: tuple[Any, Any, Any], reach: Floats, end: int) -> tuple[Any, Any, Any, Any]:
+    """The units, and the smallest that still covers the ranges of all groups."""
+    return units[0], units[1], units[2], nonzero_half(farthest_of(reach) / np.float32(end))
 
 
 @part

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.kernels.ggml_constants import POWERS
 from quantkit.kernels.ggml_lanes import ROWS, kernel, least, load, part, splat, store, where_less
 from quantkit.kernels.ggml_tile import Floats, fill, measure, moments, range_of
 
@@ -42,7 +43,7 @@ def search_power(
             negligible = moments(tile, block_h, 0, block)[2] * matters
             _exponents(range_of(tile, block_h, 0, block, splat(0.0), negligible)[2], scale, power)
             best_error, best = splat(np.float32(np.inf)), splat(0.0)
-            for step in (-3, -2, -4, -5):
+            for step in POWERS:
                 for lane in range(ROWS):
                     scale[lane] = math.ldexp(1.0, _stored(unit[lane] + power[lane] + step) - unit[lane])
                 lanes = load(scale, 0)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.kernels.ggml_constants import NEAR, NEIGHBOUR, REFINED, TIE, UNITS, WIDE
 from quantkit.kernels.ggml_lanes import (
     ROWS,
     absolute,
@@ -21,18 +22,10 @@ from quantkit.kernels.ggml_lanes import (
     store,
     where_less,
 )
-from quantkit.kernels.ggml_tile import TIE, Floats, fill, inverse, measure, moments, nonzero_half, range_of, ratio
+from quantkit.kernels.ggml_tile import Floats, fill, inverse, measure, moments, nonzero_half, range_of, ratio
 
 Integers = NDArray[np.int16]
 INFINITY = np.float32(np.inf)
-NEAR, WIDE = 1, 4
-"""How far from scale / d the integer of a group is looked for: on each d, and at last on the best."""
-UNITS = 15
-"""How many integers the largest scale of a block may become, from each end."""
-REFINED = 4
-"""Ranges tried between the best one and its neighbours in blocks of one group."""
-NEIGHBOUR = np.float32(1.001 * 2.0**-11)
-"""A float16 grown by this share is rounded to the next one."""
 # What is kept of each group: rows of the array ``state`` (FIELDS, groups * 16).
 SCALE, CURVATURE, ENERGY, REACH, SUB, BEST_SUB, FIELDS = range(7)
 
@@ -148,7 +141,7 @@ def _units_and_integers(
 ) -> Any:
     """d and sub-scales of one block; the latter into the field BEST_SUB."""
     best_error, best = splat(INFINITY), splat(0.0)
-    reach = _farthest(state[REACH])
+    reach = farthest_of(state[REACH])
     first, second, third = best_units(state[SCALE], state[CURVATURE], limits)
     # The smallest d that still reaches the largest weight.
     smallest = nonzero_half(reach / (levels[0] * np.float32(limits[0])))
@@ -194,7 +187,7 @@ def _integers_and_unit(
 
 
 @part
-def _farthest(values: Floats) -> Any:
+def farthest_of(values: Floats) -> Any:
     """The value farthest from 0 among those of all groups."""
     farthest = splat(0.0)
     for place in range(0, values.size, ROWS):
@@ -207,7 +200,7 @@ def _farthest(values: Floats) -> Any:
 def best_units(scale: Floats, curvature: Floats, limits: tuple[int, int]) -> tuple[Any, Any, Any]:
     """The three most promising d: their multiples come nearest to the scales, by the curvature of each group's
     error."""
-    reach = _farthest(scale)
+    reach = farthest_of(scale)
     first, second, third = splat(0.0), splat(0.0), splat(0.0)
     errors = splat(INFINITY), splat(INFINITY), splat(INFINITY)
     low, high = splat(np.float32(limits[0])), splat(np.float32(limits[1]))

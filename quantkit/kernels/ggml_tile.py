@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.kernels.ggml_constants import HALF_MAX, HALF_TINY
 from quantkit.kernels.ggml_lanes import (
     ROWS,
     absolute,
@@ -28,11 +29,6 @@ from quantkit.kernels.ggml_lanes import (
 
 Floats = NDArray[np.float32]
 
-HALF_MAX = np.float32(65504.0)
-HALF_TINY = np.float32(2.0**-24)
-TIE = np.float32(1e-9)
-"""Errors that differ by less than this share of a group's energy count as equal: the first range wins, in all groups
-alike, and their scales fit together."""
 STEPS = 15
 """Steps between the levels of a table; tables with fewer are padded by steps of 0 at infinity."""
 

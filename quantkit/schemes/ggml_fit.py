@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import SchemeError
-from quantkit.schemes.ggml_search import matters, nearest_codes, search, shares
+from quantkit.kernels.ggml_constants import HALF_MAX
+from quantkit.schemes.ggml_measure import matters, nearest_codes, shares
+from quantkit.schemes.ggml_search import search
 from quantkit.schemes.ggml_types import BlockParams, BlockType
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
     from quantkit.kernels.ggml_fit import BlockSearch
 
-HALF_MAX = 65504.0
 POWER_REACH = 1.5 * 2.0**127
 """The largest value of MXFP4 that doesn't overflow float32 when it is decoded."""
 
