@@ -8,7 +8,8 @@ H = R D R^T (R unit lower triangular, from ONE Cholesky, no inverse), column k i
 
 and the loss tr(E H E^T) is sum_k D_k (w'_k - q_k)^2. (The index-reversed form of U D U^T, so that nothing is flipped.)
 
-Everything is batched over matrices of one shape: B experts at once. Float32 throughout; the caller sets the TF32 mode.
+Everything is batched over matrices of one shape: B experts at once. Float32 throughout; on a GPU with Triton the kernels
+of `quantkit.kernels` do the same, with matrix products in TF32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.kernels.cuda import fast_products, has_kernels
 from quantkit.schemes.grid import Grid
 
 _LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
@@ -57,8 +59,8 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool, damped: 
         diagonal += (raised - added) * step
         added = raised
         layout = diagonal.argsort(dim=-1, stable=True) if act_order else _storage_order(diagonal).flip(-1)
-        lower = _permuted(hessian, layout)
-        if _cholesky_(lower) and torch.diagonal(lower, dim1=-2, dim2=-1).isfinite().all():
+        lower = _lower_factor(hessian, layout)
+        if lower is not None:
             break
         if raised > 1e6:
             raise CalibrationError(
@@ -79,6 +81,21 @@ def in_storage_order(factor: Factor, damp_percent: float) -> Factor:
 
 def _storage_order(diagonal: Tensor) -> Tensor:
     return torch.arange(diagonal.shape[-1], device=diagonal.device).expand(diagonal.shape)
+
+
+def _lower_factor(hessian: Tensor, layout: Tensor) -> Tensor | None:
+    """Cholesky factor of the Hessians in layout order; None if one is not positive definite."""
+    if not has_kernels(hessian):
+        lower = _permuted(hessian, layout)
+        return lower if _cholesky_(lower) and torch.diagonal(lower, dim1=-2, dim2=-1).isfinite().all() else None
+    from quantkit.kernels import cholesky_triton
+
+    for tf32 in (True, False):  # a pivot that TF32 makes negative gets a second chance before the damping is raised
+        lower = cholesky_triton.permuted(hessian, layout)
+        cholesky_triton.cholesky_(lower, tf32=tf32)
+        if torch.diagonal(lower, dim1=-2, dim2=-1).isfinite().all():
+            return lower
+    return None
 
 
 def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
@@ -116,21 +133,22 @@ def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float
 
     weight (B, out, in); cross (B, in, in): mean of (x_original - x_quantised) x_quantised^T over the tokens.
     """
-    moved = _columns(weight @ cross, factor.layout)
-    panels = [slice(start, start + _PANEL) for start in range(0, moved.shape[-1], _PANEL)]
-    lower = factor.lower
-    for panel in panels:  # X R^T = moved
-        moved[..., panel] -= moved[..., : panel.start] @ lower[:, panel, : panel.start].mT
-        moved[..., panel] = torch.linalg.solve_triangular(
-            lower[:, panel, panel].mT, moved[..., panel], upper=True, left=False, unitriangular=True
-        )
-    moved /= factor.pivots.unsqueeze(-2)
-    for panel in reversed(panels):  # Y R = X
-        moved[..., panel] -= moved[..., panel.stop :] @ lower[:, panel.stop :, panel]
-        moved[..., panel] = torch.linalg.solve_triangular(
-            lower[:, panel, panel], moved[..., panel], upper=False, left=False, unitriangular=True
-        )
-    return _columns(moved, factor.layout.argsort(-1)).mul_(alpha).add_(weight)
+    with fast_products(weight):
+        moved = _columns(weight @ cross, factor.layout)
+        panels = [slice(start, start + _PANEL) for start in range(0, moved.shape[-1], _PANEL)]
+        lower = factor.lower
+        for panel in panels:  # X R^T = moved
+            moved[..., panel] -= moved[..., : panel.start] @ lower[:, panel, : panel.start].mT
+            moved[..., panel] = torch.linalg.solve_triangular(
+                lower[:, panel, panel].mT, moved[..., panel], upper=True, left=False, unitriangular=True
+            )
+        moved /= factor.pivots.unsqueeze(-2)
+        for panel in reversed(panels):  # Y R = X
+            moved[..., panel] -= moved[..., panel.stop :] @ lower[:, panel.stop :, panel]
+            moved[..., panel] = torch.linalg.solve_triangular(
+                lower[:, panel, panel], moved[..., panel], upper=False, left=False, unitriangular=True
+            )
+        return _columns(moved, factor.layout.argsort(-1)).mul_(alpha).add_(weight)
 
 
 def _columns(matrix: Tensor, order: Tensor) -> Tensor:
@@ -144,6 +162,10 @@ def sweep(grid: Grid, target: Tensor, factor: Factor) -> Tensor:
 
     target (B, out, in) float32 -> codes (B, out, in) uint8 in storage order.
     """
+    if has_kernels(target):
+        from quantkit.kernels import sweep_triton
+
+        return sweep_triton.sweep(grid, target, factor.layout, factor.lower)
     in_features = target.shape[-1]
     group = factor.layout.div(in_features // grid.scale.shape[-1], rounding_mode="floor")  # of each place
     columns = _Columns(
@@ -259,6 +281,10 @@ def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: i
 
     target (B, out, in) float32, codes uint8 the same, hessian (B, in, in) damped.
     """
+    if has_kernels(target):
+        from quantkit.kernels import polish_triton
+
+        return Polished(*polish_triton.polish(grid, target, codes, hessian, rounds))
     work = _Descent.of(grid, target, codes, hessian)
     for _ in range(rounds):
         for group in range(work.scales.shape[1]):
@@ -367,4 +393,5 @@ def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> No
 
 def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
     """tr(E H E^T) by row: error (B, out, in), hessian (B, in, in) -> (B, out) float32."""
-    return ((error @ hessian) * error).sum(-1)
+    with fast_products(error):
+        return ((error @ hessian) * error).sum(-1)

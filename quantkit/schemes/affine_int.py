@@ -158,10 +158,14 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
     """
     import torch
 
+    from quantkit.kernels.cuda import has_kernels
+
     n_groups = scheme.n_groups(weight.shape[-1])
-    grouped = _grouped(weight, n_groups)  # (..., out, groups, group)
     if importance is None:
         importance = torch.ones(weight.shape[-1], device=weight.device)
+    if grid and has_kernels(weight):
+        return _fit_on_gpu(scheme, weight, importance, grid, signed)
+    grouped = _grouped(weight, n_groups)  # (..., out, groups, group)
     weighting = _grouped(importance, n_groups).unsqueeze(-3).expand(grouped.shape)  # the same for every row
     flat, flat_weighting = grouped.reshape(-1, grouped.shape[-1]), weighting.reshape(-1, grouped.shape[-1])
     scale, zero = torch.empty_like(flat[:, 0]), torch.zeros_like(flat[:, 0])
@@ -172,6 +176,24 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
     if scheme.symmetric:
         return scale, None
     return scale, zero.view(grouped.shape[:-1]).to(torch.uint8)
+
+
+def _fit_on_gpu(scheme: IntScheme, weight: Tensor, importance: Tensor, grid: int, signed: bool) -> Params:
+    import torch
+
+    from quantkit.kernels import scale_search_triton
+
+    out_features, in_features = weight.shape[-2:]
+    flat = weight.reshape(-1, out_features, in_features)
+    counts = importance.expand(*weight.shape[:-2], in_features).reshape(-1, in_features)
+    fractions = torch.linspace(_SMALLEST_RANGE[min(scheme.bits, 5)], 1.0, grid).to(weight.device)
+    n_groups = scheme.n_groups(in_features)
+    scale, zero = scale_search_triton.search(
+        flat, counts, fractions, n_groups=n_groups, bits=scheme.bits, symmetric=scheme.symmetric, signed=signed
+    )
+    shape = *weight.shape[:-1], n_groups
+    scale = representable(scheme, scale).view(shape).to(_scale_dtype(scheme))
+    return scale, None if zero is None else zero.view(shape).to(torch.uint8)
 
 
 _FIT_GROUPS = 2048  # groups searched at once: the working set of the search stays in the processor's cache

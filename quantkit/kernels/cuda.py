@@ -1,0 +1,60 @@
+"""Whether a tensor's work goes to the Triton kernels of this package, and the precision of the products around them.
+
+Every kernel has a twin in plain torch, which the CPU runs, GPUs without Triton too, and the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Float32 on a GPU with tensor cores for TF32 (Ampere or later), where Triton is installed."""
+    if not tensor.is_cuda or tensor.dtype != torch.float32 or torch.version.hip is not None:
+        return False
+    return _has_triton() and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+@contextmanager
+def tensor_float32(enabled: bool = True) -> Generator[None]:
+    """Let float32 matrix products on a GPU round their factors to TF32 (10 bits of mantissa); sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def fast_products(tensor: Tensor) -> AbstractContextManager[None]:
+    """TF32 products where the kernels run, whatever holds elsewhere."""
+    return tensor_float32() if has_kernels(tensor) else nullcontext()
+
+
+class FixedScales(Protocol):
+    """What the kernels read of a `quantkit.schemes.grid.Grid`, which says what each of it means."""
+
+    @property
+    def scale(self) -> Tensor: ...
+    @property
+    def zero(self) -> Tensor | float: ...
+    @property
+    def offset(self) -> Tensor | None: ...
+    @property
+    def top(self) -> int: ...
+    @property
+    def table(self) -> Tensor | None: ...
+    def nearest_scale(self, group: int, wanted: Tensor) -> Tensor: ...
+    def nearest_offset(self, group: int, wanted: Tensor) -> Tensor: ...
