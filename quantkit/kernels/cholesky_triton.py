@@ -1,9 +1,8 @@
 # pyright: basic, reportMissingImports=false
 """Cholesky of a batch of large matrices on a GPU. cuSOLVER factors them one after another, or, batched, slower still.
 
-Left-looking by panels of 512: a TF32 product brings a panel up to date; inside it, by blocks of 128 in float32: a kernel
-factors and inverts the block on the diagonal, and a product with that inverse solves the rows below. What lies above the
-diagonal blocks is neither read nor written... but for the products' corners, which nothing reads.
+Left-looking by panels of 512: a TF32 product brings a panel up to date. Inside it, by blocks of 128 in float32: a
+kernel factors and inverts the block on the diagonal, and a product with that inverse solves the rows below.
 """
 
 from __future__ import annotations
@@ -51,7 +50,9 @@ def _eliminate(values, matrix, n, start, SIZE: tl.constexpr):
         root = tl.sqrt_rn(tl.sum(tl.where(line == k, pivots, 0.0), axis=0))
         factor = pivots * (1.0 / root)
         solved = solved * (1.0 / root)
-        tl.store(matrix + (start + line) * n + start + k, factor, mask=(line >= k) & (start + line < n) & (start + k < n))
+        tl.store(
+            matrix + (start + line) * n + start + k, factor, mask=(line >= k) & (start + line < n) & (start + k < n)
+        )
         below = tl.where(line > k, factor, 0.0)
         values -= below[:, None] * below[None, :]
         inverse = tl.where(row == k, solved[None, :], inverse - below[:, None] * solved[None, :])

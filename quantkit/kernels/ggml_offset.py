@@ -66,7 +66,7 @@ def search_offset(
             for g in range(groups):
                 pair_of_group(tile, block_h, g, group, high, shares, matters, limit, state)
             if single:
-                found = stored_pair(tile, block_h, group, high, matters, state)
+                found = stored_pair(tile, block_h, group, high, state)
             else:
                 found = units_and_integers(tile, block_h, group, high, limits, state)
             store(d, 0, found[0])
@@ -140,13 +140,12 @@ def limited_half(value: Any) -> Any:
 
 
 @part
-def stored_pair(tile: Floats, h: Floats, group: int, high: float, matters: float, state: Floats) -> tuple[Any, Any]:
+def stored_pair(tile: Floats, h: Floats, group: int, high: float, state: Floats) -> tuple[Any, Any]:
     """Float16 scale and offset: the best, its offset refitted on the rounded scale; what rounding the offset of a
     constant leaves; and ranges that meet the largest weight with one of the highest levels: some of their scales are
     hardly rounded, which decides if one weight is huge."""
-    total, dot, energy = moments(tile, h, 0, group)
-    mean = dot / total
-    bottom, top, _ = range_of(tile, h, 0, group, mean, (energy - dot * mean) * matters)
+    total, _, energy = moments(tile, h, 0, group)
+    bottom, top, _ = range_of(tile, h, 0, group, load(tile, 0), splat(-1.0))
     best_error, best_d, best_dmin = energy, splat(0.0), splat(0.0)
     scale, offset = load(state[SCALE], 0), load(state[OFFSET], 0)
     for attempt in range(4 + ENDS):

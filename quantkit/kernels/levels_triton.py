@@ -13,7 +13,7 @@ def nearest(values, zero, top, table, LEVELS: tl.constexpr):
     if LEVELS == 0:
         codes = tl.minimum(tl.maximum(values + zero, 0.0), top)
         codes = (codes + 12582912.0) - 12582912.0  # 1.5 * 2**23: what stays is rounded, ties to even
-        return codes, codes - zero
+        levels = codes - zero
     else:
         codes = values * 0.0
         levels = values * 0.0 + tl.load(table)
@@ -22,7 +22,7 @@ def nearest(values, zero, top, table, LEVELS: tl.constexpr):
             above = values > (high + low) / 2
             codes += tl.where(above, 1.0, 0.0)
             levels = tl.where(above, high, levels)
-        return codes, levels
+    return codes, levels
 
 
 @triton.jit

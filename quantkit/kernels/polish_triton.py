@@ -28,7 +28,9 @@ _AT_ONCE = 8
 
 
 @triton.jit
-def _measure(gradient, through, levels, sums, in_features, out_features, width, start, size, column, ROWS: tl.constexpr):
+def _measure(
+    gradient, through, levels, sums, in_features, out_features, width, start, size, column, ROWS: tl.constexpr
+):
     """By row: levels . through, levels . gradient, 1 . through, 1 . gradient, in sums (B, 4, out). The group is
     [start, start + size), at ``column`` of gradient (B, width, out)."""
     matrix = tl.program_id(1).to(tl.int64)
@@ -58,8 +60,8 @@ def _measure(gradient, through, levels, sums, in_features, out_features, width, 
 
 @triton.jit
 def _move(
-    gradient, through, error, levels, codes, change, moves, hessian, row_sums, scale, scale_step, offset_step, zeros, table,
-    zero, top, in_features, out_features, n_groups, width, start, size, column, group,
+    gradient, through, error, levels, codes, change, moves, hessian, row_sums, scale, scale_step, offset_step, zeros,
+    table, zero, top, in_features, out_features, n_groups, width, start, size, column, group,
     ZEROS: tl.constexpr, OFFSETS: tl.constexpr, LEVELS: tl.constexpr,
     SUB: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -223,8 +225,8 @@ def _move_group(work: _Descent, gradient: Tensor, first: int, start: int, size: 
         work.offsets[:, group] += shift
     zeros = work.zero if isinstance(work.zero, Tensor) else work.scales
     _move[(triton.cdiv(out_features, _ROWS), n_matrices)](
-        gradient, through, work.error, work.levels, work.codes, change, moves, work.hessian, work.row_sums, work.scales, step,
-        shift, zeros, work.scales if grid.table is None else grid.table,
+        gradient, through, work.error, work.levels, work.codes, change, moves, work.hessian, work.row_sums, work.scales,
+        step, shift, zeros, work.scales if grid.table is None else grid.table,
         0.0 if isinstance(work.zero, Tensor) else work.zero, float(grid.top),
         in_features, out_features, work.scales.shape[1], width, start, size, start - first, group,
         ZEROS=isinstance(work.zero, Tensor), OFFSETS=work.offsets is not None,

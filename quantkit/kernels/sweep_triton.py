@@ -1,6 +1,6 @@
 # pyright: basic, reportMissingImports=false
-"""The sweep of `quantkit.quantizers.ldlq` on a GPU: blocks of columns are rounded in registers, and TF32 matrix products
-carry the errors from block to block.
+"""The sweep of `quantkit.quantizers.ldlq` on a GPU: blocks of columns are rounded in registers, and TF32 products carry
+the errors from block to block.
 
 Rows are independent: one warp takes some rows of one matrix through a block of columns, SUB at a time. What columns of
 the same block push is added in float32 arithmetic, what other blocks push in TF32 with float32 sums.
@@ -53,10 +53,10 @@ def _round_block(
         )
         for later in range(sub + SUB, stop, AT_ONCE):
             for k in tl.static_range(AT_ONCE):
-                weights = tl.load(lower + (later + k) * in_features + places, mask=exists & (later + k < stop), other=0.0)
-                pushed = tl.load(
-                    error + (later + k) * out_features + rows, mask=inside & (later + k < stop), other=0.0
+                weights = tl.load(
+                    lower + (later + k) * in_features + places, mask=exists & (later + k < stop), other=0.0
                 )
+                pushed = tl.load(error + (later + k) * out_features + rows, mask=inside & (later + k < stop), other=0.0)
                 tile += weights[:, None] * pushed[None, :]
         last = tl.minimum(sub + SUB, stop) - 1
         # What a column needs is fetched while the one before it is rounded: only w' has to be waited for.
@@ -120,7 +120,8 @@ def sweep(grid: FixedScales, target: Tensor, layout: Tensor, lower: Tensor) -> T
         if stop - start <= _BLOCK:
             _round_block[programs](
                 moved, error, codes, lower, places, group, scale, zeros, offsets, scale if table is None else table,
-                0.0 if isinstance(zero, Tensor) else zero, float(grid.top), in_features, out_features, n_groups, start, stop,
+                0.0 if isinstance(zero, Tensor) else zero, float(grid.top),
+                in_features, out_features, n_groups, start, stop,
                 ZEROS=isinstance(zero, Tensor), OFFSETS=offset is not None, LEVELS=0 if table is None else len(table),
                 SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
             )  # fmt: skip

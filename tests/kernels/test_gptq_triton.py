@@ -97,7 +97,9 @@ def test_cholesky(n: int) -> None:
     lower = cholesky_triton.permuted(hessian, order)
     for index, one in enumerate(hessian):
         assert torch.equal(lower[index].tril(), one[order[index]][:, order[index]].tril())
-    exact = torch.linalg.cholesky(torch.stack([one[to][:, to] for one, to in zip(hessian, order, strict=True)]).double())
+    exact = torch.linalg.cholesky(
+        torch.stack([one[to][:, to] for one, to in zip(hessian, order, strict=True)]).double()
+    )
     cholesky_triton.cholesky_(lower, tf32=False)
     torch.testing.assert_close(lower.tril().double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
     lower[:, 70, 70] = -1.0
