@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ from quantkit.errors import ConfigError, PlanError, RecipeError
 from quantkit.formats.gguf.presets import PRESETS
 from quantkit.formats.gguf.sink import stacked_tensors
 from quantkit.formats.planned import PlannedTensor
+from quantkit.pipeline.decide import Action
 from quantkit.pipeline.headers import SourceHeaders, read_headers
-from quantkit.pipeline.plan import Action, Plan, make_plan
+from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.recipe_file import parse_recipe
 from quantkit.schemes import GgmlScheme
@@ -60,23 +60,32 @@ def kind_of(tensor: PlannedTensor) -> str:
 # ------------------------------------------------------------------------------------------------------ the true size
 
 
-@pytest.mark.parametrize(("preset", "nbytes"), V3_BYTES.items())
-def test_v3_to_the_byte(preset: str, nbytes: int, v3: SourceHeaders) -> None:
-    (output,) = plan_of(v3, recipe_of(preset=preset)).outputs
-    assert output.nbytes == nbytes
+@pytest.fixture(scope="module")
+def v3_plan(v3: SourceHeaders) -> Plan:
+    """One output for each preset, without text."""
+    outputs = [{"name": preset, "format": "gguf", "preset": preset} for preset in V3_BYTES]
+    return plan_of(v3, Recipe.model_validate({"version": 1, "outputs": outputs}))
+
+
+@pytest.mark.parametrize("preset", V3_BYTES)
+def test_v3_to_the_byte(preset: str, v3: SourceHeaders, v3_plan: Plan) -> None:
+    output = v3_plan.outputs[list(V3_BYTES).index(preset)]
+    assert output.nbytes == V3_BYTES[preset]
     assert output.parameters == 671_026_419_200  # every weight of the main model, nothing else
     stored = stacked_tensors(output.planned, v3.arch.gguf().stored_name)
     assert len(stored) == 1086
-    assert sum(tensor.nbytes for tensor in stored) == nbytes
+    assert sum(tensor.nbytes for tensor in stored) == output.nbytes
     dropped = {d.spec.official for d in output.decisions.values() if d.action is Action.DROP}
     assert dropped == {spec.name for spec in v3.arch.tensors() if spec.layer == 61}
 
 
-def test_importance_changes_the_mix_as_in_llama_quantize(v3: SourceHeaders) -> None:
-    """IQ4_XS takes Q5_K for the first down projections only where it knows no importance."""
-    with_text = plan_of(v3, recipe_of(preset="IQ4_XS", calibrated=True)).outputs[0]
-    assert with_text.nbytes < V3_BYTES["IQ4_XS"]
-    assert "Q5_K" not in Counter(map(kind_of, with_text.planned))
+def test_importance_changes_the_mix_as_in_llama_quantize() -> None:
+    """IQ4_XS takes Q5_K for the first eighth of the down projections only where it knows no importance."""
+    headers = tiny_headers(num_hidden_layers=15, hidden_size=256, moe_intermediate_size=256)
+    blind, seeing = (kinds(plan_of(headers, recipe_of(preset="IQ4_XS", calibrated=c))) for c in (False, True))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert {other for other in blind if blind[other] != seeing[other]} == {name}
+    assert (blind[name], seeing[name]) == ("Q5_K", "IQ4_XS")
 
 
 def test_mtp_is_stored_when_asked() -> None:
