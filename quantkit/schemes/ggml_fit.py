@@ -36,14 +36,24 @@ def fit(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Bl
     each input), one for each matrix; None: all equal. Raises `SchemeError` for weights that are not finite or too large
     for float16 scales, and for an importance that is negative or not finite.
     """
+    if weight.device.type != "cpu":
+        return fit_in_torch(kind, weight, importance)
+    from quantkit.kernels.ggml_fit import fit_blocks
+
+    check(kind, weight, importance)
+    matrices = weight.detach().reshape(-1, *weight.shape[-2:]).contiguous()
+    normalised = _normalised(matrices, importance).contiguous()
+    found = fit_blocks(_block_search(kind), matrices.numpy(), normalised.numpy(), torch.get_num_threads())
+    d, dmin, sub_scale, sub_min = (None if values is None else torch.from_numpy(values) for values in found)
+    assert d is not None
+    return _shaped(BlockParams(d, dmin, sub_scale, sub_min), weight)
+
+
+def fit_in_torch(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> BlockParams:
+    """`fit` on the weight's own device. On a processor it is slow: there the tests compare `fit` with it."""
     check(kind, weight, importance)
     matrices = weight.reshape(-1, *weight.shape[-2:])
-    normalised = _normalised(matrices, importance)
-    if weight.device.type == "cpu":
-        found = _fit_compiled(kind, matrices, normalised)
-    else:
-        found = search(kind, matrices, normalised)
-    return _shaped(found, weight)
+    return _shaped(search(kind, matrices, _normalised(matrices, importance)), weight)
 
 
 def encode(kind: BlockType, weight: Tensor, params: BlockParams) -> Tensor:
@@ -62,16 +72,6 @@ def encode(kind: BlockType, weight: Tensor, params: BlockParams) -> Tensor:
         torch.get_num_threads(),
     )
     return torch.from_numpy(codes).view(weight.shape)
-
-
-def _fit_compiled(kind: BlockType, weight: Tensor, importance: Tensor) -> BlockParams:
-    """weight (B, out, in), importance (B, in), both float32."""
-    from quantkit.kernels.ggml_fit import fit_blocks
-
-    found = fit_blocks(_block_search(kind), _matrices(weight), importance.contiguous().numpy(), torch.get_num_threads())
-    d, dmin, sub_scale, sub_min = (None if values is None else torch.from_numpy(values) for values in found)
-    assert d is not None
-    return BlockParams(d, dmin, sub_scale, sub_min)
 
 
 def _block_search(kind: BlockType) -> BlockSearch:

@@ -90,8 +90,7 @@ def _stored_pair(
     constant leaves; and ranges that meet the largest weight with one of the highest levels: some of their scales are
     hardly rounded, which decides if one weight is huge."""
     best: Choice = ((h * x * x).sum(-1), torch.zeros_like(scale), torch.zeros_like(scale))
-    mattering = mattering_only(kind, x, h, (h * x).sum(-1) / total)
-    bottom, width = mattering.amin(-1), mattering.amax(-1) - mattering.amin(-1)
+    bottom, width = x.amin(-1), x.amax(-1) - x.amin(-1)
     for attempt in range(4 + ENDS):
         if attempt == 3:
             scale, offset = bottom - half(bottom), bottom
