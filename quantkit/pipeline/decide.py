@@ -106,6 +106,8 @@ class Decider:
         if rule.method is not None:
             return rule.method
         wanted = self.output.method or (_GPTQ if self.calibrated else _RTN)
+        if self.output.method is not None and not self.calibrated:
+            return wanted  # asked for by name: `_check_decision` says what it lacks
         usable = self.calibrated and not spec.table and spec.role is not Role.MTP
         return wanted if usable or not wanted.needs_inputs else _RTN
 
