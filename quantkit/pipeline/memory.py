@@ -5,7 +5,8 @@
     Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of a GPTQ linear
     sweep           rows in slices of bounded size
     weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the linears that are quantised together
-    activations     one batch of rows at the widest linear; never during a sweep, so the larger of the two counts
+    passing         one batch of rows at the widest linear, and the largest weight on its way from the disk; never
+                    during a sweep, so the larger of the two counts
     kept chunk      tensors that are not quantised pass through in pieces
     interpreter     Python, torch and libraries
 
@@ -27,9 +28,11 @@ from quantkit.errors import PlanError
 from quantkit.pipeline.decide import Action, Decision
 from quantkit.pipeline.plan import Plan
 from quantkit.quantizers.gptq import SLICE_BYTES
+from quantkit.schemes import GgmlScheme
 
 HESSIAN_COPIES = 3
-"""The damped Hessian, its factor, and the cross term toward the unquantised stream."""
+"""The damped Hessian, its factor, and the cross term toward the unquantised stream. Codebooks need the factor in
+another order too, and a second method a Hessian of its own."""
 WEIGHT_COPIES = 1.5
 """Of each linear of a group: the float32 original, and codes and scales twice (in slices and joined)."""
 SWEEP_BUFFERS = 6
@@ -38,6 +41,8 @@ KEPT_CHUNK_BYTES = 64 * 2**20
 INTERPRETER_BYTES = 300 * 10**6
 ACTIVATION_COPIES = 4
 """Activations of one batch of rows: two projections and their product, and the other stream's."""
+READ_BYTES = 6
+"""Of a weight: as the source stores it, and in float32."""
 HEADER_BYTES_PER_TENSOR = 140
 """Room in a safetensors header; V3's release uses 129."""
 STORED_PER_TENSOR = 3
@@ -83,7 +88,7 @@ def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
     """Terms of the peak of `convert` for this plan."""
     quantized = [decision for output in plan.outputs for decision in _distinct(output.decisions.values())]
     quantized = [decision for decision in quantized if decision.action is Action.QUANTIZE]
-    hidden = _hidden_states(plan, arch, quantized)
+    hidden = _hidden_states(plan, arch)
     return Needs(_working(plan, arch, quantized), hidden, _disk(plan, arch, hidden))
 
 
@@ -113,15 +118,22 @@ def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
 
 def _working(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> tuple[Term, ...]:
     terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries")]
-    phases = [_quantising(decision, arch.hidden_size) for decision in quantized]
-    if plan.recipe.calibration and quantized:
+    methods = {d.method for output in plan.outputs for d in output.decisions.values() if _learns(d)}
+    copies = HESSIAN_COPIES + (len(methods) > 1)
+    phases = [_quantising(decision, arch.hidden_size, copies) for decision in quantized]
+    if plan.recipe.calibration:
         phases.append(_collecting(plan, quantized))
     terms += max(phases, key=lambda phase: sum(term.nbytes for term in phase), default=())
     terms.append(Term("kept chunk", KEPT_CHUNK_BYTES, "64 MiB"))
     return tuple(terms)
 
 
-def _quantising(decision: Decision, hidden_size: int) -> tuple[Term, ...]:
+def _learns(decision: Decision) -> bool:
+    """Whether a method takes whole second moments of the inputs."""
+    return decision.method is not None and decision.method.needs_inputs
+
+
+def _quantising(decision: Decision, hidden_size: int, hessian_copies: int) -> tuple[Term, ...]:
     """While one linear is quantised. Linears that read the residual stream come in pairs; tables come in pieces."""
     heads, out_features, in_features = _matrices(decision)
     if decision.spec.table:
@@ -132,11 +144,12 @@ def _quantising(decision: Decision, hidden_size: int) -> tuple[Term, ...]:
         int(pair * WEIGHT_COPIES * heads * out_features * in_features * 4),
         f"{name}: {pair} x {heads * out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}",
     )
-    if decision.method is None or not decision.method.needs_inputs:
+    if not _learns(decision):
         return (weight,)
-    hessian = heads * in_features**2 * 4 * HESSIAN_COPIES
+    copies = hessian_copies + (isinstance(decision.scheme, GgmlScheme) and not decision.scheme.has_grid)
+    hessian = heads * in_features**2 * 4 * copies
     return (
-        Term("Hessian set", hessian, f"{name}: {heads} x {in_features:,}^2 x 4 B x {HESSIAN_COPIES}"),
+        Term("Hessian set", hessian, f"{name}: {heads} x {in_features:,}^2 x 4 B x {copies}"),
         weight,
         Term(
             "sweep",
@@ -153,26 +166,26 @@ def _matrices(decision: Decision) -> tuple[int, int, int]:
 
 
 def _collecting(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
-    """While a batch of rows passes and the moments of its inputs are added up."""
-    linears = [_matrices(decision) for decision in quantized if not decision.spec.table]
-    widest = max((max(heads * out, heads * inputs) for heads, out, inputs in linears), default=0)
+    """While a batch of rows passes, through kept linears too, and the moments of its inputs are added up."""
+    linears = [_matrices(decision) for decision in _dense_linears(plan)]
+    # One side of a part belongs to the heads; the other is the latent, which is not there once for each head.
+    widest = max(inputs if heads == 1 else heads * min(out, inputs) for heads, out, inputs in linears)
+    largest = max(heads * out * inputs for heads, out, inputs in linears)
     calibration = plan.recipe.calibration
     tokens = max(BATCH_TOKENS, calibration.sequence_length if calibration else 0)
-    gptq = max((d.spec.shape[-1] for d in quantized if d.method is not None and d.method.needs_inputs), default=0)
+    gptq = max((d.spec.shape[-1] for d in quantized if _learns(d)), default=0)
+    formula = f"{tokens:,} tokens x {widest:,} x 4 B x {ACTIVATION_COPIES}"
     return (
-        Term(
-            "activations",
-            tokens * widest * 4 * ACTIVATION_COPIES,
-            f"{tokens:,} tokens x {widest:,} x 4 B x {ACTIVATION_COPIES}",
-        ),
+        Term("activations", tokens * widest * 4 * ACTIVATION_COPIES, formula),
+        Term("weight", largest * READ_BYTES, f"{largest:,} x {READ_BYTES} B"),
         Term("moments", gptq**2 * 4 * 2, f"{gptq:,}^2 x 4 B x 2"),
     )
 
 
-def _hidden_states(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> Term | None:
+def _hidden_states(plan: Plan, arch: ModelArch) -> Term | None:
     """The streams, and the widest scratch store that a block keeps beside each (what its output projection reads)."""
     calibration = plan.recipe.calibration
-    if calibration is None or not quantized:
+    if calibration is None:
         return None
     widest = max(decision.spec.shape[-1] for decision in _dense_linears(plan))
     nbytes = _tokens(calibration) * (arch.hidden_size + max(widest, arch.hidden_size)) * 4 * _streams(plan)

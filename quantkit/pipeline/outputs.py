@@ -52,9 +52,9 @@ def quantize_linears(
         if linears.names[0] in output.methods
         for scheme, method in [output.methods[linears.names[0]]]
     ]
-    methods = list(dict.fromkeys(method for method, *_ in work))
+    # Methods overwrite what they are given, the last one may: so the one with a factor comes last.
+    methods = sorted(dict.fromkeys(method for method, *_ in work), key=lambda method: method.needs_inputs)
     for method in methods:
-        # Methods overwrite what they are given; the last one may.
         own = stats if method == methods[-1] else _copy(stats)
         try:
             quantize = method.quantizer(own)
@@ -71,6 +71,7 @@ def quantize_linears(
                 on_tensor(number, tensor)
             if number == 0:
                 first[position] = batch
+        del own, quantize  # a factor goes before the next is made
     return tuple(first)
 
 
