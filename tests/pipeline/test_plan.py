@@ -269,17 +269,17 @@ def test_needs_of_v3(v3: SourceHeaders) -> None:
 
 def test_text_passes_a_model_that_is_kept_too(v3: SourceHeaders) -> None:
     calibrated = plan_of(v3, load_recipe("deepseek-v3-w4a16-gptq"))
-    kept = conversion_needs(plan_of(v3, recipe_of('{match: "*", keep: bf16}')), v3.arch)
+    kept = conversion_needs(plan_of(v3, recipe_of('{match: "role:mtp", drop: true}', KEEP_REST)), v3.arch)
     assert kept.hidden_states is not None
     assert kept.hidden_states.nbytes == 524288 * (7168 + 18432) * 4
     assert 18432 * 7168 * 6 < kept.working_bytes < conversion_needs(calibrated, v3.arch).working_bytes
 
 
 def test_a_second_method_takes_a_hessian_of_its_own(v3: SourceHeaders) -> None:
-    attention = '{match: "role:attention", scheme: {kind: int, bits: 8, group_size: 128}, method: {kind: gptq, grid: 9}}'
+    attention = '{match: "role:attention", scheme: {kind: int, bits: 8}, method: {kind: gptq, grid: 9}}'
     sets: list[int] = []
     for rules in ((), (attention,)):
-        plan = plan_of(v3, recipe_of(*rules, f'{{match: "role:mlp|attention", {INT4}}}', '{match: "*", keep: bf16}'))
+        plan = plan_of(v3, recipe_of(*rules, f'{{match: "role:mlp|attention", {INT4}}}', KEEP_REST))
         terms = {term.what: term.nbytes for term in conversion_needs(plan, v3.arch).working}
         sets.append(terms["Hessian set"])
     assert sets == [3 * 18432**2 * 4, 4 * 18432**2 * 4]
