@@ -65,7 +65,7 @@ class TensorSpec:
 @dataclass(frozen=True, slots=True)
 class LinearPart:
     """Part of a linear that some formats store, and so quantise, as a tensor of its own: ``name`` is the linear's with
-    a suffix.
+    a suffix. All parts of a linear together are the linear.
 
     ``take``: the linear (out, in) -> the part (heads, rows, columns), columns being what its inputs run along;
     ``put(whole, part)`` writes it back in place.
@@ -73,6 +73,7 @@ class LinearPart:
 
     name: str
     whole: str
+    whole_shape: tuple[int, int]
     shape: tuple[int, int, int]
     take: Callable[[torch.Tensor], torch.Tensor]
     put: Callable[[torch.Tensor, torch.Tensor], None]

@@ -159,6 +159,7 @@ class DeepseekV3:
         """
         c = self.config
         nope, rank = c.qk_nope_head_dim, c.kv_lora_rank
+        whole_shape = (c.num_attention_heads * (nope + c.v_head_dim), rank)
         parts: dict[str, LinearPart] = {}
         for layer in range(self.n_layers + self.n_mtp_layers):
             whole = f"{_prefix(layer)}self_attn.kv_b_proj.weight"
@@ -168,7 +169,7 @@ class DeepseekV3:
             ):
                 place = _HeadRows(c.num_attention_heads, nope if suffix == "v" else 0, nope, turned)
                 name = f"{whole}:{suffix}"
-                parts[name] = LinearPart(name, whole, shape, place.take, place.put)
+                parts[name] = LinearPart(name, whole, whole_shape, shape, place.take, place.put)
         return parts
 
     def sublayers(self, layer: int) -> tuple[Sublayer, ...]:

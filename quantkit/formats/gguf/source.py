@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 
 class Part(Protocol):
-    """Part of a linear as a family describes it: names, shape (heads, out, in), and how it is put into the whole."""
+    """Part of a linear as a family describes it: names, the whole's shape (out, in), and how it is put into the
+    whole."""
 
     @property
     def name(self) -> str: ...
     @property
     def whole(self) -> str: ...
     @property
-    def shape(self) -> tuple[int, int, int]: ...
+    def whole_shape(self) -> tuple[int, int]: ...
     @property
     def put(self) -> Callable[[Tensor, Tensor], None]: ...
 
@@ -43,15 +44,13 @@ class GgufSource:
         """``path``: as for `GgufReader`. Raises `SourceError` for a type that cannot be decoded."""
         self.reader = GgufReader(path)
         self._names = {name: place for name, place in names.items() if place[0] in self.reader.tensors}
-        self._parts: dict[str, list[Part]] = {}
+        wholes: dict[str, list[Part]] = {}
         for part in parts:
-            if part.name in self._names:
-                self._parts.setdefault(part.whole, []).append(part)
+            wholes.setdefault(part.whole, []).append(part)
+        self._parts = {whole: own for whole, own in wholes.items() if all(part.name in self._names for part in own)}
         self._infos = {name: self._info(name) for name in self._names}
         for whole, own in self._parts.items():
-            rows = sum(part.shape[0] * part.shape[1] * part.shape[2] for part in own)
-            rank = max(part.shape[2] for part in own if part.name.endswith(":v"))
-            self._infos[whole] = TensorInfo(whole, (rows // rank, rank), "F32")
+            self._infos[whole] = TensorInfo(whole, own[0].whole_shape, "F32")
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor by official name, linears in parts also as a whole; all as F32."""
