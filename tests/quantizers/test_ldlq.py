@@ -135,7 +135,7 @@ def test_polish_ends_where_no_single_code_or_scale_improves(symmetric: bool, gro
 
 
 BLOCK_TYPES = ("Q4_K", "Q3_K", "Q6_K", "Q4_0", "Q5_1", "Q2_K", "IQ4_NL", "IQ4_XS", "MXFP4")
-WIDTH, ROWS, MATRICES = 512, 24, 2
+WIDTH, ROWS, MATRICES = 512, 12, 2
 
 
 def block_problem(kind: str, *, act_order: bool = True) -> tuple[torch.Tensor, ldlq.Factor, BlockGrid]:
@@ -188,7 +188,7 @@ def test_sweep_on_blocks_gives_the_values_of_textbook_gptq(kind: str, act_order:
             first = np.flatnonzero(unequal[row][order])[0]
             assert margins[row][order[first]] < 2e-3
             different += 1
-    assert different <= 5  # of 48 rows
+    assert different <= 3  # of 24 rows
     assert np.abs(found[:, 3]).max() < 1e-6
 
 

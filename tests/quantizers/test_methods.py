@@ -98,7 +98,7 @@ KINDS = tuple(BLOCK_TYPES)
 
 def wide_problem(n: int = 3) -> tuple[torch.Tensor, InputStats]:
     """Rows of a whole super-block."""
-    parts = [heavy_tailed_problem(seed, 24, 256, 600) for seed in range(n)]
+    parts = [heavy_tailed_problem(seed, 16, 256, 600) for seed in range(n)]
     weight, hessian = (torch.stack(part) for part in zip(*parts, strict=True))
     return weight, InputStats(hessian, None, (600,) * n)
 
@@ -127,7 +127,7 @@ def test_the_loss_that_is_reported_is_that_of_the_blocks(kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", [Rtn(), Gptq(polish=1)], ids=lambda method: method.kind)
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_1", "MXFP4", "IQ3_S"])
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "Q5_1", "IQ3_S"])
 def test_a_batch_of_blocks_is_what_each_matrix_alone_gives(kind: str, method: Rtn | Gptq) -> None:
     scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
     weight, stats = wide_problem()
