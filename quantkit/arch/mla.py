@@ -2,8 +2,7 @@
 
 In: the residual stream x (rows, tokens, hidden). Out, per stage: the normed stream (for q_a and kv_a), the two normed
 latents (for q_b and kv_b), the heads' queries (for the key part of kv_b, where a format stores it alone), the
-attention context (for o_proj). Queries, keys and values of all heads never exist at
-once: rows and heads go in chunks.
+attention context (for o_proj). Keys and values of all heads never exist at once: rows and heads go in chunks.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def copy_kept(walk: Walk, layer: int | None) -> None:
             else:
                 _copy_rows(source, sink, name)
             tensors += 1
-            nbytes += source.infos()[decision.spec.official].nbytes
+            nbytes += decision.source_nbytes
     walk.on_event(CopyDone(tensors, nbytes))
 
 

@@ -11,6 +11,7 @@ from quantkit.pipeline.recipe import Output, Rule
 from quantkit.pipeline.targets import Target
 from quantkit.quantizers import Gptq, Method, Rtn
 from quantkit.schemes import ChosenScheme, Float8Scheme, GgmlScheme, Scheme
+from quantkit.tensors import TensorInfo
 
 LINES_PER_KIND = 5
 """Problems of one kind that are printed; more are counted."""
@@ -42,6 +43,11 @@ class Decision:
     dtype: str
     scheme: Scheme | None = None
     method: Method | None = None
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the decoded source tensor, or of the part of it that is meant."""
+        return TensorInfo(self.spec.name, self.spec.shape, self.source_dtype).nbytes
 
 
 @dataclass(slots=True)

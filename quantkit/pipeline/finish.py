@@ -54,13 +54,15 @@ def finish(
     reports: list[OutputReport] = []
     for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
         directory = result_folder(walk.folder, walk.plan, output)
+        records = _tensor_records(walk.journal, number)
+        quantised = {name for name, decision in output.decisions.items() if decision.action is Action.QUANTIZE}
+        assert records.keys() == quantised, f"never written: {sorted(quantised - records.keys())[:3]}"
         with walk.timer.stage("files"):
             walk.on_event(StageStarted("files"))
             hashes = sink.finish()
             _write_side_files(walk, output, directory)
         with walk.timer.stage("validation"):
             result = _validate(walk, output, directory, base_dir)
-        records = _tensor_records(walk.journal, number)
         with walk.timer.stage("files"):
             document = _document(walk, output, header, rows, records, hashes, result)
             text = json.dumps(finite(document), indent=1, allow_nan=False) + "\n"

@@ -159,8 +159,8 @@ def _layer_job(
     def on_tensor(output: int, tensor: QuantizedTensor) -> None:
         records.append(_record(output, tensor.name, _told(walk, output, tensor)))
         if output == 0:
-            official = walk.plan.outputs[0].decisions[tensor.name].spec.official
-            walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, walk.source.infos()[official].nbytes))
+            nbytes = walk.plan.decision(tensor.name).source_nbytes
+            walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, nbytes))
 
     carries_quantised = walk.plan.recipe.propagate == "quantized"
     return LayerJob(

@@ -53,7 +53,7 @@ class Sink(Protocol):
         ...
 
     def finish(self) -> dict[str, str]:
-        """Complete the files -> file name -> sha256 (hex). Raises `OutputError` if a tensor was never written."""
+        """Complete the files -> file name -> sha256 (hex)."""
         ...
 
     def close(self) -> None:
