@@ -39,7 +39,7 @@ _PROTOCOLS: dict[Cut, str] = {
 DECODING_COPIES = 4
 """Of the largest matrix in float32: as stored, decoded, converted, and kept."""
 ACTIVATION_COPIES = 4
-BYTES_PER_TOKEN = 48
+BYTES_PER_TOKEN = 96
 """Of a model: running sums of its logits, and experts chosen."""
 
 
