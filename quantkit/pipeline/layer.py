@@ -284,9 +284,14 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
     if any_wanted(job.outputs, (gate.names[0], up.names[0])):
         stats = _input_stats(job, routes, tokens, full=needs_inputs(job.outputs, (gate.names[0], up.names[0])))
         _note_expert_importance(job, (gate, up), stats)
-        strength, _ = _shrinkage(job, (gate.names[0], up.names[0]))
-        stats = shrunk(stats, routes.pooled, strength)
-        new_gate, new_up = _decoded(quantize_linears(job.outputs, (gate, up), stats, job.on_tensor), (gate, up))
+        batches = quantize_linears(
+            job.outputs,
+            (gate, up),
+            stats,
+            job.on_tensor,
+            lambda own, method: shrunk(own, routes.pooled, method.shrinkage[0]),
+        )
+        new_gate, new_up = _decoded(batches, (gate, up))
         del stats
     else:
         new_gate, new_up = gate.weight, up.weight
@@ -295,9 +300,14 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
         hidden = _HiddenOf(block, (new_gate, new_up), (gate.weight, up.weight))
         stats = _hidden_stats(job, routes, tokens, hidden, full=needs_inputs(job.outputs, down.names))
         _note_expert_importance(job, (down,), stats)
-        _, strength = _shrinkage(job, down.names[:1])
-        stats = shrunk_to_diagonal(stats, strength)
-        (new_down,) = _decoded(quantize_linears(job.outputs, (down,), stats, job.on_tensor), (down,))
+        batches = quantize_linears(
+            job.outputs,
+            (down,),
+            stats,
+            job.on_tensor,
+            lambda own, method: shrunk_to_diagonal(own, method.shrinkage[1]),
+        )
+        (new_down,) = _decoded(batches, (down,))
     for position, expert in enumerate(experts):
         parts = ((new_gate, new_up, new_down), (gate.weight, up.weight, down.weight))
         for stream, (g, u, d) in zip(
@@ -320,13 +330,6 @@ def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linear
     return [
         linears.weight if batch is None else batch.decode() for batch, linears in zip(batches, originals, strict=True)
     ]
-
-
-def _shrinkage(job: LayerJob, names: tuple[str, ...]) -> tuple[float, float]:
-    """What the calibrated methods want of `shrunk` and `shrunk_to_diagonal`; the plan saw that all outputs agree."""
-    methods = (output.methods[name][1] for output in job.outputs for name in names if name in output.methods)
-    wanted = (method.shrinkage for method in methods)
-    return next((strengths for strengths in wanted if strengths is not None), (0.0, 0.0))
 
 
 def _tokens_for_statistics(routes: _Routes, expert: int) -> Tensor:

@@ -38,11 +38,14 @@ def quantize_linears(
     group: tuple[Linears, ...],
     stats: Inputs | None,
     on_tensor: Callable[[int, QuantizedTensor], None],
+    shrink: Callable[[Inputs, Method], Inputs] = lambda stats, method: stats,
 ) -> tuple[QuantizedBatch | None, ...]:
     """Quantise linears that the same inputs feed, for every output, and write them.
 
     The factor of a method is made once for the group. Returns what the first output made of each, None where it keeps
-    the original. ``on_tensor(output, tensor)`` hears of each. ``stats`` is overwritten.
+    the original. ``on_tensor(output, tensor)`` hears of each. ``shrink(stats, method)``: pulls the statistics of few
+    tokens as the method asks for, in place; what one method is given does not depend on the others. ``stats`` is
+    overwritten.
     """
     first: list[QuantizedBatch | None] = [None] * len(group)
     work = [
@@ -55,9 +58,9 @@ def quantize_linears(
     # Methods overwrite what they are given, the last one may: so the one with a factor comes last.
     methods = sorted(dict.fromkeys(method for method, *_ in work), key=lambda method: method.needs_inputs)
     for method in methods:
-        own = stats if method == methods[-1] else _copy(stats)
+        own = stats if method == methods[-1] or not method.needs_inputs else _copy(stats)
         try:
-            quantize = method.quantizer(own)
+            quantize = method.quantizer(None if own is None else shrink(own, method))
         except CalibrationError as error:
             raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
         for _, number, position, scheme in (item for item in work if item[0] == method):
@@ -76,7 +79,9 @@ def quantize_linears(
 
 
 def _copy(stats: Inputs | None) -> Inputs | None:
-    return replace(stats, hessian=stats.hessian.clone()) if isinstance(stats, InputStats) else stats
+    if not isinstance(stats, InputStats):
+        return stats
+    return replace(stats, hessian=stats.hessian.clone(), cross=None if stats.cross is None else stats.cross.clone())
 
 
 def any_quantised(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:

@@ -122,24 +122,9 @@ def make_plan(
         _plan_output(output, target_of(output, recipe, arch), recipe, infos, float8, problems, warnings)
         for output in recipe.outputs
     )
-    _check_shrinkage(outputs, problems)
     problems.raise_if_any()
     source_bytes = sum(source_nbytes(infos[spec.name], float8.get(spec.name)) for spec in specs)
     return Plan(recipe, outputs, source_bytes, tuple(warnings))
-
-
-def _check_shrinkage(outputs: tuple[OutputPlan, ...], problems: Problems) -> None:
-    """An expert's statistics are taken and shrunk once for all outputs."""
-    wanted: dict[str, tuple[float, float]] = {}
-    for output in outputs:
-        for name, decision in output.decisions.items():
-            own = None if decision.spec.expert is None or decision.method is None else decision.method.shrinkage
-            if own is not None and wanted.setdefault(name, own) != own:
-                problems.add(
-                    "outputs that shrink differently",
-                    f"output {output.output.name}: {name}: shrink, down_shrink are {own}, but {wanted[name]} before.",
-                    "Give all outputs the same shrink and down_shrink, or convert them one after the other.",
-                )
 
 
 def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:

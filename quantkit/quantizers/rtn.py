@@ -43,9 +43,9 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return False
 
     @property
-    def shrinkage(self) -> None:
-        """No opinion: the importance of single inputs needs few tokens."""
-        return
+    def shrinkage(self) -> tuple[float, float]:
+        """None: the importance of single inputs needs few tokens."""
+        return 0.0, 0.0
 
     def quantizer(self, stats: Inputs | None) -> Quantizer:
         """`quantize` for linears that these inputs feed, prepared once for all of them. Overwrites ``stats``."""

@@ -172,14 +172,21 @@ class Case:
         """Run the layer, noting the statistics that each linear's method is given."""
         real = layer_module.quantize_linears
 
-        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats | None, *rest: Any) -> Any:
+        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, on_tensor: Any, *shrink: Any) -> Any:
             assert stats is not None
+            raw = stats
             for linears in group:
+                method = next((o.methods[linears.names[0]][1] for o in outputs if linears.names[0] in o.methods), None)
+                stats = replace(
+                    raw, hessian=raw.hessian.clone(), cross=None if raw.cross is None else raw.cross.clone()
+                )
+                if shrink and method is not None:
+                    stats = shrink[0](stats, method)
                 for i, name in enumerate(linears.names):
                     assert torch.equal(linears.weight[i], self.weights[name])
                     cross = None if stats.cross is None else stats.cross[i : i + 1].clone()
                     self.given[name] = InputStats(stats.hessian[i : i + 1].clone(), cross, stats.n_tokens[i : i + 1])
-            return real(outputs, group, stats, *rest)
+            return real(outputs, group, raw, on_tensor, *shrink)
 
         job = self.job()
         with monkeypatch.context() as patch:
@@ -292,7 +299,8 @@ def test_gate_weights_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_output_changes_nothing_about_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gets the layer's statistics; the first one's weights carry the stream."""
     other = IntScheme(bits=3, group_size=None, symmetric=False)
-    case = Case(outputs=({"*": (SCHEME, GPTQ)}, {"_proj": (other, GPTQ), ".experts.1.": (SCHEME, Rtn(grid=4))}))
+    unshrunk = GPTQ.model_copy(update={"shrink": 0.0, "down_shrink": 0.0})
+    case = Case(outputs=({"*": (SCHEME, GPTQ)}, {"_proj": (other, unshrunk), ".experts.1.": (SCHEME, Rtn(grid=4))}))
     alone = Case()
     alone.quantised(monkeypatch)
     case.quantised(monkeypatch)

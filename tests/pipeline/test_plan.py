@@ -347,12 +347,3 @@ def test_groups_must_not_be_cut_by_tensor_parallelism() -> None:
 def test_bad_gpus(text: str) -> None:
     with pytest.raises(ValueError, match="needed COUNTxNAME-SIZEGB"):
         parse_gpus(text)
-
-
-def test_outputs_must_shrink_alike() -> None:
-    recipe = recipe_of(f'{{match: "role:expert", {INT4}}}', KEEP_REST)
-    other = recipe_of(f'{{match: "role:expert", {INT4.replace("gptq}", "gptq, shrink: 1}")}}}', KEEP_REST).outputs[0]
-    both = recipe.model_copy(update={"outputs": (*recipe.outputs, other.model_copy(update={"name": "second"}))})
-    error = refusal(tiny_headers(), both)
-    assert "output second: model.layers.1.mlp.experts.0.gate_proj.weight: shrink, down_shrink are (1.0" in error.message
-    plan_of(tiny_headers(), both.model_copy(update={"outputs": recipe.outputs}))
