@@ -1,2 +1,21 @@
-"""Compiled code for the processor. Only speed lives here: each kernel has a plain torch twin, which says what it
-computes."""
+"""Compiled code. Only speed lives here: each kernel has a plain torch twin, which says what it computes.
+
+Numba keeps what it compiled beside the sources and looks only at a kernel's own file to see whether it is stale; but
+kernels contain functions of other files. So whatever is older than the newest source is thrown away here.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def _forget_stale(folder: Path) -> None:
+    newest = max(source.stat().st_mtime for source in folder.glob("*.py"))
+    for compiled in (folder / "__pycache__").glob("*.nb[ci]"):
+        with suppress(OSError):  # another process was faster, or the folder cannot be written: then nobody edits it
+            if compiled.stat().st_mtime < newest:
+                compiled.unlink()
+
+
+_forget_stale(Path(__file__).parent)
