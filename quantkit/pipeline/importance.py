@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,10 @@ from quantkit.formats.preallocated import sha256_of
 
 if TYPE_CHECKING:
     from quantkit.formats.gguf.imatrix import Imatrix
+
+
+LATEST = 3
+"""Tensors kept: a batch of experts asks for gate, up and down in turn."""
 
 
 @dataclass(slots=True)
@@ -28,7 +32,7 @@ class ImportanceFile:
     arch: ModelArch
     sha256: str
     missing: frozenset[str]
-    _latest: tuple[str, InputImportance | None] = ("", None)
+    _latest: dict[str, InputImportance | None] = field(default_factory=dict[str, "InputImportance | None"])
 
     @classmethod
     def open(cls, path: Path, arch: ModelArch) -> ImportanceFile:
@@ -74,12 +78,14 @@ class ImportanceFile:
         return InputImportance(whole.importance[expert : expert + 1], (whole.n_tokens[expert],))
 
     def _stored(self, stored: str, heads: int | None) -> InputImportance | None:
-        """All experts or heads of one GGUF tensor; the latest is kept, because experts are asked for one by one."""
-        if self._latest[0] != stored:
+        """All experts or heads of one GGUF tensor. The latest are kept, because experts are asked for one by one."""
+        if stored not in self._latest:
+            if len(self._latest) == LATEST:
+                del self._latest[next(iter(self._latest))]
             found = self.imatrix.of(stored, heads)
             inputs = None if found is None else InputImportance(torch.from_numpy(found[0]), tuple(found[1].tolist()))
-            self._latest = stored, inputs
-        return self._latest[1]
+            self._latest[stored] = inputs
+        return self._latest[stored]
 
 
 def _linears(arch: ModelArch) -> dict[str, TensorSpec]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION: of the block layouts."""
+MAX_STEM = 128
+"""Characters of a folder's name that file names begin with: file systems allow 255 in all."""
 
 
 class GgufTarget:
@@ -157,7 +159,7 @@ class GgufTarget:
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.") or "model"
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name)[:MAX_STEM].strip("-.") or "model"
         return f"{name}-{self._output.name}"
 
     @cached_property

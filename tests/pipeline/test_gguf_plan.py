@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -361,3 +362,16 @@ def test_a_model_that_llama_cpp_cannot_run_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"rope_interleave is false") as caught:
         plan_of(tiny_headers(rope_interleave=False), recipe_of(preset="Q8_0"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("DeepSeek V3 (base)", "DeepSeek-V3-base-main.gguf"),
+        ("x" * 255, f"{'x' * 128}-main.gguf"),
+        ("模型", "model-main.gguf"),
+    ],
+)
+def test_files_are_named_after_the_folder(folder: str, file: str) -> None:
+    (output,) = plan_of(tiny_headers(), recipe_of(preset="Q8_0")).outputs
+    assert output.target.serve_commands(Path(folder), output.planned) == (f"llama-server -m {file}",)
