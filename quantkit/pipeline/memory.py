@@ -32,7 +32,7 @@ from quantkit.schemes import GgmlScheme
 
 HESSIAN_COPIES = 3
 """The damped Hessian, its factor, and the cross term toward the unquantised stream. Codebooks need the factor in
-another order too, and a second method a Hessian of its own."""
+another order too, and a second method a Hessian and a cross term of its own."""
 WEIGHT_COPIES = 1.5
 """Of each linear of a group: the float32 original, and codes and scales twice (in slices and joined)."""
 SWEEP_BUFFERS = 6
@@ -119,7 +119,7 @@ def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
 def _working(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> tuple[Term, ...]:
     terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries")]
     methods = {d.method for output in plan.outputs for d in output.decisions.values() if _learns(d)}
-    copies = HESSIAN_COPIES + (len(methods) > 1)
+    copies = HESSIAN_COPIES + 2 * (len(methods) > 1)
     phases = [_quantising(decision, arch.hidden_size, copies) for decision in quantized]
     if plan.recipe.calibration:
         phases.append(_collecting(plan, quantized))
