@@ -4,7 +4,8 @@
 
 One expert is gate and up (2048 x 7168 each, swept together with one factor) and down (7168 x 2048): int4, groups of
 128, activation order, the weighted search of signed scales. Inputs are correlated, with outlier channels and
-heavy-tailed tokens, in bfloat16. Times are medians for a whole batch of experts, divided by their number, between synchronisations.
+heavy-tailed tokens, in bfloat16. Times are medians for a whole batch of experts, divided by their number, between
+synchronisations.
 
 Quality: tr(E H E^T) of one expert against the float64 oracle (float64 Hessian, Cholesky, search and sweep), at all
 tokens and at fewer tokens than inputs; and the share of codes that differ from the float32 twin on the same factor and
@@ -31,11 +32,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.inputs import InputStats
 from quantkit.kernels.cuda import has_kernels
 from quantkit.quantizers import ldlq
 from quantkit.schemes import IntScheme
-from quantkit.schemes.affine_int import IntGrid
 
 SCHEME = IntScheme(bits=4, group_size=128)
 DAMP = 0.01
@@ -98,42 +97,68 @@ def structured_weight(rows: int, columns: int, seed: int) -> Tensor:
     return (0.02 * row_size * normal * (1 + 0.1 * normal.square())).bfloat16().float()
 
 
-def moments(x: Tensor) -> Tensor:
-    """(in, in) float32 mean of x x^T."""
-    if has_kernels(x.float()[:1]):
-        from quantkit.kernels.moments_triton import add_squares_
+def moments(inputs: list[Tensor]) -> Tensor:
+    """(experts, in, in) float32 means of x x^T over tokens."""
+    sums = torch.zeros(len(inputs), inputs[0].shape[1], inputs[0].shape[1], device=DEVICE)
+    for one, x in zip(sums, inputs, strict=True):
+        if has_kernels(sums):
+            from quantkit.kernels.moments_triton import add_squares_
 
-        sums = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        add_squares_(sums, x, 1 / len(x))
-        return sums
-    return x.float().T @ x.float() / len(x)
+            add_squares_(one, x, 1 / len(x))
+        else:
+            one.addmm_(x.float().T, x.float(), alpha=1 / len(x))
+    return sums
 
 
-def quantise(
-    clock: Clock, part: str, weight: Tensor, inputs: list[Tensor], polish: int
-) -> tuple[ldlq.Polished, IntGrid]:
+def cross_moments(inputs: list[Tensor], originals: list[Tensor]) -> Tensor:
+    """(experts, in, in) float32 means of (x_original - x) x^T over tokens."""
+    sums = torch.empty(len(inputs), inputs[0].shape[1], inputs[0].shape[1], device=DEVICE)
+    for one, x, original in zip(sums, inputs, originals, strict=True):
+        drift = (original - x).T
+        if has_kernels(sums):
+            one.copy_(torch.mm(drift, x, out_dtype=torch.float32))
+        else:
+            one.copy_(drift.float() @ x.float())
+        one /= len(x)
+    return sums
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is timed. ``originals``: what the unquantised stream has in place of the inputs, or None."""
+
+    polish: int
+    originals: list[Tensor] | None = None
+
+
+def quantise(clock: Clock, part: str, weight: Tensor, inputs: list[Tensor], run: Run) -> ldlq.Polished:
     """weight (B, out, in) on inputs (tokens, in) of each expert, stage by stage."""
     with clock.stage(f"{part} hessian"):
-        hessian = torch.stack([moments(x) for x in inputs])
-        stats = InputStats(hessian, None, tuple(len(x) for x in inputs))
+        hessian = moments(inputs)
     with clock.stage(f"{part} factor"):
-        factor = ldlq.factorize(stats.hessian, DAMP, act_order=True)
+        factor = ldlq.factorize(hessian, DAMP, act_order=True)
     assert factor.damping == 1.0, "the damping had to be raised"
+    if run.originals is not None and part == "gate+up":
+        with clock.stage(f"{part} cross moments"):
+            cross = cross_moments(inputs, run.originals)
+        with clock.stage(f"{part} targets"):
+            weight = ldlq.towards_original(weight, cross, factor, 0.5)
+        del cross
     with clock.stage(f"{part} scales"):
         grid = SCHEME.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=POINTS, signed=True)
     with clock.stage(f"{part} sweep"):
         codes = ldlq.sweep(grid, weight, factor)
-    with clock.stage(f"{part} polish" if polish else f"{part} loss"):
-        polished = ldlq.polish(grid, weight, codes, factor.hessian, polish)
-    return polished, grid
+    with clock.stage(f"{part} polish" if run.polish else f"{part} loss"):
+        return ldlq.polish(grid, weight, codes, factor.hessian, run.polish)
 
 
-def experts_once(clock: Clock, sizes: Sizes, gate_up: Tensor, down: Tensor, x: list[Tensor], polish: int) -> None:
-    polished, _ = quantise(clock, "gate+up", gate_up, x, polish)
+def experts_once(clock: Clock, gate_up: Tensor, down: Tensor, x: list[Tensor], run: Run) -> None:
+    polished = quantise(clock, "gate+up", gate_up, x, run)
     with clock.stage("hidden"):
         quantised = SCHEME.decode(polished.codes, polished.scale).bfloat16()
         hidden = [both(one, tokens) for one, tokens in zip(quantised, x, strict=True)]
-    quantise(clock, "down", down, hidden, polish)
+    del polished, quantised
+    quantise(clock, "down", down, hidden, run)
 
 
 def both(gate_up: Tensor, x: Tensor) -> Tensor:
@@ -177,7 +202,7 @@ def loss(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> float
 def quality(weight: Tensor, x: Tensor) -> dict[str, Any]:
     """One matrix (out, in) on inputs (tokens, in)."""
     weight = weight[None]
-    hessian = moments(x)[None]
+    hessian = moments([x])
     factor = ldlq.factorize(hessian, DAMP, act_order=True)
     grid = SCHEME.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=POINTS, signed=True)
     codes = ldlq.sweep(grid, weight, factor)
@@ -245,15 +270,22 @@ def main() -> None:
     x = [structured_inputs(sizes, sizes.tokens, seed) for seed in range(sizes.experts)]
     gate_up = torch.stack([structured_weight(2 * sizes.inter, sizes.hidden, 100 + e) for e in range(sizes.experts)])
     down = torch.stack([structured_weight(sizes.hidden, sizes.inter, 200 + e) for e in range(sizes.experts)])
-    for name, polish in (("gptq", 0), (f"gptq and {arguments.polish} rounds of polish", arguments.polish)):
+    runs = {
+        "gptq": Run(0),
+        f"gptq, {arguments.polish} rounds of polish": Run(arguments.polish),
+        f"gptq, cross term of gate and up, {arguments.polish} rounds of polish": Run(
+            arguments.polish, [tokens + 0.02 * torch.randn_like(tokens) for tokens in x]
+        ),
+    }
+    for name, run in runs.items():
+        experts_once(Clock(), gate_up, down, x, run)  # compiles the kernels
         clock = Clock()
-        experts_once(clock, sizes, gate_up, down, x, polish)  # compiles the kernels
-        clock = Clock()
+        before = 0
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+            before = torch.cuda.memory_allocated()
         for _ in range(arguments.repeats):
-            experts_once(clock, sizes, gate_up, down, x, polish)
+            experts_once(clock, gate_up, down, x, run)
         stages = clock.medians_ms(sizes.experts)
         counted = {stage: ms for stage, ms in stages.items() if stage != "hidden" and not stage.endswith("loss")}
         result[name] = {
@@ -267,6 +299,7 @@ def main() -> None:
         }
         print(name, json.dumps(result[name], indent=1), flush=True)
     if not arguments.no_quality:
+        runs.clear()
         gate_up, down, few = gate_up[0].clone(), down[0].clone(), sizes.tokens // 8
         hidden = both(gate_up.bfloat16(), x[0])
         x = x[:1]

@@ -1,8 +1,8 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """Cholesky of a batch of large matrices on a GPU. cuSOLVER factors them one after another, or, batched, slower still.
 
-Left-looking by panels of 512: a TF32 product brings a panel up to date. Inside it, by blocks of 128 in float32: a
-kernel factors and inverts the block on the diagonal, and a product with that inverse solves the rows below.
+Left-looking, by panels of 512 and in them by blocks of 128: a kernel factors and inverts the block on the diagonal, a
+product with that inverse solves the rows below, and products bring the next block or panel up to date.
 """
 
 from __future__ import annotations
@@ -16,25 +16,37 @@ from quantkit.kernels.cuda import tensor_float32
 
 _PANEL = 512
 _BLOCK = 128
-_HALF = 64
-_WARPS = 8
+_PART = 32
+_WARPS = 1
+_COLUMNS = 1024
 
 
 @triton.jit
-def _permute(source, order, result, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """result[i, j] = source[order[i], order[j]] for j <= i; what lies above the diagonal blocks stays undefined."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _permute(source, order, result, n, COLUMNS: tl.constexpr):
+    """result[i, j] = source[order[i], order[j]] for j <= i; what lies above the diagonal stays undefined."""
+    row = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     matrix = tl.program_id(1).to(tl.int64)
-    source += matrix * n * n
-    result += matrix * n * n
     order += matrix * n
-    from_row = tl.load(order + rows, mask=rows < n, other=0).to(tl.int64) * n
-    for start in range(0, tl.minimum((tl.program_id(0) + 1) * ROWS, n), COLUMNS):
+    source += matrix * n * n + tl.load(order + row).to(tl.int64) * n
+    result += matrix * n * n + row.to(tl.int64) * n
+    for start in range(0, row + 1, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        mask = (rows < n)[:, None] & (columns < n)[None, :]
-        from_column = tl.load(order + columns, mask=columns < n, other=0)
-        values = tl.load(source + from_row[:, None] + from_column[None, :], mask=mask, other=0.0)
-        tl.store(result + rows.to(tl.int64)[:, None] * n + columns[None, :], values, mask=mask)
+        from_column = tl.load(order + columns, mask=columns <= row, other=0)
+        values = tl.load(source + from_column, mask=columns <= row, other=0.0)
+        tl.store(result + columns, values, mask=columns <= row)
+
+
+@triton.jit
+def _scale_columns(matrix, divisors, n, COLUMNS: tl.constexpr):
+    """matrix[i, j] /= divisors[j] for j <= i."""
+    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    matrix += tl.program_id(1).to(tl.int64) * n * n + row.to(tl.int64) * n
+    divisors += tl.program_id(1).to(tl.int64) * n
+    for start in range(0, row + 1, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        divisor = tl.load(divisors + columns, mask=columns <= row, other=1.0)
+        values = tl.load(matrix + columns, mask=columns <= row, other=0.0)
+        tl.store(matrix + columns, values / divisor, mask=columns <= row)
 
 
 @triton.jit
@@ -47,16 +59,30 @@ def _eliminate(values, matrix, n, start, SIZE: tl.constexpr):
     for k in range(SIZE):
         pivots = tl.sum(tl.where(row == k, values, 0.0), axis=0)  # row k, as good as column k
         solved = tl.sum(tl.where(row == k, inverse, 0.0), axis=0)
-        root = tl.sqrt_rn(tl.sum(tl.where(line == k, pivots, 0.0), axis=0))
-        factor = pivots * (1.0 / root)
-        solved = solved * (1.0 / root)
-        tl.store(
-            matrix + (start + line) * n + start + k, factor, mask=(line >= k) & (start + line < n) & (start + k < n)
-        )
+        per_root = 1.0 / tl.sqrt_rn(tl.sum(tl.where(line == k, pivots, 0.0), axis=0))
+        factor = pivots * per_root
+        solved = solved * per_root
+        tl.store(matrix + (start + line) * n + start + k, factor, mask=(line >= k) & (start + line < n))
         below = tl.where(line > k, factor, 0.0)
         values -= below[:, None] * below[None, :]
         inverse = tl.where(row == k, solved[None, :], inverse - below[:, None] * solved[None, :])
     return inverse
+
+
+@triton.jit
+def _block(matrix, stride, n_rows, n_columns, first_row, first_column, SIZE: tl.constexpr):
+    """A block, zeros beyond the edges."""
+    rows, columns = first_row + tl.arange(0, SIZE), first_column + tl.arange(0, SIZE)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    return tl.load(matrix + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _keep(matrix, stride, n_rows, n_columns, first_row, first_column, values, SIZE: tl.constexpr):
+    rows, columns = first_row + tl.arange(0, SIZE), first_column + tl.arange(0, SIZE)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    tl.store(matrix + rows[:, None] * stride + columns[None, :], values, mask=inside)
+    tl.debug_barrier()  # other threads read it
 
 
 @triton.jit
@@ -69,59 +95,86 @@ def _mirrored(matrix, n, start, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _factor_diagonal(matrices, inverses, n, start, PRECISION: tl.constexpr, HALF: tl.constexpr):
-    """Factor the diagonal block of 2 HALF columns at ``start`` and keep the inverse of its factor."""
+def _factor_diagonal(matrices, inverses, n, start, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """Factor the diagonal block of SIZE * PARTS columns at ``start`` and keep the inverse of its factor.
+
+    One warp does all of it: the columns of a part follow one another, and a barrier between warps would cost more than
+    they bring. The parts' products are error-compensated TF32.
+    """
+    width = SIZE * PARTS
     matrices += tl.program_id(0).to(tl.int64) * n * n
-    inverses += tl.program_id(0).to(tl.int64) * 4 * HALF * HALF
-    line = tl.arange(0, HALF)
-    corner = inverses + line[:, None] * (2 * HALF) + line[None, :]
-    across_at = matrices + (start + HALF + line)[:, None] * n + (start + line)[None, :]
-    inside = (start + HALF + line < n)[:, None]
-    upper = _eliminate(_mirrored(matrices, n, start, HALF), matrices, n, start, HALF)
-    tl.store(corner, upper)
-    tl.store(corner + HALF, tl.zeros([HALF, HALF], tl.float32))
-    across = tl.dot(tl.load(across_at, mask=inside, other=0.0), tl.trans(upper), input_precision=PRECISION)
-    tl.store(across_at, across, mask=inside)
-    rest = _mirrored(matrices, n, start + HALF, HALF)
-    rest -= tl.dot(across, tl.trans(across), input_precision=PRECISION)
-    under = _eliminate(rest, matrices, n, start + HALF, HALF)
-    tl.store(corner + 2 * HALF * HALF + HALF, under)
-    across = tl.dot(under, across, input_precision=PRECISION)
-    tl.debug_barrier()
-    upper = tl.load(corner)  # rather than keep it in registers all the while
-    tl.store(corner + 2 * HALF * HALF, -tl.dot(across, upper, input_precision=PRECISION))
+    inverses += tl.program_id(0).to(tl.int64) * width * width
+    for part in range(PARTS):
+        at = start + part * SIZE
+        own = _mirrored(matrices, n, at, SIZE)
+        for done in range(part):
+            left = _block(matrices, n, n, n, at, start + done * SIZE, SIZE)
+            own -= tl.dot(left, tl.trans(left), input_precision="tf32x3")
+        inverse = _eliminate(own, matrices, n, at, SIZE)
+        _keep(inverses, width, width, width, part * SIZE, part * SIZE, inverse, SIZE)
+        for below in range(part + 1, PARTS):
+            values = _block(matrices, n, n, n, start + below * SIZE, at, SIZE)
+            for done in range(part):
+                left = _block(matrices, n, n, n, start + below * SIZE, start + done * SIZE, SIZE)
+                above = _block(matrices, n, n, n, at, start + done * SIZE, SIZE)
+                values -= tl.dot(left, tl.trans(above), input_precision="tf32x3")
+            values = tl.dot(values, tl.trans(inverse), input_precision="tf32x3")
+            _keep(matrices, n, n, n, start + below * SIZE, at, values, SIZE)
+        for done in range(part):  # (L^-1)[part, done] = -inverse (sum of L[part, j] (L^-1)[j, done])
+            total = tl.zeros([SIZE, SIZE], tl.float32)
+            for j in range(done, part):
+                left = _block(matrices, n, n, n, at, start + j * SIZE, SIZE)
+                right = _block(inverses, width, width, width, j * SIZE, done * SIZE, SIZE)
+                total += tl.dot(left, right, input_precision="tf32x3")
+            total = -tl.dot(inverse, total, input_precision="tf32x3")
+            _keep(inverses, width, width, width, part * SIZE, done * SIZE, total, SIZE)
 
 
 def permuted(matrix: Tensor, order: Tensor) -> Tensor:
     """Symmetric (B, n, n) float32 with rows and columns in ``order`` (B, n) int64, its lower triangle only."""
     result = torch.empty_like(matrix)
-    rows = 4
-    _permute[(triton.cdiv(matrix.shape[-1], rows), len(matrix))](
-        matrix, order.int(), result, matrix.shape[-1], ROWS=rows, COLUMNS=256, num_warps=4
-    )
+    n = matrix.shape[-1]
+    _permute[(n, len(matrix))](matrix, order.int(), result, n, COLUMNS=_COLUMNS, num_warps=4)
     return result
+
+
+def factored(hessian: Tensor, layout: Tensor) -> tuple[Tensor, Tensor] | None:
+    """H = R D R^T of (B, n, n) float32 in the order of layout (B, n) int64: R below the diagonal, D (B, n). None if one
+    is not positive definite: what TF32 makes of a pivot gets a second chance in float32 first."""
+    for tf32 in (True, False):
+        lower = permuted(hessian, layout)
+        cholesky_(lower, tf32=tf32)
+        root = torch.diagonal(lower, dim1=-2, dim2=-1).clone()
+        if root.isfinite().all():
+            n = lower.shape[-1]
+            _scale_columns[(n, len(lower))](lower, root, n, COLUMNS=_COLUMNS, num_warps=4)
+            return lower, root.square_()
+    return None
 
 
 def cholesky_(matrix: Tensor, *, tf32: bool) -> None:
     """Overwrite the lower triangle of (B, n, n) float32 with its Cholesky factor; NaN on the diagonal tells that a
-    matrix was not positive definite. ``tf32``: for the products between panels, 90 % of the work."""
+    matrix was not positive definite. ``tf32``: for the matrix products, else float32."""
     n_matrices, n, _ = matrix.shape
-    inverses = matrix.new_empty(n_matrices, _BLOCK, _BLOCK)
-    for first in range(0, n, _PANEL):
-        end = min(first + _PANEL, n)
-        if first:
-            left = matrix[:, first:, :first]
-            with tensor_float32(tf32):
-                matrix[:, first:, first:end].baddbmm_(left, left[:, : end - first].mT, alpha=-1)
-        with tensor_float32(False):
+    inverses = matrix.new_zeros(n_matrices, _BLOCK, _BLOCK)
+    with tensor_float32(tf32):
+        for first in range(0, n, _PANEL):
+            end = min(first + _PANEL, n)
+            if first:
+                _subtract_done(matrix, first, end, 0)
             for start in range(first, end, _BLOCK):
                 stop = min(start + _BLOCK, end)
                 if start > first:
-                    left = matrix[:, start:, first:start]
-                    matrix[:, start:, start:stop].baddbmm_(left, left[:, : stop - start].mT, alpha=-1)
+                    _subtract_done(matrix, start, stop, first)
                 _factor_diagonal[(n_matrices,)](
-                    matrix, inverses, n, start, PRECISION="tf32x3", HALF=_HALF, num_warps=_WARPS
+                    matrix, inverses, n, start, SIZE=_PART, PARTS=_BLOCK // _PART, num_warps=_WARPS
                 )
                 if stop < n:
                     below = matrix[:, stop:, start:stop]
                     below.copy_(below @ inverses.mT)
+
+
+def _subtract_done(matrix: Tensor, start: int, stop: int, first: int) -> None:
+    """Bring columns [start, stop) up to date with the factored columns [first, start)."""
+    left = matrix[:, start:, first:start]
+    matrix[:, start:, start:stop].baddbmm_(left, left[:, : stop - start].mT, alpha=-1)

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """The nearest level of a grid on the GPU, shared by the sweep and by the polish."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """The coordinate descent of `quantkit.quantizers.ldlq.polish` on a GPU.
 
 Gradients are made anew for a panel of groups at a time, G = H[panel] E, in one TF32 product: nothing of the size of a
@@ -19,20 +19,60 @@ from torch import Tensor
 
 from quantkit.kernels.cuda import FixedScales, tensor_float32
 from quantkit.kernels.levels_triton import inverse, nearest
+from quantkit.kernels.transpose_triton import transposed
 
 _PANEL = 512  # columns whose gradients are made at once
 _SUB = 32  # columns in registers at once
 _ROWS = 64  # rows of a warp, in the search for codes
 _MEASURED = 32  # rows of a warp, in the measurement of steps
 _AT_ONCE = 8
+_TILE = 64
+_TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _begin(
+    target, given, scale, zeros, offsets, table, error, levels, codes, zero, in_features, out_features, n_groups, size,
+    ZEROS: tl.constexpr, OFFSETS: tl.constexpr, TABLE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """target, given codes (B, out, in) -> error, levels, codes (B, in, out)."""
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    matrix = tl.program_id(2).to(tl.int64)
+    start = matrix * in_features * out_features
+    there = (rows < out_features)[:, None] & (columns < in_features)[None, :]
+    cells = start + rows[:, None] * in_features + columns[None, :]
+    wanted = tl.trans(tl.load(target + cells, mask=there, other=0.0))
+    code = tl.trans(tl.load(given + cells, mask=there, other=0))
+    back = (columns < in_features)[:, None] & (rows < out_features)[None, :]
+    of_group = (matrix * n_groups + columns // size)[:, None] * out_features + rows[None, :]
+    if TABLE:
+        level = tl.load(table + code.to(tl.int32), mask=back, other=0.0)
+    elif ZEROS:
+        level = code.to(tl.float32) - tl.load(zeros + of_group, mask=back, other=0.0)
+    else:
+        level = code.to(tl.float32) - zero
+    left = wanted - level * tl.load(scale + of_group, mask=back, other=0.0)
+    if OFFSETS:
+        left -= tl.load(offsets + of_group, mask=back, other=0.0)
+    cells = start + columns[:, None] * out_features + rows[None, :]
+    tl.store(error + cells, left, mask=back)
+    tl.store(levels + cells, level, mask=back)
+    tl.store(codes + cells, code, mask=back)
 
 
 @triton.jit
 def _measure(
-    gradient, through, levels, sums, in_features, out_features, width, start, size, column, ROWS: tl.constexpr
-):
-    """By row: levels . through, levels . gradient, 1 . through, 1 . gradient, in sums (B, 4, out). The group is
-    [start, start + size), at ``column`` of gradient (B, width, out)."""
+    gradient, through, levels, sums, scale, step, limit,
+    in_features, out_features, n_groups, width, start, size, column, group,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """By row: levels . through, levels . gradient, 1 . through, 1 . gradient. The group is [start, start + size), at
+    ``column`` of gradient (B, width, out).
+
+    Without a DTYPE they go to sums (B, 4, out). With one, scales are rounded to it: the step of the group's scale is
+    taken where it lowers the loss, and kept in step (B, out).
+    """
     matrix = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < out_features
@@ -51,11 +91,21 @@ def _measure(
         slope += level * down
         through_sum += along
         gradient_sum += down
-    sums += matrix * 4 * out_features + rows
-    tl.store(sums, curvature, mask=inside)
-    tl.store(sums + out_features, slope, mask=inside)
-    tl.store(sums + 2 * out_features, through_sum, mask=inside)
-    tl.store(sums + 3 * out_features, gradient_sum, mask=inside)
+    if DTYPE is None:
+        sums += matrix * 4 * out_features + rows
+        tl.store(sums, curvature, mask=inside)
+        tl.store(sums + out_features, slope, mask=inside)
+        tl.store(sums + 2 * out_features, through_sum, mask=inside)
+        tl.store(sums + 3 * out_features, gradient_sum, mask=inside)
+    else:
+        at = scale + (matrix * n_groups + group) * out_features + rows
+        now = tl.load(at, mask=inside, other=0.0)
+        wanted = now + slope / tl.maximum(curvature, 1.1754943508222875e-38)
+        wanted = tl.minimum(tl.maximum(wanted, -limit), limit).to(DTYPE).to(tl.float32)
+        taken = tl.where((wanted == 0) | (wanted != wanted), 1.0, wanted) - now
+        taken = tl.where((taken * (taken * curvature - 2 * slope) < 0) & (curvature > 0), taken, 0.0)
+        tl.store(at, now + taken, mask=inside)
+        tl.store(step + matrix * out_features + rows, taken, mask=inside)
 
 
 @triton.jit
@@ -107,29 +157,29 @@ def _move(
                 moved = tl.load(moves + (earlier + k) * out_features + rows, mask=inside, other=0.0)
                 tile -= weights[:, None] * moved[None, :]
         count = tl.minimum(SUB, size - sub)
-        old = tl.load(levels + sub * out_features + rows, mask=inside, other=0.0)
-        left = tl.load(error + sub * out_features + rows, mask=inside, other=0.0)
+        olds = tl.load(levels + cells, mask=mask, other=0.0)
         weights = tl.load(hessian + sub * in_features + places, mask=exists & (places > sub), other=0.0)
         pivot = tl.load(hessian + sub * in_features + sub)
         for passed in range(count):
             place = sub + passed
             after = tl.minimum(place + 1, sub + count - 1)
-            next_old = tl.load(levels + after * out_features + rows, mask=inside, other=0.0)
-            next_left = tl.load(error + after * out_features + rows, mask=inside, other=0.0)
             next_weights = tl.load(hessian + after * in_features + places, mask=exists & (places > after), other=0.0)
             next_pivot = tl.load(hessian + after * in_features + after)
-            slope = tl.sum(tl.where(columns[:, None] == passed, tile, 0.0), axis=0)
+            here = columns[:, None] == passed
+            slope = tl.sum(tl.where(here, tile, 0.0), axis=0)
+            old = tl.sum(tl.where(here, olds, 0.0), axis=0)
             code, level = nearest(slope * (1.0 / pivot) * per_step + old, middle, top, table, LEVELS)
             moved = (level - old) * scale
             tile -= weights[:, None] * moved[None, :]
             changed = -old * step - shift - moved
-            tl.store(error + place * out_features + rows, left + changed, mask=inside)
             tl.store(levels + place * out_features + rows, level, mask=inside)
             tl.store(codes + place * out_features + rows, code.to(tl.uint8), mask=inside)
             tl.store(change + place * out_features + rows, changed, mask=inside)
             tl.store(moves + place * out_features + rows, moved, mask=inside)
-            old, left, weights, pivot = next_old, next_left, next_weights, next_pivot
-        tl.debug_barrier()  # the moves that the next SUB columns read were stored by other threads
+            weights, pivot = next_weights, next_pivot
+        tl.debug_barrier()  # the changes, and the moves that the next SUB columns read, were stored by other threads
+        left = tl.load(error + cells, mask=mask, other=0.0) + tl.load(change + cells, mask=mask, other=0.0)
+        tl.store(error + cells, left, mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,21 +206,24 @@ def polish(grid: FixedScales, target: Tensor, codes: Tensor, hessian: Tensor, ro
     and the loss tr(E H E^T) (B, out)."""
     scale, zero, offset, table = grid.scale, grid.zero, grid.offset, grid.table
     size = target.shape[-1] // scale.shape[-1]
-    moved, scales = codes.mT.contiguous(), scale.mT.contiguous().clone()
-    zeros = zero.mT.contiguous() if isinstance(zero, Tensor) else zero
-    by_place = zeros.repeat_interleave(size, 1) if isinstance(zeros, Tensor) else zeros
-    levels = moved.float() - by_place if table is None else table[moved.int()]
-    error = target.mT.contiguous() - levels * scales.repeat_interleave(size, 1)
-    offsets, row_sums = None, hessian
-    if offset is not None:
-        offsets, row_sums = offset.mT.contiguous().clone(), _row_sums(hessian, size)
-        error -= offsets.repeat_interleave(size, 1)
+    scales = transposed(scale)
+    zeros = transposed(zero) if isinstance(zero, Tensor) else zero
+    offsets = None if offset is None else transposed(offset)
+    error, levels = (target.new_empty(target.mT.shape) for _ in range(2))
+    moved = codes.new_empty(target.mT.shape)
+    _begin[(triton.cdiv(target.shape[2], _TILE), triton.cdiv(target.shape[1], _TILE), len(target))](
+        target.contiguous(), codes.contiguous(), scales, zeros if isinstance(zeros, Tensor) else scales,
+        scales if offsets is None else offsets, scales if table is None else table, error, levels, moved,
+        0.0 if isinstance(zeros, Tensor) else zeros, target.shape[2], target.shape[1], scales.shape[1], size,
+        ZEROS=isinstance(zeros, Tensor), OFFSETS=offsets is not None, TABLE=table is not None, TILE=_TILE, num_warps=4,
+    )  # fmt: skip
+    row_sums = hessian if offsets is None else _row_sums(hessian, size)
     work = _Descent(grid, error, levels, moved, scales, offsets, zeros, hessian, row_sums)
     with tensor_float32():
         for _ in range(rounds):
             _descend(work)
         loss = _loss(error, hessian)
-    return moved.mT.contiguous(), scales.mT.contiguous(), None if offsets is None else offsets.mT.contiguous(), loss
+    return transposed(moved), transposed(scales), None if offsets is None else transposed(offsets), loss
 
 
 def _loss(error: Tensor, hessian: Tensor) -> Tensor:
@@ -209,18 +262,21 @@ def _move_group(work: _Descent, gradient: Tensor, first: int, start: int, size: 
     through = work.hessian[:, start : start + size, start : start + size] @ work.levels[:, start : start + size]
     change, moves = torch.empty_like(through), torch.empty_like(through)
     sums = gradient.new_empty(n_matrices, 4, out_features)
+    scale, step = work.scales[:, group], gradient.new_empty(n_matrices, out_features)
+    dtype = None if work.offsets is not None else getattr(grid, "scale_dtype", None)
     _measure[(triton.cdiv(out_features, _MEASURED), n_matrices)](
-        gradient, through, work.levels, sums, in_features, out_features, width, start, size, start - first,
-        ROWS=_MEASURED, num_warps=1,
+        gradient, through, work.levels, sums, work.scales, step, 0.0 if dtype is None else torch.finfo(dtype).max,
+        in_features, out_features, work.scales.shape[1], width, start, size, start - first, group,
+        DTYPE=_TRITON[dtype] if dtype else None, ROWS=_MEASURED, num_warps=1,
     )  # fmt: skip
     curvature, slope, through_sum, gradient_sum = sums.unbind(1)
-    scale = work.scales[:, group]
-    step = _step(scale, curvature, slope, partial(work.grid.nearest_scale, group))
-    scale += step
+    if dtype is None:
+        step = _step(scale, curvature, slope, partial(grid.nearest_scale, group))
+        scale += step
     shift = step
     if work.offsets is not None:
         curvature = work.row_sums[:, start : start + size].sum(-1, keepdim=True).expand_as(step)
-        nearest_offset = partial(work.grid.nearest_offset, group)
+        nearest_offset = partial(grid.nearest_offset, group)
         shift = _step(work.offsets[:, group], curvature, gradient_sum - step * through_sum, nearest_offset)
         work.offsets[:, group] += shift
     zeros = work.zero if isinstance(work.zero, Tensor) else work.scales

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """The search for the scales of an integer grid on a GPU: all candidates of a group at once, in registers.
 
 The rule and its order of candidates are those of `quantkit.schemes.affine_int.fit`. Weights come transposed, so that a
@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels.transpose_triton import transposed
+
 _AT_ONCE = 8  # candidates in registers
 _ROWS = 128
+_WARPS = 4
 
 
 @triton.jit
@@ -112,8 +115,8 @@ def search(
     scale = weight.new_empty(n_matrices, n_groups, out_features)
     zero = scale if symmetric else torch.empty_like(scale)
     _search[(triton.cdiv(out_features, _ROWS), n_groups, n_matrices)](
-        weight.mT.contiguous(), importance.contiguous(), fractions, scale, zero,
+        transposed(weight), importance.contiguous(), fractions, scale, zero,
         in_features, out_features, n_groups, in_features // n_groups, float(2**bits - 1), len(fractions),
-        SYMMETRIC=symmetric, SIGNED=symmetric and signed, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=4,
+        SYMMETRIC=symmetric, SIGNED=symmetric and signed, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=_WARPS,
     )  # fmt: skip
-    return scale.mT.contiguous(), None if symmetric else zero.mT.contiguous()
+    return transposed(scale), None if symmetric else transposed(zero)

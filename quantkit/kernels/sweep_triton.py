@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """The sweep of `quantkit.quantizers.ldlq` on a GPU: blocks of columns are rounded in registers, and TF32 products carry
 the errors from block to block.
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.kernels.cuda import FixedScales, tensor_float32
 from quantkit.kernels.levels_triton import inverse, nearest
+from quantkit.kernels.transpose_triton import placed, transposed
 
 _BLOCK = 128  # columns that one launch rounds
 _SUB = 32  # of them in registers at once
@@ -62,7 +63,9 @@ def _round_block(
         # What a column needs is fetched while the one before it is rounded: only w' has to be waited for.
         at = tl.load(group + last) * out_features
         step = tl.load(scale + at + rows, mask=inside, other=0.0)
-        wanted = tl.load(error + last * out_features + rows, mask=inside, other=0.0)
+        targets = tl.load(
+            error + places[:, None] * out_features + rows[None, :], mask=exists[:, None] & inside[None, :], other=0.0
+        )
         weights = tl.load(lower + last * in_features + places, mask=places < last, other=0.0)
         middle = zero
         if ZEROS:
@@ -75,7 +78,6 @@ def _round_block(
             place = last - passed
             after = tl.maximum(place - 1, sub)
             next_step = tl.load(scale + at + rows, mask=inside, other=0.0)
-            next_wanted = tl.load(error + after * out_features + rows, mask=inside, other=0.0)
             next_weights = tl.load(lower + after * in_features + places, mask=places < after, other=0.0)
             next_middle = middle
             if ZEROS:
@@ -86,7 +88,9 @@ def _round_block(
             at = tl.load(group + tl.maximum(place - 2, sub)) * out_features
             stored = tl.load(layout + place)
 
-            value = tl.sum(tl.where(columns[:, None] == place - sub, tile, 0.0), axis=0)
+            here = columns[:, None] == place - sub
+            value = tl.sum(tl.where(here, tile, 0.0), axis=0)
+            wanted = tl.sum(tl.where(here, targets, 0.0), axis=0)
             if OFFSETS:
                 value -= shift
                 wanted -= shift
@@ -95,7 +99,7 @@ def _round_block(
             tile += weights[:, None] * left[None, :]
             tl.store(error + place * out_features + rows, left, mask=inside)
             tl.store(codes + stored * out_features + rows, code.to(tl.uint8), mask=inside)
-            step, wanted, weights, middle, shift = next_step, next_wanted, next_weights, next_middle, next_shift
+            step, weights, middle, shift = next_step, next_weights, next_middle, next_shift
         tl.debug_barrier()  # the errors that the next SUB columns read were stored by other threads
 
 
@@ -106,14 +110,13 @@ def sweep(grid: FixedScales, target: Tensor, layout: Tensor, lower: Tensor) -> T
     """
     n_matrices, out_features, in_features = target.shape
     n_groups = grid.scale.shape[-1]
-    order = layout + in_features * torch.arange(n_matrices, device=layout.device)[:, None]
-    moved = target.mT.reshape(-1, out_features).index_select(0, order.flatten()).view(target.mT.shape)
-    error, codes = moved.clone(), torch.empty(target.mT.shape, dtype=torch.uint8, device=target.device)
+    moved, error = placed(target, layout)
+    codes = torch.empty(moved.shape, dtype=torch.uint8, device=target.device)
     group = layout.div(in_features // n_groups, rounding_mode="floor").int()
     places = layout.int()
-    scale, zero, offset, table = grid.scale.mT.contiguous(), grid.zero, grid.offset, grid.table
-    zeros = zero.mT.contiguous() if isinstance(zero, Tensor) else scale
-    offsets = scale if offset is None else offset.mT.contiguous()
+    scale, zero, offset, table = transposed(grid.scale), grid.zero, grid.offset, grid.table
+    zeros = transposed(zero) if isinstance(zero, Tensor) else scale
+    offsets = scale if offset is None else transposed(offset)
     programs = (triton.cdiv(out_features, _ROWS), n_matrices)
 
     def span(start: int, stop: int) -> None:
@@ -133,4 +136,4 @@ def sweep(grid: FixedScales, target: Tensor, layout: Tensor, lower: Tensor) -> T
 
     with tensor_float32():
         span(0, in_features)
-    return codes.mT.contiguous()
+    return transposed(codes)

@@ -8,8 +8,8 @@ H = R D R^T (R unit lower triangular, from ONE Cholesky, no inverse), column k i
 
 and the loss tr(E H E^T) is sum_k D_k (w'_k - q_k)^2. (The index-reversed form of U D U^T, so that nothing is flipped.)
 
-Everything is batched over matrices of one shape: B experts at once. Float32 throughout; on a GPU with Triton the kernels
-of `quantkit.kernels` do the same, with matrix products in TF32.
+Everything is batched over matrices of one shape: B experts at once. Float32 throughout; on a GPU with Triton the
+kernels of `quantkit.kernels` do the same, with matrix products in TF32.
 """
 
 from __future__ import annotations
@@ -59,18 +59,15 @@ def factorize(hessian: Tensor, damp_percent: float, *, act_order: bool, damped: 
         diagonal += (raised - added) * step
         added = raised
         layout = diagonal.argsort(dim=-1, stable=True) if act_order else _storage_order(diagonal).flip(-1)
-        lower = _lower_factor(hessian, layout)
-        if lower is not None:
-            break
+        factored = _factored(hessian, layout)
+        if factored is not None:
+            return Factor(hessian, layout, *factored, raised)
         if raised > 1e6:
             raise CalibrationError(
                 "the inputs of these linears overflow or are not numbers.",
                 hint="Check the source's weights, or keep this layer.",
             )
         raised *= 10
-    root = torch.diagonal(lower, dim1=-2, dim2=-1).clone()
-    lower /= root.unsqueeze(-2)
-    return Factor(hessian, layout, lower, root.square_(), raised)
 
 
 def in_storage_order(factor: Factor, damp_percent: float) -> Factor:
@@ -83,19 +80,18 @@ def _storage_order(diagonal: Tensor) -> Tensor:
     return torch.arange(diagonal.shape[-1], device=diagonal.device).expand(diagonal.shape)
 
 
-def _lower_factor(hessian: Tensor, layout: Tensor) -> Tensor | None:
-    """Cholesky factor of the Hessians in layout order; None if one is not positive definite."""
-    if not has_kernels(hessian):
-        lower = _permuted(hessian, layout)
-        return lower if _cholesky_(lower) and torch.diagonal(lower, dim1=-2, dim2=-1).isfinite().all() else None
-    from quantkit.kernels import cholesky_triton
+def _factored(hessian: Tensor, layout: Tensor) -> tuple[Tensor, Tensor] | None:
+    """R and D of the Hessians in layout order; None if one is not positive definite."""
+    if has_kernels(hessian):
+        from quantkit.kernels import cholesky_triton
 
-    for tf32 in (True, False):  # a pivot that TF32 makes negative gets a second chance before the damping is raised
-        lower = cholesky_triton.permuted(hessian, layout)
-        cholesky_triton.cholesky_(lower, tf32=tf32)
-        if torch.diagonal(lower, dim1=-2, dim2=-1).isfinite().all():
-            return lower
-    return None
+        return cholesky_triton.factored(hessian, layout)
+    lower = _permuted(hessian, layout)
+    if not _cholesky_(lower) or not torch.diagonal(lower, dim1=-2, dim2=-1).isfinite().all():
+        return None
+    root = torch.diagonal(lower, dim1=-2, dim2=-1).clone()
+    lower /= root.unsqueeze(-2)
+    return lower, root.square_()
 
 
 def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
@@ -133,22 +129,28 @@ def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float
 
     weight (B, out, in); cross (B, in, in): mean of (x_original - x_quantised) x_quantised^T over the tokens.
     """
-    with fast_products(weight):
-        moved = _columns(weight @ cross, factor.layout)
-        panels = [slice(start, start + _PANEL) for start in range(0, moved.shape[-1], _PANEL)]
-        lower = factor.lower
-        for panel in panels:  # X R^T = moved
-            moved[..., panel] -= moved[..., : panel.start] @ lower[:, panel, : panel.start].mT
-            moved[..., panel] = torch.linalg.solve_triangular(
-                lower[:, panel, panel].mT, moved[..., panel], upper=True, left=False, unitriangular=True
-            )
-        moved /= factor.pivots.unsqueeze(-2)
-        for panel in reversed(panels):  # Y R = X
-            moved[..., panel] -= moved[..., panel.stop :] @ lower[:, panel.stop :, panel]
-            moved[..., panel] = torch.linalg.solve_triangular(
-                lower[:, panel, panel], moved[..., panel], upper=False, left=False, unitriangular=True
-            )
-        return _columns(moved, factor.layout.argsort(-1)).mul_(alpha).add_(weight)
+    if has_kernels(weight):
+        from quantkit.kernels import solve_triton
+
+        with fast_products(weight):
+            moved = weight @ cross
+        moved = solve_triton.times_inverse(moved, factor.layout, factor.lower, factor.pivots)
+        return moved.mul_(alpha).add_(weight)
+    moved = _columns(weight @ cross, factor.layout)
+    panels = [slice(start, start + _PANEL) for start in range(0, moved.shape[-1], _PANEL)]
+    lower = factor.lower
+    for panel in panels:  # X R^T = moved
+        moved[..., panel] -= moved[..., : panel.start] @ lower[:, panel, : panel.start].mT
+        moved[..., panel] = torch.linalg.solve_triangular(
+            lower[:, panel, panel].mT, moved[..., panel], upper=True, left=False, unitriangular=True
+        )
+    moved /= factor.pivots.unsqueeze(-2)
+    for panel in reversed(panels):  # Y R = X
+        moved[..., panel] -= moved[..., panel.stop :] @ lower[:, panel.stop :, panel]
+        moved[..., panel] = torch.linalg.solve_triangular(
+            lower[:, panel, panel], moved[..., panel], upper=False, left=False, unitriangular=True
+        )
+    return _columns(moved, factor.layout.argsort(-1)).mul_(alpha).add_(weight)
 
 
 def _columns(matrix: Tensor, order: Tensor) -> Tensor:

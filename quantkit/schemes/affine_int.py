@@ -118,6 +118,11 @@ class IntGrid:
         return self.stored_scale.float()
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        """Any number of it but 0 can be a scale: kernels may round scales themselves, as `nearest_scale` does."""
+        return self.stored_scale.dtype
+
+    @property
     def zero(self) -> Tensor | float:
         """Half of the codes, or the zero points in float32."""
         return 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point.float()

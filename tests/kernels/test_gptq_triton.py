@@ -29,9 +29,9 @@ pytestmark = [
 ]
 
 SCHEMES = [
-    (IntScheme(bits=4, group_size=32), 160),
-    (IntScheme(bits=3, group_size=40, symmetric=False), 200),
-    (IntScheme(bits=2, group_size=None), 136),
+    (IntScheme(bits=4, group_size=32, scale_dtype="float16"), 160),
+    (IntScheme(bits=3, group_size=40, symmetric=False, scale_dtype="float16"), 200),
+    (IntScheme(bits=2, group_size=None, scale_dtype="float32"), 136),
     (GgmlScheme(type="Q4_K"), 256),
     (GgmlScheme(type="IQ4_XS"), 256),
 ]
@@ -87,7 +87,18 @@ def test_polish_ends_where_its_twin_does(scheme: IntScheme | GgmlScheme, in_feat
     torch.testing.assert_close(moved.loss, loss, rtol=1e-3 if _INTERPRETED else 2e-2, atol=0)
 
 
-@pytest.mark.parametrize("n", [200, 672])
+@pytest.mark.parametrize("in_features", [136, 384])
+def test_products_with_the_inverse(in_features: int) -> None:
+    from quantkit.kernels import solve_triton
+
+    weight, hessian = problem(in_features)
+    factor = plainly(hessian)
+    found = solve_triton.times_inverse(weight, factor.layout, factor.lower, factor.pivots)
+    exact = torch.linalg.solve(factor.hessian.double(), weight.double().mT).mT
+    assert (found - exact).norm() < (1e-4 if _INTERPRETED else 2e-2) * exact.norm()
+
+
+@pytest.mark.parametrize("n", [200, 456])
 def test_cholesky(n: int) -> None:
     from quantkit.kernels import cholesky_triton
 
@@ -141,7 +152,7 @@ def test_scale_search_finds_scales_as_good_as_the_twins(
     # At the whole range the largest weight lies half between two levels: division and multiplication by the inverse may
     # part there. With eight bits many candidates are as good as one another.
     scale = representable(scheme, scale)
-    assert ((scale - twin).abs() > 1e-5 * twin.abs()).float().mean() < 0.15
+    assert ((scale - twin).abs() > 1e-5 * twin.abs()).float().mean() < (0.15 if bits < 8 else 0.5)
     torch.testing.assert_close(error(scale, zero), error(twin, twin_zero), rtol=2e-2, atol=0)
 
 

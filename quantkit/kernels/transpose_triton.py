@@ -1,0 +1,59 @@
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+"""Transposed copies on a GPU, tile by tile: torch's strided copies reach a third of the memory's speed."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 64
+
+
+@triton.jit
+def _transpose(source, result, n_rows, n_columns, TILE: tl.constexpr):
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    start = tl.program_id(2).to(tl.int64) * n_rows * n_columns
+    there = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    values = tl.load(source + start + rows[:, None] * n_columns + columns[None, :], mask=there)
+    back = (columns < n_columns)[:, None] & (rows < n_rows)[None, :]
+    tl.store(result + start + columns[:, None] * n_rows + rows[None, :], tl.trans(values), mask=back)
+
+
+@triton.jit
+def _place(source, rank, result, second, n_rows, n_columns, TILE: tl.constexpr):
+    """Column c of the source becomes row rank[c] of both results."""
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    start = tl.program_id(2).to(tl.int64) * n_rows * n_columns
+    there = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    values = tl.trans(tl.load(source + start + rows[:, None] * n_columns + columns[None, :], mask=there))
+    places = tl.load(rank + tl.program_id(2) * n_columns + columns, mask=columns < n_columns, other=0)
+    to = start + places[:, None] * n_rows + rows[None, :]
+    back = (columns < n_columns)[:, None] & (rows < n_rows)[None, :]
+    tl.store(result + to, values, mask=back)
+    tl.store(second + to, values, mask=back)
+
+
+def _programs(matrix: Tensor) -> tuple[int, int, int]:
+    return triton.cdiv(matrix.shape[2], _TILE), triton.cdiv(matrix.shape[1], _TILE), len(matrix)
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """(B, rows, columns) -> (B, columns, rows), contiguous."""
+    matrix = matrix.contiguous()
+    result = torch.empty_like(matrix.mT, memory_format=torch.contiguous_format)
+    _transpose[_programs(matrix)](matrix, result, *matrix.shape[1:], TILE=_TILE, num_warps=4)
+    return result
+
+
+def placed(matrix: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
+    """matrix (B, rows, columns), layout (B, columns) int64: column of each place -> (B, columns, rows), row p being
+    column layout[p], twice."""
+    matrix = matrix.contiguous()
+    result, second = (torch.empty_like(matrix.mT, memory_format=torch.contiguous_format) for _ in range(2))
+    rank = layout.argsort(-1).int()
+    _place[_programs(matrix)](matrix, rank, result, second, *matrix.shape[1:], TILE=_TILE, num_warps=4)
+    return result, second
