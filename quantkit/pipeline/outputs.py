@@ -68,7 +68,7 @@ def quantize_linears(
             try:
                 batch = quantize(group[position].weight, scheme)
             except SchemeError as error:
-                raise SchemeError(f"{names[0]}: {error.message}", hint=error.hint) from error
+                raise SchemeError(f"{_largest(group[position])}: {error.message}", hint=error.hint) from error
             for tensor in batch.tensors(names, (0,) * len(names) if stats is None else stats.n_tokens):
                 outputs[number].sink.write(tensor)
                 on_tensor(number, tensor)
@@ -76,6 +76,13 @@ def quantize_linears(
                 first[position] = batch
         del own, quantize  # a factor goes before the next is made
     return tuple(first)
+
+
+def _largest(linears: Linears) -> str:
+    """Name of the linear with the largest weight: what a scheme cannot hold is too large."""
+    if len(linears.names) == 1:
+        return linears.names[0]
+    return linears.names[int(linears.weight.abs().amax((-2, -1)).argmax())]
 
 
 def _copy(stats: Inputs | None) -> Inputs | None:

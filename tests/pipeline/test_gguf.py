@@ -220,6 +220,19 @@ def test_a_kept_value_that_float16_cannot_hold_is_one_line(place: Path, tmp_path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("tokens", [None, 64])
+def test_a_value_that_no_block_holds_is_told_with_its_expert(tokens: int | None, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "model", wide_config())
+    write_text(tmp_path / "calibration.txt")
+    weights["model.layers.1.mlp.experts.2.up_proj.weight"][5, 7] = 3e9
+    write_shards(tmp_path / "model", weights)
+    with pytest.raises(
+        SchemeError, match=r"^model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight: .* no scale of "
+    ) as caught:
+        run(tmp_path / "model", gguf_recipe(gguf_output(preset="Q4_K_M"), tokens=tokens), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------------- several outputs
 
 
