@@ -13,8 +13,8 @@ derived by SHA-256 from the seed, the file's content and the row's number, so it
 where the file lies.
 
 Choice of evaluation windows. Whole chunks of context - 1 tokens (the rest of the file is left out), all of them or k
-evenly spread: chunk numbers unique(int(linspace(0, n - 1, k))). llama.cpp's perplexity tool cuts otherwise: the text with
-BOS in front into chunks of context tokens, and BOS in place of each chunk's first token.
+evenly spread: chunk numbers unique(int(linspace(0, n - 1, k))). llama.cpp's perplexity tool cuts otherwise: the text
+with BOS in front into chunks of context tokens, and BOS in place of each chunk's first token.
 """
 
 from __future__ import annotations
