@@ -33,7 +33,8 @@ class Decision:
 
     ``source_dtype``: dtype of the decoded source tensor. ``dtype``: dtype that a kept tensor is stored in (decoded
     view). ``scheme``: the grid of a quantised weight, `Float8Scheme` for one whose FP8 bytes are kept, else None.
-    ``method`` only with QUANTIZE. ``rule``: number of the rule in the output, from 1, as messages count them.
+    ``method`` only with QUANTIZE. ``rule``: number of the rule in the output, from 1, as messages count them; 0 for a
+    preset or an option.
     """
 
     spec: TensorSpec
@@ -121,7 +122,8 @@ class Decider:
 def _check_decision(output: Output, decision: Decision, calibrated: bool, problems: Problems) -> None:
     """What a rule asks of a tensor must make sense for it."""
     spec = decision.spec
-    where = f"output {output.name}: {spec.name} (rule {decision.rule})"
+    rule = f"rule {decision.rule}" if decision.rule else "preset"
+    where = f"output {output.name}: {spec.name} ({rule})"
     if decision.action is Action.DROP and spec.role is not Role.MTP:
         problems.add(
             "tensors that cannot be dropped",

@@ -314,6 +314,13 @@ def test_what_cannot_be_stored_is_one_line(name: str) -> None:
     assert caught.value.message == said
 
 
+def test_gptq_without_text_is_refused_for_presets_too() -> None:
+    with pytest.raises(
+        PlanError, match=r"^output main: model\.embed_tokens\.weight \(preset\): gptq needs calibration text\."
+    ):
+        plan_of(tiny_headers(), recipe_of(preset="Q8_0", method=GPTQ))
+
+
 def test_many_faults_of_one_kind_are_counted() -> None:
     fp8 = {"match": "role:expert", "keep": "source"}
     with pytest.raises(PlanError) as caught:
