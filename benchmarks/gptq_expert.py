@@ -298,6 +298,7 @@ def main() -> None:
             else None,
         }
         print(name, json.dumps(result[name], indent=1), flush=True)
+    write(result, arguments.out)
     if not arguments.no_quality:
         runs.clear()
         gate_up, down, few = gate_up[0].clone(), down[0].clone(), sizes.tokens // 8
@@ -313,8 +314,12 @@ def main() -> None:
         for case, (weight, inputs) in cases.items():
             result["quality"][case] = quality(weight, inputs)
             print(case, json.dumps(result["quality"][case], indent=1), flush=True)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            write(result, arguments.out)
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from quantkit.kernels.cuda import tensor_float32
 _PANEL = 512
 _BLOCK = 128
 _PART = 32
-_WARPS = 1
+_WARPS = 2
 _COLUMNS = 1024
 
 
@@ -98,7 +98,7 @@ def _mirrored(matrix, n, start, SIZE: tl.constexpr):
 def _factor_diagonal(matrices, inverses, n, start, SIZE: tl.constexpr, PARTS: tl.constexpr):
     """Factor the diagonal block of SIZE * PARTS columns at ``start`` and keep the inverse of its factor.
 
-    One warp does all of it: the columns of a part follow one another, and a barrier between warps would cost more than
+    Two warps do all of it: the columns of a part follow one another, and barriers between more warps cost more than
     they bring. The parts' products are error-compensated TF32.
     """
     width = SIZE * PARTS

@@ -22,7 +22,7 @@ from quantkit.kernels.levels_triton import inverse, nearest
 from quantkit.kernels.transpose_triton import transposed
 
 _PANEL = 512  # columns whose gradients are made at once
-_SUB = 32  # columns in registers at once
+_SUB = 16  # columns in registers at once
 _ROWS = 64  # rows of a warp, in the search for codes
 _MEASURED = 32  # rows of a warp, in the measurement of steps
 _AT_ONCE = 8

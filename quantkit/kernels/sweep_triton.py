@@ -8,6 +8,8 @@ the same block push is added in float32 arithmetic, what other blocks push in TF
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +20,8 @@ from quantkit.kernels.levels_triton import inverse, nearest
 from quantkit.kernels.transpose_triton import placed, transposed
 
 _BLOCK = 128  # columns that one launch rounds
-_SUB = 32  # of them in registers at once
-_ROWS = 32  # rows of a warp
+_SUB = 16  # of them in registers at once
+_ROWS = 64  # rows of a warp
 _AT_ONCE = 8  # pushed columns that are fetched together
 
 
@@ -103,37 +105,66 @@ def _round_block(
         tl.debug_barrier()  # the errors that the next SUB columns read were stored by other threads
 
 
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """A sweep under way: moved (w'), error (the target until a column is rounded), codes (B, in, out), all in layout
+    order but the codes; group of each place and its storage column (B, in) int32; scales as in `Grid`, transposed."""
+
+    grid: FixedScales
+    moved: Tensor
+    error: Tensor
+    codes: Tensor
+    lower: Tensor
+    places: Tensor
+    group: Tensor
+    scale: Tensor
+    zero: Tensor | float
+    offset: Tensor | None
+
+
 def sweep(grid: FixedScales, target: Tensor, layout: Tensor, lower: Tensor) -> Tensor:
     """Round the columns of target (B, out, in) float32 with error feedback -> codes (B, out, in) uint8, storage order.
 
     layout (B, in) int64 and lower (B, in, in) float32: as in `quantkit.quantizers.ldlq.Factor`.
     """
-    n_matrices, out_features, in_features = target.shape
-    n_groups = grid.scale.shape[-1]
+    in_features, zero, offset = target.shape[-1], grid.zero, grid.offset
     moved, error = placed(target, layout)
-    codes = torch.empty(moved.shape, dtype=torch.uint8, device=target.device)
-    group = layout.div(in_features // n_groups, rounding_mode="floor").int()
-    places = layout.int()
-    scale, zero, offset, table = transposed(grid.scale), grid.zero, grid.offset, grid.table
-    zeros = transposed(zero) if isinstance(zero, Tensor) else scale
-    offsets = scale if offset is None else transposed(offset)
-    programs = (triton.cdiv(out_features, _ROWS), n_matrices)
-
-    def span(start: int, stop: int) -> None:
-        if stop - start <= _BLOCK:
-            _round_block[programs](
-                moved, error, codes, lower, places, group, scale, zeros, offsets, scale if table is None else table,
-                0.0 if isinstance(zero, Tensor) else zero, float(grid.top),
-                in_features, out_features, n_groups, start, stop,
-                ZEROS=isinstance(zero, Tensor), OFFSETS=offset is not None, LEVELS=0 if table is None else len(table),
-                SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
-            )  # fmt: skip
-            return
-        middle = start + (triton.cdiv(stop - start, _BLOCK) // 2) * _BLOCK
-        span(middle, stop)
-        moved[:, start:middle].baddbmm_(lower[:, middle:stop, start:middle].mT, error[:, middle:stop])
-        span(start, middle)
-
+    work = _Sweep(
+        grid=grid,
+        moved=moved,
+        error=error,
+        codes=torch.empty(moved.shape, dtype=torch.uint8, device=target.device),
+        lower=lower,
+        places=layout.int(),
+        group=layout.div(in_features // grid.scale.shape[-1], rounding_mode="floor").int(),
+        scale=transposed(grid.scale),
+        zero=transposed(zero) if isinstance(zero, Tensor) else zero,
+        offset=None if offset is None else transposed(offset),
+    )
     with tensor_float32():
-        span(0, in_features)
-    return transposed(codes)
+        _span(work, 0, in_features)
+    return transposed(work.codes)
+
+
+def _span(work: _Sweep, start: int, stop: int) -> None:
+    """Round columns [start, stop), the last first."""
+    if stop - start <= _BLOCK:
+        _round(work, start, stop)
+        return
+    middle = start + (triton.cdiv(stop - start, _BLOCK) // 2) * _BLOCK
+    _span(work, middle, stop)
+    work.moved[:, start:middle].baddbmm_(work.lower[:, middle:stop, start:middle].mT, work.error[:, middle:stop])
+    _span(work, start, middle)
+
+
+def _round(work: _Sweep, start: int, stop: int) -> None:
+    n_matrices, in_features, out_features = work.moved.shape
+    table, zero, offset = work.grid.table, work.zero, work.offset
+    _round_block[(triton.cdiv(out_features, _ROWS), n_matrices)](
+        work.moved, work.error, work.codes, work.lower, work.places, work.group, work.scale,
+        zero if isinstance(zero, Tensor) else work.scale, work.scale if offset is None else offset,
+        work.scale if table is None else table, 0.0 if isinstance(zero, Tensor) else zero, float(work.grid.top),
+        in_features, out_features, work.scale.shape[1], start, stop,
+        ZEROS=isinstance(zero, Tensor), OFFSETS=offset is not None, LEVELS=0 if table is None else len(table),
+        SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
+    )  # fmt: skip

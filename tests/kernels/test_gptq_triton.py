@@ -80,7 +80,7 @@ def test_polish_ends_where_its_twin_does(scheme: IntScheme | GgmlScheme, in_feat
         twin = ldlq.polish(grid, weight, codes, factor.hessian, 1)
     moved = ldlq.Polished(*polish_triton.polish(grid, weight, codes, factor.hessian, 1))
     assert (moved.codes != twin.codes).float().mean() <= (0 if _INTERPRETED else 0.02)
-    torch.testing.assert_close(moved.loss.sum(), twin.loss.sum(), rtol=1e-4 if _INTERPRETED else 5e-3, atol=0)
+    torch.testing.assert_close(moved.loss.sum(), twin.loss.sum(), rtol=1e-4 if _INTERPRETED else 2e-2, atol=0)
     stored = grid.stored(moved.codes, moved.scale, moved.offset)
     error = (weight - scheme.decode(**stored)).double()
     loss = ((error @ factor.hessian.double()) * error).sum(-1).float()
