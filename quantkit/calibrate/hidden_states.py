@@ -1,4 +1,5 @@
-"""Rows of activations, in memory or in a file: (n_rows, length, width) float32, addressed by row or by token.
+"""Rows of activations, in memory (of the processor or of a GPU) or in a file: (n_rows, length, width) float32,
+addressed by row or by token.
 
 A file is read and written with pread/pwrite, never mapped: its pages belong to the page cache and not to this process,
 so a store on disk costs the process nothing but the rows in hand. Both kinds give the same numbers.
@@ -17,13 +18,21 @@ from torch import Tensor
 from quantkit.errors import OutputError
 from quantkit.formats.safetensors_writer import disk_errors
 
+CPU = torch.device("cpu")
+_SAVED_BYTES = 64 * 2**20
+"""What leaves a GPU at once."""
+
 
 class RowStore(Protocol):
-    """Activations of ``n_rows`` sequences of ``length`` tokens. Token t of row r has the number ``r * length + t``."""
+    """Activations of ``n_rows`` sequences of ``length`` tokens. Token t of row r has the number ``r * length + t``.
+
+    What is read lies on ``device``; what is given may lie anywhere.
+    """
 
     n_rows: int
     length: int
     width: int
+    device: torch.device
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) -> (rows, length, width) float32, a copy or a view that must not be written."""
@@ -53,9 +62,9 @@ class RowStore(Protocol):
 class MemoryRows:
     """A store in memory."""
 
-    def __init__(self, n_rows: int, length: int, width: int) -> None:
-        self.n_rows, self.length, self.width = n_rows, length, width
-        self._data = torch.zeros(n_rows * length, width)
+    def __init__(self, n_rows: int, length: int, width: int, device: torch.device = CPU) -> None:
+        self.n_rows, self.length, self.width, self.device = n_rows, length, width, device
+        self._data = torch.zeros(n_rows * length, width, device=device)
 
     def read(self, start: int, stop: int) -> Tensor:
         """See `RowStore.read`."""
@@ -68,28 +77,31 @@ class MemoryRows:
 
     def gather(self, tokens: Tensor) -> Tensor:
         """See `RowStore.gather`."""
-        return self._data[tokens]
+        return self._data[tokens.to(self.device)]
 
     def add(self, tokens: Tensor, values: Tensor) -> None:
         """See `RowStore.add`."""
-        self._data.index_add_(0, tokens, values)
+        self._data.index_add_(0, tokens.to(self.device), values.to(self.device))
 
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
+        step = max(1, _SAVED_BYTES // (4 * self.width))
         with disk_errors(path), path.open("wb") as file:
-            write_exactly(file.fileno(), _bytes_of(self._data), 0)
+            for start in range(0, len(self._data), step):
+                rows = self._data[start : start + step].cpu()
+                write_exactly(file.fileno(), _bytes_of(rows), start * self.width * 4)
             os.fsync(file.fileno())
 
     def close(self) -> None:
         """See `RowStore.close`."""
-        self._data = torch.empty(0, self.width)
+        self._data = torch.empty(0, self.width, device=self.device)
 
 
 class FileRows:
     """A store in a file, which is deleted on `close`."""
 
     def __init__(self, path: Path, n_rows: int, length: int, width: int) -> None:
-        self.n_rows, self.length, self.width = n_rows, length, width
+        self.n_rows, self.length, self.width, self.device = n_rows, length, width, CPU
         self._path = path
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -104,7 +116,7 @@ class FileRows:
     def write(self, start: int, rows: Tensor) -> None:
         """See `RowStore.write`."""
         with disk_errors(self._path):
-            write_exactly(self._fd, _bytes_of(rows.contiguous()), start * self.length * self.width * 4)
+            write_exactly(self._fd, _bytes_of(rows.cpu().contiguous()), start * self.length * self.width * 4)
 
     def gather(self, tokens: Tensor) -> Tensor:
         """See `RowStore.gather`."""
@@ -114,7 +126,7 @@ class FileRows:
 
     def add(self, tokens: Tensor, values: Tensor) -> None:
         """See `RowStore.add`."""
-        total = self.gather(tokens).add_(values)
+        total = self.gather(tokens).add_(values.cpu())
         with disk_errors(self._path):
             self._each_run(tokens, total, write_exactly)
 

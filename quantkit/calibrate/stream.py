@@ -93,7 +93,7 @@ def _forward_dense(block: DenseBlock, weights: Weights, x: RowStore, device: tor
     for start, stop in row_batches(x):
         rows = x.read(start, stop).to(device)
         (inputs,) = block.stages[-1].inputs(weights, rows)
-        x.write(start, (rows + linear(inputs, weights(block.output)).view(rows.shape)).cpu())
+        x.write(start, rows + linear(inputs, weights(block.output)).view(rows.shape))
 
 
 def route_all(
@@ -104,7 +104,7 @@ def route_all(
     indices, gates = [], []
     for start, stop in row_batches(x):
         inputs = block.inputs(weights, x.read(start, stop).to(device))
-        h.write(start, inputs.cpu())
+        h.write(start, inputs)
         routing = block.route(weights, inputs)
         indices.append(routing.indices.cpu())
         gates.append(routing.weights.cpu())
@@ -128,4 +128,4 @@ def forward_expert(
     gate, up, down = (weights(names[expert]) for names in (block.gates, block.ups, block.downs))
     for part, share in zip(token.split(EXPERT_CHUNK), weight.split(EXPERT_CHUNK), strict=True):
         hidden = expert_hidden(block, gate, up, h.gather(part).to(device))
-        x.add(part, linear(hidden, down).mul_(share.to(device).unsqueeze(-1)).cpu())
+        x.add(part, linear(hidden, down).mul_(share.to(device).unsqueeze(-1)))

@@ -129,7 +129,7 @@ def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
                     group.add(inputs[0][number], inputs[1][number] if len(inputs) > 1 else None)
             if last:
                 for context, stream_inputs in zip(contexts, inputs, strict=True):
-                    context.write(start, stream_inputs[0].cpu())
+                    context.write(start, stream_inputs[0])
         assert moments is not None
         for group, sums in zip(stage.groups, moments, strict=True):
             _quantize_group(job, group, sums.stats())
@@ -168,9 +168,8 @@ def _note_importance(job: LayerJob, names: tuple[str, ...], stats: Inputs) -> No
 
 def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
     for start, stop in row_batches(store):
-        rows = store.read(start, stop)
-        added = linear(context.read(start, stop).to(weight.device), weight).cpu()
-        store.write(start, rows + added)
+        rows, inputs = (part.read(start, stop).to(weight.device) for part in (store, context))
+        store.write(start, rows + linear(inputs, weight))
 
 
 # Routed experts
@@ -208,7 +207,7 @@ def _route(job: LayerJob, block: ExpertBlock) -> _Routes:
         for number, (weights, store) in enumerate(zip(job.weights.by_stream(len(stores)), stores, strict=True)):
             h = block.inputs(weights, store.read(start, stop).to(job.device))
             routing = block.route(weights, h)
-            inputs_of[number].write(start, h.cpu())
+            inputs_of[number].write(start, h)
             chosen[number].append(routing.indices.cpu())
             gates[number].append(routing.weights.cpu())
             if number == 0:

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 from quantkit.arch.base import ModelArch
-from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
+from quantkit.calibrate.hidden_states import CPU, FileRows, MemoryRows, RowStore
 from quantkit.errors import PlanError
 
 DEFAULT_SHARE = 0.6
 """Of the physical memory, when no budget is given."""
+DEVICE_SHARE = 0.4
+"""Of a GPU's memory, for hidden states."""
 MOST_EXPERTS = 32
 """More experts at once gain nothing: a batch of this size fills the matrix products."""
 SCRATCH_STORES = 2
@@ -68,6 +70,13 @@ class Machine:
         default = max(1, round(physical * DEFAULT_SHARE / 2**30)) * 2**30
         return cls(torch.device(found), memory_budget or default)
 
+    @property
+    def device_store_bytes(self) -> int:
+        """What hidden states may take of a GPU's memory; nothing without one."""
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.get_device_properties(self.device).total_memory * DEVICE_SHARE)
+
     def share(self, working_bytes: int) -> Share:
         """Divide what the budget leaves beside ``working_bytes``, the least that the work needs.
 
@@ -84,17 +93,22 @@ class Machine:
 
 
 class Stores:
-    """Makes stores for the hidden states of one token set, in memory while they fit the budget and on disk
-    otherwise."""
+    """Makes stores for the hidden states of one token set: on the GPU that computes if they fit there, else in memory
+    while they fit the budget, and on disk otherwise."""
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    def __init__(self, folder: Path, budget: int, device: torch.device = CPU, device_budget: int = 0) -> None:
         self._folder = folder
         self._budget = budget
+        self._device = device
+        self._device_budget = device_budget
         self._numbers = count()
 
     def new(self, n_rows: int, length: int, width: int, stores: int) -> RowStore:
         """One of ``stores`` stores of this shape that will exist at the same time."""
-        if stores * n_rows * length * width * 4 <= self._budget:
+        nbytes = stores * n_rows * length * width * 4
+        if nbytes <= self._device_budget:
+            return MemoryRows(n_rows, length, width, self._device)
+        if nbytes <= self._budget:
             return MemoryRows(n_rows, length, width)
         return FileRows(self._folder / f"scratch-{next(self._numbers)}.f32", n_rows, length, width)
 

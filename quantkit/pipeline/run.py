@@ -90,7 +90,7 @@ def convert(
         sinks = tuple(_open_sink(folder, output, plan, opened.directory, journal) for output in plan.outputs)
         for sink in sinks:
             stack.callback(sink.close)
-        stores = Stores(folder.hidden, share.stores)
+        stores = Stores(folder.hidden, share.stores, machine.device, machine.device_store_bytes)
         walk = Walk(plan, arch, opened, machine, folder, journal, stores, share, sinks, importance, on_event, Timer())
         return _run(walk, rows, header, base_dir)
 
