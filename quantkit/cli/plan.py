@@ -12,10 +12,11 @@ from quantkit.cli.options import AsJson, Context, GpuOption, RecipeName, Source
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import both_units, short_size, show_json, table
 from quantkit.pipeline.headers import SourceHeaders, read_headers
+from quantkit.pipeline.importance import ImportanceFile
 from quantkit.pipeline.memory import Needs, conversion_needs
 from quantkit.pipeline.plan import OutputPlan, Plan, RoleSize, make_plan
 from quantkit.pipeline.recipe import Recipe
-from quantkit.pipeline.recipe_file import load_recipe
+from quantkit.pipeline.recipe_file import load_recipe, recipe_path
 from quantkit.pipeline.serving import Gpus
 
 
@@ -34,9 +35,11 @@ def show_plan(source: Path, recipe: Recipe, name: str, gpus: Gpus | None, contex
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common."""
     headers = read_headers(source)
     made = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
-    if (headers.directory / "tokenizer.json").exists():
+    if headers.has_shards or (headers.directory / "tokenizer.json").exists():
         for output in made.outputs:
             output.target.check_source(headers.directory)
+    if recipe.imatrix is not None:
+        ImportanceFile.open(recipe_path(name).parent / recipe.imatrix, headers.arch).close()
     needs = conversion_needs(made, headers.arch)
     fits = None
     if gpus is not None:

@@ -144,10 +144,10 @@ def _layer(layer: int, streams: Sequence[_Stream], scratch: RowStore) -> list[La
 
 
 def _hidden_error(reference: RowStore, candidate: RowStore) -> float:
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=reference.device)
     for start, stop in row_batches(reference):
         x = reference.read(start, stop)
-        moved = (candidate.read(start, stop) - x).square_().sum(-1)
+        moved = (candidate.read(start, stop).to(x.device) - x).square_().sum(-1)
         total += (moved / x.square().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)).sum(dtype=torch.float64)
     return float((total / (reference.n_rows * reference.length)).sqrt())
 

@@ -145,7 +145,7 @@ def _document(
         "job": dict(header),
         "recipe": walk.plan.recipe.model_dump(mode="json", exclude_none=True),
         "output": output.output.name,
-        "validated": result is None or result.passed,
+        "validated": None if result is None else result.passed,
         "validation": None if result is None else asdict(result),
         "tensor_bytes": output.nbytes,
         "bpw": output.bpw,

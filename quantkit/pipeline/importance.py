@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from quantkit.arch.base import ModelArch, Role, TensorSpec
-from quantkit.calibrate.inputs import InputImportance
+from quantkit.errors import SourceError
 from quantkit.formats.preallocated import sha256_of
 
 if TYPE_CHECKING:
+    import torch
+
+    from quantkit.calibrate.inputs import InputImportance
     from quantkit.formats.gguf.imatrix import Imatrix
 
 
@@ -24,13 +25,12 @@ LATEST = 3
 class ImportanceFile:
     """An open imatrix and the model's names in it. An open resource: `close` it.
 
-    ``sha256``: of the file; ``missing``: GGUF names of weights that it does not have (see `lacks`).
+    ``missing``: GGUF names of weights that it does not have (see `lacks`).
     """
 
     imatrix: Imatrix
     specs: dict[str, TensorSpec]
     arch: ModelArch
-    sha256: str
     missing: frozenset[str]
     _latest: dict[str, InputImportance | None] = field(default_factory=dict[str, "InputImportance | None"])
 
@@ -39,6 +39,11 @@ class ImportanceFile:
         """Raises `SourceError` if it is no imatrix, damaged, or of another model."""
         from quantkit.formats.gguf.imatrix import Imatrix
 
+        if not path.is_file():
+            raise SourceError(
+                f"{path}: no such imatrix file.",
+                hint="imatrix: is a path relative to the recipe's folder.",
+            )
         specs = _linears(arch)
         imatrix = Imatrix.open(path)
         try:
@@ -46,7 +51,12 @@ class ImportanceFile:
         except BaseException:
             imatrix.close()
             raise
-        return cls(imatrix, specs, arch, sha256_of(path), frozenset(missing))
+        return cls(imatrix, specs, arch, frozenset(missing))
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, in hex."""
+        return sha256_of(self.imatrix.path)
 
     def lacks(self, name: str) -> bool:
         """Whether a linear of a decoder layer is quantised as without importance: the file does not have it, or has
@@ -56,6 +66,10 @@ class ImportanceFile:
     def of(self, names: tuple[str, ...], device: torch.device) -> InputImportance | None:
         """Mean squares of the inputs of linears of one shape: (B, in) on the device, B experts, or the heads of one
         part. None where the file says nothing. Raises `SourceError` for values that are negative or not finite."""
+        import torch
+
+        from quantkit.calibrate.inputs import InputImportance
+
         found = [self._one(name) for name in names]
         known = [row for row in found if row is not None]
         if len(known) < len(names):
@@ -68,6 +82,8 @@ class ImportanceFile:
         self.imatrix.close()
 
     def _one(self, name: str) -> InputImportance | None:
+        from quantkit.calibrate.inputs import InputImportance
+
         spec = self.specs.get(name)
         if spec is None:
             return None
@@ -79,6 +95,10 @@ class ImportanceFile:
 
     def _stored(self, stored: str, heads: int | None) -> InputImportance | None:
         """All experts or heads of one GGUF tensor. The latest are kept, because experts are asked for one by one."""
+        import torch
+
+        from quantkit.calibrate.inputs import InputImportance
+
         if stored not in self._latest:
             if len(self._latest) == LATEST:
                 del self._latest[next(iter(self._latest))]

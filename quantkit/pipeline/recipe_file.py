@@ -40,7 +40,8 @@ def recipe_path(path_or_name: str | Path) -> Path:
     """The file meant by a path or by the name of a shipped recipe. Its folder is where relative text files are looked
     for."""
     path = Path(path_or_name)
-    if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) != 1:
+    # A folder may well be named like a recipe: the output that it made last time.
+    if path.suffix in (".yaml", ".yml") or path.is_file() or len(path.parts) != 1:
         return path
     shipped = {file.stem: file for file in shipped_recipes()}
     if path.name in shipped:
