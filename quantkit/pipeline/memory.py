@@ -3,10 +3,10 @@
     hidden states   tokens * (hidden + widest dense input) * 4 B, for each stream, in RAM or on disk
     resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers, on disk
     Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of a GPTQ linear
-    sweep           rows in slices of bounded size
+    slices          rows are quantised in slices of bounded size
     weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the linears that are quantised together
     passing         one batch of rows at the widest linear, and the largest weight on its way from the disk; never
-                    during a sweep, so the larger of the two counts
+                    while something is quantised, so the larger of the two counts
     kept chunk      tensors that are not quantised pass through in pieces
     interpreter     Python, torch and libraries
 
@@ -27,7 +27,7 @@ from quantkit.calibrate.portions import BATCH_TOKENS
 from quantkit.errors import PlanError
 from quantkit.pipeline.decide import Action, Decision
 from quantkit.pipeline.plan import Plan
-from quantkit.quantizers.gptq import SLICE_BYTES
+from quantkit.quantizers.batch import SLICE_BYTES
 from quantkit.schemes import GgmlScheme
 
 HESSIAN_COPIES = 3
@@ -35,8 +35,8 @@ HESSIAN_COPIES = 3
 another order too, and a second method a Hessian and a cross term of its own."""
 WEIGHT_COPIES = 1.5
 """Of each linear of a group: the float32 original, and codes and scales twice (in slices and joined)."""
-SWEEP_BUFFERS = 6
-"""GPTQ sweeps rows in slices, with about so many buffers of a slice's size."""
+SLICE_BUFFERS = 6
+"""Methods take rows in slices, with about so many buffers of a slice's size."""
 KEPT_CHUNK_BYTES = 64 * 2**20
 INTERPRETER_BYTES = 300 * 10**6
 ACTIVATION_COPIES = 4
@@ -120,7 +120,9 @@ def _working(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> tuple[Te
     terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries")]
     methods = {d.method for output in plan.outputs for d in output.decisions.values() if _learns(d)}
     copies = HESSIAN_COPIES + 2 * (len(methods) > 1)
-    phases = [_quantising(decision, arch.hidden_size, copies) for decision in quantized]
+    # Linears that read the residual stream come in pairs; without text each comes alone.
+    paired = arch.hidden_size if plan.recipe.calibration else 0
+    phases = [_quantising(decision, paired, copies) for decision in quantized]
     if plan.recipe.calibration:
         phases.append(_collecting(plan, quantized))
     terms += max(phases, key=lambda phase: sum(term.nbytes for term in phase), default=())
@@ -133,30 +135,27 @@ def _learns(decision: Decision) -> bool:
     return decision.method is not None and decision.method.needs_inputs
 
 
-def _quantising(decision: Decision, hidden_size: int, hessian_copies: int) -> tuple[Term, ...]:
-    """While one linear is quantised. Linears that read the residual stream come in pairs; tables come in pieces."""
+def _quantising(decision: Decision, paired: int, hessian_copies: int) -> tuple[Term, ...]:
+    """While one linear is quantised, or two with ``paired`` in_features. Tables come in pieces."""
     heads, out_features, in_features = _matrices(decision)
     if decision.spec.table:
         return (Term("rows of a table", 4 * KEPT_CHUNK_BYTES, f"{decision.spec.name}: a piece in float32, and blocks"),)
-    name, pair = decision.spec.name, 2 if in_features == hidden_size else 1
+    name, pair = decision.spec.name, 2 if in_features == paired else 1
     weight = Term(
         "weight set",
         int(pair * WEIGHT_COPIES * heads * out_features * in_features * 4),
         f"{name}: {pair} x {heads * out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}",
     )
-    if not _learns(decision):
-        return (weight,)
-    copies = hessian_copies + (isinstance(decision.scheme, GgmlScheme) and not decision.scheme.has_grid)
-    hessian = heads * in_features**2 * 4 * copies
-    return (
-        Term("Hessian set", hessian, f"{name}: {heads} x {in_features:,}^2 x 4 B x {copies}"),
-        weight,
-        Term(
-            "sweep",
-            SWEEP_BUFFERS * min(SLICE_BYTES, heads * out_features * in_features * 4),
-            f"{SWEEP_BUFFERS} buffers of {SLICE_BYTES // 2**20} MiB at most",
-        ),
+    slices = Term(
+        "slices",
+        SLICE_BUFFERS * min(SLICE_BYTES, heads * out_features * in_features * 4),
+        f"{SLICE_BUFFERS} buffers of {SLICE_BYTES // 2**20} MiB at most",
     )
+    if not _learns(decision):
+        return weight, slices
+    copies = hessian_copies + (isinstance(decision.scheme, GgmlScheme) and not decision.scheme.has_grid)
+    formula = f"{name}: {heads} x {in_features:,}^2 x 4 B x {copies}"
+    return Term("Hessian set", heads * in_features**2 * 4 * copies, formula), weight, slices
 
 
 def _matrices(decision: Decision) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,25 @@ if TYPE_CHECKING:
     from quantkit.schemes.grid import Stored
 
 
+SLICE_BYTES = 128 * 2**20
+"""Float32 bytes of the rows that are quantised at once; about six buffers of this size exist meanwhile."""
+
+
+def in_slices(weight: Tensor) -> tuple[Tensor, ...]:
+    """weight (B, out, in) float32 as slices of rows, which do not depend on each other."""
+    return weight.split(max(1, SLICE_BYTES // (4 * weight.shape[-1] * len(weight))), dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """A slice. ``stored``: each (B, rows, ...); ``loss`` and ``norm`` (B,): of error and weight, as the method weighs
+    them."""
+
+    stored: Stored
+    loss: Tensor
+    norm: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedBatch:
     """``stored``: as in `QuantizedTensor`, each with a leading dimension B; relative_loss (B,) float32; fallbacks: one
@@ -23,6 +42,15 @@ class QuantizedBatch:
     stored: Stored
     relative_loss: Tensor
     fallbacks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, scheme: ChosenScheme, slices: Sequence[QuantizedRows], fallbacks: tuple[str, ...]) -> QuantizedBatch:
+        """Slices of rows joined."""
+        import torch
+
+        stored = {key: torch.cat([part.stored[key] for part in slices], 1) for key in slices[0].stored}
+        loss, norm = (torch.stack(values).sum(0) for values in zip(*((s.loss, s.norm) for s in slices), strict=True))
+        return cls(scheme, stored, loss / norm.clamp_min(1e-30), fallbacks)
 
     def decode(self) -> Tensor:
         """(B, out, in) float32, as a runtime will compute with it."""

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.calibrate.inputs import Inputs
-    from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+    from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
     from quantkit.quantizers.ldlq import Factor
     from quantkit.schemes import ChosenScheme
-    from quantkit.schemes.grid import Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +47,6 @@ class PreparedInputs:
         factor = self.factor if scheme.has_grid else self.in_storage_order()
         damped = "" if factor.damping == 1 else f"damp_percent taken {factor.damping:g} times"
         return tuple("no calibration tokens: round to nearest" if blind else damped for blind in self.unseen)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Some rows of B matrices: what is stored, each (B, rows, ...), and the loss (B, rows)."""
-
-    stored: Stored
-    loss: Tensor
-
-
-SLICE_BYTES = 128 * 2**20
-"""Float32 bytes of the rows that are swept at once; about six buffers of this size exist meanwhile."""
 
 
 class Gptq(BaseModel, frozen=True, extra="forbid"):
@@ -124,26 +111,17 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
 
     def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
-        import torch
+        from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
-        from quantkit.quantizers import ldlq
-        from quantkit.quantizers.batch import QuantizedBatch
+        parts = [self._quantize_rows(part, scheme, prepared) for part in in_slices(weight)]
+        return QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
 
-        factor = prepared.factor
-        rows = max(1, SLICE_BYTES // (4 * weight.shape[-1] * len(weight)))
-        parts = [self._quantize_rows(part, scheme, prepared) for part in weight.split(rows, dim=1)]
-        norms = [ldlq.row_loss(part, factor.hessian).sum(-1) for part in weight.split(rows, dim=1)]
-        return QuantizedBatch(
-            scheme,
-            {key: torch.cat([part.stored[key] for part in parts], 1) for key in parts[0].stored},
-            torch.stack([part.loss.sum(-1) for part in parts]).sum(0) / torch.stack(norms).sum(0).clamp_min(1e-30),
-            prepared.fallbacks(scheme),
-        )
-
-    def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> _Rows:
+    def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedRows:
         from quantkit.quantizers import ldlq, ldlq_vectors
+        from quantkit.quantizers.batch import QuantizedRows
 
         factor = prepared.factor
+        norm = ldlq.row_loss(weight, factor.hessian).sum(-1)
         target = weight
         if prepared.cross is not None:
             target = ldlq.towards_original(weight, prepared.cross, factor, self.cross)
@@ -151,8 +129,9 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         if isinstance(scheme, GgmlScheme) and not scheme.has_grid:
             vectors = scheme.vector_grid(target, importance)
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
-            return _Rows(vectors.stored(), ldlq.row_loss(error, factor.hessian))
+            return QuantizedRows(vectors.stored(), ldlq.row_loss(error, factor.hessian).sum(-1), norm)
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed)
         codes = ldlq.sweep(grid, target, factor)
         polished = ldlq.polish(grid, target, codes, factor.hessian, self.polish)
-        return _Rows(grid.stored(polished.codes, polished.scale, polished.offset), polished.loss)
+        stored = grid.stored(polished.codes, polished.scale, polished.offset)
+        return QuantizedRows(stored, polished.loss.sum(-1), norm)

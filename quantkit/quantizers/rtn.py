@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.calibrate.inputs import Inputs
-    from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+    from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
     from quantkit.schemes import ChosenScheme
 
 ScaleSearch = Literal["range", "mse", "importance"]
@@ -60,16 +60,21 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return importance + _FLOOR * importance.mean(-1, keepdim=True).clamp_min(1e-30)
 
     def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None) -> QuantizedBatch:
-        """weight (B, out, in) float32 -> codes and scales."""
-        from quantkit.quantizers.batch import QuantizedBatch
+        """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
+        from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
-        stored = scheme.rounded(
-            weight, weighting(prepared, self.scale_search), points=grid_points(self), signed=self.signed
-        )
-        error = scheme.decode(**stored) - weight
-        importance = 1.0 if prepared is None else prepared.unsqueeze(-2)
-        norm = (weight.square() * importance).sum((-2, -1)).clamp_min(1e-30)
-        return QuantizedBatch(scheme, stored, (error.square() * importance).sum((-2, -1)) / norm, ("",) * len(weight))
+        parts = [self._quantize_rows(part, scheme, prepared) for part in in_slices(weight)]
+        return QuantizedBatch.of(scheme, parts, ("",) * len(weight))
+
+    def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None) -> QuantizedRows:
+        from quantkit.quantizers.batch import QuantizedRows
+
+        importance = weighting(prepared, self.scale_search)
+        stored = scheme.rounded(weight, importance, points=grid_points(self), signed=self.signed)
+        error = scheme.decode(**stored).sub_(weight)
+        shares = 1.0 if prepared is None else prepared.unsqueeze(-2)
+        loss, norm = ((values.square() * shares).sum((-2, -1)) for values in (error, weight))
+        return QuantizedRows(stored, loss, norm)
 
 
 class _SearchOptions(Protocol):

@@ -81,12 +81,13 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
     assert weight.isfinite().all()
 
 
-def test_rows_in_slices_give_the_same_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", [Gptq(), Rtn()])
+def test_rows_in_slices_give_the_same_as_all_at_once(method: Rtn | Gptq, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, stats = problem()
-    scheme, method = SCHEMES[0], Gptq()
-    whole = method.quantize(weight, scheme, method.prepare(InputStats(stats.hessian.clone(), None, stats.n_tokens)))
-    monkeypatch.setattr("quantkit.quantizers.gptq.SLICE_BYTES", 7 * 4 * 128 * 3)
-    slices = method.quantize(weight, scheme, method.prepare(stats))
+    scheme = SCHEMES[0]
+    whole = method.quantizer(InputStats(stats.hessian.clone(), None, stats.n_tokens))(weight, scheme)
+    monkeypatch.setattr("quantkit.quantizers.batch.SLICE_BYTES", 7 * 4 * 128 * 3)
+    slices = method.quantizer(stats)(weight, scheme)
     assert float((slices.stored["codes"] != whole.stored["codes"]).float().mean()) < 0.005
     torch.testing.assert_close(slices.relative_loss, whole.relative_loss, rtol=0.01, atol=0)
 
