@@ -182,7 +182,7 @@ def test_hidden_states_on_disk_give_the_same_weights(
 
 
 def _no_memory(real: Any) -> Any:
-    def init(self: Any, folder: Path, budget: int) -> None:
+    def init(self: Any, folder: Path, budget: int, *device: Any) -> None:
         real(self, folder, 0)
 
     return init
