@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 128 * 2**20
 """Float32 bytes of the rows that are quantised at once; about six buffers of this size exist meanwhile."""
+DEVICE_SLICE_BYTES = 2**30
+"""The same on a GPU, where short slices cost launches."""
 
 
 def in_slices(weight: Tensor) -> tuple[Tensor, ...]:
     """weight (B, out, in) float32 as slices of rows, which do not depend on each other."""
-    return weight.split(max(1, SLICE_BYTES // (4 * weight.shape[-1] * len(weight))), dim=1)
+    nbytes = DEVICE_SLICE_BYTES if weight.is_cuda else SLICE_BYTES
+    return weight.split(max(1, nbytes // (4 * weight.shape[-1] * len(weight))), dim=1)
 
 
 @dataclass(frozen=True, slots=True)
