@@ -5,10 +5,12 @@ Every kernel has a twin in plain torch, which the CPU runs, GPUs without Triton 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
 from typing import Protocol
 
 import torch
@@ -17,11 +19,13 @@ from torch import Tensor
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Triton, and the C compiler that it builds its launchers with (the ones it looks for, in its order)."""
+    compilers = (os.environ.get("CC"), "clang", "gcc", "cc")
+    return find_spec("triton") is not None and any(name and which(name) for name in compilers)
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Float32 on a GPU with tensor cores for TF32 (Ampere or later), where Triton is installed."""
+    """Float32 on a GPU with tensor cores for TF32 (Ampere or later), where Triton can compile; else torch does it."""
     if not tensor.is_cuda or tensor.dtype != torch.float32 or torch.version.hip is not None:
         return False
     return _has_triton() and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
