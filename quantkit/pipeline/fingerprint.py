@@ -34,7 +34,7 @@ def job_header(
         "source": source.fingerprint(),
         "calibration text": None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
         "imatrix": None if importance is None else importance.sha256,
-        "device": str(machine.device),
+        "device": machine.device_name,
         "threads": torch.get_num_threads(),
         "memory budget": machine.budget,
     }

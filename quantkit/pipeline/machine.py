@@ -18,6 +18,7 @@ import torch
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.hidden_states import CPU, FileRows, MemoryRows, RowStore
 from quantkit.errors import PlanError
+from quantkit.kernels.cuda import has_kernels
 
 DEFAULT_SHARE = 0.6
 """Of the physical memory, when no budget is given."""
@@ -69,6 +70,14 @@ class Machine:
         # In whole GiB: the budget is part of the job, and a new kernel must not make it another one.
         default = max(1, round(physical * DEFAULT_SHARE / 2**30)) * 2**30
         return cls(torch.device(found), memory_budget or default)
+
+    @property
+    def device_name(self) -> str:
+        """cpu, or the GPU's model and whether compiled kernels run on it: another one may round a code differently."""
+        if self.device.type != "cuda":
+            return str(self.device)
+        kernels = has_kernels(torch.empty(1, device=self.device))
+        return f"{torch.cuda.get_device_name(self.device)}{' with Triton' if kernels else ''}"
 
     @property
     def device_store_bytes(self) -> int:

@@ -171,7 +171,9 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
         json_schema_extra={"anyOf": [{"enum": list(FILE_TYPES)}, {"type": "null"}]},
     )
     rules: Rules = Field((), description="First match wins; without a preset they must match every tensor.")
-    mtp: Literal["drop", "keep"] = Field("drop", description="Whether a preset leaves the MTP layer out or stores it.")
+    mtp: Literal["drop", "keep"] = Field(
+        "drop", description="drop: leave the MTP layer out; keep: rules and preset say how it is stored."
+    )
     split_max_size: str | None = Field(
         None, description="Largest file, as a number with unit (GB is decimal, GiB binary); null: one file."
     )

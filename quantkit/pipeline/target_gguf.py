@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.arch.base import LinearPart, ModelArch, Role, TensorSpec
-from quantkit.errors import SchemeError
+from quantkit.errors import ConfigError, SchemeError
 from quantkit.formats.gguf import presets, sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
 from quantkit.formats.gguf.layout import layout_gguf
@@ -45,9 +45,8 @@ class GgufTarget:
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
 
     def omits(self, spec: TensorSpec) -> bool:
-        """The MTP layer, unless it is asked for: globs such as ``*.down_proj.weight`` would keep a part of it. Without
-        a preset rules decide."""
-        return self._output.preset is not None and self._output.mtp == "drop" and spec.role is Role.MTP
+        """The MTP layer, unless it is asked for: globs such as ``*.down_proj.weight`` would keep a part of it."""
+        return self._output.mtp == "drop" and spec.role is Role.MTP
 
     @property
     def companion_bytes(self) -> int:
@@ -94,10 +93,13 @@ class GgufTarget:
         return sink.nbytes_of(tensor)
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
-        """See `sink.problems`; raises `ConfigError` for a model that llama.cpp cannot run."""
+        """See `sink.problems`; and what of the model llama.cpp cannot run."""
         lines = sink.problems(tensors, self._model.stored_name)
         mtp = self._mtp_stored(tensors)
-        self._model.key_values(mtp=mtp)
+        try:
+            self._model.key_values(mtp=mtp)
+        except ConfigError as error:
+            lines.append(error.message)
         missing = sum(spec.role is Role.MTP for spec in self.specs) - sum(t.role == Role.MTP.value for t in tensors)
         if mtp and missing:
             lines.append(f"the MTP layer lacks {missing} of its tensors: keep all of them, or drop all.")

@@ -139,7 +139,7 @@ RULES = [{"match": f"*{part}" + ("" if ":" in part else ".weight"), "scheme": ki
 def typed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tensor of each type."""
     out = tmp_path_factory.mktemp("typed") / "out"
-    run(place / "model", gguf_recipe(gguf_output(*RULES, {"match": "*", "keep": "bf16"})), out)
+    run(place / "model", gguf_recipe(gguf_output(*RULES, {"match": "*", "keep": "bf16"}, mtp="keep")), out)
     return out
 
 
@@ -179,7 +179,7 @@ def test_our_own_reader_decodes_the_same(typed: Path, place: Path) -> None:
 
 
 def test_splits_are_llama_cpp_s_and_hold_the_same_tensors(typed: Path, place: Path, tmp_path: Path) -> None:
-    output = gguf_output(*RULES, {"match": "*", "keep": "bf16"}, split_max_size="1MiB")
+    output = gguf_output(*RULES, {"match": "*", "keep": "bf16"}, mtp="keep", split_max_size="1MiB")
     run(place / "model", gguf_recipe(output), tmp_path / "out")
     files = model_files(tmp_path / "out")
     assert len(files) > 2
@@ -204,7 +204,7 @@ def test_tables_in_pieces_are_the_same(
 ) -> None:
     """Vocabulary matrices pass in rows; here a hundred or so at a time."""
     monkeypatch.setattr(copying, "KEPT_CHUNK_BYTES", 100_000)
-    run(place / "model", gguf_recipe(gguf_output(*RULES, {"match": "*", "keep": "bf16"})), tmp_path / "out")
+    run(place / "model", gguf_recipe(gguf_output(*RULES, {"match": "*", "keep": "bf16"}, mtp="keep")), tmp_path / "out")
     assert stored_bytes(tmp_path / "out") == stored_bytes(typed)
     losses = [json.loads((folder / "quantkit.json").read_text())["tensors"] for folder in (tmp_path / "out", typed)]
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -228,7 +228,7 @@ def test_rules_alone() -> None:
 
 
 def test_routers_and_norms_stay_in_float32_in_the_mtp_layer_too() -> None:
-    found = kinds(plan_of(tiny_headers(), recipe_of(KEEP_BF16)))
+    found = kinds(plan_of(tiny_headers(), recipe_of(KEEP_BF16, mtp="keep")))
     assert found["model.layers.3.mlp.gate.weight"] == found["model.layers.1.mlp.gate.weight"] == "F32"
     assert found["model.layers.3.enorm.weight"] == found["model.layers.3.mlp.gate.e_score_correction_bias"] == "F32"
     assert found["model.layers.3.eh_proj.weight"] == found["model.layers.1.self_attn.o_proj.weight"] == "BF16"
