@@ -99,7 +99,7 @@ class GgufTarget:
         try:
             self._model.key_values(mtp=mtp)
         except ConfigError as error:
-            lines.append(error.message)
+            lines.append(f"{error.message} {error.hint}".rstrip())
         missing = sum(spec.role is Role.MTP for spec in self.specs) - sum(t.role == Role.MTP.value for t in tensors)
         if mtp and missing:
             lines.append(f"the MTP layer lacks {missing} of its tensors: keep all of them, or drop all.")

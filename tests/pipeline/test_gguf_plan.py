@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quantkit.errors import ConfigError, PlanError, RecipeError
+from quantkit.errors import PlanError, RecipeError
 from quantkit.formats.gguf.presets import PRESETS
 from quantkit.formats.gguf.sink import stacked_tensors
 from quantkit.formats.planned import PlannedTensor
@@ -366,7 +366,7 @@ def test_text_and_an_imatrix_exclude_each_other() -> None:
 
 
 def test_a_model_that_llama_cpp_cannot_run_is_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"rope_interleave is false") as caught:
+    with pytest.raises(PlanError, match=r"rope_interleave is false") as caught:
         plan_of(tiny_headers(rope_interleave=False), recipe_of(preset="Q8_0"))
     assert "\n" not in str(caught.value)
 
