@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +40,10 @@ from tests.pipeline.jobs import (
 from tests.tiny_models import write_checkpoint, write_shards
 
 MTP = "role:mtp"
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # one thread: nothing to lock
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # one thread: nothing to lock
+]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ own graph; what an imatrix in place of text does; the key part of kv_b_proj, who
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,7 @@ from tests.pipeline.gguf_jobs import (
 from tests.pipeline.jobs import run, write_model, write_text
 from tests.tiny_models import write_checkpoint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

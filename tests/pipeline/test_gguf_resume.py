@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from quantkit.pipeline.events import ignore
 from tests.pipeline.gguf_jobs import RTN, gguf_output, gguf_recipe
 from tests.pipeline.jobs import files_of, run, small_config, write_model, write_text
 from tests.pipeline.test_resume import Job, Operations
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = gguf_output(
     {"match": "role:attention", "scheme": "Q4_0", "method": {"kind": "gptq", "polish": 0}},
     name="main",

@@ -13,13 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from quantkit.pipeline.events import Event, LayerDone, StageStarted, ValidationProgress
@@ -28,6 +27,7 @@ from quantkit.pipeline.recipe import Recipe
 from tests.pipeline.jobs import INT4_RTN, files_of, int4, recipe_of, run, write_model, write_text
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # one thread: nothing to lock
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names files by /proc"),
 ]
@@ -144,15 +144,6 @@ class Job:
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f"operation {point} was never reached"
         assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A forked process must find no lock that a thread of its parent held."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,6 @@ class Preset:
     gate_up: Rules = ()
     stacked: str | None = None
     eight: bool = False
-    needs_importance: bool = False
-    """Whether llama-quantize refuses to make it without an importance matrix. quantkit does not."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -83,8 +81,8 @@ PRESETS: dict[str, Preset] = {
     "Q5_K_S": Preset(16, "Q5_K"),
     "Q5_K_M": Preset(17, "Q5_K", down=((_more_bits, "Q6_K"),)),
     "Q6_K": Preset(18, "Q6_K"),
-    "Q2_K_S": Preset(21, "Q2_K", down=((_first(8), "Q4_K"),), needs_importance=True),
-    "IQ3_XS": Preset(22, "IQ3_S", query="IQ3_XXS", gate_up=((_middle, "IQ3_XXS"),), eight=True, needs_importance=True),
+    "Q2_K_S": Preset(21, "Q2_K", down=((_first(8), "Q4_K"),)),
+    "IQ3_XS": Preset(22, "IQ3_S", query="IQ3_XXS", gate_up=((_middle, "IQ3_XXS"),), eight=True),
     "IQ3_XXS": Preset(
         23,
         "IQ3_XXS",
@@ -95,7 +93,6 @@ PRESETS: dict[str, Preset] = {
         down=((_first(8), "Q4_K"), (_every, "Q3_K")),
         weighted_down=(),
         eight=True,
-        needs_importance=True,
     ),
     "IQ4_NL": Preset(25, "IQ4_NL", down=((_first(8), "Q5_K"),), weighted_down=(), eight=True),
     "IQ3_S": Preset(26, "IQ3_S", eight=True),
