@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantkit.arch.base import ModelArch
+from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.stream import embed, forward_layer, row_batches
 from quantkit.evaluate.token_scores import Head, TokenScores, token_scores
@@ -50,12 +50,17 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class LayerScore:
     """A candidate behind one layer. ``hidden_error``: root of the mean over tokens of |x' - x|^2 / |x|^2, x being the
-    hidden state; ``router_agreement``: share of the reference's chosen experts that the candidate chose too, None for
-    a layer without routed experts."""
+    hidden state; ``window_errors``: that mean, not its root, of each window; ``expert_errors``: the root over those
+    tokens which the reference sends to each routed expert (NaN: to none), ``expert_tokens`` of them;
+    ``router_agreement``: share of the reference's chosen experts that the candidate chose too. Without routed experts
+    the last three are None."""
 
     layer: int
     hidden_error: float
     router_agreement: float | None
+    window_errors: tuple[float, ...] = ()
+    expert_tokens: tuple[int, ...] | None = None
+    expert_errors: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +144,38 @@ def _layer(layer: int, streams: Sequence[_Stream], scratch: RowStore) -> list[La
         if number == 0:
             expected = routings
         else:
-            scores.append(LayerScore(layer, _hidden_error(streams[0].x, stream.x), _agreement(expected, routings)))
+            errors = _token_errors(streams[0].x, stream.x)
+            experts = _expert_errors(streams[0].arch, layer, expected, errors)
+            agreement, windows = _agreement(expected, routings), errors.mean(1)
+            scores.append(LayerScore(layer, float(windows.mean().sqrt()), agreement, tuple(windows.tolist()), *experts))
     return scores
 
 
-def _hidden_error(reference: RowStore, candidate: RowStore) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=reference.device)
+def _token_errors(reference: RowStore, candidate: RowStore) -> Tensor:
+    """|x' - x|^2 / |x|^2 of every token: (n_rows, length) float64 on the CPU."""
+    errors: list[Tensor] = []
     for start, stop in row_batches(reference):
         x = reference.read(start, stop)
         moved = (candidate.read(start, stop).to(x.device) - x).square_().sum(-1)
-        total += (moved / x.square().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)).sum(dtype=torch.float64)
-    return float((total / (reference.n_rows * reference.length)).sqrt())
+        errors.append((moved / x.square().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)).double().cpu())
+    return torch.cat(errors)
+
+
+def _expert_errors(
+    arch: ModelArch, layer: int, routings: Sequence[Tensor], errors: Tensor
+) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
+    """(tokens, root mean error) of each routed expert; (None, None) without a block of them.
+
+    routings: indices (tokens, top_k) of the reference; errors (n_rows, length).
+    """
+    blocks = [block for sublayer in arch.sublayers(layer) for block in sublayer if isinstance(block, ExpertBlock)]
+    if len(blocks) != 1:
+        return None, None
+    chosen = routings[0].cpu()
+    tokens = torch.bincount(chosen.flatten(), minlength=blocks[0].n_experts)
+    each = errors.flatten().unsqueeze(-1).expand(chosen.shape).flatten()
+    total = torch.bincount(chosen.flatten(), weights=each, minlength=blocks[0].n_experts)
+    return tuple(tokens.tolist()), tuple((total / tokens).sqrt().tolist())
 
 
 def _agreement(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float | None:

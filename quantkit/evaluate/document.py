@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
@@ -73,6 +74,22 @@ class Layer(_Part):
     """Root of the mean over tokens of |x' - x|^2 / |x|^2, x being the reference's hidden state."""
     router_agreement: Number | None
     """Share of the experts chosen by the reference that the candidate chose too; null without routed experts."""
+    expert_tokens: tuple[int, ...] | None = None
+    """How many tokens the reference sends to each routed expert. Since version 2."""
+    expert_errors: tuple[Number, ...] | None = None
+    """``hidden_error`` over those tokens only; null for an expert that gets none. Since version 2."""
+
+
+class Windows(_Part):
+    """Means over the tokens of each window, in the text's order, seven significant digits: what it takes to hold two
+    evaluations of the same text against each other in pairs."""
+
+    loss: tuple[Number, ...]
+    """Of the candidate, nats per token."""
+    kld: tuple[Number, ...]
+    same_top: tuple[Number, ...]
+    layers: tuple[tuple[Number, ...], ...]
+    """Of each decoder layer the mean of |x' - x|^2 / |x|^2: the mean over windows is the square of ``hidden_error``."""
 
 
 class Result(_Part):
@@ -81,6 +98,8 @@ class Result(_Part):
     overall: Scores
     domains: dict[str, Scores]
     layers: tuple[Layer, ...]
+    windows: Windows | None = None
+    """Null in documents of version 1."""
 
 
 class ModelFacts(_Part):
@@ -143,7 +162,8 @@ class Evaluation(_Part):
     """The whole document."""
 
     kind: Literal["quantkit evaluation"] = "quantkit evaluation"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
+    """2: ``windows``, ``window_domains`` and errors by expert are there."""
     versions: dict[str, str]
     device: str
     arithmetic: str
@@ -154,6 +174,8 @@ class Evaluation(_Part):
     reference: ModelFacts
     noise_floor: NoiseFloor | None
     candidates: tuple[Candidate, ...]
+    window_domains: tuple[str, ...] = ()
+    """Of each window the domain it belongs to."""
     seconds: dict[str, float] | None = None
     """Wall seconds by stage, only if asked for: without them the same job gives the same bytes."""
 
@@ -163,4 +185,11 @@ class Evaluation(_Part):
 
     def to_json(self) -> str:
         """The file's text."""
-        return json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(self.document())
+
+
+def json_text(document: object) -> str:
+    """A document as a file: indented by one, but a list of plain numbers is one line."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    # No string of JSON holds a line break, so this never matches inside one.
+    return re.sub(r'\[\n[^\[\]{}"]*\]', lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.evaluate.compare import Comparison
-from quantkit.evaluate.document import Divergence, Layer, Mean, Result, Scores
+from quantkit.evaluate.document import Divergence, Layer, Mean, Result, Scores, Windows
 from quantkit.evaluate.token_scores import TokenScores
 
 
@@ -24,10 +24,26 @@ def result_of(comparison: Comparison, domains: Sequence[str]) -> Result:
         overall=scores_of(tokens),
         domains={domain: scores_of(tokens.rows(own)) for domain, own in rows.items()},
         layers=tuple(
-            Layer(layer=found.layer, hidden_error=found.hidden_error, router_agreement=found.router_agreement)
+            Layer(
+                layer=found.layer,
+                hidden_error=found.hidden_error,
+                router_agreement=found.router_agreement,
+                expert_tokens=found.expert_tokens,
+                expert_errors=None if found.expert_errors is None else _rounded(found.expert_errors),
+            )
             for found in comparison.layers
         ),
+        windows=Windows(
+            loss=_rounded(tokens.candidate_nll.mean(1).tolist()),
+            kld=_rounded(tokens.kld.mean(1).tolist()),
+            same_top=_rounded(tokens.same_top.double().mean(1).tolist()),
+            layers=tuple(_rounded(found.window_errors) for found in comparison.layers),
+        ),
     )
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.7g}") for value in values)
 
 
 def scores_of(tokens: TokenScores) -> Scores:

@@ -121,6 +121,7 @@ def evaluate(
             candidates=tuple(
                 Candidate(model=other.facts, result=result) for other, result in zip(others, results, strict=True)
             ),
+            window_domains=tuple(windows.domains),
             seconds=dict(timer.seconds) if times else None,
         )
 

@@ -277,14 +277,19 @@ def test_layers_equal_a_plain_forward_pass(
     (found,) = compare_all(arch_of(CONFIG), model(weights), [model(damaged)], tokens, in_memory)
     assert [score.layer for score in found.layers] == [0, 1, 2]
     for score, x, y, ours, other in zip(found.layers, states, others, chosen, theirs, strict=True):
-        error = ((y - x).norm(dim=-1) / x.norm(dim=-1)).square().mean().sqrt()
-        assert score.hidden_error == pytest.approx(float(error), rel=1e-4)
+        errors = ((y - x).norm(dim=-1) / x.norm(dim=-1)).square()
+        assert score.hidden_error == pytest.approx(float(errors.mean().sqrt()), rel=1e-4)
+        assert score.window_errors == pytest.approx(errors.mean(1).tolist(), rel=1e-3)
         if ours is None or other is None:
-            assert score.router_agreement is None
+            assert (score.router_agreement, score.expert_tokens, score.expert_errors) == (None, None, None)
         else:
             same = [len(set(a) & set(b)) for a, b in zip(ours.tolist(), other.tolist(), strict=True)]
             assert score.router_agreement == pytest.approx(sum(same) / ours.numel(), abs=1e-9)
             assert 0.5 < score.router_agreement < 1
+            sent = [(ours == expert).any(-1) for expert in range(CONFIG["n_routed_experts"])]
+            assert score.expert_tokens == tuple(int(own.sum()) for own in sent)
+            by_expert = [float(errors.flatten()[own].mean().sqrt()) for own in sent]
+            assert score.expert_errors == pytest.approx(by_expert, rel=1e-3, nan_ok=True)
 
 
 def test_candidates_do_not_mix(weights: dict[str, Tensor], damaged: dict[str, Tensor], tokens: Tensor) -> None:

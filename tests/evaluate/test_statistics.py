@@ -64,13 +64,20 @@ def test_quantiles_are_interpolated(n: int) -> None:
 
 
 def test_domains_are_their_windows(tokens: TokenScores) -> None:
-    layers = (LayerScore(0, 0.1, None), LayerScore(1, 0.2, 0.9))
+    layers = (LayerScore(0, 0.1, None, (0.01,) * 6), LayerScore(1, 0.2, 0.9, (0.04,) * 6, (0, 7), (math.nan, 1 / 3)))
     result = result_of(Comparison(tokens, layers), ("a", "b", "a", "a", "c", "b"))
     assert list(result.domains) == ["a", "b", "c"]
     assert result.domains["a"].kld.mean == pytest.approx(float(tokens.kld[[0, 2, 3]].mean()))
     assert sum(scores.tokens for scores in result.domains.values()) == result.overall.tokens == 300
     assert math.isnan(result.domains["c"].kld.standard_error)
     assert [(layer.hidden_error, layer.router_agreement) for layer in result.layers] == [(0.1, None), (0.2, 0.9)]
+    assert [layer.expert_tokens for layer in result.layers] == [None, (0, 7)]
+    assert result.layers[1].model_dump(mode="json")["expert_errors"] == [None, 0.3333333]
+    assert result.windows is not None
+    assert result.windows.kld == pytest.approx(tokens.kld.mean(1).tolist(), rel=1e-6)
+    assert result.windows.loss == pytest.approx(tokens.candidate_nll.mean(1).tolist(), rel=1e-6)
+    assert np.mean(result.windows.same_top) == pytest.approx(result.overall.same_top.mean)
+    assert result.windows.layers == ((0.01,) * 6, (0.04,) * 6)
 
 
 def test_losses_beyond_exp_and_equal_models_give_numbers() -> None:
