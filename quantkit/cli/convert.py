@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.converted import program, report_document, report_text
 from quantkit.cli.options import AsJson, Device, RecipeName, Source, size
 from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
 from quantkit.cli.progress import LiveProgress, PlainProgress
 from quantkit.cli.render import show_json
-from quantkit.cli.report import program, report_document, report_text
 from quantkit.pipeline.events import Event, Report
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.recipe_file import load_recipe, recipe_path

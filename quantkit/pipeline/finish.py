@@ -144,11 +144,22 @@ def _document(
         "quantkit": quantkit.__version__,
         "job": dict(header),
         "recipe": walk.plan.recipe.model_dump(mode="json", exclude_none=True),
+        "source": walk.source.directory.resolve().name,
         "output": output.output.name,
         "validated": None if result is None else result.passed,
         "validation": None if result is None else asdict(result),
         "tensor_bytes": output.nbytes,
         "bpw": output.bpw,
+        "contents": [
+            {
+                "role": size.role.value,
+                "stored_as": size.what,
+                "tensors": size.tensors,
+                "parameters": size.parameters,
+                "nbytes": size.nbytes,
+            }
+            for size in output.sizes
+        ],
         "calibration": [] if rows is None else [asdict(entry) for entry in rows.provenance],
         "expert_tokens": {
             str(entry["layer"]): entry["experts"] for entry in walk.journal.of_kind("layer") if entry["experts"]

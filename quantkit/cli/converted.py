@@ -1,4 +1,4 @@
-"""The report of a finished conversion, as a table and as a document."""
+"""What a finished conversion tells: a table for people, a document for --json."""
 
 from __future__ import annotations
 
