@@ -19,6 +19,9 @@ Number = Annotated[
     PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
 ]
 
+HISTOGRAM_EDGES = tuple(10.0 ** (quarter / 4) for quarter in range(-28, 9))
+"""Nats per token, 1e-7 to 100, four bins in each power of ten."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -45,6 +48,8 @@ class Divergence(_Part):
     p99: Number
     p999: Number
     max: Number
+    histogram: tuple[int, ...] | None = None
+    """Tokens below the first of `HISTOGRAM_EDGES`, between each two of them, and from the last on. Since version 2."""
 
 
 class Scores(_Part):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.evaluate.compare import Comparison
-from quantkit.evaluate.document import Divergence, Layer, Mean, Result, Scores, Windows
+from quantkit.evaluate.document import HISTOGRAM_EDGES, Divergence, Layer, Mean, Result, Scores, Windows
 from quantkit.evaluate.token_scores import TokenScores
 
 
@@ -78,8 +78,22 @@ def _divergence(kld: Tensor) -> Divergence:
     mean = _mean(kld)
     median, p90, p99, p999, largest = quantiles(kld, (0.5, 0.9, 0.99, 0.999, 1))
     return Divergence(
-        mean=mean.mean, standard_error=mean.standard_error, median=median, p90=p90, p99=p99, p999=p999, max=largest
+        mean=mean.mean,
+        standard_error=mean.standard_error,
+        median=median,
+        p90=p90,
+        p99=p99,
+        p999=p999,
+        max=largest,
+        histogram=_histogram(kld),
     )
+
+
+def _histogram(values: Tensor) -> tuple[int, ...]:
+    """Counts between `HISTOGRAM_EDGES`, and outside of them; a value on an edge counts as above."""
+    edges = torch.tensor(HISTOGRAM_EDGES, dtype=values.dtype, device=values.device)
+    bins = torch.bucketize(values.flatten(), edges, right=True)
+    return tuple(torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) + 1).tolist())
 
 
 def _mean(values: Tensor) -> Mean:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantkit.evaluate.compare import Comparison, LayerScore
-from quantkit.evaluate.document import Evaluation, Mean, ModelFacts, Protocol
+from quantkit.evaluate.document import HISTOGRAM_EDGES, Evaluation, Mean, ModelFacts, Protocol
 from quantkit.evaluate.statistics import quantiles, result_of, scores_of
 from quantkit.evaluate.token_scores import TokenScores
 
@@ -43,6 +43,8 @@ def test_scores_are_numpy_s(tokens: TokenScores) -> None:
     assert (found.kld.mean, found.kld.standard_error) == pytest.approx(by_windows(kld))
     expected = [*np.quantile(kld, [0.5, 0.9, 0.99, 0.999]), kld.max()]
     assert [found.kld.median, found.kld.p90, found.kld.p99, found.kld.p999, found.kld.max] == pytest.approx(expected)
+    counts, _ = np.histogram(kld, [-np.inf, *HISTOGRAM_EDGES, np.inf])
+    assert found.kld.histogram == tuple(counts)
     square = (np.exp(-candidate) - np.exp(-reference)) ** 2
     mean, error = by_windows(square)
     change = found.rms_probability_change
