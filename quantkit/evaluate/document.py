@@ -13,6 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
+_LIST = re.compile(r'\[\n(?:\s+(?:[-+.\w]+|"[^"\\]*"),?\n)+\s*\]')
+"""A JSON list without lists or objects in it, an item on each line."""
+
 Number = Annotated[
     float,
     BeforeValidator(lambda value: math.nan if value is None else value),
@@ -194,7 +197,7 @@ class Evaluation(_Part):
 
 
 def json_text(document: object) -> str:
-    """A document as a file: indented by one, but a list of plain numbers is one line."""
+    """A document as a file: indented by one, but a list of numbers or of plain words is one line."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     # No string of JSON holds a line break, so this never matches inside one.
-    return re.sub(r'\[\n[^\[\]{}"]*\]', lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
+    return re.sub(_LIST, lambda found: re.sub(r"\n\s*", " ", found[0]), text) + "\n"
