@@ -7,6 +7,7 @@ QuantkitError
 ├── PlanError          source and recipe do not fit together, or the machine is too small
 ├── SchemeError        a tensor cannot be stored in the scheme asked for
 ├── CalibrationError   text, tokenizer or hidden states are unusable
+├── EvaluationError    an evaluation or a baseline is unusable, or two of them say nothing about each other
 ├── OutputError        the output folder is taken, locked or full
 └── ValidationError    the finished checkpoint failed its recipe's limits
 """
@@ -49,6 +50,10 @@ class SchemeError(QuantkitError):
 
 class CalibrationError(QuantkitError):
     """Calibration text, tokenizer or hidden states are unusable."""
+
+
+class EvaluationError(QuantkitError):
+    """An evaluation or a baseline is unusable, or two of them say nothing about each other."""
 
 
 class OutputError(QuantkitError):
