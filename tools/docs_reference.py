@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("", "convert", "plan", "inspect", "evaluate", "recipes", "recipes list", "recipes show", "recipes schema")
+COMMANDS = (
+    "",
+    "convert",
+    "plan",
+    "inspect",
+    "evaluate",
+    "report",
+    "recipes",
+    "recipes list",
+    "recipes show",
+    "recipes schema",
+)
 V3 = ROOT / "examples" / "deepseek-v3-671b"
 
 

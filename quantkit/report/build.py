@@ -1,0 +1,209 @@
+"""Outcomes -> the contents of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantkit.report import checkpoint, figures, numbers, quality
+from quantkit.report.contents import Block, Card, Figure, Note, Report, Section, Table
+from quantkit.report.linears import expert_grid
+from quantkit.report.outcomes import Converted, Outcome, Outcomes
+from quantkit.report.provenance import provenance
+
+
+def report_of(found: Outcomes, title: str | None = None) -> Report:
+    """Sections in reading order: scores, then each checkpoint from the inside, then where it all comes from."""
+    return Report(
+        title=title or _title(found),
+        subtitle=_subtitle(found),
+        cards=_cards(found),
+        sections=tuple(_sections(found)),
+        warnings=tuple(_warnings(found)),
+    )
+
+
+def _title(found: Outcomes) -> str:
+    if len(found.outcomes) == 1:
+        return found.outcomes[0].label
+    return f"{numbers.counted(len(found.outcomes), 'checkpoint')} of {_source(found) or 'a model'}"
+
+
+def _source(found: Outcomes) -> str:
+    """What all checkpoints were made of; "" if that is not one model or not known."""
+    names = {c.document.source for c in found.conversions} | {e.document.reference.name for e in found.evaluations}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _subtitle(found: Outcomes) -> str:
+    source = _source(found)
+    versions = sorted({c.document.quantkit for c in found.conversions})
+    made = f"quantised by quantkit {', '.join(versions)}" if versions else "measured by quantkit"
+    return f"{source}, {made}" if source and len(found.outcomes) == 1 else made[0].upper() + made[1:]
+
+
+def _warnings(found: Outcomes) -> list[Note]:
+    notes: list[Note] = []
+    for converted in found.conversions:
+        document = converted.document
+        problems = () if document.validation is None else document.validation.problems
+        if document.validated is False:
+            why = "; ".join(problems) or "its scores exceed the limits of the recipe"
+            notes.append(Note(f"{converted.label} did not pass the validation of its recipe: {why}.", warning=True))
+    if not any(outcome.score for outcome in found.outcomes):
+        notes.append(
+            Note("Nothing was measured: run quantkit evaluate and give its JSON document to this report.", warning=True)
+        )
+    return notes
+
+
+# --------------------------------------------------------------------------------------------------------------- cards
+
+
+def _cards(found: Outcomes) -> tuple[Card, ...]:
+    if len(found.outcomes) == 1:
+        return tuple(_cards_of(found, found.outcomes[0]))
+    smallest = min(found.outcomes, key=lambda outcome: outcome.nbytes)
+    cards = [
+        Card("checkpoints", f"{len(found.outcomes):,}", _measured(found.outcomes)),
+        Card("smallest", numbers.size(smallest.nbytes), f"{smallest.label}, {smallest.bpw:.3f} bits per weight"),
+    ]
+    groups = quality.comparable(found.outcomes)
+    if groups:
+        group = max(groups, key=len)
+        closest = min(group, key=lambda outcome: outcome.score.kld.mean if outcome.score else 0)
+        assert closest.score is not None
+        cards.append(Card("smallest KLD", numbers.estimate(closest.score.kld), f"{closest.label}, nats per token"))
+    floors = [e.document.noise_floor for e in found.evaluations if e.document.noise_floor is not None]
+    if floors:
+        value = numbers.number(floors[0].result.overall.kld.mean, 2)
+        cards.append(Card("noise floor", value, "KLD of the original against itself in bfloat16"))
+    return tuple(cards)
+
+
+def _measured(outcomes: Sequence[Outcome]) -> str:
+    tokens = {outcome.score.tokens for outcome in outcomes if outcome.score is not None}
+    return f"measured on {max(tokens):,} tokens" if tokens else "not measured"
+
+
+def _cards_of(found: Outcomes, outcome: Outcome) -> list[Card]:
+    """Headline numbers of one checkpoint."""
+    cards = [
+        Card("size", numbers.size(outcome.nbytes), _size_note(found, outcome)),
+        Card("bits per weight", f"{outcome.bpw:.3f}", _bits_note(outcome)),
+    ]
+    score = outcome.score
+    if score is not None:
+        floor = next((e.document.noise_floor for e in found.evaluations if e.document.noise_floor), None)
+        note = f"nats per token, {score.measured_by}"
+        if floor is not None:
+            note = f"nats per token; noise floor {numbers.number(floor.result.overall.kld.mean, 2)}"
+        change = numbers.percentage_estimate(quality.change(score.log_ratio), signed=True)
+        cards += [
+            Card("mean KL divergence", numbers.estimate(score.kld), note),
+            Card(
+                "perplexity",
+                numbers.number(score.perplexity.mean, 4),
+                f"original {numbers.number(score.reference_perplexity.mean, 4)}; change {change}, paired",
+            ),
+            Card(
+                "same top token",
+                numbers.percentage_estimate(score.same_top),
+                f"of {score.tokens:,} tokens in {score.windows:,} windows",
+            ),
+        ]
+    return cards
+
+
+def _size_note(found: Outcomes, outcome: Outcome) -> str:
+    note = numbers.binary_size(outcome.nbytes)
+    for evaluated in found.evaluations:
+        reference = evaluated.document.reference
+        if reference.nbytes:
+            return f"{note}; {outcome.nbytes / reference.nbytes:.0%} of {reference.name}"
+    return note
+
+
+def _bits_note(outcome: Outcome) -> str:
+    if outcome.conversion is None:
+        return ""
+    rows = [row for row in outcome.conversion.document.contents if row.nbytes and row.parameters]
+    if not rows:
+        return ""
+    largest = max(rows, key=lambda row: row.parameters)
+    return f"{largest.role}: {8 * largest.nbytes / largest.parameters:.3f} ({largest.stored_as})"
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def _sections(found: Outcomes) -> list[Section]:
+    sections: list[Section] = []
+    if len(found.outcomes) > 1:
+        sections.append(quality.comparison(found))
+    for evaluated in found.evaluations:
+        group = evaluated.path.name if len(found.evaluations) > 1 else ""
+        sections.append(quality.evaluation(evaluated, group))
+    if not found.evaluations and len(found.outcomes) == 1:
+        sections += _validation(found.outcomes[0])
+    shared = len(found.conversions) > 1
+    if shared:
+        sections += _sizes(found.conversions)
+    shown: list[object] = []
+    for converted in found.conversions:
+        experts, recipe = expert_grid(converted.document), converted.document.recipe
+        group = converted.label if shared else ""
+        sections += checkpoint.sections(
+            converted, group, experts=experts not in shown, recipe=recipe not in shown
+        )  # fmt: skip
+        shown += [experts, recipe]
+    sections.append(provenance(found))
+    return sections
+
+
+def _validation(outcome: Outcome) -> list[Section]:
+    """What the conversion's own validation found."""
+    score = outcome.score
+    if score is None:
+        return []
+    rows = (
+        ("perplexity, original", numbers.estimate(score.reference_perplexity)),
+        ("perplexity, quantised", numbers.estimate(score.perplexity)),
+        ("its change, paired", numbers.percentage_estimate(quality.change(score.log_ratio), signed=True)),
+        ("mean KL divergence", f"{numbers.estimate(score.kld)} nats per token"),
+        *((f"{share:.0%} of the tokens below", f"{numbers.number(kld)} nats") for share, kld in score.quantiles),
+        ("same top token", numbers.percentage_estimate(score.same_top)),
+        ("measured on", f"{score.tokens:,} tokens in {score.windows:,} windows"),
+    )
+    more = Note(
+        "This is the short validation of the conversion itself. quantkit evaluate measures more: by domain, by layer, "
+        "with a noise floor; give this report its JSON document too."
+    )
+    return [Section("quality", "Distance from the original", (Table(("", ""), rows), more))]
+
+
+def _sizes(conversions: Sequence[Converted]) -> list[Section]:
+    """Bytes by role, all conversions side by side."""
+    parts: list[tuple[str, dict[str, int]]] = []
+    for converted in conversions:
+        bytes_of: dict[str, int] = {}
+        for row in converted.document.contents:
+            if row.nbytes:
+                bytes_of[row.role] = bytes_of.get(row.role, 0) + row.nbytes
+        if bytes_of:
+            parts.append((converted.label, bytes_of))
+    if not parts:
+        return []
+    roles = list(dict.fromkeys(role for _, row in parts for role in row))
+    table = Table(
+        ("checkpoint", *roles),
+        tuple((label, *(numbers.size(row.get(role, 0)) for role in roles)) for label, row in parts),
+    )
+    figure = Figure(
+        title="Bytes by role",
+        how="What each checkpoint spends its bytes on.",
+        alt=f"Stacked bars: bytes by role of {numbers.counted(len(parts), 'checkpoint')}.",
+        spec=figures.sizes_compared(parts),
+        table=table,
+    )
+    blocks: tuple[Block, ...] = (figure,)
+    return [Section("sizes", "Sizes side by side", blocks)]

@@ -1,0 +1,203 @@
+"""Sections about one conversion: where the bytes are, what each layer lost, what the experts saw, the recipe."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import yaml
+
+from quantkit.report import figures, numbers
+from quantkit.report.contents import Block, Code, Figure, Note, Section, Table
+from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid, error_grid, expert_grid, worst
+from quantkit.report.outcomes import Converted
+
+WORST = 10
+
+
+def sections(converted: Converted, group: str, *, experts: bool, recipe: bool) -> tuple[Section, ...]:
+    """``experts``, ``recipe``: whether these are shown here, and not with another conversion that has the same."""
+    found = [
+        _section("size", "Where the bytes are", _size(converted), group),
+        _section("errors", "What quantisation lost", _errors(converted), group),
+        _section("experts", "What the experts saw", _experts(converted) if experts else (), group),
+        _section("recipe", "Recipe", _recipe(converted) if recipe else (), group),
+    ]
+    return tuple(section for section in found if section.blocks)
+
+
+def _section(anchor: str, title: str, blocks: Sequence[Block], group: str) -> Section:
+    return Section(anchor, title, tuple(blocks), group)
+
+
+def _size(converted: Converted) -> list[Block]:
+    rows = sorted((row for row in converted.document.contents if row.nbytes), key=lambda row: -row.nbytes)
+    if not rows:
+        return [Note("This conversion's quantkit.json does not say how many bytes each role has.")]
+    total = sum(row.nbytes for row in rows)
+    table = Table(
+        ("role", "stored as", "tensors", "weights", "bits per weight", "size", "share"),
+        tuple(
+            (
+                row.role,
+                row.stored_as,
+                f"{row.tensors:,}",
+                f"{row.parameters:,}",
+                f"{8 * row.nbytes / row.parameters:.3f}" if row.parameters else "-",
+                numbers.size(row.nbytes),
+                f"{row.nbytes / total:.1%}",
+            )
+            for row in rows
+        ),
+        left=2,
+    )
+    largest = rows[0]
+    figure = Figure(
+        title="Size and bits per weight by role",
+        how=f"{largest.role} ({largest.stored_as}) takes {largest.nbytes / total:.0%} of the bytes: only changes there "
+        "change the size much. Scales and shapes are counted.",
+        alt="Bars: bytes of each role. The table has the same numbers.",
+        spec=figures.sizes(rows),
+        table=table,
+    )
+    return [figure]
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def _errors(converted: Converted) -> list[Block]:
+    grid = error_grid(converted.document)
+    if not grid.cells and not grid.outside:
+        return [Note("No linear was quantised.")]
+    measure = (
+        "the share of a linear's output that its rounding destroys, on the calibration text"
+        if grid.calibrated
+        else "the squared change of a linear's weights, relative to the weights (the conversion was data-free)"
+    )
+    blocks: list[Block] = []
+    if grid.cells:
+        blocks.append(
+            Figure(
+                title="Loss of each projection in each layer",
+                how=f"The loss is {measure}: 1 % is a lot, 0.01 % little. For experts it is the median over a layer's "
+                "experts. Rows or columns that stand out deserve more bits.",
+                alt=f"Heat map of {numbers.counted(len(grid.layers), 'layer')} and "
+                f"{numbers.counted(len(grid.projections), 'projection')}. {_extremes(grid)}",
+                spec=figures.errors(grid),
+                table=_grid_table(grid),
+            )
+        )
+    blocks.append(_projection_table(grid))
+    blocks.append(_worst_table(converted))
+    return blocks
+
+
+def _extremes(grid: ErrorGrid) -> str:
+    (layer, projection), cell = max(grid.cells.items(), key=lambda item: item[1].median)
+    return f"The largest loss is {numbers.percentage(cell.median)}, {projection} of layer {layer}."
+
+
+def _grid_table(grid: ErrorGrid) -> Table:
+    def shown(cell: Cell | None) -> str:
+        return "" if cell is None else numbers.percentage(cell.median, 2)
+
+    rows = tuple(
+        (str(layer), *(shown(grid.cells.get((layer, projection))) for projection in grid.projections))
+        for layer in grid.layers
+    )
+    return Table(("layer", *grid.projections), rows, long=True)
+
+
+def _projection_table(grid: ErrorGrid) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for projection in grid.projections:
+        cells = {layer: cell for (layer, name), cell in grid.cells.items() if name == projection}
+        layer, peak = max(cells.items(), key=lambda item: item[1].largest)
+        whose = "" if peak.largest_expert is None else f", expert {peak.largest_expert}"
+        rows.append(
+            (
+                projection,
+                ", ".join(dict.fromkeys(cell.stored_as for cell in cells.values())),
+                f"{sum(cell.count for cell in cells.values()):,}",
+                numbers.percentage(statistics.median(cell.median for cell in cells.values())),
+                f"{numbers.percentage(peak.largest)} (layer {layer}{whose})",
+                f"{sum(cell.fallbacks for cell in cells.values()):,}",
+            )
+        )
+    rows += [
+        (
+            name,
+            cell.stored_as,
+            f"{cell.count:,}",
+            numbers.percentage(cell.median),
+            numbers.percentage(cell.largest),
+            "0",
+        )
+        for name, cell in grid.outside.items()
+    ]
+    head = ("projection", "stored as", "linears", "median loss", "largest", "fallbacks")
+    return Table(head, tuple(rows), left=2, title="By projection, over all layers")
+
+
+def _worst_table(converted: Converted) -> Table:
+    rows = tuple(
+        (name, numbers.percentage(linear.relative_loss or 0), f"{linear.n_tokens:,}", linear.fallback)
+        for name, linear in worst(converted.document, WORST)
+    )
+    return Table(("linear", "loss", "tokens", "fallback"), rows, title="The largest losses", long=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+
+def _experts(converted: Converted) -> list[Block]:
+    grid = expert_grid(converted.document)
+    if grid is None:
+        return []
+    counts = grid.counts
+    unseen, borrowed = counts.count(0), sum(grid.borrowed)
+    summary = (
+        f"{numbers.counted(len(counts), 'expert')} in {numbers.counted(len(grid.layers), 'layer')}: "
+        f"{min(counts):,} to {max(counts):,} tokens, median {round(statistics.median(counts)):,}; {unseen:,} unseen, "
+        f"{borrowed:,} calibrated with borrowed tokens."
+    )
+    figure = Figure(
+        title="Calibration tokens of each expert",
+        how="Each cell is an expert. One that saw few tokens was quantised with little knowledge of its inputs; unseen "
+        f"ones stand out in red. {summary}",
+        alt=f"Heat map: {summary}",
+        spec=figures.tokens(grid),
+        table=_expert_table(grid),
+        zoom=True,
+    )
+    return [figure]
+
+
+def _expert_table(grid: ExpertGrid) -> Table:
+    rows = tuple(
+        (
+            str(layer),
+            f"{len(row):,}",
+            f"{min(row):,}",
+            f"{round(statistics.median(row)):,}",
+            f"{max(row):,}",
+            f"{row.count(0):,}",
+            f"{borrowed:,}",
+        )
+        for layer, row, borrowed in zip(grid.layers, grid.tokens, grid.borrowed, strict=True)
+        if row
+    )
+    return Table(("layer", "experts", "least", "median", "most", "unseen", "borrowed"), rows, long=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- recipe
+
+
+def recipe_text(converted: Converted) -> str:
+    """The recipe as a file that `quantkit convert` takes."""
+    return yaml.safe_dump(converted.document.recipe, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _recipe(converted: Converted) -> list[Block]:
+    return [Code("The recipe as it was run, defaults filled in", recipe_text(converted), "yaml")]

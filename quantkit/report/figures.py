@@ -1,0 +1,366 @@
+"""Numbers -> plotly figures. Log axes where values span powers of ten; colours by name, so that a page can change its
+theme; sequential scales that the colour-blind can read (cividis)."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from quantkit.report import numbers
+from quantkit.report.contents import Spec
+from quantkit.report.documents import Mean, RoleSize
+from quantkit.report.linears import ErrorGrid, ExpertGrid
+from quantkit.report.outcomes import Outcome
+
+PALETTE = 8
+"""Colours $c0 to $c7 of report.js; with as many symbols, so that no two series look the same."""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
+EDGES = tuple(10.0 ** (quarter / 4) for quarter in range(-28, 9))
+"""Of the histogram in evaluation.json."""
+LABELLED = 14
+"""Points of a plot that still have room for their names."""
+
+_LOG: Mapping[str, object] = {"type": "log", "exponentformat": "power", "dtick": 1, "minor": {"ticks": ""}}
+
+
+def text(value: str) -> str:
+    """A text that plotly shows as it is: it takes some HTML in texts."""
+    return html.escape(value, quote=False)
+
+
+def color(number: int) -> str:
+    """Of a series."""
+    return f"$c{number % PALETTE}"
+
+
+def symbol(number: int) -> str:
+    """Of a series: of the second round of colours another one than of the first."""
+    return SYMBOLS[(number + number // PALETTE) % len(SYMBOLS)]
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _log_safe(values: Iterable[float]) -> list[float | None]:
+    """Log axes have no place for zero."""
+    return [value if math.isfinite(value) and value > 0 else None for value in values]
+
+
+def pareto(outcomes: Sequence[Outcome], best: Sequence[Outcome], floor: float | None) -> Spec:
+    """Size against mean KLD with its standard error; the line joins ``best``, smallest first."""
+    unit, name = (1e9, "GB") if max(o.nbytes for o in outcomes) >= 1e9 else (1e6, "MB")
+    scored = [(o, o.score.kld) for o in outcomes if o.score is not None]
+    line = [(o.nbytes / unit, o.score.kld.mean) for o in best if o.score is not None]
+    data: list[object] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [x for x, _ in line],
+            "y": _log_safe(y for _, y in line),
+            "line": {"color": "$c0", "width": 2, "shape": "linear"},
+            "hoverinfo": "skip",
+        },
+        *(_pareto_points(scored, best, unit, name)),
+    ]
+    layout: dict[str, object] = {
+        "height": 430,
+        "showlegend": False,
+        "xaxis": {
+            "title": {"text": f"size in {name}"},
+            "rangemode": "normal",
+            **_padded([o.nbytes / unit for o, _ in scored]),
+        },
+        "yaxis": {**_LOG, "title": {"text": "mean KLD, nats per token"}},
+    }
+    if floor is not None and floor > 0:
+        layout["shapes"] = [_level(floor)]
+        layout["annotations"] = [_level_label(floor, "noise floor")]
+    return {"data": data, "layout": layout}
+
+
+def _pareto_points(
+    scored: Sequence[tuple[Outcome, Mean]], best: Sequence[Outcome], unit: float, unit_name: str
+) -> Iterable[Mapping[str, object]]:
+    for on_front in (True, False):
+        points = [(o, kld) for o, kld in scored if (o in best) == on_front]
+        if points:
+            yield {
+                "type": "scatter",
+                "mode": "markers+text" if len(scored) <= LABELLED else "markers",
+                "x": [o.nbytes / unit for o, _ in points],
+                "y": _log_safe(kld.mean for _, kld in points),
+                "error_y": {
+                    "type": "data",
+                    "array": _finite(kld.standard_error for _, kld in points),
+                    "thickness": 1.2,
+                },
+                "text": [text(o.label) for o, _ in points],
+                "textposition": "top center",
+                "cliponaxis": False,
+                "marker": {
+                    "size": 11,
+                    "color": "$c0" if on_front else "$muted",
+                    "symbol": "circle" if on_front else "circle-open",
+                },
+                "customdata": [[numbers.estimate(kld), f"{o.bpw:.3f}"] for o, kld in points],
+                "hovertemplate": f"<b>%{{text}}</b><br>%{{x:.2f}} {unit_name}, %{{customdata[1]}} bits per weight"
+                "<br>KLD %{customdata[0]}<extra></extra>",
+            }
+
+
+def _padded(values: Sequence[float]) -> Mapping[str, object]:
+    """A range with room for the names beside the outermost points."""
+    low, high = min(values), max(values)
+    room = 0.15 * (high - low) or 0.1 * high or 1.0
+    return {"range": [max(0.0, low - room), high + room]}
+
+
+def _level(y: float) -> Mapping[str, object]:
+    line = {"color": "$muted", "dash": "dot", "width": 1.5}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+
+
+def _level_label(y: float, label: str) -> Mapping[str, object]:
+    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": math.log10(y), "yanchor": "bottom"}
+    return {**place, "text": label, "showarrow": False, "font": {"color": "$muted", "size": 12}}
+
+
+def tail(series: Sequence[tuple[str, Sequence[tuple[float, float]], bool]]) -> Spec:
+    """Share of tokens whose KLD is larger. ``series``: (name, (KLD, share) by falling share, whether it is the noise
+    floor)."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines" if len(points) > 8 else "lines+markers",
+            "name": text(name),
+            "x": _log_safe(kld for kld, _ in points),
+            "y": _log_safe(100 * share for _, share in points),
+            "line": {"color": "$muted" if floor else color(number), "dash": "dot" if floor else "solid", "width": 2},
+            "marker": {"symbol": symbol(number), "size": 8},
+            "hovertemplate": "%{y:.3g} % of tokens above %{x:.3g} nats",
+        }
+        for number, (name, points, floor) in enumerate(series)
+    ]
+    layout = {
+        "height": 400,
+        "hovermode": "closest",
+        "xaxis": {**_LOG, "title": {"text": "KLD of a token, nats"}},
+        "yaxis": {**_LOG, "title": {"text": "tokens with more, %"}},
+    }
+    return {"data": data, "layout": layout}
+
+
+def domains(names: Sequence[str], series: Sequence[tuple[str, Sequence[Mean | None], bool]]) -> Spec:
+    """Mean KLD with its standard error for each domain: a row of points. None: not measured there."""
+    labels = [text(name) for name in names]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": text(name),
+            "y": labels,
+            "x": _log_safe(math.nan if mean is None else mean.mean for mean in means),
+            "error_x": {
+                "type": "data",
+                "array": _finite(math.nan if mean is None else mean.standard_error for mean in means),
+                "thickness": 1.2,
+            },
+            "marker": {"color": "$muted" if floor else color(number), "symbol": symbol(number), "size": 10},
+            "customdata": ["" if mean is None else numbers.estimate(mean) for mean in means],
+            "hovertemplate": "%{y}: %{customdata} nats",
+        }
+        for number, (name, means, floor) in enumerate(series)
+    ]
+    layout = {
+        "height": 150 + 34 * len(names),
+        "hovermode": "closest",
+        "xaxis": {**_LOG, "title": {"text": "mean KLD, nats per token"}},
+        "yaxis": {"type": "category", "autorange": "reversed"},
+    }
+    return {"data": data, "layout": layout}
+
+
+def by_layer(series: Sequence[tuple[str, Sequence[tuple[int, float]], bool]], title: str, *, log: bool) -> Spec:
+    """A line for each checkpoint over the decoder layers."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if len(points) < 30 else "lines",
+            "name": text(name),
+            "x": [layer for layer, _ in points],
+            "y": (_log_safe if log else _finite)(value for _, value in points),
+            "line": {"color": "$muted" if floor else color(number), "dash": "dot" if floor else "solid", "width": 2},
+            "marker": {"symbol": symbol(number), "size": 7},
+            "hovertemplate": "layer %{x}: %{y:.3g} %",
+        }
+        for number, (name, points, floor) in enumerate(series)
+    ]
+    layers = sorted({layer for _, points, _ in series for layer, _ in points})
+    scale = _LOG if log else {}
+    layout = {
+        "height": 330,
+        "hovermode": "closest",
+        "xaxis": {"title": {"text": "layer"}, **_whole(layers)},
+        "yaxis": {**scale, "title": {"text": title}},
+    }
+    return {"data": data, "layout": layout}
+
+
+def _whole(values: Sequence[int]) -> Mapping[str, object]:
+    """Ticks at whole numbers: all of them if they are few."""
+    if len(values) <= 16:
+        return {"tickvals": list(values)}
+    return {"tickformat": "d"}
+
+
+def sizes(rows: Sequence[RoleSize]) -> Spec:
+    """A bar for each role and way of storing, largest first."""
+    total = sum(row.nbytes for row in rows) or 1
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    most = max((row.nbytes for row in rows), default=0) / unit
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": [f"{text(row.role)}<br><span style='font-size:0.8em'>{text(row.stored_as)}</span>" for row in rows],
+            "x": [row.nbytes / unit for row in rows],
+            "text": [f"{numbers.size(row.nbytes)} · {_bpw(row):.3g} bpw" for row in rows],
+            "textposition": "outside",
+            "cliponaxis": False,
+            "marker": {"color": "$c0"},
+            "customdata": [[f"{row.parameters:,}", f"{row.tensors:,}", f"{row.nbytes / total:.1%}"] for row in rows],
+            "hovertemplate": "%{y}<br>%{customdata[0]} weights in %{customdata[1]} tensors,"
+            " %{customdata[2]} of the bytes<extra></extra>",
+        }
+    ]
+    layout = {
+        "height": 110 + 44 * len(rows),
+        "showlegend": False,
+        "xaxis": {"title": {"text": name}, "range": [0, 1.6 * most or 1], "nticks": 6},
+        "yaxis": {"type": "category", "autorange": "reversed"},
+        "bargap": 0.35,
+    }
+    return {"data": data, "layout": layout}
+
+
+def _bpw(row: RoleSize) -> float:
+    return 8 * row.nbytes / row.parameters if row.parameters else 0.0
+
+
+def sizes_compared(checkpoints: Sequence[tuple[str, Mapping[str, int]]]) -> Spec:
+    """A stacked bar for each checkpoint: bytes by role."""
+    roles = list(dict.fromkeys(role for _, parts in checkpoints for role in parts))
+    unit, name = (1e9, "GB") if max(sum(parts.values()) for _, parts in checkpoints) >= 1e9 else (1e6, "MB")
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": text(role),
+            "y": [text(label) for label, _ in checkpoints],
+            "x": [parts.get(role, 0) / unit for _, parts in checkpoints],
+            "marker": {"color": color(number), "line": {"color": "$surface", "width": 1}},
+            "hovertemplate": f"%{{y}}: %{{x:.3g}} {name}",
+        }
+        for number, role in enumerate(roles)
+    ]
+    layout = {
+        "height": 150 + 36 * len(checkpoints),
+        "barmode": "stack",
+        "hovermode": "closest",
+        "xaxis": {"title": {"text": name}},
+        "yaxis": {"type": "category", "autorange": "reversed"},
+        "bargap": 0.35,
+    }
+    return {"data": data, "layout": layout}
+
+
+def errors(grid: ErrorGrid) -> Spec:
+    """Median relative loss of each projection in each layer, on a log scale."""
+    cells = [[grid.cells.get((layer, projection)) for projection in grid.projections] for layer in grid.layers]
+    known = [cell.median for row in cells for cell in row if cell is not None and cell.median > 0]
+    hover = [
+        [
+            ""
+            if cell is None
+            else f"{text(cell.stored_as)}<br>median {numbers.percentage(cell.median)}"
+            + (
+                f", 90 % below {numbers.percentage(cell.p90)}<br>largest {numbers.percentage(cell.largest)}"
+                f" (expert {cell.largest_expert}) of {cell.count}"
+                if cell.count > 1
+                else ""
+            )
+            for cell in row
+        ]
+        for row in cells
+    ]
+    data = [
+        {
+            "type": "heatmap",
+            "x": [text(projection) for projection in grid.projections],
+            "y": list(grid.layers),
+            "z": [[None if c is None or c.median <= 0 else math.log10(c.median) for c in row] for row in cells],
+            "text": hover,
+            "hoverongaps": False,
+            "hovertemplate": "layer %{y}, %{x}<br>%{text}<extra></extra>",
+            "xgap": 1,
+            "ygap": 1,
+            "colorscale": "$heat",
+            "colorbar": {**_log_ticks(known, percent=True), "title": {"text": "loss"}},
+        }
+    ]
+    return {"data": data, "layout": _map_layout(grid.layers, {"type": "category", "tickangle": -60}, 26)}
+
+
+def tokens(grid: ExpertGrid) -> Spec:
+    """Tokens of each expert of each layer, on a log scale. Unseen experts are gaps, where the background shows."""
+    means = [sum(row) / len(row) if row else 0 for row in grid.tokens]
+    seen = [count for count in grid.counts if count]
+    width = max(len(row) for row in grid.tokens)
+    padded = [row + (0,) * (width - len(row)) for row in grid.tokens]
+    data = [
+        {
+            "type": "heatmap",
+            "x": list(range(width)),
+            "y": list(grid.layers),
+            "z": [[math.log10(count) if count else None for count in row] for row in padded],
+            "customdata": [
+                [[count, round(count / mean, 2) if mean else 0] for count in row]
+                for row, mean in zip(padded, means, strict=True)
+            ],
+            "hoverongaps": True,
+            "hovertemplate": "layer %{y}, expert %{x}<br><b>%{customdata[0]:,} tokens</b>"
+            "<br>%{customdata[1]} × the layer's mean<extra></extra>",
+            "xgap": 1 if width <= 64 else 0,
+            "ygap": 1 if width <= 64 else 0,
+            "colorscale": "$heat",
+            "colorbar": {**_log_ticks(seen, percent=False), "title": {"text": "tokens"}},
+        }
+    ]
+    experts = {"title": {"text": "expert"}, **_whole(range(width))}
+    layout = _map_layout(grid.layers, experts, 10 if len(grid.layers) > 16 else 26)
+    return {"data": data, "layout": {**layout, "plot_bgcolor": "$bad"}}
+
+
+def _map_layout(layers: Sequence[int], xaxis: Mapping[str, object], row_height: int) -> Mapping[str, object]:
+    return {
+        "height": 150 + row_height * len(layers),
+        "xaxis": {**xaxis, "showgrid": False},
+        "yaxis": {"title": {"text": "layer"}, "autorange": "reversed", "showgrid": False, **_whole(layers)},
+    }
+
+
+def _log_ticks(values: Sequence[float], *, percent: bool) -> Mapping[str, object]:
+    """Ticks of a colour bar whose values are logarithms: at 1, 2 and 5 of each power of ten, or at powers only."""
+    if not values:
+        return {}
+    low, high = math.log10(min(values)), math.log10(max(values))
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    powers = range(math.floor(low) - 1, math.ceil(high) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    kept = [tick for tick in ticks if low - 0.01 <= math.log10(tick) <= high + 0.01]
+    if len(kept) < 2:
+        kept = sorted({min(values), max(values)})
+    labels = [numbers.percentage(tick, 2) if percent else f"{tick:,.0f}" for tick in kept]
+    return {"tickvals": [math.log10(tick) for tick in kept], "ticktext": labels}

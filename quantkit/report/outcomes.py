@@ -1,0 +1,194 @@
+"""Documents -> checkpoints with their scores. A conversion and a candidate of an evaluation are the same checkpoint if
+the candidate was read from the conversion's folder (or from one of its name) and has as many bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from quantkit.report.documents import Candidate, Conversion, Evaluation, Found, Mean, Result, Scores, Validation
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A checkpoint against its reference, whoever measured. ``text``: the same for scores that can be compared, because
+    the same tokens of the same reference were scored. ``quantiles``: (share of tokens with less, KLD in nats)."""
+
+    text: str
+    measured_by: str
+    windows: int
+    tokens: int
+    reference_perplexity: Mean
+    perplexity: Mean
+    log_ratio: Mean
+    kld: Mean
+    quantiles: tuple[tuple[float, float], ...]
+    same_top: Mean
+    max_kld: float = math.nan
+    histogram: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A conversion. ``folder``: where its document lies; ``written``: when."""
+
+    label: str
+    folder: Path
+    document: Conversion
+    written: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An evaluation with what its candidates are called here."""
+
+    path: Path
+    document: Evaluation
+    written: datetime
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A checkpoint: its size and, if somebody measured, its scores. A checkpoint that two evaluations scored on
+    different text is two outcomes."""
+
+    label: str
+    nbytes: int
+    bpw: float
+    score: Score | None = None
+    result: Result | None = None
+    conversion: Converted | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """All that the documents tell, each checkpoint's scores beside it."""
+
+    outcomes: tuple[Outcome, ...]
+    conversions: tuple[Converted, ...]
+    evaluations: tuple[Evaluated, ...]
+
+
+def outcomes_of(found: Sequence[Found]) -> Outcomes:
+    """Join conversions with the candidates of evaluations. Order: as given, conversions first."""
+    conversions = _conversions([f for f in found if isinstance(f.document, Conversion)])
+    evaluations: list[Evaluated] = []
+    scored: list[Outcome] = []
+    for file in found:
+        if isinstance(file.document, Evaluation):
+            rows = [_candidate(file.document, candidate, conversions) for candidate in file.document.candidates]
+            names = unique([(row.label, where) for row, where in rows])
+            outcomes = [replace(row, label=name) for (row, _), name in zip(rows, names, strict=True)]
+            evaluations.append(Evaluated(file.path, file.document, file.written, tuple(names)))
+            scored += outcomes
+    measured = {outcome.conversion.folder for outcome in scored if outcome.conversion is not None}
+    alone = [_own(conversion) for conversion in conversions if conversion.folder not in measured]
+    order = {conversion.folder: number for number, conversion in enumerate(conversions)}
+    rows = sorted(
+        (*alone, *scored), key=lambda row: len(order) if row.conversion is None else order[row.conversion.folder]
+    )
+    return Outcomes(tuple(rows), conversions, tuple(evaluations))
+
+
+def unique(names: Sequence[tuple[str, Path]]) -> list[str]:
+    """Names, with the folder above in front of those that occur twice, or the whole path if that is not enough."""
+    plain = [name for name, _ in names]
+    longer = [name if plain.count(name) == 1 else f"{where.parent.name}/{name}" for name, where in names]
+    return [name if longer.count(name) == 1 else str(where) for name, (_, where) in zip(longer, names, strict=True)]
+
+
+def front(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
+    """Outcomes that no other of the same text beats or equals in both size and mean KLD, smallest first."""
+    best, kept = math.inf, list[Outcome]()
+    scored = [(o.nbytes, o.score.kld.mean, o) for o in outcomes if o.score is not None]
+    for _, kld, outcome in sorted(scored, key=lambda row: row[:2]):
+        if kld < best:
+            best = kld
+            kept.append(outcome)
+    return tuple(kept)
+
+
+def _conversions(found: Sequence[Found]) -> tuple[Converted, ...]:
+    folders = [file.path.resolve().parent for file in found]
+    labels = unique([(folder.name, folder) for folder in folders])
+    return tuple(
+        Converted(label, folder, file.document, file.written)
+        for label, folder, file in zip(labels, folders, found, strict=True)
+        if isinstance(file.document, Conversion)
+    )
+
+
+def _candidate(evaluation: Evaluation, found: Candidate, conversions: Sequence[Converted]) -> tuple[Outcome, Path]:
+    """A candidate as an outcome, and where it was read from."""
+    model, path = found.model, Path(found.model.path)
+    conversion = next((c for c in conversions if _same(c, found)), None)
+    outcome = Outcome(
+        model.name if conversion is None else conversion.label,
+        model.nbytes,
+        model.bpw if conversion is None else conversion.document.bpw,
+        _evaluated(evaluation, found.result.overall),
+        found.result,
+        conversion,
+    )
+    return outcome, path
+
+
+def _same(conversion: Converted, candidate: Candidate) -> bool:
+    if candidate.model.nbytes != conversion.document.tensor_bytes:
+        return False
+    path = Path(candidate.model.path).resolve()
+    if conversion.folder in (path, path.parent):
+        return True
+    return conversion.folder.name in (path.name, path.parent.name)
+
+
+def _own(conversion: Converted) -> Outcome:
+    """A conversion that no evaluation scored, with what its own validation found."""
+    document = conversion.document
+    score = None if document.validation is None else _validated(document.validation)
+    return Outcome(conversion.label, document.tensor_bytes, document.bpw, score, None, conversion)
+
+
+def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:
+    kld = scores.kld
+    return Score(
+        text=f"{evaluation.tokens_sha256} {evaluation.reference.fingerprint} {evaluation.protocol.name}",
+        measured_by="evaluation",
+        windows=scores.windows,
+        tokens=scores.tokens,
+        reference_perplexity=scores.reference_perplexity,
+        perplexity=scores.perplexity,
+        log_ratio=scores.log_ratio,
+        kld=Mean(mean=kld.mean, standard_error=kld.standard_error),
+        quantiles=((0.5, kld.median), (0.9, kld.p90), (0.99, kld.p99), (0.999, kld.p999)),
+        same_top=scores.same_top,
+        max_kld=kld.max,
+        histogram=kld.histogram,
+    )
+
+
+def _validated(validation: Validation) -> Score:
+    """The ratio of perplexities as its logarithm, its error by the delta method."""
+    scores = validation.scores
+    ratio, reference = scores.perplexity_ratio, scores.reference_perplexity
+    known = ratio.mean > 0
+    return Score(
+        # No digest of the text is recorded: the same reference has the same perplexity on the same text only.
+        text=f"validation {scores.windows} {scores.tokens} {reference.mean!r}",
+        measured_by="validation of the conversion",
+        windows=scores.windows,
+        tokens=scores.tokens,
+        reference_perplexity=reference,
+        perplexity=scores.candidate_perplexity,
+        log_ratio=Mean(
+            mean=math.log(ratio.mean) if known else math.nan,
+            standard_error=ratio.standard_error / ratio.mean if known else math.nan,
+        ),
+        kld=scores.mean_kl,
+        quantiles=((0.5, scores.median_kl), (0.99, scores.p99_kl)),
+        same_top=scores.top1,
+    )

@@ -1,0 +1,124 @@
+"""Contents -> one HTML file that needs nothing else: style, script, figures and plotly itself are inside.
+
+plotly.js is gzipped in it (2 MB instead of 5) and unpacked by the browser. A content security policy keeps the page
+from reaching for anything, whatever a document's texts say; all of them are escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import quantkit
+from quantkit.report.contents import Block, Code, Figure, Note, Report, Section, Table
+
+_HASH = re.compile(r"[0-9a-f]{40,}\Z")
+_TEMPLATES = "templates"
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A section with an id that no other has, and its blocks with the number of their figure (0 for what is none)."""
+
+    anchor: str
+    section: Section
+    blocks: tuple[tuple[str, Block, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring sections about the same checkpoint, or about all (no name)."""
+
+    name: str
+    anchor: str
+    sections: tuple[_Placed, ...]
+
+
+def page(report: Report) -> str:
+    """The whole file's text."""
+    groups, specs = _placed(report)
+    environment = Environment(
+        loader=PackageLoader("quantkit.report", _TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        report=report,
+        groups=groups,
+        style=Markup(_resource("page.css")),
+        script=Markup(_resource("page.js")),
+        figures=Markup(_script_json(specs)),
+        plotly=Markup(_plotly()),
+        version=quantkit.__version__,
+        is_hash=_is_hash,
+    )
+
+
+def _is_hash(text: str) -> bool:
+    return _HASH.match(text) is not None
+
+
+def _placed(report: Report) -> tuple[list[_Group], list[object]]:
+    specs: list[object] = []
+    numbers = itertools.count(1)
+    groups: list[_Group] = []
+    for name, members in itertools.groupby(report.sections, key=lambda section: section.group):
+        placed: list[_Placed] = []
+        for section in members:
+            blocks = tuple((_kind(block), block, _number(block, specs)) for block in section.blocks)
+            placed.append(_Placed(f"{section.anchor}-{next(numbers)}", section, blocks))
+        groups.append(_Group(name, f"group-{next(numbers)}", tuple(placed)))
+    return groups, specs
+
+
+def _number(block: Block, specs: list[object]) -> int:
+    if not isinstance(block, Figure):
+        return 0
+    specs.append({**block.spec, "zoom": block.zoom})
+    return len(specs)
+
+
+def _kind(block: Block) -> str:
+    match block:
+        case Figure():
+            return "figure"
+        case Table():
+            return "table"
+        case Code():
+            return "code"
+        case Note():
+            return "note"
+
+
+def _resource(name: str) -> str:
+    return (files("quantkit.report") / _TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _script_json(value: object) -> str:
+    """JSON that no text in it can end the script element it stands in."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _plotly() -> str:
+    """plotly.js, gzipped, in lines of base64."""
+    from plotly.offline import get_plotlyjs
+
+    packed = gzip.compress(str(get_plotlyjs()).encode(), 9, mtime=0)
+    return "\n".join(_lines(base64.b64encode(packed).decode()))
+
+
+def _lines(text: str) -> Iterator[str]:
+    for start in range(0, len(text), 32768):
+        yield text[start : start + 32768]

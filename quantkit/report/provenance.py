@@ -1,0 +1,108 @@
+"""Where everything comes from: source, versions, device, dates, commands, checksums."""
+
+from __future__ import annotations
+
+import shlex
+
+from quantkit.report.contents import Block, Code, Section, Table
+from quantkit.report.outcomes import Converted, Evaluated, Outcomes
+
+
+def provenance(found: Outcomes) -> Section:
+    """Tables for each conversion and each evaluation."""
+    blocks: list[Block] = []
+    for converted in found.conversions:
+        blocks += _conversion(converted)
+    for evaluated in found.evaluations:
+        blocks += _evaluation(evaluated)
+    return Section("provenance", "Provenance", tuple(blocks))
+
+
+def _conversion(converted: Converted) -> list[Block]:
+    document, job = converted.document, converted.document.job
+    rows = [
+        ("source", document.source or "-"),
+        ("output", document.output),
+        ("quantkit", document.quantkit),
+        ("date of quantkit.json", f"{converted.written:%Y-%m-%d %H:%M} UTC"),
+        *((name, "-" if value is None else str(value)) for name, value in job.items() if name != "quantkit version"),
+    ]
+    blocks: list[Block] = [
+        Table(("", ""), tuple(rows), left=2, title=f"Conversion {converted.label}"),
+        Code("To repeat it, with the recipe above in recipe.yaml", conversion_command(converted), "bash"),
+    ]
+    if document.calibration:
+        files = tuple(
+            (text.file, f"{text.documents:,}", f"{text.tokens:,}", f"{text.rows:,}", text.sha256)
+            for text in document.calibration
+        )
+        head = ("calibration text", "documents", "tokens", "rows taken", "sha256")
+        blocks.append(Table(head, files, title="", long=True))
+    if document.sha256:
+        sums = tuple((name, digest) for name, digest in sorted(document.sha256.items()))
+        blocks.append(Table(("file", "sha256"), sums, left=2, long=True))
+    return blocks
+
+
+def conversion_command(converted: Converted) -> str:
+    """What makes the same bytes again, on the same kind of machine."""
+    job, document = converted.document.job, converted.document
+    words = ["quantkit", "convert", document.source or "SOURCE", "-r", "recipe.yaml", "-o", converted.label]
+    words += ["--device", "cpu" if job.get("device") == "cpu" else "cuda"]
+    for option, key in (("--jobs", "threads"), ("--memory-budget", "memory budget")):
+        if isinstance(job.get(key), int):
+            words += [option, str(job[key])]
+    return shlex.join(words)
+
+
+def _evaluation(evaluated: Evaluated) -> list[Block]:
+    document = evaluated.document
+    protocol = document.protocol
+    rows = [
+        ("file", str(evaluated.path)),
+        ("its date", f"{evaluated.written:%Y-%m-%d %H:%M} UTC"),
+        ("reference", f"{document.reference.name} ({document.reference.format})"),
+        ("its fingerprint", document.reference.fingerprint),
+        *((name, version) for name, version in document.versions.items()),
+        ("device", document.device),
+        ("arithmetic", document.arithmetic),
+        ("protocol", f"{protocol.name}, windows of {protocol.context:,} tokens. {protocol.description}"),
+        ("tokens, sha256", document.tokens_sha256),
+    ]
+    if document.noise_floor is not None:
+        rows.append(("noise floor", document.noise_floor.rounding))
+    models = tuple(
+        (
+            label,
+            candidate.model.format,
+            f"{candidate.model.nbytes:,}",
+            candidate.model.fingerprint,
+            " ".join(candidate.model.notes),
+        )
+        for label, candidate in zip(evaluated.labels, document.candidates, strict=True)
+    )
+    texts = tuple((text.file, f"{text.tokens:,}", f"{text.windows:,}", text.sha256) for text in document.text)
+    return [
+        Table(("", ""), tuple(rows), left=2, title=f"Evaluation {evaluated.path.name}"),
+        Table(("candidate", "format", "bytes", "fingerprint", "notes"), models, left=2, long=True),
+        Table(("evaluation text", "tokens", "windows", "sha256"), texts, long=True),
+        Code("To repeat it", evaluation_command(evaluated), "bash"),
+    ]
+
+
+def evaluation_command(evaluated: Evaluated) -> str:
+    """With the paths that were given; ``--text`` as the files are called, which is not always how they were given."""
+    document, protocol = evaluated.document, evaluated.document.protocol
+    words = ["quantkit", "evaluate", document.reference.path, *(c.model.path for c in document.candidates)]
+    for text in dict.fromkeys(_given(text.file) for text in document.text):
+        words += ["--text", text]
+    words += ["--context", str(protocol.context), "--protocol", protocol.name]
+    if protocol.max_windows_per_file is not None:
+        words += ["--max-windows-per-file", str(protocol.max_windows_per_file)]
+    words += ["--device", "cpu" if document.device == "cpu" else "cuda", "-o", "evaluation.json"]
+    return shlex.join(words)
+
+
+def _given(file: str) -> str:
+    """ "builtin:eval" of "builtin:eval/code.txt"."""
+    return file.partition("/")[0] if file.startswith("builtin:") else file
