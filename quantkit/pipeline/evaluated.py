@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,17 +20,24 @@ from quantkit.arch.base import ModelArch, Role, TensorSpec
 from quantkit.errors import ConfigError, QuantkitError, SourceError
 from quantkit.evaluate.document import ModelFacts
 from quantkit.evaluate.validation import RowSource
+from quantkit.formats.awq_source import open_awq
+from quantkit.formats.bitsandbytes_source import open_bitsandbytes
 from quantkit.formats.checkpoint import open_source, quant_method, read_config
 from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.decoded_linears import DecodedLinears
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.gguf.header import GgufHeader, is_gguf
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.source import GgufSource
+from quantkit.formats.gptq_source import open_gptq
 from quantkit.formats.safetensors_header import open_regular, printable
 from quantkit.pipeline.target_gguf import in_parts
 from quantkit.tensors import TensorInfo
 
-READABLE = "BF16, F16, F32 and FP8-block folders, compressed-tensors folders, and GGUF can be read."
+READABLE = (
+    "BF16, F16, F32 and FP8-block folders, compressed-tensors, GPTQ, AWQ and bitsandbytes (NF4, FP4) folders, and GGUF "
+    "can be read."
+)
 _TOKENIZER = "tokenizer.json"
 _UNUSED_KEYS = ("general.type", ".context_length", ".vocab_size")
 """Ends of keys that nothing is computed with here."""
@@ -100,16 +107,21 @@ def _has_shards(folder: Path) -> bool:
 def _open_folder(path: Path) -> Evaluated:
     config = read_config(path)
     method = quant_method(config)
-    if method not in (None, "fp8", "compressed-tensors"):
+    if method not in (None, "fp8", *_QUANTISED):
         raise SourceError(f"{path}: is quantised as {printable(repr(method))}, which cannot be read.", hint=READABLE)
     try:
         arch = arch_of(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
-    source = CompressedTensorsSource(path) if method == "compressed-tensors" else open_source(path)
+    if method is not None and method in _QUANTISED:
+        kind, opened = _QUANTISED[method]
+        source = opened(path)
+    else:
+        source = open_source(path)
+        kind = _stored_dtype(source, arch)
     facts = _facts(
         path,
-        "compressed-tensors" if method == "compressed-tensors" else _stored_dtype(source, arch),
+        kind,
         source.raw.fingerprint(),
         source.infos().values(),
         sum(info.nbytes for info in source.raw.infos().values()),
@@ -117,9 +129,18 @@ def _open_folder(path: Path) -> Evaluated:
     return Evaluated(arch, source, facts)
 
 
-def _stored_dtype(source: Fp8Source | CompressedTensorsSource, arch: ModelArch) -> str:
+_QUANTISED: Mapping[str, tuple[str, Callable[[Path], CompressedTensorsSource | DecodedLinears]]] = {
+    "compressed-tensors": ("compressed-tensors", CompressedTensorsSource),
+    "gptq": ("GPTQ", open_gptq),
+    "awq": ("AWQ", open_awq),
+    "bitsandbytes": ("bitsandbytes", open_bitsandbytes),
+}
+"""quant_method of config.json -> name of the format, how it is opened."""
+
+
+def _stored_dtype(source: Fp8Source, arch: ModelArch) -> str:
     """FP8 blocks, or the dtype of the embedding."""
-    if isinstance(source, Fp8Source) and any(map(source.is_float8, source.infos())):
+    if any(map(source.is_float8, source.infos())):
         return "FP8 blocks"
     embed = source.infos().get(arch.embed)
     return "safetensors" if embed is None else embed.dtype
