@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     Weights = Callable[[str], torch.Tensor]
-    """Name -> float32 tensor (out_features, in_features). Whether it is the original or the quantised one is the
-    caller's choice."""
+    """Name -> tensor (out_features, in_features), float32 or bfloat16. Whether it is the original or the quantised one
+    is the caller's choice."""
 
 
 class Role(str, Enum):
@@ -91,8 +91,9 @@ class InputGroup:
 class Stage:
     """Input groups whose inputs are known once the linears of all earlier stages of the block are final.
 
-    ``inputs(weights, x)``: x (rows, tokens, hidden) float32 -> one tensor (rows * tokens, in_features) float32 for each
-    group; (heads, rows * tokens, in_features) for a part whose heads read different things.
+    ``inputs(weights, x)``: x (rows, tokens, hidden) float32 -> one tensor (rows * tokens, in_features) for each group;
+    (heads, rows * tokens, in_features) for a part whose heads read different things. They are float32, or of the dtype
+    of the weights that made them.
     It recomputes from ``x`` and calls ``weights`` only for norms and for linears of earlier stages.
     """
 

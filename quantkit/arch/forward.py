@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from quantkit.arch.base import ExpertBlock
+from quantkit.arch.ops import linear
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Block, ModelArch, Sublayer, Weights

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, InputGroup, Routing, Stage
-from quantkit.arch.ops import rms_norm, swiglu
+from quantkit.arch.ops import linear, rms_norm, swiglu
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
@@ -42,8 +41,8 @@ class GroupedSigmoidRouter:
     scale: float
 
     def route(self, weights: Weights, h: Tensor) -> Routing:
-        """h (tokens, hidden) float32 -> `Routing`, all in float32. Ties fall as in transformers (same `topk` calls)."""
-        affinity = linear(h, weights(self.weight)).sigmoid_()
+        """h (tokens, hidden) -> `Routing`, all in float32. Ties fall as in transformers (same `topk` calls)."""
+        affinity = linear(h, weights(self.weight).float()).sigmoid_()
         scores = affinity + weights(self.bias)
         candidates = scores if self.top_groups == self.n_groups else self._within_best_groups(scores)
         indices = candidates.topk(self.top_k, dim=-1, sorted=False).indices

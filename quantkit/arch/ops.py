@@ -1,4 +1,8 @@
-"""The small operations that families share, in float32 on the device of the input; arguments are never written to."""
+"""The small operations that families share, on the device of the input; arguments are never written to.
+
+Norms, angles and routing are float32. A linear computes in the precision of its weight: float32, or bfloat16 where the
+caller hands such weights out, as runtimes do.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,14 @@ from torch.nn import functional
 from quantkit.arch.rope import Rope
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) @ weight (out, in)^T, in the weight's dtype."""
+    return functional.linear(x.to(weight.dtype), weight)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., n) / sqrt(mean(x^2) + eps) * weight (n,): arXiv 1910.07467."""
+    """x (..., n) / sqrt(mean(x^2) + eps) * weight (n,), float32: arXiv 1910.07467."""
+    x = x.float()
     # On a CPU one reduction and one pass are twice as fast as torch's own rms_norm, which makes a copy for every step.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (x * torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))).mul_(weight)

@@ -1,5 +1,5 @@
-"""Rows of activations, in memory (of the processor or of a GPU) or in a file: (n_rows, length, width) float32,
-addressed by row or by token.
+"""Rows of activations, in memory (of the processor or of a GPU) or in a file: (n_rows, length, width) float32 or
+bfloat16, addressed by row or by token.
 
 A file is read and written with pread/pwrite, never mapped: its pages belong to the page cache and not to this process,
 so a store on disk costs the process nothing but the rows in hand. Both kinds give the same numbers.
@@ -33,17 +33,23 @@ class RowStore(Protocol):
     length: int
     width: int
     device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes now."""
+        ...
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) -> (rows, length, width) float32, a copy or a view that must not be written."""
+        """Rows [start, stop) -> (rows, length, width), a copy or a view that must not be written."""
         ...
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Replace rows from ``start`` on. rows (n, length, width) or (n * length, width)."""
+        """Replace rows from ``start`` on. rows (n, length, width) or (n * length, width) of any float dtype."""
         ...
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """Tokens (n,) int64 in rising order -> (n, width) float32."""
+        """Tokens (n,) int64 in rising order -> (n, width)."""
         ...
 
     def add(self, tokens: Tensor, values: Tensor) -> None:
@@ -62,9 +68,16 @@ class RowStore(Protocol):
 class MemoryRows:
     """A store in memory."""
 
-    def __init__(self, n_rows: int, length: int, width: int, device: torch.device = CPU) -> None:
-        self.n_rows, self.length, self.width, self.device = n_rows, length, width, device
-        self._data = torch.zeros(n_rows * length, width, device=device)
+    def __init__(
+        self, n_rows: int, length: int, width: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.n_rows, self.length, self.width, self.device, self.dtype = n_rows, length, width, device, dtype
+        self._data = torch.zeros(n_rows * length, width, device=device, dtype=dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """See `RowStore.nbytes`."""
+        return self._data.nbytes
 
     def read(self, start: int, stop: int) -> Tensor:
         """See `RowStore.read`."""
@@ -81,58 +94,64 @@ class MemoryRows:
 
     def add(self, tokens: Tensor, values: Tensor) -> None:
         """See `RowStore.add`."""
-        self._data.index_add_(0, tokens.to(self.device), values.to(self.device))
+        self._data.index_add_(0, tokens.to(self.device), values.to(self.device, self.dtype))
 
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
-        step = max(1, _SAVED_BYTES // (4 * self.width))
+        step = max(1, _SAVED_BYTES // (self.dtype.itemsize * self.width))
         with disk_errors(path), path.open("wb") as file:
             for start in range(0, len(self._data), step):
                 rows = self._data[start : start + step].cpu()
-                write_exactly(file.fileno(), _bytes_of(rows), start * self.width * 4)
+                write_exactly(file.fileno(), _bytes_of(rows), start * self.width * self.dtype.itemsize)
             os.fsync(file.fileno())
 
     def close(self) -> None:
         """See `RowStore.close`."""
-        self._data = torch.empty(0, self.width, device=self.device)
+        self._data = torch.empty(0, self.width, device=self.device, dtype=self.dtype)
 
 
 class FileRows:
     """A store in a file, which is deleted on `close`."""
 
-    def __init__(self, path: Path, n_rows: int, length: int, width: int) -> None:
-        self.n_rows, self.length, self.width, self.device = n_rows, length, width, CPU
+    def __init__(self, path: Path, n_rows: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self.n_rows, self.length, self.width, self.device, self.dtype = n_rows, length, width, CPU, dtype
         self._path = path
+        self._row_bytes = length * width * dtype.itemsize
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            os.ftruncate(self._fd, n_rows * length * width * 4)
+            os.ftruncate(self._fd, n_rows * self._row_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """No memory."""
+        return 0
 
     def read(self, start: int, stop: int) -> Tensor:
         """See `RowStore.read`."""
-        data = torch.empty(stop - start, self.length, self.width)
-        read_exactly(self._fd, _bytes_of(data), start * self.length * self.width * 4)
+        data = torch.empty(stop - start, self.length, self.width, dtype=self.dtype)
+        read_exactly(self._fd, _bytes_of(data), start * self._row_bytes)
         return data
 
     def write(self, start: int, rows: Tensor) -> None:
         """See `RowStore.write`."""
         with disk_errors(self._path):
-            write_exactly(self._fd, _bytes_of(rows.cpu().contiguous()), start * self.length * self.width * 4)
+            write_exactly(self._fd, _bytes_of(rows.to(CPU, self.dtype).contiguous()), start * self._row_bytes)
 
     def gather(self, tokens: Tensor) -> Tensor:
         """See `RowStore.gather`."""
-        data = torch.empty(len(tokens), self.width)
-        self._each_run(tokens, data, read_exactly)
+        data = torch.empty(len(tokens), self.width, dtype=self.dtype)
+        self._each_run(tokens.cpu(), data, read_exactly)
         return data
 
     def add(self, tokens: Tensor, values: Tensor) -> None:
         """See `RowStore.add`."""
         total = self.gather(tokens).add_(values.cpu())
         with disk_errors(self._path):
-            self._each_run(tokens, total, write_exactly)
+            self._each_run(tokens.cpu(), total, write_exactly)
 
     def _each_run(self, tokens: Tensor, rows: Tensor, move: Callable[[int, memoryview, int], None]) -> None:
         """Read or write ``rows`` (n, width) of tokens (n,) in rising order, consecutive tokens at once."""
-        view, nbytes = _bytes_of(rows), self.width * 4
+        view, nbytes = _bytes_of(rows), self.width * self.dtype.itemsize
         for first, stop, token in _runs(tokens):
             move(self._fd, view[first * nbytes : stop * nbytes], token * nbytes)
 
@@ -141,7 +160,7 @@ class FileRows:
         with disk_errors(path), path.open("wb") as file:
             for start in range(self.n_rows):
                 rows = self.read(start, start + 1)
-                write_exactly(file.fileno(), _bytes_of(rows), start * self.length * self.width * 4)
+                write_exactly(file.fileno(), _bytes_of(rows), start * self._row_bytes)
             os.fsync(file.fileno())
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.kernels.cuda import has_kernels
+
 
 @dataclass(frozen=True, slots=True)
 class InputStats:
@@ -42,65 +44,71 @@ Inputs = InputStats | InputImportance
 
 
 class InputMoments:
-    """Sums behind `InputStats` for one matrix (or the heads of one), filled token batch by token batch.
+    """Sums behind `InputStats` for one matrix, the heads of one, or a batch of experts, filled token batch by token
+    batch.
 
-    ``full``: whole second moments; else only their diagonal, for methods that use no more.
+    ``full``: whole second moments; else only their diagonal, for methods that use no more. Sums are float32. On a GPU
+    with kernels their factors are rounded to bfloat16, in which calibration computes there anyway.
     """
 
     def __init__(
-        self, in_features: int, *, cross: bool, device: torch.device, heads: int = 1, full: bool = True
+        self, in_features: int, *, cross: bool, device: torch.device, matrices: int = 1, full: bool = True
     ) -> None:
-        self.n_tokens = 0
+        self._n_tokens = [0] * matrices
         self._full = full
-        self._sums = torch.zeros(heads, in_features, *([in_features] if full else []), device=device)
+        self._sums = torch.zeros(matrices, in_features, *([in_features] if full else []), device=device)
         self._cross = torch.zeros_like(self._sums) if cross and full else None
 
     @classmethod
     def like(cls, x: Tensor, *, cross: bool, full: bool = True) -> InputMoments:
         """Empty sums for inputs (tokens, in) or (heads, tokens, in)."""
         heads = len(x) if x.ndim == 3 else 1
-        return cls(x.shape[-1], cross=cross, device=x.device, heads=heads, full=full)
+        return cls(x.shape[-1], cross=cross, device=x.device, matrices=heads, full=full)
 
-    def add(self, x: Tensor, original: Tensor | None) -> None:
-        """x and original (tokens, in) or (heads, tokens, in) float32: the same tokens in the calibrated and in the
-        unquantised stream."""
-        self.n_tokens += x.shape[-2]
+    def add(self, x: Tensor, original: Tensor | None, number: int = 0) -> None:
+        """The same tokens in the calibrated and in the unquantised stream: x and original (tokens, in) of matrix
+        ``number``, or (heads, tokens, in) of all."""
+        matrices = range(len(x)) if x.ndim == 3 else (number,)
+        for head, matrix in enumerate(matrices):
+            own, other = (rows if rows is None or rows.ndim == 2 else rows[head] for rows in (x, original))
+            assert own is not None
+            self._n_tokens[matrix] += len(own)
+            self._add(matrix, own, other)
+
+    def _add(self, matrix: int, x: Tensor, original: Tensor | None) -> None:
         if not self._full:
-            self._sums += x.square().sum(-2)
+            self._sums[matrix] += x.float().square().sum(0)
             return
-        _add_products(self._sums, x, x)
+        _add_squares(self._sums[matrix], x)
         if self._cross is not None:
             assert original is not None
-            _add_products(self._cross, original - x, x)
+            _add_products(self._cross[matrix], original - x, x)
 
     def stats(self) -> Inputs:
-        """The means so far, as a batch of one (or of the heads). The sums are handed over: call it once."""
-        count = max(self.n_tokens, 1)
-        n_tokens = (self.n_tokens,) * len(self._sums)
-        if not self._full:
-            return InputImportance(self._sums.div_(count), n_tokens)
-        cross = None if self._cross is None else self._cross.div_(count)
-        return InputStats(self._sums.div_(count), cross, n_tokens)
+        """The means so far. The sums are handed over: call it once."""
+        n_tokens = tuple(self._n_tokens)
+        for sums in (self._sums, self._cross):
+            for one, count in zip(() if sums is None else sums, n_tokens, strict=False):
+                one.div_(max(count, 1))
+        return InputStats(self._sums, self._cross, n_tokens) if self._full else InputImportance(self._sums, n_tokens)
 
 
-def stacked(parts: list[Inputs]) -> Inputs:
-    """One batch of several, all of one kind; a single one is not copied."""
-    if len(parts) == 1:
-        return parts[0]
-    n_tokens = tuple(n for part in parts for n in part.n_tokens)
-    full = [part for part in parts if isinstance(part, InputStats)]
-    if len(full) < len(parts):
-        return InputImportance(torch.cat([part.importance for part in parts]), n_tokens)
-    crosses = [part.cross for part in full if part.cross is not None]
-    return InputStats(torch.cat([part.hessian for part in full]), torch.cat(crosses) if crosses else None, n_tokens)
+def _add_squares(sums: Tensor, x: Tensor) -> None:
+    """sums (in, in) += x^T x over tokens."""
+    if has_kernels(sums):
+        from quantkit.kernels.moments_triton import add_squares_
+
+        add_squares_(sums, x)
+    else:
+        sums.addmm_(x.T, x)
 
 
 def _add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """sums (heads, in, in) += left^T right over tokens."""
-    if left.ndim == 2:
-        sums[0].addmm_(left.T, right)
+    """sums (in, in) += left^T right over tokens."""
+    if has_kernels(sums):
+        sums += torch.mm(left.bfloat16().T, right.bfloat16(), out_dtype=torch.float32)
     else:
-        sums.baddbmm_(left.mT, right)
+        sums.addmm_(left.T, right)
 
 
 def shrunk(stats: Inputs, pooled: Inputs, strength: float) -> Inputs:

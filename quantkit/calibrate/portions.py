@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 BATCH_TOKENS = 2048
 """Tokens that go through a dense block at once, in whole rows."""
 
 EXPERT_CHUNK = 4096
 """Tokens of one expert gathered at once."""
+
+DEVICE_TIMES = 8
+"""A GPU takes so many times as many, or it would wait for launches."""
+
+
+def at_once(tokens: int, device: torch.device) -> int:
+    """Tokens that ``device`` computes at once where a processor takes ``tokens``."""
+    return tokens * DEVICE_TIMES if device.type == "cuda" else tokens

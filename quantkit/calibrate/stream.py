@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, Sublayer
-from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.portions import BATCH_TOKENS, EXPERT_CHUNK
+from quantkit.arch.ops import linear
+from quantkit.calibrate.hidden_states import CPU, RowStore
+from quantkit.calibrate.portions import BATCH_TOKENS, EXPERT_CHUNK, at_once
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
 
 
-def row_batches(store: RowStore) -> Iterator[tuple[int, int]]:
-    """[start, stop) of each batch of rows, at least one row."""
-    step = max(1, BATCH_TOKENS // store.length)
+def row_batches(store: RowStore, device: torch.device = CPU) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each batch of rows that ``device`` computes at once, at least one row."""
+    step = max(1, at_once(BATCH_TOKENS, device) // store.length)
     for start in range(0, store.n_rows, step):
         yield start, min(start + step, store.n_rows)
 
@@ -39,8 +39,8 @@ def embed(embed_rows: Callable[[Tensor], Tensor], tokens: Tensor, store: RowStor
 
 @dataclass(frozen=True, slots=True)
 class ExpertTokens:
-    """The tokens of each expert, sorted by expert once. token (n,) int64 and weight (n,) float32; expert e owns
-    [bounds[e], bounds[e+1])."""
+    """The tokens of each expert, sorted by expert once. token (n,) int64 and weight (n,) float32, where the stream
+    lies; expert e owns [bounds[e], bounds[e+1])."""
 
     token: Tensor
     weight: Tensor
@@ -90,7 +90,7 @@ def forward_layer(
 
 
 def _forward_dense(block: DenseBlock, weights: Weights, x: RowStore, device: torch.device) -> None:
-    for start, stop in row_batches(x):
+    for start, stop in row_batches(x, device):
         rows = x.read(start, stop).to(device)
         (inputs,) = block.stages[-1].inputs(weights, rows)
         x.write(start, rows + linear(inputs, weights(block.output)).view(rows.shape))
@@ -100,14 +100,14 @@ def route_all(
     block: ExpertBlock, weights: Weights, x: RowStore, h: RowStore, device: torch.device
 ) -> tuple[ExpertTokens, Tensor]:
     """Fill ``h`` with the block's inputs and route every token -> the experts' tokens, routing indices (tokens, top_k)
-    int64, both on the CPU."""
+    int64, both where the stream lies."""
     indices, gates = [], []
-    for start, stop in row_batches(x):
+    for start, stop in row_batches(x, device):
         inputs = block.inputs(weights, x.read(start, stop).to(device))
         h.write(start, inputs)
         routing = block.route(weights, inputs)
-        indices.append(routing.indices.cpu())
-        gates.append(routing.weights.cpu())
+        indices.append(routing.indices.to(x.device))
+        gates.append(routing.weights.to(x.device))
     chosen = torch.cat(indices)
     return ExpertTokens.of(chosen, torch.cat(gates), block.n_experts), chosen
 
@@ -126,6 +126,12 @@ def forward_expert(
     if not len(token):
         return
     gate, up, down = (weights(names[expert]) for names in (block.gates, block.ups, block.downs))
-    for part, share in zip(token.split(EXPERT_CHUNK), weight.split(EXPERT_CHUNK), strict=True):
+    chunk = at_once(EXPERT_CHUNK, device)
+    for part, share in zip(token.split(chunk), weight.split(chunk), strict=True):
         hidden = expert_hidden(block, gate, up, h.gather(part).to(device))
-        x.add(part, linear(hidden, down).mul_(share.to(device).unsqueeze(-1)))
+        add_expert_output(hidden, down, part, share, x)
+
+
+def add_expert_output(hidden: Tensor, down: Tensor, token: Tensor, share: Tensor, x: RowStore) -> None:
+    """Add hidden (n, inter) @ down^T, times the gate weights share (n,), to the residual of tokens (n,)."""
+    x.add(token, linear(hidden, down) * share.to(hidden.device).unsqueeze(-1))

@@ -32,5 +32,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's elements in row order, without a copy if they already lie so on the CPU."""
     import torch
 
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.is_cuda:
+        # Page-locked memory, which torch keeps for the next: several times as fast.
+        flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat)
     return flat.view(torch.uint8).numpy().data

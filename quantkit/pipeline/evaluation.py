@@ -156,7 +156,7 @@ def _compare(
         stores = Stores(Path(folder), stores_bytes)
 
         def new_rows(n_rows: int, length: int, width: int) -> RowStore:
-            return stores.new(n_rows, length, width, n_models + 1)
+            return stores.new(n_rows, length, width)
 
         read_ahead(0)
         read_ahead(1)

@@ -104,7 +104,7 @@ def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -
             model_of(walk.arch, walk.source, device, cache_bytes),
             model_of(walk.arch, written, device, cache_bytes),
             torch.from_numpy(windows.tokens).long(),
-            lambda n_rows, length, width: walk.stores.new(n_rows, length, width, 3),
+            walk.stores.new,
             on_layer=lambda layer: walk.on_event(ValidationProgress(layer + 1, walk.arch.n_layers)),
         )
     return _result(output, wanted, summarise(scores))

@@ -15,7 +15,7 @@ from quantkit.calibrate.hidden_states import RowStore, load
 from quantkit.calibrate.stream import embed
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.safetensors_writer import disk_errors, sync_directory
-from quantkit.pipeline.machine import SCRATCH_STORES, Stores
+from quantkit.pipeline.machine import Stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,13 @@ class Streams:
 
 
 class StreamFiles:
-    """Saves and loads the streams of one job in ``folder``. ``two``: an unquantised stream goes along."""
+    """Saves and loads the streams of one job in ``folder``. ``two``: an unquantised stream goes along;
+    ``scratch_dtype``: of the stores within a layer."""
 
-    def __init__(self, folder: Path, stores: Stores, *, two: bool) -> None:
+    def __init__(self, folder: Path, stores: Stores, *, two: bool, scratch_dtype: torch.dtype = torch.float32) -> None:
         self._folder = folder
         self._stores = stores
+        self._scratch_dtype = scratch_dtype
         self._count = 2 if two else 1
         self._shape = (0, 0)
 
@@ -51,7 +53,7 @@ class StreamFiles:
         for scratch in self._folder.glob("scratch-*"):
             scratch.unlink()
         self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
-        stores = [self._new(arch.hidden_size) for _ in range(self._count)]
+        stores = [self._stores.new(*self._shape, arch.hidden_size) for _ in range(self._count)]
         done = [layer for layer in layers_done if isinstance(layer, int) and layer < arch.n_layers]
         if done:
             for number, store in enumerate(stores):
@@ -64,7 +66,7 @@ class StreamFiles:
 
     def scratch(self, width: int) -> RowStore:
         """A store for all tokens that lives within one layer."""
-        return self._new(width)
+        return self._stores.new(*self._shape, width, self._scratch_dtype)
 
     def save(self, streams: Streams, layer: int) -> None:
         """Bring the streams behind ``layer`` to the disk under their own name, complete or not at all."""
@@ -83,6 +85,3 @@ class StreamFiles:
 
     def _path(self, layer: int, number: int) -> Path:
         return self._folder / f"layer-{layer}-stream-{number}.f32"
-
-    def _new(self, width: int) -> RowStore:
-        return self._stores.new(self._shape[0], self._shape[1], width, self._count * (1 + SCRATCH_STORES))

@@ -9,24 +9,31 @@ to the residual. A layer's Hessians never exist all at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
+from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Stage, Sublayer
+from quantkit.arch.ops import linear
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.inputs import InputImportance, InputMoments, Inputs, shrunk, shrunk_to_diagonal, stacked
-from quantkit.calibrate.portions import EXPERT_CHUNK
-from quantkit.calibrate.stream import ExpertTokens, expert_hidden, forward_expert, row_batches
+from quantkit.calibrate.inputs import InputImportance, InputMoments, Inputs, shrunk, shrunk_to_diagonal
+from quantkit.calibrate.portions import EXPERT_CHUNK, at_once
+from quantkit.calibrate.stream import ExpertTokens, add_expert_output, expert_hidden, forward_expert, row_batches
 from quantkit.pipeline.hidden import Streams
-from quantkit.pipeline.outputs import Linears, OutputJob, any_quantised, any_wanted, needs_inputs, quantize_linears
+from quantkit.pipeline.outputs import (
+    Deliver,
+    Linears,
+    OutputJob,
+    any_quantised,
+    any_wanted,
+    needs_inputs,
+    quantize_linears,
+)
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers.batch import QuantizedBatch
-from quantkit.schemes import QuantizedTensor
 
 
 @dataclass(slots=True)
@@ -45,6 +52,8 @@ class LayerJob:
 
     ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to choosing them, for the statistics
     only.
+    ``deliver``: takes what was made to the sinks, now or later.
+    ``expect(names)``: hears which weights of routed experts will be read next.
     ``streams`` is None in a data-free conversion. ``experts_at_once``: how many experts of one shape are one batch.
     ``importance(names)``: what an imatrix file knows of the inputs of linears of one shape, on the device, for
     conversions without streams.
@@ -54,11 +63,12 @@ class LayerJob:
     weights: LayerWeights
     streams: Streams | None
     new_rows: Callable[[int], RowStore]
-    on_tensor: Callable[[int, QuantizedTensor], None]
+    deliver: Deliver
     on_stage: Callable[[str, int], None]
     device: torch.device
     experts_at_once: int
     min_expert_tokens: int
+    expect: Callable[[list[str]], None] = lambda names: None
     importance: Callable[[tuple[str, ...]], InputImportance | None] = lambda names: None
     counts: dict[str, list[ExpertCounts]] = field(default_factory=dict[str, list[ExpertCounts]])
 
@@ -72,6 +82,7 @@ class LayerJob:
 def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...]) -> None:
     """Quantise and write every linear of the layer that some output quantises, and carry the streams through it in
     place."""
+    _announce(job, (block for sublayer in sublayers for block in sublayer))
     for sublayer in sublayers:
         # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x
         # first.
@@ -89,6 +100,7 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...]) -> None:
 
 def quantize_without_inputs(job: LayerJob, blocks: tuple[Block, ...]) -> None:
     """The same for a data-free conversion: no hidden states, each linear alone."""
+    _announce(job, blocks)
     for block in blocks:
         if isinstance(block, DenseBlock):
             for name in (name for stage in block.stages for group in stage.groups for name in group.linears):
@@ -98,45 +110,58 @@ def quantize_without_inputs(job: LayerJob, blocks: tuple[Block, ...]) -> None:
         for experts in _expert_batches(job, block):
             for names in (block.gates, block.ups, block.downs):
                 linears = _linears(job, names, experts)
-                quantize_linears(job.outputs, (linears,), job.importance(linears.names), job.on_tensor)
+                quantize_linears(job.outputs, (linears,), job.importance(linears.names), job.deliver)
+
+
+def _announce(job: LayerJob, blocks: Iterable[Block]) -> None:
+    routed = (block for block in blocks if isinstance(block, ExpertBlock))
+    batches = ((block, experts) for block in routed for experts in _expert_batches(job, block))
+    parts = ((names, experts) for block, experts in batches for names in (block.gates, block.ups, block.downs))
+    job.expect([names[expert] for names, experts in parts for expert in experts])
 
 
 # Dense blocks
 
 
 def _quantize_dense(job: LayerJob, block: DenseBlock) -> None:
-    stores = job.hidden.stores()
-    width = job.weights.shape(block.output)[1]
-    contexts = tuple(job.new_rows(width) for _ in stores)
+    context = job.new_rows(job.weights.shape(block.output)[1])
     for stage in block.stages:
         last = stage is block.stages[-1]
-        needed = any(any_wanted(job.outputs, group.linears) for group in stage.groups)
-        if not (needed or last):
+        if not (last or any(any_wanted(job.outputs, group.linears) for group in stage.groups)):
             continue
-        moments: list[InputMoments] | None = None
-        for start, stop in row_batches(job.hidden.x):
-            inputs = [
-                stage.inputs(weights, store.read(start, stop).to(job.device))
-                for weights, store in zip(job.weights.by_stream(len(stores)), stores, strict=True)
-            ]
-            if moments is None:
-                moments = [
-                    InputMoments.like(x, cross=len(stores) > 1, full=needs_inputs(job.outputs, group.linears))
-                    for x, group in zip(inputs[0], stage.groups, strict=True)
-                ]
-            for number, group in enumerate(moments):
-                if needed:
-                    group.add(inputs[0][number], inputs[1][number] if len(inputs) > 1 else None)
-            if last:
-                for context, stream_inputs in zip(contexts, inputs, strict=True):
-                    context.write(start, stream_inputs[0])
-        assert moments is not None
+        moments = _moments_of_stage(job, stage, block.output, context if last else None)
         for group, sums in zip(stage.groups, moments, strict=True):
             _quantize_group(job, group, sums.stats())
-    for weights, store, context in zip(job.weights.by_stream(len(stores)), stores, contexts, strict=True):
-        _add_output(weights(block.output), store, context)
-        context.close()
+    weights, *_ = job.weights.by_stream(len(job.hidden.stores()))
+    _add_output(weights(block.output), job.hidden.x, context)
+    context.close()
     job.weights.forget()
+
+
+def _moments_of_stage(job: LayerJob, stage: Stage, output: str, context: RowStore | None) -> list[InputMoments]:
+    """The moments of each group's inputs over all rows. In the last stage ``context`` keeps what the output projection
+    reads of the calibrated stream, until that is quantised; the original stream takes its own at once."""
+    stores = job.hidden.stores()
+    original_output = job.weights.original(output) if context is not None and len(stores) == 2 else None
+    needed = any(any_wanted(job.outputs, group.linears) for group in stage.groups)
+    moments: list[InputMoments] = []
+    for start, stop in row_batches(job.hidden.x, job.device):
+        rows = [store.read(start, stop).to(job.device) for store in stores]
+        own, *others = (
+            stage.inputs(weights, x) for weights, x in zip(job.weights.by_stream(len(stores)), rows, strict=True)
+        )
+        moments = moments or [
+            InputMoments.like(x, cross=bool(others), full=needs_inputs(job.outputs, group.linears))
+            for x, group in zip(own, stage.groups, strict=True)
+        ]
+        for number, sums in enumerate(moments if needed else ()):
+            sums.add(own[number], others[0][number] if others else None)
+        if context is not None:
+            context.write(start, own[0])
+        if original_output is not None:
+            (_, original) = stores
+            original.write(start, rows[1] + linear(others[0][0], original_output).view_as(rows[1]))
+    return moments
 
 
 def _quantize_group(job: LayerJob, group: InputGroup, stats: Inputs | None) -> None:
@@ -147,7 +172,7 @@ def _quantize_group(job: LayerJob, group: InputGroup, stats: Inputs | None) -> N
         return
     batch = 1 if stats is None else len(stats.importance)
     linears = tuple(Linears((name,), _in_matrices(job.weights.read(name), batch)) for name in names)
-    for name, result in zip(names, quantize_linears(job.outputs, linears, stats, job.on_tensor), strict=True):
+    for name, result in zip(names, quantize_linears(job.outputs, linears, stats, job.deliver), strict=True):
         if result is not None:
             job.weights.carry(name, result)
 
@@ -167,7 +192,7 @@ def _note_importance(job: LayerJob, names: tuple[str, ...], stats: Inputs) -> No
 
 
 def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
-    for start, stop in row_batches(store):
+    for start, stop in row_batches(store, weight.device):
         rows, inputs = (part.read(start, stop).to(weight.device) for part in (store, context))
         store.write(start, rows + linear(inputs, weight))
 
@@ -199,19 +224,19 @@ def _route(job: LayerJob, block: ExpertBlock) -> _Routes:
     inputs_of = tuple(job.new_rows(store.width) for store in stores)
     full = needs_inputs(job.outputs, (*block.gates, *block.ups))
     pooled = InputMoments(job.hidden.x.width, cross=len(stores) > 1, device=job.device, full=full)
-    nearest = _Nearest(block.n_experts, job.min_expert_tokens)
+    nearest = _Nearest(block.n_experts, job.min_expert_tokens, job.hidden.x.device)
     chosen: list[list[Tensor]] = [[] for _ in stores]
     gates: list[list[Tensor]] = [[] for _ in stores]
-    for start, stop in row_batches(job.hidden.x):
+    for start, stop in row_batches(job.hidden.x, job.device):
         batch: list[Tensor] = []
         for number, (weights, store) in enumerate(zip(job.weights.by_stream(len(stores)), stores, strict=True)):
             h = block.inputs(weights, store.read(start, stop).to(job.device))
             routing = block.route(weights, h)
             inputs_of[number].write(start, h)
-            chosen[number].append(routing.indices.cpu())
-            gates[number].append(routing.weights.cpu())
+            chosen[number].append(routing.indices.to(store.device))
+            gates[number].append(routing.weights.to(store.device))
             if number == 0:
-                nearest.add(start * store.length, routing.scores.cpu(), routing.indices.cpu())
+                nearest.add(start * store.length, routing.scores.to(store.device), chosen[0][-1])
             batch.append(h)
         pooled.add(batch[0], batch[1] if len(batch) > 1 else None)
     streams = tuple(
@@ -225,15 +250,15 @@ class _Nearest:
     """For each expert the ``keep`` tokens with the highest scores among those that did not choose it, over all
     batches."""
 
-    def __init__(self, n_experts: int, keep: int) -> None:
+    def __init__(self, n_experts: int, keep: int, device: torch.device) -> None:
         self._keep = keep
-        self._scores = torch.full((n_experts, 0), -torch.inf)
-        self._tokens = torch.zeros(n_experts, 0, dtype=torch.int64)
+        self._scores = torch.full((n_experts, 0), -torch.inf, device=device)
+        self._tokens = torch.zeros(n_experts, 0, dtype=torch.int64, device=device)
 
     def add(self, first_token: int, scores: Tensor, chosen: Tensor) -> None:
         """scores (tokens, experts), chosen (tokens, top_k): a batch that begins at token ``first_token``."""
         others = scores.scatter(1, chosen, -torch.inf).T
-        numbers = torch.arange(first_token, first_token + len(scores)).expand(others.shape)
+        numbers = torch.arange(first_token, first_token + len(scores), device=scores.device).expand(others.shape)
         scores, tokens = torch.cat([self._scores, others], 1), torch.cat([self._tokens, numbers], 1)
         self._scores, best = scores.topk(min(self._keep, scores.shape[1]), dim=1)
         self._tokens = tokens.gather(1, best)
@@ -274,12 +299,16 @@ def _expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ..
 
 def _linears(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) -> Linears:
     chosen = tuple(names[expert] for expert in experts)
-    return Linears(chosen, torch.stack([job.weights.read(name) for name in chosen]))
+    weight = torch.empty(len(chosen), *job.weights.shape(chosen[0]), device=job.device)
+    for one, name in zip(weight, chosen, strict=True):
+        one.copy_(job.weights.read(name))
+    return Linears(chosen, weight)
 
 
 def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, experts: tuple[int, ...]) -> None:
     gate, up, down = (_linears(job, names, experts) for names in (block.gates, block.ups, block.downs))
     tokens = tuple(_tokens_for_statistics(routes, expert) for expert in experts)
+    new_gate, new_up = gate.weight, up.weight
     if any_wanted(job.outputs, (gate.names[0], up.names[0])):
         stats = _input_stats(job, routes, tokens, full=needs_inputs(job.outputs, (gate.names[0], up.names[0])))
         _note_expert_importance(job, (gate, up), stats)
@@ -287,32 +316,40 @@ def _quantize_expert_batch(job: LayerJob, block: ExpertBlock, routes: _Routes, e
             job.outputs,
             (gate, up),
             stats,
-            job.on_tensor,
+            job.deliver,
             lambda own, method: shrunk(own, routes.pooled, method.shrinkage[0]),
         )
         new_gate, new_up = _decoded(batches, (gate, up))
         del stats
-    else:
-        new_gate, new_up = gate.weight, up.weight
-    new_down = down.weight
-    if any_wanted(job.outputs, down.names):
-        hidden = _HiddenOf(block, (new_gate, new_up), (gate.weight, up.weight))
-        stats = _hidden_stats(job, routes, tokens, hidden, full=needs_inputs(job.outputs, down.names))
+    dtype = job.weights.dtype(gate.names[0])
+    original = _Experts(block, *(linears.weight.to(dtype) for linears in (gate, up, down)))
+    del gate, up
+    carried = original
+    if job.weights.carries_quantised:
+        carried = _Experts(block, new_gate.to(dtype), new_up.to(dtype), original.down)
+    del new_gate, new_up
+    down_wanted = any_wanted(job.outputs, down.names)
+    moments = _hidden_moments(job, original, full=needs_inputs(job.outputs, down.names)) if down_wanted else None
+    hidden = [_hidden(job, routes, carried, original, tokens[i], i, moments) for i in range(len(experts))]
+    if moments is not None:
+        stats = moments.stats()
         _note_expert_importance(job, (down,), stats)
         batches = quantize_linears(
             job.outputs,
             (down,),
             stats,
-            job.on_tensor,
+            job.deliver,
             lambda own, method: shrunk_to_diagonal(own, method.shrinkage[1]),
         )
-        (new_down,) = _decoded(batches, (down,))
-    for position, expert in enumerate(experts):
-        parts = ((new_gate, new_up, new_down), (gate.weight, up.weight, down.weight))
-        for stream, (g, u, d) in zip(
-            routes.streams, parts if job.weights.carries_quantised else parts[::-1], strict=False
-        ):
-            own = {block.gates[expert]: g[position], block.ups[expert]: u[position], block.downs[expert]: d[position]}
+        if job.weights.carries_quantised:
+            (new_down,) = _decoded(batches, (down,))
+            carried = replace(carried, down=new_down.to(dtype))
+        del stats, moments
+    for i, expert in enumerate(experts):
+        _carry_on(job, routes, expert, tokens[i], hidden[i], carried.down[i])
+        for stream in routes.streams[1:]:
+            own = {block.gates[expert]: original.gate[i], block.ups[expert]: original.up[i]}
+            own[block.downs[expert]] = original.down[i]
             forward_expert(block, own.__getitem__, expert, stream.tokens, stream.x, stream.h, job.device)
 
 
@@ -331,46 +368,82 @@ def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linear
     ]
 
 
-def _tokens_for_statistics(routes: _Routes, expert: int) -> Tensor:
-    own, _ = routes.streams[0].tokens.of_expert(expert)
-    return torch.cat([own, routes.borrowed[expert]]).sort().values
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Tokens of one expert: its own and the borrowed ones (n,) int64, rising, and their gate weights (n,), 0 of the
+    borrowed."""
+
+    token: Tensor
+    share: Tensor
+
+    def chunks(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tokens, shares) of as many as ``device`` takes at once."""
+        size = at_once(EXPERT_CHUNK, device)
+        return zip(self.token.split(size), self.share.split(size), strict=True)
 
 
-def _input_stats(job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...], *, full: bool) -> Inputs:
+def _tokens_for_statistics(routes: _Routes, expert: int) -> _Chosen:
+    own, share = routes.streams[0].tokens.of_expert(expert)
+    borrowed = routes.borrowed[expert]
+    token, order = torch.cat([own, borrowed]).sort()
+    return _Chosen(token, torch.cat([share, share.new_zeros(len(borrowed))])[order])
+
+
+def _input_stats(job: LayerJob, routes: _Routes, tokens: tuple[_Chosen, ...], *, full: bool) -> Inputs:
     """Moments of what each expert of a batch reads, (B, hidden, hidden)."""
     width, cross = routes.streams[0].h.width, len(routes.streams) > 1
-    sums = [InputMoments(width, cross=cross, device=job.device, full=full) for _ in tokens]
-    for moments, chosen in zip(sums, tokens, strict=True):
-        for part in chosen.split(EXPERT_CHUNK):
-            moments.add(*_gather(job, routes, part))
-    return stacked([moments.stats() for moments in sums])
+    moments = InputMoments(width, cross=cross, device=job.device, matrices=len(tokens), full=full)
+    for number, chosen in enumerate(tokens):
+        for part, _ in chosen.chunks(job.device):
+            moments.add(*_gather(job, routes, part), number)
+    return moments.stats()
 
 
 @dataclass(frozen=True, slots=True)
-class _HiddenOf:
-    """Gate and up of a batch of experts, (B, inter, hidden) each: quantised and original."""
+class _Experts:
+    """The weights that a stream computes with in a batch of experts: gate and up (B, inter, hidden), down (B, hidden,
+    inter)."""
 
     block: ExpertBlock
-    quantised: tuple[Tensor, Tensor]
-    original: tuple[Tensor, Tensor]
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def hidden(self, number: int, h: Tensor) -> Tensor:
+        """h (tokens, hidden) -> (tokens, inter) of one expert."""
+        return expert_hidden(self.block, self.gate[number], self.up[number], h)
 
 
-def _hidden_stats(
-    job: LayerJob, routes: _Routes, tokens: tuple[Tensor, ...], weights: _HiddenOf, *, full: bool
-) -> Inputs:
-    """Moments of what each expert's down projection reads, (B, inter, inter)."""
-    inter, cross = weights.original[0].shape[-2], len(routes.streams) > 1
-    sums = [InputMoments(inter, cross=cross, device=job.device, full=full) for _ in tokens]
-    carried = weights.quantised if job.weights.carries_quantised else weights.original
-    for i, (moments, chosen) in enumerate(zip(sums, tokens, strict=True)):
-        for part in chosen.split(EXPERT_CHUNK):
-            h, original = _gather(job, routes, part)
-            hidden = expert_hidden(weights.block, carried[0][i], carried[1][i], h)
-            other = None
-            if original is not None:
-                other = expert_hidden(weights.block, weights.original[0][i], weights.original[1][i], original)
-            moments.add(hidden, other)
-    return stacked([moments.stats() for moments in sums])
+def _hidden_moments(job: LayerJob, experts: _Experts, *, full: bool) -> InputMoments:
+    """Empty sums for what each down projection reads, (B, inter, inter)."""
+    count, inter, _ = experts.gate.shape
+    cross = len(job.hidden.stores()) > 1
+    return InputMoments(inter, cross=cross, device=job.device, matrices=count, full=full)
+
+
+def _hidden(
+    job: LayerJob,
+    routes: _Routes,
+    carried: _Experts,
+    original: _Experts,
+    tokens: _Chosen,
+    number: int,
+    moments: InputMoments | None,
+) -> list[Tensor]:
+    """What one expert's down projection reads in the carried stream, chunk by chunk of its tokens, and its moments."""
+    parts: list[Tensor] = []
+    for part, _ in tokens.chunks(job.device):
+        h, other = _gather(job, routes, part)
+        parts.append(carried.hidden(number, h))
+        if moments is not None:
+            moments.add(parts[-1], None if other is None else original.hidden(number, other), number)
+    return parts
+
+
+def _carry_on(job: LayerJob, routes: _Routes, expert: int, tokens: _Chosen, hidden: list[Tensor], down: Tensor) -> None:
+    """Add an expert's output to the residual of the carried stream."""
+    for (part, share), inputs in zip(tokens.chunks(job.device), hidden, strict=True):
+        add_expert_output(inputs, down, part, share, routes.streams[0].x)
 
 
 def _gather(job: LayerJob, routes: _Routes, tokens: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 
@@ -22,20 +23,23 @@ from quantkit.kernels.cuda import has_kernels
 
 DEFAULT_SHARE = 0.6
 """Of the physical memory, when no budget is given."""
-DEVICE_SHARE = 0.4
+DEVICE_SHARE = 0.6
 """Of a GPU's memory, for hidden states."""
+DEVICE_EXPERTS_SHARE = 0.25
+"""Of a GPU's memory, for experts that are quantised as one batch."""
+DEVICE_CACHE_SHARE = 0.05
+"""Of a GPU's memory, for weights of dense linears."""
 MOST_EXPERTS = 32
 """More experts at once gain nothing: a batch of this size fills the matrix products."""
-SCRATCH_STORES = 2
-"""Per stream beside the hidden states: a block's inputs, or its last stage's inputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Bytes for hidden states in memory, for float32 weights kept between batches of rows, and for the experts beside
-    the first that are quantised as one batch."""
+    """Bytes for hidden states in memory and on the GPU, for weights kept between batches of rows, and for the experts
+    beside the first that are quantised as one batch."""
 
     stores: int
+    device_stores: int
     cache: int
     experts: int
 
@@ -80,11 +84,16 @@ class Machine:
         return f"{torch.cuda.get_device_name(self.device)}{' with Triton' if kernels else ''}"
 
     @property
-    def device_store_bytes(self) -> int:
-        """What hidden states may take of a GPU's memory; nothing without one."""
+    def scratch_dtype(self) -> torch.dtype:
+        """Of what a block reads, kept for all tokens: bfloat16 where products are made in it."""
+        return torch.bfloat16 if has_kernels(torch.empty(0, device=self.device)) else torch.float32
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the GPU that computes; nothing without one."""
         if self.device.type != "cuda":
             return 0
-        return int(torch.cuda.get_device_properties(self.device).total_memory * DEVICE_SHARE)
+        return torch.cuda.get_device_properties(self.device).total_memory
 
     def share(self, working_bytes: int) -> Share:
         """Divide what the budget leaves beside ``working_bytes``, the least that the work needs.
@@ -98,7 +107,10 @@ class Machine:
                 f"{working_bytes / 2**30:.2f} GiB.",
                 hint="Raise --memory-budget, or use method rtn for the widest linears.",
             )
-        return Share(stores=int(spare * 0.5), cache=_LEAST_CACHE + int(spare * 0.15), experts=int(spare * 0.3))
+        experts, cache = int(spare * 0.3), _LEAST_CACHE + int(spare * 0.15)
+        if self.device_bytes:
+            experts, cache = int(self.device_bytes * DEVICE_EXPERTS_SHARE), int(self.device_bytes * DEVICE_CACHE_SHARE)
+        return Share(int(spare * 0.5), int(self.device_bytes * DEVICE_SHARE), cache, experts)
 
 
 class Stores:
@@ -107,19 +119,19 @@ class Stores:
 
     def __init__(self, folder: Path, budget: int, device: torch.device = CPU, device_budget: int = 0) -> None:
         self._folder = folder
-        self._budget = budget
-        self._device = device
-        self._device_budget = device_budget
+        self._places = ((device, device_budget), (CPU, budget))
+        self._made: WeakSet[MemoryRows] = WeakSet()
         self._numbers = count()
 
-    def new(self, n_rows: int, length: int, width: int, stores: int) -> RowStore:
-        """One of ``stores`` stores of this shape that will exist at the same time."""
-        nbytes = stores * n_rows * length * width * 4
-        if nbytes <= self._device_budget:
-            return MemoryRows(n_rows, length, width, self._device)
-        if nbytes <= self._budget:
-            return MemoryRows(n_rows, length, width)
-        return FileRows(self._folder / f"scratch-{next(self._numbers)}.f32", n_rows, length, width)
+    def new(self, n_rows: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> RowStore:
+        """A store in the best place that has room beside those still open."""
+        nbytes = n_rows * length * width * dtype.itemsize
+        for device, budget in self._places:
+            if nbytes + sum(store.nbytes for store in self._made if store.device == device) <= budget:
+                store = MemoryRows(n_rows, length, width, device, dtype)
+                self._made.add(store)
+                return store
+        return FileRows(self._folder / f"scratch-{next(self._numbers)}", n_rows, length, width, dtype)
 
 
 def peak_rss_bytes() -> int:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from quantkit.calibrate.inputs import Inputs, InputStats
 from quantkit.errors import CalibrationError, SchemeError
 from quantkit.pipeline.targets import Sink
 from quantkit.quantizers import Method
-from quantkit.quantizers.batch import QuantizedBatch
-from quantkit.schemes import ChosenScheme, QuantizedTensor
+from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+from quantkit.schemes import ChosenScheme
+
+Deliver = Callable[[int, QuantizedBatch, tuple[str, ...], tuple[int, ...]], None]
+"""(number of the output, what was made, names of the linears, tokens that each saw) -> to the output's sink."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,52 +41,63 @@ def quantize_linears(
     outputs: tuple[OutputJob, ...],
     group: tuple[Linears, ...],
     stats: Inputs | None,
-    on_tensor: Callable[[int, QuantizedTensor], None],
+    deliver: Deliver,
     shrink: Callable[[Inputs, Method], Inputs] = lambda stats, method: stats,
 ) -> tuple[QuantizedBatch | None, ...]:
-    """Quantise linears that the same inputs feed, for every output, and write them.
+    """Quantise linears that the same inputs feed, for every output, and ``deliver`` them.
 
     The factor of a method is made once for the group. Returns what the first output made of each, None where it keeps
-    the original. ``on_tensor(output, tensor)`` hears of each. ``shrink(stats, method)``: pulls the statistics of few
-    tokens as the method asks for, in place; what one method is given does not depend on the others. ``stats`` is
-    overwritten.
+    the original. ``shrink(stats, method)``: pulls the statistics of few tokens as the method asks for, in place; what
+    one method is given does not depend on the others. ``stats`` is overwritten.
     """
     first: list[QuantizedBatch | None] = [None] * len(group)
-    work = [
-        (method, number, position, scheme)
-        for number, output in enumerate(outputs)
-        for position, linears in enumerate(group)
-        if linears.names[0] in output.methods
-        for scheme, method in [output.methods[linears.names[0]]]
-    ]
+    work: dict[Method, dict[tuple[int, ChosenScheme], list[int]]] = {}
+    for number, output in enumerate(outputs):
+        for position, linears in enumerate(group):
+            if linears.names[0] in output.methods:
+                scheme, method = output.methods[linears.names[0]]
+                work.setdefault(method, {}).setdefault((number, scheme), []).append(position)
     # Methods overwrite what they are given, the last one may: so the one with a factor comes last.
-    methods = sorted(dict.fromkeys(method for method, *_ in work), key=lambda method: method.needs_inputs)
+    methods = sorted(work, key=lambda method: method.needs_inputs)
     for method in methods:
         own = stats if method == methods[-1] or not method.needs_inputs else _copy(stats)
         try:
             quantize = method.quantizer(None if own is None else shrink(own, method))
         except CalibrationError as error:
             raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
-        for _, number, position, scheme in (item for item in work if item[0] == method):
-            names = group[position].names
+        for (number, scheme), positions in work[method].items():
+            alike = [group[position] for position in positions]
             try:
-                batch = quantize(group[position].weight, scheme)
+                batches = _quantized(quantize, alike, scheme)
             except SchemeError as error:
-                raise SchemeError(f"{_largest(group[position])}: {error.message}", hint=error.hint) from error
-            for tensor in batch.tensors(names, (0,) * len(names) if stats is None else stats.n_tokens):
-                outputs[number].sink.write(tensor)
-                on_tensor(number, tensor)
-            if number == 0:
-                first[position] = batch
+                raise SchemeError(f"{_largest(alike)}: {error.message}", hint=error.hint) from error
+            for position, linears, batch in zip(positions, alike, batches, strict=True):
+                deliver(number, batch, linears.names, (0,) * len(linears.names) if stats is None else stats.n_tokens)
+                if number == 0:
+                    first[position] = batch
         del own, quantize  # a factor goes before the next is made
     return tuple(first)
 
 
-def _largest(linears: Linears) -> str:
+def _quantized(quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme) -> list[QuantizedBatch]:
+    """Each of the linears in ``scheme``. A GPU takes them one under the other: columns follow one another, so a sweep
+    over more rows takes hardly longer."""
+    if len(alike) == 1 or not alike[0].weight.is_cuda:
+        return [quantize(linears.weight, scheme) for linears in alike]
+    batch, start = quantize(torch.cat([linears.weight for linears in alike], 1), scheme), 0
+    parts: list[QuantizedBatch] = []
+    for linears in alike:
+        stop = start + linears.weight.shape[1]
+        parts.append(batch.rows(start, stop))
+        start = stop
+    return parts
+
+
+def _largest(alike: list[Linears]) -> str:
     """Name of the linear with the largest weight: what a scheme cannot hold is too large."""
-    if len(linears.names) == 1:
-        return linears.names[0]
-    return linears.names[int(linears.weight.abs().amax((-2, -1)).argmax())]
+    # One name for several matrices (the heads of a part) is the name of all of them.
+    sizes = [(float(one.weight[i].abs().max()), name) for one in alike for i, name in enumerate(one.names)]
+    return max(sizes)[1]
 
 
 def _copy(stats: Inputs | None) -> Inputs | None:

@@ -20,6 +20,7 @@ from quantkit.arch.base import Block, ExpertBlock, Role
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
+from quantkit.pipeline.background import AheadSource, Deliveries
 from quantkit.pipeline.copying import copy_kept, quantize_tables
 from quantkit.pipeline.decide import Action
 from quantkit.pipeline.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
@@ -32,13 +33,14 @@ from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_inputs
 from quantkit.pipeline.machine import Machine, Stores, Timer
 from quantkit.pipeline.memory import INTERPRETER_BYTES, check_free_disk, conversion_needs
-from quantkit.pipeline.outputs import OutputJob
+from quantkit.pipeline.outputs import Deliver, OutputJob
 from quantkit.pipeline.plan import OutputPlan, Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.targets import Sink
 from quantkit.pipeline.walk import Walk
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers import Method
+from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError, QuantizedTensor
 
 
@@ -90,8 +92,16 @@ def convert(
         sinks = tuple(_open_sink(folder, output, plan, opened.directory, journal) for output in plan.outputs)
         for sink in sinks:
             stack.callback(sink.close)
-        stores = Stores(folder.hidden, share.stores, machine.device, machine.device_store_bytes)
-        walk = Walk(plan, arch, opened, machine, folder, journal, stores, share, sinks, importance, on_event, Timer())
+        stores = Stores(folder.hidden, share.stores, machine.device, share.device_stores)
+        ahead = deliveries = None
+        if machine.device.type == "cuda":
+            ahead, deliveries = AheadSource(opened, machine.device), Deliveries(machine.device)
+            stack.callback(ahead.close)
+            stack.callback(deliveries.close)
+        walk = Walk(
+            plan, arch, opened, machine, folder, journal, stores, share, sinks, importance, on_event, Timer(),
+            ahead, deliveries,
+        )  # fmt: skip
         return _run(walk, rows, header, base_dir)
 
 
@@ -108,7 +118,12 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
             tables = _table_records(quantize_tables(walk, None))
             _sync(walk)
             walk.journal.append({"done": "outside", "tensors": tables})
-    files = StreamFiles(walk.folder.hidden, walk.stores, two=walk.plan.follows_original)
+    files = StreamFiles(
+        walk.folder.hidden,
+        walk.stores,
+        two=walk.plan.follows_original,
+        scratch_dtype=walk.machine.scratch_dtype,
+    )
     with walk.timer.stage("embeddings"):
         streams = None if rows is None else files.open(rows, walk.arch, walk.source, layers_done=done)
     for layer in layers:
@@ -127,11 +142,14 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
     records: list[list[object]] = []
     job = _layer_job(walk, layer, streams, files, blocks, records)
     _prefetch(walk, layer + 1)
+    _prefetch(walk, layer + 2)
     with walk.timer.stage("layers" if streams is not None else "layers without calibration"):
         if streams is None:
             quantize_without_inputs(job, blocks)
         else:
             quantize_layer(job, sublayers)
+        if walk.deliveries is not None:
+            walk.deliveries.drain()
     with walk.timer.stage("copy"):
         copy_kept(walk, layer)
         records += _table_records(quantize_tables(walk, layer))
@@ -156,19 +174,28 @@ def _layer_job(
     """What a layer needs of the walk. ``records`` fills with what the journal says of each quantised linear."""
     device, calibration = walk.machine.device, walk.plan.recipe.calibration
 
-    def on_tensor(output: int, tensor: QuantizedTensor) -> None:
-        records.append(_record(output, tensor.name, _told(walk, output, tensor)))
-        if output == 0:
-            nbytes = walk.plan.decision(tensor.name).source_nbytes
-            walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, nbytes))
+    def write(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
+        for tensor in batch.tensors(names, n_tokens):
+            walk.sinks[output].write(tensor)
+            records.append(_record(output, tensor.name, _told(walk, output, tensor)))
+            if output == 0:
+                nbytes = walk.plan.decision(tensor.name).source_nbytes
+                walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, nbytes))
 
+    deliver: Deliver = write
+    if (deliveries := walk.deliveries) is not None:
+
+        def later(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
+            deliveries.submit(partial(write, output, batch, names, n_tokens))
+
+        deliver = later
     carries_quantised = walk.plan.recipe.propagate == "quantized"
     return LayerJob(
         outputs=tuple(
             OutputJob(_methods(output), sink) for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True)
         ),
         weights=LayerWeights(
-            walk.source,
+            walk.source if walk.ahead is None else walk.ahead,
             walk.arch.parts(),
             carries_quantised=carries_quantised,
             cache_bytes=walk.share.cache,
@@ -176,11 +203,12 @@ def _layer_job(
         ),
         streams=streams,
         new_rows=files.scratch,
-        on_tensor=on_tensor,
+        deliver=deliver,
         on_stage=lambda stage, total: walk.on_event(StageStarted(stage, layer, total)),
         device=device,
         experts_at_once=_experts_at_once(walk, blocks),
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
+        expect=(lambda names: None) if walk.ahead is None else walk.ahead.expect,
         importance=(lambda names: None) if walk.importance is None else partial(walk.importance.of, device=device),
     )
 

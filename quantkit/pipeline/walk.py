@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from quantkit.arch.base import ModelArch
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.pipeline.background import AheadSource, Deliveries
 from quantkit.pipeline.events import OnEvent
 from quantkit.pipeline.folder import OutputFolder
 from quantkit.pipeline.importance import ImportanceFile
@@ -17,8 +18,9 @@ from quantkit.pipeline.targets import Sink
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """``sinks``: one for each output of the plan, in its order. ``share``: how the memory
-    budget is divided. ``importance``: an imatrix file in place of calibration text."""
+    """``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
+    ``importance``: an imatrix file in place of calibration text. ``ahead``, ``deliveries``: reading and writing beside
+    a GPU."""
 
     plan: Plan
     arch: ModelArch
@@ -32,3 +34,5 @@ class Walk:
     importance: ImportanceFile | None
     on_event: OnEvent
     timer: Timer
+    ahead: AheadSource | None = None
+    deliveries: Deliveries | None = None

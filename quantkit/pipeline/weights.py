@@ -1,20 +1,33 @@
-"""The weights of one layer on demand: original ones from the source, carried ones as the first output stores them."""
+"""The weights of one layer on demand: original ones from the source, carried ones as the first output stores them.
+
+The streams compute in float32; on a GPU with kernels, linears whose source is BF16 (or FP8, which decodes to it)
+compute in bfloat16, as runtimes do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quantkit.arch.base import LinearPart
 from quantkit.calibrate.weight_cache import WeightCache
+from quantkit.kernels.cuda import has_kernels
 from quantkit.quantizers.batch import QuantizedBatch
-from quantkit.tensors import TensorSource
+from quantkit.tensors import TensorInfo
+
+
+class WeightSource(Protocol):
+    """What `LayerWeights` needs of a source; tensors may lie anywhere."""
+
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+    def read(self, name: str) -> Tensor: ...
 
 
 class LayerWeights:
-    """Float32 weights by name for the two streams of a layer.
+    """Weights by name for the two streams of a layer.
 
     Dense linears are asked for once a batch of rows, so the latest of each stream are kept up to half of
     ``cache_bytes``.
@@ -24,7 +37,7 @@ class LayerWeights:
 
     def __init__(
         self,
-        source: TensorSource,
+        source: WeightSource,
         parts: Mapping[str, LinearPart],
         *,
         carries_quantised: bool,
@@ -35,9 +48,10 @@ class LayerWeights:
         self._parts = parts
         self._source = source
         self._device = device
+        self._keeps_bf16 = has_kernels(torch.empty(0, device=device))
         self._batches: dict[str, QuantizedBatch] = {}
         self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
-        self._original = WeightCache(self.read, cache_bytes // 2)
+        self._original = WeightCache(self._stored, cache_bytes // 2)
         self._carried = WeightCache(self._decoded, cache_bytes // 2)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -49,11 +63,15 @@ class LayerWeights:
         asked for once."""
         part = self._parts.get(name)
         if part is not None:
-            return part.take(self.original(part.whole))
+            return part.take(self.original(part.whole).float())
         return self._source.read(name).to(self._device).float()
 
+    def dtype(self, name: str) -> torch.dtype:
+        """In which the streams compute with this tensor."""
+        return torch.bfloat16 if self._keeps_bf16 and self._source.infos()[name].dtype == "BF16" else torch.float32
+
     def original(self, name: str) -> Tensor:
-        """The source's weight, float32 on the device."""
+        """The source's weight on the device."""
         return self._original(name)
 
     def carried(self, name: str) -> Tensor:
@@ -72,9 +90,12 @@ class LayerWeights:
             self._part_batches.setdefault(part.whole, {})[name] = batch
             self._carried.forget()
 
+    def _stored(self, name: str) -> Tensor:
+        return self._source.read(name).to(self._device, self.dtype(name))
+
     def _decoded(self, name: str) -> Tensor:
         if name in self._batches:
-            return self._batches[name].decode()[0]
+            return self._batches[name].decode()[0].to(self.dtype(name))
         whole = self._original(name).clone()
         for part, batch in self._part_batches[name].items():
             self._parts[part].put(whole, batch.decode().view(self._parts[part].shape))

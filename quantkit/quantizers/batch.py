@@ -28,8 +28,8 @@ def in_slices(weight: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """A slice. ``stored``: each (B, rows, ...); ``loss`` and ``norm`` (B,): of error and weight, as the method weighs
-    them."""
+    """A slice. ``stored``: each (B, rows, ...); ``loss`` and ``norm`` (B, rows): of error and weight, as the method
+    weighs them."""
 
     stored: Stored
     loss: Tensor
@@ -38,12 +38,13 @@ class QuantizedRows:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBatch:
-    """``stored``: as in `QuantizedTensor`, each with a leading dimension B; relative_loss (B,) float32; fallbacks: one
-    for each matrix, as in `QuantError`."""
+    """``stored``: as in `QuantizedTensor`, each with a leading dimension B; loss and norm (B, out) float32: of error
+    and weight, as the method weighs them; fallbacks: one for each matrix, as in `QuantError`."""
 
     scheme: ChosenScheme
     stored: Stored
-    relative_loss: Tensor
+    loss: Tensor
+    norm: Tensor
     fallbacks: tuple[str, ...]
 
     @classmethod
@@ -52,17 +53,27 @@ class QuantizedBatch:
         import torch
 
         stored = {key: torch.cat([part.stored[key] for part in slices], 1) for key in slices[0].stored}
-        loss, norm = (torch.stack(values).sum(0) for values in zip(*((s.loss, s.norm) for s in slices), strict=True))
-        return cls(scheme, stored, loss / norm.clamp_min(1e-30), fallbacks)
+        loss, norm = (torch.cat(values, 1) for values in zip(*((s.loss, s.norm) for s in slices), strict=True))
+        return cls(scheme, stored, loss, norm, fallbacks)
+
+    @property
+    def relative_loss(self) -> Tensor:
+        """(B,) float32: see `QuantError.relative_loss`."""
+        return self.loss.sum(1) / self.norm.sum(1).clamp_min(1e-30)
+
+    def rows(self, start: int, stop: int) -> QuantizedBatch:
+        """The linears that are rows [start, stop) of each matrix."""
+        stored = {key: value[:, start:stop] for key, value in self.stored.items()}
+        return QuantizedBatch(self.scheme, stored, self.loss[:, start:stop], self.norm[:, start:stop], self.fallbacks)
 
     def decode(self) -> Tensor:
         """(B, out, in) float32, as a runtime will compute with it."""
         return self.scheme.decode(**self.stored)
 
     def tensors(self, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> list[QuantizedTensor]:
-        """One `QuantizedTensor` for each matrix, on the CPU; a single name for several matrices (the heads of one
-        tensor) gets them one under the other."""
-        stored = {key: value.cpu() for key, value in self.stored.items()}
+        """One `QuantizedTensor` for each matrix, where it was made; a single name for several matrices (the heads of
+        one tensor) gets them one under the other."""
+        stored = self.stored
         if len(names) == 1:
             fallback = next((text for text in self.fallbacks if text), "")
             error = QuantError(float(self.relative_loss.mean()), max(n_tokens), fallback)

@@ -121,7 +121,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         from quantkit.quantizers.batch import QuantizedRows
 
         factor = prepared.factor
-        norm = ldlq.row_loss(weight, factor.hessian).sum(-1)
+        norm = ldlq.row_loss(weight, factor.hessian)
         target = weight
         if prepared.cross is not None:
             target = ldlq.towards_original(weight, prepared.cross, factor, self.cross)
@@ -129,9 +129,9 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         if isinstance(scheme, GgmlScheme) and not scheme.has_grid:
             vectors = scheme.vector_grid(target, importance)
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
-            return QuantizedRows(vectors.stored(), ldlq.row_loss(error, factor.hessian).sum(-1), norm)
+            return QuantizedRows(vectors.stored(), ldlq.row_loss(error, factor.hessian), norm)
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed)
         codes = ldlq.sweep(grid, target, factor)
         polished = ldlq.polish(grid, target, codes, factor.hessian, self.polish)
         stored = grid.stored(polished.codes, polished.scale, polished.offset)
-        return QuantizedRows(stored, polished.loss.sum(-1), norm)
+        return QuantizedRows(stored, polished.loss, norm)

@@ -73,7 +73,7 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         stored = scheme.rounded(weight, importance, points=grid_points(self), signed=self.signed)
         error = scheme.decode(**stored).sub_(weight)
         shares = 1.0 if prepared is None else prepared.unsqueeze(-2)
-        loss, norm = ((values.square() * shares).sum((-2, -1)) for values in (error, weight))
+        loss, norm = ((values.square() * shares).sum(-1) for values in (error, weight))
         return QuantizedRows(stored, loss, norm)
 
 

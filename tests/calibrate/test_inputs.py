@@ -8,11 +8,9 @@ import torch
 from quantkit.calibrate.inputs import (
     InputImportance,
     InputMoments,
-    Inputs,
     InputStats,
     shrunk,
     shrunk_to_diagonal,
-    stacked,
 )
 
 CPU = torch.device("cpu")
@@ -140,10 +138,12 @@ def test_methods_that_need_no_more_get_mean_squares_alone(heads: int) -> None:
 
 
 def importance_of(counts: tuple[int, ...]) -> InputImportance:
-    parts = [importance(n, seed) for seed, n in enumerate(counts)]
-    joined = stacked(list[Inputs](parts))
-    assert isinstance(joined, InputImportance)
-    return joined
+    sums = InputMoments(WIDTH, cross=False, device=CPU, full=False, matrices=len(counts))
+    for number, n in enumerate(counts):
+        sums.add(inputs(n, number)[0], None, number)
+    stats = sums.stats()
+    assert isinstance(stats, InputImportance)
+    return stats
 
 
 def importance(n: int, seed: int) -> InputImportance:
@@ -156,11 +156,17 @@ def importance(n: int, seed: int) -> InputImportance:
 
 def test_a_batch_of_experts_is_one_row_each() -> None:
     counts = (0, 4, 40)
-    whole, full = importance_of(counts), stacked([moments(n, seed) for seed, n in enumerate(counts)])
+    sums = InputMoments(WIDTH, cross=True, device=CPU, matrices=len(counts))
+    for number, n in enumerate(counts):
+        x, original = inputs(n, number)
+        sums.add(x, original, number)
+    whole, full, alone = importance_of(counts), sums.stats(), stats_of(counts)
     assert whole.n_tokens == full.n_tokens == counts
     assert isinstance(full, InputStats)
     assert full.cross is not None
-    assert full.hessian.shape == full.cross.shape == (3, WIDTH, WIDTH)
+    assert alone.cross is not None
+    torch.testing.assert_close(full.hessian, alone.hessian, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(full.cross, alone.cross, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(whole.importance, full.importance, rtol=1e-5, atol=1e-6)
     assert not whole.importance[0].any()
 

@@ -22,6 +22,7 @@ from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_i
 from quantkit.pipeline.outputs import Linears, OutputJob
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers import Gptq, Rtn
+from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import IntScheme, QuantizedTensor
 from quantkit.tensors import TensorInfo
 from tests.oracles.layer import Result, Settings, expected_statistics
@@ -153,12 +154,17 @@ class Case:
             weights=weights,
             streams=self.streams,
             new_rows=lambda width: self.store(torch.zeros(ROWS, LENGTH, width)),
-            on_tensor=lambda output, tensor: self.order.append(f"{output} {tensor.name}"),
+            deliver=self.deliver,
             on_stage=lambda stage, total: None,
             device=CPU,
             experts_at_once=self.experts_at_once,
             min_expert_tokens=self.min_tokens,
         )
+
+    def deliver(self, output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
+        for tensor in batch.tensors(names, n_tokens):
+            self.sinks[output].write(tensor)
+            self.order.append(f"{output} {tensor.name}")
 
     def store(self, rows: Tensor) -> RowStore:
         made: RowStore = MemoryRows(*rows.shape)
@@ -172,7 +178,7 @@ class Case:
         """Run the layer, noting the statistics that each linear's method is given."""
         real = layer_module.quantize_linears
 
-        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, on_tensor: Any, *shrink: Any) -> Any:
+        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, deliver: Any, *shrink: Any) -> Any:
             assert stats is not None
             raw = stats
             for linears in group:
@@ -186,7 +192,7 @@ class Case:
                     assert torch.equal(linears.weight[i], self.weights[name])
                     cross = None if stats.cross is None else stats.cross[i : i + 1].clone()
                     self.given[name] = InputStats(stats.hessian[i : i + 1].clone(), cross, stats.n_tokens[i : i + 1])
-            return real(outputs, group, raw, on_tensor, *shrink)
+            return real(outputs, group, raw, deliver, *shrink)
 
         job = self.job()
         with monkeypatch.context() as patch:

@@ -1,0 +1,417 @@
+"""One real MoE layer of DeepSeek V3 on one GPU, with the code that `quantkit convert` runs: seconds, memory, rates.
+
+    python benchmarks/moe_layer.py [--tokens 524288] [--folder /dev/shm/moe-layer] [--peers] [--out results/moe_layer.json]
+
+The layer (256 experts of 7168 x 2048, attention of 128 heads, shared expert) is written as a safetensors folder in FP8
+blocks: heavy-tailed random weights, a router whose bias is balanced as DeepSeek balances it. The hidden states are
+synthetic: correlated, with outlier channels and tokens of very different size. A layer's seconds go from the hidden
+states before it to the hidden states behind it and to the last packed byte in the output files; source and output lie
+in memory (--folder), so a disk's time comes on top where it is slower than the computation.
+
+Cases: GPTQ int4 g128 with activation order and the weighted scale search (what the peers do); the same with the cross
+term (a second, unquantised stream goes along); and the default, which polishes too. Stage times come from a run of
+their own with a synchronisation around every stage; their sum is a little more than the layer's time.
+`--peers` runs gptqmodel's and llm-compressor's own functions on one of the experts in the same process
+(`benchmarks/peers/on_gpu.py`). `--scale 8` divides the sizes, to try the script anywhere with a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from gptq_expert import machine, structured_weight
+from torch import Tensor
+
+from quantkit.arch import arch_of
+from quantkit.arch.base import ExpertBlock, ModelArch, TensorSpec
+from quantkit.calibrate.hidden_states import MemoryRows, RowStore
+from quantkit.calibrate.stream import row_batches
+from quantkit.formats import open_source
+from quantkit.formats.compressed_tensors import CompressedTensorsSink
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.planned import PlannedTensor
+from quantkit.formats.safetensors_writer import ShardWriter, layout_shards
+from quantkit.pipeline import layer as layer_module
+from quantkit.pipeline import outputs as outputs_module
+from quantkit.pipeline.background import AheadSource, Deliveries
+from quantkit.pipeline.hidden import Streams
+from quantkit.pipeline.layer import LayerJob, quantize_layer
+from quantkit.pipeline.machine import Machine
+from quantkit.pipeline.outputs import OutputJob
+from quantkit.pipeline.weights import LayerWeights
+from quantkit.quantizers import ldlq
+from quantkit.quantizers.batch import QuantizedBatch
+from quantkit.quantizers.gptq import Gptq
+from quantkit.schemes import IntScheme
+from quantkit.tensors import TensorInfo
+
+GPU = torch.device("cuda")
+SCHEME = IntScheme(bits=4, group_size=128)
+LENGTH = 2048
+BLOCK = 128
+MOE_LAYERS = 58
+EXPERTS = 256
+CASES = {
+    "gptq": Gptq(cross=0, polish=0),
+    "gptq with the cross term": Gptq(polish=0),
+    "default: cross term and 2 rounds of polish": Gptq(),
+}
+
+
+# The layer
+
+
+def layer_config(scale: int) -> dict[str, Any]:
+    """V3's config.json with one MoE layer and a small vocabulary."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "deepseek-v3-671b" / "config.json"
+    changes = {
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+        "vocab_size": 1024,
+        "hidden_size": 7168 // scale,
+        "moe_intermediate_size": 2048 // scale,
+        "num_attention_heads": 128 // scale,
+        "q_lora_rank": 1536 // scale // BLOCK * BLOCK or BLOCK,
+        "n_routed_experts": EXPERTS if scale == 1 else 32,
+    }
+    return {**json.loads(path.read_text()), **changes}
+
+
+def write_layer(folder: Path, config: dict[str, Any]) -> ModelArch:
+    """The checkpoint: FP8 blocks for linears, BF16 or F32 for the rest."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    arch = arch_of(config)
+    specs = list(arch.tensors())
+    writer = ShardWriter.open(folder, layout_shards(map(_stored, specs)))
+    for number, spec in enumerate(specs):
+        for name, tensor in _tensors(spec, number).items():
+            writer.write(name, 0, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    writer.finish()
+    return arch
+
+
+def _stored(spec: TensorSpec) -> tuple[TensorInfo, ...]:
+    if not spec.linear:
+        return (TensorInfo(spec.name, spec.shape, "F32" if spec.float32 else "BF16"),)
+    blocks = (-(-spec.shape[0] // BLOCK), -(-spec.shape[1] // BLOCK))
+    return (TensorInfo(spec.name, spec.shape, "F8_E4M3"), TensorInfo(f"{spec.name}_scale_inv", blocks, "F32"))
+
+
+def _tensors(spec: TensorSpec, seed: int) -> dict[str, Tensor]:
+    if len(spec.shape) == 1:
+        made = torch.zeros(spec.shape, device=GPU) if spec.float32 else torch.ones(spec.shape, device=GPU)
+        return {spec.name: made if spec.float32 else made.bfloat16()}
+    # Outputs as large as inputs: 0.02 times the square root of 7168 is 1.7.
+    weight = structured_weight(*spec.shape, seed) * (0.6 * (7168 / spec.shape[1]) ** 0.5)
+    if not spec.linear:
+        return {spec.name: weight.bfloat16()}
+    rows, columns = spec.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    scale = blocks.abs().amax((1, 3)) / 448
+    codes = (blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)[:rows, :columns]
+    return {spec.name: codes.to(torch.float8_e4m3fn).view(torch.uint8), f"{spec.name}_scale_inv": scale}
+
+
+def balance(folder: Path, arch: ModelArch, x: RowStore) -> None:
+    """Move the router's bias until experts get about equally many of some tokens (arXiv 2408.15664), in the file."""
+    (block,) = (b for sublayer in arch.sublayers(0) for b in sublayer if isinstance(b, ExpertBlock))
+    bias_name = next(spec.name for spec in arch.tensors() if spec.name.endswith("e_score_correction_bias"))
+    with open_source(folder) as source:
+        known = {name: source.read(name).to(GPU) for name in source.infos() if ".experts." not in name}
+        rows = x.read(0, 16)
+        step = 0.02
+        for _ in range(200):
+            indices = block.route(known.__getitem__, block.inputs(known.__getitem__, rows)).indices
+            counts = indices.flatten().bincount(minlength=block.n_experts).float()
+            known[bias_name] -= step * (counts - counts.mean()).sign()
+            step *= 0.98
+    writer = ShardWriter.open(folder, layout_shards(map(_stored, arch.tensors())))
+    writer.write(bias_name, 0, known[bias_name].cpu().numpy().tobytes())
+    writer.finish()
+
+
+def hidden_states(arch: ModelArch, tokens: int) -> tuple[RowStore, RowStore]:
+    """Before the layer: in the calibrated stream and, a little off, in the original one."""
+    width, rank = arch.hidden_size, arch.hidden_size // 8
+    stores = [MemoryRows(tokens // LENGTH, LENGTH, width, GPU) for _ in range(2)]
+    generator = torch.Generator(GPU).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=GPU)
+
+    directions = torch.linspace(0, -3, rank, device=GPU).exp()[:, None] * normal(rank, width) / rank**0.5
+    channels = (0.5 * normal(width)).exp()
+    channels[torch.randperm(width, generator=generator, device=GPU)[: max(1, width * 6 // 1000)]] *= 20
+    for start, stop in row_batches(stores[0], GPU):
+        count = (stop - start) * LENGTH
+        rows = (normal(count, rank) @ directions + 0.15 * normal(count, width)) * channels
+        rows *= (0.7 * normal(count, 1)).exp()
+        stores[1].write(start, rows)
+        stores[0].write(start, rows + 0.05 * rows.std(-1, keepdim=True) * normal(*rows.shape))
+    return stores[0], stores[1]
+
+
+# A run
+
+
+@dataclass
+class Stages:
+    """Exclusive seconds of each stage, with a synchronisation on either side."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    inner: list[float] = field(default_factory=list)
+
+    def timed(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, whose seconds count to ``label``, less those of stages inside it."""
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.inner.append(0.0)
+            result = function(*given, **named)
+            torch.cuda.synchronize()
+            whole = time.perf_counter() - start
+            self.seconds[label] = self.seconds.get(label, 0.0) + whole - self.inner.pop()
+            if self.inner:
+                self.inner[-1] += whole
+            return result
+
+        return wrapped
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Time the stages of `quantize_layer`."""
+        places = [
+            (layer_module, "_moments_of_stage", "dense: forward and moments"),
+            (layer_module, "_add_output", "dense: output"),
+            (layer_module, "_quantize_group", "dense: quantise (rest)"),
+            (layer_module, "_route", "route, pooled moments"),
+            (layer_module, "_linears", "experts: read, decode FP8"),
+            (layer_module, "_input_stats", "experts: moments of gate, up"),
+            (layer_module, "_hidden", "experts: hidden, moments of down"),
+            (layer_module, "_carry_on", "experts: down, scatter"),
+            (layer_module, "forward_expert", "experts: original stream"),
+            (outputs_module, "_quantized", "quantise (rest)"),
+            (ldlq, "factorize", "quantise: Cholesky"),
+            (ldlq, "towards_original", "quantise: targets of the cross term"),
+            (IntScheme, "grid", "quantise: scales"),
+            (ldlq, "sweep", "quantise: sweep"),
+            (ldlq, "polish", "quantise: polish (or loss)"),
+            (ldlq, "row_loss", "quantise: norms of the report"),
+        ]
+        with ExitStack() as stack:
+            for place, name, label in places:
+                stack.enter_context(patch.object(place, name, self.timed(label, getattr(place, name))))
+            yield
+
+
+@dataclass(frozen=True)
+class Setting:
+    arch: ModelArch
+    source: Fp8Source
+    x: RowStore
+    original: RowStore
+    out: Path
+    experts_at_once: int | None
+
+
+def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str, Any]:
+    """Quantise the layer once, from fresh copies of the hidden states."""
+    arch, machine_ = setting.arch, Machine.of("cuda", None)
+    linears = [spec for spec in arch.tensors() if spec.linear and spec.layer == 0]
+    shutil.rmtree(setting.out, ignore_errors=True)
+    setting.out.mkdir()
+    planned = [PlannedTensor(TensorInfo(spec.name, spec.shape, "BF16"), SCHEME, None) for spec in linears]
+    streams = Streams(_copy(setting.x), _copy(setting.original) if method.follows_original else None)
+    ahead, deliveries = AheadSource(setting.source, GPU), Deliveries(GPU)
+    sink = CompressedTensorsSink.open(setting.out, planned)
+    losses: list[float] = []
+
+    def write(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
+        for tensor in batch.tensors(names, n_tokens):
+            sink.write(tensor)
+            losses.append(tensor.error.relative_loss)
+
+    share = machine_.share(0)
+    inter = next(spec.shape[0] for spec in linears if ".experts.0.gate" in spec.name)
+    at_once = setting.experts_at_once or share.experts_at_once(arch, inter)
+    job = LayerJob(
+        outputs=(OutputJob({spec.name: (SCHEME, method) for spec in linears}, sink),),
+        weights=LayerWeights(ahead, arch.parts(), carries_quantised=True, cache_bytes=share.cache, device=GPU),
+        streams=streams,
+        new_rows=lambda width: MemoryRows(setting.x.n_rows, LENGTH, width, GPU, machine_.scratch_dtype),
+        deliver=lambda *made: deliveries.submit(partial(write, *made)),
+        on_stage=lambda stage, total: None,
+        device=GPU,
+        experts_at_once=at_once,
+        min_expert_tokens=256,
+        expect=ahead.expect,
+    )
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with stages.watching() if stages is not None else ExitStack():
+        quantize_layer(job, arch.sublayers(0))
+        torch.cuda.synchronize()
+        computed = time.perf_counter() - start
+        deliveries.drain()
+    seconds = time.perf_counter() - start
+    counts = [count.n_tokens for found in job.counts.values() for count in found]
+    result = {
+        "seconds": round(seconds, 3),
+        "of them waiting for the last bytes": round(seconds - computed, 3),
+        "peak bytes of GPU memory": torch.cuda.max_memory_allocated(),
+        "experts at once": at_once,
+        "tokens of an expert: least, median, most": [min(counts), int(statistics.median(counts)), max(counts)],
+        "mean relative loss": round(statistics.fmean(losses), 6),
+        "bytes written": sum(path.stat().st_size for path in setting.out.iterdir()),
+    }
+    for part in (ahead, deliveries, sink, streams):
+        part.close()
+    return result
+
+
+def _copy(store: RowStore) -> RowStore:
+    copy = MemoryRows(store.n_rows, store.length, store.width, GPU)
+    for start, stop in row_batches(store, GPU):
+        copy.write(start, store.read(start, stop))
+    return copy
+
+
+def measure(setting: Setting, repeats: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, method in CASES.items():
+        runs = [run_layer(setting, method, None) for _ in range(repeats + 1)][1:]  # the first compiles and pins
+        stages = Stages()
+        run_layer(setting, method, stages)
+        ordered = sorted(stages.seconds.items(), key=lambda item: -item[1])
+        results[name] = {
+            **sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2],
+            "all seconds": [run["seconds"] for run in runs],
+            "stages, synchronised": {label: round(seconds, 3) for label, seconds in ordered},
+        }
+        print(name, json.dumps(results[name], indent=1), flush=True)
+    return results
+
+
+def ceilings() -> dict[str, float]:
+    """What this card does: matrix products in bfloat16, TF32, and a copy of 4 GiB."""
+    a = torch.randn(8192, 8192, device=GPU)
+    b = a.bfloat16()
+    source, copy = (torch.empty(2**30, device=GPU) for _ in range(2))
+
+    def seconds(function: Callable[[], object]) -> float:
+        function()
+        torch.cuda.synchronize()
+        found: list[float] = []
+        for _ in range(5):
+            start = time.perf_counter()
+            function()
+            torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found)
+
+    tera = 2 * 8192**3 / 1e12
+    torch.set_float32_matmul_precision("high")
+    tf32 = tera / seconds(lambda: a @ a)
+    torch.set_float32_matmul_precision("highest")
+    return {
+        "bf16 TFLOP/s": round(tera / seconds(lambda: b @ b), 1),
+        "tf32 TFLOP/s": round(tf32, 1),
+        "copy GB/s, read and write": round(2 * source.nbytes / 1e9 / seconds(lambda: copy.copy_(source)), 1),
+    }
+
+
+def whole_model(layer_seconds: float, tokens: int) -> dict[str, Any]:
+    """All of V3 from one layer: what is computed, and what a disk adds."""
+    compute = MOE_LAYERS * layer_seconds
+    rates = {"7 GB/s": 7.0, "3 GB/s": 3.0}
+    moved = 688 + 349  # GB read in FP8 blocks, written as int4 g128
+    return {
+        "what": f"58 MoE layers as measured at {tokens:,} tokens; 3 dense layers and embeddings (2 % of the weights) "
+        "and validation are not in it; read 688 GB + write 349 GB at the stated rate of one disk for both",
+        "compute, minutes": round(compute / 60, 2),
+        **{
+            f"with a disk of {name}, minutes: overlapped / one after the other": [
+                round(max(compute, moved / rate) / 60, 2),
+                round((compute + moved / rate) / 60, 2),
+            ]
+            for name, rate in rates.items()
+        },
+    }
+
+
+def peers(setting: Setting, tokens: int) -> list[dict[str, Any]]:
+    """gptqmodel's and llm-compressor's own functions on the first expert."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from peers.on_gpu import peers_on_gpu
+
+    block = next(b for s in setting.arch.sublayers(0) for b in s if isinstance(b, ExpertBlock))
+    gate, up, down = (setting.source.read(names[0]).to(GPU) for names in (block.gates, block.ups, block.downs))
+    known = {n: setting.source.read(n).to(GPU) for n in setting.source.infos() if ".experts." not in n}
+    n_rows = min(setting.x.n_rows, max(1, tokens // LENGTH))
+    x = block.inputs(known.__getitem__, setting.x.read(0, n_rows)).bfloat16()[:tokens]
+    hidden = block.activate(x @ gate.T, x @ up.T)
+    found = peers_on_gpu(gate, up, down, x, hidden)
+    return [{key: value for key, value in row.items() if key != "weights"} for row in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=524_288)
+    parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--experts-at-once", type=int)
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/moe-layer"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "moe_layer.json")
+    arguments = parser.parse_args()
+    folder, tokens = arguments.folder, arguments.tokens
+    result: dict[str, Any] = {"what": __doc__.splitlines()[0], **machine(), "tokens": tokens, "ceilings": ceilings()}
+    start = time.perf_counter()
+    arch = write_layer(folder / "source", layer_config(arguments.scale))
+    x, original = hidden_states(arch, tokens)
+    balance(folder / "source", arch, x)
+    print(f"prepared in {time.perf_counter() - start:.0f} s", flush=True)
+    with open_source(folder / "source") as source:
+        # The originals wait in the processor's memory: only a run's own streams take the GPU's.
+        setting = Setting(arch, source, _away(x), _away(original), folder / "out", arguments.experts_at_once)
+        del x, original
+        result["layer"] = measure(setting, arguments.repeats)
+        for case, found in result["layer"].items():
+            result.setdefault("all of V3, extrapolated", {})[case] = whole_model(found["seconds"], tokens)
+        if arguments.peers:
+            result["peers, one expert"] = peers(setting, min(16_384, tokens))
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["all of V3, extrapolated"], indent=1), flush=True)
+    shutil.rmtree(folder)
+
+
+def _away(store: RowStore) -> RowStore:
+    copy = MemoryRows(store.n_rows, store.length, store.width)
+    for start, stop in row_batches(store, GPU):
+        copy.write(start, store.read(start, stop).cpu())
+    store.close()
+    return copy
+
+
+if __name__ == "__main__":
+    main()
