@@ -10,7 +10,7 @@ import os
 
 import typer
 
-from quantkit.cli import convert, evaluate, inspect, plan, recipes, report
+from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report
 
 app = typer.Typer(
     name="quantkit",
@@ -24,6 +24,7 @@ app.command("convert")(convert.convert)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("evaluate")(evaluate.evaluate)
+app.command("check")(check.check)
 app.command("report")(report.report)
 app.add_typer(recipes.app, name="recipes")
 

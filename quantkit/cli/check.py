@@ -1,0 +1,197 @@
+"""``quantkit check``: an evaluation against a committed baseline, for CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantkit.cli.outcome import REFUSED, refusals
+from quantkit.cli.render import table
+from quantkit.errors import EvaluationError, OutputError
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.check_verdict import Limits, Verdict
+
+
+def share(text: object) -> float:
+    """0.015 of "1.5%" or "0.015"; for typer, which hands defaults over as they are."""
+    word = str(text).strip()
+    try:
+        value = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"found {word[:40]!r}, needed a share such as 1.5% or 0.015")
+    return value
+
+
+def check(
+    evaluation: Annotated[Path, typer.Argument(metavar="EVALUATION", help="A file of `quantkit evaluate --out`.")],
+    baseline: Annotated[
+        Path, typer.Option("--baseline", "-b", metavar="FILE", help="What to hold it against: kept in the repository.")
+    ],
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", metavar="NAME", help="Look at this one only; may be repeated. Default: all."),
+    ] = None,
+    sigmas: Annotated[
+        float,
+        typer.Option(
+            "--sigmas",
+            min=1,
+            max=20,
+            metavar="N",
+            help="Standard deviations of a difference that are still luck: of the pairs of windows and of the seed.",
+        ),
+    ] = 4.0,
+    spread: Annotated[
+        float,
+        typer.Option(
+            "--spread",
+            parser=share,
+            metavar="SHARE",
+            help="Relative spread of the mean KL divergence of conversions that differ in their seed only.",
+        ),
+    ] = 0.015,
+    max_kld: Annotated[
+        float | None,
+        typer.Option("--max-kld", min=0, metavar="NATS", help="Also fail above this mean, whatever the baseline has."),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option(
+            "--max-perplexity-increase",
+            parser=share,
+            metavar="SHARE",
+            help="Also fail if the perplexity is so far above the reference's, whatever the baseline has.",
+        ),
+    ] = None,
+    max_size_increase: Annotated[
+        float,
+        typer.Option(
+            "--max-size-increase", parser=share, metavar="SHARE", help="How much larger than the baseline's tensors."
+        ),
+    ] = 0.001,
+    losses: Annotated[
+        bool,
+        typer.Option(
+            "--losses/--no-losses", help="Compare the loss of each linear, from quantkit.json beside the checkpoint."
+        ),
+    ] = True,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            "--markdown", metavar="FILE", help="Write a summary; also append it to $GITHUB_STEP_SUMMARY if that is set."
+        ),
+    ] = None,
+    update_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--update-baseline", help="Show what changed, then make the evaluation the baseline; exit with 0."
+        ),
+    ] = False,
+) -> None:
+    """Fail (exit code 1, a line for each regression) if an evaluation is worse than its baseline, beyond noise.
+
+    Both must be of the same text, windows and reference; anything else is refused.
+    """
+    from quantkit.evaluate.check_verdict import Limits
+
+    limits = Limits(
+        sigmas=sigmas,
+        spread=spread,
+        max_kld=max_kld,
+        max_perplexity_increase=max_perplexity_increase,
+        size_increase=max_size_increase,
+        losses=losses,
+    )
+    with refusals():
+        if update_baseline:
+            _update(evaluation, baseline, limits)
+            return
+        verdicts = _verdicts(evaluation, baseline, limits, candidate or ())
+        _write_reports(verdicts, junit, markdown)
+    typer.echo(verdicts_text(verdicts))
+    _show_regressions(verdicts)
+    if not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(REFUSED)
+
+
+def _verdicts(evaluation: Path, baseline: Path, limits: Limits, only: Sequence[str] = ()) -> tuple[Verdict, ...]:
+    from quantkit.evaluate.check import check as run
+    from quantkit.evaluate.check_baseline import check_comparable, read_baseline, read_conversions, read_evaluation
+
+    found, old = read_evaluation(evaluation), read_baseline(baseline)
+    check_comparable(found, old, baseline)
+    return run(found, old, limits, read_conversions(found, Path()) if limits.losses else {}, only)
+
+
+def _update(evaluation: Path, path: Path, limits: Limits) -> None:
+    """Make the evaluation the baseline, after a table of what that changes if there is one to compare with."""
+    from quantkit.evaluate.check_baseline import Baseline, by_name, read_conversions, read_evaluation
+
+    found = read_evaluation(evaluation)
+    names = ", ".join(by_name(found))
+    if path.exists():
+        try:
+            verdicts = _verdicts(evaluation, path, limits)
+        except EvaluationError as error:
+            typer.echo(f"the old baseline is no comparison: {error.message}")
+        else:
+            typer.echo(verdicts_text(verdicts) + "\n")
+    _write(path, Baseline(evaluation=found, conversions=read_conversions(found, Path())).to_json())
+    typer.echo(f"{path}: is the baseline of {names} now. Commit it.")
+
+
+def _write_reports(verdicts: Sequence[Verdict], junit: Path | None, markdown: Path | None) -> None:
+    from quantkit.evaluate.check_reports import junit_xml
+    from quantkit.evaluate.check_reports import markdown as summary
+
+    if junit is not None:
+        _write(junit, junit_xml(verdicts))
+    if markdown is not None:
+        _write(markdown, summary(verdicts))
+        step = os.environ.get("GITHUB_STEP_SUMMARY")
+        if step:
+            _write(Path(step), summary(verdicts), append=True)
+
+
+def _write(path: Path, text: str, *, append: bool = False) -> None:
+    try:
+        with path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
+
+
+def _show_regressions(verdicts: Sequence[Verdict]) -> None:
+    from quantkit.evaluate.check_reports import regression_lines
+
+    for line in regression_lines(verdicts):
+        typer.echo(f"worse: {line}", err=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def verdicts_text(verdicts: Sequence[Verdict]) -> str:
+    """A table for each candidate, its notes under it, and the outcome."""
+    blocks = [_verdict_text(verdict) for verdict in verdicts]
+    failed = sum(len(verdict.regressions) for verdict in verdicts)
+    total = sum(len(verdict.checks) for verdict in verdicts)
+    blocks.append(f"{failed} of {total} checks failed" if failed else f"all {total} checks passed")
+    return "\n\n".join(blocks)
+
+
+def _verdict_text(verdict: Verdict) -> str:
+    rows = [
+        (check.title, check.was, check.found, check.change, check.limit, "ok" if check.passed else "WORSE")
+        for check in verdict.checks
+    ]
+    head = (verdict.candidate, "baseline", "now", "change", "allowed", "")
+    return "\n".join([table(head, rows), *(f"note: {note}" for note in verdict.notes)])
