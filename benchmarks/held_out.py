@@ -3,12 +3,13 @@
     python benchmarks/held_out.py [--tokens 2048 4096 16384] [--seeds 2] [--experts 3]     # a GPU, DeepSeek V3's shapes
     python benchmarks/held_out.py --features 1024 --out 512 --device cpu --no-peers        # anywhere
 
-A layer of 16 experts. Inputs are made of shared directions with a falling spectrum and noise; 0.6 % of the channels are
-20 times as large (--outliers); token sizes are Student-t with 6 degrees of freedom (the hidden units' second moments
-need the fourth one of these). The layer's tokens come from 32 topics, each with its own mean and its own
-weighting of the directions; an expert sees its own mixture of topics (Dirichlet .3), all experts the same number of
+A layer of 16 experts. Inputs are made of directions with a falling spectrum and noise. 0.6 % of the channels are large,
+token sizes are Student-t with 6 degrees of freedom (the hidden units' second moments need the fourth one of these). The
+layer's tokens come from 32 topics. A topic has its own mean, its own weighting of the directions that all share, and
+directions that are its own; an expert sees its own mixture of topics (Dirichlet .3), all experts the same number of
 tokens. Calibration tokens are an expert's own; the held-out ones come from the same mixture. Rows of the weights differ
-in size and have tails.
+in size and have tails. --inputs 20:0.5 means: large channels are 20 times as large, and half of the energy lies in
+directions that are a topic's own; the less of it, the more an expert can learn from the layer's other tokens.
 
 Every method gets the same mean of x x^T in float32 and float32 weights with bfloat16 values. quantkit stores bfloat16
 scales, the peers' stay float32. Error: |(Q - W) X| / |W X| over the held-out tokens; means and standard errors over
@@ -52,6 +53,22 @@ THE_SETTING = "llm-compressor mse damp .1"
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Of inputs. outliers: size of the large channels; own: share of the energy in a topic's own directions."""
+
+    outliers: float
+    own: float
+
+    @classmethod
+    def of(cls, text: str) -> Kind:
+        outliers, own = text.split(":")
+        return cls(float(outliers), float(own))
+
+    def __str__(self) -> str:
+        return f"outliers x{self.outliers:g}, {self.own:.0%} in own directions"
+
+
+@dataclass(frozen=True)
 class Sizes:
     features: int
     out: int
@@ -64,18 +81,22 @@ class Sizes:
 class Layer:
     """Draws the inputs of a layer's experts."""
 
-    def __init__(self, sizes: Sizes, outliers: float, seed: int) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: Sizes, kind: Kind, seed: int) -> None:
+        self.sizes, self._kind = sizes, kind
         self._generator = torch.Generator(sizes.device).manual_seed(seed)
         d, rank = sizes.features, sizes.features // 8
         spectrum = torch.linspace(0, -3, rank, device=sizes.device).exp()
         self._directions = self._normal(rank, d) / rank**0.5
+        self._own_directions = self._normal(TOPICS if kind.own else 0, rank, d) / rank**0.5
         self._channels = (0.5 * self._normal(d)).exp()
         large = torch.randperm(d, generator=self._generator, device=sizes.device)[: max(1, d * 6 // 1000)]
-        self._channels[large] *= outliers
+        self._channels[large] *= kind.outliers
         self._latent_scale = spectrum * (0.5 * self._normal(TOPICS, rank)).exp()
         self._latent_mean = spectrum * self._normal(TOPICS, rank)
-        self._mixtures = torch.distributions.Dirichlet(torch.full((TOPICS,), 0.3)).sample((EXPERTS,)).to(sizes.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mixtures = torch.distributions.Dirichlet(torch.full((TOPICS,), 0.3)).sample((EXPERTS,))
+        self._mixtures = mixtures.to(sizes.device)
         sample = torch.cat([self.inputs(expert, 256).float() for expert in range(EXPERTS)])
         self._channels /= sample.square().mean().sqrt()
 
@@ -87,7 +108,13 @@ class Layer:
         topic = torch.multinomial(self._mixtures[expert], tokens, replacement=True, generator=self._generator)
         rank = self._latent_scale.shape[1]
         latent = self._latent_mean[topic] + self._latent_scale[topic] * self._normal(tokens, rank)
-        x = latent @ self._directions + 0.15 * self._normal(tokens, self.sizes.features)
+        x = latent @ self._directions
+        if self._kind.own:
+            x *= (1 - self._kind.own) ** 0.5
+            for number, directions in enumerate(self._own_directions):
+                of_topic = topic == number
+                x[of_topic] += self._kind.own**0.5 * (latent[of_topic] @ directions)
+        x += 0.15 * self._normal(tokens, self.sizes.features)
         size = (6 / self._normal(tokens, 6).square().sum(-1, keepdim=True)).sqrt()
         return (x * self._channels * size).bfloat16()
 
@@ -210,9 +237,9 @@ Errors = dict[str, dict[str, list[float]]]
 """Case -> method -> one for each expert and seed."""
 
 
-def run_seed(sizes: Sizes, arguments: argparse.Namespace, outliers: float, seed: int, errors: Errors) -> dict[str, str]:
+def run_seed(sizes: Sizes, arguments: argparse.Namespace, kind: Kind, seed: int, errors: Errors) -> dict[str, str]:
     found, of_pool, described = methods(arguments)
-    layer, counts = Layer(sizes, outliers, seed), sorted(sizes.tokens(n) for n in arguments.tokens)
+    layer, counts = Layer(sizes, kind, seed), sorted(sizes.tokens(n) for n in arguments.tokens)
     gate = [layer.weight(sizes.out, sizes.features) for _ in range(arguments.experts)]
     up = [layer.weight(sizes.out, sizes.features) for _ in range(arguments.experts)]
     down = [layer.weight(sizes.features, sizes.out) for _ in range(arguments.experts)]
@@ -239,11 +266,11 @@ def run_seed(sizes: Sizes, arguments: argparse.Namespace, outliers: float, seed:
         seen = count
         for expert in range(arguments.experts):
             problem = Problem(gate[expert], sums[expert] / seen, pool / (seen * EXPERTS), seen, held_out[expert])
-            solve(problem, found | of_pool, errors.setdefault(f"gate/up, {at_v3} tokens, outliers x{outliers:g}", {}))
+            solve(problem, found | of_pool, errors.setdefault(f"gate/up, {at_v3} tokens, {kind}", {}))
             test = hidden(expert, held_out[expert])
             problem = Problem(down[expert], hidden_sums[expert] / seen, None, seen, test)
             if arguments.down:
-                solve(problem, found, errors.setdefault(f"down, {at_v3} tokens, outliers x{outliers:g}", {}))
+                solve(problem, found, errors.setdefault(f"down, {at_v3} tokens, {kind}", {}))
     return described
 
 
@@ -303,7 +330,9 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=V3_FEATURES, help="inputs of gate and up")
     parser.add_argument("--out", type=int, default=2048, help="outputs of gate and up")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 16384], help="of an expert, at 7168")
-    parser.add_argument("--outliers", type=float, nargs="+", default=[20.0], help="size of the large channels")
+    parser.add_argument(
+        "--inputs", type=Kind.of, nargs="+", default=[Kind(20, 0.5)], metavar="OUTLIERS:OWN", help="kinds of inputs"
+    )
     parser.add_argument("--experts", type=int, default=3, help="of the 16, quantised")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -317,8 +346,8 @@ def main() -> None:
     sizes = Sizes(arguments.features, arguments.out, torch.device(arguments.device))
     errors: Errors = {}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    for outliers, seed in ((outliers, seed) for outliers in arguments.outliers for seed in seeds):
-        described = run_seed(sizes, arguments, outliers, seed, errors)
+    for kind, seed in ((kind, seed) for kind in arguments.inputs for seed in seeds):
+        described = run_seed(sizes, arguments, kind, seed, errors)
         result = {
             "what": __doc__.splitlines()[0],
             **machine(sizes.device),
