@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.check_baseline import Baseline, Conversion, by_name, windows_of
 from quantkit.evaluate.check_places import expert_check, layer_check, loss_checks
-from quantkit.evaluate.check_statistics import allowed, of_many, paired
+from quantkit.evaluate.check_statistics import Paired, allowed, of_many, paired
 from quantkit.evaluate.check_verdict import Check, Limits, Verdict, percent
 from quantkit.evaluate.document import Candidate, Evaluation
 
@@ -92,15 +92,16 @@ def _size(sides: _Sides, limits: Limits) -> Check:
 
 
 def _kld(sides: _Sides, limits: Limits) -> Check:
-    return _divergence("mean KLD", windows_of(sides.was).kld, windows_of(sides.found).kld, limits, limits.sigmas, 1)
+    pair = paired(windows_of(sides.was).kld, windows_of(sides.found).kld)
+    return _divergence("mean KLD", pair, _allowed_kld(pair, limits, limits.sigmas, 1))
 
 
-def _divergence(
-    name: str, was: Sequence[float], found: Sequence[float], limits: Limits, sigmas: float, times: float
-) -> Check:
-    """Paired windows. ``times``: how much wider than the whole text's its spread from seed to seed is."""
-    pair = paired(was, found)
-    limit = allowed(pair, sigmas, math.hypot(times * limits.spread * pair.was, limits.divergence_floor))
+def _allowed_kld(pair: Paired, limits: Limits, sigmas: float, times: float) -> float:
+    """``times``: how much wider than the whole text's the spread from seed to seed is."""
+    return allowed(pair, sigmas, math.hypot(times * limits.spread * pair.was, limits.divergence_floor))
+
+
+def _divergence(name: str, pair: Paired, limit: float) -> Check:
     return Check(
         name=name,
         was=f"{pair.was:.5f} nats",
@@ -124,7 +125,7 @@ def _absolute(sides: _Sides, limits: Limits) -> Iterator[Check]:
             passed=found.kld.mean <= limits.max_kld,
         )
     if limits.max_perplexity_increase is not None:
-        before, after = (math.expm1(scores.log_ratio.mean) for scores in (was, found))
+        before, after = (_ratio(scores.log_ratio.mean) for scores in (was, found))
         yield Check(
             name="perplexity above the reference's",
             was=percent(before),
@@ -135,7 +136,8 @@ def _absolute(sides: _Sides, limits: Limits) -> Iterator[Check]:
 
 
 def _perplexity(sides: _Sides, limits: Limits) -> Check:
-    pair = paired(windows_of(sides.was).loss, windows_of(sides.found).loss)
+    ratio = sides.was.result.overall.log_ratio  # its scatter, and not the loss's, which is that of the text
+    pair = replace(paired(windows_of(sides.was).loss, windows_of(sides.found).loss), own_error=ratio.standard_error)
     spread = limits.spread * limits.loss_times * abs(sides.was.result.overall.kld.mean)
     limit = allowed(pair, limits.sigmas, math.hypot(spread, limits.divergence_floor))
     before, after = sides.was.result.overall.perplexity.mean, sides.found.result.overall.perplexity.mean
@@ -143,16 +145,21 @@ def _perplexity(sides: _Sides, limits: Limits) -> Check:
         name="perplexity",
         was=f"{before:.4f}",
         found=f"{after:.4f}",
-        change=percent(math.expm1(pair.change), 2),
-        limit=percent(math.expm1(limit), 2),
+        change=percent(_ratio(pair.change), 2),
+        limit=percent(_ratio(limit), 2),
         passed=pair.change <= limit,
         detail=f"{pair.change:+.5f} ± {pair.standard_error:.5f} nats",
         better=pair.change < -limit,
     )
 
 
+def _ratio(nats: float) -> float:
+    """How much larger a perplexity is whose logarithm is larger by ``nats``."""
+    return math.expm1(min(nats, 700.0))
+
+
 def _domains(sides: _Sides, domains: Sequence[str], limits: Limits) -> Iterator[Check]:
-    """The KLD of each domain of several."""
+    """The KLD of each domain, if there are several: one line, of the worst."""
     rows: dict[str, list[int]] = {}
     for row, domain in enumerate(domains):
         rows.setdefault(domain, []).append(row)
@@ -160,7 +167,13 @@ def _domains(sides: _Sides, domains: Sequence[str], limits: Limits) -> Iterator[
         return
     was, found = windows_of(sides.was).kld, windows_of(sides.found).kld
     sigmas = of_many(limits.sigmas, len(rows))
+    checks: list[tuple[float, Check]] = []
     for domain, own in rows.items():
-        if len(own) > 1:
-            before, after = ([values[row] for row in own] for values in (was, found))
-            yield _divergence(f"KLD of {domain}", before, after, limits, sigmas, limits.domain_times)
+        pair = paired(*([values[row] for row in own] for values in (was, found)))
+        if pair.windows > 1:
+            limit = _allowed_kld(pair, limits, sigmas, limits.domain_times)
+            checks.append((pair.change / limit, replace(_divergence("KLD of a domain", pair, limit), place=domain)))
+    checks.sort(key=lambda entry: -entry[0] if math.isfinite(entry[0]) else -math.inf)
+    others = [f"{check.place} {check.change}" for _, check in checks[1:] if not check.passed]
+    for _, worst in checks[:1]:
+        yield replace(worst, detail=f"also {', '.join(others)}") if others else worst

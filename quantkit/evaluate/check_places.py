@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from quantkit.evaluate.check_baseline import Conversion
-from quantkit.evaluate.check_statistics import Paired, allowed, of_many, paired, robust_spread
+from quantkit.evaluate.check_statistics import Paired, allowed, of_many, paired
 from quantkit.evaluate.check_verdict import Check, Limits, percent
 from quantkit.evaluate.document import Layer, Windows
 
@@ -23,6 +23,8 @@ SHOWN = 4
 """Experts or linears in one line."""
 PEERS = 8
 """So many of a kind have a median that one of them does not move."""
+UNEVEN = 0.1
+"""What all of a kind share, they do not share evenly: of the median's log growth this share is spread."""
 _EPSILON = 1e-7
 """Added to errors, root of the sum of squares, before their logarithm: nothing is worse by a factor of nothing."""
 
@@ -111,10 +113,10 @@ def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterato
     }
     if len(growth) < PEERS:
         return
-    middle, spread = median(growth.values()), robust_spread(list(growth.values()))
+    middle = median(growth.values())
     for expert, grown in growth.items():
         own = math.hypot(math.sqrt(2) * limits.expert_spread, limits.expert_tokens / math.sqrt(tokens[expert]))
-        bound = sigmas * max(own, spread)
+        bound = sigmas * math.hypot(own, UNEVEN * middle)
         name = f"layer {was.layer} expert {expert}"
         yield _Place(name, before[expert], after[expert], grown - middle, bound)
 
@@ -187,9 +189,9 @@ def _linears(
     for names in kinds.values():
         grown = [growth[name] for name in names]
         peers = len(names) >= PEERS
-        middle, spread = (median(grown), robust_spread(grown)) if peers else (0.0, 0.0)
+        middle = median(grown) if peers else 0.0
         own = math.sqrt(2) * (limits.linear_spread if peers else math.hypot(limits.linear_spread, limits.kind_spread))
         for name in names:
-            bound = sigmas * max(own, spread)
+            bound = sigmas * math.hypot(own, UNEVEN * middle)
             places.append(_Place(name, was.losses[name], found.losses[name], growth[name] - middle, bound))
     return places
