@@ -3,7 +3,8 @@
     minimise  sum importance * (weight - (scale * level[code] + offset))**2
 
 `fit` finds the scales, `encode` the nearest codes for them. Processors run the compiled kernels of
-`quantkit.kernels.ggml_fit`; other devices run `ggml_search`, the same search in torch, which is also the reference.
+`quantkit.kernels.ggml_fit`, GPUs those of `quantkit.kernels.ggml_fit_triton`; without them, `ggml_search` is the same
+search in torch, which is also the reference.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import SchemeError
+from quantkit.kernels.cuda import has_kernels
 from quantkit.kernels.ggml_constants import HALF_MAX
 from quantkit.schemes.ggml_measure import matters, nearest_codes, shares
 from quantkit.schemes.ggml_search import search
@@ -36,6 +38,8 @@ def fit(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Bl
     each input), one for each matrix; None: all equal. Raises `SchemeError` for weights that are not finite or too large
     for float16 scales, and for an importance that is negative or not finite.
     """
+    if has_kernels(weight):
+        return _fit_on_gpu(kind, weight, importance)
     if weight.device.type != "cpu":
         return fit_in_torch(kind, weight, importance)
     from quantkit.kernels.ggml_fit import fit_blocks
@@ -49,6 +53,27 @@ def fit(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Bl
     return _shaped(BlockParams(d, dmin, sub_scale, sub_min), weight)
 
 
+def _fit_on_gpu(kind: BlockType, weight: Tensor, importance: Tensor | None) -> BlockParams:
+    from quantkit.kernels.ggml_fit_triton import fit_blocks
+
+    check(kind, weight, importance)
+    matrices = weight.detach().reshape(-1, *weight.shape[-2:])
+    found = fit_blocks(
+        matrices,
+        _normalised(matrices, importance),
+        block=kind.block,
+        group=kind.group,
+        levels=tuple(sorted(set(kind.levels))),
+        shares=shares(kind),
+        matters=matters(kind),
+        sub_scale=kind.sub_scale,
+        sub_min=kind.sub_min,
+        has_offset=bool(kind.offset),
+        powers_of_two=kind.name == "MXFP4",
+    )
+    return _shaped(BlockParams(*found), weight)
+
+
 def fit_in_torch(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> BlockParams:
     """`fit` on the weight's own device. On a processor it is slow: there the tests compare `fit` with it."""
     check(kind, weight, importance)
@@ -59,6 +84,12 @@ def fit_in_torch(kind: BlockType, weight: Tensor, importance: Tensor | None = No
 def encode(kind: BlockType, weight: Tensor, params: BlockParams) -> Tensor:
     """The nearest level for the stored scales. weight (..., out, in) float32 -> codes (..., out, in) uint8, indices of
     ``kind.levels``; 0 is as good as any in a group whose scale is 0."""
+    if has_kernels(weight):
+        from quantkit.kernels.ggml_fit_triton import encode_blocks as encode_on_gpu
+
+        levels = tuple(sorted(set(kind.levels)))
+        mirrored = kind.levels[0] != levels[0]
+        return encode_on_gpu(levels, weight.detach(), params.scale(), params.offset(), mirrored=mirrored)
     if weight.device.type != "cpu":
         return nearest_codes(kind, weight, params)
     from quantkit.kernels.ggml_fit import encode_blocks

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.kernels.cuda import has_kernels
 from quantkit.schemes.ggml_types import BlockParams, BlockType
 
 CPU_SLICE = 1 << 20
 """Weights treated at a time: a slice stays in the caches through all its passes. Smaller ones were slower."""
 DEVICE_SLICE = 1 << 24
 """The same on an accelerator, where a pass must be long: 64 MiB of float32."""
+WRITTEN_SLICE = 1 << 28
+"""The same where a kernel writes planes, without temporary copies: checks wait for the accelerator once a slice."""
 SIGN = 0x80
 """Turns a two's complement byte into an unsigned one, 128 higher."""
 E8M0_BITS_0 = 0x00200000
@@ -114,7 +117,7 @@ def pack(kind: BlockType, codes: Tensor, params: BlockParams) -> Tensor:
     blocks = codes.new_empty(*codes.shape[:-1], kind.row_bytes(codes.shape[-1]))
     n = codes.numel() // kind.block
     flat_codes, flat_params, flat_blocks = codes.reshape(n, kind.block), _flat(kind, params, n), _view(kind, blocks)
-    for part in _slices(kind, n, codes.device):
+    for part in _slices(kind, n, codes.device, WRITTEN_SLICE if _has_kernels(codes) else DEVICE_SLICE):
         _pack(kind, flat_codes[part], _rows(flat_params, part), flat_blocks[part])
     return blocks
 
@@ -151,8 +154,8 @@ def _view(kind: BlockType, blocks: Tensor) -> Tensor:
     return blocks.reshape(blocks.numel() // kind.nbytes, kind.nbytes)
 
 
-def _slices(kind: BlockType, n: int, device: torch.device) -> Iterator[slice]:
-    step = (CPU_SLICE if device.type == "cpu" else DEVICE_SLICE) // kind.block
+def _slices(kind: BlockType, n: int, device: torch.device, of_device: int = DEVICE_SLICE) -> Iterator[slice]:
+    step = (CPU_SLICE if device.type == "cpu" else of_device) // kind.block
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -251,6 +254,15 @@ def _read_planes(planes: tuple[Plane, ...], blocks: Tensor, numbers: Tensor) -> 
 def _write_planes(planes: tuple[Plane, ...], numbers: Tensor, blocks: Tensor) -> None:
     """The inverse of `_read_planes`."""
     numbers = numbers.contiguous()
+    if _has_kernels(blocks):
+        from quantkit.kernels.ggml_pack_triton import write_plane
+
+        for plane in planes:
+            write_plane(
+                numbers, blocks, start=plane.start, nbytes=plane.nbytes, bits=plane.bits, run=plane.run,
+                shift=plane.shift,
+            )  # fmt: skip
+        return
     for plane in planes:
         source, mask = _parts(plane, numbers), _mask(plane)
         packed = torch.zeros_like(source[:, :, 0], memory_format=torch.contiguous_format)
@@ -258,6 +270,10 @@ def _write_planes(planes: tuple[Plane, ...], numbers: Tensor, blocks: Tensor) ->
             bits = (source[:, :, part] >> plane.shift).bitwise_and_(mask)
             packed |= bits.bitwise_left_shift_(part * plane.bits)
         blocks[:, plane.start : plane.start + plane.nbytes] = packed.view(torch.uint8).view(-1, plane.nbytes)
+
+
+def _has_kernels(values: Tensor) -> bool:
+    return has_kernels(values.new_empty(0, dtype=torch.float32))
 
 
 def _chunks(plane: Plane, stored: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""The Triton kernels of ggml's block types against their twins in plain torch.
+
+On a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1, with Triton installed); skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.schemes import ggml_fit, ggml_layout
+from quantkit.schemes.ggml_fit import encode, fit, fit_in_torch
+from quantkit.schemes.ggml_layout import decode, pack, unpack
+from quantkit.schemes.ggml_measure import nearest_codes
+from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockParams, BlockType
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE = "cpu" if _INTERPRETED else "cuda"
+_ROWS = 6 if _INTERPRETED else 400
+_IN = 256 if _INTERPRETED else 1024
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(not (_INTERPRETED or torch.cuda.is_available()), reason="no GPU"),
+    pytest.mark.filterwarnings("ignore"),  # numpy's, under the interpreter
+]
+every_kind = pytest.mark.parametrize(
+    "kind", [kind for kind in BLOCK_TYPES.values() if kind.levels], ids=lambda kind: kind.name
+)
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    if not _INTERPRETED:
+        yield
+        return
+    with (
+        patch.object(ggml_fit, "has_kernels", lambda _: True),
+        patch.object(ggml_layout, "has_kernels", lambda _: True),
+    ):
+        yield
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    """Two matrices (2, rows, in) of each sort."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(2, _ROWS, _IN, generator=generator) * 0.02
+    spread = torch.randn(3, 2, _ROWS, _IN, generator=generator).square().sum(0).div(3).sqrt()
+    rare = torch.rand(2, _ROWS, _IN, generator=generator) < 0.005
+    sizes = torch.randn(2, _ROWS, 1, generator=generator)
+    sorts = {
+        "normal": normal,
+        "student": normal / spread,
+        "outliers": torch.where(rare, normal * 20, normal),
+        "one huge": torch.where(rare & (rare.cumsum(-1) == 1), 700.0, normal),
+        "positive": normal.abs() + 0.01,
+        "of many magnitudes": normal * (3 * sizes).exp(),
+        "small": normal * 1e-5,
+        "smaller than any float16": normal * 1e-7,
+        "subnormal": normal * 1e-38,
+        "constant rows": normal[..., :1].expand_as(normal),
+        "zero": torch.zeros_like(normal),
+    }
+    return {name: weight.to(_DEVICE).contiguous() for name, weight in sorts.items()}
+
+
+def importances() -> Tensor:
+    """(2, in), some of them 0."""
+    generator = torch.Generator().manual_seed(7)
+    spread = torch.empty(2, _IN).exponential_(generator=generator).square()
+    return (spread * (torch.rand(2, _IN, generator=generator) > 0.1)).to(_DEVICE)
+
+
+def error(kind: BlockType, weight: Tensor, params: BlockParams, importance: Tensor | None) -> float:
+    """Of what is stored, with the nearest codes."""
+    decoded = decode(kind, pack(kind, nearest_codes(kind, weight, params), params))
+    squared = (weight.double() - decoded.double()).square()
+    return float((squared if importance is None else squared * importance.double().unsqueeze(-2)).sum())
+
+
+@pytest.mark.parametrize("sort", weights())
+@every_kind
+def test_fit_leaves_the_twins_error(kind: BlockType, sort: str) -> None:
+    if _INTERPRETED and sort not in ("student", "one huge", "subnormal", "zero"):
+        pytest.skip("slow")
+    weight, importance = weights()[sort], importances()
+    found = fit(kind, weight, importance)
+    left, of_twin = (
+        error(kind, weight, params, importance) for params in (found, fit_in_torch(kind, weight, importance))
+    )
+    # Where two choices are nearly equal, rounding decides, either way; few weights make most of a heavy tail's error.
+    assert left == pytest.approx(of_twin, rel=3e-2 if _INTERPRETED else 1e-3, abs=1e-30)
+    for values, limits in ((found.sub_scale, kind.sub_scale), (found.sub_min, kind.sub_min)):
+        assert (values is None) == (limits is None)
+        assert values is None or values.dtype == torch.int16
+
+
+@every_kind
+def test_a_batch_is_its_matrices(kind: BlockType) -> None:
+    weight, importance = weights()["student"][:, :3], importances()
+    both = fit(kind, weight, importance)
+    for index in range(2):
+        alone = fit(kind, weight[index], importance[index])
+        for values, own in zip(members(both), members(alone), strict=True):
+            assert (values is None) == (own is None)
+            assert values is None or own is None or torch.equal(values[index], own)
+
+
+@every_kind
+def test_without_importance(kind: BlockType) -> None:
+    weight = weights()["normal"]
+    left, of_twin = (error(kind, weight, params, None) for params in (fit(kind, weight), fit_in_torch(kind, weight)))
+    assert left == pytest.approx(of_twin, rel=3e-2 if _INTERPRETED else 1e-3)
+
+
+@every_kind
+def test_codes_are_nearest(kind: BlockType) -> None:
+    weight = weights()["outliers"]
+    params = fit(kind, weight, importances())
+    codes, of_twin = encode(kind, weight, params), nearest_codes(kind, weight, params)
+    assert codes.dtype == torch.uint8
+    # A reciprocal in its last bit moves what lies in the middle between two levels.
+    assert (codes != of_twin).float().mean() <= (0 if _INTERPRETED else 1e-5)
+
+
+@every_kind
+def test_pack_writes_the_twins_bytes(kind: BlockType) -> None:
+    generator = torch.Generator().manual_seed(1)
+    n_blocks = 37
+    codes = torch.randint(len(kind.levels), (3, n_blocks * kind.block), generator=generator).to(torch.uint8).to(_DEVICE)
+
+    def integers(limits: tuple[int, int] | None) -> Tensor | None:
+        shape = (3, n_blocks * kind.groups)
+        return limits and torch.randint(limits[0], limits[1] + 1, shape, generator=generator).short().to(_DEVICE)
+
+    d = torch.randint(-20, 20, (3, n_blocks), generator=generator).to(_DEVICE).float()
+    d = d.exp2() if kind.name == "MXFP4" else d
+    params = BlockParams(d, d + 3 if kind.offset else None, integers(kind.sub_scale), integers(kind.sub_min))
+    blocks = pack(kind, codes, params)
+    with patch.object(ggml_layout, "has_kernels", lambda _: False):
+        assert torch.equal(blocks, pack(kind, codes, params))
+    again, _ = unpack(kind, blocks)
+    assert torch.equal(again, codes)
+
+
+@every_kind
+def test_nothing(kind: BlockType) -> None:
+    weight = torch.empty(2, 0, 512, device=_DEVICE)
+    params = fit(kind, weight)
+    assert params.d.shape == (2, 0, 512 // kind.block)
+    assert encode(kind, weight, params).shape == weight.shape
+
+
+def members(params: BlockParams) -> tuple[Tensor | None, ...]:
+    return params.d, params.dmin, params.sub_scale, params.sub_min
