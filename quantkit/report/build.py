@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from quantkit.report import checkpoint, figures, numbers, quality
-from quantkit.report.contents import Block, Card, Figure, Note, Report, Section, Table
+from quantkit.report import checkpoint, figures, numbers, provenance, quality
+from quantkit.report.contents import Card, Figure, Note, Report, Section, Table
 from quantkit.report.linears import expert_grid
 from quantkit.report.outcomes import Converted, Outcome, Outcomes
-from quantkit.report.provenance import provenance
 
 
 def report_of(found: Outcomes, title: str | None = None) -> Report:
@@ -19,6 +18,7 @@ def report_of(found: Outcomes, title: str | None = None) -> Report:
         cards=_cards(found),
         sections=tuple(_sections(found)),
         warnings=tuple(_warnings(found)),
+        groups=_groups(found),
     )
 
 
@@ -64,19 +64,20 @@ def _cards(found: Outcomes) -> tuple[Card, ...]:
         return tuple(_cards_of(found, found.outcomes[0]))
     smallest = min(found.outcomes, key=lambda outcome: outcome.nbytes)
     cards = [
-        Card("checkpoints", f"{len(found.outcomes):,}", _measured(found.outcomes)),
-        Card("smallest", numbers.size(smallest.nbytes), f"{smallest.label}, {smallest.bpw:.3f} bits per weight"),
+        Card("Checkpoints", f"{len(found.outcomes):,}", _measured(found.outcomes)),
+        Card("Smallest", numbers.size(smallest.nbytes), f"{smallest.label}, {smallest.bpw:.3f} bits per weight"),
     ]
     groups = quality.comparable(found.outcomes)
     if groups:
         group = max(groups, key=len)
         closest = min(group, key=lambda outcome: outcome.score.kld.mean if outcome.score else 0)
         assert closest.score is not None
-        cards.append(Card("smallest KLD", numbers.estimate(closest.score.kld), f"{closest.label}, nats per token"))
+        value, spread = numbers.parts(numbers.estimate(closest.score.kld))
+        cards.append(Card("Closest to the original", value, f"{closest.label}: mean KLD, nats per token", spread))
     floors = [e.document.noise_floor for e in found.evaluations if e.document.noise_floor is not None]
     if floors:
         value = numbers.number(floors[0].result.overall.kld.mean, 2)
-        cards.append(Card("noise floor", value, "KLD of the original against itself in bfloat16"))
+        cards.append(Card("Noise floor", value, "KLD of the original against itself in bfloat16"))
     return tuple(cards)
 
 
@@ -88,8 +89,8 @@ def _measured(outcomes: Sequence[Outcome]) -> str:
 def _cards_of(found: Outcomes, outcome: Outcome) -> list[Card]:
     """Headline numbers of one checkpoint."""
     cards = [
-        Card("size", numbers.size(outcome.nbytes), _size_note(found, outcome)),
-        Card("bits per weight", f"{outcome.bpw:.3f}", _bits_note(outcome)),
+        Card("Size", numbers.size(outcome.nbytes), _size_note(found, outcome)),
+        Card("Bits per weight", f"{outcome.bpw:.3f}", _bits_note(outcome)),
     ]
     score = outcome.score
     if score is not None:
@@ -98,18 +99,16 @@ def _cards_of(found: Outcomes, outcome: Outcome) -> list[Card]:
         if floor is not None:
             note = f"nats per token; noise floor {numbers.number(floor.result.overall.kld.mean, 2)}"
         change = numbers.percentage_estimate(quality.change(score.log_ratio), signed=True)
+        original = numbers.number(score.reference_perplexity.mean, 4)
+        measured = f"of {score.tokens:,} tokens in {score.windows:,} windows"
+        kld, kld_spread = numbers.parts(numbers.estimate(score.kld))
+        top, top_spread = numbers.parts(numbers.percentage_estimate(score.same_top))
         cards += [
-            Card("mean KL divergence", numbers.estimate(score.kld), note),
+            Card("Mean KL divergence", kld, note, kld_spread),
             Card(
-                "perplexity",
-                numbers.number(score.perplexity.mean, 4),
-                f"original {numbers.number(score.reference_perplexity.mean, 4)}; change {change}, paired",
+                "Perplexity", numbers.number(score.perplexity.mean, 4), f"original {original}; change {change}, paired"
             ),
-            Card(
-                "same top token",
-                numbers.percentage_estimate(score.same_top),
-                f"of {score.tokens:,} tokens in {score.windows:,} windows",
-            ),
+            Card("Same top token", top, measured, top_spread),
         ]
     return cards
 
@@ -145,19 +144,32 @@ def _sections(found: Outcomes) -> list[Section]:
         sections.append(quality.evaluation(evaluated, group))
     if not found.evaluations and len(found.outcomes) == 1:
         sections += _validation(found.outcomes[0])
-    shared = len(found.conversions) > 1
-    if shared:
+    several = len(found.conversions) > 1
+    if several:
         sections += _sizes(found.conversions)
     shown: list[object] = []
     for converted in found.conversions:
-        experts, recipe = expert_grid(converted.document), converted.document.recipe
-        group = converted.label if shared else ""
-        sections += checkpoint.sections(
-            converted, group, experts=experts not in shown, recipe=recipe not in shown
-        )  # fmt: skip
-        shown += [experts, recipe]
-    sections.append(provenance(found))
+        experts, recipe, text = (
+            expert_grid(converted.document),
+            converted.document.recipe,
+            converted.document.calibration,
+        )
+        group = converted.label if several else ""
+        sections += checkpoint.sections(converted, group, experts=experts not in shown, recipe=recipe not in shown)
+        sections.append(provenance.conversion(converted, group, text=text not in shown))
+        shown += [experts, recipe, text]
+    if found.evaluations:
+        sections.append(provenance.evaluations(found.evaluations))
     return sections
+
+
+def _groups(found: Outcomes) -> dict[str, str]:
+    """The headline numbers of each conversion in a line."""
+    notes: dict[str, str] = {}
+    for outcome in found.outcomes:
+        score = "" if outcome.score is None else f", KLD {numbers.estimate(outcome.score.kld)}"
+        notes.setdefault(outcome.label, f"{numbers.size(outcome.nbytes)}, {outcome.bpw:.3f} bits per weight{score}")
+    return notes
 
 
 def _validation(outcome: Outcome) -> list[Section]:
@@ -193,17 +205,27 @@ def _sizes(conversions: Sequence[Converted]) -> list[Section]:
             parts.append((converted.label, bytes_of))
     if not parts:
         return []
-    roles = list(dict.fromkeys(role for _, row in parts for role in row))
-    table = Table(
-        ("checkpoint", *roles),
-        tuple((label, *(numbers.size(row.get(role, 0)) for role in roles)) for label, row in parts),
-    )
+    largest = _largest_roles([row for _, row in parts])
+    shown = [(label, _with_rest(row, largest)) for label, row in parts]
+    roles = list(dict.fromkeys(role for _, row in shown for role in row))
+    rows = tuple((label, *(numbers.size(row.get(role, 0)) for role in roles)) for label, row in shown)
     figure = Figure(
         title="Bytes by role",
         how="What each checkpoint spends its bytes on.",
         alt=f"Stacked bars: bytes by role of {numbers.counted(len(parts), 'checkpoint')}.",
-        spec=figures.sizes_compared(parts),
-        table=table,
+        spec=figures.sizes_compared(shown),
+        table=Table(("checkpoint", *roles), rows),
     )
-    blocks: tuple[Block, ...] = (figure,)
-    return [Section("sizes", "Sizes side by side", blocks)]
+    return [Section("sizes", "Sizes side by side", (figure,))]
+
+
+def _largest_roles(rows: Sequence[Mapping[str, int]]) -> list[str]:
+    """As many roles as a plot has colours for, largest first; the last colour is for what remains."""
+    totals = {role: sum(row.get(role, 0) for row in rows) for row in rows for role in row}
+    return sorted(totals, key=lambda role: -totals[role])[: figures.PALETTE - 2]
+
+
+def _with_rest(row: Mapping[str, int], roles: Sequence[str]) -> dict[str, int]:
+    """Bytes of ``roles``, and of all others together."""
+    rest = sum(nbytes for role, nbytes in row.items() if role not in roles)
+    return {**{role: row.get(role, 0) for role in roles}, **({"other": rest} if rest else {})}

@@ -9,6 +9,7 @@ import yaml
 
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Block, Code, Figure, Note, Section, Table
+from quantkit.report.documents import RoleSize
 from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid, error_grid, expert_grid, worst
 from quantkit.report.outcomes import Converted
 
@@ -54,13 +55,19 @@ def _size(converted: Converted) -> list[Block]:
     largest = rows[0]
     figure = Figure(
         title="Size and bits per weight by role",
-        how=f"{largest.role} ({largest.stored_as}) takes {largest.nbytes / total:.0%} of the bytes: only changes there "
-        "change the size much. Scales and shapes are counted.",
+        how=_size_sentence(largest, largest.nbytes / total),
         alt="Bars: bytes of each role. The table has the same numbers.",
         spec=figures.sizes(rows),
         table=table,
     )
     return [figure]
+
+
+def _size_sentence(largest: RoleSize, share: float) -> str:
+    part = f"{largest.role} ({largest.stored_as})"
+    if share > 0.6:
+        return f"{part} takes {share:.0%} of the bytes: only changes there change the size much. Scales are counted."
+    return f"The largest part, {part}, takes {share:.0%} of the bytes. Scales are counted."
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -165,7 +172,7 @@ def _experts(converted: Converted) -> list[Block]:
     figure = Figure(
         title="Calibration tokens of each expert",
         how="Each cell is an expert. One that saw few tokens was quantised with little knowledge of its inputs; unseen "
-        f"ones stand out in red. {summary}",
+        f"ones have a cross. {summary}",
         alt=f"Heat map: {summary}",
         spec=figures.tokens(grid),
         table=_expert_table(grid),

@@ -15,11 +15,12 @@ can change its theme; texts are escaped for the subset of HTML that plotly under
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A headline number."""
+    """A headline number. ``spread``: what is shown smaller behind it, such as "± 0.0011"."""
 
     label: str
     value: str
     note: str = ""
+    spread: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,11 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The whole page."""
+    """The whole page. ``groups``: what is said beside the name of a checkpoint that has sections of its own."""
 
     title: str
     subtitle: str
     cards: tuple[Card, ...]
     sections: tuple[Section, ...]
-    warnings: tuple[Note, ...] = field(default=())
+    warnings: tuple[Note, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -1,5 +1,5 @@
 """Numbers -> plotly figures. Log axes where values span powers of ten; colours by name, so that a page can change its
-theme; sequential scales that the colour-blind can read (cividis)."""
+theme; sequential scales that the colour-blind can read (viridis)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ EDGES = tuple(10.0 ** (quarter / 4) for quarter in range(-28, 9))
 LABELLED = 14
 """Points of a plot that still have room for their names."""
 
-_LOG: Mapping[str, object] = {"type": "log", "exponentformat": "power", "dtick": 1, "minor": {"ticks": ""}}
+_POWERS = range(-9, 5)
+_LOG: Mapping[str, object] = {
+    "type": "log",
+    "tickvals": [10.0**power for power in _POWERS],
+    "ticktext": [
+        f"{10.0**power:g}" if power > -4 else "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        for power in _POWERS
+    ],
+}
 
 
 def text(value: str) -> str:
@@ -83,6 +91,7 @@ def pareto(outcomes: Sequence[Outcome], best: Sequence[Outcome], floor: float | 
 def _pareto_points(
     scored: Sequence[tuple[Outcome, Mean]], best: Sequence[Outcome], unit: float, unit_name: str
 ) -> Iterable[Mapping[str, object]]:
+    places = _label_places(scored)
     for on_front in (True, False):
         points = [(o, kld) for o, kld in scored if (o in best) == on_front]
         if points:
@@ -97,7 +106,7 @@ def _pareto_points(
                     "thickness": 1.2,
                 },
                 "text": [text(o.label) for o, _ in points],
-                "textposition": "top center",
+                "textposition": [places[id(o)] for o, _ in points],
                 "cliponaxis": False,
                 "marker": {
                     "size": 11,
@@ -108,6 +117,32 @@ def _pareto_points(
                 "hovertemplate": f"<b>%{{text}}</b><br>%{{x:.2f}} {unit_name}, %{{customdata[1]}} bits per weight"
                 "<br>KLD %{customdata[0]}<extra></extra>",
             }
+
+
+def _label_places(scored: Sequence[tuple[Outcome, Mean]]) -> dict[int, str]:
+    """Where each point's name stands so that names do not cover each other on a plot some 600 pixels wide."""
+    xs = [o.nbytes for o, _ in scored]
+    ys = [math.log10(kld.mean) if kld.mean > 0 else 0.0 for _, kld in scored]
+    wide, high = max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
+    points = [(450 * (x - min(xs)) / wide, 250 * (y - min(ys)) / high) for x, y in zip(xs, ys, strict=True)]
+    taken = [(x - 8, x + 8, y - 8, y + 8) for x, y in points]
+    places: dict[int, str] = {}
+    for (outcome, _), (x, y) in sorted(zip(scored, points, strict=True), key=lambda item: item[1]):
+        half = 3.5 * len(outcome.label)
+        boxes = {
+            "top center": (x - half, x + half, y + 9, y + 24),
+            "bottom center": (x - half, x + half, y - 24, y - 9),
+            "middle right": (x + 9, x + 9 + 2 * half, y - 8, y + 8),
+            "middle left": (x - 9 - 2 * half, x - 9, y - 8, y + 8),
+        }
+        place = min(boxes, key=lambda name: sum(_overlap(boxes[name], other) for other in taken))
+        taken.append(boxes[place])
+        places[id(outcome)] = place
+    return places
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
 
 
 def _padded(values: Sequence[float]) -> Mapping[str, object]:
@@ -226,8 +261,9 @@ def sizes(rows: Sequence[RoleSize]) -> Spec:
             "orientation": "h",
             "y": [f"{text(row.role)}<br><span style='font-size:0.8em'>{text(row.stored_as)}</span>" for row in rows],
             "x": [row.nbytes / unit for row in rows],
-            "text": [f"{numbers.size(row.nbytes)} · {_bpw(row):.3g} bpw" for row in rows],
-            "textposition": "outside",
+            "text": [f"{numbers.size(row.nbytes)} · {_bpw(row):.4g} bpw" for row in rows],
+            "textposition": ["inside" if 2 * row.nbytes > rows[0].nbytes else "outside" for row in rows],
+            "textangle": 0,
             "cliponaxis": False,
             "marker": {"color": "$c0"},
             "customdata": [[f"{row.parameters:,}", f"{row.tensors:,}", f"{row.nbytes / total:.1%}"] for row in rows],
@@ -238,8 +274,8 @@ def sizes(rows: Sequence[RoleSize]) -> Spec:
     layout = {
         "height": 110 + 44 * len(rows),
         "showlegend": False,
-        "xaxis": {"title": {"text": name}, "range": [0, 1.6 * most or 1], "nticks": 6},
-        "yaxis": {"type": "category", "autorange": "reversed"},
+        "xaxis": {"title": {"text": name}, "range": [0, 1.08 * most or 1], "nticks": 6},
+        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
         "bargap": 0.35,
     }
     return {"data": data, "layout": layout}
@@ -266,11 +302,12 @@ def sizes_compared(checkpoints: Sequence[tuple[str, Mapping[str, int]]]) -> Spec
         for number, role in enumerate(roles)
     ]
     layout = {
-        "height": 150 + 36 * len(checkpoints),
+        "height": 190 + 36 * len(checkpoints),
         "barmode": "stack",
+        "legend": {"traceorder": "normal"},
         "hovermode": "closest",
         "xaxis": {"title": {"text": name}},
-        "yaxis": {"type": "category", "autorange": "reversed"},
+        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
         "bargap": 0.35,
     }
     return {"data": data, "layout": layout}
@@ -310,57 +347,80 @@ def errors(grid: ErrorGrid) -> Spec:
             "colorbar": {**_log_ticks(known, percent=True), "title": {"text": "loss"}},
         }
     ]
-    return {"data": data, "layout": _map_layout(grid.layers, {"type": "category", "tickangle": -60}, 26)}
+    return {
+        "data": data,
+        "layout": _map_layout(
+            grid.layers, {"type": "category", "tickangle": -60}, 12 if len(grid.layers) > 16 else 30, 210
+        ),
+    }
 
 
 def tokens(grid: ExpertGrid) -> Spec:
-    """Tokens of each expert of each layer, on a log scale. Unseen experts are gaps, where the background shows."""
+    """Tokens of each expert of each layer, on a log scale. Unseen experts are crosses."""
     means = [sum(row) / len(row) if row else 0 for row in grid.tokens]
     seen = [count for count in grid.counts if count]
     width = max(len(row) for row in grid.tokens)
     padded = [row + (0,) * (width - len(row)) for row in grid.tokens]
+    gap = 1 if width <= 64 else 0
+    place = {"type": "heatmap", "x": list(range(width)), "y": list(grid.layers), "xgap": gap, "ygap": gap}
     data = [
         {
-            "type": "heatmap",
-            "x": list(range(width)),
-            "y": list(grid.layers),
+            **place,
             "z": [[math.log10(count) if count else None for count in row] for row in padded],
             "customdata": [
                 [[count, round(count / mean, 2) if mean else 0] for count in row]
                 for row, mean in zip(padded, means, strict=True)
             ],
-            "hoverongaps": True,
-            "hovertemplate": "layer %{y}, expert %{x}<br><b>%{customdata[0]:,} tokens</b>"
+            "hoverongaps": False,
+            "hovertemplate": "layer %{y}, expert %{x}<br><b>%{customdata[0]:,d} tokens</b>"
             "<br>%{customdata[1]} × the layer's mean<extra></extra>",
-            "xgap": 1 if width <= 64 else 0,
-            "ygap": 1 if width <= 64 else 0,
             "colorscale": "$heat",
             "colorbar": {**_log_ticks(seen, percent=False), "title": {"text": "tokens"}},
         }
     ]
-    experts = {"title": {"text": "expert"}, **_whole(range(width))}
-    layout = _map_layout(grid.layers, experts, 10 if len(grid.layers) > 16 else 26)
-    return {"data": data, "layout": {**layout, "plot_bgcolor": "$bad"}}
+    unseen = [
+        (x, layer) for row, layer in zip(grid.tokens, grid.layers, strict=True) for x, n in enumerate(row) if not n
+    ]
+    if unseen:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [x for x, _ in unseen],
+                "y": [layer for _, layer in unseen],
+                # A shape of its own: a cell may be three pixels wide, and not everybody sees red.
+                "marker": {"symbol": "x", "size": 9, "color": "$bad", "line": {"color": "$surface", "width": 1}},
+                "hovertemplate": "layer %{y}, expert %{x}<br><b>no tokens</b><extra></extra>",
+            }
+        )
+    experts = {"tickprefix": "expert ", "showtickprefix": "first", **_whole(range(width))}
+    return {"data": data, "layout": _map_layout(grid.layers, experts, 10 if len(grid.layers) > 16 else 30, 170)}
 
 
-def _map_layout(layers: Sequence[int], xaxis: Mapping[str, object], row_height: int) -> Mapping[str, object]:
+def _map_layout(
+    layers: Sequence[int], xaxis: Mapping[str, object], row_height: int, around: int
+) -> Mapping[str, object]:
+    """``around``: pixels for what is not rows."""
     return {
-        "height": 150 + row_height * len(layers),
+        "height": around + row_height * len(layers),
         "xaxis": {**xaxis, "showgrid": False},
+        "showlegend": False,
         "yaxis": {"title": {"text": "layer"}, "autorange": "reversed", "showgrid": False, **_whole(layers)},
     }
 
 
 def _log_ticks(values: Sequence[float], *, percent: bool) -> Mapping[str, object]:
-    """Ticks of a colour bar whose values are logarithms: at 1, 2 and 5 of each power of ten, or at powers only."""
+    """Two to five ticks of a colour bar whose values are logarithms."""
     if not values:
         return {}
     low, high = math.log10(min(values)), math.log10(max(values))
-    steps = (1, 2, 5) if high - low < 3 else (1,)
     powers = range(math.floor(low) - 1, math.ceil(high) + 1)
-    ticks = [step * 10.0**power for power in powers for step in steps]
-    kept = [tick for tick in ticks if low - 0.01 <= math.log10(tick) <= high + 0.01]
-    if len(kept) < 2:
-        kept = sorted({min(values), max(values)})
-    labels = [numbers.percentage(tick, 2) if percent else f"{tick:,.0f}" for tick in kept]
+    kept = sorted({min(values), max(values)})
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        inside = [tick for tick in ticks if low - 0.01 <= math.log10(tick) <= high + 0.01]
+        if 2 <= len(inside) <= 5:
+            kept = inside
+            break
+    labels = [f"{100 * tick:.2g} %" if percent else f"{tick:,.0f}" for tick in kept]
     return {"tickvals": [math.log10(tick) for tick in kept], "ticktext": labels}

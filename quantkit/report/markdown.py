@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from quantkit.report.contents import Block, Code, Figure, Note, Report, Table
+from quantkit.report.contents import Block, Card, Code, Figure, Note, Report, Table
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$!&])")
 
@@ -15,7 +15,7 @@ def markdown(report: Report) -> str:
     """The whole text, headings from the second level down: a card has its own title."""
     parts = [f"## {escaped(report.title)}", escaped(report.subtitle)]
     parts += [f"> **{escaped(note.text)}**" for note in report.warnings]
-    parts.append(_table(Table(("", ""), tuple((card.label, _card(card.value, card.note)) for card in report.cards))))
+    parts.append(_table(Table(("", ""), tuple((card.label, _card(card)) for card in report.cards))))
     for section in report.sections:
         blocks = [text for block in section.blocks for text in _block(block)]
         if blocks:
@@ -24,8 +24,9 @@ def markdown(report: Report) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _card(value: str, note: str) -> str:
-    return f"{value} ({note})" if note else value
+def _card(card: Card) -> str:
+    value = f"{card.value} {card.spread}".strip()
+    return f"{value} ({card.note})" if card.note else value
 
 
 def escaped(text: str) -> str:

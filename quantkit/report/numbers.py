@@ -19,6 +19,14 @@ def binary_size(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GB else f"{nbytes / 2**20:.2f} MiB"
 
 
+def parts(shown: str) -> tuple[str, str]:
+    """ "0.0143 ± 0.0011" -> ("0.0143", "± 0.0011"); "92.65 ± 0.34 %" -> ("92.65 %", "± 0.34 %")."""
+    value, sign, rest = shown.partition(" ± ")
+    if not sign:
+        return shown, ""
+    return value + (" %" if rest.endswith(" %") else ""), f"± {rest}"
+
+
 def decimals(value: float, significant: int) -> int:
     """Digits behind the point that show so many significant ones, at most 9."""
     if not math.isfinite(value) or value == 0:
@@ -27,10 +35,10 @@ def decimals(value: float, significant: int) -> int:
 
 
 def number(value: float, significant: int = 3) -> str:
-    """ "0.0143", "1,234"; "-" for what is unknown."""
+    """ "0.0143", "1,234"; "–" for what is unknown."""
     if not math.isfinite(value):
-        return "-" if math.isnan(value) else "infinite"
-    return f"{value:,.{decimals(value, significant)}f}"
+        return "–" if math.isnan(value) else "infinite"
+    return f"{value:,.{decimals(value, significant)}f}".replace("-", "−")
 
 
 def estimate(value: Mean, significant: int = 2) -> str:
@@ -39,12 +47,12 @@ def estimate(value: Mean, significant: int = 2) -> str:
     if not math.isfinite(error) or error <= 0 or not math.isfinite(value.mean):
         return number(value.mean, 4)
     digits = decimals(error, significant)
-    return f"{value.mean:,.{digits}f} ± {error:.{digits}f}"
+    return f"{value.mean:,.{digits}f} ± {error:.{digits}f}".replace("-", "−")
 
 
 def percentage(value: float, significant: int = 3) -> str:
     """ "0.0143 %" of 0.000143."""
-    return f"{number(100 * value, significant)} %" if math.isfinite(value) else "-"
+    return f"{number(100 * value, significant)} %" if math.isfinite(value) else "–"
 
 
 def percentage_estimate(value: Mean, *, signed: bool = False) -> str:

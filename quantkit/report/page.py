@@ -23,6 +23,8 @@ from quantkit.report.contents import Block, Code, Figure, Note, Report, Section,
 
 _HASH = re.compile(r"[0-9a-f]{40,}\Z")
 _TEMPLATES = "templates"
+OPEN = 2
+"""More checkpoints than so many are folded away, each to be opened by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,13 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Neighbouring sections about the same checkpoint, or about all (no name)."""
+    """Neighbouring sections about the same checkpoint, or about all (no name). ``open``: not folded away."""
 
     name: str
+    note: str
     anchor: str
     sections: tuple[_Placed, ...]
+    open: bool
 
 
 def page(report: Report) -> str:
@@ -73,12 +77,13 @@ def _placed(report: Report) -> tuple[list[_Group], list[object]]:
     specs: list[object] = []
     numbers = itertools.count(1)
     groups: list[_Group] = []
+    names = len({section.group for section in report.sections if section.group})
     for name, members in itertools.groupby(report.sections, key=lambda section: section.group):
         placed: list[_Placed] = []
         for section in members:
             blocks = tuple((_kind(block), block, _number(block, specs)) for block in section.blocks)
             placed.append(_Placed(f"{section.anchor}-{next(numbers)}", section, blocks))
-        groups.append(_Group(name, f"group-{next(numbers)}", tuple(placed)))
+        groups.append(_Group(name, report.groups.get(name, ""), f"group-{next(numbers)}", tuple(placed), names <= OPEN))
     return groups, specs
 
 

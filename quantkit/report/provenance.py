@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from quantkit.report.contents import Block, Code, Section, Table
-from quantkit.report.outcomes import Converted, Evaluated, Outcomes
+from quantkit.report.outcomes import Converted, Evaluated
 
 
-def provenance(found: Outcomes) -> Section:
-    """Tables for each conversion and each evaluation."""
-    blocks: list[Block] = []
-    for converted in found.conversions:
-        blocks += _conversion(converted)
-    for evaluated in found.evaluations:
-        blocks += _evaluation(evaluated)
-    return Section("provenance", "Provenance", tuple(blocks))
+def evaluations(evaluated: Sequence[Evaluated]) -> Section:
+    """What was measured on what, with what."""
+    blocks = [block for one in evaluated for block in _evaluation(one)]
+    return Section("measured", "How it was measured", tuple(blocks))
 
 
-def _conversion(converted: Converted) -> list[Block]:
+def conversion(converted: Converted, group: str, *, text: bool) -> Section:
+    """``text``: whether the calibration text is listed here, and not with another conversion that has the same."""
     document, job = converted.document, converted.document.job
     rows = [
         ("source", document.source or "-"),
@@ -31,17 +29,17 @@ def _conversion(converted: Converted) -> list[Block]:
         Table(("", ""), tuple(rows), left=2, title=f"Conversion {converted.label}"),
         Code("To repeat it, with the recipe above in recipe.yaml", conversion_command(converted), "bash"),
     ]
-    if document.calibration:
+    if document.calibration and text:
         files = tuple(
-            (text.file, f"{text.documents:,}", f"{text.tokens:,}", f"{text.rows:,}", text.sha256)
-            for text in document.calibration
+            (file.file, f"{file.documents:,}", f"{file.tokens:,}", f"{file.rows:,}", file.sha256)
+            for file in document.calibration
         )
         head = ("calibration text", "documents", "tokens", "rows taken", "sha256")
         blocks.append(Table(head, files, title="", long=True))
     if document.sha256:
         sums = tuple((name, digest) for name, digest in sorted(document.sha256.items()))
         blocks.append(Table(("file", "sha256"), sums, left=2, long=True))
-    return blocks
+    return Section("provenance", "Provenance", tuple(blocks), group)
 
 
 def conversion_command(converted: Converted) -> str:

@@ -6,14 +6,14 @@
   const touch = matchMedia("(pointer: coarse)");
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const plots = [...document.querySelectorAll(".plot")];
-  // Cividis, which the colour-blind can read; what is large stands out against the page.
-  const cividis = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+  // Viridis, which the colour-blind can read; what is large stands out against the page.
+  const viridis = ["#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
 
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
 
   function color(name) {
     if (name === "heat") {
-      const colors = isDark() ? cividis : [...cividis].reverse();
+      const colors = isDark() ? viridis : [...viridis].reverse();
       return colors.map((value, number) => [number / (colors.length - 1), value]);
     }
     const probe = document.createElement("span");
@@ -36,7 +36,8 @@
   function axis(own, zoom, colors) {
     return {
       automargin: true, zeroline: false, fixedrange: !zoom, gridcolor: colors("grid"), linecolor: colors("line"),
-      tickcolor: colors("line"), ...own, title: { standoff: 8, ...own.title },
+      tickcolor: colors("line"), ...own,
+      title: { standoff: 8, font: { size: narrow.matches ? 11 : 13, color: colors("muted") }, ...own.title },
     };
   }
 
@@ -47,7 +48,7 @@
       return known.get(name);
     };
     const { data, layout, zoom } = themed(figures[plot.dataset.figure], colors);
-    const zooms = zoom && !touch.matches;
+    const zooms = zoom && !touch.matches && !narrow.matches;
     for (const trace of data) {
       if (trace.type === "heatmap") {
         trace.colorbar = {
@@ -56,17 +57,23 @@
         };
       }
     }
+    // Every second power of ten is enough where there is little room.
+    if (narrow.matches && layout.xaxis.type === "log") {
+      for (const key of ["tickvals", "ticktext"]) layout.xaxis[key] = layout.xaxis[key].filter((_, n) => n % 2);
+    }
     const ink = colors("ink");
     const full = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 16, t: 16, b: 8 },
       font: { family: getComputedStyle(document.body).fontFamily, size: narrow.matches ? 11 : 13, color: ink },
-      legend: { orientation: "h", x: 0, y: 1.01, yanchor: "bottom" }, dragmode: zooms ? "zoom" : false,
+      dragmode: zooms ? "zoom" : false,
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colors("muted"), activecolor: ink },
       hoverlabel: { bgcolor: colors("surface"), bordercolor: colors("muted"), font: { color: ink }, align: "left" },
-      ...layout, xaxis: axis(layout.xaxis, zooms, colors), yaxis: axis(layout.yaxis, zooms, colors),
+      ...layout, legend: { orientation: "h", x: 0, y: 1.01, yanchor: "bottom", ...layout.legend },
+      xaxis: axis(layout.xaxis, zooms, colors), yaxis: axis(layout.yaxis, zooms, colors),
     };
     const config = {
       responsive: true, displaylogo: false, displayModeBar: zooms ? "hover" : false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
     };
     return window.Plotly.react(plot, data, full, config);
   }
@@ -74,7 +81,7 @@
   async function drawAll() {
     for (const plot of plots) {
       // What is folded away has no width yet.
-      if (plot.offsetParent === null) continue;
+      if (plot.closest("details:not([open])")) continue;
       await draw(plot);
       plot.dataset.drawn = "";
       // Let the page breathe between two plots.
@@ -100,6 +107,13 @@
   for (const group of document.querySelectorAll("details.group")) {
     group.addEventListener("toggle", () => window.Plotly && group.open && drawAll());
   }
+  // A link to what is folded away unfolds it.
+  const unfold = () => {
+    const group = location.hash && document.getElementById(location.hash.slice(1));
+    if (group && group.tagName === "DETAILS") group.open = true;
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
   for (const button of document.querySelectorAll(".copy")) {
     const code = button.parentElement.querySelector("code");
     button.addEventListener("click", async () => {
