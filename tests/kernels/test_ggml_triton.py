@@ -78,11 +78,20 @@ def importances() -> Tensor:
     return (spread * (torch.rand(2, _IN, generator=generator) > 0.1)).to(_DEVICE)
 
 
-def error(kind: BlockType, weight: Tensor, params: BlockParams, importance: Tensor | None) -> float:
-    """Of what is stored, with the nearest codes."""
+def row_errors(kind: BlockType, weight: Tensor, params: BlockParams, importance: Tensor) -> Tensor:
+    """Of what is stored with the nearest codes, (2, rows) float64."""
     decoded = decode(kind, pack(kind, nearest_codes(kind, weight, params), params))
-    squared = (weight.double() - decoded.double()).square()
-    return float((squared if importance is None else squared * importance.double().unsqueeze(-2)).sum())
+    return ((weight.double() - decoded.double()).square() * importance.double().unsqueeze(-2)).sum(-1)
+
+
+def assert_as_good(kind: BlockType, weight: Tensor, importance: Tensor | None, found: BlockParams) -> None:
+    """No more error than the twin's, and no less. All rows count alike, whatever their size."""
+    used = torch.ones_like(weight[:, 0]) if importance is None else importance
+    left, of_twin = (row_errors(kind, weight, p, used) for p in (found, fit_in_torch(kind, weight, importance)))
+    energy = (weight.double().square() * used.double().unsqueeze(-2)).sum(-1)
+    difference = (left - of_twin) / (left + of_twin + 1e-6 * energy).clamp_min(1e-300)
+    # Where two choices are nearly equal, rounding decides, either way.
+    assert abs(float(2 * difference.mean())) < (2e-2 if _INTERPRETED else 1e-3)
 
 
 @pytest.mark.parametrize("sort", weights())
@@ -92,11 +101,7 @@ def test_fit_leaves_the_twins_error(kind: BlockType, sort: str) -> None:
         pytest.skip("slow")
     weight, importance = weights()[sort], importances()
     found = fit(kind, weight, importance)
-    left, of_twin = (
-        error(kind, weight, params, importance) for params in (found, fit_in_torch(kind, weight, importance))
-    )
-    # Where two choices are nearly equal, rounding decides, either way; few weights make most of a heavy tail's error.
-    assert left == pytest.approx(of_twin, rel=3e-2 if _INTERPRETED else 1e-3, abs=1e-30)
+    assert_as_good(kind, weight, importance, found)
     for values, limits in ((found.sub_scale, kind.sub_scale), (found.sub_min, kind.sub_min)):
         assert (values is None) == (limits is None)
         assert values is None or values.dtype == torch.int16
@@ -116,8 +121,7 @@ def test_a_batch_is_its_matrices(kind: BlockType) -> None:
 @every_kind
 def test_without_importance(kind: BlockType) -> None:
     weight = weights()["normal"]
-    left, of_twin = (error(kind, weight, params, None) for params in (fit(kind, weight), fit_in_torch(kind, weight)))
-    assert left == pytest.approx(of_twin, rel=3e-2 if _INTERPRETED else 1e-3)
+    assert_as_good(kind, weight, None, fit(kind, weight))
 
 
 @every_kind
@@ -148,14 +152,6 @@ def test_pack_writes_the_twins_bytes(kind: BlockType) -> None:
         assert torch.equal(blocks, pack(kind, codes, params))
     again, _ = unpack(kind, blocks)
     assert torch.equal(again, codes)
-
-
-@every_kind
-def test_nothing(kind: BlockType) -> None:
-    weight = torch.empty(2, 0, 512, device=_DEVICE)
-    params = fit(kind, weight)
-    assert params.d.shape == (2, 0, 512 // kind.block)
-    assert encode(kind, weight, params).shape == weight.shape
 
 
 def members(params: BlockParams) -> tuple[Tensor | None, ...]:
