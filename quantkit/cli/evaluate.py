@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from quantkit.cli.options import AsJson, Device, size
 from quantkit.cli.outcome import interruptible, refusals
 from quantkit.cli.render import show_json, table
 from quantkit.errors import OutputError
+from quantkit.evaluate.document import estimate
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.document import Evaluation, Layer, Result, Scores
+    from quantkit.evaluate.document import Evaluation, Layer, Mean, Result, Scores
     from quantkit.pipeline.evaluation import OnEvaluation
 
 
@@ -31,33 +33,39 @@ class ProtocolName(str, Enum):
 def evaluate(
     reference: Annotated[
         Path,
-        typer.Argument(metavar="REFERENCE", help="Folder of the original: config.json, tokenizer and safetensors."),
-    ],
-    candidates: Annotated[
-        list[Path],
         typer.Argument(
-            metavar="CANDIDATE",
-            help="Folders (BF16, F16, F32, FP8 blocks, compressed-tensors) and GGUF files or folders of the same "
-            "model.",
+            metavar="REFERENCE",
+            help="Folder of the original: config.json, tokenizer and safetensors. Or a file that --save-reference "
+            "wrote.",
         ),
     ],
+    candidates: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="CANDIDATE",
+            help="Folders (BF16, F16, F32, FP8 blocks, compressed-tensors, GPTQ, AWQ, bitsandbytes NF4) and GGUF files "
+            "or folders of the same model.",
+        ),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option("--text", help="`builtin:NAME`, file or glob of .txt, .jsonl, .parquet. Default: builtin:eval."),
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=4, max=2**20, metavar="N", help="Tokens of a window.")] = 512,
+    context: Annotated[
+        int | None, typer.Option("--context", min=4, max=2**20, metavar="N", help="Tokens of a window. Default: 512.")
+    ] = None,
     max_windows_per_file: Annotated[
         int | None,
         typer.Option("--max-windows-per-file", min=1, metavar="N", help="At most so many of each file, evenly spread."),
     ] = None,
     protocol: Annotated[
-        ProtocolName,
+        ProtocolName | None,
         typer.Option(
             "--protocol",
-            help="windows: BOS and the next N-1 tokens, all scored. llama.cpp: as llama-perplexity, the second half of "
-            "each window.",
+            help="windows (default): BOS and the next N-1 tokens, all scored. llama.cpp: as llama-perplexity, the "
+            "second half of each window.",
         ),
-    ] = ProtocolName.WINDOWS,
+    ] = None,
     noise_floor: Annotated[
         bool,
         typer.Option(
@@ -65,6 +73,15 @@ def evaluate(
             help="Also score the reference against itself, rounded to bfloat16 at the layers' borders.",
         ),
     ] = True,
+    save_reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-reference",
+            metavar="FILE",
+            help="Keep what later evaluations need of the reference: give FILE in its place. Text, context and "
+            "protocol are then the file's.",
+        ),
+    ] = None,
     device: Annotated[
         Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")
     ] = Device.AUTO,
@@ -88,6 +105,8 @@ def evaluate(
 
     All models go through the same text together, weights of one layer of one model at a time.
     """
+    if not candidates and save_reference is None:
+        raise typer.BadParameter("give a candidate, or --save-reference", param_hint="CANDIDATE")
     with refusals():
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise OutputError(f"{out}: is no place for a file.", hint="Give -o a file name in a folder that exists.")
@@ -99,12 +118,13 @@ def evaluate(
             with _progress() as on_event:
                 found = run(
                     reference,
-                    candidates,
-                    text=text or ("builtin:eval",),
+                    candidates or (),
+                    text=text or None,
                     context=context,
                     max_windows_per_file=max_windows_per_file,
-                    protocol=protocol.value,
+                    protocol=None if protocol is None else protocol.value,
                     noise_floor=noise_floor,
+                    save_reference=save_reference,
                     device=device.value,
                     memory_budget=memory_budget,
                     times=times,
@@ -160,9 +180,8 @@ def _progress() -> Generator[OnEvaluation]:
 def evaluation_text(found: Evaluation) -> str:
     """Tables: overall, by domain, by layer; then what was measured on."""
     rows = _named_results(found)
-    blocks = [_overall(found, rows), _domains(rows)]
-    blocks += [_layers(rows), _footer(found)]
-    return "\n\n".join(blocks)
+    tables = [_overall(found, rows), _domains(rows), _layers(rows)] if rows else []
+    return "\n\n".join([*tables, _footer(found)])
 
 
 def _named_results(found: Evaluation) -> list[tuple[str, float | None, Result]]:
@@ -195,11 +214,16 @@ def _cells(scores: Scores) -> tuple[str, ...]:
     return (
         scores.perplexity.shown(4),
         scores.log_ratio.shown(5),
-        f"{kld.mean:.5f} ± {kld.standard_error:.5f}",
+        estimate(kld.mean, kld.standard_error, 5),
         *quantiles,
-        f"{top.mean:.2%} ± {top.standard_error:.2%}",
-        f"{change.mean:.2%} ± {change.standard_error:.2%}",
+        _percent(top),
+        _percent(change),
     )
+
+
+def _percent(value: Mean) -> str:
+    error = "-" if math.isnan(value.standard_error) else f"{value.standard_error:.2%}"
+    return f"{value.mean:.2%} ± {error}"
 
 
 def _domains(rows: Sequence[tuple[str, float | None, Result]]) -> str:
@@ -212,7 +236,7 @@ def _domains(rows: Sequence[tuple[str, float | None, Result]]) -> str:
             scores.reference_perplexity.shown(3),
             scores.perplexity.shown(3),
             scores.log_ratio.shown(5),
-            f"{scores.kld.mean:.5f} ± {scores.kld.standard_error:.5f}",
+            estimate(scores.kld.mean, scores.kld.standard_error, 5),
             f"{scores.same_top.mean:.2%}",
         )
         for domain in rows[0][2].domains
@@ -231,15 +255,19 @@ def _layers(rows: Sequence[tuple[str, float | None, Result]]) -> str:
 
 def _layer(layer: Layer) -> str:
     agreement = "" if layer.router_agreement is None else f"{layer.router_agreement:.2%}"
-    return f"{layer.hidden_error:.5f} {agreement:>8}"
+    error = "-" if math.isnan(layer.hidden_error) else f"{layer.hidden_error:.5f}"
+    return f"{error} {agreement:>8}"
 
 
 def _footer(found: Evaluation) -> str:
-    scores = (found.noise_floor or found.candidates[0]).result.overall
+    n_windows = sum(text.windows for text in found.text)
     lines = [
-        f"{scores.tokens:,} tokens scored in {scores.windows:,} windows of {found.protocol.context:,} "
-        f"({found.protocol.name}), {len(found.text)} files, on {found.device}. KLD in nats per token; ± standard error "
-        "over windows.",
+        f"{n_windows * found.protocol.scored_per_window:,} tokens scored in {n_windows:,} windows of "
+        f"{found.protocol.context:,} ({found.protocol.name}), {len(found.text)} files, on {found.device}. KLD in nats "
+        "per token; ± standard error over windows.",
     ]
+    if found.reference_file is not None:
+        lines += [f"note: the reference is {found.reference_file.path}. KLD: {found.reference_file.kld}"]
+        lines += [f"note: no {name}: {why}" for name, why in found.reference_file.not_available.items()]
     lines += [f"note: {c.model.name}: {note}" for c in found.candidates for note in c.model.notes]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -71,19 +71,56 @@ class Comparison:
     layers: tuple[LayerScore, ...]
 
 
+class Recorder(Protocol):
+    """Somebody who wants to know what the reference does."""
+
+    def routings(self, layer: int, routings: Sequence[Tensor]) -> None:
+        """Experts chosen in a layer: indices (tokens, top_k) of each of its blocks."""
+        ...
+
+    def logits(self, head: Head, tokens: Tensor, first: int) -> None:
+        """The model behind its last layer, with tokens (n_rows, length), scored from position ``first`` on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Stream:
+class Stream:
     """A model on its way through the layers."""
 
     arch: ModelArch
     model: Model
     x: RowStore
 
+    def forward(self, layer: int, scratch: RowStore) -> list[Tensor]:
+        """Through a layer, and over its border -> routing indices of its expert blocks."""
+        model = self.model
+        routings = forward_layer(self.arch.sublayers(layer), model.weights, self.x, scratch, model.device)
+        model.forget()
+        self.cross()
+        return routings
+
     def cross(self) -> None:
         """Apply `Model.at_border`."""
         if self.model.at_border is not None:
             for start, stop in row_batches(self.x):
                 self.x.write(start, self.model.at_border(self.x.read(start, stop)))
+
+    def head(self) -> Head:
+        """What is left behind the last layer."""
+        return Head(self.arch, self.model.weights, self.model.head_rows, self.x, self.model.device)
+
+
+def start_streams(
+    arch: ModelArch, models: Sequence[Model], tokens: Tensor, new_rows: NewRows
+) -> tuple[list[Stream], RowStore]:
+    """Models with the embeddings of tokens (n_rows, length), and a scratch store."""
+    n_rows, length = tokens.shape
+    streams = [Stream(model.arch or arch, model, new_rows(n_rows, length, arch.hidden_size)) for model in models]
+    scratch = new_rows(n_rows, length, arch.hidden_size)
+    for stream in streams:
+        embed(stream.model.embed_rows, tokens, stream.x)
+        stream.cross()
+    return streams, scratch
 
 
 def compare(
@@ -108,46 +145,41 @@ def compare_all(
     *,
     first_scored: int = 0,
     on_layer: Callable[[int], None] = lambda layer: None,
+    recorder: Recorder | None = None,
 ) -> list[Comparison]:
     """Score candidates on tokens (n_rows, length) int64, predictions at positions ``first_scored`` on. There are two
-    stores more than candidates. All models have the reference's number of layers, width and vocabulary."""
-    n_rows, length = tokens.shape
-    streams = [
-        _Stream(model.arch or arch, model, new_rows(n_rows, length, arch.hidden_size))
-        for model in (reference, *candidates)
-    ]
-    scratch = new_rows(n_rows, length, arch.hidden_size)
-    for stream in streams:
-        embed(stream.model.embed_rows, tokens, stream.x)
-        stream.cross()
+    stores more than candidates. All models have the reference's number of layers, width and vocabulary. ``recorder``
+    hears of the reference."""
+    streams, scratch = start_streams(arch, (reference, *candidates), tokens, new_rows)
     layers: list[list[LayerScore]] = [[] for _ in candidates]
     for layer in range(arch.n_layers):
-        for found, score in zip(layers, _layer(layer, streams, scratch), strict=True):
+        for found, score in zip(layers, _layer(layer, streams, scratch, recorder), strict=True):
             found.append(score)
         on_layer(layer)
-    heads = [Head(s.arch, s.model.weights, s.model.head_rows, s.x, s.model.device) for s in streams]
-    scores = token_scores(heads, tokens, first_scored)
+    heads = [stream.head() for stream in streams]
+    if recorder is not None:
+        recorder.logits(heads[0], tokens, first_scored)
+    scores = token_scores(heads, tokens, first_scored) if candidates else []
     for store in (*(stream.x for stream in streams), scratch):
         store.close()
     return [Comparison(found, tuple(own)) for found, own in zip(scores, layers, strict=True)]
 
 
-def _layer(layer: int, streams: Sequence[_Stream], scratch: RowStore) -> list[LayerScore]:
+def _layer(layer: int, streams: Sequence[Stream], scratch: RowStore, recorder: Recorder | None) -> list[LayerScore]:
     """Carry every stream through a layer, one after the other -> the candidates' scores."""
     scores: list[LayerScore] = []
     expected: list[Tensor] = []
     for number, stream in enumerate(streams):
-        model = stream.model
-        routings = forward_layer(stream.arch.sublayers(layer), model.weights, stream.x, scratch, model.device)
-        model.forget()
-        stream.cross()
+        routings = stream.forward(layer, scratch)
         if number == 0:
             expected = routings
+            if recorder is not None:
+                recorder.routings(layer, routings)
         else:
             errors = _token_errors(streams[0].x, stream.x)
             experts = _expert_errors(streams[0].arch, layer, expected, errors)
-            agreement, windows = _agreement(expected, routings), errors.mean(1)
-            scores.append(LayerScore(layer, float(windows.mean().sqrt()), agreement, tuple(windows.tolist()), *experts))
+            same, windows = agreement(expected, routings), errors.mean(1)
+            scores.append(LayerScore(layer, float(windows.mean().sqrt()), same, tuple(windows.tolist()), *experts))
     return scores
 
 
@@ -178,7 +210,7 @@ def _expert_errors(
     return tuple(tokens.tolist()), tuple((total / tokens).sqrt().tolist())
 
 
-def _agreement(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float | None:
+def agreement(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float | None:
     """Routing indices (tokens, top_k) of each block -> share of the expected experts that were found too."""
     if not expected or len(expected) != len(found):
         return None

@@ -37,8 +37,13 @@ class Mean(_Part):
     standard_error: Number
 
     def shown(self, digits: int) -> str:
-        """ "1.2345 ± 0.0067"."""
-        return f"{self.mean:.{digits}f} ± {self.standard_error:.{digits}f}"
+        """ "1.2345 ± 0.0067"; "-" for the error of a single window."""
+        return estimate(self.mean, self.standard_error, digits)
+
+
+def estimate(mean: float, error: float, digits: int) -> str:
+    """ "1.2345 ± 0.0067", and "1.2345 ± -" where one window says nothing of the error."""
+    return f"{mean:.{digits}f} ± {'-' if math.isnan(error) else f'{error:.{digits}f}'}"
 
 
 class Divergence(_Part):
@@ -166,6 +171,23 @@ class Text(_Part):
     windows: int
 
 
+class ReferenceFile(_Part):
+    """The reference was not run: its statistics were read from a file that ``--save-reference`` wrote."""
+
+    path: str
+    versions: dict[str, str]
+    device: str
+    """Of the run that wrote it."""
+    top: int
+    """Most likely tokens of each position whose logits it holds."""
+    mean_rest: Number
+    """Mean probability that the reference gives to all others together: the smaller, the tighter the bound."""
+    kld: str
+    """How the divergences in this document differ from the true ones."""
+    not_available: dict[str, str]
+    """What is null in this document, and why."""
+
+
 class Evaluation(_Part):
     """The whole document."""
 
@@ -184,6 +206,7 @@ class Evaluation(_Part):
     candidates: tuple[Candidate, ...]
     window_domains: tuple[str, ...] = ()
     """Of each window the domain it belongs to."""
+    reference_file: ReferenceFile | None = None
     seconds: dict[str, float] | None = None
     """Wall seconds by stage, only if asked for: without them the same job gives the same bytes."""
 

@@ -69,7 +69,7 @@ def token_scores(heads: Sequence[Head], tokens: Tensor, first: int = 0) -> list[
     i + 1, scored from position ``first`` on."""
     scored = tokens.shape[1] - 1 - first
     targets = tokens[:, first + 1 :].flatten().to(heads[0].device)
-    softmaxes = [_Softmax(targets) for _ in heads]
+    softmaxes = [OnlineSoftmax(targets) for _ in heads]
     moved = [torch.zeros(len(targets), dtype=torch.float64, device=targets.device) for _ in heads[1:]]
     vocab_size = heads[0].arch.vocab_size
     for token in range(0, vocab_size, VOCAB_BLOCK):
@@ -90,7 +90,7 @@ def token_scores(heads: Sequence[Head], tokens: Tensor, first: int = 0) -> list[
     return [TokenScores(*(column.view(-1, scored).cpu() for column in columns)) for columns in found]
 
 
-class _Softmax:
+class OnlineSoftmax:
     """Running log-sum-exp of each position's logits, block of the vocabulary by block. targets (n,) int64."""
 
     def __init__(self, targets: Tensor) -> None:
@@ -127,7 +127,7 @@ class _Softmax:
         return self.log_sum() - self.target.double()
 
 
-def _finish(reference: _Softmax, candidate: _Softmax, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _finish(reference: OnlineSoftmax, candidate: OnlineSoftmax, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll of both, kld, same top: (n,) each."""
     kld = moved / reference.total - (reference.log_sum() - candidate.log_sum())
     return reference.nll(), candidate.nll(), kld.clamp_min_(0), reference.top_token == candidate.top_token

@@ -74,7 +74,7 @@ def open_reference(path: Path) -> Evaluated:
     """A folder with config.json, tokenizer and weights. Raises `SourceError` or `ConfigError` with one line."""
     if not path.is_dir():
         raise SourceError(
-            f"{path}: is not a folder; the reference gives config.json and tokenizer.",
+            f"{path}: is not a folder, nor a file that --save-reference wrote.",
             hint="Give the original checkpoint's folder first, then the candidates.",
         )
     if not _has_shards(path):
@@ -83,12 +83,12 @@ def open_reference(path: Path) -> Evaluated:
     return _checked(opened, opened.arch)
 
 
-def open_candidate(path: Path, reference: Evaluated) -> Evaluated:
-    """A folder or a file in any format. Raises a `QuantkitError` with one line: none of the formats, damaged, or
-    another model than the reference."""
+def open_candidate(path: Path, reference: ModelArch, tokenizer: str | None) -> Evaluated:
+    """A folder or a file in any format; ``tokenizer``: what `tokenizer_sha256` says of the reference. Raises a
+    `QuantkitError` with one line: none of the formats, damaged, or another model than the reference."""
     if path.is_dir() and _has_shards(path):
         opened = _open_folder(path)
-        return _checked(opened, reference.arch, _tokenizer_notes(path, Path(reference.facts.path)))
+        return _checked(opened, reference, _tokenizer_notes(path, tokenizer))
     if (path.is_dir() and any(path.glob("*.gguf"))) or (path.is_file() and is_gguf(path)):
         return _open_gguf(path, reference)
     if not path.exists():
@@ -146,9 +146,14 @@ def _stored_dtype(source: Fp8Source, arch: ModelArch) -> str:
     return "safetensors" if embed is None else embed.dtype
 
 
-def _tokenizer_notes(path: Path, reference: Path) -> list[str]:
-    own, theirs = path / _TOKENIZER, reference / _TOKENIZER
-    if own.is_file() and theirs.is_file() and own.read_bytes() != theirs.read_bytes():
+def tokenizer_sha256(folder: Path) -> str | None:
+    """Of tokenizer.json, if it is there."""
+    path = folder / _TOKENIZER
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _tokenizer_notes(path: Path, reference: str | None) -> list[str]:
+    if None not in (own := tokenizer_sha256(path), reference) and own != reference:
         return ["Its tokenizer.json differs from the reference's, which was used."]
     return []
 
@@ -156,8 +161,7 @@ def _tokenizer_notes(path: Path, reference: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- GGUF
 
 
-def _open_gguf(path: Path, reference: Evaluated) -> Evaluated:
-    arch = reference.arch
+def _open_gguf(path: Path, arch: ModelArch) -> Evaluated:
     with GgufReader(path) as reader:
         notes = _metadata_notes(reader, arch)
         specs = [spec for spec in in_parts(arch) if spec.role is not Role.MTP]

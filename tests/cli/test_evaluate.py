@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.evaluate.document import Evaluation
-from quantkit.pipeline import evaluation
+from quantkit.pipeline import evaluation_stream
 from tests.cli.test_cli import quantkit
 from tests.pipeline.jobs import write_model, write_text
 
@@ -82,7 +82,7 @@ def test_interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(evaluation, "compare_all", interrupt)
+    monkeypatch.setattr(evaluation_stream, "compare_all", interrupt)
     done = quantkit(*words(folder, "fp8"))
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "interrupted. Nothing was written."

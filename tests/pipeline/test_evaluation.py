@@ -23,7 +23,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.document import Evaluation, Scores
 from quantkit.evaluate.statistics import scores_of
 from quantkit.formats.gguf.source import GgufSource
-from quantkit.pipeline import evaluation as evaluation_module
+from quantkit.pipeline import evaluation_stream
 from quantkit.pipeline.evaluation import LayerPassed, Started, evaluate
 from quantkit.pipeline.machine import Stores
 from quantkit.pipeline.recipe import Recipe
@@ -237,7 +237,7 @@ def test_document(found: Evaluation, candidates: dict[str, Path]) -> None:
 def test_same_job_same_bytes_on_disk_or_in_memory(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states in files give the same document; nothing of the run is in it, but times if they are asked for."""
     first = run(files / "out" / "w4", context=16)
-    monkeypatch.setattr(evaluation_module, "Stores", lambda folder, budget: Stores(folder, 0))
+    monkeypatch.setattr(evaluation_stream, "Stores", lambda folder, budget: Stores(folder, 0))
     timed = run(files / "out" / "w4", context=16, times=True)
     assert list(timed.seconds or {}) == ["open", "stream"]
     assert timed.model_copy(update={"seconds": None}).to_json() == first.to_json()
