@@ -6,10 +6,11 @@ INSTALLED := .venv/.installed
 # A thread that waits sleeps instead of spinning: on a machine with other work spinning costs several times the run.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test check format
+.PHONY: help install demo gate test check format
 
 help:
 	@echo "make demo     quantise the small model of this repository and measure the result (a minute)"
+	@echo "make gate     hold what this code makes of the small model against tests/baselines (a minute)"
 	@echo "make test     run the tests (some minutes, offline)"
 	@echo "make check    formatting, lint, types, import order, spelling"
 	@echo "make format   reformat the code"
@@ -23,6 +24,16 @@ $(INSTALLED): requirements.lock pyproject.toml scripts/install
 
 demo: $(INSTALLED)
 	$(BIN)/quantkit convert examples/nano-deepseek-v3 -r recipes/nano-demo.yaml -o demo-out --restart
+
+# quantkit's own regression gate, see docs/regression-gate.md. After a change that is meant: make gate CHECK=--update-baseline
+CHECK := --junit gate-out/junit.xml --markdown gate-out/summary.md
+
+gate: $(INSTALLED)
+	@mkdir -p gate-out
+	$(BIN)/quantkit convert examples/nano-deepseek-v3 -r tests/baselines/nano.yaml -o gate-out/nano --restart
+	$(BIN)/quantkit evaluate examples/nano-deepseek-v3 gate-out/nano/w4a16 gate-out/nano/Q4_K_M \
+	  --context 256 --max-windows-per-file 16 --no-noise-floor -o gate-out/evaluation.json
+	$(BIN)/quantkit check gate-out/evaluation.json --baseline tests/baselines/nano.json $(CHECK)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests

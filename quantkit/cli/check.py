@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli.outcome import REFUSED, refusals
+from quantkit.cli.outcome import REFUSED, refusals, show_error
 from quantkit.cli.render import table
 from quantkit.errors import EvaluationError, OutputError
 
@@ -173,7 +173,7 @@ def _show_regressions(verdicts: Sequence[Verdict]) -> None:
     from quantkit.evaluate.check_reports import regression_lines
 
     for line in regression_lines(verdicts):
-        typer.echo(f"worse: {line}", err=True)
+        show_error(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.check_baseline import Baseline, Conversion, by_name, windows_of
 from quantkit.evaluate.check_places import expert_check, layer_check, loss_checks
-from quantkit.evaluate.check_statistics import Paired, allowed, of_many, paired
+from quantkit.evaluate.check_statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check_verdict import Check, Limits, Verdict, percent
 from quantkit.evaluate.document import Candidate, Evaluation
 
@@ -172,8 +172,10 @@ def _domains(sides: _Sides, domains: Sequence[str], limits: Limits) -> Iterator[
         pair = paired(*([values[row] for row in own] for values in (was, found)))
         if pair.windows > 1:
             limit = _allowed_kld(pair, limits, sigmas, limits.domain_times)
-            checks.append((pair.change / limit, replace(_divergence("KLD of a domain", pair, limit), place=domain)))
-    checks.sort(key=lambda entry: -entry[0] if math.isfinite(entry[0]) else -math.inf)
+            checks.append(
+                (of_limit(pair.change, limit), replace(_divergence("KLD of a domain", pair, limit), place=domain))
+            )
+    checks.sort(key=lambda entry: -entry[0])
     others = [f"{check.place} {check.change}" for _, check in checks[1:] if not check.passed]
     for _, worst in checks[:1]:
         yield replace(worst, detail=f"also {', '.join(others)}") if others else worst

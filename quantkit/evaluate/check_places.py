@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from quantkit.evaluate.check_baseline import Conversion
-from quantkit.evaluate.check_statistics import Paired, allowed, of_many, paired
+from quantkit.evaluate.check_statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check_verdict import Check, Limits, percent
 from quantkit.evaluate.document import Layer, Windows
 
@@ -39,7 +39,7 @@ def layer_check(was: Windows, found: Windows, old: Sequence[Layer], new: Sequenc
     spread = limits.layer_spread
     bounds = [allowed(pair, sigmas, math.hypot(spread * pair.was, _EPSILON**2)) for pair in pairs]
     worse = [layer for layer, pair in enumerate(pairs) if not pair.change <= bounds[layer]]
-    closest = max(range(len(pairs)), key=lambda layer: pairs[layer].change / (bounds[layer] or math.inf))
+    closest = max(range(len(pairs)), key=lambda layer: of_limit(pairs[layer].change, bounds[layer]))
     shown = worse[0] if worse else closest
     detail = _agreement(old[shown], new[shown])
     if len(worse) > 1:
@@ -85,7 +85,7 @@ class _Place:
     @property
     def ratio(self) -> float:
         """Above 1: worse than luck."""
-        return self.excess / self.bound
+        return of_limit(self.excess, self.bound)
 
     @property
     def change(self) -> str:
@@ -123,8 +123,8 @@ def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterato
 
 def _places_check(name: str, places: Sequence[_Place]) -> Check:
     """One line for all: the worst of those that are beyond luck, or the one that is nearest to it."""
-    ranked = sorted(places, key=lambda place: place.ratio if math.isfinite(place.ratio) else math.inf, reverse=True)
-    worse = [place for place in ranked if not place.ratio <= 1]
+    ranked = sorted(places, key=lambda place: -place.ratio)
+    worse = [place for place in ranked if place.ratio > 1]
     shown = worse[0] if worse else ranked[0]
     more = [f"{place.name} {place.change}" for place in worse[1:SHOWN]]
     more += [f"{len(worse) - SHOWN} more"] if len(worse) > SHOWN else []

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist
 
 _NORMAL = NormalDist()
 
@@ -44,9 +44,24 @@ class Paired:
 def paired(was: Sequence[float], found: Sequence[float]) -> Paired:
     """Values of each window, in the same order."""
     differences = [after - before for before, after in zip(was, found, strict=True)]
-    n = len(differences)
-    error, own = (stdev(values) / math.sqrt(n) if n > 1 else math.nan for values in (differences, was))
-    return Paired(fmean(was), fmean(found), error, own, n)
+    return Paired(_mean(was), _mean(found), _standard_error(differences), _standard_error(was), len(differences))
+
+
+def of_limit(change: float, limit: float) -> float:
+    """For ranking: above 1 is worse than allowed, what is no number worst of all."""
+    if not change <= limit:
+        return change / limit if limit > 0 and math.isfinite(change) else math.inf
+    return change / limit if limit > 0 else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of numbers that may be infinite or none, which `statistics` refuses."""
+    return sum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    n, mean = len(values), _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else math.nan
 
 
 def of_many(sigmas: float, comparisons: int) -> float:

@@ -69,10 +69,10 @@ class Check:
 
     @property
     def line(self) -> str:
-        """Without a line break."""
+        """What a failure says, without a line break."""
         change = f" ({self.change})" if self.change else ""
         detail = f"; {self.detail}" if self.detail else ""
-        return f"{self.title}: {self.was} -> {self.found}{change}, allowed {self.limit}{detail}"
+        return f"{self.title} got worse: {self.was} -> {self.found}{change}, allowed {self.limit}{detail}"
 
 
 @dataclass(frozen=True, slots=True)
