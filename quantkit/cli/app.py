@@ -7,19 +7,37 @@ interrupted. An exception that is no `QuantkitError` is our bug and keeps its tr
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import typer
 
+import quantkit
 from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report
 
 app = typer.Typer(
     name="quantkit",
-    help="Stream a Mixture-of-Experts checkpoint larger than memory through quantisation, and prove the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantkit {quantkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Stream a Mixture-of-Experts checkpoint larger than memory through quantisation, and prove the result."""
+
+
 app.command("convert")(convert.convert)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)

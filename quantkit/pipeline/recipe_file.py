@@ -6,6 +6,7 @@ depth and aliases are bounded before anything is built.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,9 +253,10 @@ def _found_needed(detail: ErrorDetails, path: Loc) -> str:
             + f"(allowed: {', '.join(known)})"
         )
     if kind in ("literal_error", "enum"):
-        return f"{found}, needed one of the allowed values (allowed: {context['expected']})"
+        return f"{found}, needed one of the allowed values {_allowed(context['expected'], detail['input'])}"
     if kind == "union_tag_invalid":
-        return f"found {context['tag']!r}, needed one of the allowed values (allowed: {context['expected_tags']})"
+        allowed = _allowed(context["expected_tags"], context["tag"])
+        return f"found {_value(context['tag'])}, needed one of the allowed values {allowed}"
     if kind == "union_tag_not_found":
         members = _UNIONS.get(next((part for part in reversed(path) if isinstance(part, str)), ""), _METHODS)
         return f"found no key {context['discriminator']}, needed it (allowed: {', '.join(map(repr, members))})"
@@ -262,6 +264,12 @@ def _found_needed(detail: ErrorDetails, path: Loc) -> str:
         return f"{found}, needed {_NEEDED[kind]}"
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{found}, needed {message[:1].lower()}{message[1:]}"
+
+
+def _allowed(expected: str, found: object) -> str:
+    """pydantic's list of quoted values, and which of them may be meant."""
+    guess = nearest(found, tuple(re.findall(r"'([^']+)'", expected))) if isinstance(found, str) else None
+    return f"(allowed: {expected})" + (f" (did you mean {guess}?)" if guess else "")
 
 
 _NEEDED = {

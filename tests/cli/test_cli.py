@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,8 @@ def test_closed_pipe_is_quiet() -> None:
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     assert process.wait() != 0
+
+
+def test_version() -> None:
+    done = quantkit("--version")
+    assert (done.exit_code, done.stdout) == (0, f"quantkit {version('quantkit')}\n")

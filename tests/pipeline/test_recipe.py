@@ -62,7 +62,7 @@ def test_good_recipe() -> None:
             "{kind: gptq}",
             "{kind: gtpq}",
             "r.yaml:10: outputs[0].rules[1].method: found 'gtpq', needed one of the allowed values "
-            "(allowed: 'rtn', 'gptq').",
+            "(allowed: 'rtn', 'gptq') (did you mean gptq?).",
         ),
         (
             "grid: 20",
@@ -80,7 +80,7 @@ def test_good_recipe() -> None:
             "keep: source",
             "keep: bf61",
             "r.yaml:9: outputs[0].rules[0].keep: found 'bf61', needed one of the allowed values "
-            "(allowed: 'source', 'bf16', 'f16' or 'f32').",
+            "(allowed: 'source', 'bf16', 'f16' or 'f32') (did you mean bf16?).",
         ),
         (
             "keep: source",
@@ -106,6 +106,12 @@ def test_good_recipe() -> None:
             "format: ggml",
             "r.yaml:6: outputs[0]: found 'ggml', needed one of the allowed values (allowed: "
             "'compressed-tensors', 'gguf').",
+        ),
+        (
+            "format: compressed-tensors",
+            "format: ggfu",
+            "r.yaml:6: outputs[0]: found 'ggfu', needed one of the allowed values (allowed: "
+            "'compressed-tensors', 'gguf') (did you mean gguf?).",
         ),
         (
             "name: w4a16",
