@@ -22,6 +22,7 @@ import quantkit
 from quantkit.report.contents import Block, Code, Figure, Note, Report, Section, Table
 
 _HASH = re.compile(r"[0-9a-f]{40,}\Z")
+_DIGIT = re.compile(r"[0-9●]")
 _TEMPLATES = "templates"
 OPEN = 2
 """More checkpoints than so many are folded away, each to be opened by its name."""
@@ -66,11 +67,22 @@ def page(report: Report) -> str:
         plotly=Markup(_plotly()),
         version=quantkit.__version__,
         is_hash=_is_hash,
+        number_columns=_number_columns,
     )
 
 
 def _is_hash(text: str) -> bool:
     return _HASH.match(text) is not None
+
+
+def _number_columns(table: Table) -> list[bool]:
+    """Which columns are set as numbers: not what is declared a text, no checksums, and digits somewhere."""
+    found: list[bool] = []
+    for column in range(len(table.head)):
+        cells = [row[column] for row in table.rows if row[column]]
+        digits, hashes = any(map(_DIGIT.search, cells)), any(map(_HASH.match, cells))
+        found.append(column >= table.left and digits and not hashes)
+    return found
 
 
 def _placed(report: Report) -> tuple[list[_Group], list[object]]:

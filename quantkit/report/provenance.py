@@ -57,7 +57,7 @@ def _evaluation(evaluated: Evaluated) -> list[Block]:
     document = evaluated.document
     protocol = document.protocol
     rows = [
-        ("file", str(evaluated.path)),
+        ("file", evaluated.path.name),
         ("its date", f"{evaluated.written:%Y-%m-%d %H:%M} UTC"),
         ("reference", f"{document.reference.name} ({document.reference.format})"),
         ("its fingerprint", document.reference.fingerprint),

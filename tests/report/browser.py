@@ -82,12 +82,16 @@ class Browser:
         page = Page(self, session, target)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.send(f"{domain}.enable")
-        page.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        page.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         page.send("Emulation.setEmulatedMedia", features=scheme)
         self.events.clear()
         page.send("Page.navigate", url=path.resolve().as_uri())
-        page.wait_for("document.documentElement.dataset.plots === 'drawn' || !document.getElementById('no-plots').hidden")
+        page.wait_for(
+            "document.documentElement.dataset.plots === 'drawn' || !document.getElementById('no-plots').hidden"
+        )
         return page
 
 

@@ -1,0 +1,59 @@
+"""`quantkit report`: what is written where, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from quantkit.cli.app import app
+from tests.report.jobs import conversion, evaluation, written
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "w4", conversion())
+    return Path("w4")
+
+
+def test_the_page_goes_into_the_current_folder(out: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("report.html  ")
+    assert "<title>w4 · quantkit report</title>" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_markdown_goes_to_stdout_or_into_a_file(out: Path) -> None:
+    shown = CliRunner().invoke(app, ["report", str(out), "--markdown", "--title", "Mine"])
+    assert shown.stdout.startswith("## Mine\n")
+    assert not Path("report.html").exists()
+    result = CliRunner().invoke(app, ["report", str(out), "--markdown", "--title", "Mine", "-o", "card.md"])
+    assert result.exit_code == 0
+    assert Path("card.md").read_text(encoding="utf-8") == shown.stdout
+
+
+def test_documents_are_never_overwritten(out: Path) -> None:
+    path = written(Path(), evaluation({"x": (1, 0.1)}), "e.json")
+    before = path.read_bytes()
+    result = CliRunner().invoke(app, ["report", str(path), "-o", "w4/../e.json"])
+    assert result.exit_code == 1
+    assert "is a document that the report is made of" in result.stderr
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["w4", "no/report.html"])
+def test_a_place_that_is_no_file_is_refused(out: Path, place: str) -> None:
+    result = CliRunner().invoke(app, ["report", str(out), "-o", place])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {place}: is no place for a file.\nhint: ")
+
+
+def test_a_folder_without_documents_is_refused(out: Path) -> None:
+    result = CliRunner().invoke(app, ["report", "."])
+    assert result.exit_code == 0  # w4 is a folder in it
+    Path("empty").mkdir()
+    result = CliRunner().invoke(app, ["report", "empty"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: empty: holds no quantkit.json")

@@ -1,0 +1,107 @@
+"""Which files are read, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.errors import OutputError
+from quantkit.evaluate import document as written_by_evaluate
+from quantkit.report import documents, figures
+from quantkit.report.documents import Conversion, Evaluation, read_documents
+from tests.report.jobs import conversion, evaluation, scores, written
+
+
+def test_folders_subfolders_and_files_are_read_once_in_order(tmp_path: Path) -> None:
+    one = written(tmp_path / "one", conversion())
+    several = [written(tmp_path / "several" / name, conversion()) for name in ("b", "a")]
+    scored = written(tmp_path / "several", evaluation({}), "evaluation.json")
+    (tmp_path / "several" / "notes").mkdir()
+    found = read_documents([one.parent, tmp_path / "several", one, scored])
+    assert [file.path for file in found] == [one, several[1], several[0], scored]
+    assert [type(file.document) for file in found] == [Conversion, Conversion, Conversion, Evaluation]
+
+
+def test_what_a_report_can_do_without_may_be_missing(tmp_path: Path) -> None:
+    document = conversion()
+    for key in ("source", "contents", "validation", "validated", "calibration", "expert_tokens", "sha256"):
+        del document[key]
+    (found,) = read_documents([written(tmp_path / "old", document)])
+    assert isinstance(found.document, Conversion)
+    assert found.document.contents == ()
+
+
+def test_null_is_not_a_number(tmp_path: Path) -> None:
+    document = evaluation({"w4": (1, 0.1)})
+    document["candidates"][0]["result"]["overall"]["perplexity"]["standard_error"] = None
+    (found,) = read_documents([written(tmp_path, document, "e.json")])
+    assert isinstance(found.document, Evaluation)
+    assert math.isnan(found.document.candidates[0].result.overall.perplexity.standard_error)
+
+
+def test_what_quantkit_evaluate_writes_is_read(tmp_path: Path) -> None:
+    old = evaluation({"w4": (1, 0.1)})
+    old["candidates"][0]["result"]["overall"]["kld"]["histogram"] = [0] * 38
+    new = written_by_evaluate.Evaluation.model_validate(old)
+    path = tmp_path / "e.json"
+    path.write_text(new.to_json(), encoding="utf-8")
+    (found,) = read_documents([path])
+    assert isinstance(found.document, Evaluation)
+    assert found.document.candidates[0].result.overall.kld.histogram == (0,) * 38
+    assert written_by_evaluate.HISTOGRAM_EDGES == figures.EDGES
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "EOF while parsing"),
+        ("[]", "Input should be an object"),
+        ('{"a": 1}', "is neither a conversion's"),
+        ("[" * 100_000, "recursion limit exceeded"),
+        ('{"quantkit": "0.1.0"}', "job: Field required"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(OutputError) as caught:
+        read_documents([path])
+    assert caught.value.message.startswith(f"{path}: ")
+    assert told in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def wrong_loss(document: dict[str, Any]) -> None:
+    document["tensors"]["lm_head.weight"]["relative_loss"] = "much"
+
+
+def negative_size(document: dict[str, Any]) -> None:
+    document["tensor_bytes"] = -1
+
+
+def short_count(document: dict[str, Any]) -> None:
+    document["expert_tokens"]["1"]["experts"][0] = [1]
+
+
+@pytest.mark.parametrize("damage", [wrong_loss, negative_size, short_count])
+def test_a_damaged_conversion_is_refused_with_the_place(tmp_path: Path, damage: Any) -> None:
+    document = conversion()
+    damage(document)
+    with pytest.raises(OutputError, match=r"(tensors\.lm_head|tensor_bytes|expert_tokens\.1)") as caught:
+        read_documents([written(tmp_path, document)])
+    assert "damaged" in caught.value.hint
+
+
+def test_missing_paths_and_folders_without_documents_are_refused(tmp_path: Path) -> None:
+    for path, told in ((tmp_path / "no", "not found"), (tmp_path, "holds no quantkit.json")):
+        with pytest.raises(OutputError, match=told):
+            read_documents([path])
+
+
+def test_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_BYTES", 100)
+    with pytest.raises(OutputError, match="at most 100"):
+        read_documents([written(tmp_path, scores(0.1))])
