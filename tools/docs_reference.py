@@ -23,6 +23,7 @@ COMMANDS = (
     "plan",
     "inspect",
     "evaluate",
+    "check",
     "report",
     "recipes",
     "recipes list",

@@ -96,9 +96,10 @@ def check(
         ),
     ] = False,
 ) -> None:
-    """Fail (exit code 1, a line for each regression) if an evaluation is worse than its baseline, beyond noise.
+    """Fail if an evaluation is worse than its baseline, beyond noise.
 
-    Both must be of the same text, windows and reference; anything else is refused.
+    Exit code 1 and a line for each regression, which names the layer, expert or linear. Both must be of the same text,
+    windows and reference; anything else is refused.
     """
     from quantkit.evaluate.check_verdict import Limits
 
