@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from quantkit.report import figures, numbers
+from quantkit.report import figures, heat_maps, numbers
 from quantkit.report.contents import Block, Code, Figure, Note, Section, Table
 from quantkit.report.documents import RoleSize
 from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid, error_grid, expert_grid, worst
@@ -91,7 +91,7 @@ def _errors(converted: Converted) -> list[Block]:
                 "experts. Rows or columns that stand out deserve more bits.",
                 alt=f"Heat map of {numbers.counted(len(grid.layers), 'layer')} and "
                 f"{numbers.counted(len(grid.projections), 'projection')}. {_extremes(grid)}",
-                spec=figures.errors(grid),
+                spec=heat_maps.errors(grid),
                 table=_grid_table(grid),
             )
         )
@@ -139,7 +139,7 @@ def _projection_table(grid: ErrorGrid) -> Table:
             f"{cell.count:,}",
             numbers.percentage(cell.median),
             numbers.percentage(cell.largest),
-            "0",
+            f"{cell.fallbacks:,}",
         )
         for name, cell in grid.outside.items()
     ]
@@ -174,7 +174,7 @@ def _experts(converted: Converted) -> list[Block]:
         how="Each cell is an expert. One that saw few tokens was quantised with little knowledge of its inputs; unseen "
         f"ones have a cross. {summary}",
         alt=f"Heat map: {summary}",
-        spec=figures.tokens(grid),
+        spec=heat_maps.tokens(grid),
         table=_expert_table(grid),
         zoom=True,
     )

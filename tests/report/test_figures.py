@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from quantkit.report import figures
+from quantkit.report import figures, heat_maps
 from quantkit.report.build import report_of
 from quantkit.report.contents import Figure, Report
 from quantkit.report.documents import Conversion, read_documents
@@ -72,7 +72,7 @@ def test_names_are_shown_and_not_read_as_markup(tmp_path: Path) -> None:
 
 def test_the_map_of_errors_has_gaps_where_there_is_no_linear() -> None:
     grid = error_grid(Conversion.model_validate(conversion()))
-    (trace,) = cast("Any", figures.errors(grid))["data"]
+    (trace,) = cast("Any", heat_maps.errors(grid))["data"]
     assert trace["z"][0][-1] is None
     assert trace["z"][2][0] == pytest.approx(math.log10(3e-5))
     assert "(expert 3) of 4" in trace["text"][2][-1]
@@ -81,7 +81,7 @@ def test_the_map_of_errors_has_gaps_where_there_is_no_linear() -> None:
 def test_unseen_experts_are_crosses_and_not_zeros() -> None:
     grid = expert_grid(Conversion.model_validate(conversion()))
     assert grid is not None
-    heat, crosses = cast("Any", figures.tokens(grid))["data"]
+    heat, crosses = cast("Any", heat_maps.tokens(grid))["data"]
     assert heat["z"][0][1] is None
     assert heat["customdata"][0][0][0] == grid.tokens[0][0]
     assert (crosses["x"], crosses["y"]) == ([1], [1])
@@ -99,7 +99,7 @@ def test_unseen_experts_are_crosses_and_not_zeros() -> None:
     ],
 )
 def test_ticks_of_a_log_scale_are_few_and_round(values: list[float], labels: list[str] | None) -> None:
-    ticks = cast("Any", figures.log_ticks(values, percent=False))
+    ticks = cast("Any", heat_maps.log_ticks(values, percent=False))
     assert ticks.get("ticktext") == labels
 
 

@@ -1,0 +1,130 @@
+"""Grids of layers -> plotly heat maps, on log scales that the colour-blind can read (viridis)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from quantkit.report import figures, numbers
+from quantkit.report.contents import Spec
+from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid
+
+
+def errors(grid: ErrorGrid) -> Spec:
+    """Median relative loss of each projection in each layer, on a log scale."""
+    cells = [[grid.cells.get((layer, projection)) for projection in grid.projections] for layer in grid.layers]
+    known = [cell.median for row in cells for cell in row if cell is not None and cell.median > 0]
+    data = [
+        {
+            "type": "heatmap",
+            "x": [figures.text(projection) for projection in grid.projections],
+            "y": list(grid.layers),
+            "z": [[None if c is None or c.median <= 0 else math.log10(c.median) for c in row] for row in cells],
+            "text": [["" if cell is None else _told(cell) for cell in row] for row in cells],
+            "hoverongaps": False,
+            "hovertemplate": "layer %{y}, %{x}<br>%{text}<extra></extra>",
+            "xgap": 1,
+            "ygap": 1,
+            "colorscale": "$heat",
+            "colorbar": {**log_ticks(known, percent=True), "title": {"text": "loss"}},
+        }
+    ]
+    return {
+        "data": data,
+        "layout": _map_layout(
+            grid.layers, {"type": "category", "tickangle": -60}, 12 if len(grid.layers) > 16 else 30, 210
+        ),
+    }
+
+
+def _told(cell: Cell) -> str:
+    """What hovering says of a cell of the map of errors."""
+    median = f"{figures.text(cell.stored_as)}<br>median {numbers.percentage(cell.median)}"
+    if cell.count == 1:
+        return median
+    largest = "" if cell.largest_expert is None else f" (expert {cell.largest_expert})"
+    return (
+        f"{median}, 90 % below {numbers.percentage(cell.p90)}"
+        f"<br>largest {numbers.percentage(cell.largest)}{largest} of {cell.count}"
+    )
+
+
+def tokens(grid: ExpertGrid) -> Spec:
+    """Tokens of each expert of each layer, on a log scale. Unseen experts are crosses."""
+    means = [sum(row) / len(row) if row else 0 for row in grid.tokens]
+    seen = [count for count in grid.counts if count]
+    width = max(len(row) for row in grid.tokens)
+    padded = [row + (0,) * (width - len(row)) for row in grid.tokens]
+    few = width <= figures.FEW
+    # What a tick is called is said at the first one; with a prefix of ticks, plotly says it of each value too.
+    experts = (
+        {"tickvals": list(range(width)), "ticktext": ["expert 0", *map(str, range(1, width))]}
+        if few
+        else {"tickprefix": "expert ", "showtickprefix": "first", "tickformat": "d"}
+    )
+    expert = f"layer %{{y}}, {'expert ' if few else ''}%{{x}}"
+    gap = 1 if width <= 64 else 0
+    place = {"type": "heatmap", "x": list(range(width)), "y": list(grid.layers), "xgap": gap, "ygap": gap}
+    data: list[object] = [
+        {
+            **place,
+            "z": [[math.log10(count) if count else None for count in row] for row in padded],
+            "customdata": [
+                [[count, round(count / mean, 2) if mean else 0] for count in row]
+                for row, mean in zip(padded, means, strict=True)
+            ],
+            "hoverongaps": False,
+            "hovertemplate": f"{expert}<br><b>%{{customdata[0]:,d}} tokens</b>"
+            "<br>%{customdata[1]} × the layer's mean<extra></extra>",
+            "colorscale": "$heat",
+            "colorbar": {**log_ticks(seen, percent=False), "title": {"text": "tokens"}},
+        }
+    ]
+    if len(seen) < len(grid.counts):
+        data.append(_crosses(grid, expert))
+    return {"data": data, "layout": _map_layout(grid.layers, experts, 10 if len(grid.layers) > 16 else 30, 170)}
+
+
+def _crosses(grid: ExpertGrid, expert: str) -> dict[str, object]:
+    """Markers of unseen experts: a cell may be three pixels wide, and not everybody sees red."""
+    unseen = [
+        (x, layer) for row, layer in zip(grid.tokens, grid.layers, strict=True) for x, n in enumerate(row) if not n
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [x for x, _ in unseen],
+        "y": [layer for _, layer in unseen],
+        "marker": {"symbol": "x", "size": 9, "color": "$bad", "line": {"color": "$surface", "width": 1}},
+        "hovertemplate": f"{expert}<br><b>no tokens</b><extra></extra>",
+    }
+
+
+def _map_layout(
+    layers: Sequence[int], xaxis: Mapping[str, object], row_height: int, around: int
+) -> Mapping[str, object]:
+    """``around``: pixels for what is not rows."""
+    return {
+        "height": around + row_height * len(layers),
+        "xaxis": {**xaxis, "showgrid": False},
+        "showlegend": False,
+        "yaxis": {"title": {"text": "layer"}, "autorange": "reversed", "showgrid": False, **figures.whole(layers)},
+    }
+
+
+def log_ticks(values: Sequence[float], *, percent: bool) -> Mapping[str, object]:
+    """Two to five ticks of a colour bar whose values are logarithms."""
+    if not values:
+        return {}
+    low, high = math.log10(min(values)), math.log10(max(values))
+    powers = range(math.floor(low) - 1, math.ceil(high) + 1)
+    kept = sorted({min(values), max(values)})
+    finer = [[step * 10.0**power for power in powers for step in steps] for steps in ((1, 2, 5), (1, 3))]
+    coarser = [[10.0**power for power in powers if power % step == 0] for step in (1, 2, 3, 4)]
+    for ticks in (*finer, *coarser):
+        inside = [tick for tick in ticks if low - 0.01 <= math.log10(tick) <= high + 0.01]
+        if 2 <= len(inside) <= 5:
+            kept = inside
+            break
+    labels = [f"{100 * tick:.2g} %" if percent else f"{tick:,.0f}" for tick in kept]
+    return {"tickvals": [math.log10(tick) for tick in kept], "ticktext": labels}
