@@ -14,7 +14,7 @@ from quantkit.kernels.ggml_offset_triton import search_offset
 from quantkit.kernels.ggml_power_triton import search_power
 from quantkit.kernels.ggml_symmetric_triton import search_symmetric
 
-_LANES = 128  # groups of a program: four warps
+_LANES = 64  # groups of a program: two warps
 _CODED = 1024  # weights of a program that only codes
 _TABLE_START, _TABLE_SIZE = -128, 512
 
@@ -98,7 +98,7 @@ def _code(
     step = tl.load(scale + place // K, mask=inside, other=0.0)
     if OFFSET:
         value -= tl.load(offset + place // K, mask=inside, other=0.0)
-    value = value * tl.where(tl.abs(step) > 1e-37, 1.0 / step, 0.0)
+    value = value * tl.where(tl.abs(step) > 1e-37, tl.div_rn(1.0, step), 0.0)
     if BOUNDS == 0:
         code = tl.minimum(tl.maximum(value, LOW), HIGH)
         code = (code + 12582912.0) - 12582912.0 - LOW  # 1.5 * 2**23: what stays is rounded, ties to even

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -48,9 +49,16 @@ def _kernels() -> Iterator[None]:
         yield
 
 
-def weights(seed: int = 0) -> dict[str, Tensor]:
+SORTS = (
+    "normal", "student", "outliers", "one huge", "positive", "of many magnitudes", "small",
+    "smaller than any float16", "subnormal", "constant rows", "zero",
+)  # fmt: skip
+
+
+@cache
+def weights() -> dict[str, Tensor]:
     """Two matrices (2, rows, in) of each sort."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     normal = torch.randn(2, _ROWS, _IN, generator=generator) * 0.02
     spread = torch.randn(3, 2, _ROWS, _IN, generator=generator).square().sum(0).div(3).sqrt()
     rare = torch.rand(2, _ROWS, _IN, generator=generator) < 0.005
@@ -84,17 +92,22 @@ def row_errors(kind: BlockType, weight: Tensor, params: BlockParams, importance:
     return ((weight.double() - decoded.double()).square() * importance.double().unsqueeze(-2)).sum(-1)
 
 
-def assert_as_good(kind: BlockType, weight: Tensor, importance: Tensor | None, found: BlockParams) -> None:
-    """No more error than the twin's, and no less. All rows count alike, whatever their size."""
+def differences(kind: BlockType, weight: Tensor, importance: Tensor | None, found: BlockParams) -> Tensor:
+    """By how much its share each row's error is larger than the twin's; all rows count alike, whatever their size."""
     used = torch.ones_like(weight[:, 0]) if importance is None else importance
     left, of_twin = (row_errors(kind, weight, p, used) for p in (found, fit_in_torch(kind, weight, importance)))
     energy = (weight.double().square() * used.double().unsqueeze(-2)).sum(-1)
-    difference = (left - of_twin) / (left + of_twin + 1e-6 * energy).clamp_min(1e-300)
-    # Where two choices are nearly equal, rounding decides, either way.
-    assert abs(float(2 * difference.mean())) < (2e-2 if _INTERPRETED else 1e-3)
+    return (2 * (left - of_twin) / (left + of_twin + 1e-6 * energy).clamp_min(1e-300)).flatten()
 
 
-@pytest.mark.parametrize("sort", weights())
+def assert_as_good(kind: BlockType, weight: Tensor, importance: Tensor | None, found: BlockParams) -> None:
+    """Where two choices are nearly equal, rounding decides, either way: over many rows that evens out."""
+    by_row = differences(kind, weight, importance, found)
+    chance = 3 * float(by_row.std()) / len(by_row) ** 0.5
+    assert abs(float(by_row.mean())) < max(1e-3, chance)
+
+
+@pytest.mark.parametrize("sort", SORTS)
 @every_kind
 def test_fit_leaves_the_twins_error(kind: BlockType, sort: str) -> None:
     if _INTERPRETED and sort not in ("student", "one huge", "subnormal", "zero"):
@@ -130,8 +143,7 @@ def test_codes_are_nearest(kind: BlockType) -> None:
     params = fit(kind, weight, importances())
     codes, of_twin = encode(kind, weight, params), nearest_codes(kind, weight, params)
     assert codes.dtype == torch.uint8
-    # A reciprocal in its last bit moves what lies in the middle between two levels.
-    assert (codes != of_twin).float().mean() <= (0 if _INTERPRETED else 1e-5)
+    assert torch.equal(codes, of_twin)
 
 
 @every_kind
