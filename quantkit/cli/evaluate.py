@@ -180,7 +180,7 @@ def _progress() -> Generator[OnEvaluation]:
 def evaluation_text(found: Evaluation) -> str:
     """Tables: overall, by domain, by layer; then what was measured on."""
     rows = _named_results(found)
-    tables = [_overall(found, rows), _domains(rows), _layers(rows)] if rows else []
+    tables = [_overall(found, rows), _domains(found, rows), _layers(rows)] if rows else []
     return "\n\n".join([*tables, _footer(found)])
 
 
@@ -197,11 +197,16 @@ def _named_results(found: Evaluation) -> list[tuple[str, float | None, Result]]:
 
 
 def _overall(found: Evaluation, rows: Sequence[tuple[str, float | None, Result]]) -> str:
-    head = ("model", "bpw", "perplexity", "ln ratio", "KLD mean", "median", "90 %", "99 %", "99.9 %", "max")
+    head = ("model", "bpw", "perplexity", "ln ratio", _kld(found), "median", "90 %", "99 %", "99.9 %", "max")
     head = (*head, "same top", "RMS Δp")
     reference = rows[0][2].overall.reference_perplexity.shown(4)
     first = (found.reference.name, f"{found.reference.bpw:.3f}", reference, *("" for _ in range(9)))
     return table(head, [first, *((name, _bpw(bpw), *_cells(result.overall)) for name, bpw, result in rows)])
+
+
+def _kld(found: Evaluation) -> str:
+    """Head of the column."""
+    return "KLD mean" if found.reference_file is None else "KLD mean, at least"
 
 
 def _bpw(bpw: float | None) -> str:
@@ -226,8 +231,8 @@ def _percent(value: Mean) -> str:
     return f"{value.mean:.2%} ± {error}"
 
 
-def _domains(rows: Sequence[tuple[str, float | None, Result]]) -> str:
-    head = ("domain", "model", "windows", "reference", "perplexity", "ln ratio", "KLD mean", "same top")
+def _domains(found: Evaluation, rows: Sequence[tuple[str, float | None, Result]]) -> str:
+    head = ("domain", "model", "windows", "reference", "perplexity", "ln ratio", _kld(found), "same top")
     cells = [
         (
             domain if number == 0 else "",
@@ -268,6 +273,8 @@ def _footer(found: Evaluation) -> str:
     ]
     if found.reference_file is not None:
         lines += [f"note: the reference is {found.reference_file.path}. KLD: {found.reference_file.kld}"]
-        lines += [f"note: no {name}: {why}" for name, why in found.reference_file.not_available.items()]
+        missing = found.reference_file.not_available
+        for why in dict.fromkeys(missing.values()):
+            lines.append(f"note: no {', '.join(name for name, own in missing.items() if own == why)}: {why}")
     lines += [f"note: {c.model.name}: {note}" for c in found.candidates for note in c.model.notes]
     return "\n".join(lines)

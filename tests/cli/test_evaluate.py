@@ -62,6 +62,34 @@ def test_names_that_are_the_same_are_shown_as_paths(folder: Path) -> None:
     assert done.stdout.count(str(folder / "fp8")) > 2
 
 
+def test_a_reference_that_is_kept_in_a_file(folder: Path, tmp_path: Path) -> None:
+    saved = quantkit(*words(folder), "--save-reference", tmp_path / "file", "--no-noise-floor")
+    assert saved.exit_code == 0, saved.stderr
+    assert saved.stdout.startswith("186 tokens scored in 6 windows of 32 (windows)")
+    assert saved.stderr.startswith("0 candidates, 6 windows, 192 tokens\n")
+    done = quantkit("evaluate", tmp_path / "file", folder / "other", "--device", "cpu", "--memory-budget", "1GiB")
+    assert done.exit_code == 0, done.stderr
+    overall, domains, layers, footer = done.stdout.strip().split("\n\n")
+    assert "KLD mean, at least" in overall
+    assert "KLD mean, at least" in domains
+    assert [line.split()[:2] for line in layers.splitlines()[2:]] == [["0", "-"], ["1", "-"]]
+    notes = footer.splitlines()[1:]
+    assert notes[0].startswith(f"note: the reference is {tmp_path / 'file'}. KLD: A lower bound: exact on the ")
+    assert notes[1].startswith("note: no hidden_error, expert_errors: The reference's hidden states are not kept")
+    assert notes[2] == "note: no noise_floor: The file was written without it."
+    refused = quantkit("evaluate", tmp_path / "file", folder / "other", "--context", 64)
+    assert (refused.exit_code, "was made with --context 32, not --context 64" in refused.stderr) == (1, True)
+
+
+def test_one_window_has_no_standard_error(folder: Path) -> None:
+    done = quantkit(*words(folder, "other"), "--max-windows-per-file", 1, "--json")
+    domain = json.loads(done.stdout)["candidates"][0]["result"]["domains"]["one"]
+    assert (domain["kld"]["standard_error"], domain["log_ratio"]["standard_error"]) == (None, None)
+    shown = quantkit(*words(folder, "other"), "--max-windows-per-file", 1).stdout
+    assert "± -" in shown
+    assert "nan" not in shown
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     refused = quantkit(*words(folder, "absent"))
     assert refused.exit_code == 1
