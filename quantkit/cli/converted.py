@@ -74,11 +74,14 @@ def _run_text(report: Report) -> str:
 
 def _next_text(report: Report) -> str:
     """Commands that can be pasted into the shell this one was typed in."""
-    command, path = program(), shlex.quote(str(report.outputs[0].path))
+    first = report.outputs[0].path
+    command, path = program(), shlex.quote(str(first))
+    folder = path if len(report.outputs) == 1 else shlex.quote(str(first.parent))
     lines = [
         ("next:", ""),
         (f"  {command} inspect {path}", "what the checkpoint holds"),
         (f"  cat {path}/README.md", "its model card; quantkit.json beside it has every tensor"),
+        (f"  {command} report {folder}", "one HTML page: sizes, losses by layer, tokens by expert"),
         (f"  {command} recipes list", "other recipes, each a name for -r"),
     ]
     serve = [line for output in report.outputs for line in output.serve]

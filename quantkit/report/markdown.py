@@ -15,7 +15,7 @@ def markdown(report: Report) -> str:
     """The whole text, headings from the second level down: a card has its own title."""
     parts = [f"## {escaped(report.title)}", escaped(report.subtitle)]
     parts += [f"> **{escaped(note.text)}**" for note in report.warnings]
-    parts.append(_table(Table(("", ""), tuple((card.label, _card(card)) for card in report.cards))))
+    parts.append(_table(Table(("", ""), tuple((card.label, _card(card)) for card in report.cards), left=2)))
     for section in report.sections:
         blocks = [text for block in section.blocks for text in _block(block)]
         if blocks:
