@@ -8,10 +8,10 @@ cannot be installed, PEERS_PATH names a folder that holds their Python sources (
 heavy __init__ files are then left out. The functions that do the work are the packages' own in both cases, unchanged.
 
 Times are by the host's clock between synchronisations, the median of three or more after a warm-up (one where it takes
-seconds), all products in IEEE float32 (both peers want it so). gptqmodel: gate accumulates the Hessian, up adopts a copy
-and shares the factor, as its own loop does for DeepSeek V3. llm-compressor: a batch of modules of one shape, observer
-and stacking included, divided by the size of the batch. Peak memory is that of the whole call, beyond what its inputs
-took.
+seconds), all products in IEEE float32 (both peers want it so). gptqmodel: gate accumulates the Hessian, up adopts a
+copy and shares the factor, as its own loop does for DeepSeek V3. llm-compressor: a batch of modules of one shape,
+observer and stacking included, divided by the size of the batch. Peak memory is that of the whole call, beyond what its
+inputs took.
 """
 
 from __future__ import annotations
