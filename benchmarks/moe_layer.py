@@ -1,6 +1,6 @@
 """One real MoE layer of DeepSeek V3 on one GPU, with the code that `quantkit convert` runs: seconds, memory, rates.
 
-    python benchmarks/moe_layer.py [--tokens 524288] [--folder /dev/shm/moe-layer] [--peers] [--out results/moe_layer.json]
+    python benchmarks/moe_layer.py [--tokens 524288] [--folder /dev/shm/moe-layer] [--peers] [--out FILE]
 
 The layer (256 experts of 7168 x 2048, attention of 128 heads, shared expert) is written as a safetensors folder in FP8
 blocks: heavy-tailed random weights, a router whose bias is balanced as DeepSeek balances it. The hidden states are
@@ -85,6 +85,7 @@ def layer_config(scale: int) -> dict[str, Any]:
         "hidden_size": 7168 // scale,
         "moe_intermediate_size": 2048 // scale,
         "num_attention_heads": 128 // scale,
+        "num_key_value_heads": 128 // scale,
         "q_lora_rank": 1536 // scale // BLOCK * BLOCK or BLOCK,
         "n_routed_experts": EXPERTS if scale == 1 else 32,
     }
@@ -295,9 +296,21 @@ def _copy(store: RowStore) -> RowStore:
     return copy
 
 
-def measure(setting: Setting, repeats: int) -> dict[str, Any]:
+def profiled(setting: Setting, method: Gptq) -> None:
+    """Print the kernels by their time, and how long the GPU was busy."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run_layer(setting, method, None)
+    found = profile.key_averages()
+    busy = sum(event.self_device_time_total for event in found) / 1e6
+    print(f"kernels and copies: {busy:.3f} s", flush=True)
+    print(found.table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90), flush=True)
+
+
+def measure(setting: Setting, cases: list[str], repeats: int, profile: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for name, method in CASES.items():
+    for name in cases:
+        method = CASES[name]
         runs = [run_layer(setting, method, None) for _ in range(repeats + 1)][1:]  # the first compiles and pins
         stages = Stages()
         run_layer(setting, method, stages)
@@ -308,6 +321,8 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
             "stages, synchronised": {label: round(seconds, 3) for label, seconds in ordered},
         }
         print(name, json.dumps(results[name], indent=1), flush=True)
+        if profile:
+            profiled(setting, method)
     return results
 
 
@@ -379,6 +394,8 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--experts-at-once", type=int)
+    parser.add_argument("--cases", nargs="*", choices=[*CASES], default=[*CASES])
+    parser.add_argument("--profile", action="store_true", help="print what the GPU spends its time on, by kernel")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/moe-layer"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "moe_layer.json")
@@ -394,7 +411,7 @@ def main() -> None:
         # The originals wait in the processor's memory: only a run's own streams take the GPU's.
         setting = Setting(arch, source, _away(x), _away(original), folder / "out", arguments.experts_at_once)
         del x, original
-        result["layer"] = measure(setting, arguments.repeats)
+        result["layer"] = measure(setting, arguments.cases, arguments.repeats, arguments.profile)
         for case, found in result["layer"].items():
             result.setdefault("all of V3, extrapolated", {})[case] = whole_model(found["seconds"], tokens)
         if arguments.peers:

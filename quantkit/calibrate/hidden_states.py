@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantkit.errors import OutputError
 from quantkit.formats.safetensors_writer import disk_errors
+from quantkit.kernels.cuda import has_kernels
 
 CPU = torch.device("cpu")
 _SAVED_BYTES = 64 * 2**20
@@ -52,8 +53,8 @@ class RowStore(Protocol):
         """Tokens (n,) int64 in rising order -> (n, width)."""
         ...
 
-    def add(self, tokens: Tensor, values: Tensor) -> None:
-        """Add values (n, width) onto distinct tokens (n,) int64 in rising order."""
+    def add(self, tokens: Tensor, values: Tensor, shares: Tensor) -> None:
+        """Add values (n, width), times shares (n,) float32, onto distinct tokens (n,) int64 in rising order."""
         ...
 
     def save(self, path: Path) -> None:
@@ -92,9 +93,15 @@ class MemoryRows:
         """See `RowStore.gather`."""
         return self._data[tokens.to(self.device)]
 
-    def add(self, tokens: Tensor, values: Tensor) -> None:
+    def add(self, tokens: Tensor, values: Tensor, shares: Tensor) -> None:
         """See `RowStore.add`."""
-        self._data.index_add_(0, tokens.to(self.device), values.to(self.device, self.dtype))
+        tokens, values, shares = (part.to(self.device) for part in (tokens, values, shares))
+        if has_kernels(self._data):
+            from quantkit.kernels.scatter_triton import add_rows_
+
+            add_rows_(self._data, tokens, values, shares)
+        else:
+            self._data.index_add_(0, tokens, (values * shares.unsqueeze(-1)).to(self.dtype))
 
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
@@ -143,9 +150,9 @@ class FileRows:
         self._each_run(tokens.cpu(), data, read_exactly)
         return data
 
-    def add(self, tokens: Tensor, values: Tensor) -> None:
+    def add(self, tokens: Tensor, values: Tensor, shares: Tensor) -> None:
         """See `RowStore.add`."""
-        total = self.gather(tokens).add_(values.cpu())
+        total = self.gather(tokens).add_((values * shares.to(values.device).unsqueeze(-1)).cpu())
         with disk_errors(self._path):
             self._each_run(tokens.cpu(), total, write_exactly)
 

@@ -106,7 +106,9 @@ def _add_squares(sums: Tensor, x: Tensor) -> None:
 def _add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """sums (in, in) += left^T right over tokens."""
     if has_kernels(sums):
-        sums += torch.mm(left.bfloat16().T, right.bfloat16(), out_dtype=torch.float32)
+        from quantkit.kernels.moments_triton import add_products_
+
+        add_products_(sums, left, right)
     else:
         sums.addmm_(left.T, right)
 

@@ -134,4 +134,4 @@ def forward_expert(
 
 def add_expert_output(hidden: Tensor, down: Tensor, token: Tensor, share: Tensor, x: RowStore) -> None:
     """Add hidden (n, inter) @ down^T, times the gate weights share (n,), to the residual of tokens (n,)."""
-    x.add(token, linear(hidden, down) * share.to(hidden.device).unsqueeze(-1))
+    x.add(token, linear(hidden, down), share)

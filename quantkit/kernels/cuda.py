@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
@@ -42,9 +42,12 @@ def tensor_float32(enabled: bool = True) -> Generator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def fast_products(tensor: Tensor) -> AbstractContextManager[None]:
-    """TF32 products where the kernels run, whatever holds elsewhere."""
-    return tensor_float32() if has_kernels(tensor) else nullcontext()
+def narrow_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (B, m, k) @ right (B, k, n), rounded to bfloat16 first, with float32 sums -> (B, m, n) float32."""
+    left, right = left.bfloat16(), right.bfloat16()
+    if not left.is_cuda:
+        return left.float() @ right.float()
+    return torch.bmm(left, right, out_dtype=torch.float32)
 
 
 class FixedScales(Protocol):

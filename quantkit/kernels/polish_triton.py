@@ -1,9 +1,10 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """The coordinate descent of `quantkit.quantizers.ldlq.polish` on a GPU.
 
-Gradients are made anew for a panel of groups at a time, G = H[panel] E, in one TF32 product: nothing of the size of a
-matrix is updated for every group. Within a panel the groups follow one another: one kernel measures the best step of
-each row's scale (and offset), the grid says which values can be stored, one kernel moves scale and codes.
+Gradients are made anew for a panel of groups at a time, G = H[panel] E, in one product of bfloat16 factors with float32
+sums: nothing of the size of a matrix is updated for every group. Within a panel the groups follow one another: one
+kernel measures the best step of each row's scale (and offset), the grid says which values can be stored, one kernel
+moves scale and codes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.cuda import FixedScales, tensor_float32
+from quantkit.kernels.cuda import FixedScales, narrow_product, tensor_float32
 from quantkit.kernels.levels_triton import inverse, nearest
 from quantkit.kernels.transpose_triton import transposed
 
@@ -32,7 +33,8 @@ _TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 
 @triton.jit
 def _begin(
-    target, given, scale, zeros, offsets, table, error, levels, codes, zero, in_features, out_features, n_groups, size,
+    target, given, scale, zeros, offsets, table, error, narrow, levels, codes,
+    zero, in_features, out_features, n_groups, size,
     ZEROS: tl.constexpr, OFFSETS: tl.constexpr, TABLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """target, given codes (B, out, in) -> error, levels, codes (B, in, out)."""
@@ -57,6 +59,7 @@ def _begin(
         left -= tl.load(offsets + of_group, mask=back, other=0.0)
     cells = start + columns[:, None] * out_features + rows[None, :]
     tl.store(error + cells, left, mask=back)
+    tl.store(narrow + cells, left.to(tl.bfloat16), mask=back)
     tl.store(levels + cells, level, mask=back)
     tl.store(codes + cells, code, mask=back)
 
@@ -110,8 +113,8 @@ def _measure(
 
 @triton.jit
 def _move(
-    gradient, through, error, levels, codes, change, moves, hessian, row_sums, scale, scale_step, offset_step, zeros,
-    table, zero, top, in_features, out_features, n_groups, width, start, size, column, group,
+    gradient, through, error, narrow, levels, codes, change, moves, hessian, row_sums, scale, scale_step, offset_step,
+    zeros, table, zero, top, in_features, out_features, n_groups, width, start, size, column, group,
     ZEROS: tl.constexpr, OFFSETS: tl.constexpr, LEVELS: tl.constexpr,
     SUB: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +130,7 @@ def _move(
     change += matrix * size * out_features
     moves += matrix * size * out_features
     error += (matrix * in_features + start) * out_features
+    narrow += (matrix * in_features + start) * out_features
     levels += (matrix * in_features + start) * out_features
     codes += (matrix * in_features + start) * out_features
     hessian += matrix * in_features * in_features + start * in_features + start
@@ -180,12 +184,14 @@ def _move(
         tl.debug_barrier()  # the changes, and the moves that the next SUB columns read, were stored by other threads
         left = tl.load(error + cells, mask=mask, other=0.0) + tl.load(change + cells, mask=mask, other=0.0)
         tl.store(error + cells, left, mask=mask)
+        tl.store(narrow + cells, left.to(tl.bfloat16), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
 class _Descent:
     """A polish under way. error, levels (B, in, out), scales, offsets, zero (B, groups, out) float32; codes uint8;
-    hessian (B, in, in) float32, its row_sums within groups (B, in)."""
+    hessian (B, in, in) float32, its row_sums within groups (B, in). narrow_error, narrow_hessian: in bfloat16, for
+    gradients."""
 
     grid: FixedScales
     error: Tensor
@@ -196,6 +202,8 @@ class _Descent:
     zero: Tensor | float
     hessian: Tensor
     row_sums: Tensor
+    narrow_error: Tensor
+    narrow_hessian: Tensor
 
 
 Polished = tuple[Tensor, Tensor, "Tensor | None", Tensor]
@@ -211,28 +219,21 @@ def polish(grid: FixedScales, target: Tensor, codes: Tensor, hessian: Tensor, ro
     offsets = None if offset is None else transposed(offset)
     error, levels = (target.new_empty(target.mT.shape) for _ in range(2))
     moved = codes.new_empty(target.mT.shape)
+    narrow = torch.empty_like(error, dtype=torch.bfloat16)
     _begin[(triton.cdiv(target.shape[2], _TILE), triton.cdiv(target.shape[1], _TILE), len(target))](
         target.contiguous(), codes.contiguous(), scales, zeros if isinstance(zeros, Tensor) else scales,
-        scales if offsets is None else offsets, scales if table is None else table, error, levels, moved,
+        scales if offsets is None else offsets, scales if table is None else table, error, narrow, levels, moved,
         0.0 if isinstance(zeros, Tensor) else zeros, target.shape[2], target.shape[1], scales.shape[1], size,
         ZEROS=isinstance(zeros, Tensor), OFFSETS=offsets is not None, TABLE=table is not None, TILE=_TILE, num_warps=4,
     )  # fmt: skip
     row_sums = hessian if offsets is None else _row_sums(hessian, size)
-    work = _Descent(grid, error, levels, moved, scales, offsets, zeros, hessian, row_sums)
+    work = _Descent(grid, error, levels, moved, scales, offsets, zeros, hessian, row_sums, narrow, hessian.bfloat16())
     with tensor_float32():
         for _ in range(rounds):
             _descend(work)
-        loss = _loss(error, hessian)
+    # A figure for reports: rounding to bfloat16 averages out.
+    loss = (narrow_product(work.narrow_hessian, narrow) * error).sum(1)
     return transposed(moved), transposed(scales), None if offsets is None else transposed(offsets), loss
-
-
-def _loss(error: Tensor, hessian: Tensor) -> Tensor:
-    """error (B, in, out) -> (B, out), without a gradient as large as the error."""
-    loss = error.new_zeros(len(error), error.shape[2])
-    for first in range(0, error.shape[1], _PANEL):
-        part = slice(first, first + _PANEL)
-        loss += ((hessian[:, part] @ error) * error[:, part]).sum(1)
-    return loss
 
 
 def _descend(work: _Descent) -> None:
@@ -241,7 +242,7 @@ def _descend(work: _Descent) -> None:
     panel = max(size, _PANEL // size * size)
     for first in range(0, in_features, panel):
         last = min(first + panel, in_features)
-        gradient = work.hessian[:, first:last] @ work.error
+        gradient = narrow_product(work.narrow_hessian[:, first:last], work.narrow_error)
         for start in range(first, last, size):
             change = _move_group(work, gradient, first, start, size)
             if start + size < last:
@@ -281,8 +282,8 @@ def _move_group(work: _Descent, gradient: Tensor, first: int, start: int, size: 
         work.offsets[:, group] += shift
     zeros = work.zero if isinstance(work.zero, Tensor) else work.scales
     _move[(triton.cdiv(out_features, _ROWS), n_matrices)](
-        gradient, through, work.error, work.levels, work.codes, change, moves, work.hessian, work.row_sums, work.scales,
-        step, shift, zeros, work.scales if grid.table is None else grid.table,
+        gradient, through, work.error, work.narrow_error, work.levels, work.codes, change, moves, work.hessian,
+        work.row_sums, work.scales, step, shift, zeros, work.scales if grid.table is None else grid.table,
         0.0 if isinstance(work.zero, Tensor) else work.zero, float(grid.top),
         in_features, out_features, work.scales.shape[1], width, start, size, start - first, group,
         ZEROS=isinstance(work.zero, Tensor), OFFSETS=work.offsets is not None,

@@ -9,7 +9,8 @@ from torch import Tensor
 from quantkit.kernels.cuda import tensor_float32
 from quantkit.kernels.transpose_triton import placed, transposed
 
-_BLOCK = 128
+_BLOCK = 128  # the smallest that is inverted alone
+_LEAF = 512  # solved with one product
 
 
 def times_inverse(matrix: Tensor, layout: Tensor, lower: Tensor, pivots: Tensor) -> Tensor:
@@ -27,14 +28,23 @@ def times_inverse(matrix: Tensor, layout: Tensor, lower: Tensor, pivots: Tensor)
 
 
 def _inverses(lower: Tensor) -> list[Tensor]:
-    """Inverse of each unit lower triangular block on the diagonal, (B, 128, 128); the last may be smaller."""
+    """Inverse of each unit lower triangular block of _LEAF on the diagonal, (B, 512, 512); the last may be smaller."""
+    whole = lower.shape[-1] // _LEAF
+    size = _BLOCK
+    found = _inverse(_diagonal_blocks(lower, whole * _LEAF // _BLOCK, size))
+    while size < _LEAF:
+        found = _doubled(found, _diagonal_blocks(lower, found.shape[1] // 2, 2 * size)[..., size:, :size])
+        size *= 2
+    rest = lower[:, whole * _LEAF :, whole * _LEAF :]
+    return [*found.unbind(1), *([_inverse(rest)] if rest.shape[-1] else [])]
+
+
+def _diagonal_blocks(lower: Tensor, count: int, size: int) -> Tensor:
+    """The first blocks on the diagonal, (B, count, size, size), a view."""
     n_matrices, n, _ = lower.shape
-    whole = n // _BLOCK
-    strides = lower.stride(0), _BLOCK * (n + 1), n, 1
-    blocks = lower.as_strided((n_matrices, whole, _BLOCK, _BLOCK), strides, lower.storage_offset())
-    found = list(_inverse(blocks).unbind(1)) if whole else []
-    rest = lower[:, whole * _BLOCK :, whole * _BLOCK :]
-    return [*found, _inverse(rest)] if rest.shape[-1] else found
+    return lower.as_strided(
+        (n_matrices, count, size, size), (lower.stride(0), size * (n + 1), n, 1), lower.storage_offset()
+    )
 
 
 def _inverse(blocks: Tensor) -> Tensor:
@@ -42,14 +52,21 @@ def _inverse(blocks: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(blocks.tril(-1), one, upper=False, unitriangular=True)
 
 
+def _doubled(inverses: Tensor, below: Tensor) -> Tensor:
+    """Inverses (B, 2 k, s, s) of blocks, and what lies below each first of a pair (B, k, s, s) -> (B, k, 2 s, 2 s)."""
+    first, second = inverses[:, ::2], inverses[:, 1::2]
+    corner = -(second @ (below @ first))
+    return torch.cat([torch.cat([first, torch.zeros_like(first)], -1), torch.cat([corner, second], -1)], -2)
+
+
 def _middle(start: int, stop: int) -> int:
-    return start + -(-(stop - start) // _BLOCK) // 2 * _BLOCK
+    return start + -(-(stop - start) // _LEAF) // 2 * _LEAF
 
 
 def _forward(rows: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
     """Solve R Z = rows for the rows [start, stop), in place."""
-    if stop - start <= _BLOCK:
-        rows[:, start:stop] = inverses[start // _BLOCK] @ rows[:, start:stop]
+    if stop - start <= _LEAF:
+        rows[:, start:stop] = inverses[start // _LEAF] @ rows[:, start:stop]
         return
     middle = _middle(start, stop)
     _forward(rows, lower, inverses, start, middle)
@@ -59,8 +76,8 @@ def _forward(rows: Tensor, lower: Tensor, inverses: list[Tensor], start: int, st
 
 def _backward(rows: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
     """Solve R^T Z = rows for the rows [start, stop), in place."""
-    if stop - start <= _BLOCK:
-        rows[:, start:stop] = inverses[start // _BLOCK].mT @ rows[:, start:stop]
+    if stop - start <= _LEAF:
+        rows[:, start:stop] = inverses[start // _LEAF].mT @ rows[:, start:stop]
         return
     middle = _middle(start, stop)
     _backward(rows, lower, inverses, middle, stop)

@@ -27,9 +27,9 @@ _AT_ONCE = 8  # pushed columns that are fetched together
 
 @triton.jit
 def _round_block(
-    moved, error, codes, lower, layout, group, scale, zeros, offsets, table,
+    moved, error, codes, lower, pivots, loss, layout, group, scale, zeros, offsets, table,
     zero, top, in_features, out_features, n_groups, start, stop,
-    ZEROS: tl.constexpr, OFFSETS: tl.constexpr, LEVELS: tl.constexpr,
+    ZEROS: tl.constexpr, OFFSETS: tl.constexpr, LEVELS: tl.constexpr, LOSS: tl.constexpr,
     SUB: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Round columns [start, stop), the last first. See `sweep` for the arrays."""
@@ -40,6 +40,9 @@ def _round_block(
     error += matrix * in_features * out_features
     codes += matrix * in_features * out_features
     lower += matrix * in_features * in_features
+    pivots += matrix * in_features
+    loss += matrix * out_features
+    lost = tl.zeros([ROWS], tl.float32)
     layout += matrix * in_features
     group += matrix * in_features
     scale += matrix * n_groups * out_features
@@ -98,11 +101,16 @@ def _round_block(
                 wanted -= shift
             code, level = nearest(value * inverse(step), middle, top, table, LEVELS)
             left = wanted - level * step
+            if LOSS:
+                off = value - level * step
+                lost += off * off * tl.load(pivots + place)
             tile += weights[:, None] * left[None, :]
             tl.store(error + place * out_features + rows, left, mask=inside)
             tl.store(codes + stored * out_features + rows, code.to(tl.uint8), mask=inside)
             step, weights, middle, shift = next_step, next_weights, next_middle, next_shift
         tl.debug_barrier()  # the errors that the next SUB columns read were stored by other threads
+    if LOSS:
+        tl.store(loss + rows, tl.load(loss + rows, mask=inside, other=0.0) + lost, mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,8 @@ class _Sweep:
     error: Tensor
     codes: Tensor
     lower: Tensor
+    pivots: Tensor
+    loss: Tensor | None
     places: Tensor
     group: Tensor
     scale: Tensor
@@ -122,10 +132,13 @@ class _Sweep:
     offset: Tensor | None
 
 
-def sweep(grid: FixedScales, target: Tensor, layout: Tensor, lower: Tensor) -> Tensor:
+def sweep(
+    grid: FixedScales, target: Tensor, layout: Tensor, lower: Tensor, pivots: Tensor, loss: Tensor | None = None
+) -> Tensor:
     """Round the columns of target (B, out, in) float32 with error feedback -> codes (B, out, in) uint8, storage order.
 
-    layout (B, in) int64 and lower (B, in, in) float32: as in `quantkit.quantizers.ldlq.Factor`.
+    layout (B, in) int64, lower (B, in, in) and pivots (B, in) float32: as in `quantkit.quantizers.ldlq.Factor`; loss
+    (B, out) float32: tr(E H E^T) of each row is added to it.
     """
     in_features, zero, offset = target.shape[-1], grid.zero, grid.offset
     moved, error = placed(target, layout)
@@ -135,6 +148,8 @@ def sweep(grid: FixedScales, target: Tensor, layout: Tensor, lower: Tensor) -> T
         error=error,
         codes=torch.empty(moved.shape, dtype=torch.uint8, device=target.device),
         lower=lower,
+        pivots=pivots,
+        loss=loss,
         places=layout.int(),
         group=layout.div(in_features // grid.scale.shape[-1], rounding_mode="floor").int(),
         scale=transposed(grid.scale),
@@ -161,10 +176,11 @@ def _round(work: _Sweep, start: int, stop: int) -> None:
     n_matrices, in_features, out_features = work.moved.shape
     table, zero, offset = work.grid.table, work.zero, work.offset
     _round_block[(triton.cdiv(out_features, _ROWS), n_matrices)](
-        work.moved, work.error, work.codes, work.lower, work.places, work.group, work.scale,
+        work.moved, work.error, work.codes, work.lower, work.pivots,
+        work.pivots if work.loss is None else work.loss, work.places, work.group, work.scale,
         zero if isinstance(zero, Tensor) else work.scale, work.scale if offset is None else offset,
         work.scale if table is None else table, 0.0 if isinstance(zero, Tensor) else zero, float(work.grid.top),
         in_features, out_features, work.scale.shape[1], start, stop,
         ZEROS=isinstance(zero, Tensor), OFFSETS=offset is not None, LEVELS=0 if table is None else len(table),
-        SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
+        LOSS=work.loss is not None, SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
     )  # fmt: skip

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Thread
 
 import torch
 from torch import Tensor
 
-from quantkit.formats.fp8_source import Fetched, Fp8Source
+from quantkit.formats.fp8_source import Fp8Source
 from quantkit.tensors import TensorInfo
 
 READERS = 4
 """Threads that read and check weights; one of them brings some 3 GB/s from the page cache."""
 AHEAD_BYTES = 2 * 2**30
-"""What may wait in page-locked memory."""
+"""What may wait on the GPU, decoded."""
 MOST_WAITING = 4
 """Deliveries that may wait: what they hold is GPU memory."""
 
@@ -29,8 +29,9 @@ class AheadSource:
         self._source = source
         self._device = device
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        self._streams = threading.local()
         self._expected: deque[str] = deque()
-        self._reading: dict[str, Future[Fetched]] = {}
+        self._reading: dict[str, Future[tuple[Tensor, torch.cuda.Event]]] = {}
         self._bytes = 0
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -47,12 +48,23 @@ class AheadSource:
         """The decoded tensor on the GPU. Raises `SourceError` as the source does."""
         future = self._reading.pop(name, None)
         if future is None:
-            fetched = self._source.fetch(name, pinned=True)
-        else:
-            self._bytes -= self._source.infos()[name].nbytes
-            fetched = future.result()
+            return self._source.fetch(name, pinned=True).on(self._device)
+        tensor, ready = future.result()
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(ready)
+        tensor.record_stream(current)
+        self._bytes -= tensor.nbytes
         self._advance()
-        return fetched.on(self._device)
+        return tensor
+
+    def _fetch(self, name: str) -> tuple[Tensor, torch.cuda.Event]:
+        """In a thread: read, then copy and decode on a stream of the thread's own."""
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self._device)
+        fetched = self._source.fetch(name, pinned=True)
+        with torch.cuda.stream(self._streams.own):
+            tensor = fetched.on(self._device)
+            return tensor, self._streams.own.record_event()
 
     def close(self) -> None:
         """End the threads."""
@@ -63,7 +75,7 @@ class AheadSource:
         while self._expected and self._bytes < AHEAD_BYTES:
             name = self._expected.popleft()
             self._bytes += self._source.infos()[name].nbytes
-            self._reading[name] = self._threads.submit(self._source.fetch, name, pinned=True)
+            self._reading[name] = self._threads.submit(self._fetch, name)
 
     def _forget(self) -> None:
         for future in self._reading.values():
@@ -81,7 +93,7 @@ class Deliveries:
         self._device = device
         self._waiting: queue.Queue[tuple[Callable[[], None], torch.cuda.Event] | None] = queue.Queue(MOST_WAITING)
         self._error: BaseException | None = None
-        self._thread = Thread(target=self._work, name="deliver", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="deliver", daemon=True)
         self._thread.start()
 
     def submit(self, task: Callable[[], None]) -> None:

@@ -31,6 +31,8 @@ DEVICE_CACHE_SHARE = 0.05
 """Of a GPU's memory, for weights of dense linears."""
 MOST_EXPERTS = 32
 """More experts at once gain nothing: a batch of this size fills the matrix products."""
+MOST_DEVICE_EXPERTS = 12
+"""The same on a GPU, of V3's size; one batch is one slice (`quantkit.quantizers.batch`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,10 @@ class Share:
     def experts_at_once(self, arch: ModelArch, inter: int) -> int:
         """Experts of one shape (inter, hidden) that are quantised as a batch."""
         hidden = arch.hidden_size
-        moments = 6 * hidden * hidden  # Hessian, cross term, factor, and what making them copies
-        weights = 8 * 3 * hidden * inter  # originals, targets, sweep state, codes, results
-        return min(MOST_EXPERTS, 1 + self.experts // (4 * (moments + weights)))
+        # Hessian, cross term, factor, and what making them copies; originals, targets, sweep state, codes, results.
+        if self.device_stores:
+            return min(MOST_DEVICE_EXPERTS, 1 + self.experts // (4 * (4 * hidden * hidden + 4 * 3 * hidden * inter)))
+        return min(MOST_EXPERTS, 1 + self.experts // (4 * (6 * hidden * hidden + 8 * 3 * hidden * inter)))
 
 
 _LEAST_CACHE = 64 * 2**20

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 128 * 2**20
 """Float32 bytes of the rows that are quantised at once; about six buffers of this size exist meanwhile."""
-DEVICE_SLICE_BYTES = 2**30
+DEVICE_SLICE_BYTES = 3 * 2**29
 """The same on a GPU, where short slices cost launches."""
 
 

@@ -131,6 +131,10 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
             return QuantizedRows(vectors.stored(), ldlq.row_loss(error, factor.hessian), norm)
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed)
+        if not self.polish:
+            loss = weight.new_zeros(weight.shape[:2])
+            codes = ldlq.sweep(grid, target, factor, loss)
+            return QuantizedRows(grid.stored(codes, grid.scale, grid.offset), loss, norm)
         codes = ldlq.sweep(grid, target, factor)
         polished = ldlq.polish(grid, target, codes, factor.hessian, self.polish)
         stored = grid.stored(polished.codes, polished.scale, polished.offset)

@@ -9,7 +9,7 @@ H = R D R^T (R unit lower triangular, from ONE Cholesky, no inverse), column k i
 and the loss tr(E H E^T) is sum_k D_k (w'_k - q_k)^2. (The index-reversed form of U D U^T, so that nothing is flipped.)
 
 Everything is batched over matrices of one shape: B experts at once. Float32 throughout; on a GPU with Triton the
-kernels of `quantkit.kernels` do the same, with matrix products in TF32.
+kernels of `quantkit.kernels` do the same, with matrix products in TF32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
-from quantkit.kernels.cuda import fast_products, has_kernels
+from quantkit.kernels.cuda import has_kernels, narrow_product
 from quantkit.schemes.grid import Grid
 
 _LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
@@ -132,8 +132,7 @@ def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float
     if has_kernels(weight):
         from quantkit.kernels import solve_triton
 
-        with fast_products(weight):
-            moved = weight @ cross
+        moved = narrow_product(weight, cross)
         moved = solve_triton.times_inverse(moved, factor.layout, factor.lower, factor.pivots)
         return moved.mul_(alpha).add_(weight)
     moved = _columns(weight @ cross, factor.layout)
@@ -158,16 +157,17 @@ def _columns(matrix: Tensor, order: Tensor) -> Tensor:
     return matrix.gather(-1, order.unsqueeze(-2).expand(matrix.shape))
 
 
-def sweep(grid: Grid, target: Tensor, factor: Factor) -> Tensor:
+def sweep(grid: Grid, target: Tensor, factor: Factor, loss: Tensor | None = None) -> Tensor:
     """Round the columns of ``target`` with error feedback on a fixed grid (groups stay where storage has them: static
     groups).
 
-    target (B, out, in) float32 -> codes (B, out, in) uint8 in storage order.
+    target (B, out, in) float32 -> codes (B, out, in) uint8 in storage order. ``loss`` (B, out) float32: tr(E H E^T) of
+    each row is added to it.
     """
     if has_kernels(target):
         from quantkit.kernels import sweep_triton
 
-        return sweep_triton.sweep(grid, target, factor.layout, factor.lower)
+        return sweep_triton.sweep(grid, target, factor.layout, factor.lower, factor.pivots, loss)
     in_features = target.shape[-1]
     group = factor.layout.div(in_features // grid.scale.shape[-1], rounding_mode="floor")  # of each place
     columns = _Columns(
@@ -178,6 +178,7 @@ def sweep(grid: Grid, target: Tensor, factor: Factor) -> Tensor:
         offset=None if grid.offset is None else _columns_of_groups(grid.offset, group),
         levels=_Levels(grid),
         codes=torch.empty(target.mT.shape, dtype=torch.uint8, device=target.device),
+        loss=loss,
     )
     _sweep_span(columns, factor, 0, in_features)
     return _columns(columns.codes.mT, factor.layout.argsort(-1))
@@ -210,7 +211,7 @@ class _Columns:
     """A sweep under way, transposed so that one column of the weight is contiguous. All are (B, in, out) in
     layout order.
 
-    ``moved`` holds w', ``error`` the target until a column is rounded and w - q afterwards.
+    ``moved`` holds w', ``error`` the target until a column is rounded and w - q afterwards; ``loss`` as in `sweep`.
     """
 
     error: Tensor
@@ -220,6 +221,7 @@ class _Columns:
     offset: Tensor | None
     levels: _Levels
     codes: Tensor
+    loss: Tensor | None
 
 
 def _columns_of_groups(values: Tensor, group: Tensor) -> Tensor:
@@ -253,6 +255,9 @@ def _round_column(columns: _Columns, factor: Factor, column: int, start: int) ->
     codes, levels = columns.levels.round(wanted / _divisor(scale), zero)
     columns.codes[:, column] = codes
     error.addcmul_(levels, scale, value=-1)
+    if columns.loss is not None:
+        off = torch.addcmul(wanted, levels, scale, value=-1)
+        columns.loss.addcmul_(off.square_(), factor.pivots[:, column, None])
     if column > start:
         weights = factor.lower[:, column, start:column, None]
         columns.moved[:, start:column].addcmul_(weights, error.unsqueeze(1))
@@ -395,5 +400,6 @@ def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> No
 
 def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
     """tr(E H E^T) by row: error (B, out, in), hessian (B, in, in) -> (B, out) float32."""
-    with fast_products(error):
-        return ((error @ hessian) * error).sum(-1)
+    if has_kernels(error):  # a figure for reports, and as large a product as the sweep's
+        return (narrow_product(error, hessian) * error).sum(-1)
+    return ((error @ hessian) * error).sum(-1)

@@ -96,7 +96,7 @@ def _write(store: RowStore, folder: Path) -> None:
 
 
 def _add(store: RowStore, folder: Path) -> None:
-    store.add(torch.tensor([3]), torch.ones(1, WIDTH))
+    store.add(torch.tensor([3]), torch.ones(1, WIDTH), torch.ones(1))
 
 
 def _save(store: RowStore, folder: Path) -> None:

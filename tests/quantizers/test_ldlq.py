@@ -227,3 +227,17 @@ def test_polish_on_blocks_never_raises_the_loss_and_is_stored_as_it_is(kind: str
         assert bool((after <= before * (1 + 1e-5) + 1e-9).all())
         before = after
     assert float(before.sum()) < 0.98 * float(swept.sum())
+
+
+@pytest.mark.parametrize("name", ["int4", "Q4_K"])
+def test_the_sweep_knows_its_loss(name: str) -> None:
+    """sum D (w' - q)^2 is tr(E H E^T), whatever the order of the columns."""
+    scheme = IntScheme(bits=4, group_size=32) if name == "int4" else GgmlScheme(type="Q4_K")
+    weight, hessian = heavy_tailed_problem(3, 24, 256, 600)
+    factor = ldlq.factorize(hessian[None].clone(), 0.01, act_order=True)
+    grid = scheme.grid(weight[None], factor.hessian.diagonal(dim1=-2, dim2=-1), points=8, signed=True)
+    loss = torch.ones(1, 24)
+    codes = ldlq.sweep(grid, weight[None], factor, loss)
+    error = (weight - scheme.decode(**grid.stored(codes, grid.scale, grid.offset))[0]).double()
+    expected = ((error @ factor.hessian[0].double()) * error).sum(-1)
+    torch.testing.assert_close(loss[0].double() - 1, expected, rtol=1e-3, atol=1e-6)
