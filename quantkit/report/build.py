@@ -147,6 +147,7 @@ def _sections(found: Outcomes) -> list[Section]:
     several = len(found.conversions) > 1
     if several:
         sections += _sizes(found.conversions)
+    results = {o.conversion.folder: o.result for o in reversed(found.outcomes) if o.conversion is not None}
     shown: list[object] = []
     for converted in found.conversions:
         experts, recipe, text = (
@@ -155,7 +156,9 @@ def _sections(found: Outcomes) -> list[Section]:
             converted.document.calibration,
         )
         group = converted.label if several else ""
-        sections += checkpoint.sections(converted, group, experts=experts not in shown, recipe=recipe not in shown)
+        sections += checkpoint.sections(
+            converted, results.get(converted.folder), group, experts=experts not in shown, recipe=recipe not in shown
+        )
         sections.append(provenance.conversion(converted, group, text=text not in shown))
         shown += [experts, recipe, text]
     if found.evaluations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -9,19 +10,22 @@ import yaml
 
 from quantkit.report import figures, heat_maps, numbers
 from quantkit.report.contents import Block, Code, Figure, Note, Section, Table
-from quantkit.report.documents import RoleSize
-from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid, error_grid, expert_grid, worst
+from quantkit.report.documents import Result, RoleSize
+from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid, error_grid, expert_errors, expert_grid, worst
 from quantkit.report.outcomes import Converted
 
 WORST = 10
 
 
-def sections(converted: Converted, group: str, *, experts: bool, recipe: bool) -> tuple[Section, ...]:
-    """``experts``, ``recipe``: whether these are shown here, and not with another conversion that has the same."""
+def sections(
+    converted: Converted, result: Result | None, group: str, *, experts: bool, recipe: bool
+) -> tuple[Section, ...]:
+    """``result``: of the evaluation that scored it, if one did. ``experts``, ``recipe``: whether tokens and recipe are
+    shown here, and not with another conversion that has the same."""
     found = [
         _section("size", "Where the bytes are", _size(converted), group),
         _section("errors", "What quantisation lost", _errors(converted), group),
-        _section("experts", "What the experts saw", _experts(converted) if experts else (), group),
+        _section("experts", "Experts", [*(_experts(converted) if experts else ()), *_expert_errors(result)], group),
         _section("recipe", "Recipe", _recipe(converted) if recipe else (), group),
     ]
     return tuple(section for section in found if section.blocks)
@@ -177,6 +181,7 @@ def _experts(converted: Converted) -> list[Block]:
         spec=heat_maps.tokens(grid),
         table=_expert_table(grid),
         zoom=True,
+        summary=summary,
     )
     return [figure]
 
@@ -196,6 +201,30 @@ def _expert_table(grid: ExpertGrid) -> Table:
         if row
     )
     return Table(("layer", "experts", "least", "median", "most", "unseen", "borrowed"), rows, long=True)
+
+
+def _expert_errors(result: Result | None) -> list[Block]:
+    layers = () if result is None else expert_errors(result)
+    if not layers:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for layer in layers:
+        known = [(error, expert) for expert, error in enumerate(layer.errors) if not math.isnan(error)]
+        if known:
+            peak, expert = max(known)
+            values = (min(known)[0], statistics.median(error for error, _ in known), peak)
+            rows.append((str(layer.layer), *map(numbers.percentage, values), str(expert)))
+    figure = Figure(
+        title="Error of each expert's tokens",
+        how="The error of the hidden state behind a layer, over those tokens of the evaluation that the original sends "
+        "to the expert. An expert that stands out in its row was quantised worse than its neighbours.",
+        alt=f"Heat map of {numbers.counted(len(layers), 'layer')}: error of the hidden state over each expert's "
+        "tokens. The table has the least, median and largest of each layer.",
+        spec=heat_maps.expert_errors(layers),
+        table=Table(("layer", "least", "median", "largest", "of expert"), tuple(rows), long=True),
+        zoom=True,
+    )
+    return [figure]
 
 
 # -------------------------------------------------------------------------------------------------------------- recipe

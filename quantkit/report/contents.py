@@ -37,7 +37,7 @@ class Table:
 @dataclass(frozen=True, slots=True)
 class Figure:
     """A plot, a sentence or two on how to read it, and the same numbers as a table. ``alt``: what it shows, for those
-    who cannot see it."""
+    who cannot see it; ``summary``: its gist, for where a long table has no place."""
 
     title: str
     how: str
@@ -45,6 +45,7 @@ class Figure:
     spec: Spec
     table: Table
     zoom: bool = False
+    summary: str = ""
 
 
 @dataclass(frozen=True, slots=True)

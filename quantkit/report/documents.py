@@ -140,11 +140,14 @@ class Scores(_Part):
 
 
 class Layer(_Part):
-    """A candidate behind one decoder layer."""
+    """A candidate behind one decoder layer. ``expert_errors``: the hidden error over each routed expert's
+    tokens."""
 
     layer: NonNegativeInt
     hidden_error: Number
     router_agreement: Number | None = None
+    expert_tokens: tuple[NonNegativeInt, ...] | None = None
+    expert_errors: tuple[Number, ...] | None = None
 
 
 class Result(_Part):

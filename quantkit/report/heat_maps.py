@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Spec
-from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid
+from quantkit.report.linears import Cell, ErrorGrid, ExpertErrors, ExpertGrid
 
 
 def errors(grid: ErrorGrid) -> Spec:
@@ -32,7 +32,7 @@ def errors(grid: ErrorGrid) -> Spec:
     return {
         "data": data,
         "layout": _map_layout(
-            grid.layers, {"type": "category", "tickangle": -60}, 12 if len(grid.layers) > 16 else 30, 210
+            grid.layers, {"type": "category", "tickangle": -60}, 12 if len(grid.layers) > figures.FEW else 30, 210
         ),
     }
 
@@ -55,34 +55,62 @@ def tokens(grid: ExpertGrid) -> Spec:
     seen = [count for count in grid.counts if count]
     width = max(len(row) for row in grid.tokens)
     padded = [row + (0,) * (width - len(row)) for row in grid.tokens]
-    few = width <= figures.FEW
-    # What a tick is called is said at the first one; with a prefix of ticks, plotly says it of each value too.
-    experts = (
-        {"tickvals": list(range(width)), "ticktext": ["expert 0", *map(str, range(1, width))]}
-        if few
-        else {"tickprefix": "expert ", "showtickprefix": "first", "tickformat": "d"}
-    )
-    expert = f"layer %{{y}}, {'expert ' if few else ''}%{{x}}"
-    gap = 1 if width <= 64 else 0
-    place = {"type": "heatmap", "x": list(range(width)), "y": list(grid.layers), "xgap": gap, "ygap": gap}
+    experts, expert = _expert_axis(width)
     data: list[object] = [
         {
-            **place,
+            **_expert_cells(width, grid.layers),
             "z": [[math.log10(count) if count else None for count in row] for row in padded],
             "customdata": [
                 [[count, round(count / mean, 2) if mean else 0] for count in row]
                 for row, mean in zip(padded, means, strict=True)
             ],
-            "hoverongaps": False,
             "hovertemplate": f"{expert}<br><b>%{{customdata[0]:,d}} tokens</b>"
             "<br>%{customdata[1]} × the layer's mean<extra></extra>",
-            "colorscale": "$heat",
             "colorbar": {**log_ticks(seen, percent=False), "title": {"text": "tokens"}},
         }
     ]
     if len(seen) < len(grid.counts):
         data.append(_crosses(grid, expert))
-    return {"data": data, "layout": _map_layout(grid.layers, experts, 10 if len(grid.layers) > 16 else 30, 170)}
+    return {"data": data, "layout": _expert_layout(grid.layers, experts)}
+
+
+def expert_errors(layers: Sequence[ExpertErrors]) -> Spec:
+    """Error of the hidden state over the tokens of each expert. An expert without tokens is a gap."""
+    width = max(len(layer.errors) for layer in layers)
+    experts, expert = _expert_axis(width)
+    known = [error for layer in layers for error in layer.errors if error > 0]
+    data = [
+        {
+            **_expert_cells(width, [layer.layer for layer in layers]),
+            "z": [[math.log10(error) if error > 0 else None for error in layer.errors] for layer in layers],
+            "customdata": [
+                [[numbers.percentage(error), count] for error, count in zip(layer.errors, layer.tokens, strict=True)]
+                for layer in layers
+            ],
+            "hovertemplate": f"{expert}<br><b>%{{customdata[0]}}</b> over %{{customdata[1]:,d}} tokens<extra></extra>",
+            "colorbar": {**log_ticks(known, percent=True), "title": {"text": "error"}},
+        }
+    ]
+    return {"data": data, "layout": _expert_layout([layer.layer for layer in layers], experts)}
+
+
+def _expert_axis(width: int) -> tuple[Mapping[str, object], str]:
+    """The axis of experts, and how hovering says where one is. What a tick is called stands at the first one; with a
+    prefix of ticks, plotly says it of each value too."""
+    if width <= figures.FEW:
+        labels = ["expert 0", *map(str, range(1, width))]
+        return {"tickvals": list(range(width)), "ticktext": labels}, "layer %{y}, expert %{x}"
+    return {"tickprefix": "expert ", "showtickprefix": "first", "tickformat": "d"}, "layer %{y}, %{x}"
+
+
+def _expert_cells(width: int, layers: Sequence[int]) -> dict[str, object]:
+    gap = 1 if width <= 64 else 0
+    place = {"x": list(range(width)), "y": list(layers), "xgap": gap, "ygap": gap}
+    return {"type": "heatmap", **place, "hoverongaps": False, "colorscale": "$heat"}
+
+
+def _expert_layout(layers: Sequence[int], experts: Mapping[str, object]) -> Mapping[str, object]:
+    return _map_layout(layers, experts, 10 if len(layers) > figures.FEW else 30, 170)
 
 
 def _crosses(grid: ExpertGrid, expert: str) -> dict[str, object]:

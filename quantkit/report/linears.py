@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quantkit.report.documents import Conversion, Linear
+from quantkit.report.documents import Conversion, Linear, Result
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.(.+)$")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,9})\.")
@@ -165,4 +165,23 @@ def expert_grid(document: Conversion) -> ExpertGrid | None:
         layers=tuple(layers),
         tokens=tuple(tuple(tokens for tokens, _, _ in row) for row in rows),
         borrowed=tuple(sum(borrowed > 0 for _, _, borrowed in row) for row in rows),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertErrors:
+    """Behind one layer, for each routed expert: tokens of the evaluation's text that the reference sends to it, and the
+    error of the hidden state over them; NaN without tokens."""
+
+    layer: int
+    tokens: tuple[int, ...]
+    errors: tuple[float, ...]
+
+
+def expert_errors(result: Result) -> tuple[ExpertErrors, ...]:
+    """Of the layers that have them; none in evaluations of version 1."""
+    return tuple(
+        ExpertErrors(layer.layer, layer.expert_tokens, layer.expert_errors)
+        for layer in result.layers
+        if layer.expert_tokens and layer.expert_errors and len(layer.expert_tokens) == len(layer.expert_errors)
     )

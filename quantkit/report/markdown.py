@@ -40,8 +40,8 @@ def _block(block: Block) -> Iterator[str]:
             if not block.table.long:
                 yield f"**{escaped(block.title)}**"
                 yield _table(block.table)
-            elif block.zoom:
-                yield escaped(block.alt.partition(": ")[2])
+            elif block.summary:
+                yield escaped(block.summary)
         case Table():
             if not block.long:
                 if block.title:

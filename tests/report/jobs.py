@@ -92,7 +92,7 @@ def scores(kld: float, tokens: int = 4000) -> dict[str, Any]:
 
 
 def evaluation(candidates: dict[str, tuple[int, float]], *, floor: float | None = 1e-5) -> dict[str, Any]:
-    """evaluation.json of version 1. ``candidates``: path -> (bytes, mean KLD)."""
+    """evaluation.json. ``candidates``: path -> (bytes, mean KLD)."""
     return {
         "kind": "quantkit evaluation",
         "schema_version": 1,
@@ -131,7 +131,11 @@ def model(path: str, nbytes: int) -> dict[str, Any]:
 
 
 def result(kld: float) -> dict[str, Any]:
-    layers = [{"layer": n, "hidden_error": kld * (n + 1), "router_agreement": 0.99 if n else None} for n in range(3)]
+    experts = {"expert_tokens": [100, 0, 300], "expert_errors": [kld, None, 2 * kld]}
+    layers = [
+        {"layer": n, "hidden_error": kld * (n + 1), "router_agreement": 0.99 if n else None, **(experts if n else {})}
+        for n in range(3)
+    ]
     return {
         "overall": scores(kld),
         "domains": {"code": scores(0.5 * kld, 2000), "prose": scores(1.5 * kld, 2000)},

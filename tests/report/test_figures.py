@@ -41,7 +41,7 @@ def spec(found: Figure) -> Any:
 
 def test_all_figures_are_json_and_have_numbers_as_a_table(report: Report) -> None:
     found = [block for section in report.sections for block in section.blocks if isinstance(block, Figure)]
-    assert len(found) == 11
+    assert len(found) == 13
     for one in found:
         json.dumps(one.spec, allow_nan=False)
         assert one.table.rows
@@ -85,6 +85,14 @@ def test_unseen_experts_are_crosses_and_not_zeros() -> None:
     assert heat["z"][0][1] is None
     assert heat["customdata"][0][0][0] == grid.tokens[0][0]
     assert (crosses["x"], crosses["y"]) == ([1], [1])
+
+
+def test_the_error_of_an_experts_tokens_has_gaps_where_there_are_none(report: Report) -> None:
+    found = figure(report, "Error of each expert's tokens")
+    (trace,) = spec(found)["data"]
+    assert trace["y"] == [1, 2]
+    assert trace["z"][0] == [pytest.approx(-1), None, pytest.approx(math.log10(0.2))]
+    assert found.table.rows[0] == ("1", "10.0 %", "15.0 %", "20.0 %", "2")
 
 
 @pytest.mark.parametrize(
