@@ -239,7 +239,7 @@ class GptqModel:
 
     def _gate_and_up(self, gate: Tensor, up: Tensor, hessian: Tensor, tokens: int) -> tuple[list[Tensor], list[float]]:
         module = importlib.import_module("gptqmodel.quantization.gptq")
-        leader, follower = self._task_with(gate, hessian.clone(), tokens), self._task(up)
+        leader, follower = self._task_with(gate, hessian, tokens), self._task(up)
         clock = _Clock(gate.device)
         follower.adopt_hessian_from(leader)
         cache = module.SharedHessianFactorCache(0, "gate", leader="gate")
@@ -255,8 +255,10 @@ class GptqModel:
         times, device = Times(), gate.device
         wide, narrow = self._accumulated(self._task(gate), x), self._accumulated(self._task(down), hidden)
         for found in _warm_then(times, repeats):
+            copy = wide.clone()  # which the leader uses up
             with _peak_of(times, device):
-                _, (gate_ms, up_ms) = self._gate_and_up(gate, up, wide, len(x))
+                _, (gate_ms, up_ms) = self._gate_and_up(gate, up, copy, len(x))
+            del copy
             task = self._task_with(down, narrow.clone(), len(hidden))
             clock = _Clock(device)
             with _peak_of(times, device):
