@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import SourceError
-from quantkit.formats.decoded_linears import DecodedLinears, PackedLinear, Rows, part, row_parts
+from quantkit.formats.decoded_linears import DecodedLinears, PackedLinear, Rows, from_groups, part, row_parts
 from quantkit.formats.safetensors import SafetensorsSource
 from quantkit.formats.safetensors_header import printable
 from quantkit.tensors import TensorInfo
@@ -56,24 +56,26 @@ class _Awq:
         import torch
 
         n_out, n_in = self.info.shape
+        words, zero_words, scales = (raw.read(name) for name in self.parts)
         outputs = torch.arange(n_out)[rows]
-        words, zeros, scales = (raw.read(name) for name in self.parts)
-        scales = scales[:, rows].T.float()
-        zeros = _codes(zeros, outputs).T.float()
         weight = torch.empty(len(outputs), n_in)
         for span in row_parts(rows):
-            codes = _codes(words, outputs[span]).T.float().reshape(-1, zeros.shape[1], self.group_size)
-            codes.sub_(zeros[span].unsqueeze(-1)).mul_(scales[span].unsqueeze(-1))
-            weight[span] = codes.view(-1, n_in)
+            own = outputs[span]
+            codes, zeros = _codes(words, own), _codes(zero_words, own)
+            from_groups(codes, zeros.float(), scales[:, own].T.float(), weight[span])
         return weight
 
 
 def _codes(words: Tensor, outputs: Tensor) -> Tensor:
-    """words (n, N / 8) int32, outputs (m,) int64 -> codes (n, m) int32."""
+    """words (n, N / 8) int32, outputs (m,) int64 -> codes (m, n) int32."""
     import torch
 
-    shifts = torch.tensor(SHIFTS, dtype=torch.int32)[outputs % PER_WORD]
-    return words[:, outputs // PER_WORD].bitwise_right_shift(shifts).bitwise_and_(2**BITS - 1)
+    used, place = torch.unique(outputs // PER_WORD, return_inverse=True)
+    shifts = torch.tensor(SHIFTS, dtype=torch.int32).unsqueeze(-1)
+    codes = words[:, used].T.contiguous().unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(2**BITS - 1)
+    codes = codes.flatten(0, 1)  # all outputs of the words that are used
+    wanted = place * PER_WORD + outputs % PER_WORD
+    return codes if torch.equal(wanted, torch.arange(len(codes))) else codes[wanted]
 
 
 def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:

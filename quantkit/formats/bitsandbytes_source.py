@@ -81,12 +81,17 @@ class _FourBit:
         n_in = self.info.shape[1]
         first, last = start * n_in, stop * n_in
         packed = raw.read(self.info.name, (first // 2, last // 2)).flatten()
-        codes = torch.stack((packed >> 4, packed & 15), -1).flatten()
-        weight = raw.read(f"{self.info.name}.quant_map")[codes.int()]
+        values = raw.read(f"{self.info.name}.quant_map")
+        # What each of 256 bytes stands for: its high nibble's value, then its low nibble's.
+        pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), 1)
+        weight = torch.index_select(pairs, 0, packed.int()).flatten()
         blocks = (first // self.block, -(-last // self.block))
-        largest = self._absmax(raw, *blocks).repeat_interleave(self.block)
+        largest = self._absmax(raw, *blocks)
+        if first % self.block == last % self.block == 0:
+            return weight.view(-1, self.block).mul_(largest.unsqueeze(-1)).view(stop - start, n_in)
         skipped = first - blocks[0] * self.block
-        return weight.mul_(largest[skipped : skipped + len(weight)]).view(stop - start, n_in)
+        each = largest.repeat_interleave(self.block)[skipped : skipped + len(weight)]
+        return weight.mul_(each).view(stop - start, n_in)
 
     def _absmax(self, raw: SafetensorsSource, first: int, last: int) -> Tensor:
         import torch

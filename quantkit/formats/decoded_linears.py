@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 Rows = slice | list[int]
 """Rows of a matrix: a slice with start and stop, or any rows in any order."""
-ROWS_AT_ONCE = 1024
-"""Output rows that are decoded together: keeps float32 temporaries of a matrix to a part of it."""
+ROWS_AT_ONCE = 128
+"""Output rows that are decoded together: temporaries stay in the cache. A multiple of 8."""
 
 
 class PackedLinear(Protocol):
@@ -149,6 +149,16 @@ def part(raw: SafetensorsSource, name: str, dtypes: Sequence[str], shape: tuple[
             f"{' or '.join(dtypes)} [{wanted}] was needed."
         )
     return info
+
+
+def from_groups(codes: Tensor, zeros: Tensor, scales: Tensor, weight: Tensor) -> None:
+    """(code - zero) * scale into weight (n, in) float32. codes (n, in) of any integers; zeros, scales (n, groups)
+    float32, groups of equal size, one after the other."""
+    import torch
+
+    grouped = weight.view(*zeros.shape, -1)
+    torch.sub(codes.view_as(grouped), zeros.unsqueeze(-1), out=grouped)
+    grouped.mul_(scales.unsqueeze(-1))
 
 
 def row_parts(rows: Rows, at_once: int = ROWS_AT_ONCE) -> Iterator[slice]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import SourceError
 from quantkit.formats.bitpack import WORD_BITS, n_words, unpack
-from quantkit.formats.decoded_linears import DecodedLinears, PackedLinear, Rows, part, row_parts
+from quantkit.formats.decoded_linears import DecodedLinears, PackedLinear, Rows, from_groups, part, row_parts
 from quantkit.formats.safetensors import SafetensorsSource
 from quantkit.formats.safetensors_header import printable
 from quantkit.tensors import TensorInfo
@@ -44,19 +44,18 @@ def open_gptq(directory: Path | str) -> DecodedLinears:
 
 @dataclass(frozen=True, slots=True)
 class _Gptq:
-    """``group_size``: where no g_idx is stored."""
+    """``has_groups``: g_idx is stored."""
 
     info: TensorInfo
     bits: int
     n_groups: int
-    group_size: int
     zero_offset: int
-    permuted: bool
+    has_groups: bool
 
     @property
     def parts(self) -> tuple[str, ...]:
         """See `PackedLinear`."""
-        names = ("qweight", "qzeros", "scales", "g_idx") if self.permuted else ("qweight", "qzeros", "scales")
+        names = ("qweight", "qzeros", "scales", "g_idx") if self.has_groups else ("qweight", "qzeros", "scales")
         module = self.info.name.removesuffix(".weight")
         return tuple(f"{module}.{name}" for name in names)
 
@@ -72,23 +71,28 @@ class _Gptq:
         group = self._groups(raw)
         weight = torch.empty(len(words), n_in)
         for span in row_parts(rows):
-            codes = unpack(words[span], self.bits, n_in).float()
-            weight[span] = codes.sub_(zeros[span][:, group]).mul_(scales[span][:, group])
+            codes = unpack(words[span], self.bits, n_in)
+            if group is None:
+                from_groups(codes, zeros[span], scales[span], weight[span])
+            else:
+                torch.sub(codes, zeros[span][:, group], out=weight[span]).mul_(scales[span][:, group])
         return weight
 
-    def _groups(self, raw: SafetensorsSource) -> Tensor:
-        """(K,) int64."""
+    def _groups(self, raw: SafetensorsSource) -> Tensor | None:
+        """(K,) int64; None for groups of equal size one after the other."""
         import torch
 
-        if not self.permuted:
-            return torch.arange(self.info.shape[1]) // self.group_size
+        n_in = self.info.shape[1]
+        if not self.has_groups:
+            return None
         group = raw.read(self.parts[3]).long()
         if len(group) and not 0 <= int(group.min()) <= int(group.max()) < self.n_groups:
             raise SourceError(
                 f"{raw.path_of(self.parts[3])}: {printable(self.parts[3])} names groups from {int(group.min())} to "
                 f"{int(group.max())}, there are {self.n_groups}."
             )
-        return group
+        plain = n_in % self.n_groups == 0 and torch.equal(group, torch.arange(n_in) // (n_in // self.n_groups))
+        return None if plain else group
 
 
 def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
@@ -112,9 +116,9 @@ def _linear(raw: SafetensorsSource, module: str, bits: int, varied: bool, offset
     n_words_in, n_out = part(raw, f"{module}.qweight", ("I32",), (None, None)).shape
     n_groups = part(raw, f"{module}.scales", SCALES, (None, n_out)).shape[0]
     where = f"{raw.path_of(f'{module}.qweight')}: {printable(module)}"
-    permuted = f"{module}.g_idx" in raw.infos()
+    has_groups = f"{module}.g_idx" in raw.infos()
     n_in = (
-        part(raw, f"{module}.g_idx", ("I32", "I64"), (None,)).shape[0] if permuted else n_words_in * WORD_BITS // bits
+        part(raw, f"{module}.g_idx", ("I32", "I64"), (None,)).shape[0] if has_groups else n_words_in * WORD_BITS // bits
     )
     fitting = [b for b in BITS if n_words(n_in, b) == n_words_in]
     own = bits if bits in fitting else (fitting[0] if fitting and varied else None)
@@ -124,7 +128,7 @@ def _linear(raw: SafetensorsSource, module: str, bits: int, varied: bool, offset
             f"inputs of {bits} bits."
         )
     part(raw, f"{module}.qzeros", ("I32",), (n_groups, n_words(n_out, own)))
-    if not n_groups or (not permuted and n_in % n_groups):
+    if not n_groups or (not has_groups and n_in % n_groups):
         raise SourceError(f"{where}: {n_groups:,} groups do not divide {n_in:,} inputs.")
     info = TensorInfo(f"{module}.weight", (n_out, n_in), "F32")
-    return _Gptq(info, own, n_groups, -(-n_in // n_groups), offset, permuted)
+    return _Gptq(info, own, n_groups, offset, has_groups)
