@@ -54,7 +54,7 @@ def main() -> None:
     shapes = {"gate or up": (inter, hidden), "down": (hidden, inter)}
     batches = {name: batch(arguments.experts, *shape) for name, shape in shapes.items()}
     result: dict[str, Any] = {
-        "what": __doc__.splitlines()[0],
+        "what": (__doc__ or "").splitlines()[0],
         **machine(),
         "kernels": has_kernels(torch.empty(0, device=DEVICE)),
         "experts of a batch": arguments.experts,
@@ -83,11 +83,8 @@ def gamma(*shape: int) -> Tensor:
 def timed(kind: BlockType, batches: dict[str, tuple[Tensor, Tensor]], repeats: int) -> dict[str, Any]:
     stages: dict[str, dict[str, float]] = {}
     layer_s = fit_s = 0.0
-    start = time.perf_counter()
     for weight, importance in batches.values():
-        blocks_of(kind, weight[:1], importance[:1])
-    synchronize()
-    first_s = time.perf_counter() - start
+        blocks_of(kind, weight[:1], importance[:1])  # compiles, or loads what was compiled
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for name, (weight, importance) in batches.items():
@@ -115,7 +112,6 @@ def timed(kind: BlockType, batches: dict[str, tuple[Tensor, Tensor]], repeats: i
         "ms of a batch by stage": {
             name: {stage: round(1e3 * seconds, 2) for stage, seconds in found.items()} for name, found in stages.items()
         },
-        "s of the first call, compiling": round(first_s, 1),
         "peak bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None,
         "fit: arithmetic": arithmetic(kind, weights, fit_s),
     }

@@ -14,7 +14,7 @@ from quantkit.kernels.ggml_offset_triton import search_offset
 from quantkit.kernels.ggml_power_triton import search_power
 from quantkit.kernels.ggml_symmetric_triton import search_symmetric
 
-_LANES = 64  # groups of a program: two warps
+_LANES = 128  # groups of a program: four warps
 _CODED = 1024  # weights of a program that only codes
 _TABLE_START, _TABLE_SIZE = -128, 512
 

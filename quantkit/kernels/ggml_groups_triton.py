@@ -16,6 +16,8 @@ import triton.language as tl
 
 from quantkit.kernels.ggml_constants import HALF_MAX, HALF_TINY
 
+SIZES = ("n_groups", "row_groups", "n_rows")
+"""Parameters of the searches for whose values Triton shouldn't compile anew: that takes seconds."""
 _HALF_MAX = tl.constexpr(HALF_MAX)
 _HALF_TINY = tl.constexpr(HALF_TINY)
 _ROUNDS = tl.constexpr(1.5 * 2.0**23)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from quantkit.kernels.ggml_constants import ENDS, PAIRS, TIE, UNITS
 from quantkit.kernels.ggml_groups_triton import (
+    SIZES,
     best_units,
     far_integer,
     farthest_of_block,
@@ -32,7 +33,7 @@ _OF_DMIN = tl.constexpr(sum(dmin << 2 * place for place, (_, dmin) in enumerate(
 """The two members of PAIRS, two bits for each pair."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def search_offset(
     weight, importance, shares, d_out, dmin_out, sub_out, low_out, n_groups, row_groups, n_rows, matters,
     POINTS: tl.constexpr, HIGH: tl.constexpr, MAX_SUB: tl.constexpr, MAX_LOW: tl.constexpr,

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels.ggml_constants import POWERS
-from quantkit.kernels.ggml_groups_triton import load_groups, measure, moments, range_of
+from quantkit.kernels.ggml_groups_triton import SIZES, load_groups, measure, moments, range_of
 
 _N_POWERS = tl.constexpr(len(POWERS))
 _POWERS = tl.constexpr(sum((8 + power) << 4 * place for place, power in enumerate(POWERS)))
 """POWERS, 8 higher, four bits for each."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def search_power(
     weight, importance, table, d_out, n_groups, row_groups, n_rows, matters,
     LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, N: tl.constexpr,

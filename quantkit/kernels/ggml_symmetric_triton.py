@@ -8,6 +8,7 @@ import triton.language as tl
 
 from quantkit.kernels.ggml_constants import NEAR, NEIGHBOUR, REFINED, TIE, UNITS, WIDE
 from quantkit.kernels.ggml_groups_triton import (
+    SIZES,
     best_units,
     far_integer,
     farthest_of_block,
@@ -28,7 +29,7 @@ _NEAR = tl.constexpr(NEAR)
 _WIDER = tl.constexpr(WIDE - NEAR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def search_symmetric(
     weight, importance, shares, table, d_out, sub_out, n_groups, row_groups, n_rows, matters,
     POINTS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, TABLE: tl.constexpr,

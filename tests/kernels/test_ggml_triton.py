@@ -101,10 +101,11 @@ def differences(kind: BlockType, weight: Tensor, importance: Tensor | None, foun
 
 
 def assert_as_good(kind: BlockType, weight: Tensor, importance: Tensor | None, found: BlockParams) -> None:
-    """Where two choices are nearly equal, rounding decides, either way: over many rows that evens out."""
+    """Where two choices are nearly equal, rounding decides, either way: over many rows that evens out. Among equal d,
+    as there are where float16 has few values, the twin takes any, and loses by it."""
     by_row = differences(kind, weight, importance, found)
     chance = 3 * float(by_row.std()) / len(by_row) ** 0.5
-    assert abs(float(by_row.mean())) < max(1e-3, chance)
+    assert -max(1e-2, chance) < float(by_row.mean()) < max(1e-3, chance)
 
 
 @pytest.mark.parametrize("sort", SORTS)
