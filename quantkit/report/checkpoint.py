@@ -92,7 +92,7 @@ def _errors(converted: Converted) -> list[Block]:
             Figure(
                 title="Loss of each projection in each layer",
                 how=f"The loss is {measure}: 1 % is a lot, 0.01 % little. For experts it is the median over a layer's "
-                "experts. Rows or columns that stand out deserve more bits.",
+                "experts. Rows or columns that stand out deserve more bits." + _blind_sentence(grid),
                 alt=f"Heat map of {numbers.counted(len(grid.layers), 'layer')} and "
                 f"{numbers.counted(len(grid.projections), 'projection')}. {_extremes(grid)}",
                 spec=heat_maps.errors(grid),
@@ -102,6 +102,14 @@ def _errors(converted: Converted) -> list[Block]:
     blocks.append(_projection_table(grid))
     blocks.append(_worst_table(converted))
     return blocks
+
+
+def _blind_sentence(grid: ErrorGrid) -> str:
+    """Which rows cannot be compared with the others: MTP layers are quantised without text."""
+    if not grid.calibrated or not grid.blind:
+        return ""
+    layers = ", ".join(map(str, grid.blind[:5])) + (" and others" if len(grid.blind) > 5 else "")
+    return f" Layer {layers} saw no text: the loss there is that of the weights, which is larger."
 
 
 def _extremes(grid: ErrorGrid) -> str:

@@ -149,10 +149,19 @@ def log_ticks(values: Sequence[float], *, percent: bool) -> Mapping[str, object]
     kept = sorted({min(values), max(values)})
     finer = [[step * 10.0**power for power in powers for step in steps] for steps in ((1, 2, 5), (1, 3))]
     coarser = [[10.0**power for power in powers if power % step == 0] for step in (1, 2, 3, 4)]
-    for ticks in (*finer, *coarser):
-        inside = [tick for tick in ticks if low - 0.01 <= math.log10(tick) <= high + 0.01]
-        if 2 <= len(inside) <= 5:
+    # Less than a factor of two or three apart: steps of equal width, rounded.
+    width = 10.0 ** math.floor(math.log10((max(values) - min(values)) or 1))
+    even = [[width * step * n for n in range(math.ceil(max(values) / (width * step)) + 1)] for step in (0.2, 0.5, 1, 2)]
+    room = 0.02 * (high - low)
+    for ticks in (*finer, *coarser, *even):
+        inside = [tick for tick in ticks if tick > 0 and low - room <= math.log10(tick) <= high + room]
+        if 3 <= len(inside) <= 5:
             kept = inside
             break
-    labels = [f"{100 * tick:.2g} %" if percent else f"{tick:,.0f}" for tick in kept]
+    labels = [f"{100 * tick:.3g} %" if percent else _count(tick) for tick in kept]
     return {"tickvals": [math.log10(tick) for tick in kept], "ticktext": labels}
+
+
+def _count(value: float) -> str:
+    """ "8,500", but "1.5" between two small counts."""
+    return f"{value:,.0f}" if math.isclose(value, round(value)) else f"{value:.3g}"

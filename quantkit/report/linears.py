@@ -69,32 +69,36 @@ class Cell:
 @dataclass(frozen=True, slots=True)
 class ErrorGrid:
     """Cells by (layer, projection). Layers ascend, projections come in the order of the work. ``outside``: what is in
-    no layer."""
+    no layer; ``calibrated``: whether some linear saw tokens; ``blind``: layers of which none did."""
 
     layers: tuple[int, ...]
     projections: tuple[str, ...]
     cells: Mapping[tuple[int, str], Cell]
     outside: Mapping[str, Cell]
     calibrated: bool
+    blind: tuple[int, ...]
 
 
 def error_grid(document: Conversion) -> ErrorGrid:
     """Of all linears that the conversion quantised."""
     members: dict[tuple[int | None, str], list[tuple[int | None, Linear]]] = {}
-    calibrated = False
+    seen: set[int | None] = set()
     for name, linear in document.tensors.items():
         if linear.relative_loss is None or math.isnan(linear.relative_loss):
             continue
         place = place_of(name)
         members.setdefault((place.layer, place.projection), []).append((place.expert, linear))
-        calibrated = calibrated or linear.n_tokens > 0
+        if linear.n_tokens:
+            seen.add(place.layer)
     cells = {key: _cell(linears) for key, linears in members.items()}
+    layers = tuple(sorted({layer for layer, _ in cells if layer is not None}))
     return ErrorGrid(
-        layers=tuple(sorted({layer for layer, _ in cells if layer is not None})),
+        layers=layers,
         projections=tuple(dict.fromkeys(projection for layer, projection in cells if layer is not None)),
         cells={(layer, projection): cell for (layer, projection), cell in cells.items() if layer is not None},
         outside={projection: cell for (layer, projection), cell in cells.items() if layer is None},
-        calibrated=calibrated,
+        calibrated=bool(seen),
+        blind=tuple(layer for layer in layers if layer not in seen),
     )
 
 

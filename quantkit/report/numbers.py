@@ -10,8 +10,11 @@ GB, GIB = 1e9, 2**30
 
 
 def size(nbytes: int) -> str:
-    """ "348.91 GB", below 1 GB "8.08 MB"."""
-    return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / 1e6:.2f} MB"
+    """ "348.91 GB", "8.08 MB", "12.3 kB", "96 B"."""
+    for unit, name, digits in ((GB, "GB", 2), (1e6, "MB", 2), (1e3, "kB", 1)):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.{digits}f} {name}"
+    return f"{nbytes} B"
 
 
 def binary_size(nbytes: int) -> str:
@@ -20,11 +23,12 @@ def binary_size(nbytes: int) -> str:
 
 
 def parts(shown: str) -> tuple[str, str]:
-    """ "0.0143 ± 0.0011" -> ("0.0143", "± 0.0011"); "92.65 ± 0.34 %" -> ("92.65 %", "± 0.34 %")."""
+    """ "0.0143 ± 0.0011" -> ("0.0143", "± 0.0011"); "92.65 ± 0.34 %" -> ("92.65 %", "± 0.34")."""
     value, sign, rest = shown.partition(" ± ")
     if not sign:
         return shown, ""
-    return value + (" %" if rest.endswith(" %") else ""), f"± {rest}"
+    unit = " %" if rest.endswith(" %") else ""
+    return value + unit, f"± {rest.removesuffix(unit)}"
 
 
 def decimals(value: float, significant: int) -> int:

@@ -98,7 +98,7 @@ def test_the_error_of_an_experts_tokens_has_gaps_where_there_are_none(report: Re
 @pytest.mark.parametrize(
     ("values", "labels"),
     [
-        ([7554, 9736], ["7,554", "9,736"]),
+        ([7554, 9736], ["8,000", "8,500", "9,000", "9,500"]),
         ([1, 100], ["1", "3", "10", "30", "100"]),
         ([10, 60], ["10", "20", "50"]),
         ([3, 2e6], ["100", "10,000", "1,000,000"]),

@@ -45,6 +45,15 @@ def test_experts_of_a_layer_share_a_cell() -> None:
     assert grid.cells[1, "expert down"].fallbacks == 1
     assert list(grid.outside) == ["lm_head"]
     assert grid.calibrated
+    assert grid.blind == ()
+
+
+def test_layers_that_saw_no_text_are_known() -> None:
+    document = conversion()
+    for name, linear in document["tensors"].items():
+        if "layers.2." in name:
+            linear["n_tokens"] = 0
+    assert error_grid(Conversion.model_validate(document)).blind == (2,)
 
 
 def test_linears_without_a_loss_are_left_out() -> None:

@@ -44,7 +44,7 @@ def test_several_checkpoints_are_compared(tmp_path: Path) -> None:
     candidates = {str(folders[0]): (40, 0.01), str(folders[1]): (30, 0.1)}
     text = text_of(*folders, written(tmp_path, evaluation(candidates), "evaluation.json"))
     assert text.startswith("## 2 checkpoints of nano\n")
-    assert "| w4 | 0.00 MB | 4.923 | 0.0100 ± 0.0010 |" in text
+    assert "| w4 | 40 B | 4.923 | 0.0100 ± 0.0010 |" in text
     assert "### w3: Where the bytes are" in text
     assert "| code | w4 | 2,000 |" in text
 
