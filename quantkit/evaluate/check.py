@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.check_baseline import Baseline, Conversion, by_name, windows_of
+from quantkit.evaluate.check_baseline import Baseline, Conversion, by_name, has_layers, windows_of
 from quantkit.evaluate.check_places import expert_check, layer_check, loss_checks
 from quantkit.evaluate.check_statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check_verdict import Check, Limits, Verdict, percent
@@ -66,9 +66,12 @@ def _verdict(
     old, new = sides.was.result, sides.found.result
     checks = [_size(sides, limits), _kld(sides, limits), *_absolute(sides, limits), _perplexity(sides, limits)]
     checks += _domains(sides, domains, limits)
-    checks.append(layer_check(windows_of(sides.was), windows_of(sides.found), old.layers, new.layers, limits))
-    checks += expert_check(old.layers, new.layers, limits)
     notes: list[str] = []
+    if has_layers(sides.was) and has_layers(sides.found):
+        checks.append(layer_check(windows_of(sides.was), windows_of(sides.found), old.layers, new.layers, limits))
+        checks += expert_check(old.layers, new.layers, limits)
+    else:
+        notes.append("layers and experts were not compared: the reference was read from a file, without hidden states")
     if was is not None and limits.losses:
         found_losses, note = loss_checks(was, found, limits)
         checks += found_losses
@@ -93,12 +96,8 @@ def _size(sides: _Sides, limits: Limits) -> Check:
 
 def _kld(sides: _Sides, limits: Limits) -> Check:
     pair = paired(windows_of(sides.was).kld, windows_of(sides.found).kld)
-    return _divergence("mean KLD", pair, _allowed_kld(pair, limits, limits.sigmas, 1))
-
-
-def _allowed_kld(pair: Paired, limits: Limits, sigmas: float, times: float) -> float:
-    """``times``: how much wider than the whole text's the spread from seed to seed is."""
-    return allowed(pair, sigmas, math.hypot(times * limits.spread * pair.was, limits.divergence_floor))
+    spread = math.hypot(limits.spread * pair.was, limits.divergence_floor)
+    return _divergence("mean KLD", pair, allowed(pair, limits.sigmas, spread))
 
 
 def _divergence(name: str, pair: Paired, limit: float) -> Check:
@@ -166,12 +165,13 @@ def _domains(sides: _Sides, domains: Sequence[str], limits: Limits) -> Iterator[
     if len(rows) < 2:
         return
     was, found = windows_of(sides.was).kld, windows_of(sides.found).kld
-    sigmas = of_many(limits.sigmas, len(rows))
+    sigmas, whole = of_many(limits.sigmas, len(rows)), sides.was.result.overall.kld.mean
     checks: list[tuple[float, Check]] = []
     for domain, own in rows.items():
         pair = paired(*([values[row] for row in own] for values in (was, found)))
         if pair.windows > 1:
-            limit = _allowed_kld(pair, limits, sigmas, limits.domain_times)
+            luck = (limits.spread * pair.was, limits.domain_spread * whole, limits.divergence_floor)
+            limit = allowed(pair, sigmas, math.hypot(*luck))
             checks.append(
                 (of_limit(pair.change, limit), replace(_divergence("KLD of a domain", pair, limit), place=domain))
             )

@@ -113,6 +113,11 @@ def windows_of(candidate: Candidate) -> Windows:
     return windows
 
 
+def has_layers(candidate: Candidate) -> bool:
+    """Whether hidden states were compared: a reference's file has none."""
+    return all(windows_of(candidate).layers)
+
+
 def check_comparable(evaluation: Evaluation, baseline: Baseline, path: Path) -> None:
     """Raise `EvaluationError`, one line, if a comparison with the baseline at ``path`` would say nothing."""
     old = baseline.evaluation
@@ -121,6 +126,7 @@ def check_comparable(evaluation: Evaluation, baseline: Baseline, path: Path) -> 
         "context": (old.protocol.context, evaluation.protocol.context),
         "scored tokens of a window": (old.protocol.scored_per_window, evaluation.protocol.scored_per_window),
         "reference": (old.reference.fingerprint[:16], evaluation.reference.fingerprint[:16]),
+        "share of the reference's logits": (_kept(old), _kept(evaluation)),
         "windows": (len(old.window_domains), len(evaluation.window_domains)),
         "text": (old.tokens_sha256[:16], evaluation.tokens_sha256[:16]),
         "domains of the windows": (old.window_domains, evaluation.window_domains),
@@ -141,6 +147,12 @@ def check_comparable(evaluation: Evaluation, baseline: Baseline, path: Path) -> 
 
 def _layers(evaluation: Evaluation) -> int:
     return len(evaluation.candidates[0].result.layers) if evaluation.candidates else 0
+
+
+def _kept(evaluation: Evaluation) -> str:
+    """Divergences from the most likely tokens of a reference's file are lower bounds."""
+    file = evaluation.reference_file
+    return "all" if file is None else f"{file.top} a token"
 
 
 def _experts(evaluation: Evaluation) -> int:
@@ -173,7 +185,7 @@ def _check_windows(path: Path, evaluation: Evaluation) -> None:
             raise EvaluationError(
                 f"{path}: has no scores by window, which version 2 of the document has.", hint="Evaluate again."
             )
-        lengths = {len(windows.loss), len(windows.kld), *map(len, windows.layers)}
+        lengths = {len(windows.loss), len(windows.kld), *map(len, filter(None, windows.layers))}
         shapes = [(len(x.expert_errors or ()), len(x.expert_tokens or ())) for x in candidate.result.layers]
         first = [(len(x.expert_errors or ()),) * 2 for x in evaluation.candidates[0].result.layers]
         if lengths != {n_windows} or len(windows.layers) != _layers(evaluation) or shapes != first:

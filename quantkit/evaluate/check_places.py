@@ -168,7 +168,7 @@ def _kinds(
     sigmas = of_many(limits.sigmas, len(kinds))
     places: list[_Place] = []
     for kind, names in kinds.items():
-        spread = math.hypot(limits.kind_spread, limits.linear_spread / math.sqrt(len(names)))
+        spread = math.hypot(limits.kind_spread, limits.member_spread / math.sqrt(len(names)))
         before, after = (_geometric(side, names) for side in (was, found))
         places.append(
             _Place(kind, before, after, fmean(map(growth.__getitem__, names)), math.sqrt(2) * sigmas * spread)

@@ -28,9 +28,10 @@ class Limits:
     losses: bool = True
     """Whether the losses in quantkit.json are compared."""
 
-    domain_times: float = 1.5
-    """Spread of one domain's KLD, as a multiple of ``spread``."""
-    loss_times: float = 4.0
+    domain_spread: float = 0.02
+    """Of one domain's KLD, as a share of the whole text's: few tokens that diverge far may lie in any domain. Comes on
+    top of ``spread``."""
+    loss_times: float = 2.0
     """Spread of the mean loss in nats: so many times ``spread`` of the mean KLD. A loss moves in proportion to the
     error, the KLD to its square."""
     layer_spread: float = 0.02
@@ -41,8 +42,10 @@ class Limits:
     """With n tokens the difference of that gets this / sqrt(n) from the choice of text."""
     kind_spread: float = 0.01
     """Of the log loss that all linears of a kind have in common."""
-    linear_spread: float = 0.03
-    """Of one linear's log loss against its kind's."""
+    member_spread: float = 0.03
+    """Of one linear's log loss against its kind's, as a rule: the mean over m linears has this / sqrt(m)."""
+    linear_spread: float = 0.07
+    """The same of the linear that varies most: a few tokens can rule an expert's down projection."""
     divergence_floor: float = 2e-5
     """Nats per token: what rounding in another order (threads, processors) may do."""
 

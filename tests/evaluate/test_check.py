@@ -27,9 +27,11 @@ from quantkit.evaluate.check_baseline import (
 from quantkit.evaluate.check_reports import junit_xml, markdown, regression_lines
 from quantkit.evaluate.check_statistics import allowed, of_many, paired, student
 from quantkit.evaluate.check_verdict import Check, Limits, Verdict
+from quantkit.evaluate.document import ReferenceFile
 from tests.evaluate.evaluations import DOMAINS, Made, evaluation, write
 
 CLEAN = Made(seed=1)
+REFERENCE_FILE = ReferenceFile(path="r", versions={}, device="cpu", top=512, mean_rest=0.01, kld="", not_available={})
 
 
 def verdict(
@@ -102,6 +104,23 @@ def test_clean_seeds_pass(seed: int) -> None:
     assert failed(verdict(Made(seed=seed))) == []
 
 
+def test_limits_are_not_below_what_was_measured() -> None:
+    """Spreads from seed to seed, of benchmarks/regression_gate.py."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "regression_gate.json"
+    clean, limits = json.loads(path.read_text(encoding="utf-8"))["clean"], Limits()
+    assert clean["false alarms"] == clean["every run against every other"]["with an alarm"] == 0
+    for found in clean["spread from seed to seed, relative"].values():
+        assert found["mean KLD"] <= limits.spread
+        assert found["mean loss, of the mean KLD"] <= limits.spread * limits.loss_times
+        for name, spread in found.items():
+            if name.startswith("squared hidden error"):
+                assert spread <= limits.layer_spread
+    for found in clean["spread of log losses"].values():
+        assert found["common to a kind, largest"] <= limits.kind_spread
+        assert found["of a linear of a kind, largest kind"] <= limits.member_spread
+        assert found["of the linear that varies most"] <= limits.linear_spread
+
+
 def test_the_same_evaluation_passes_with_the_tightest_limits() -> None:
     assert verdict(CLEAN, limits=Limits(sigmas=1, spread=0, divergence_floor=0)).passed
 
@@ -157,6 +176,20 @@ def test_absolute_limits() -> None:
     assert verdict(CLEAN, limits=Limits(max_kld=0.1, max_perplexity_increase=0.1)).passed
 
 
+def test_without_hidden_states_the_rest_is_checked(tmp_path: Path) -> None:
+    document = json.loads(evaluation(CLEAN, reference_file=REFERENCE_FILE).to_json())
+    found = document["candidates"][0]["result"]
+    found["windows"]["layers"] = [[]] * len(found["layers"])
+    for layer in found["layers"]:
+        layer |= {"hidden_error": None, "expert_errors": None, "expert_tokens": None}
+    (tmp_path / "e.json").write_text(json.dumps(document), encoding="utf-8")
+    made = read_evaluation(tmp_path / "e.json")
+    check_comparable(made, Baseline(evaluation=made), tmp_path)
+    (done,) = check(made, Baseline(evaluation=made), Limits(), {})
+    assert [own.name for own in done.checks] == ["size", "mean KLD", "perplexity", "KLD of a domain"]
+    assert "layers and experts were not compared" in done.notes[0]
+
+
 def test_numbers_that_are_none_fail() -> None:
     now = Made(seed=2, kld=math.nan)
     assert {"mean KLD", "perplexity", "KLD of a domain"} <= set(failed(verdict(now)))
@@ -192,8 +225,8 @@ def test_losses_of_clean_seeds_pass(seed: int) -> None:
     ("factors", "names", "place"),
     [
         ({"o_weight": 1.25}, ["loss of a kind of linear"], "layers.*.o.weight"),
-        ({"e_7_d": 1.5}, ["loss of a linear"], "e.7.d"),
-        ({"3_e_7_d": 1.5}, ["loss of a linear"], "layers.3.e.7.d"),
+        ({"e_7_d": 2.0}, ["loss of a linear"], "e.7.d"),
+        ({"3_e_7_d": 2.0}, ["loss of a linear"], "layers.3.e.7.d"),
         ({"layers": 1.5}, ["loss of a kind of linear"], "layers.*.e.*.d"),
     ],
 )
@@ -247,6 +280,9 @@ CHANGES: dict[str, Callable[[Path], Path]] = {
     ),
     "another protocol": lambda path: write(
         path, CLEAN, protocol=evaluation(CLEAN).protocol.model_copy(update={"name": "llama.cpp"})
+    ),
+    "another share of the reference's logits: all in the baseline, 512 a token": lambda path: write(
+        path, CLEAN, reference_file=REFERENCE_FILE
     ),
     "another domains of the windows": lambda path: write(path, CLEAN, window_domains=tuple(reversed(DOMAINS))),
 }
