@@ -183,7 +183,7 @@ def _experts(converted: Converted) -> list[Block]:
     )
     figure = Figure(
         title="Calibration tokens of each expert",
-        how="Each cell is an expert. One that saw few tokens was quantised with little knowledge of its inputs; unseen "
+        how="Each row is a layer, each cell an expert. One that saw few tokens was quantised with little knowledge of its inputs; unseen "
         f"ones have a cross. {summary}",
         alt=f"Heat map: {summary}",
         spec=heat_maps.tokens(grid),

@@ -95,11 +95,9 @@ def expert_errors(layers: Sequence[ExpertErrors]) -> Spec:
 
 
 def _expert_axis(width: int) -> tuple[Mapping[str, object], str]:
-    """The axis of experts, and how hovering says where one is. What a tick is called stands at the first one; with a
-    prefix of ticks, plotly says it of each value too."""
+    """The axis of experts, and how hovering says where one is: plotly puts the prefix of ticks before each value."""
     if width <= figures.FEW:
-        labels = ["expert 0", *map(str, range(1, width))]
-        return {"tickvals": list(range(width)), "ticktext": labels}, "layer %{y}, expert %{x}"
+        return {"tickvals": list(range(width))}, "layer %{y}, expert %{x}"
     return {"tickprefix": "expert ", "showtickprefix": "first", "tickformat": "d"}, "layer %{y}, %{x}"
 
 
