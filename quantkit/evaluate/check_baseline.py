@@ -186,7 +186,10 @@ def _check_windows(path: Path, evaluation: Evaluation) -> None:
                 f"{path}: has no scores by window, which version 2 of the document has.", hint="Evaluate again."
             )
         lengths = {len(windows.loss), len(windows.kld), *map(len, filter(None, windows.layers))}
-        shapes = [(len(x.expert_errors or ()), len(x.expert_tokens or ())) for x in candidate.result.layers]
+        shapes = [
+            (len(x.expert_errors or ()), len(x.expert_tokens or ()) if x.expert_errors is not None else 0)
+            for x in candidate.result.layers  # of a reference that was read from a file only the tokens are known
+        ]
         first = [(len(x.expert_errors or ()),) * 2 for x in evaluation.candidates[0].result.layers]
         if lengths != {n_windows} or len(windows.layers) != _layers(evaluation) or shapes != first:
             raise EvaluationError(f"{path}: {candidate.model.name}: scores by window contradict each other.")

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.document import Evaluation
 from quantkit.evaluate.reference_file import is_reference_file
-from quantkit.pipeline.evaluation import LayerPassed, Started, evaluate
+from quantkit.pipeline.evaluation import evaluate
+from quantkit.pipeline.events import EvaluationStarted, LayerPassed
 from quantkit.pipeline.run import convert
+from tests.cli.test_cli import quantkit
 from tests.pipeline.test_evaluation import BUDGET, NANO, ROOT, W4, outputs
 
 TEXT = (str(ROOT / "calibration_data" / "eval" / "prose.txt"), str(ROOT / "calibration_data" / "eval" / "code.txt"))
@@ -79,10 +82,10 @@ def test_neither_the_reference_nor_its_text_is_touched(
 ) -> None:
     """A file that was carried elsewhere, and opened by a process that has seen nothing else."""
     shutil.copy(saved[0], tmp_path / "elsewhere")
-    events: list[Started | LayerPassed] = []
+    events: list[EvaluationStarted | LayerPassed] = []
     again = evaluate(tmp_path / "elsewhere", candidates[:1], memory_budget=BUDGET, on_event=events.append)
     assert again.candidates[0] == found.candidates[0]
-    assert events[0] == Started(1, 4, 4 * 48, 3)
+    assert events[0] == EvaluationStarted(1, 4, 4 * 48, 3)
 
 
 def test_a_reference_alone_and_without_noise_floor(candidates: list[Path], tmp_path: Path) -> None:
@@ -137,3 +140,27 @@ def test_other_refusals(saved: tuple[Path, Evaluation], candidates: list[Path], 
         evaluate(tmp_path / "cut", candidates, memory_budget=BUDGET)
     with pytest.raises(QuantkitError, match="does not exist"):
         evaluate(saved[0], [tmp_path / "absent"], memory_budget=BUDGET)
+
+
+def test_the_gate_takes_evaluations_by_file_and_does_not_mix_them(
+    saved: tuple[Path, Evaluation], found: Evaluation, tmp_path: Path
+) -> None:
+    for name, document in (("file", found), ("exact", saved[1])):
+        (tmp_path / f"{name}.json").write_text(document.to_json(), encoding="utf-8")
+    check = ("check", tmp_path / "file.json", "--baseline", tmp_path / "baseline.json")
+    made = quantkit(*check, "--update-baseline")
+    assert made.exit_code == 0, made.stderr
+    passed = quantkit(*check)
+    assert (passed.exit_code, "layers and experts were not compared" in passed.stdout) == (0, True)
+    mixed = quantkit("check", tmp_path / "exact.json", *check[2:])
+    assert (mixed.exit_code, "share of the reference's logits" in mixed.stderr) == (1, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_scores(candidates: list[Path], found: Evaluation, tmp_path: Path) -> None:
+    evaluate(NANO, save_reference=tmp_path / "file", device="cuda", memory_budget=BUDGET, **CUT)
+    again = evaluate(tmp_path / "file", candidates, device="cuda", memory_budget=BUDGET)
+    for ours, theirs in zip(again.candidates, found.candidates, strict=True):
+        assert ours.result.overall.kld.mean == pytest.approx(theirs.result.overall.kld.mean, rel=5e-3)
+        assert ours.result.overall.perplexity.mean == pytest.approx(theirs.result.overall.perplexity.mean, rel=1e-3)
