@@ -32,7 +32,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from gptq_expert import machine, structured_weight
+from gptq_expert import machine, structured_weight, write
 from torch import Tensor
 
 from quantkit.arch import arch_of
@@ -414,10 +414,10 @@ def main() -> None:
         result["layer"] = measure(setting, arguments.cases, arguments.repeats, arguments.profile)
         for case, found in result["layer"].items():
             result.setdefault("all of V3, extrapolated", {})[case] = whole_model(found["seconds"], tokens)
+        write(result, arguments.out)
         if arguments.peers:
             result["peers, one expert"] = peers(setting, min(16_384, tokens))
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            write(result, arguments.out)
     print(json.dumps(result["all of V3, extrapolated"], indent=1), flush=True)
     shutil.rmtree(folder)
 

@@ -1,9 +1,12 @@
-"""The hidden states between layers: embedded at the start, saved at each layer's border, loaded again by a resumed
-run."""
+"""The hidden states between layers: embedded at the start, saved at borders of layers, loaded again by a resumed run.
+
+Saving has its price: DeepSeek V3's two streams of 512 Ki tokens have 30 GB. A border is left out until ten times as long
+has passed as the last saving took; an interrupted run then repeats the layers behind the last saved border.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,10 @@ from quantkit.calibrate.stream import embed
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.safetensors_writer import disk_errors, sync_directory
 from quantkit.pipeline.machine import Stores
+
+
+SAVING_PAUSE = 10
+"""Times the seconds of the last saving, to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +53,17 @@ class StreamFiles:
         self._scratch_dtype = scratch_dtype
         self._count = 2 if two else 1
         self._shape = (0, 0)
+        self._pause_ends = 0.0
 
-    def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, layers_done: Collection[object]) -> Streams:
-        """The streams before the first layer that is not done: embeddings, or what `save` left. Clears older scratch
-        files."""
+    def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, after: int | None) -> Streams:
+        """The streams behind layer ``after``, which `save` left, or the embeddings. Clears older scratch files."""
         for scratch in self._folder.glob("scratch-*"):
             scratch.unlink()
         self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
         stores = [self._stores.new(*self._shape, arch.hidden_size) for _ in range(self._count)]
-        done = [layer for layer in layers_done if isinstance(layer, int) and layer < arch.n_layers]
-        if done:
+        if after is not None:
             for number, store in enumerate(stores):
-                load(self._path(max(done), number), store)
+                load(self._path(after, number), store)
         else:
             tokens = torch.from_numpy(rows.tokens).long()
             for store in stores:
@@ -68,8 +74,13 @@ class StreamFiles:
         """A store for all tokens that lives within one layer."""
         return self._stores.new(*self._shape, width, self._scratch_dtype)
 
+    def due(self) -> bool:
+        """Whether the next border is to be saved."""
+        return time.monotonic() >= self._pause_ends
+
     def save(self, streams: Streams, layer: int) -> None:
         """Bring the streams behind ``layer`` to the disk under their own name, complete or not at all."""
+        start = time.monotonic()
         for number, store in enumerate(streams.stores()):
             path = self._path(layer, number)
             part = path.with_suffix(".part")
@@ -77,11 +88,15 @@ class StreamFiles:
             part.replace(path)
         with disk_errors(self._folder):
             sync_directory(self._folder)
+        now = time.monotonic()
+        self._pause_ends = now + SAVING_PAUSE * (now - start)
 
-    def forget(self, layer: int) -> None:
-        """Remove what was saved behind a layer that is no longer the last."""
-        for number in range(self._count):
-            self._path(layer, number).unlink(missing_ok=True)
+    def forget_before(self, layer: int) -> None:
+        """Remove what was saved behind earlier layers."""
+        kept = {self._path(layer, number) for number in range(self._count)}
+        for path in sorted(self._folder.glob("layer-*-stream-*.f32")):
+            if path not in kept:
+                path.unlink()
 
     def _path(self, layer: int, number: int) -> Path:
         return self._folder / f"layer-{layer}-stream-{number}.f32"

@@ -47,6 +47,16 @@ class Journal:
         self._append(entry)
         self.entries.append(entry)
 
+    def rewind(self, n_entries: int) -> None:
+        """Forget all but the first entries: their steps will be done again."""
+        if n_entries == len(self.entries):
+            return
+        lost = sum(len(_line(entry)) for entry in self.entries[n_entries:])
+        with disk_errors(self._path):
+            self._file.truncate(self._file.seek(-lost, os.SEEK_END))
+            os.fsync(self._file.fileno())
+        del self.entries[n_entries:]
+
     def of_kind(self, kind: str) -> list[Entry]:
         """Entries whose "done" is ``kind``, oldest first."""
         return [entry for entry in self.entries if entry["done"] == kind]

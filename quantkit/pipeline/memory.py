@@ -1,7 +1,7 @@
 """What a conversion needs of RAM, device memory and disk, as a sum of terms. Estimates, except for the output's bytes.
 
     hidden states   tokens * (hidden + widest dense input) * 4 B, for each stream, in RAM or on disk
-    resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers, on disk
+    resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers at most, on disk
     Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of a GPTQ linear
     slices          rows are quantised in slices of bounded size
     weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the linears that are quantised together

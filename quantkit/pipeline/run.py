@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -108,6 +109,7 @@ def convert(
 def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir: Path) -> Report:
     resumed = bool(walk.journal.entries)
     layers = _layers(walk.plan)
+    _rewind(walk, calibrated=rows is not None)
     done = {entry["layer"] for entry in walk.journal.of_kind("layer")}
     n_tokens = 0 if rows is None else rows.tokens.size
     walk.on_event(Started(len(layers), walk.plan.source_bytes, n_tokens, len(done)))
@@ -125,13 +127,26 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
         scratch_dtype=walk.machine.scratch_dtype,
     )
     with walk.timer.stage("embeddings"):
-        streams = None if rows is None else files.open(rows, walk.arch, walk.source, layers_done=done)
+        streams = None
+        if rows is not None and any(layer < walk.arch.n_layers for layer in layers if layer not in done):
+            saved = [cast("int", e["layer"]) for e in walk.journal.of_kind("layer") if e.get("saved")]
+            streams = files.open(rows, walk.arch, walk.source, after=max(saved, default=None))
     for layer in layers:
         if layer not in done:
             _layer(walk, layer, streams if layer < walk.arch.n_layers else None, files, n_tokens)
     if streams is not None:
         streams.close()
     return finish(walk, header, rows, base_dir, resumed=resumed)
+
+
+def _rewind(walk: Walk, *, calibrated: bool) -> None:
+    """Take back the layers behind the last saved border, unless all that need hidden states are done."""
+    entries = walk.journal.entries
+    layers = [entry["layer"] for entry in walk.journal.of_kind("layer")]
+    if not calibrated or walk.arch.n_layers - 1 in layers:
+        return
+    kept = [number for number, entry in enumerate(entries, 1) if entry["done"] == "outside" or entry.get("saved")]
+    walk.journal.rewind(max(kept, default=0))
 
 
 def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
@@ -155,11 +170,15 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
         records += _table_records(quantize_tables(walk, layer))
     with walk.timer.stage("sync"):
         _sync(walk)
-        if streams is not None:
+        # Nothing needs the hidden states behind the last decoder layer.
+        saved = streams is not None and layer < walk.arch.n_layers - 1 and files.due()
+        if streams is not None and saved:
             files.save(streams, layer)
-        walk.journal.append({"done": "layer", "layer": layer, "tensors": records, "experts": _expert_records(job)})
-        if streams is not None:
-            files.forget(layer - 1)
+        walk.journal.append(
+            {"done": "layer", "layer": layer, "saved": saved, "tensors": records, "experts": _expert_records(job)}
+        )
+        if saved:
+            files.forget_before(layer)
     walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import yaml
 
-from quantkit.pipeline.events import Event, LayerDone, StageStarted, ValidationProgress
+from quantkit.pipeline import hidden as hidden_module
+from quantkit.pipeline.events import Event, LayerDone, StageStarted, Started, ValidationProgress
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.recipe import Recipe
-from tests.pipeline.jobs import INT4_RTN, files_of, int4, recipe_of, run, write_model, write_text
+from tests.pipeline.jobs import INT4_RTN, files_of, int4, recipe_of, run, small_config, write_model, write_text
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -63,7 +64,8 @@ class Operations:
             self.stage = "validation done"
 
     def watch(self, patch: pytest.MonkeyPatch) -> None:
-        """Wrap what writes, syncs, renames and removes."""
+        """Wrap what writes, syncs, renames and removes. Every border between layers is saved."""
+        patch.setattr(hidden_module, "SAVING_PAUSE", 0)
         pwrite, append = os.pwrite, Journal._append
         patch.setattr(os, "pwrite", self._writing(pwrite))
         patch.setattr(os, "fsync", self._before("fsync", os.fsync, _file_of))
@@ -151,7 +153,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     place = tmp_path_factory.mktemp("job")
     write_text(place / "calibration.txt")
     write_text(place / "eval.txt", 200)
-    write_model(place / "model", fp8=True)
+    write_model(place / "model", small_config(num_hidden_layers=3), fp8=True)
     watcher = Operations()
     with pytest.MonkeyPatch.context() as patch:
         watcher.watch(patch)
@@ -163,10 +165,10 @@ STAGES = {
     "before outside tensors": ("begin", "embeddings"),
     "attention of a dense layer": ("layer 0 attention",),
     "dense mlp": ("layer 0 mlp",),
-    "attention of an moe layer": ("layer 1 attention",),
-    "shared experts": ("layer 1 shared_experts",),
-    "routed experts": ("layer 1 experts",),
-    "mtp layer": ("layer 1 done",),
+    "attention of an moe layer": ("layer 1 attention", "layer 2 attention"),
+    "shared experts": ("layer 1 shared_experts", "layer 2 shared_experts"),
+    "routed experts": ("layer 1 experts", "layer 2 experts"),
+    "mtp layer": ("layer 2 done",),
     "files": ("files",),
     "validation and the end": ("validation",),
 }
@@ -204,6 +206,31 @@ def finish(job: Job, out: Path, where: str) -> None:
     found = files_of(out)
     different = [name for name in found.keys() | job.files.keys() if found.get(name) != job.files.get(name)]
     assert not different, where
+
+
+def test_layers_behind_the_last_saved_border_are_done_again(job: Job, tmp_path: Path) -> None:
+    """Saving takes time, so not every border is saved."""
+    out = tmp_path / "out"
+    child = os.fork()
+    if child == 0:
+        try:
+            pytest.MonkeyPatch().setattr(hidden_module, "SAVING_PAUSE", 1e9)  # only the first one is
+            run(job.source, RECIPE, out, on_event=kill_in_last_experts)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    saved = {path.name for path in out.with_name("out.partial").glob("hidden/layer-*")}
+    assert saved == {"layer-0-stream-0.f32", "layer-0-stream-1.f32"}
+    begun: list[Started] = []
+    run(job.source, RECIPE, out, on_event=lambda event: begun.append(event) if isinstance(event, Started) else None)
+    assert [event.layers_done for event in begun] == [1]
+    assert files_of(out) == job.files
+
+
+def kill_in_last_experts(event: Event) -> None:
+    if isinstance(event, StageStarted) and (event.layer, event.stage) == (2, "experts"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("turn", range(4))
