@@ -106,8 +106,9 @@ def differences(
 def assert_as_good(
     kind: BlockType, weight: Tensor, importance: Tensor | None, found: BlockParams, negligible: float = 1e-6
 ) -> None:
-    """Where two choices are nearly equal, rounding decides, either way: over many rows that evens out. Among equal d,
-    as there are where float16 has few values, the twin takes any, and loses by it."""
+    """Where two choices are nearly equal, rounding decides, either way: over many rows that evens out. Small Q4_K left
+    0.8 % less than the twin on an H100, probably because float16 has few values there: many d are equal, and which of
+    them are the best three is up to the device's sort."""
     by_row = differences(kind, weight, importance, found, negligible)
     chance = 3 * float(by_row.std()) / len(by_row) ** 0.5
     assert -max(1e-2, chance) < float(by_row.mean()) < max(1e-3, chance)
