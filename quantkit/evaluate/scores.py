@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quantkit.evaluate.document import estimate
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -14,8 +16,8 @@ class Estimate:
     standard_error: float
 
     def shown(self, digits: int) -> str:
-        """ "1.2345 ± 0.0067"."""
-        return f"{self.mean:.{digits}f} ± {self.standard_error:.{digits}f}"
+        """ "1.2345 ± 0.0067"; "-" for the error of a single window."""
+        return estimate(self.mean, self.standard_error, digits)
 
 
 @dataclass(frozen=True, slots=True)
