@@ -44,11 +44,12 @@ from quantkit.formats.compressed_tensors import CompressedTensorsSink
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors_writer import ShardWriter, layout_shards
-from quantkit.pipeline import layer as layer_module
+from quantkit.pipeline import dense, experts, layer
 from quantkit.pipeline import outputs as outputs_module
 from quantkit.pipeline.background import AheadSource, Deliveries
 from quantkit.pipeline.hidden import Streams
-from quantkit.pipeline.layer import LayerJob, quantize_layer
+from quantkit.pipeline.layer import quantize_layer
+from quantkit.pipeline.layer_job import LayerJob
 from quantkit.pipeline.machine import Machine
 from quantkit.pipeline.outputs import OutputJob
 from quantkit.pipeline.weights import LayerWeights
@@ -200,15 +201,15 @@ class Stages:
     def watching(self) -> Iterator[None]:
         """Time the stages of `quantize_layer`."""
         places = [
-            (layer_module, "_moments_of_stage", "dense: forward and moments"),
-            (layer_module, "_add_output", "dense: output"),
-            (layer_module, "_quantize_group", "dense: quantise (rest)"),
-            (layer_module, "_route", "route, pooled moments"),
-            (layer_module, "_linears", "experts: read, decode FP8"),
-            (layer_module, "_input_stats", "experts: moments of gate, up"),
-            (layer_module, "_hidden", "experts: hidden, moments of down"),
-            (layer_module, "_carry_on", "experts: down, scatter"),
-            (layer_module, "forward_expert", "experts: original stream"),
+            (dense, "_moments_of_stage", "dense: forward and moments"),
+            (dense, "_add_output", "dense: output"),
+            (dense, "quantize_group", "dense: quantise (rest)"),
+            (layer, "route", "route, pooled moments"),
+            (experts, "linears_of", "experts: read, decode FP8"),
+            (experts, "_input_stats", "experts: moments of gate, up"),
+            (experts, "_hidden", "experts: hidden, moments of down"),
+            (experts, "_carry_on", "experts: down, scatter"),
+            (experts, "forward_expert", "experts: original stream"),
             (outputs_module, "_quantized", "quantise (rest)"),
             (ldlq, "factorize", "quantise: Cholesky"),
             (ldlq, "towards_original", "quantise: targets of the cross term"),

@@ -1,4 +1,7 @@
-"""Work beside a GPU: reads some tensors ahead of their use, and writes results while the next are computed."""
+"""Work beside the computation: tensors are read ahead of their use, and results written while the next are made.
+
+A GPU leaves its processors free for it. On a processor the threads would only take turns with the computation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,15 +27,16 @@ MOST_WAITING = 4
 
 
 class AheadSource:
-    """Weights on a GPU. Those that were announced are read ahead, by threads into page-locked memory."""
+    """Weights on the device that computes. Those that were announced are read ahead by threads; for a GPU into
+    page-locked memory, copied and decoded on streams of the threads' own."""
 
     def __init__(self, source: Fp8Source, device: torch.device) -> None:
         self._source = source
         self._device = device
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="read")
-        self._streams = threading.local()
+        self._lanes = threading.local()
         self._expected: deque[str] = deque()
-        self._reading: dict[str, Future[tuple[Tensor, torch.cuda.Event]]] = {}
+        self._reading: dict[str, Future[tuple[Tensor, torch.cuda.Event | None]]] = {}
         self._bytes = 0
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -45,37 +50,37 @@ class AheadSource:
         self._advance()
 
     def read(self, name: str) -> Tensor:
-        """The decoded tensor on the GPU. Raises `SourceError` as the source does."""
+        """The decoded tensor on the device. Raises `SourceError` as the source does."""
         future = self._reading.pop(name, None)
         if future is None:
-            return self._source.fetch(name, pinned=True).on(self._device)
-        tensor, ready = future.result()
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(ready)
-        tensor.record_stream(current)
-        self._bytes -= tensor.nbytes
+            return self._fetched(name)
+        tensor, made = future.result()
+        _wait_for(made, self._device)
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(self._device))
+        self._bytes -= self._source.infos()[name].nbytes
         self._advance()
         return tensor
-
-    def _fetch(self, name: str) -> tuple[Tensor, torch.cuda.Event]:
-        """In a thread: read, then copy and decode on a stream of the thread's own."""
-        if not hasattr(self._streams, "own"):
-            self._streams.own = torch.cuda.Stream(self._device)
-        fetched = self._source.fetch(name, pinned=True)
-        with torch.cuda.stream(self._streams.own):
-            tensor = fetched.on(self._device)
-            return tensor, self._streams.own.record_event()
 
     def close(self) -> None:
         """End the threads."""
         self._forget()
         self._threads.shutdown(cancel_futures=True)
 
+    def _fetched(self, name: str) -> Tensor:
+        return self._source.fetch(name, pinned=self._device.type == "cuda").on(self._device)
+
+    def _fetch_in_thread(self, name: str) -> tuple[Tensor, torch.cuda.Event | None]:
+        if not hasattr(self._lanes, "own"):
+            self._lanes.own = _lane(self._device)
+        with self._lanes.own:
+            return self._fetched(name), _mark(self._device)
+
     def _advance(self) -> None:
         while self._expected and self._bytes < AHEAD_BYTES:
             name = self._expected.popleft()
             self._bytes += self._source.infos()[name].nbytes
-            self._reading[name] = self._threads.submit(self._fetch, name)
+            self._reading[name] = self._threads.submit(self._fetch_in_thread, name)
 
     def _forget(self) -> None:
         for future in self._reading.values():
@@ -86,12 +91,14 @@ class AheadSource:
 
 
 class Deliveries:
-    """Tasks done in order on a thread with a stream of its own on the GPU. A task may read what the GPU has been asked
+    """Tasks done in order on a thread, for a GPU on a stream of its own. A task may read what the device has been asked
     to compute before the task was handed over."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._waiting: queue.Queue[tuple[Callable[[], None], torch.cuda.Event] | None] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[tuple[Callable[[], None], torch.cuda.Event | None] | None] = queue.Queue(
+            MOST_WAITING
+        )
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="deliver", daemon=True)
         self._thread.start()
@@ -99,9 +106,7 @@ class Deliveries:
     def submit(self, task: Callable[[], None]) -> None:
         """Hand a task over. Raises what an earlier one has raised."""
         self._raise()
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self._device))
-        self._waiting.put((task, ready))
+        self._waiting.put((task, _mark(self._device)))
 
     def drain(self) -> None:
         """Wait until all tasks are done. Raises what one of them has raised."""
@@ -118,17 +123,39 @@ class Deliveries:
             raise self._error
 
     def _work(self) -> None:
-        stream = torch.cuda.Stream(self._device)
-        while (entry := self._waiting.get()) is not None:
-            task, ready = entry
-            if self._error is None:
-                try:
-                    with torch.cuda.stream(stream):
-                        stream.wait_event(ready)
-                        task()
-                        stream.synchronize()
-                except BaseException as error:  # noqa: BLE001 -- raised again in the thread that hands tasks over
-                    self._error = error
-            del entry, task  # the GPU memory that they hold
+        with _lane(self._device):
+            while (entry := self._waiting.get()) is not None:
+                if self._error is None:
+                    self._do(*entry)
+                del entry  # the GPU memory that it holds
+                self._waiting.task_done()
             self._waiting.task_done()
-        self._waiting.task_done()
+
+    def _do(self, task: Callable[[], None], ready: torch.cuda.Event | None) -> None:
+        try:
+            _wait_for(ready, self._device)
+            task()
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        except BaseException as error:  # noqa: BLE001 -- raised again in the thread that hands tasks over
+            self._error = error
+
+
+def _lane(device: torch.device) -> AbstractContextManager[object]:
+    """A stream of its own on a GPU, for the thread that enters it."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """What the current stream has been asked to do so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _wait_for(mark: torch.cuda.Event | None, device: torch.device) -> None:
+    """Let the current stream wait; the processor goes on."""
+    if mark is not None:
+        torch.cuda.current_stream(device).wait_event(mark)

@@ -1,7 +1,7 @@
 """The hidden states between layers: embedded at the start, saved at borders of layers, loaded again by a resumed run.
 
-Saving has its price: DeepSeek V3's two streams of 512 Ki tokens have 30 GB. A border is left out until ten times as long
-has passed as the last saving took; an interrupted run then repeats the layers behind the last saved border.
+Saving has its price: DeepSeek V3's two streams of 512 Ki tokens have 30 GB. A border is left out until ten times as
+long has passed as the last saving took; an interrupted run then repeats the layers behind the last saved border.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from quantkit.calibrate.stream import embed
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.safetensors_writer import disk_errors, sync_directory
 from quantkit.pipeline.machine import Stores
-
 
 SAVING_PAUSE = 10
 """Times the seconds of the last saving, to the next."""

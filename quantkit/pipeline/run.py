@@ -31,7 +31,8 @@ from quantkit.pipeline.folder import OutputFolder, refuse_to_lose
 from quantkit.pipeline.hidden import StreamFiles, Streams
 from quantkit.pipeline.importance import ImportanceFile
 from quantkit.pipeline.journal import Journal
-from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_inputs
+from quantkit.pipeline.layer import quantize_layer, quantize_without_inputs
+from quantkit.pipeline.layer_job import LayerJob
 from quantkit.pipeline.machine import Machine, Stores, Timer
 from quantkit.pipeline.memory import INTERPRETER_BYTES, check_free_disk, conversion_needs
 from quantkit.pipeline.outputs import Deliver, OutputJob
@@ -95,7 +96,7 @@ def convert(
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores, machine.device, share.device_stores)
         ahead = deliveries = None
-        if machine.device.type == "cuda":
+        if _works_beside(machine):
             ahead, deliveries = AheadSource(opened, machine.device), Deliveries(machine.device)
             stack.callback(ahead.close)
             stack.callback(deliveries.close)
@@ -104,6 +105,11 @@ def convert(
             ahead, deliveries,
         )  # fmt: skip
         return _run(walk, rows, header, base_dir)
+
+
+def _works_beside(machine: Machine) -> bool:
+    """Whether threads read and write beside the computation."""
+    return machine.device.type == "cuda"
 
 
 def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir: Path) -> Report:

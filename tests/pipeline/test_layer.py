@@ -16,9 +16,12 @@ from quantkit.arch.base import DenseBlock, ExpertBlock
 from quantkit.calibrate import stream
 from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
 from quantkit.calibrate.inputs import InputStats
-from quantkit.pipeline import layer as layer_module
+from quantkit.pipeline import dense as dense_module
+from quantkit.pipeline import experts as experts_module
+from quantkit.pipeline import outputs as outputs_module
 from quantkit.pipeline.hidden import Streams
-from quantkit.pipeline.layer import LayerJob, quantize_layer, quantize_without_inputs
+from quantkit.pipeline.layer import quantize_layer, quantize_without_inputs
+from quantkit.pipeline.layer_job import LayerJob
 from quantkit.pipeline.outputs import Linears, OutputJob
 from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers import Gptq, Rtn
@@ -58,7 +61,7 @@ def one_thread() -> Iterator[None]:
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches of rows, several chunks of an expert's tokens."""
     monkeypatch.setattr(stream, "BATCH_TOKENS", 2 * LENGTH)
-    for module in (stream, layer_module):
+    for module in (stream, experts_module):
         if hasattr(module, "EXPERT_CHUNK"):
             monkeypatch.setattr(module, "EXPERT_CHUNK", 7)
 
@@ -176,7 +179,7 @@ class Case:
 
     def quantised(self, monkeypatch: pytest.MonkeyPatch) -> LayerJob:
         """Run the layer, noting the statistics that each linear's method is given."""
-        real = layer_module.quantize_linears
+        real = outputs_module.quantize_linears
 
         def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, deliver: Any, *shrink: Any) -> Any:
             assert stats is not None
@@ -196,7 +199,8 @@ class Case:
 
         job = self.job()
         with monkeypatch.context() as patch:
-            patch.setattr(layer_module, "quantize_linears", note)
+            for module in (dense_module, experts_module):
+                patch.setattr(module, "quantize_linears", note)
             quantize_layer(job, self.sublayers)
         return job
 

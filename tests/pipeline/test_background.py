@@ -1,0 +1,100 @@
+"""Reading ahead and writing behind give what doing it in place gives, and lose no error. (On a processor: a GPU adds
+streams.)"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.errors import SourceError
+from quantkit.formats import open_source
+from quantkit.pipeline import background
+from quantkit.pipeline import run as run_module
+from quantkit.pipeline.background import AheadSource, Deliveries
+from tests.pipeline.jobs import files_of, int4, recipe_of, run, small_config, write_model, write_text
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "model"
+    write_model(folder, small_config(num_nextn_predict_layers=0), fp8=True)
+    write_text(folder.parent / "calibration.txt")
+    return folder
+
+
+@pytest.mark.parametrize("ahead_bytes", [1, 10**9])
+def test_what_was_announced_is_what_the_source_holds(
+    ahead_bytes: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, out of order, never announced, and announced but never read."""
+    monkeypatch.setattr(background, "AHEAD_BYTES", ahead_bytes)
+    with open_source(model) as source:
+        ahead, names = AheadSource(source, CPU), list(source.infos())
+        assert ahead.infos() is source.infos()
+        ahead.expect(names[:10])
+        for name in (*names[:5], *names[12:6:-1]):
+            assert torch.equal(ahead.read(name), source.read(name)), name
+        ahead.expect(names[20:])
+        assert all(torch.equal(ahead.read(name), source.read(name)) for name in names[20:])
+        ahead.close()
+
+
+def test_a_bad_tensor_is_refused_where_it_is_read(model: Path, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "bad", small_config(num_nextn_predict_layers=0))
+    name = next(name for name in weights if "experts.1.up" in name)
+    (shard,) = (path for path in (tmp_path / "bad").glob("*.safetensors") if name.encode() in path.read_bytes())
+    with open_source(tmp_path / "bad") as source:
+        stored = source.raw.stored(name)
+        with shard.open("r+b") as file:
+            file.seek(stored.start)
+            file.write(b"\xff" * 8)
+        ahead = AheadSource(source, CPU)
+        ahead.expect([name, "lm_head.weight"])
+        with pytest.raises(SourceError, match="NaN or infinite"):
+            ahead.read(name)
+        assert torch.equal(ahead.read("lm_head.weight"), source.read("lm_head.weight"))
+        ahead.close()
+
+
+def test_tasks_are_done_in_order_on_another_thread() -> None:
+    deliveries, done = Deliveries(CPU), list[tuple[int, int]]()
+    for number in range(20):
+        deliveries.submit(lambda number=number: done.append((number, threading.get_ident())))
+    deliveries.drain()
+    assert [number for number, _ in done] == list(range(20))
+    assert {thread for _, thread in done} != {threading.get_ident()}
+    deliveries.close()
+
+
+def test_an_error_ends_the_deliveries_and_is_raised_to_whom_hands_over() -> None:
+    deliveries, done = Deliveries(CPU), list[str]()
+
+    def fail() -> None:
+        time.sleep(0.01)
+        raise OSError("the disk is full")
+
+    deliveries.submit(fail)
+    deliveries.submit(lambda: done.append("after"))
+    with pytest.raises(OSError, match="the disk is full"):
+        deliveries.drain()
+    with pytest.raises(OSError, match="the disk is full"):
+        deliveries.submit(lambda: done.append("later"))
+    deliveries.close()
+    assert done == []
+
+
+def test_a_conversion_writes_the_same_bytes_beside_its_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(int4(grid=2, polish=0), tokens=128)
+    run(model, recipe, tmp_path / "in-place")
+    monkeypatch.setattr(run_module, "_works_beside", lambda machine: True)
+    run(model, recipe, tmp_path / "beside")
+    found, expected = files_of(tmp_path / "beside"), files_of(tmp_path / "in-place")
+    assert {name for name in expected if found.get(name) != expected[name]} == set()
