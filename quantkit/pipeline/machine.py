@@ -20,26 +20,28 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.hidden_states import CPU, FileRows, MemoryRows, RowStore
 from quantkit.errors import PlanError
 from quantkit.kernels.cuda import has_kernels
+from quantkit.quantizers.batch import DEVICE_SLICE_BYTES
 
 DEFAULT_SHARE = 0.6
 """Of the physical memory, when no budget is given."""
 DEVICE_SHARE = 0.6
-"""Of a GPU's memory, for hidden states."""
+"""Of a GPU's memory, for hidden states, if the rest is at least `DEVICE_WORK_BYTES`."""
+DEVICE_WORK_BYTES = 24 * 10**9
+"""What quantising DeepSeek V3's experts takes on a GPU beside them."""
 DEVICE_EXPERTS_SHARE = 0.25
 """Of a GPU's memory, for experts that are quantised as one batch."""
 DEVICE_CACHE_SHARE = 0.05
 """Of a GPU's memory, for weights of dense linears."""
 MOST_EXPERTS = 32
 """More experts at once gain nothing: a batch of this size fills the matrix products."""
-MOST_DEVICE_EXPERTS = 12
-"""The same on a GPU, of V3's size; one batch is one slice (`quantkit.quantizers.batch`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
     """Bytes for hidden states in memory and on the GPU, for weights kept between batches of rows, and for the experts
-    beside the first that are quantised as one batch."""
+    beside the first that are quantised as one batch (on the GPU, if ``on_gpu``)."""
 
+    on_gpu: bool
     stores: int
     device_stores: int
     cache: int
@@ -49,8 +51,10 @@ class Share:
         """Experts of one shape (inter, hidden) that are quantised as a batch."""
         hidden = arch.hidden_size
         # Hessian, cross term, factor, and what making them copies; originals, targets, sweep state, codes, results.
-        if self.device_stores:
-            return min(MOST_DEVICE_EXPERTS, 1 + self.experts // (4 * (4 * hidden * hidden + 4 * 3 * hidden * inter)))
+        if self.on_gpu:
+            one_slice = DEVICE_SLICE_BYTES // (4 * 2 * hidden * inter)  # of gate and up together
+            fits = 1 + self.experts // (4 * (4 * hidden * hidden + 4 * 3 * hidden * inter))
+            return max(1, min(MOST_EXPERTS, one_slice, fits))
         return min(MOST_EXPERTS, 1 + self.experts // (4 * (6 * hidden * hidden + 8 * 3 * hidden * inter)))
 
 
@@ -113,7 +117,8 @@ class Machine:
         experts, cache = int(spare * 0.3), _LEAST_CACHE + int(spare * 0.15)
         if self.device_bytes:
             experts, cache = int(self.device_bytes * DEVICE_EXPERTS_SHARE), int(self.device_bytes * DEVICE_CACHE_SHARE)
-        return Share(int(spare * 0.5), int(self.device_bytes * DEVICE_SHARE), cache, experts)
+        on_device = max(0, min(int(self.device_bytes * DEVICE_SHARE), self.device_bytes - DEVICE_WORK_BYTES))
+        return Share(self.device_bytes > 0, int(spare * 0.5), on_device, cache, experts)
 
 
 class Stores:
