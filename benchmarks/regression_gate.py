@@ -47,6 +47,8 @@ NANO = ROOT / "examples" / "nano-deepseek-v3"
 RECIPE = ROOT / "tests" / "baselines" / "nano.yaml"
 CONTEXT, WINDOWS = 256, 16
 OUTPUTS = ("w4a16", "Q4_K_M")
+LIMITS_FROM = 20
+"""The spreads in `Limits` were set when seeds up to this one had been run."""
 LAYER, EXPERT = 1, 5
 """The expert that is damaged."""
 
@@ -209,6 +211,16 @@ def judged(path: Path, baseline: Baseline, limits: Limits) -> dict[str, list[dic
     }
 
 
+def changes(path: Path, baseline: Baseline, outputs: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of the mean KLD, relative, with the standard error of the pairs."""
+    then, now = by_name(baseline.evaluation), by_name(read_evaluation(path))
+    pairs = {output: paired(windows_of(then[output]).kld, windows_of(now[output]).kld) for output in outputs}
+    return {
+        output: {"change": round(pair.change / pair.was, 4), "standard error": round(pair.standard_error / pair.was, 4)}
+        for output, pair in pairs.items()
+    }
+
+
 def alarms_of_pairs(clean: Sequence[Path], limits: Limits) -> dict[str, int]:
     """Each clean run as the baseline of each other one: not independent, but twenty times as many."""
     sides = [(found, read_conversions(found, Path())) for found in map(read_evaluation, clean)]
@@ -325,6 +337,7 @@ def main() -> int:
         "clean": {
             "runs": len(alarms),
             "false alarms": false_alarms,
+            "seeds after the limits were set": f"{LIMITS_FROM + 1} to {given.seeds}",
             "every run against every other": alarms_of_pairs(clean, limits),
             "lines": {name: found for name, found in alarms.items() if any(found.values())},
             "mean KLD": {
@@ -339,6 +352,7 @@ def main() -> int:
             bug: {
                 "runs": len(runs),
                 "caught": caught[bug],
+                "mean KLD with seed 0": changes(run(given.work.absolute(), bug, 0), baseline, touched(bug)),
                 "by": {
                     output: sorted({line["check"] for found in runs.values() for line in found[output]})
                     for output in touched(bug)
