@@ -155,8 +155,9 @@ def _kept(evaluation: Evaluation) -> str:
     return "all" if file is None else f"{file.top} a token"
 
 
-def _experts(evaluation: Evaluation) -> int:
-    return sum(len(layer.expert_errors or ()) for layer in evaluation.candidates[0].result.layers)
+def _experts(evaluation: Evaluation) -> tuple[int, ...]:
+    """Of each layer."""
+    return tuple(len(layer.expert_errors or ()) for layer in evaluation.candidates[0].result.layers)
 
 
 def _read(path: Path, model: type[_Model], what: str) -> _Model:

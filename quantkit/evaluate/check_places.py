@@ -47,7 +47,7 @@ def layer_check(was: Windows, found: Windows, old: Sequence[Layer], new: Sequenc
     return Check(
         name="hidden error",
         place=f"behind layer {old[shown].layer}",
-        was=f"{math.sqrt(pairs[shown].was):.5f}",
+        was=f"{math.sqrt(max(pairs[shown].was, 0)):.5f}",
         found=f"{math.sqrt(max(pairs[shown].found, 0)):.5f}",
         change=percent(_root_change(pairs[shown], pairs[shown].change)),
         limit=percent(_root_change(pairs[shown], bounds[shown])),
@@ -58,7 +58,7 @@ def layer_check(was: Windows, found: Windows, old: Sequence[Layer], new: Sequenc
 
 def _root_change(pair: Paired, change: float) -> float:
     """Relative, of the root of a mean that moved by ``change``."""
-    if not pair.was:
+    if not pair.was > 0:
         return math.inf if change else 0.0
     return math.sqrt(max(1 + change / pair.was, 0)) - 1
 
@@ -109,7 +109,7 @@ def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterato
     growth = {
         expert: math.log(math.hypot(found_error, _EPSILON) / math.hypot(was_error, _EPSILON))
         for expert, (was_error, found_error) in enumerate(zip(before, after, strict=True))
-        if tokens[expert]
+        if tokens[expert] > 0
     }
     if len(growth) < PEERS:
         return
@@ -134,7 +134,7 @@ def _places_check(name: str, places: Sequence[_Place]) -> Check:
         was=f"{shown.was:.3g}",
         found=f"{shown.found:.3g}",
         change=shown.change,
-        limit=percent(math.expm1(shown.bound)),
+        limit=percent(math.expm1(min(shown.bound, 700.0))),
         passed=not worse,
         detail=f"also {', '.join(more)}" if more else "",
     )
