@@ -61,7 +61,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _standard_error(values: Sequence[float]) -> float:
     n, mean = len(values), _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else math.nan
+    # A product becomes infinite where a power raises.
+    return math.sqrt(sum((value - mean) * (value - mean) for value in values) / (n - 1) / n) if n > 1 else math.nan
 
 
 def of_many(sigmas: float, comparisons: int) -> float:
