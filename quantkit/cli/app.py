@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-import quantkit
 from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report
+from quantkit.version import __version__
 
 app = typer.Typer(
     name="quantkit",
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"quantkit {quantkit.__version__}")
+        typer.echo(f"quantkit {__version__}")
         raise typer.Exit
 
 

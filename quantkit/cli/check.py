@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli.outcome import REFUSED, refusals, show_error
-from quantkit.cli.render import table
-from quantkit.errors import EvaluationError, OutputError
+from quantkit.errors import EvaluationError
+from quantkit.library import commands
+from quantkit.library.verdict_text import verdicts_text
 
 if TYPE_CHECKING:
     from quantkit.evaluate.check_verdict import Limits, Verdict
@@ -115,7 +116,7 @@ def check(
         if update_baseline:
             _update(evaluation, baseline, limits)
             return
-        verdicts = _verdicts(evaluation, baseline, limits, candidate or ())
+        verdicts = commands.check(evaluation, baseline, limits=limits, candidates=candidate or ())
         _write_reports(verdicts, junit, markdown)
     typer.echo(verdicts_text(verdicts))
     _show_regressions(verdicts)
@@ -123,29 +124,20 @@ def check(
         raise typer.Exit(REFUSED)
 
 
-def _verdicts(evaluation: Path, baseline: Path, limits: Limits, only: Sequence[str] = ()) -> tuple[Verdict, ...]:
-    from quantkit.evaluate.check import check as run
-    from quantkit.evaluate.check_baseline import check_comparable, read_baseline, read_conversions, read_evaluation
-
-    found, old = read_evaluation(evaluation), read_baseline(baseline)
-    check_comparable(found, old, baseline)
-    return run(found, old, limits, read_conversions(found, Path()) if limits.losses else {}, only)
-
-
 def _update(evaluation: Path, path: Path, limits: Limits) -> None:
     """Make the evaluation the baseline, after a table of what that changes if there is one to compare with."""
-    from quantkit.evaluate.check_baseline import Baseline, by_name, read_conversions, read_evaluation
+    from quantkit.evaluate.check_baseline import read_evaluation
 
     found = read_evaluation(evaluation)
-    names = ", ".join(by_name(found))
     if path.exists():
         try:
-            verdicts = _verdicts(evaluation, path, limits)
+            verdicts = commands.check(found, path, limits=limits)
         except EvaluationError as error:
             typer.echo(f"the old baseline is no comparison: {error.message}")
         else:
             typer.echo(verdicts_text(verdicts) + "\n")
-    _write(path, Baseline(evaluation=found, conversions=read_conversions(found, Path())).to_json())
+    commands.update_baseline(found, path)
+    names = ", ".join(candidate.model.name for candidate in found.candidates)
     typer.echo(f"{path}: is the baseline of {names} now. Commit it.")
 
 
@@ -154,20 +146,12 @@ def _write_reports(verdicts: Sequence[Verdict], junit: Path | None, markdown: Pa
     from quantkit.evaluate.check_reports import markdown as summary
 
     if junit is not None:
-        _write(junit, junit_xml(verdicts))
+        commands.write_text(junit, junit_xml(verdicts))
     if markdown is not None:
-        _write(markdown, summary(verdicts))
+        commands.write_text(markdown, summary(verdicts))
         step = os.environ.get("GITHUB_STEP_SUMMARY")
         if step:
-            _write(Path(step), summary(verdicts), append=True)
-
-
-def _write(path: Path, text: str, *, append: bool = False) -> None:
-    try:
-        with path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
+            commands.write_text(Path(step), summary(verdicts), append=True)
 
 
 def _show_regressions(verdicts: Sequence[Verdict]) -> None:
@@ -175,24 +159,3 @@ def _show_regressions(verdicts: Sequence[Verdict]) -> None:
 
     for line in regression_lines(verdicts):
         show_error(line)
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def verdicts_text(verdicts: Sequence[Verdict]) -> str:
-    """A table for each candidate, its notes under it, and the outcome."""
-    blocks = [_verdict_text(verdict) for verdict in verdicts]
-    failed = sum(len(verdict.regressions) for verdict in verdicts)
-    total = sum(len(verdict.checks) for verdict in verdicts)
-    blocks.append(f"{failed} of {total} checks failed" if failed else f"all {total} checks passed")
-    return "\n\n".join(blocks)
-
-
-def _verdict_text(verdict: Verdict) -> str:
-    rows = [
-        (check.title, check.was, check.found, check.change, check.limit, "ok" if check.passed else "WORSE")
-        for check in verdict.checks
-    ]
-    head = (verdict.candidate, "baseline", "now", "change", "allowed", "")
-    return "\n".join([table(head, rows), *(f"note: {note}" for note in verdict.notes)])

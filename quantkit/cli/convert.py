@@ -8,15 +8,14 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.converted import program, report_document, report_text
+from quantkit.cli.converted import next_text, program
 from quantkit.cli.options import AsJson, Device, RecipeName, Source, size
 from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
-from quantkit.cli.progress import LiveProgress, PlainProgress
 from quantkit.cli.render import show_json
-from quantkit.pipeline.events import Event, Report
-from quantkit.pipeline.recipe import Recipe
-from quantkit.pipeline.recipe_file import load_recipe, recipe_path
+from quantkit.library import commands
+from quantkit.library.converted_text import report_document, report_text
+from quantkit.library.progress import progress
 
 
 def convert(
@@ -54,16 +53,24 @@ def convert(
     A killed run continues with the same command, and its files are the same bytes as those of an unbroken one.
     """
     with refusals():
-        loaded = load_recipe(recipe)
         if dry_run:
-            show_plan(source, loaded, recipe, None, 0, as_json)
+            show_plan(source, recipe, None, 0, as_json)
             return
-        with interruptible(lambda: f"Resume with: {_resume_command(source, recipe, out)}"):
-            report = _run(source, loaded, recipe_path(recipe).parent, out, device, memory_budget, jobs, restart)
+        with interruptible(lambda: f"Resume with: {_resume_command(source, recipe, out)}"), progress() as on_event:
+            report = commands.convert(
+                source,
+                recipe,
+                out,
+                device=device.value,
+                memory_budget=memory_budget,
+                jobs=jobs,
+                restart=restart,
+                on_event=on_event,
+            )
     if as_json:
         show_json(report_document(report))
     else:
-        typer.echo(report_text(report))
+        typer.echo(f"{report_text(report)}\n\n{next_text(report)}")
     if not report.validated:
         for output in report.outputs:
             for problem in output.validation.problems if output.validation else ():
@@ -73,38 +80,6 @@ def convert(
             "Use more bits or more calibration text, or raise the recipe's limits.",
         )
         raise typer.Exit(REFUSED)
-
-
-def _run(
-    source: Path,
-    recipe: Recipe,
-    base_dir: Path,
-    out: Path,
-    device: Device,
-    memory_budget: int | None,
-    jobs: int | None,
-    restart: bool,
-) -> Report:
-    # torch is loaded here, and not when --help or a plan is asked for.
-    from quantkit.pipeline.run import convert as run
-
-    progress = LiveProgress() if sys.stderr.isatty() else PlainProgress()
-    with progress:
-
-        def on_event(event: Event) -> None:
-            progress(event)
-
-        return run(
-            source,
-            recipe,
-            out,
-            base_dir=base_dir,
-            device=device.value,
-            memory_budget=memory_budget,
-            jobs=jobs,
-            restart=restart,
-            on_event=on_event,
-        )
 
 
 def _resume_command(source: Path, recipe: str, out: Path) -> str:

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.inspect_text import inspection_document, inspection_text
 from quantkit.cli.options import AsJson
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
-from quantkit.pipeline.inspection import inspect_path
+from quantkit.library import commands
+from quantkit.library.inspection_text import inspection_document, inspection_text
 
 
 def inspect(
@@ -27,7 +27,7 @@ def inspect(
 ) -> None:
     """Show tensors, storage, bits per weight, and what is unusual. Reads headers only (an imatrix file as a whole)."""
     with refusals():
-        found = inspect_path(path)
+        found = commands.inspect(path)
     if as_json:
         show_json(inspection_document(found))
     else:

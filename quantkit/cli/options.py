@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from quantkit.pipeline.recipe import parse_size
+from quantkit.library.commands import parse_budget
 from quantkit.pipeline.serving import Gpus, parse_gpus
-
-MIN_BUDGET = 2**28
 
 
 class Device(str, Enum):
@@ -25,12 +23,9 @@ class Device(str, Enum):
 def size(text: str) -> int:
     """Bytes of "20GiB"; for typer."""
     try:
-        nbytes = parse_size(text)
+        return parse_budget(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if nbytes < MIN_BUDGET:
-        raise typer.BadParameter(f"found {text[:40]!r}, needed at least 256MiB")
-    return nbytes
 
 
 def gpus(text: str) -> Gpus:

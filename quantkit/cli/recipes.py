@@ -8,7 +8,8 @@ import typer
 
 from quantkit.cli.options import AsJson
 from quantkit.cli.outcome import refusals
-from quantkit.cli.render import show_json, table
+from quantkit.cli.render import show_json
+from quantkit.library.text import table
 from quantkit.pipeline.recipe_file import load_recipe, recipe_path, recipe_schema, shipped_recipes
 
 app = typer.Typer(

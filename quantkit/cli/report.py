@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.outcome import refusals
-from quantkit.errors import OutputError
+from quantkit.library import commands
 
 
 def report(
@@ -36,37 +36,9 @@ def report(
     quality of several outputs, recipe, provenance. Only the JSON documents are read, not the weights.
     """
     with refusals():
-        from quantkit.report.build import report_of
-        from quantkit.report.documents import read_documents
-        from quantkit.report.markdown import markdown as markdown_of
-        from quantkit.report.outcomes import outcomes_of
-
-        found = read_documents(documents)
-        contents = report_of(outcomes_of(found), title)
         if markdown and out is None:
-            typer.echo(markdown_of(contents), nl=False)
+            typer.echo(commands.report(documents, markdown=True, title=title), nl=False)
             return
         path = Path("report.html") if out is None else out
-        _refuse_to_lose(path, [file.path for file in found])
-        if markdown:
-            text = markdown_of(contents)
-        else:
-            from quantkit.report.page import page
-
-            text = page(contents)
-        _write(path, text)
+        text = commands.report(documents, path, markdown=markdown, title=title)
     typer.echo(f"{path}  {len(text.encode()) / 1e6:.1f} MB")
-
-
-def _refuse_to_lose(path: Path, documents: list[Path]) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"{path}: is no place for a file.", hint="Give -o a file name in a folder that exists.")
-    if path.resolve() in (document.resolve() for document in documents):
-        raise OutputError(f"{path}: is a document that the report is made of.", hint="Give -o another file name.")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error

@@ -78,7 +78,7 @@ class Check:
         return f"{self.title} got worse: {self.was} -> {self.found}{change}, allowed {self.limit}{detail}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Verdict:
     """All checks of one candidate. ``notes``: what was not looked at, and what else is worth knowing."""
 
@@ -95,6 +95,11 @@ class Verdict:
     def passed(self) -> bool:
         """Whether nothing got worse."""
         return not self.regressions
+
+    def __repr__(self) -> str:
+        """The outcome, and what got worse."""
+        worse = "".join(f"; {check.line}" for check in self.regressions)
+        return f"<Verdict {self.candidate}: {len(self.regressions)} of {len(self.checks)} checks failed{worse}>"
 
 
 def percent(share: float, digits: int = 1) -> str:

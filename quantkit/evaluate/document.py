@@ -210,6 +210,14 @@ class Evaluation(_Part):
     seconds: dict[str, float] | None = None
     """Wall seconds by stage, only if asked for: without them the same job gives the same bytes."""
 
+    def __repr__(self) -> str:
+        """One line, without the thousands of numbers by window and layer."""
+        scores = [(c.model.name, c.result.overall) for c in self.candidates]
+        each = [f"{name}: perplexity {o.perplexity.shown(4)}, mean KLD {_shown(o.kld)}" for name, o in scores]
+        return f"<Evaluation of {'; '.join(each) or 'no candidate'}; reference {self.reference.name}>"
+
+    __str__ = __repr__
+
     def document(self) -> dict[str, object]:
         """Plain values for JSON, without ``seconds`` if they were not asked for."""
         return self.model_dump(mode="json", exclude={"seconds"} if self.seconds is None else None)
@@ -217,6 +225,10 @@ class Evaluation(_Part):
     def to_json(self) -> str:
         """The file's text."""
         return json_text(self.document())
+
+
+def _shown(kld: Divergence) -> str:
+    return estimate(kld.mean, kld.standard_error, 5)
 
 
 def json_text(document: object) -> str:

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.cli.render import GIB, short_size
-from quantkit.pipeline.headers import SourceHeaders
-from quantkit.pipeline.plan import Plan
-from quantkit.pipeline.recipe import GgufOutput
-from quantkit.pipeline.serving import UTILIZATIONS, Fit, Gpus, fit
-from quantkit.pipeline.serving_llama import UBATCH, LlamaFit, fit_llama
-
-OUT = "OUT"
-"""Stands for the folder that a conversion will be given."""
-AnyFit = tuple["Fit | LlamaFit", str]
-"""How an output fits, and the command that serves it ("" if it does not)."""
+from quantkit.library.text import GIB, short_size
+from quantkit.pipeline.forecast import OutputFit
+from quantkit.pipeline.serving import UTILIZATIONS, Fit
+from quantkit.pipeline.serving_llama import UBATCH, LlamaFit
 
 
-def fits_of(headers: SourceHeaders, made: Plan, gpus: Gpus, context: int) -> list[AnyFit]:
-    """For each output. Raises `PlanError` if the model is not made for ``context`` tokens."""
-    found: list[AnyFit] = []
-    for output in made.outputs:
-        folder = OUT if len(made.outputs) == 1 else f"{OUT}/{output.output.name}"
-        if isinstance(output.output, GgufOutput):
-            llama = fit_llama(output, headers.config, gpus, context)
-            (serve,) = output.target.serve_commands(headers.directory, output.planned, folder)
-            found.append((llama, f"{serve} {llama.options()}" if llama.fits else ""))
-        else:
-            vllm = fit(output, headers.config, headers.arch.n_layers, gpus, context)
-            found.append((vllm, vllm.command(folder) if vllm.utilization is not None else ""))
-    return found
-
-
-def fit_text(found: AnyFit) -> str:
+def fit_text(found: OutputFit) -> str:
     """Some lines for people."""
-    fit_, command = found
+    fit_, command = found.fit, found.command
     lines = [f"on {fit_.gpus}:", *(_llama_lines(fit_) if isinstance(fit_, LlamaFit) else _vllm_lines(fit_))]
     if command:
         lines += [
@@ -78,9 +56,9 @@ def _llama_lines(found: LlamaFit) -> list[str]:
     return lines
 
 
-def fit_document(found: AnyFit) -> Mapping[str, object]:
+def fit_document(found: OutputFit) -> Mapping[str, object]:
     """For --json. Bytes a GPU: of the stages under vLLM, of every GPU under llama.cpp."""
-    fit_, command = found
+    fit_, command = found.fit, found.command
     document = _llama_document(fit_) if isinstance(fit_, LlamaFit) else _vllm_document(fit_)
     if command:
         document |= {"spare_kv_tokens": fit_.spare_kv_tokens, "command": command}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantkit.cli.render import both_units, table
+from quantkit.library.text import both_units, table
 from quantkit.pipeline.inspection import Holding, Inspection
 from quantkit.pipeline.inspection_gguf import GgufInspection
 from quantkit.pipeline.inspection_imatrix import ImatrixBeside, ImatrixInspection

@@ -1,20 +1,23 @@
-"""Events -> progress on stderr: a live line in a terminal, one plain line a layer elsewhere."""
+"""Events -> progress on stderr: a live line in a terminal or a notebook, one plain line a layer elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import TracebackType
 
-import typer
-
-from quantkit.cli.render import duration
+from quantkit.library.text import duration
 from quantkit.pipeline.events import (
     CopyDone,
+    EvaluationEvent,
+    EvaluationStarted,
     Event,
     Finished,
     LayerDone,
+    LayerPassed,
     StageStarted,
     Started,
     TensorDone,
@@ -91,6 +94,20 @@ class Tally:
         return "  ".join(parts)
 
 
+def progress() -> PlainProgress | LiveProgress:
+    """Progress of a conversion or an evaluation, for ``on_event``::
+
+        with quantkit.progress() as on_event:
+            quantkit.convert(source, recipe, out, on_event=on_event)
+
+    Drawn live in a terminal, and in a notebook that has ipywidgets; elsewhere lines for a log.
+    """
+    # rich draws into a notebook by ipywidgets, and only warns where they are missing.
+    notebook = "ipykernel" in sys.modules
+    live = find_spec("ipywidgets") is not None if notebook else sys.stderr.isatty()
+    return LiveProgress() if live else PlainProgress()
+
+
 class PlainProgress:
     """Lines for a log: the start, each layer, each fifth of the validation."""
 
@@ -105,18 +122,27 @@ class PlainProgress:
     ) -> None:
         return None
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event | EvaluationEvent) -> None:
         """Take an event, print a line if it is worth one."""
-        self._tally.add(event)
+        line = self._line(event)
+        if line:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    def _line(self, event: Event | EvaluationEvent) -> str:
+        if not isinstance(event, EvaluationStarted | LayerPassed):
+            self._tally.add(event)
         match event:
-            case Started():
-                typer.echo(_start_line(event), err=True)
+            case Started() | EvaluationStarted():
+                return _start_line(event)
             case LayerDone():
-                typer.echo(f"{self._tally.line()}  ({event.seconds:.1f} s)", err=True)
-            case ValidationProgress() if event.layer == event.layers or event.layer % max(1, event.layers // 5) == 0:
-                typer.echo(f"validation: layer {event.layer}/{event.layers}", err=True)
+                return f"{self._tally.line()}  ({event.seconds:.1f} s)"
+            case ValidationProgress() if _fifth(event):
+                return f"validation: layer {event.layer}/{event.layers}"
+            case LayerPassed() if _fifth(event):
+                return f"layer {event.layer}/{event.layers}"
             case _:
-                pass
+                return ""
 
 
 class LiveProgress:
@@ -140,23 +166,37 @@ class LiveProgress:
     ) -> None:
         self._progress.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event | EvaluationEvent) -> None:
         """Take an event and redraw."""
-        tally = self._tally
-        tally.add(event)
-        if isinstance(event, Started):
+        if isinstance(event, Started | EvaluationStarted):
             self._progress.console.print(_start_line(event), highlight=False)
-        within = min(1.0, tally.tensors_done / tally.tensors_total) if tally.tensors_total else 0.0
-        done = tally.layers_done + within * (tally.layer is not None)
-        if isinstance(event, ValidationProgress):
-            self._progress.update(self._task, total=event.layers, completed=event.layer, description=tally.line())
-        else:
-            self._progress.update(
-                self._task, total=tally.total_layers or None, completed=done, description=tally.line()
-            )
+        match event:
+            case EvaluationStarted():
+                self._draw(0, event.layers, f"layer 0/{event.layers}")
+            case LayerPassed():
+                self._draw(event.layer, event.layers, f"layer {event.layer}/{event.layers}")
+            case ValidationProgress():
+                self._tally.add(event)
+                self._draw(event.layer, event.layers, self._tally.line())
+            case _:
+                tally = self._tally
+                tally.add(event)
+                within = min(1.0, tally.tensors_done / tally.tensors_total) if tally.tensors_total else 0.0
+                done = tally.layers_done + within * (tally.layer is not None)
+                self._draw(done, tally.total_layers or None, tally.line())
+
+    def _draw(self, done: float, total: float | None, line: str) -> None:
+        self._progress.update(self._task, total=total, completed=done, description=line)
 
 
-def _start_line(event: Started) -> str:
+def _fifth(event: ValidationProgress | LayerPassed) -> bool:
+    """Whether another fifth of the layers has passed."""
+    return event.layer == event.layers or event.layer % max(1, event.layers // 5) == 0
+
+
+def _start_line(event: Started | EvaluationStarted) -> str:
+    if isinstance(event, EvaluationStarted):
+        return f"{event.candidates} candidates, {event.windows:,} windows, {event.tokens:,} tokens"
     calibration = f"{event.tokens:,} calibration tokens" if event.tokens else "no calibration"
     resumed = f", resuming after layer {event.layers_done}" if event.layers_done else ""
     return f"{event.total_layers} layers, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import quantkit
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import Cut, TokenRows, eval_windows
@@ -38,7 +37,9 @@ from quantkit.evaluate.validation import BF16_ROUNDING
 from quantkit.formats.checkpoint import read_config
 from quantkit.pipeline.evaluated import Evaluated, open_candidate, open_reference, tokenizer_sha256
 from quantkit.pipeline.evaluation_stream import Walk, device_name
+from quantkit.pipeline.events import EvaluationStarted, LayerPassed, OnEvaluation, ignore
 from quantkit.pipeline.machine import Machine, Timer
+from quantkit.version import __version__
 
 ARITHMETIC = "float32; weights decoded as they are stored, activations not quantised"
 DEFAULT_TEXT = ("builtin:eval",)
@@ -56,27 +57,6 @@ _NO_HIDDEN = "The reference's hidden states are not kept in its file (for DeepSe
 _NO_FLOOR = "The file was written without it."
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """Everything is open. ``candidates`` without the noise floor."""
-
-    candidates: int
-    windows: int
-    tokens: int
-    layers: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPassed:
-    """Every model has passed ``layer`` (from 1) of ``layers``."""
-
-    layer: int
-    layers: int
-
-
-OnEvaluation = Callable[[Started | LayerPassed], None]
-
-
 def evaluate(
     reference: Path | str,
     candidates: Sequence[Path | str] = (),
@@ -91,7 +71,7 @@ def evaluate(
     memory_budget: int | None = None,
     base_dir: Path = Path(),
     times: bool = False,
-    on_event: OnEvaluation = lambda event: None,
+    on_event: OnEvaluation = ignore,
 ) -> Evaluation:
     """Score candidates against a reference; options as of ``quantkit evaluate``. ``base_dir``: where relative names of
     text files count from.
@@ -207,7 +187,7 @@ class _Job:
         return [stack.enter_context(open_candidate(path, arch, tokenizer)) for path in self.candidates]
 
     def _start(self, arch: ModelArch, tokens: Tensor, top: int) -> Walk:
-        self.on_event(Started(len(self.candidates), len(tokens), tokens.numel(), arch.n_layers))
+        self.on_event(EvaluationStarted(len(self.candidates), len(tokens), tokens.numel(), arch.n_layers))
         return Walk(self.machine, arch, lambda layer: self.on_event(LayerPassed(layer, arch.n_layers)), top)
 
     def _file_facts(self, path: Path, reference: ReferenceStatistics) -> ReferenceFile:
@@ -251,7 +231,7 @@ class _Job:
 
 
 def _versions() -> dict[str, str]:
-    return {"quantkit": quantkit.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"quantkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _require_asked(path: Path, record: Record, asked: _Asked, base_dir: Path) -> None:

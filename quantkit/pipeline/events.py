@@ -1,4 +1,4 @@
-"""What a running conversion tells whoever watches it, and the report it leaves.
+"""What a running conversion or evaluation tells whoever watches it, and the report that a conversion leaves.
 
 Events are plain values: the command line draws them as progress, a test collects them in a list. They carry no
 behaviour, and the walk never waits for their reader.
@@ -120,7 +120,7 @@ class OutputReport:
     serve: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output passed its
     recipe's limits."""
@@ -138,10 +138,46 @@ class Report:
         """Wall seconds of the whole run (of this process, when resumed)."""
         return sum(self.seconds.values())
 
+    def __repr__(self) -> str:
+        """The outputs in one line."""
+        outputs = "; ".join(map(_outline, self.outputs))
+        return f"<Report {outputs}; {self.total_seconds:.0f} s{'' if self.validated else '; NOT VALIDATED'}>"
+
+
+def _outline(output: OutputReport) -> str:
+    text = f"{output.name}: {output.nbytes:,} bytes, {output.bpw:.3f} bpw"
+    if output.validation is None:
+        return text
+    scores = output.validation.scores
+    ratio, kl = scores.perplexity_ratio.shown(4), scores.mean_kl.shown(4)
+    return f"{text}, perplexity x {ratio}, mean KLD {kl}"
+
 
 Event = Started | StageStarted | TensorDone | LayerDone | CopyDone | ValidationProgress | Finished
 OnEvent = Callable[[Event], None]
 
 
-def ignore(event: Event) -> None:
+@dataclass(frozen=True, slots=True)
+class EvaluationStarted:
+    """All models of an evaluation are open. ``candidates`` without the noise floor."""
+
+    candidates: int
+    windows: int
+    tokens: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPassed:
+    """Every model of an evaluation has passed ``layer`` (from 1) of ``layers``."""
+
+    layer: int
+    layers: int
+
+
+EvaluationEvent = EvaluationStarted | LayerPassed
+OnEvaluation = Callable[[EvaluationEvent], None]
+
+
+def ignore(event: Event | EvaluationEvent) -> None:
     """Listens to nothing."""

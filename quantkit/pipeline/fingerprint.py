@@ -7,11 +7,11 @@ from typing import Protocol
 
 import torch
 
-import quantkit
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.pipeline.importance import ImportanceFile
 from quantkit.pipeline.machine import Machine
 from quantkit.pipeline.recipe import Recipe
+from quantkit.version import __version__
 
 
 class Fingerprinted(Protocol):
@@ -28,7 +28,7 @@ def job_header(
     """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other
     way."""
     return {
-        "quantkit version": quantkit.__version__,
+        "quantkit version": __version__,
         "torch version": torch.__version__,
         "recipe": sha256_of_text(recipe.model_dump_json()),
         "source": source.fingerprint(),

@@ -14,7 +14,6 @@ from typing import cast
 import torch
 import yaml
 
-import quantkit
 from quantkit.calibrate.dataset import TokenRows, eval_windows
 from quantkit.evaluate.compare import compare
 from quantkit.evaluate.scores import Scores, limits_exceeded
@@ -38,6 +37,7 @@ from quantkit.pipeline.machine import peak_rss_bytes
 from quantkit.pipeline.plan import OutputPlan, Plan
 from quantkit.pipeline.recipe import Validation
 from quantkit.pipeline.walk import Walk
+from quantkit.version import __version__
 
 
 def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
@@ -141,7 +141,7 @@ def _document(
     """quantkit.json. No times and no memory: the same job gives the same bytes."""
     schemes = {tensor.name: tensor.scheme.model_dump() for tensor in output.planned if tensor.scheme is not None}
     return {
-        "quantkit": quantkit.__version__,
+        "quantkit": __version__,
         "job": dict(header),
         "recipe": walk.plan.recipe.model_dump(mode="json", exclude_none=True),
         "source": walk.source.directory.resolve().name,
@@ -191,7 +191,7 @@ def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationRes
         notes=tuple(output.target.notes(output.planned)),
         format=output.target.label,
         serve=output.target.serve_commands(walk.source.directory, output.planned),
-        version=quantkit.__version__,
+        version=__version__,
         validated=result is None or result.passed,
     )
 

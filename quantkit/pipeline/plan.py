@@ -40,7 +40,7 @@ class RoleSize:
         return 8 * self.nbytes / self.parameters if self.parameters else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class OutputPlan:
     """One checkpoint to be written: ``planned`` and ``decisions`` in official order; ``sizes`` by role and
     treatment."""
@@ -75,8 +75,15 @@ class OutputPlan:
         """What happens to a tensor of the source."""
         return self.decisions[name]
 
+    def __repr__(self) -> str:
+        """One line: V3's decisions would fill a thousand screens."""
+        return (
+            f"<OutputPlan {self.output.name} ({self.output.format}): {self.tensors:,} tensors, {self.nbytes:,} bytes, "
+            f"{self.bpw:.3f} bpw>"
+        )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """A conversion that nothing known speaks against. ``source_bytes``: stored bytes that will be read at least
     once."""
@@ -96,6 +103,9 @@ class Plan:
     def decision(self, name: str, output: int = 0) -> Decision:
         """What happens to a tensor in one output."""
         return self.outputs[output].decisions[name]
+
+    def __repr__(self) -> str:
+        return f"<Plan {', '.join(map(repr, self.outputs))}; {self.source_bytes:,} bytes to read>"
 
 
 def make_plan(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, field_validator, model_validator
 from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
@@ -269,6 +270,43 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="Checkpoints to write in one pass."
     )
     validation: Validation | None = Field(None, description="Checked at the end of the conversion; null: not checked.")
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @classmethod
+    def from_yaml(cls, path_or_name: Path | str) -> Recipe:
+        """The recipe of a YAML file, or a shipped one by name. Raises `RecipeError`: for each fault a line with file,
+        line, key, what was found and what is needed."""
+        from quantkit.pipeline.recipe_file import load_recipe
+
+        return load_recipe(path_or_name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], folder: Path | str = ".") -> Recipe:
+        """The recipe in plain values, as a YAML file has them. ``folder``: where its relative paths count from. Raises
+        `RecipeError` with a line for each fault."""
+        from quantkit.pipeline.recipe_file import recipe_of
+
+        return recipe_of(values).within(folder)
+
+    @staticmethod
+    def shipped() -> tuple[str, ...]:
+        """Names of the recipes that come with quantkit."""
+        from quantkit.pipeline.recipe_file import shipped_recipes
+
+        return tuple(path.stem for path in shipped_recipes())
+
+    @property
+    def folder(self) -> Path:
+        """Where relative names of texts and imatrix files count from: the folder of the file that it was read from,
+        else the current one. No part of the recipe's content."""
+        return self._folder
+
+    def within(self, folder: Path | str) -> Recipe:
+        """The same recipe, relative to another folder."""
+        moved = self.model_copy()
+        moved._folder = Path(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        return moved
 
     @field_validator("outputs")
     @classmethod

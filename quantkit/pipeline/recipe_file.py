@@ -7,7 +7,7 @@ depth and aliases are bounded before anything is built.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ Loc = tuple[int | str, ...]
 def load_recipe(path_or_name: str | Path) -> Recipe:
     """The recipe of a YAML file, or a shipped one by name. `RecipeError` holds one line for each fault of the file."""
     path = recipe_path(path_or_name)
-    return parse_recipe(_read(path), _shown(path))
+    return parse_recipe(_read(path), _shown(path)).within(path.parent)
 
 
 def recipe_path(path_or_name: str | Path) -> Path:
@@ -80,13 +80,38 @@ def parse_recipe(text: str, shown: str) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        # A list whose entries are faulty is also reported as empty: that says nothing new.
-        details = [
-            detail for detail in error.errors(include_url=False) if detail["type"] != "too_short" or not detail["input"]
-        ]
-        faults = [document.fault(detail) for detail in details]
+        faults = [document.fault(detail) for detail in _details(error)]
         faults.sort(key=lambda fault: fault[0])
         raise _all_faults([text for _, text in faults]) from None
+
+
+def recipe_of(values: Mapping[str, object]) -> Recipe:
+    """The recipe in plain values, checked as a file is; faults are told by their keys alone."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _all_faults([_plain_fault(values, detail) for detail in _details(error)]) from None
+
+
+def _details(error: ValidationError) -> list[ErrorDetails]:
+    # A list whose entries are faulty is also reported as empty: that says nothing new.
+    found = error.errors(include_url=False)
+    return [detail for detail in found if detail["type"] != "too_short" or not detail["input"]]
+
+
+def _plain_fault(values: object, detail: ErrorDetails) -> str:
+    """One pydantic error by the keys that ``values`` has: its loc also holds union tags, which no key carries."""
+    path: list[int | str] = []
+    loc = detail["loc"]
+    for place, part in enumerate(loc):
+        if isinstance(values, Mapping) and part in values:
+            values = cast("Mapping[object, object]", values)[part]
+        elif isinstance(values, list | tuple) and isinstance(part, int):
+            values = cast("Sequence[object]", values)[part]
+        elif place < len(loc) - 1 or part in _TAGS:
+            continue
+        path.append(part)
+    return f"{_dotted(tuple(path)) or 'recipe'}: {_found_needed(detail, tuple(path))}."
 
 
 def _all_faults(lines: list[str]) -> RecipeError:

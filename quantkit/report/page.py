@@ -18,8 +18,8 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-import quantkit
 from quantkit.report.contents import Block, Code, Figure, Note, Report, Section, Table
+from quantkit.version import __version__
 
 _HASH = re.compile(r"[0-9a-f]{40,}\Z")
 _DIGIT = re.compile(r"[0-9●]")
@@ -65,7 +65,7 @@ def page(report: Report) -> str:
         script=Markup(_resource("page.js")),
         figures=Markup(_script_json(specs)),
         plotly=Markup(_plotly()),
-        version=quantkit.__version__,
+        version=__version__,
         is_hash=_is_hash,
         number_columns=_number_columns,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quantkit.cli.progress import LiveProgress, Tally
-from quantkit.cli.render import both_units, duration, table
+from quantkit.library.progress import LiveProgress, Tally
+from quantkit.library.text import both_units, duration, table
 from quantkit.pipeline.events import LayerDone, StageStarted, Started, TensorDone, ValidationProgress
 
 

@@ -24,7 +24,8 @@ from quantkit.evaluate.document import Evaluation, Scores
 from quantkit.evaluate.statistics import scores_of
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.pipeline import evaluation_stream
-from quantkit.pipeline.evaluation import LayerPassed, Started, evaluate
+from quantkit.pipeline.evaluation import evaluate
+from quantkit.pipeline.events import EvaluationStarted, LayerPassed
 from quantkit.pipeline.machine import Stores
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.run import convert
@@ -267,9 +268,9 @@ def test_rows_of_gguf_tensors_are_decoded_together(files: Path) -> None:
 
 
 def test_events(files: Path) -> None:
-    events: list[Started | LayerPassed] = []
+    events: list[EvaluationStarted | LayerPassed] = []
     run(files / "bf16", context=16, noise_floor=False, on_event=events.append)
-    assert events == [Started(1, 8, 8 * 16, 3), *(LayerPassed(layer, 3) for layer in (1, 2, 3))]
+    assert events == [EvaluationStarted(1, 8, 8 * 16, 3), *(LayerPassed(layer, 3) for layer in (1, 2, 3))]
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
