@@ -5,7 +5,7 @@ A page is a session: its blocks run in order in one folder that looks like a che
     ```bash        commands, which must succeed
     ```console     "$ command" lines and what they print; "..." stands for any lines, and for any end of a line.
                    A command may fail if it is shown to print "error:"
-    ```python      run in the same folder
+    ```python      run in the same folder; later blocks of the page know the names of earlier ones
     <!-- file: NAME -->      before a block: it is that file
     <!-- output varies -->   before a console block: run, not compared
     <!-- not run: why -->    before a block: of quantkit commands only the options are checked
@@ -147,7 +147,7 @@ def run_block(block: Block) -> None:
             assert matches(shown, printed), f"{block.where}: {command} prints\n{printed}"
 
 
-def run_python(block: Block) -> list[str]:
+def run_python(block: Block, names: dict[str, object]) -> list[str]:
     """The packages that were missing; then the block did not run."""
     needed = [package for word, packages in RUNTIMES.items() if word in block.text for package in packages]
     missing = [package for package in needed if find_spec(package) is None]
@@ -156,13 +156,14 @@ def run_python(block: Block) -> list[str]:
     code = compile(block.text, block.where, "exec")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # other packages' deprecations are not the reader's
-        exec(code, {"__name__": "__main__"})
+        exec(code, names)
     return []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_blocks_of_a_page_run(page: Path, session: Path) -> None:
     missing: list[str] = []
+    names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.directive.startswith("file: "):
             (session / block.directive.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
@@ -171,7 +172,7 @@ def test_blocks_of_a_page_run(page: Path, session: Path) -> None:
         elif block.language in ("bash", "console"):
             run_block(block)
         elif block.language == "python":
-            missing += run_python(block)
+            missing += run_python(block, names)
         else:
             assert block.language == "", f"{block.where}: nothing checks a block of {block.language!r}"
     if missing:
