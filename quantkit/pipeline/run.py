@@ -17,10 +17,11 @@ from typing import cast
 import torch
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Block, ExpertBlock, Role
+from quantkit.arch.base import Block, ExpertBlock, ModelArch, Role
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
+from quantkit.formats.fp8_source import Fp8Source
 from quantkit.pipeline.background import AheadSource, Deliveries
 from quantkit.pipeline.copying import copy_kept, quantize_tables
 from quantkit.pipeline.decide import Action
@@ -79,12 +80,9 @@ def convert(
         needs = conversion_needs(plan, arch)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
-        kept, importance = [opened.directory, base_dir, Path.cwd(), Path("~").expanduser()], None
-        if recipe.imatrix is not None:
-            importance = ImportanceFile.open(base_dir / recipe.imatrix, arch)
-            stack.callback(importance.close)
-            kept.append(base_dir / recipe.imatrix)
-        refuse_to_lose(Path(out), *kept)
+        importance = _open_imatrix(stack, recipe, arch, base_dir)
+        inputs = [opened.directory, base_dir, *([base_dir / recipe.imatrix] if recipe.imatrix is not None else [])]
+        refuse_to_lose(Path(out), *inputs, Path.cwd(), Path("~").expanduser())
         folder = stack.enter_context(OutputFolder(Path(out), restart=restart))
         header = job_header(recipe, opened, rows, importance, machine)
         journal = Journal(folder.journal, header)
@@ -95,16 +93,31 @@ def convert(
         for sink in sinks:
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores, machine.device, share.device_stores)
-        ahead = deliveries = None
-        if _works_beside(machine):
-            ahead, deliveries = AheadSource(opened, machine.device), Deliveries(machine.device)
-            stack.callback(ahead.close)
-            stack.callback(deliveries.close)
+        beside = _threads_beside(stack, opened, machine)
         walk = Walk(
-            plan, arch, opened, machine, folder, journal, stores, share, sinks, importance, on_event, Timer(),
-            ahead, deliveries,
-        )  # fmt: skip
+            plan, arch, opened, machine, folder, journal, stores, share, sinks, importance, on_event, Timer(), *beside
+        )
         return _run(walk, rows, header, base_dir)
+
+
+def _open_imatrix(stack: ExitStack, recipe: Recipe, arch: ModelArch, base_dir: Path) -> ImportanceFile | None:
+    if recipe.imatrix is None:
+        return None
+    importance = ImportanceFile.open(base_dir / recipe.imatrix, arch)
+    stack.callback(importance.close)
+    return importance
+
+
+def _threads_beside(
+    stack: ExitStack, source: Fp8Source, machine: Machine
+) -> tuple[AheadSource | None, Deliveries | None]:
+    """What reads ahead and what writes, where the computation leaves the processors free."""
+    if not _works_beside(machine):
+        return None, None
+    ahead, deliveries = AheadSource(source, machine.device), Deliveries(machine.device)
+    stack.callback(ahead.close)
+    stack.callback(deliveries.close)
+    return ahead, deliveries
 
 
 def _works_beside(machine: Machine) -> bool:

@@ -39,10 +39,11 @@ def test_memory_and_file_are_the_same_store(
         rows = torch.randn(stop - start, LENGTH, WIDTH, generator=random)
         values = torch.randn(len(tokens), WIDTH, generator=random)
         expected[start * LENGTH : stop * LENGTH] = rows.view(-1, WIDTH)
-        expected[tokens] += values
+        shares = torch.rand(len(tokens), generator=random)
+        expected[tokens] += values * shares[:, None]
         for store in (memory, file):
             store.write(start, rows if seed % 2 else rows.view(-1, WIDTH))
-            store.add(tokens, values)
+            store.add(tokens, values, shares)
             assert torch.equal(store.read(start, stop), expected.view(N_ROWS, LENGTH, WIDTH)[start:stop])
             assert torch.equal(store.gather(tokens), expected[tokens])
     file.close()
@@ -113,3 +114,21 @@ def test_a_full_disk_is_one_line(kind: int, step: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr("quantkit.calibrate.hidden_states.os.pwrite", full)
     with pytest.raises(OutputError, match=r"the disk is full\. Free space"):
         step(store, tmp_path)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_store_of_half_the_size_holds_bfloat16(in_file: bool, tmp_path: Path) -> None:
+    size = (N_ROWS, LENGTH, WIDTH)
+    store: RowStore = MemoryRows(*size, dtype=torch.bfloat16)
+    if in_file:
+        store = FileRows(tmp_path / "rows", *size, torch.bfloat16)
+    rows = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    store.write(0, rows)
+    assert torch.equal(store.read(0, N_ROWS), rows.bfloat16())
+    tokens = torch.tensor([1, 4, 5])
+    assert torch.equal(store.gather(tokens), rows.bfloat16().flatten(0, 1)[tokens])
+    store.save(tmp_path / "saved")
+    assert (tmp_path / "saved").stat().st_size == rows.numel() * 2
+    assert store.nbytes == (0 if in_file else rows.numel() * 2)
+    store.close()
+    assert store.nbytes == 0
