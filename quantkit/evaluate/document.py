@@ -40,10 +40,19 @@ class Mean(_Part):
         """ "1.2345 ± 0.0067"; "-" for the error of a single window."""
         return estimate(self.mean, self.standard_error, digits)
 
+    def percent(self) -> str:
+        """ "12.34% ± 0.56%"."""
+        return percent(self.mean, self.standard_error)
+
 
 def estimate(mean: float, error: float, digits: int) -> str:
     """ "1.2345 ± 0.0067", and "1.2345 ± -" where one window says nothing of the error."""
     return f"{mean:.{digits}f} ± {'-' if math.isnan(error) else f'{error:.{digits}f}'}"
+
+
+def percent(mean: float, error: float) -> str:
+    """ "12.34% ± 0.56%", and "12.34% ± -"."""
+    return f"{mean:.2%} ± {'-' if math.isnan(error) else f'{error:.2%}'}"
 
 
 class Divergence(_Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkit.evaluate.document import estimate
+from quantkit.evaluate.document import estimate, percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,10 @@ class Estimate:
     def shown(self, digits: int) -> str:
         """ "1.2345 ± 0.0067"; "-" for the error of a single window."""
         return estimate(self.mean, self.standard_error, digits)
+
+    def percent(self) -> str:
+        """ "12.34% ± 0.56%"."""
+        return percent(self.mean, self.standard_error)
 
 
 @dataclass(frozen=True, slots=True)

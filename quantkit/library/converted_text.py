@@ -36,7 +36,7 @@ def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
         ("their ratio, paired", scores.perplexity_ratio.shown(5)),
         ("mean KL divergence", f"{scores.mean_kl.shown(5)} nats"),
         ("median, 99 % of it", f"{scores.median_kl:.5f}, {scores.p99_kl:.5f} nats"),
-        ("same most likely token", f"{scores.top1.mean:.2%} ± {scores.top1.standard_error:.2%}"),
+        ("same most likely token", scores.top1.percent()),
         ("measured on", f"{scores.tokens:,} tokens in {scores.windows:,} windows"),
         ("limits of the recipe", "kept" if result.passed else "EXCEEDED"),
     ]

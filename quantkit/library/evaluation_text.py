@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from quantkit.evaluate.document import Evaluation, Layer, Mean, Result, Scores, estimate
+from quantkit.evaluate.document import Evaluation, Layer, Result, Scores, estimate
 from quantkit.library.text import table
 
 
@@ -53,14 +53,9 @@ def _cells(scores: Scores) -> tuple[str, ...]:
         scores.log_ratio.shown(5),
         estimate(kld.mean, kld.standard_error, 5),
         *quantiles,
-        _percent(top),
-        _percent(change),
+        top.percent(),
+        change.percent(),
     )
-
-
-def _percent(value: Mean) -> str:
-    error = "-" if math.isnan(value.standard_error) else f"{value.standard_error:.2%}"
-    return f"{value.mean:.2%} ± {error}"
 
 
 def _domains(found: Evaluation, rows: Sequence[tuple[str, float | None, Result]]) -> str:

@@ -178,7 +178,7 @@ def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationRes
             "perplexity, reference": scores.reference_perplexity.shown(4),
             "perplexity, this checkpoint": scores.candidate_perplexity.shown(4),
             "mean KL divergence": f"{scores.mean_kl.shown(5)} nats per token",
-            "same most likely token": f"{scores.top1.mean:.2%} ± {scores.top1.standard_error:.2%}",
+            "same most likely token": scores.top1.percent(),
             "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
         }
     return CardFacts(
