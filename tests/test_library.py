@@ -114,8 +114,8 @@ def test_public_names() -> None:
         assert getattr(quantkit, name) is not None
         if not name.startswith("_") and name not in ("Event", "EvaluationEvent"):
             assert getattr(quantkit, name).__doc__, name
-    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
-        _ = getattr(quantkit, "evalute")  # noqa: B009
+    with pytest.raises(AttributeError, match="no attribute 'evaluator'"):
+        _ = getattr(quantkit, "evaluator")  # noqa: B009
 
 
 def test_functions_have_the_options_of_the_commands() -> None:

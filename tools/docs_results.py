@@ -1,0 +1,85 @@
+"""Writes docs/results.md: the tables of what was measured, from benchmarks/results/*.json.
+
+    python tools/docs_results.py            write
+    python tools/docs_results.py --check    exit 1 if the page is not up to date (a test does the same)
+
+Nothing is computed here but roundings, ratios of a column and paired differences of windows that a file holds. A fact
+that a file lacks is "not recorded"; a file that is missing has no section.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from results_markdown import Document
+from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, regression_gate, vllm_load
+from results_speed import ggml_encode, ggml_encode_gpu, gptq_expert, memory_growth, moe_layer, true_width
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+HEAD = """# Results
+
+Written by `tools/docs_results.py` from [benchmarks/results](../benchmarks/README.md); how each number is measured, and
+what did not run, is said there. ± is one standard error, over windows of held-out text where nothing else is said. What
+a file does not say is "not recorded" here.
+
+**The tiny model** (tiny-deepseek-v3) is a trained model of 25 million weights with the exact architecture of DeepSeek
+V3. It is not in the repository. **Nano** is `examples/nano-deepseek-v3`, which is: a smaller one of the same kind. The
+whole of DeepSeek V3 has not been converted yet.
+"""
+
+Section = tuple[str, str, str, Callable[[Document], str]]
+SECTIONS: tuple[Section, ...] = (
+    (
+        "Quality: integers, the tiny model",
+        "peers_tiny",
+        "benchmarks/peers/run.sh, benchmarks/quality_tiny.py",
+        peers_tiny,
+    ),
+    ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
+    ("Quality: the tiny model on a GPU", "convert_cuda", "", convert_cuda),
+    ("Quality: held-out error at DeepSeek V3's shapes", "held_out", "benchmarks/held_out.py", held_out),
+    ("Speed: one MoE layer of DeepSeek V3", "moe_layer", "benchmarks/moe_layer.py", moe_layer),
+    ("Speed: GPTQ of an expert", "gptq_expert", "benchmarks/gptq_expert.py", gptq_expert),
+    ("Speed: block types of ggml on a GPU", "ggml_encode_gpu", "benchmarks/ggml_encode_gpu.py", ggml_encode_gpu),
+    ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),
+    ("Memory: does it grow with the layers?", "memory_growth", "benchmarks/memory_growth.py", memory_growth),
+    ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),
+    ("vLLM computes what was written", "vllm_load", "benchmarks/vllm", vllm_load),
+    ("The regression gate", "regression_gate", "benchmarks/regression_gate.py", regression_gate),
+)
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page's text."""
+    parts = [HEAD]
+    for title, name, script, section in SECTIONS:
+        file = results / f"{name}.json"
+        if file.exists():
+            made = f", made by `{script}`" if script else ""
+            source = f"All numbers: [{name}.json](../benchmarks/results/{name}.json){made}.\n"
+            parts.append(f"## {title}\n\n{source}\n{section(json.loads(file.read_text(encoding='utf-8'))).rstrip()}\n")
+    return "\n".join(parts).replace("\n\n\n", "\n\n")
+
+
+def outdated() -> bool:
+    """Whether the page differs from what the files say."""
+    return not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page()
+
+
+def main() -> None:
+    if "--check" in sys.argv[1:]:
+        if outdated():
+            print("docs/results.md: out of date, run python tools/docs_results.py")
+            raise SystemExit(1)
+        return
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
