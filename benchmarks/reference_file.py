@@ -1,17 +1,20 @@
 """What a reference's file costs in exactness: KL divergence by the file against the true one, for several sizes.
 
-    python benchmarks/reference_file.py REFERENCE CANDIDATE... [--tops 512,128,32] [--windows 8]
+    python benchmarks/reference_file.py REFERENCE CANDIDATE... [--tops 512,128,32] [--windows 8] [--out FILE.json]
 
 Prints a line for each candidate and number of most likely tokens kept; perplexities and first choices are asserted to
-be the same.
+be the same. ``--out``: also add the lines to a list of JSON objects in FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from quantkit.evaluate.document import Evaluation
 from quantkit.pipeline import evaluation
 
 
@@ -22,30 +25,53 @@ def main() -> None:
     parser.add_argument("--tops", default="512,128,32")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for top in map(int, options.tops.split(",")):
             evaluation.TOP = top
             file = Path(folder) / f"top-{top}"
-            chosen = {"context": options.context, "max_windows_per_file": options.windows, "noise_floor": top == 512}
-            exact = evaluation.evaluate(options.reference, options.candidates, save_reference=file, **chosen)
+            exact = evaluation.evaluate(
+                options.reference,
+                options.candidates,
+                save_reference=file,
+                context=options.context,
+                max_windows_per_file=options.windows,
+                noise_floor=False,
+            )
             by_file = evaluation.evaluate(file, options.candidates)
-            if top == 512:
-                report(top, "noise floor", exact.noise_floor.result.overall, None, file)
-            for one, other in zip(exact.candidates, by_file.candidates, strict=True):
-                true, bound = one.result.overall, other.result.overall
-                assert bound.same_top == true.same_top
-                assert abs(bound.log_ratio.mean - true.log_ratio.mean) < 1e-6
-                report(top, one.model.name, true, bound, file)
+            found += rows(exact, by_file, file.stat().st_size)
+    for row in found:
+        print(json.dumps(row))
+    if options.out is not None:
+        known = json.loads(options.out.read_text()) if options.out.exists() else []
+        options.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in [*known, *found]) + "\n]\n")
 
 
-def report(top: int, name: str, true, bound, file: Path) -> None:
-    line = f"top {top:4} {name:12} tokens {true.tokens:,} KLD {true.kld.mean:.6f} ± {true.kld.standard_error:.6f}"
-    if bound is not None:
-        less = 1 - bound.kld.mean / true.kld.mean
-        tail = 1 - bound.kld.p999 / true.kld.p999
-        line += f" by file {bound.kld.mean:.6f}: {less:.3%} less; 99.9 % {true.kld.p999:.4f}: {tail:.3%} less"
-    print(f"{line}; file {file.stat().st_size / true.tokens:,.0f} B/token", flush=True)
+def rows(exact: Evaluation, by_file: Evaluation, nbytes: int) -> list[dict[str, Any]]:
+    facts = by_file.reference_file
+    assert facts is not None
+    listed = []
+    for one, other in zip(exact.candidates, by_file.candidates, strict=True):
+        true, bound = one.result.overall, other.result.overall
+        assert bound.same_top == true.same_top
+        assert abs(bound.log_ratio.mean - true.log_ratio.mean) < 1e-6
+        listed.append(
+            {
+                "model": exact.reference.name,
+                "candidate": one.model.name,
+                "top": facts.top,
+                "mean_rest": facts.mean_rest,
+                "tokens": true.tokens,
+                "bytes_per_token": nbytes / true.tokens,
+                "kld": true.kld.mean,
+                "kld_standard_error": true.kld.standard_error,
+                "kld_by_file": bound.kld.mean,
+                "less": 1 - bound.kld.mean / true.kld.mean,
+            }
+        )
+    return listed
 
 
 if __name__ == "__main__":
