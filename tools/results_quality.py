@@ -214,9 +214,9 @@ def vllm_load(data: Document) -> str:
     return "\n".join(
         [
             "Absolute difference of the tokens' log-probabilities, mean and median in nats, between vLLM and\n"
-            "quantkit's own forward of the files that `quantkit convert` wrote; beside it how far that forward moves in\n"
-            "bfloat16 arithmetic (noise), and vLLM's distance from the model that was not quantised, as a scale: a file that\n"
-            "vLLM misreads would be far from its own forward, too.\n",
+            "quantkit's own forward of the files that `quantkit convert` wrote; beside it how far that forward moves\n"
+            "in bfloat16 arithmetic (noise), and vLLM's distance from the model that was not quantised, as a scale: a\n"
+            "file that vLLM misreads would be far from its own forward, too.\n",
             run_facts(
                 data, recipe="one for each run: [the cases](../benchmarks/vllm/README.md#the-cases)", text=prompts
             ),
