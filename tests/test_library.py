@@ -176,6 +176,7 @@ def test_inspect_and_evaluate(folder: Path, evaluated: tuple[quantkit.Evaluation
     held = inspect(folder / "out")
     assert isinstance(held, quantkit.Inspection)
     assert quantkit.document(held)["nbytes"] == held.nbytes
+    assert f"{held.nbytes:,} bytes" in repr(held)
     assert "int4 g64" in quantkit.text(held)
     found, events = evaluated
     assert isinstance(events[0], EvaluationStarted)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from results_markdown import Document
+from results_markdown import Document, device, facts, versions
 from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, regression_gate, vllm_load
 from results_speed import ggml_encode, ggml_encode_gpu, gptq_expert, memory_growth, moe_layer, true_width
 
@@ -64,7 +64,20 @@ def page(results: Path = RESULTS) -> str:
             made = f", made by `{script}`" if script else ""
             source = f"All numbers: [{name}.json](../benchmarks/results/{name}.json){made}.\n"
             parts.append(f"## {title}\n\n{source}\n{section(json.loads(file.read_text(encoding='utf-8'))).rstrip()}\n")
+    known = {name for _, name, _, _ in SECTIONS}
+    others = [file for file in sorted(results.glob("*.json")) if file.stem not in known]
+    if others:
+        parts.append("## Other files\n\nNot shown here as tables yet.\n")
+        parts += [_other(file) for file in others]
     return "\n".join(parts).replace("\n\n\n", "\n\n")
+
+
+def _other(file: Path) -> str:
+    """What a file without a section of its own says on top."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    said = data if isinstance(data, dict) else {}
+    what = facts(what=said.get("what"), device=device(said), date=said.get("date"), versions=versions(said))
+    return f"### {file.stem}\n\nAll numbers: [{file.name}](../benchmarks/results/{file.name}).\n\n{what}"
 
 
 def outdated() -> bool:

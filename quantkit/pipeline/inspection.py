@@ -52,7 +52,7 @@ class Holding:
         return 8 * self.nbytes / self.parameters if self.parameters else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Inspection:
     """All that headers tell. ``family``: the architecture's name, "" if unknown; ``quantization``: what config.json
     says, "" for nothing."""
@@ -79,6 +79,11 @@ class Inspection:
     def bpw(self) -> float:
         """Stored bits per weight of the whole."""
         return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+    def __repr__(self) -> str:
+        named = f"{self.family or 'unknown architecture'}, {self.quantization or 'not quantised'}"
+        size = f"{self.stored_tensors:,} tensors, {self.nbytes:,} bytes, {self.bpw:.3f} bpw"
+        return f"<Inspection {self.directory}: {named}; {size}; {len(self.unusual)} unusual>"
 
 
 @dataclass(slots=True)

@@ -73,7 +73,7 @@ class Vocabulary:
     chat_template: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class GgufInspection:
     """All that headers tell. ``path``: the first file; ``file_type``: llama_ftype by name; ``file_bytes``: all files
     with headers and padding; ``settings``: those of `SETTINGS` that the file has, arrays by their length."""
@@ -105,6 +105,11 @@ class GgufInspection:
     def bpw(self) -> float:
         """Stored bits per weight of the whole."""
         return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+    def __repr__(self) -> str:
+        named = f"{self.architecture or 'unknown architecture'}, {self.file_type or 'type not stated'}"
+        size = f"{self.stored_tensors:,} tensors, {self.nbytes:,} bytes, {self.bpw:.3f} bpw"
+        return f"<GgufInspection {self.path}: {named}; {size}; {len(self.unusual)} unusual>"
 
 
 def inspect_gguf(path: Path) -> GgufInspection | ImatrixInspection:
