@@ -13,9 +13,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from results_markdown import Document, device, facts, versions
-from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, regression_gate, vllm_load
+from results_markdown import device, facts, versions
+from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, reference_file, regression_gate, vllm_load
 from results_speed import ggml_encode, ggml_encode_gpu, gptq_expert, memory_growth, moe_layer, true_width
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ V3. It is not in the repository. **Nano** is `examples/nano-deepseek-v3`, which 
 whole of DeepSeek V3 has not been converted yet.
 """
 
-Section = tuple[str, str, str, Callable[[Document], str]]
+Section = tuple[str, str, str, Callable[[Any], str]]
 SECTIONS: tuple[Section, ...] = (
     (
         "Quality: integers, the tiny model",
@@ -43,6 +44,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
     ("Quality: the tiny model on a GPU", "convert_cuda", "", convert_cuda),
+    ("Quality: a file in the reference's place", "reference_file", "benchmarks/reference_file.py", reference_file),
     ("Quality: held-out error at DeepSeek V3's shapes", "held_out", "benchmarks/held_out.py", held_out),
     ("Speed: one MoE layer of DeepSeek V3", "moe_layer", "benchmarks/moe_layer.py", moe_layer),
     ("Speed: GPTQ of an expert", "gptq_expert", "benchmarks/gptq_expert.py", gptq_expert),

@@ -72,7 +72,7 @@ def number(value: float | None, digits: int = 1) -> str:
 def run_facts(data: Document, **more: object) -> str:
     """Of a file that is one run. ``more`` goes behind, except recipe and command."""
     return facts(
-        what=data.get("what"),
+        what=more.pop("what", data.get("what")),
         recipe=more.pop("recipe", ""),
         command=more.pop("command", code(data.get("command"))),
         device=device(data),

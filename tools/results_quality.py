@@ -263,3 +263,38 @@ def regression_gate(data: Document) -> str:
             table(head, rows),
         ]
     )
+
+
+def reference_file(rows: Sequence[Document]) -> str:
+    """Divergences by a file of the reference's statistics, beside the true ones."""
+    cells = [
+        [
+            row["model"],
+            row["candidate"],
+            str(row["top"]),
+            number(row.get("bytes_per_token"), 0),
+            number(row.get("mean_rest"), 5),
+            estimate(row["kld"], row.get("kld_standard_error"), 5),
+            number(row.get("kld_by_file"), 5),
+            UNKNOWN if "less" not in row else f"{100 * row['less']:.2f} %",
+        ]
+        for row in rows
+    ]
+    head = (
+        "model",
+        "candidate",
+        "logits kept",
+        "bytes a token",
+        "mean rest",
+        "mean KLD, true",
+        "by the file",
+        "less by",
+    )
+    return "\n".join(
+        [
+            "What `quantkit evaluate --save-reference` keeps of each position, and the lower bound of the KL divergence\n"
+            "(nats) that it gives. Mean rest: the probability that the reference gives to all other tokens together.\n",
+            run_facts({}, what="KL divergence by a reference's file against the true one"),
+            table(head, cells),
+        ]
+    )
