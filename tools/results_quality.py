@@ -292,8 +292,9 @@ def reference_file(rows: Sequence[Document]) -> str:
     )
     return "\n".join(
         [
-            "What `quantkit evaluate --save-reference` keeps of each position, and the lower bound of the KL divergence\n"
-            "(nats) that it gives. Mean rest: the probability that the reference gives to all other tokens together.\n",
+            "What `quantkit evaluate --save-reference` keeps of each position, and the lower bound of the KL\n"
+            "divergence (nats) that it gives. Mean rest: the probability of all other tokens together, by the\n"
+            "reference.\n",
             run_facts({}, what="KL divergence by a reference's file against the true one"),
             table(head, cells),
         ]

@@ -32,7 +32,7 @@ def moe_layer(data: Document) -> str:
         [
             run_facts(
                 data,
-                recipe="256 routed experts int4 in groups of 128, from FP8 blocks; the methods are named in the table",
+                recipe="int4 in groups of 128, from FP8 blocks; the methods are named in the table",
                 tokens=f"{data['tokens']:,}" if "tokens" in data else "",
                 note=data.get("how"),
             ),
