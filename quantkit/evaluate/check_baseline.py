@@ -11,10 +11,12 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.document import Candidate, Evaluation, Windows, json_text
+from quantkit.evaluate.document import Candidate, Evaluation, Number, Windows, json_text
 
 MAX_BYTES = 2**28
 """Of a JSON file. DeepSeek V3's, with 44,544 experts' linears and ten thousand windows, stays below a tenth."""
+MIN_WINDOWS = 8
+"""Fewer say so little of the noise that their limits would let almost anything pass."""
 WRITTEN_FILE = "quantkit.json"
 """Beside every checkpoint that quantkit wrote."""
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -27,8 +29,8 @@ class Conversion(BaseModel):
 
     calibration: dict[str, JsonValue] | None
     """The recipe's, without the seed: losses on other amounts or kinds of text are no comparison."""
-    losses: dict[str, float]
-    """relative_loss of each linear, four significant digits."""
+    losses: dict[str, Number]
+    """relative_loss of each linear, four significant digits; null for one that was no number."""
 
 
 class Baseline(BaseModel):
@@ -51,7 +53,7 @@ class Baseline(BaseModel):
 
 
 class _Entry(BaseModel):
-    relative_loss: float | None = None
+    relative_loss: Number = 0.0
 
 
 class _Recipe(BaseModel):
@@ -121,6 +123,7 @@ def has_layers(candidate: Candidate) -> bool:
 def check_comparable(evaluation: Evaluation, baseline: Baseline, path: Path) -> None:
     """Raise `EvaluationError`, one line, if a comparison with the baseline at ``path`` would say nothing."""
     old = baseline.evaluation
+    _check_windows("evaluation", evaluation)
     facts: Mapping[str, tuple[object, object]] = {
         "protocol": (old.protocol.name, evaluation.protocol.name),
         "context": (old.protocol.context, evaluation.protocol.context),
@@ -175,16 +178,16 @@ def _read(path: Path, model: type[_Model], what: str) -> _Model:
         ) from None
 
 
-def _check_windows(path: Path, evaluation: Evaluation) -> None:
-    """What pairing needs is there, and fits together."""
+def _check_windows(where: Path | str, evaluation: Evaluation) -> None:
+    """What pairing needs is there, and fits together. ``where``: the file, or what else the message starts with."""
     if not evaluation.candidates:
-        raise EvaluationError(f"{path}: has no candidates.")
+        raise EvaluationError(f"{where}: has no candidates.")
     n_windows = len(evaluation.window_domains)
     for candidate in evaluation.candidates:
         windows = candidate.result.windows
         if windows is None or not n_windows:
             raise EvaluationError(
-                f"{path}: has no scores by window, which version 2 of the document has.", hint="Evaluate again."
+                f"{where}: has no scores by window, which version 2 of the document has.", hint="Evaluate again."
             )
         lengths = {len(windows.loss), len(windows.kld), *map(len, filter(None, windows.layers))}
         shapes = [
@@ -193,16 +196,18 @@ def _check_windows(path: Path, evaluation: Evaluation) -> None:
         ]
         first = [(len(x.expert_errors or ()),) * 2 for x in evaluation.candidates[0].result.layers]
         if lengths != {n_windows} or len(windows.layers) != _layers(evaluation) or shapes != first:
-            raise EvaluationError(f"{path}: {candidate.model.name}: scores by window contradict each other.")
-    if n_windows < 2:
-        raise EvaluationError(f"{path}: found one window, needed two for a standard error.", hint="Evaluate more text.")
+            raise EvaluationError(f"{where}: {candidate.model.name}: scores by window contradict each other.")
+    if n_windows < MIN_WINDOWS:
+        raise EvaluationError(
+            f"{where}: found {n_windows} windows, needed {MIN_WINDOWS} to tell a regression from noise.",
+            hint="Evaluate more text, or the same in a smaller --context.",
+        )
 
 
 def _conversion(written: _Written) -> Conversion:
     calibration = written.recipe.calibration
     kept = None if calibration is None else {key: value for key, value in calibration.items() if key != "seed"}
-    losses = {name: entry.relative_loss for name, entry in written.tensors.items()}
+    lossy = {name: entry for name, entry in written.tensors.items() if "relative_loss" in entry.model_fields_set}
     return Conversion(
-        calibration=kept,
-        losses={name: float(f"{loss:.4g}") for name, loss in losses.items() if loss is not None},
+        calibration=kept, losses={name: float(f"{entry.relative_loss:.4g}") for name, entry in lossy.items()}
     )

@@ -107,7 +107,7 @@ def expert_check(old: Sequence[Layer], new: Sequence[Layer], limits: Limits) -> 
 def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterator[_Place]:
     before, after, tokens = was.expert_errors or (), found.expert_errors or (), was.expert_tokens or ()
     growth = {
-        expert: math.log(math.hypot(found_error, _EPSILON) / math.hypot(was_error, _EPSILON))
+        expert: math.log(math.hypot(found_error, _EPSILON)) - math.log(math.hypot(was_error, _EPSILON))
         for expert, (was_error, found_error) in enumerate(zip(before, after, strict=True))
         if tokens[expert] > 0
     }
@@ -149,14 +149,16 @@ def loss_checks(was: Conversion, found: Conversion | None, limits: Limits) -> tu
         return [], ["losses of linears were not compared: there is no quantkit.json beside the checkpoint"]
     if was.calibration != found.calibration:
         return [], ["losses of linears were not compared: the calibration differs in more than its seed"]
-    common = {name: loss for name, loss in was.losses.items() if loss > 0 and found.losses.get(name, 0) > 0}
-    notes = [f"{len(was.losses) - len(common)} linears of the baseline have no loss now"] if not common else []
+    # A loss that is no number now is none that passes.
+    common = [name for name, loss in was.losses.items() if loss > 0 and not found.losses.get(name, 0) <= 0]
+    gone = [name for name, loss in was.losses.items() if loss > 0 and name not in found.losses]
+    notes = [f"{len(gone)} linears of the baseline have no loss now, {gone[0]} is the first"] if gone else []
     if not common:
         return [], notes
     kinds: dict[str, list[str]] = {}
     for name in common:
         kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(name)
-    growth = {name: math.log(found.losses[name] / loss) for name, loss in common.items()}
+    growth = {name: math.log(found.losses[name]) - math.log(was.losses[name]) for name in common}
     by_kind = _kinds(kinds, growth, was, found, limits)
     single = _linears(kinds, growth, was, found, limits)
     return [_places_check("loss of a kind of linear", by_kind), _places_check("loss of a linear", single)], notes

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 _LIST = re.compile(r'\[\n(?:\s+(?:[-+.\w]+|"[^"\\]*"),?\n)+\s*\]')
 """A JSON list without lists or objects in it, an item on each line."""
@@ -21,6 +21,9 @@ Number = Annotated[
     BeforeValidator(lambda value: math.nan if value is None else value),
     PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
 ]
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""How many: no file makes an integer that is too large for a float."""
 
 HISTOGRAM_EDGES = tuple(10.0 ** (quarter / 4) for quarter in range(-28, 9))
 """Nats per token, 1e-7 to 100, four bins in each power of ten."""
@@ -65,15 +68,15 @@ class Divergence(_Part):
     p99: Number
     p999: Number
     max: Number
-    histogram: tuple[int, ...] | None = None
+    histogram: tuple[Count, ...] | None = None
     """Tokens below the first of `HISTOGRAM_EDGES`, between each two of them, and from the last on. Since version 2."""
 
 
 class Scores(_Part):
     """A candidate against its reference, on all text or on one domain."""
 
-    windows: int
-    tokens: int
+    windows: Count
+    tokens: Count
     """Predicted tokens that were scored."""
     reference_perplexity: Mean
     """exp of the mean loss; its error by the delta method."""
@@ -91,12 +94,12 @@ class Scores(_Part):
 class Layer(_Part):
     """A candidate behind one decoder layer, over all tokens of the windows."""
 
-    layer: int
+    layer: Count
     hidden_error: Number
     """Root of the mean over tokens of |x' - x|^2 / |x|^2, x being the reference's hidden state."""
     router_agreement: Number | None
     """Share of the experts chosen by the reference that the candidate chose too; null without routed experts."""
-    expert_tokens: tuple[int, ...] | None = None
+    expert_tokens: tuple[Count, ...] | None = None
     """How many tokens the reference sends to each routed expert. Since version 2."""
     expert_errors: tuple[Number, ...] | None = None
     """``hidden_error`` over those tokens only; null for an expert that gets none. Since version 2."""
@@ -133,9 +136,9 @@ class ModelFacts(_Part):
     format: str
     fingerprint: str
     """sha256 over config, index, names, sizes, headers, and three samples of each file's data."""
-    weights: int
+    weights: Count
     """Numbers that it stores, MTP layers included."""
-    nbytes: int
+    nbytes: Count
     """Bytes of its tensors."""
     notes: tuple[str, ...]
     """What a reader of the scores should know."""
@@ -165,9 +168,9 @@ class Protocol(_Part):
 
     name: Literal["windows", "llama.cpp"]
     description: str
-    context: int
-    max_windows_per_file: int | None
-    scored_per_window: int
+    context: Count
+    max_windows_per_file: Count | None
+    scored_per_window: Count
 
 
 class Text(_Part):
@@ -175,9 +178,9 @@ class Text(_Part):
 
     file: str
     sha256: str
-    documents: int
-    tokens: int
-    windows: int
+    documents: Count
+    tokens: Count
+    windows: Count
 
 
 class ReferenceFile(_Part):
@@ -187,7 +190,7 @@ class ReferenceFile(_Part):
     versions: dict[str, str]
     device: str
     """Of the run that wrote it."""
-    top: int
+    top: Count
     """Most likely tokens of each position whose logits it holds."""
     mean_rest: Number
     """Mean probability that the reference gives to all others together: the smaller, the tighter the bound."""

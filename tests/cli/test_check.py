@@ -168,7 +168,7 @@ def test_the_action_runs(tmp_path: Path) -> None:
         command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", script]
         return subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
 
-    options = "--context=32\n--max-windows-per-file=4\n--device=cpu\n--text=text.txt\n"
+    options = "--context=32\n--max-windows-per-file=8\n--device=cpu\n--text=text.txt\n"
     done = run(evaluate, REFERENCE="original", CANDIDATES="fp8\n", OPTIONS=options)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "gate" / "evaluation.json").read_text(encoding="utf-8"))

@@ -249,6 +249,28 @@ def test_losses_that_are_no_comparison_are_noted() -> None:
     assert verdict(CLEAN, Limits(losses=False), losses(0), losses(1, layers=2.0)).passed
 
 
+def test_losses_that_are_gone_are_noted_and_those_that_are_no_number_fail(tmp_path: Path) -> None:
+    clean = losses(1)
+    kept = {name: loss for name, loss in clean.losses.items() if ".o." not in name}
+    fewer = verdict(CLEAN, None, losses(0), clean.model_copy(update={"losses": kept}))
+    assert fewer.passed
+    assert fewer.notes == ("6 linears of the baseline have no loss now, layers.0.o.weight is the first",)
+    (tmp_path / "out").mkdir()
+    written = {"recipe": {"calibration": None}, "tensors": {"a": {"relative_loss": None}, "b": {}}}
+    (tmp_path / "out" / "quantkit.json").write_text(json.dumps(written), encoding="utf-8")
+    read = read_conversions(evaluation(Made(path="out")), tmp_path)["int4"].losses
+    assert list(read) == ["a"]
+    assert math.isnan(read["a"])
+    broken = verdict(CLEAN, None, losses(0), losses(1, **{"3_e_7_d": math.nan}))
+    assert "layers.3.e.7.d" in {check.place for check in broken.regressions}
+
+
+def test_losses_beyond_all_measure_are_compared() -> None:
+    tiny, huge = (losses(1, **{"3_e_7_d": factor}) for factor in (1e-300, 1e300))
+    assert failed(verdict(CLEAN, None, tiny, huge)) != []
+    assert failed(verdict(CLEAN, None, huge, tiny)) == []
+
+
 def test_losses_come_from_the_folder_that_was_evaluated(tmp_path: Path) -> None:
     written = {
         "recipe": {"calibration": {"data": ["x"], "seed": 3}},
@@ -325,6 +347,8 @@ def damaged(change: Callable[[dict[str, object]], object]) -> str:
         (damaged(lambda d: d["candidates"][0]["result"].pop("windows")), "no scores by window"),  # type: ignore[index]
         (damaged(lambda d: d["candidates"][0]["result"]["windows"]["kld"].pop()), "contradict"),  # type: ignore[index]
         (damaged(lambda d: d["candidates"][0]["result"]["layers"][1]["expert_tokens"].pop()), "contradict"),  # type: ignore[index]
+        (damaged(lambda d: d["candidates"][0]["model"].update(nbytes=10**400)), "model.nbytes"),  # type: ignore[index]
+        (damaged(lambda d: d["candidates"][0]["result"]["layers"][1].update(expert_tokens=[-1] * 12)), "expert_tokens"),  # type: ignore[index]
     ],
 )
 def test_damaged_files(tmp_path: Path, text: str, words: str) -> None:
@@ -334,6 +358,42 @@ def test_damaged_files(tmp_path: Path, text: str, words: str) -> None:
         read_evaluation(path)
     assert refused.value.message.startswith(f"{path}: ")
     assert "\n" not in refused.value.message
+
+
+def test_evaluations_that_come_from_no_file_are_refused_too() -> None:
+    baseline = Baseline(evaluation=evaluation(CLEAN))
+    for made, words in ((evaluation(), "has no candidates"), (evaluation(CLEAN, window_domains=()), "no scores by")):
+        with pytest.raises(EvaluationError, match=f"^evaluation: {words}"):
+            check_comparable(made, baseline, Path("b.json"))
+
+
+def test_few_windows_are_refused(tmp_path: Path) -> None:
+    """Seven allow a mean KLD to double."""
+
+    def cut(document: dict[str, object]) -> None:
+        windows = document["candidates"][0]["result"]["windows"]  # type: ignore[index]
+        for values in (windows["loss"], windows["kld"], windows["same_top"], *windows["layers"]):
+            del values[7:]
+        document["window_domains"] = list(DOMAINS[:7])
+
+    path = tmp_path / "e.json"
+    path.write_text(damaged(cut), encoding="utf-8")
+    with pytest.raises(EvaluationError, match="found 7 windows, needed 8 to tell a regression from noise"):
+        read_evaluation(path)
+
+
+def test_errors_beyond_all_measure_are_compared() -> None:
+    fine = evaluation(CLEAN)
+    layer = fine.candidates[0].result.layers[1]
+    endless = layer.model_copy(update={"expert_errors": (math.inf, *layer.expert_errors[1:])})  # type: ignore[index]
+    result = fine.candidates[0].result.model_copy(
+        update={"layers": (*fine.candidates[0].result.layers[:1], endless, *fine.candidates[0].result.layers[2:])}
+    )
+    hurt = fine.model_copy(update={"candidates": (fine.candidates[0].model_copy(update={"result": result}),)})
+    (worse,) = check(hurt, Baseline(evaluation=fine), Limits(), {})
+    assert failed(worse) == ["error of an expert's tokens"]
+    (better,) = check(fine, Baseline(evaluation=hurt), Limits(), {})
+    assert better.passed
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
