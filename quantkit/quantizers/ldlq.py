@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.kernels.compiled import has_compiled
 from quantkit.kernels.cuda import has_kernels, narrow_product
 from quantkit.schemes.grid import Grid
 
@@ -168,6 +169,10 @@ def sweep(grid: Grid, target: Tensor, factor: Factor, loss: Tensor | None = None
         from quantkit.kernels import sweep_triton
 
         return sweep_triton.sweep(grid, target, factor.layout, factor.lower, factor.pivots, loss)
+    if has_compiled(target):
+        from quantkit.kernels import sweep_leaf
+
+        return sweep_leaf.sweep(grid, target, factor.layout, factor.lower, factor.pivots, loss)
     in_features = target.shape[-1]
     group = factor.layout.div(in_features // grid.scale.shape[-1], rounding_mode="floor")  # of each place
     columns = _Columns(
@@ -292,6 +297,10 @@ def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: i
         from quantkit.kernels import polish_triton
 
         return Polished(*polish_triton.polish(grid, target, codes, hessian, rounds))
+    if has_compiled(target):
+        from quantkit.kernels import polish_leaf
+
+        return Polished(*polish_leaf.polish(grid, target, codes, hessian, rounds))
     work = _Descent.of(grid, target, codes, hessian)
     for _ in range(rounds):
         for group in range(work.scales.shape[1]):
@@ -323,8 +332,9 @@ class _Descent:
         zero = grid.zero.repeat_interleave(size, -1).mT if isinstance(grid.zero, Tensor) else grid.zero
         find = _Levels(grid)
         levels = find.of(codes.mT, zero).contiguous()
-        scales = grid.scale.mT.contiguous()
-        offsets = None if grid.offset is None else grid.offset.mT.contiguous()
+        # Copies even where the layout is this one already: they move, the grid stays.
+        scales = grid.scale.mT.clone(memory_format=torch.contiguous_format)
+        offsets = None if grid.offset is None else grid.offset.mT.clone(memory_format=torch.contiguous_format)
         error = target.mT - levels * scales.repeat_interleave(size, 1)
         if offsets is not None:
             error -= offsets.repeat_interleave(size, 1)

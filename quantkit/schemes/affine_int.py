@@ -11,6 +11,7 @@ torch is imported inside the functions: a plan needs the schemes but must start 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -163,13 +164,11 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
     """
     import torch
 
-    from quantkit.kernels.cuda import has_kernels
-
     n_groups = scheme.n_groups(weight.shape[-1])
     if importance is None:
         importance = torch.ones(weight.shape[-1], device=weight.device)
-    if grid and has_kernels(weight):
-        return _fit_on_gpu(scheme, weight, importance, grid, signed)
+    if grid and (search := _kernel(weight, importance)) is not None:
+        return _fit_by_kernel(search, scheme, weight, importance, grid, signed)
     grouped = _grouped(weight, n_groups)  # (..., out, groups, group)
     weighting = _grouped(importance, n_groups).unsqueeze(-3).expand(grouped.shape)  # the same for every row
     flat, flat_weighting = grouped.reshape(-1, grouped.shape[-1]), weighting.reshape(-1, grouped.shape[-1])
@@ -183,17 +182,38 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
     return scale, zero.view(grouped.shape[:-1]).to(torch.uint8)
 
 
-def _fit_on_gpu(scheme: IntScheme, weight: Tensor, importance: Tensor, grid: int, signed: bool) -> Params:
-    import torch
+def _kernel(weight: Tensor, importance: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The compiled search for where these tensors are, or None: torch does it."""
+    from quantkit.kernels.compiled import has_compiled
+    from quantkit.kernels.cuda import has_kernels
 
-    from quantkit.kernels import scale_search_triton
+    if has_kernels(weight):
+        from quantkit.kernels import scale_search_triton
+
+        return scale_search_triton.search
+    if has_compiled(weight) and has_compiled(importance):
+        from quantkit.kernels import int_search
+
+        return int_search.search
+    return None
+
+
+def _fit_by_kernel(
+    search: Callable[..., tuple[Tensor, Tensor | None]],
+    scheme: IntScheme,
+    weight: Tensor,
+    importance: Tensor,
+    grid: int,
+    signed: bool,
+) -> Params:
+    import torch
 
     out_features, in_features = weight.shape[-2:]
     flat = weight.reshape(-1, out_features, in_features)
     counts = importance.expand(*weight.shape[:-2], in_features).reshape(-1, in_features)
     fractions = torch.linspace(_SMALLEST_RANGE[min(scheme.bits, 5)], 1.0, grid).to(weight.device)
     n_groups = scheme.n_groups(in_features)
-    scale, zero = scale_search_triton.search(
+    scale, zero = search(
         flat, counts, fractions, n_groups=n_groups, bits=scheme.bits, symmetric=scheme.symmetric, signed=signed
     )
     shape = *weight.shape[:-1], n_groups
