@@ -211,7 +211,8 @@ def _move_codes(
     arguments: list[Any] = [*map(flat, tensors), *work.constants, sizes, block, inside, start]
 
     def run(first: int, last: int) -> None:
-        move_codes(*[*arguments, (first, last)])
+        everything: list[Any] = [*arguments, (first, last)]
+        move_codes(*everything)
 
     work.spread(run, work.tiles)
 

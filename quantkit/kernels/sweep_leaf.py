@@ -97,7 +97,8 @@ def _round_span(work: _Sweep, start: int, stop: int) -> None:
     arguments: list[Any] = [*map(flat, tensors), *work.levels, (start, stop), sizes]
 
     def run(first: int, last: int) -> None:
-        round_span(*[*arguments, (first, last)])
+        everything: list[Any] = [*arguments, (first, last)]
+        round_span(*everything)
 
     work.spread(run, n_matrices * -(-out_features // ROWS))
 
