@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def combined(*layouts: FilesLayout) -> FilesLayout:
 
 class PreallocatedFiles:
     """The files of a layout on disk, open for writing at offsets. Descriptors are opened on demand and given back by
-    `sync`."""
+    `sync`. Thread-safe: importance is written while another thread delivers weights."""
 
     def __init__(self, directory: Path, layout: FilesLayout, *, fresh: bool) -> None:
         self.directory = directory
@@ -92,6 +93,8 @@ class PreallocatedFiles:
                 assert name not in self._places, f"{name} is planned twice"
                 self._places[name] = file.file, place
         self._open: dict[str, int] = {}
+        # A descriptor that one thread closes must not be in another's hands: its number may be another file's by then.
+        self._lock = threading.RLock()
 
     @classmethod
     def open(cls, directory: Path, layout: FilesLayout) -> PreallocatedFiles:
@@ -123,8 +126,8 @@ class PreallocatedFiles:
         assert 0 <= start <= start + len(rest) <= place.nbytes, (
             f"{name}: {len(rest)} bytes at {start} of {place.nbytes}"
         )
-        fd, at = self._descriptor(file), place.offset + start
-        with disk_errors(self.directory / file):
+        with self._lock, disk_errors(self.directory / file):
+            fd, at = self._descriptor(file), place.offset + start
             while rest:
                 written = os.pwrite(fd, rest, at)
                 at, rest = at + written, rest[written:]
@@ -132,18 +135,19 @@ class PreallocatedFiles:
     def read(self, name: str) -> bytes:
         """All bytes of a (small) tensor as the file now has them."""
         file, place = self._places[name]
-        with disk_errors(self.directory / file):
+        with self._lock, disk_errors(self.directory / file):
             return os.pread(self._descriptor(file), place.nbytes, place.offset)
 
     def sync(self) -> None:
         """Return when everything written is on the disk."""
-        for file in list(self._open):
-            fd = self._open.pop(file)
-            with disk_errors(self.directory / file):
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+        with self._lock:
+            for file in list(self._open):
+                fd = self._open.pop(file)
+                with disk_errors(self.directory / file):
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
 
     def sha256(self) -> dict[str, str]:
         """Sync, then file name -> sha256 (hex) of every file of the layout."""

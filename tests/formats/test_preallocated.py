@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from quantkit.errors import OutputError
+from quantkit.formats import preallocated
 from quantkit.formats.preallocated import FileLayout, FilesLayout, Place, PreallocatedFiles, combined
 
 ONE = FileLayout("m-1.x", b"HEAD", {"a": Place(8, 4), "b": Place(12, 8)}, 24)
@@ -57,3 +59,20 @@ def test_layouts_go_together(tmp_path: Path) -> None:
     assert not PreallocatedFiles.open(tmp_path, both).fresh
     with pytest.raises(OutputError, match="is not one of the 1 shards"):
         PreallocatedFiles.open(tmp_path, OTHER)
+
+
+def test_threads_write_into_more_files_than_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor that is closed for another file's sake is in no other thread's hands."""
+    monkeypatch.setattr(preallocated, "_MAX_OPEN", 2)
+    files = tuple(FileLayout(f"{i}.x", b"", {f"{i} {k}": Place(8 * k, 8) for k in range(50)}, 400) for i in range(8))
+    writer = PreallocatedFiles.open(tmp_path, FilesLayout(files, ("*.x*",)))
+
+    def fill(file: FileLayout) -> None:
+        for name in file.places:
+            writer.write(name, 0, name.encode().ljust(8))
+
+    with ThreadPoolExecutor(len(files)) as pool:
+        list(pool.map(fill, files))
+    writer.sync()
+    for file in files:
+        assert (tmp_path / file.file).read_bytes() == b"".join(name.encode().ljust(8) for name in file.places)
