@@ -17,7 +17,7 @@ from typing import Any
 
 from results_markdown import device, facts, versions
 from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, reference_file, regression_gate, vllm_load
-from results_speed import ggml_encode, ggml_encode_gpu, gptq_expert, memory_growth, moe_layer, true_width
+from results_speed import cpu_gptq, ggml_encode, ggml_encode_gpu, gptq_expert, memory_growth, moe_layer, true_width
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,6 +50,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Speed: GPTQ of an expert", "gptq_expert", "benchmarks/gptq_expert.py", gptq_expert),
     ("Speed: block types of ggml on a GPU", "ggml_encode_gpu", "benchmarks/ggml_encode_gpu.py", ggml_encode_gpu),
     ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),
+    ("Speed: GPTQ on a processor", "cpu_gptq", "benchmarks/cpu_gptq.py", cpu_gptq),
     ("Memory: does it grow with the layers?", "memory_growth", "benchmarks/memory_growth.py", memory_growth),
     ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),
     ("vLLM computes what was written", "vllm_load", "benchmarks/vllm", vllm_load),

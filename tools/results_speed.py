@@ -169,6 +169,34 @@ def ggml_encode(data: Document) -> str:
     )
 
 
+def cpu_gptq(data: Document) -> str:
+    """GPTQ on a processor: kernels beside their torch twins."""
+    rows = [
+        [
+            row["what"],
+            " x ".join(map(str, row.get("shape", ()))) or UNKNOWN,
+            _stages(row.get("kernels_s", {})),
+            _stages(row.get("twin_s", {})),
+            number(row.get("speed_ratio", {}).get("all"), 2),
+            number(row.get("loss_ratio"), 5),
+        ]
+        for row in data["rows"]
+    ]
+    head = ("matrices", "shape", "kernels, s", "torch twin, s", "ratio of all", "loss / twin's")
+    told = run_facts(
+        data,
+        recipe="int4, GPTQ",
+        threads=data.get("threads"),
+        repeats=data.get("repeats"),
+        seconds_of_compiling_once=data.get("cold_compile_s"),
+    )
+    return told + "\n" + table(head, rows)
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {value:.3f}" for stage, value in seconds.items()) or UNKNOWN
+
+
 def memory_growth(data: Document) -> str:
     """Peak memory against layers."""
     runs = list(data["rows"])
