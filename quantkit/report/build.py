@@ -72,7 +72,7 @@ def _cards(found: Outcomes) -> tuple[Card, ...]:
         group = max(groups, key=len)
         closest = min(group, key=lambda outcome: outcome.score.kld.mean if outcome.score else 0)
         assert closest.score is not None
-        value, spread = numbers.parts(numbers.estimate(closest.score.kld))
+        value, spread = numbers.parts(quality.kld_text(closest.score))
         cards.append(Card("Closest to the original", value, f"{closest.label}: mean KLD, nats per token", spread))
     floors = [e.document.noise_floor for e in found.evaluations if e.document.noise_floor is not None]
     if floors:
@@ -101,7 +101,7 @@ def _cards_of(found: Outcomes, outcome: Outcome) -> list[Card]:
         change = numbers.percentage_estimate(quality.change(score.log_ratio), signed=True)
         original = numbers.number(score.reference_perplexity.mean, 4)
         measured = f"of {score.tokens:,} tokens in {score.windows:,} windows"
-        kld, kld_spread = numbers.parts(numbers.estimate(score.kld))
+        kld, kld_spread = numbers.parts(quality.kld_text(score))
         top, top_spread = numbers.parts(numbers.percentage_estimate(score.same_top))
         cards += [
             Card("Mean KL divergence", kld, note, kld_spread),
@@ -170,7 +170,7 @@ def _groups(found: Outcomes) -> dict[str, str]:
     """The headline numbers of each conversion in a line."""
     notes: dict[str, str] = {}
     for outcome in found.outcomes:
-        score = "" if outcome.score is None else f", KLD {numbers.estimate(outcome.score.kld)}"
+        score = "" if outcome.score is None else f", KLD {quality.kld_text(outcome.score)}"
         notes.setdefault(outcome.label, f"{numbers.size(outcome.nbytes)}, {outcome.bpw:.3f} bits per weight{score}")
     return notes
 

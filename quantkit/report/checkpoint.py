@@ -183,8 +183,8 @@ def _experts(converted: Converted) -> list[Block]:
     )
     figure = Figure(
         title="Calibration tokens of each expert",
-        how="Each row is a layer, each cell an expert. One that saw few tokens was quantised with little knowledge of its inputs; unseen "
-        f"ones have a cross. {summary}",
+        how="Each row is a layer, each cell an expert. One that saw few tokens was quantised with little knowledge of "
+        f"its inputs; unseen ones have a cross. {summary}",
         alt=f"Heat map: {summary}",
         spec=heat_maps.tokens(grid),
         table=_expert_table(grid),

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from quantkit.errors import OutputError
 
@@ -19,6 +19,8 @@ CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
 MAX_BYTES = 256 * 2**20
 """Of a document. DeepSeek V3's quantkit.json has 10 MB."""
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""How many: no file makes an integer that is too large for a float."""
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """NaN where the file says null: the standard error of a single window."""
 
@@ -42,9 +44,9 @@ class RoleSize(_Part):
 
     role: str
     stored_as: str
-    tensors: NonNegativeInt
-    parameters: NonNegativeInt
-    nbytes: NonNegativeInt
+    tensors: Count
+    parameters: Count
+    nbytes: Count
 
 
 class Linear(_Part):
@@ -52,7 +54,7 @@ class Linear(_Part):
 
     scheme: dict[str, JsonValue]
     relative_loss: Number | None = None
-    n_tokens: NonNegativeInt = 0
+    n_tokens: Count = 0
     fallback: str = ""
 
 
@@ -61,16 +63,16 @@ class CalibrationFile(_Part):
 
     file: str
     sha256: str
-    documents: NonNegativeInt
-    tokens: NonNegativeInt
-    rows: NonNegativeInt
+    documents: Count
+    tokens: Count
+    rows: Count
 
 
 class ValidationScores(_Part):
     """The conversion's own measurement."""
 
-    windows: NonNegativeInt
-    tokens: NonNegativeInt
+    windows: Count
+    tokens: Count
     reference_perplexity: Mean
     candidate_perplexity: Mean
     perplexity_ratio: Mean
@@ -87,7 +89,7 @@ class Validation(_Part):
     problems: tuple[str, ...] = ()
 
 
-ExpertCount = tuple[NonNegativeInt, Number, NonNegativeInt]
+ExpertCount = tuple[Count, Number, Count]
 """Tokens that chose the expert, the sum of their gate weights, tokens borrowed."""
 
 
@@ -101,11 +103,11 @@ class Conversion(_Part):
     output: str
     validated: bool | None = None
     validation: Validation | None = None
-    tensor_bytes: NonNegativeInt
+    tensor_bytes: Count
     bpw: Number
     contents: tuple[RoleSize, ...] = ()
     calibration: tuple[CalibrationFile, ...] = ()
-    expert_tokens: dict[NonNegativeInt, dict[str, tuple[ExpertCount, ...]]] = Field(default_factory=dict)
+    expert_tokens: dict[Count, dict[str, tuple[ExpertCount, ...]]] = Field(default_factory=dict)
     tensors: dict[str, Linear]
     sha256: dict[str, str] = Field(default_factory=dict)
 
@@ -123,14 +125,14 @@ class Divergence(_Part):
     p99: Number
     p999: Number
     max: Number
-    histogram: tuple[NonNegativeInt, ...] | None = None
+    histogram: tuple[Count, ...] | None = None
 
 
 class Scores(_Part):
     """A candidate against its reference."""
 
-    windows: NonNegativeInt
-    tokens: NonNegativeInt
+    windows: Count
+    tokens: Count
     reference_perplexity: Mean
     perplexity: Mean
     log_ratio: Mean
@@ -143,10 +145,10 @@ class Layer(_Part):
     """A candidate behind one decoder layer. ``expert_errors``: the hidden error over each routed expert's
     tokens."""
 
-    layer: NonNegativeInt
+    layer: Count
     hidden_error: Number
     router_agreement: Number | None = None
-    expert_tokens: tuple[NonNegativeInt, ...] | None = None
+    expert_tokens: tuple[Count, ...] | None = None
     expert_errors: tuple[Number, ...] | None = None
 
 
@@ -165,8 +167,8 @@ class Model(_Part):
     path: str
     format: str
     fingerprint: str = ""
-    weights: NonNegativeInt
-    nbytes: NonNegativeInt
+    weights: Count
+    nbytes: Count
     notes: tuple[str, ...] = ()
 
     @property
@@ -194,8 +196,8 @@ class Protocol(_Part):
 
     name: str
     description: str = ""
-    context: NonNegativeInt
-    max_windows_per_file: NonNegativeInt | None = None
+    context: Count
+    max_windows_per_file: Count | None = None
 
 
 class Text(_Part):
@@ -203,8 +205,18 @@ class Text(_Part):
 
     file: str
     sha256: str
-    tokens: NonNegativeInt
-    windows: NonNegativeInt
+    tokens: Count
+    windows: Count
+
+
+class ReferenceFile(_Part):
+    """What stood for the reference: a file with the ``top`` most likely tokens of each position. ``kld``: what that
+    means for the divergences."""
+
+    path: str
+    top: Count
+    kld: str = ""
+    mean_rest: Number = math.nan
 
 
 class Evaluation(_Part):
@@ -217,6 +229,7 @@ class Evaluation(_Part):
     text: tuple[Text, ...] = ()
     tokens_sha256: str = ""
     reference: Model
+    reference_file: ReferenceFile | None = None
     noise_floor: NoiseFloor | None = None
     candidates: tuple[Candidate, ...]
 

@@ -84,7 +84,7 @@ def pareto(outcomes: Sequence[Outcome], best: Sequence[Outcome], floor: float | 
         },
         "yaxis": {**_LOG, "title": {"text": "mean KLD, nats per token"}},
     }
-    if floor is not None and floor > 0:
+    if floor is not None and 0 < floor < math.inf:
         layout["shapes"] = [_level(floor)]
         layout["annotations"] = [_level_label(floor, "noise floor")]
     return {"data": data, "layout": layout}

@@ -13,13 +13,13 @@ from quantkit.report.linears import Cell, ErrorGrid, ExpertErrors, ExpertGrid
 def errors(grid: ErrorGrid) -> Spec:
     """Median relative loss of each projection in each layer, on a log scale."""
     cells = [[grid.cells.get((layer, projection)) for projection in grid.projections] for layer in grid.layers]
-    known = [cell.median for row in cells for cell in row if cell is not None and cell.median > 0]
+    known = [cell.median for row in cells for cell in row if cell is not None]
     data = [
         {
             "type": "heatmap",
             "x": [figures.text(projection) for projection in grid.projections],
             "y": list(grid.layers),
-            "z": [[None if c is None or c.median <= 0 else math.log10(c.median) for c in row] for row in cells],
+            "z": [[None if cell is None else _log(cell.median) for cell in row] for row in cells],
             "text": [["" if cell is None else _told(cell) for cell in row] for row in cells],
             "hoverongaps": False,
             "hovertemplate": "layer %{y}, %{x}<br>%{text}<extra></extra>",
@@ -59,7 +59,7 @@ def tokens(grid: ExpertGrid) -> Spec:
     data: list[object] = [
         {
             **_expert_cells(width, grid.layers),
-            "z": [[math.log10(count) if count else None for count in row] for row in padded],
+            "z": [[_log(count) for count in row] for row in padded],
             "customdata": [
                 [[count, round(count / mean, 2) if mean else 0] for count in row]
                 for row, mean in zip(padded, means, strict=True)
@@ -78,11 +78,11 @@ def expert_errors(layers: Sequence[ExpertErrors]) -> Spec:
     """Error of the hidden state over the tokens of each expert. An expert without tokens is a gap."""
     width = max(len(layer.errors) for layer in layers)
     experts, expert = _expert_axis(width)
-    known = [error for layer in layers for error in layer.errors if error > 0]
+    known = [error for layer in layers for error in layer.errors]
     data = [
         {
             **_expert_cells(width, [layer.layer for layer in layers]),
-            "z": [[math.log10(error) if error > 0 else None for error in layer.errors] for layer in layers],
+            "z": [[_log(error) for error in layer.errors] for layer in layers],
             "customdata": [
                 [[numbers.percentage(error), count] for error, count in zip(layer.errors, layer.tokens, strict=True)]
                 for layer in layers
@@ -138,8 +138,14 @@ def _map_layout(
     }
 
 
-def log_ticks(values: Sequence[float], *, percent: bool) -> Mapping[str, object]:
+def _log(value: float) -> float | None:
+    """None for what has no place on the scale."""
+    return math.log10(value) if 0 < value < math.inf else None
+
+
+def log_ticks(found: Sequence[float], *, percent: bool) -> Mapping[str, object]:
     """Two to five ticks of a colour bar whose values are logarithms."""
+    values = [value for value in found if 1e-300 < value < 1e300]
     if not values:
         return {}
     low, high = math.log10(min(values)), math.log10(max(values))
@@ -149,7 +155,7 @@ def log_ticks(values: Sequence[float], *, percent: bool) -> Mapping[str, object]
     coarser = [[10.0**power for power in powers if power % step == 0] for step in (1, 2, 3, 4)]
     # Less than a factor of two or three apart: steps of equal width, rounded.
     width = 10.0 ** math.floor(math.log10((max(values) - min(values)) or 1))
-    even = [[width * step * n for n in range(math.ceil(max(values) / (width * step)) + 1)] for step in (0.2, 0.5, 1, 2)]
+    even = [_multiples(width * step, min(values), max(values)) for step in (0.2, 0.5, 1, 2)]
     room = 0.02 * (high - low)
     for ticks in (*finer, *coarser, *even):
         inside = [tick for tick in ticks if tick > 0 and low - room <= math.log10(tick) <= high + room]
@@ -158,6 +164,14 @@ def log_ticks(values: Sequence[float], *, percent: bool) -> Mapping[str, object]
             break
     labels = [f"{100 * tick:.3g} %" if percent else _count(tick) for tick in kept]
     return {"tickvals": [math.log10(tick) for tick in kept], "ticktext": labels}
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
+    """Of ``step``, from ``low`` to ``high``; none if they are many more than a scale has room for."""
+    if not step or high / step > 2**53:
+        return []
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * n for n in range(first, last + 1)] if last - first < 100 else []
 
 
 def _count(value: float) -> str:

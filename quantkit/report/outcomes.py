@@ -15,7 +15,8 @@ from quantkit.report.documents import Candidate, Conversion, Evaluation, Found, 
 @dataclass(frozen=True, slots=True)
 class Score:
     """A checkpoint against its reference, whoever measured. ``text``: the same for scores that can be compared, because
-    the same tokens of the same reference were scored. ``quantiles``: (share of tokens with less, KLD in nats)."""
+    the same tokens of the same reference were scored. ``quantiles``: (share of tokens with less, KLD in nats);
+    ``lower_bound``: the true KLD is larger."""
 
     text: str
     measured_by: str
@@ -27,6 +28,7 @@ class Score:
     kld: Mean
     quantiles: tuple[tuple[float, float], ...]
     same_top: Mean
+    lower_bound: bool = False
     max_kld: float = math.nan
     histogram: tuple[int, ...] | None = None
 
@@ -138,8 +140,8 @@ def _candidate(evaluation: Evaluation, found: Candidate, conversions: Sequence[C
 
 
 def _same(conversion: Converted, candidate: Candidate) -> bool:
-    if candidate.model.nbytes != conversion.document.tensor_bytes:
-        return False
+    if candidate.model.nbytes != conversion.document.tensor_bytes or "\0" in candidate.model.path:
+        return False  # no file has such a name, and no path can be made of it
     path = Path(candidate.model.path).resolve()
     if conversion.folder in (path, path.parent):
         return True
@@ -154,9 +156,10 @@ def _own(conversion: Converted) -> Outcome:
 
 
 def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:
-    kld = scores.kld
+    kld, file = scores.kld, evaluation.reference_file
+    measured = f"{evaluation.tokens_sha256} {evaluation.reference.fingerprint} {evaluation.protocol.name}"
     return Score(
-        text=f"{evaluation.tokens_sha256} {evaluation.reference.fingerprint} {evaluation.protocol.name}",
+        text=measured if file is None else f"{measured} {file.top}",
         measured_by="evaluation",
         windows=scores.windows,
         tokens=scores.tokens,
@@ -166,6 +169,7 @@ def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:
         kld=Mean(mean=kld.mean, standard_error=kld.standard_error),
         quantiles=((0.5, kld.median), (0.9, kld.p90), (0.99, kld.p99), (0.999, kld.p999)),
         same_top=scores.same_top,
+        lower_bound=file is not None,
         max_kld=kld.max,
         histogram=kld.histogram,
     )

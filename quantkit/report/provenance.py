@@ -55,12 +55,13 @@ def conversion_command(converted: Converted) -> str:
 
 def _evaluation(evaluated: Evaluated) -> list[Block]:
     document = evaluated.document
-    protocol = document.protocol
+    protocol, file = document.protocol, document.reference_file
     rows = [
         ("file", evaluated.path.name),
         ("its date", f"{evaluated.written:%Y-%m-%d %H:%M} UTC"),
         ("reference", f"{document.reference.name} ({document.reference.format})"),
         ("its fingerprint", document.reference.fingerprint),
+        *([] if file is None else [("its statistics", f"{file.path}: {file.top:,} tokens of each position")]),
         *((name, version) for name, version in document.versions.items()),
         ("device", document.device),
         ("arithmetic", document.arithmetic),
@@ -91,12 +92,18 @@ def _evaluation(evaluated: Evaluated) -> list[Block]:
 def evaluation_command(evaluated: Evaluated) -> str:
     """With the paths that were given; ``--text`` as the files are called, which is not always how they were given."""
     document, protocol = evaluated.document, evaluated.document.protocol
-    words = ["quantkit", "evaluate", document.reference.path, *(c.model.path for c in document.candidates)]
-    for text in dict.fromkeys(_given(text.file) for text in document.text):
-        words += ["--text", text]
-    words += ["--context", str(protocol.context), "--protocol", protocol.name]
-    if protocol.max_windows_per_file is not None:
-        words += ["--max-windows-per-file", str(protocol.max_windows_per_file)]
+    candidates = [candidate.model.path for candidate in document.candidates]
+    if document.reference_file is not None:  # it decides text and protocol
+        words = ["quantkit", "evaluate", document.reference_file.path, *candidates]
+    else:
+        words = ["quantkit", "evaluate", document.reference.path, *candidates]
+        for text in dict.fromkeys(_given(text.file) for text in document.text):
+            words += ["--text", text]
+        words += ["--context", str(protocol.context), "--protocol", protocol.name]
+        if protocol.max_windows_per_file is not None:
+            words += ["--max-windows-per-file", str(protocol.max_windows_per_file)]
+        if document.noise_floor is None:
+            words.append("--no-noise-floor")
     words += ["--device", "cpu" if document.device == "cpu" else "cuda", "-o", "evaluation.json"]
     return shlex.join(words)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Block, Figure, Note, Section, Table
 from quantkit.report.documents import Divergence, Mean, Result, Scores
-from quantkit.report.outcomes import Evaluated, Outcome, Outcomes, front
+from quantkit.report.outcomes import Evaluated, Outcome, Outcomes, Score, front
 
 FLOOR = "noise floor"
 
@@ -22,8 +22,8 @@ def comparison(found: Outcomes) -> Section:
     if len(groups) > 1:
         blocks.append(
             Note(
-                "These scores were measured on different text, or against different references: compare only numbers "
-                "of one plot or table with each other.",
+                "These scores were measured on different text, or against different references, or against a reference "
+                "and a file of its statistics: compare only numbers of one plot with each other.",
                 warning=True,
             )
         )
@@ -72,11 +72,16 @@ def scores_cells(outcome: Outcome) -> tuple[str, str, str, str]:
     score = outcome.score
     assert score is not None
     return (
-        numbers.estimate(score.kld),
+        kld_text(score),
         numbers.estimate(score.perplexity),
         numbers.percentage_estimate(change(score.log_ratio), signed=True),
         numbers.percentage_estimate(score.same_top),
     )
+
+
+def kld_text(score: Score) -> str:
+    """ "0.0143 ± 0.0011", with a sign in front if the true one is larger."""
+    return f"{'≥ ' if score.lower_bound else ''}{numbers.estimate(score.kld)}"
 
 
 def change(log_ratio: Mean) -> Mean:
@@ -90,7 +95,7 @@ def change(log_ratio: Mean) -> Mean:
 def _pareto(group: Sequence[Outcome], floor: float | None) -> Figure:
     best = front(group)
     rows = tuple(
-        (o.label, numbers.size(o.nbytes), f"{o.bpw:.3f}", numbers.estimate(o.score.kld), "yes" if o in best else "no")
+        (o.label, numbers.size(o.nbytes), f"{o.bpw:.3f}", kld_text(o.score), "yes" if o in best else "no")
         for o in sorted(group, key=lambda outcome: outcome.nbytes)
         if o.score is not None
     )
@@ -124,11 +129,26 @@ def evaluation(evaluated: Evaluated, group: str) -> Section:
     ]
     if evaluated.document.noise_floor is not None:
         series.append(_Series(FLOOR, evaluated.document.noise_floor.result, floor=True))
-    blocks: list[Block] = [_tail(series)]
+    blocks: list[Block] = [*_lower_bound(evaluated), _tail(series)]
     if any(len(one.result.domains) > 1 for one in series):
         blocks += [_domains(series), _domain_table(series)]
     blocks += _layers(series)
     return Section("quality", "Distance from the original", tuple(blocks), group)
+
+
+def _lower_bound(evaluated: Evaluated) -> list[Block]:
+    file = evaluated.document.reference_file
+    if file is None:
+        return []
+    rest = f" The original gives {numbers.percentage(file.mean_rest)} to all other tokens." * math.isfinite(
+        file.mean_rest
+    )
+    return [
+        Note(
+            f"The original was not run: its {file.top:,} most likely tokens of each position were read from a file. KL "
+            f"divergences are lower bounds, and errors of hidden states are not known.{rest}"
+        )
+    ]
 
 
 def survival(kld: Divergence, tokens: int) -> list[tuple[float, float]]:
@@ -225,7 +245,11 @@ def _domain_cells(scores: Scores) -> tuple[str, ...]:
 def _layers(series: Sequence[_Series]) -> list[Block]:
     """Error of the hidden state and agreement of the routers, if there are layers and routers."""
     states = [
-        (one.name, [(layer.layer, 100 * layer.hidden_error) for layer in one.result.layers], one.floor)
+        (
+            one.name,
+            [(x.layer, 100 * x.hidden_error) for x in one.result.layers if not math.isnan(x.hidden_error)],
+            one.floor,
+        )
         for one in series
     ]
     routers = [

@@ -362,7 +362,10 @@ def test_damaged_files(tmp_path: Path, text: str, words: str) -> None:
 
 def test_evaluations_that_come_from_no_file_are_refused_too() -> None:
     baseline = Baseline(evaluation=evaluation(CLEAN))
-    for made, words in ((evaluation(), "has no candidates"), (evaluation(CLEAN, window_domains=()), "no scores by")):
+    for made, words in (
+        (evaluation(), "has no candidates"),
+        (evaluation(CLEAN, window_domains=()), "has no scores by"),
+    ):
         with pytest.raises(EvaluationError, match=f"^evaluation: {words}"):
             check_comparable(made, baseline, Path("b.json"))
 

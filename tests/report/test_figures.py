@@ -103,12 +103,27 @@ def test_the_error_of_an_experts_tokens_has_gaps_where_there_are_none(report: Re
         ([10, 60], ["10", "20", "50"]),
         ([3, 2e6], ["100", "10,000", "1,000,000"]),
         ([5], ["5"]),
+        ([0, 1e-310, 5, math.inf, math.nan], ["5"]),
+        ([math.inf], None),
         ([], None),
     ],
 )
 def test_ticks_of_a_log_scale_are_few_and_round(values: list[float], labels: list[str] | None) -> None:
     ticks = cast("Any", heat_maps.log_ticks(values, percent=False))
     assert ticks.get("ticktext") == labels
+
+
+def test_values_that_hardly_differ_have_few_ticks() -> None:
+    """And not a list of ten thousand million, down to zero."""
+    ticks = cast("Any", heat_maps.log_ticks([10**10, 10**10 + 1], percent=False))
+    assert 2 <= len(ticks["tickvals"]) <= 5
+    assert len(cast("Any", heat_maps.log_ticks([0.1, 0.1 + 1e-16], percent=True))["tickvals"]) <= 5
+
+
+def test_a_noise_floor_beyond_all_measure_is_not_drawn(tmp_path: Path) -> None:
+    path = written(tmp_path, evaluation({"a": (100, 0.01), "b": (60, 0.5)}, floor=math.inf), "e.json")
+    layout = spec(figure(report_of(outcomes_of(read_documents([path]))), "Size against KL divergence"))["layout"]
+    assert "shapes" not in layout
 
 
 def test_names_of_points_avoid_each_other(tmp_path: Path) -> None:

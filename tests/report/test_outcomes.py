@@ -10,6 +10,7 @@ import pytest
 
 from quantkit.report.build import report_of
 from quantkit.report.documents import Mean, read_documents
+from quantkit.report.markdown import markdown
 from quantkit.report.outcomes import Outcomes, front, outcomes_of
 from quantkit.report.quality import change, comparable, survival
 from tests.report.jobs import conversion, evaluation, scores, written
@@ -43,11 +44,33 @@ def test_scores_of_other_bytes_are_not_those_of_a_conversion(tmp_path: Path) -> 
     assert (stale.conversion, stale.nbytes) == (None, 41)
 
 
+def test_a_candidate_whose_path_cannot_be_is_no_conversion(tmp_path: Path) -> None:
+    folder = written(tmp_path / "w4", conversion(nbytes=40)).parent
+    found = outcomes(folder, written(tmp_path, evaluation({"w4\0": (40, 0.03)}), "e.json"))
+    assert [o.conversion is None for o in found.outcomes] == [False, True]
+
+
 def test_names_that_occur_twice_are_told_apart(tmp_path: Path) -> None:
     folders = [written(tmp_path / place / "w4", conversion()).parent for place in ("a", "b")]
     assert [o.label for o in outcomes(*folders).outcomes] == ["a/w4", "b/w4"]
     deeper = [written(tmp_path / place / "c" / "w4", conversion()).parent for place in ("a", "b")]
     assert len({o.label for o in outcomes(*deeper).outcomes}) == 2
+
+
+def test_lower_bounds_are_not_compared_with_whole_divergences(tmp_path: Path) -> None:
+    whole = evaluation({"w4": (40, 0.03), "w3": (30, 0.1)})
+    bound = {**evaluation({"w4": (40, 0.029)}, floor=None), "reference_file": {"path": "made/r.file", "top": 512}}
+    for layer in bound["candidates"][0]["result"]["layers"]:
+        layer.update(hidden_error=None, expert_errors=None)
+    files = [written(tmp_path, document, name) for name, document in (("a.json", whole), ("b.json", bound))]
+    found = outcomes(*files)
+    assert [len(group) for group in comparable(found.outcomes)] == [2, 1]
+    text = markdown(report_of(found))
+    assert ("| ≥ 0.0290 ± 0.0029 |" in text, "| 0.0300 ± 0.0030 |" in text) == (True, True)
+    assert ("file of its statistics" in text, "KL divergences are lower bounds" in text) == (True, True)
+    assert "quantkit evaluate made/r.file w4 --device cpu -o evaluation.json" in text
+    alone = [block for section in report_of(outcomes(files[1])).sections for block in section.blocks]
+    assert "Error of the hidden state, layer by layer" not in [getattr(block, "title", "") for block in alone]
 
 
 def test_only_scores_of_the_same_text_are_compared(tmp_path: Path) -> None:
