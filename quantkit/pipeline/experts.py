@@ -24,6 +24,10 @@ from quantkit.pipeline.layer_job import ExpertCounts, LayerJob
 from quantkit.pipeline.outputs import Linears, any_wanted, needs_inputs, quantize_linears
 from quantkit.quantizers.batch import QuantizedBatch
 
+KEPT_HIDDEN = 4
+"""What is kept of a batch's hidden units takes at most so many times the experts' own weights, about what sweeping gate
+and up took before. The rest (of an expert that nearly all tokens choose) is computed again."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Stream:
@@ -179,8 +183,12 @@ class _Batch:
         """The block's inputs of an expert's tokens, chunk by chunk, in the stream that is carried and, if there is one,
         in the original stream."""
         for token, _ in self.tokens[number].chunks(self.job.device):
-            own, *others = (stream.h.gather(token).to(self.job.device) for stream in self.routes.streams)
+            own, *others = (self.inputs(stream, token) for stream in self.routes.streams)
             yield own, others[0] if others else None
+
+    def inputs(self, stream: _Stream, token: Tensor) -> Tensor:
+        """The block's inputs of tokens (n,) in a stream, (n, hidden) on the device."""
+        return stream.h.gather(token).to(self.job.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +199,11 @@ class _Weights:
     gate: Tensor
     up: Tensor
     down: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Of all experts."""
+        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
     def hidden(self, number: int, h: Tensor) -> Tensor:
         """h (tokens, hidden) -> (tokens, inter) of one expert."""
@@ -218,7 +231,7 @@ def _quantize_batch(batch: _Batch) -> None:
         if job.weights.carries_quantised:
             carried = replace(carried, down=new_down.to(dtype))
     del down, moments
-    _carry_on(batch, hidden, carried.down)
+    _carry_on(batch, hidden, carried)
     for stream in batch.routes.streams[1:]:
         for number, expert in enumerate(batch.experts):
             weights = partial(original.of, expert=expert, number=number)
@@ -264,23 +277,32 @@ def _input_stats(batch: _Batch, gate: Linears, up: Linears) -> Inputs:
     return moments.stats()
 
 
-def _hidden(batch: _Batch, carried: _Weights, original: _Weights, moments: InputMoments | None) -> list[list[Tensor]]:
-    """What each down projection reads in the carried stream, chunk by chunk of its tokens, and its moments."""
-    found: list[list[Tensor]] = []
+_Kept = list[list["Tensor | None"]]
+"""By expert and chunk of its tokens: what its down projection reads in the carried stream, None where that was not
+kept."""
+
+
+def _hidden(batch: _Batch, carried: _Weights, original: _Weights, moments: InputMoments | None) -> _Kept:
+    """What each down projection reads, as far as there is room for it, and its moments."""
+    found, room = _Kept(), KEPT_HIDDEN * carried.nbytes
     for number in range(len(batch.experts)):
         found.append([])
         for own, other in batch.gathered(number):
-            found[-1].append(carried.hidden(number, own))
+            hidden = carried.hidden(number, own)
+            room -= hidden.nbytes
+            found[-1].append(hidden if room >= 0 else None)
             if moments is not None:
-                moments.add(found[-1][-1], None if other is None else original.hidden(number, other), number)
+                moments.add(hidden, None if other is None else original.hidden(number, other), number)
     return found
 
 
-def _carry_on(batch: _Batch, hidden: list[list[Tensor]], down: Tensor) -> None:
+def _carry_on(batch: _Batch, hidden: _Kept, carried: _Weights) -> None:
     """Add the experts' outputs to the residual of the carried stream."""
-    for tokens, parts, weight in zip(batch.tokens, hidden, down, strict=True):
-        for (token, share), inputs in zip(tokens.chunks(batch.job.device), parts, strict=True):
-            add_expert_output(inputs, weight, token, share, batch.routes.streams[0].x)
+    stream = batch.routes.streams[0]
+    for number, (tokens, parts) in enumerate(zip(batch.tokens, hidden, strict=True)):
+        for (token, share), kept in zip(tokens.chunks(batch.job.device), parts, strict=True):
+            inputs = carried.hidden(number, batch.inputs(stream, token)) if kept is None else kept
+            add_expert_output(inputs, carried.down[number], token, share, stream.x)
 
 
 def _note_importance(job: LayerJob, group: tuple[Linears, ...], stats: Inputs) -> None:

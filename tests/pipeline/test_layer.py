@@ -263,6 +263,9 @@ CASES = {
     "only attention": Case(outputs=({"self_attn": (SCHEME, GPTQ)},)),
     "other shrinkage": Case(outputs=({"*": (SCHEME, Gptq(grid=4, shrink=0.5, down_shrink=0, polish=0))},)),
     "no q_lora, two shared experts": Case(config=small_config(q_lora_rank=None, n_shared_experts=2)),
+    "experts that all tokens choose": Case(
+        config=small_config(n_routed_experts=2, num_experts_per_tok=2, n_group=1, topk_group=1)
+    ),
 }
 
 
@@ -279,6 +282,26 @@ def test_methods_are_given_what_the_plain_loop_gives(name: str, monkeypatch: pyt
         (counts,) = job.counts.values()
         assert [counts[expert].n_tokens for expert in case.unloved] == [0] * len(case.unloved)
         assert [counts[expert].borrowed for expert in case.unloved] == [case.min_tokens] * len(case.unloved)
+
+
+@pytest.mark.parametrize("kept", [0, 0.05])
+def test_hidden_units_that_are_not_kept_are_computed_again(kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, scarce = replace(CASES["moe layer"]), replace(CASES["moe layer"])
+    whole.quantised(monkeypatch)
+    found: list[bool] = []
+    carry_on = experts_module._carry_on
+
+    def noting(batch: Any, hidden: list[list[Tensor | None]], carried: Any) -> None:
+        found.extend(part is None for parts in hidden for part in parts)
+        carry_on(batch, hidden, carried)
+
+    monkeypatch.setattr(experts_module, "KEPT_HIDDEN", kept)
+    monkeypatch.setattr(experts_module, "_carry_on", noting)
+    scarce.quantised(monkeypatch)
+    assert any(found)
+    assert all(found) == (kept == 0)
+    for store, expected in zip(scarce.streams.stores(), whole.streams.stores(), strict=True):
+        assert torch.equal(store.read(0, ROWS), expected.read(0, ROWS))
 
 
 @pytest.mark.parametrize("shrink", [0.0, 3.0])
