@@ -17,6 +17,7 @@ from quantkit.evaluate.check_places import expert_check, layer_check, loss_check
 from quantkit.evaluate.check_statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check_verdict import Check, Limits, Verdict, percent
 from quantkit.evaluate.document import Candidate, Evaluation
+from quantkit.formats.safetensors_header import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def check(
         for side, what in ((old, "baseline"), (new, "evaluation")):
             if name not in side:
                 raise EvaluationError(
-                    f"candidate {name}: is not in the {what}, which has {', '.join(side)}.",
+                    f"candidate {printable(name)}: is not in the {what}, which has {printable(', '.join(side))}.",
                     hint="--candidate limits the check to some; --update-baseline takes the evaluation's candidates.",
                 )
     return tuple(
@@ -78,7 +79,7 @@ def _verdict(
         notes += note
     if any(check.better for check in checks):
         notes.append("better than the baseline: --update-baseline keeps it so")
-    return Verdict(sides.name, tuple(checks), tuple(notes))
+    return Verdict(printable(sides.name), tuple(checks), tuple(notes))
 
 
 def _size(sides: _Sides, limits: Limits) -> Check:
@@ -173,7 +174,10 @@ def _domains(sides: _Sides, domains: Sequence[str], limits: Limits) -> Iterator[
             luck = (limits.spread * pair.was, limits.domain_spread * whole, limits.divergence_floor)
             limit = allowed(pair, sigmas, math.hypot(*luck))
             checks.append(
-                (of_limit(pair.change, limit), replace(_divergence("KLD of a domain", pair, limit), place=domain))
+                (
+                    of_limit(pair.change, limit),
+                    replace(_divergence("KLD of a domain", pair, limit), place=printable(domain)),
+                )
             )
     checks.sort(key=lambda entry: -entry[0])
     others = [f"{check.place} {check.change}" for _, check in checks[1:] if not check.passed]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.document import Candidate, Evaluation, Number, Windows, json_text
+from quantkit.formats.safetensors_header import printable
 
 MAX_BYTES = 2**28
 """Of a JSON file. DeepSeek V3's, with 44,544 experts' linears and ten thousand windows, stays below a tenth."""
@@ -102,7 +103,7 @@ def by_name(evaluation: Evaluation) -> dict[str, Candidate]:
     for name in names:
         if names.count(name) > 1:
             raise EvaluationError(
-                f"candidate {name}: found {names.count(name)} of this name, needed one.",
+                f"candidate {printable(name)}: found {names.count(name)} of this name, needed one.",
                 hint="Baselines know candidates by their folders' names: evaluate them from folders named differently.",
             )
     return dict(zip(names, evaluation.candidates, strict=True))
@@ -138,7 +139,8 @@ def check_comparable(evaluation: Evaluation, baseline: Baseline, path: Path) -> 
     }
     for what, (was, found) in facts.items():
         if was != found:
-            shown = "" if isinstance(was, tuple) else f": {was} in the baseline, {found} in the evaluation"
+            sides = f": {printable(str(was))} in the baseline, {printable(str(found))} in the evaluation"
+            shown = "" if isinstance(was, tuple) else sides
             raise EvaluationError(
                 f"{path}: not comparable, another {what}{shown}.",
                 hint="Evaluate with the baseline's options, text and reference, or make a new one: --update-baseline.",
@@ -172,7 +174,7 @@ def _read(path: Path, model: type[_Model], what: str) -> _Model:
         raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}.") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part)[:40] for part in first["loc"][:6])
+        place = printable(".".join(str(part)[:40] for part in first["loc"][:6]))
         raise EvaluationError(
             f"{path}: is not {what} of this version: {place + ': ' if place else ''}{first['msg'][:120]}."
         ) from None
@@ -196,7 +198,9 @@ def _check_windows(where: Path | str, evaluation: Evaluation) -> None:
         ]
         first = [(len(x.expert_errors or ()),) * 2 for x in evaluation.candidates[0].result.layers]
         if lengths != {n_windows} or len(windows.layers) != _layers(evaluation) or shapes != first:
-            raise EvaluationError(f"{where}: {candidate.model.name}: scores by window contradict each other.")
+            raise EvaluationError(
+                f"{where}: {printable(candidate.model.name)}: scores by window contradict each other."
+            )
     if n_windows < MIN_WINDOWS:
         raise EvaluationError(
             f"{where}: found {n_windows} windows, needed {MIN_WINDOWS} to tell a regression from noise.",

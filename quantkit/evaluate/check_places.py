@@ -18,6 +18,7 @@ from quantkit.evaluate.check_baseline import Conversion
 from quantkit.evaluate.check_statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check_verdict import Check, Limits, percent
 from quantkit.evaluate.document import Layer, Windows
+from quantkit.formats.safetensors_header import printable
 
 SHOWN = 4
 """Experts or linears in one line."""
@@ -130,13 +131,13 @@ def _places_check(name: str, places: Sequence[_Place]) -> Check:
     more += [f"{len(worse) - SHOWN} more"] if len(worse) > SHOWN else []
     return Check(
         name=name,
-        place=shown.name,
+        place=printable(shown.name),
         was=f"{shown.was:.3g}",
         found=f"{shown.found:.3g}",
         change=shown.change,
         limit=percent(math.expm1(min(shown.bound, 700.0))),
         passed=not worse,
-        detail=f"also {', '.join(more)}" if more else "",
+        detail=printable(f"also {', '.join(more)}") if more else "",
     )
 
 
@@ -152,7 +153,7 @@ def loss_checks(was: Conversion, found: Conversion | None, limits: Limits) -> tu
     # A loss that is no number now is none that passes.
     common = [name for name, loss in was.losses.items() if loss > 0 and not found.losses.get(name, 0) <= 0]
     gone = [name for name, loss in was.losses.items() if loss > 0 and name not in found.losses]
-    notes = [f"{len(gone)} linears of the baseline have no loss now, {gone[0]} is the first"] if gone else []
+    notes = [f"{len(gone)} linears of the baseline have no loss now, {printable(gone[0])} is the first"] if gone else []
     if not common:
         return [], notes
     kinds: dict[str, list[str]] = {}

@@ -49,6 +49,7 @@ _ENTRY_BYTES = 160
 """Room in the header for one tensor."""
 _ROUTING_BYTES = 16
 """Reserved for the choice of a token in a layer."""
+_ROUTING_DTYPES = ("U8", "I16")
 _REST_AT_ONCE = 2**20
 _ANEW = "Make it anew: quantkit evaluate REFERENCE --save-reference FILE."
 
@@ -282,16 +283,19 @@ class ReferenceStatistics:
         parts = (self._read("rest", at, min(at + _REST_AT_ONCE, n)).sum() for at in range(0, n, _REST_AT_ONCE))
         return float(sum(parts)) / n if n else math.nan
 
-    def routings(self, layer: int) -> list[Tensor]:
-        """Experts that the reference chose in a layer: (tokens, top_k) int64 of each block."""
-        found: list[Tensor] = []
-        while f"routing.{layer}.{len(found)}" in self._stored:
-            name = f"routing.{layer}.{len(found)}"
+    def routings(self, layer: int, n_experts: Sequence[int]) -> list[Tensor]:
+        """Experts that the reference chose in a layer: (tokens, top_k) int64 of each block, which has ``n_experts``."""
+        return [self._routing(f"routing.{layer}.{block}", n) for block, n in enumerate(n_experts)]
+
+    def _routing(self, name: str, n_experts: int) -> Tensor:
+        stored = self._stored.get(name)
+        shape = () if stored is None else stored.info.shape
+        fits = len(shape) == 2 and shape[0] == self.tokens.numel() and 0 < shape[1] <= n_experts
+        if stored is not None and stored.info.dtype in _ROUTING_DTYPES and fits:
             indices = self._read(name, 0, None).long()
-            if indices.ndim != 2 or len(indices) != self.tokens.numel() or (indices.numel() and int(indices.min()) < 0):
-                raise self._refusal(f"{name} is not a choice of experts for {self.tokens.numel():,} tokens")
-            found.append(indices)
-        return found
+            if 0 <= int(indices.min()) <= int(indices.max()) < n_experts:
+                return indices
+        raise self._refusal(f"{name} is not a choice of {n_experts:,} experts for {self.tokens.numel():,} tokens")
 
     def close(self) -> None:
         """Give the descriptor back."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.arch.base import ExpertBlock, ModelArch
-from quantkit.evaluate.compare import Comparison, LayerScore, Model, NewRows, Stream, agreement, start_streams
+from quantkit.evaluate.compare import Comparison, LayerScore, Model, NewRows, agreement, start_streams
 from quantkit.evaluate.reference_file import Positions, ReferenceStatistics, ReferenceWriter
 from quantkit.evaluate.token_scores import POSITIONS, VOCAB_BLOCK, Head, OnlineSoftmax, TokenScores
 
@@ -99,9 +99,10 @@ def compare_recorded(
     streams, scratch = start_streams(arch, candidates, tokens, new_rows)
     layers: list[list[LayerScore]] = [[] for _ in candidates]
     for layer in range(arch.n_layers):
-        expected = reference.routings(layer)
+        blocks = [block for sublayer in arch.sublayers(layer) for block in sublayer if isinstance(block, ExpertBlock)]
+        expected = reference.routings(layer, [block.n_experts for block in blocks])
         for found, stream in zip(layers, streams, strict=True):
-            found.append(_layer_score(stream, layer, expected, stream.forward(layer, scratch)))
+            found.append(_layer_score(blocks, layer, expected, stream.forward(layer, scratch)))
         on_layer(layer)
     scores = _token_scores([stream.head() for stream in streams], reference)
     for store in (*(stream.x for stream in streams), scratch):
@@ -109,8 +110,10 @@ def compare_recorded(
     return [Comparison(found, tuple(own)) for found, own in zip(scores, layers, strict=True)]
 
 
-def _layer_score(stream: Stream, layer: int, expected: Sequence[Tensor], found: Sequence[Tensor]) -> LayerScore:
-    blocks = [b for sublayer in stream.arch.sublayers(layer) for b in sublayer if isinstance(b, ExpertBlock)]
+def _layer_score(
+    blocks: Sequence[ExpertBlock], layer: int, expected: Sequence[Tensor], found: Sequence[Tensor]
+) -> LayerScore:
+    """``blocks`` of routed experts, and which of them the reference and a candidate chose."""
     loads = None
     if len(blocks) == len(expected) == 1:
         loads = tuple(torch.bincount(expected[0].flatten(), minlength=blocks[0].n_experts).tolist())

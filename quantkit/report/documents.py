@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from quantkit.errors import OutputError
+from quantkit.formats.safetensors_header import printable
 
 CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
 MAX_BYTES = 256 * 2**20
@@ -310,7 +311,7 @@ def _parsed(path: Path, content: bytes, model: type[_Model]) -> _Model:
         return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part)[:60] for part in first["loc"][:8])
+        place = printable(".".join(str(part)[:60] for part in first["loc"][:8]))
         raise OutputError(
             f"{path}: {f'{place}: ' if place else ''}{first['msg'][:200]}.",
             hint="The file is damaged, or was written by a version of quantkit that this one does not know.",

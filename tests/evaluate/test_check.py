@@ -370,6 +370,21 @@ def test_evaluations_that_come_from_no_file_are_refused_too() -> None:
             check_comparable(made, baseline, Path("b.json"))
 
 
+def test_texts_of_files_keep_to_one_line(tmp_path: Path) -> None:
+    name = "a\n\x1b[31mb"
+    (found,) = check(evaluation(Made(name=name, kld=9)), Baseline(evaluation=evaluation(Made(name=name))), Limits(), {})
+    assert found.candidate == "'a\\n\\x1b[31mb'"
+    for only in ([], ["c"]):
+        with pytest.raises(EvaluationError) as refused:
+            check(evaluation(Made(name=name)), Baseline(evaluation=evaluation(CLEAN)), Limits(), {}, only)
+        assert refused.value.message.isprintable()
+    damaged_name = damaged(lambda d: d["reference"].update(fingerprint=name))  # type: ignore[attr-defined, index]
+    (tmp_path / "e.json").write_text(damaged_name, encoding="utf-8")
+    with pytest.raises(EvaluationError) as refused:
+        check_comparable(read_evaluation(tmp_path / "e.json"), Baseline(evaluation=evaluation(CLEAN)), Path("b.json"))
+    assert refused.value.message.isprintable()
+
+
 def test_few_windows_are_refused(tmp_path: Path) -> None:
     """Seven allow a mean KLD to double."""
 

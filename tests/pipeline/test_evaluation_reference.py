@@ -20,7 +20,7 @@ from tests.cli.test_cli import quantkit
 from tests.pipeline.test_evaluation import BUDGET, NANO, ROOT, W4, outputs
 
 TEXT = (str(ROOT / "calibration_data" / "eval" / "prose.txt"), str(ROOT / "calibration_data" / "eval" / "code.txt"))
-CUT: dict[str, Any] = {"text": TEXT, "context": 48, "max_windows_per_file": 2, "protocol": "llama.cpp"}
+CUT: dict[str, Any] = {"text": TEXT, "context": 48, "max_windows_per_file": 4, "protocol": "llama.cpp"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_neither_the_reference_nor_its_text_is_touched(
     events: list[EvaluationStarted | LayerPassed] = []
     again = evaluate(tmp_path / "elsewhere", candidates[:1], memory_budget=BUDGET, on_event=events.append)
     assert again.candidates[0] == found.candidates[0]
-    assert events[0] == EvaluationStarted(1, 4, 4 * 48, 3)
+    assert events[0] == EvaluationStarted(1, 8, 8 * 48, 3)
 
 
 def test_a_reference_alone_and_without_noise_floor(candidates: list[Path], tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_same_text_and_protocol_may_be_said_again(
     [
         ("was made with --context 48, not --context 64", {"context": 64}),
         ("was made with --protocol llama.cpp, not --protocol windows", {"protocol": "windows"}),
-        ("was made with --max-windows-per-file 2, not", {"max_windows_per_file": 3}),
+        ("was made with --max-windows-per-file 4, not", {"max_windows_per_file": 3}),
         ("was made of other text: ", {"text": TEXT[:1]}),
         ("was made of other text: ", {"text": TEXT[::-1]}),
         ("is a reference's file already", {"save_reference": "x"}),
