@@ -1,9 +1,10 @@
 """What a conversion needs of RAM, device memory and disk, as a sum of terms. Estimates, except for the output's bytes.
 
-    hidden states   tokens * (hidden + widest dense input) * 4 B, for each stream, in RAM or on disk
+    hidden states   tokens * (streams * hidden + what a block keeps) * 4 B, in RAM, on the GPU or on disk; a block keeps
+                    its output projection's inputs, routed experts those of each stream
     resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers at most, on disk
     Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of a GPTQ linear
-    slices          rows are quantised in slices of bounded size
+    slices          rows are quantised in slices of bounded size (on a GPU in longer ones)
     weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the linears that are quantised together
     passing         one batch of rows at the widest linear, and the largest weight on its way from the disk; never
                     while something is quantised, so the larger of the two counts
@@ -109,10 +110,11 @@ def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 
 
 
 def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
-    """One decision for each shape and treatment: 46,000 tensors have a dozen."""
+    """One decision for each shape, role and treatment: 46,000 tensors have a few dozen."""
     seen: dict[tuple[object, ...], Decision] = {}
     for decision in decisions:
-        seen.setdefault((decision.spec.shape, decision.action, decision.scheme, decision.method), decision)
+        spec = decision.spec
+        seen.setdefault((spec.shape, spec.role, decision.action, decision.scheme, decision.method), decision)
     return list(seen.values())
 
 
@@ -182,14 +184,18 @@ def _collecting(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
 
 
 def _hidden_states(plan: Plan, arch: ModelArch) -> Term | None:
-    """The streams, and the widest scratch store that a block keeps beside each (what its output projection reads)."""
+    """The streams, and the widest scratch that a block keeps beside them: what its output projection reads in the
+    calibrated stream; or what routed experts read in each, while the shared one passes."""
     calibration = plan.recipe.calibration
     if calibration is None:
         return None
-    widest = max(decision.spec.shape[-1] for decision in _dense_linears(plan))
-    nbytes = _tokens(calibration) * (arch.hidden_size + max(widest, arch.hidden_size)) * 4 * _streams(plan)
-    width = f"({arch.hidden_size:,} + {widest:,})"
-    formula = f"{_tokens(calibration):,} tokens x {width} x 4 B x {_streams(plan)} streams"
+    dense, streams = _dense_linears(plan), _streams(plan) * arch.hidden_size
+    widest = max(decision.spec.shape[-1] for decision in dense)
+    outputs = [d.spec for d in dense if d.spec.role is Role.SHARED_EXPERT and d.spec.shape[0] == arch.hidden_size]
+    shared = max((spec.shape[-1] for spec in outputs), default=0)
+    scratch = max(widest, streams + shared)
+    nbytes = _tokens(calibration) * (streams + scratch) * 4
+    formula = f"{_tokens(calibration):,} tokens x ({_streams(plan)} x {arch.hidden_size:,} + {scratch:,}) x 4 B"
     return Term("hidden states", nbytes, formula)
 
 

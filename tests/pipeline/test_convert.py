@@ -21,6 +21,9 @@ from quantkit.evaluate.validation import summarise
 from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
 from quantkit.pipeline import machine as machine_module
 from quantkit.pipeline.events import Event, Finished, LayerDone, Started, TensorDone
+from quantkit.pipeline.headers import read_headers
+from quantkit.pipeline.memory import conversion_needs
+from quantkit.pipeline.plan import make_plan
 from quantkit.schemes import IntScheme
 from tests import tiny_models
 from tests.pipeline.jobs import (
@@ -173,6 +176,30 @@ def test_hidden_states_on_disk_give_the_same_weights(
     monkeypatch.setattr(machine_module.Stores, "__init__", _no_memory(machine_module.Stores.__init__))
     run(place / "model", recipe, tmp_path / "b")
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("cross", [0, 0.5])
+@pytest.mark.parametrize("config", [{}, {"first_k_dense_replace": 0, "n_shared_experts": 2}], ids=["dense", "shared"])
+def test_the_plan_knows_the_most_that_hidden_states_take(
+    config: dict[str, Any], cross: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model", small_config(**config))
+    write_text(tmp_path / "calibration.txt")
+    rule = int4(grid=2, polish=0, cross=cross)
+    most, make = [0], machine_module.Stores.new
+
+    def noting(self: machine_module.Stores, *size: Any) -> Any:
+        made = make(self, *size)
+        most.append(sum(store.nbytes for store in self._made))
+        return made
+
+    monkeypatch.setattr(machine_module.Stores, "new", noting)
+    run(tmp_path / "model", recipe_of(rule, tokens=128), tmp_path / "out")
+    headers = read_headers(tmp_path / "model")
+    plan = make_plan(recipe_of(rule, tokens=128), headers.arch, headers.infos, headers.is_float8, headers.block_size)
+    needed = conversion_needs(plan, headers.arch).hidden_states
+    assert needed is not None
+    assert needed.nbytes == max(most)
 
 
 def _no_memory(real: Any) -> Any:

@@ -259,7 +259,7 @@ def test_needs_of_v3(v3: SourceHeaders) -> None:
     assert terms["Hessian set"] % (18432**2 * 4) == 0
     assert needs.hidden_states is not None
     assert plan.recipe.calibration is not None
-    assert needs.hidden_states.nbytes == plan.recipe.calibration.tokens * (7168 + 18432) * 4 * 2
+    assert needs.hidden_states.nbytes == plan.recipe.calibration.tokens * (2 * 7168 + 18432) * 4
     assert needs.ram_bytes == needs.working_bytes + needs.hidden_states.nbytes
     assert needs.disk_bytes > plan.outputs[0].nbytes + needs.hidden_states.nbytes
     data_free = plan_of(v3, load_recipe("deepseek-v3-w4a16-rtn"))
