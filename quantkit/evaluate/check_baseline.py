@@ -98,7 +98,10 @@ def read_conversions(evaluation: Evaluation, base: Path) -> dict[str, Conversion
 
 
 def by_name(evaluation: Evaluation) -> dict[str, Candidate]:
-    """Candidates by their name: the last part of their path. Raises `EvaluationError` if two have the same."""
+    """Candidates by their name: the last part of their path. Raises `EvaluationError` if there is none, or if two have
+    the same."""
+    if not evaluation.candidates:
+        raise EvaluationError("evaluation: has no candidates.")
     names = [candidate.model.name for candidate in evaluation.candidates]
     for name in names:
         if names.count(name) > 1:

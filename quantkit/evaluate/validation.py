@@ -92,5 +92,5 @@ def _estimate(values: Tensor) -> Estimate:
 
 
 def _exp(estimate: Estimate) -> Estimate:
-    mean = math.exp(estimate.mean)
+    mean = math.inf if estimate.mean > 709 else math.exp(estimate.mean)  # which would raise
     return Estimate(mean, mean * estimate.standard_error)

@@ -97,6 +97,8 @@ def evaluate(
 
 
 def _protocol(name: Cut, context: int, max_windows_per_file: int | None) -> Protocol:
+    if name not in _PROTOCOLS:
+        raise PlanError(f"evaluation: protocol is {name!r}, {' or '.join(_PROTOCOLS)} was needed.")
     first_scored = context // 2 if name == "llama.cpp" else 0
     if context - 1 - first_scored < 1:
         raise CalibrationError(f"evaluation: context {context} leaves nothing to score by protocol {name}.")

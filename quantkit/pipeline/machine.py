@@ -70,8 +70,10 @@ class Machine:
 
     @classmethod
     def of(cls, device: str, memory_budget: int | None) -> Machine:
-        """``device``: "auto", "cpu" or "cuda"; ``memory_budget``: bytes or None. Raises `PlanError` for a device that
-        is not there."""
+        """``device``: "auto", "cpu" or "cuda"; ``memory_budget``: bytes or None. Raises `PlanError` for another device,
+        or one that is not there."""
+        if device not in ("auto", "cpu", "cuda"):
+            raise PlanError(f"device {device!r}: auto, cpu or cuda was needed.")
         if device == "cuda" and not torch.cuda.is_available():
             raise PlanError(
                 "device cuda: torch sees no GPU.", hint="Use --device cpu, or install a CUDA build of torch."

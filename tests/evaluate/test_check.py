@@ -361,6 +361,8 @@ def test_damaged_files(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_evaluations_that_come_from_no_file_are_refused_too() -> None:
+    with pytest.raises(EvaluationError, match="has no candidates"):
+        read_conversions(evaluation(), Path())
     baseline = Baseline(evaluation=evaluation(CLEAN))
     for made, words in (
         (evaluation(), "has no candidates"),

@@ -36,6 +36,12 @@ def test_means_and_errors_are_those_of_windows(tokens: TokenScores) -> None:
     assert scores.p99_kl == pytest.approx(float(ordered[297]))
 
 
+def test_losses_beyond_all_measure_are_an_infinite_perplexity(tokens: TokenScores) -> None:
+    scores = summarise(replace(tokens, candidate_nll=tokens.candidate_nll + 1e4))
+    assert (scores.candidate_perplexity.mean, scores.perplexity_ratio.mean) == (math.inf, math.inf)
+    assert math.isnan(summarise(replace(tokens, candidate_nll=tokens.candidate_nll * math.nan)).perplexity_ratio.mean)
+
+
 def test_the_ratio_is_paired(tokens: TokenScores) -> None:
     """What both find hard cancels: its error is far below that of either perplexity."""
     hard = torch.linspace(0, 3, 6, dtype=torch.float64)[:, None]

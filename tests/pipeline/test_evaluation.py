@@ -364,6 +364,12 @@ def test_a_budget_that_is_too_small_and_a_context_without_a_half_are_refused(fil
     assert "leaves nothing to score" in refusal(files / "bf16", context=2, protocol="llama.cpp")
 
 
+def test_words_that_are_no_options_are_refused(files: Path) -> None:
+    assert "protocol is 'vllm', windows or llama.cpp was needed" in refusal(files / "bf16", protocol="vllm")
+    with pytest.raises(QuantkitError, match="device 'tpu': auto, cpu or cuda was needed"):
+        evaluate(NANO, [files / "bf16"], device="tpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_scores(found: Evaluation, candidates: dict[str, Path]) -> None:
