@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -42,6 +43,11 @@ def levels_of(grid: FixedScales) -> Levels:
 def flat(tensor: Tensor) -> NDArray[Any]:
     """The memory of a contiguous tensor."""
     return tensor.view(-1).numpy()
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """(B, m, n) -> (B, n, m), always a copy, and with the usual strides even where m or n is 1."""
+    return tensor.mT.clone(memory_format=torch.contiguous_format)
 
 
 @inlined

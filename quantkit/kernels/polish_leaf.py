@@ -19,7 +19,17 @@ from quantkit.kernels.compiled import Spread, spread_over
 from quantkit.kernels.cuda import FixedScales
 from quantkit.kernels.ggml_lanes import ROWS, fma, kernel, load, splat, store
 from quantkit.kernels.ggml_tile import Floats
-from quantkit.kernels.leaf_lanes import Levels, flat, levels_of, nearest, quotient, store_codes, store_part, take
+from quantkit.kernels.leaf_lanes import (
+    Levels,
+    flat,
+    levels_of,
+    nearest,
+    quotient,
+    store_codes,
+    store_part,
+    take,
+    transposed,
+)
 
 _PANEL = 512  # columns whose gradient is made at once
 _BLOCK = 128  # columns that one call of the kernel moves: their sixteen rows stay in the first cache
@@ -63,14 +73,14 @@ def polish(grid: FixedScales, target: Tensor, codes: Tensor, hessian: Tensor, ro
         loss = (work.error * (work.hessian @ work.error)).sum(1) if rounds == 0 else torch.empty(0)
         for _ in range(rounds):
             loss = _descend(work)
-    offsets = None if grid.offset is None else work.offsets.mT.contiguous()
-    return work.codes.mT.contiguous(), work.scales.mT.contiguous(), offsets, loss
+    offsets = None if grid.offset is None else transposed(work.offsets)
+    return transposed(work.codes), transposed(work.scales), offsets, loss
 
 
 def _started(grid: FixedScales, target: Tensor, codes: Tensor, hessian: Tensor, spread: Spread) -> _Descent:
     nothing = target.new_empty(0)
     # Copies even where the layout is this one already: they move, the arguments stay.
-    scales, moved = (t.mT.clone(memory_format=torch.contiguous_format) for t in (grid.scale, codes))
+    scales, moved = transposed(grid.scale), transposed(codes)
     size = target.shape[-1] // scales.shape[1]
     zeros = grid.zero.mT.contiguous() if isinstance(grid.zero, Tensor) else nothing
     levels = grid.table[moved.int()] if grid.table is not None else moved.float()
@@ -79,7 +89,7 @@ def _started(grid: FixedScales, target: Tensor, codes: Tensor, hessian: Tensor, 
     error = torch.addcmul(target.mT.contiguous(), levels, scales.repeat_interleave(size, 1), value=-1)
     offsets, row_sums = nothing, nothing
     if grid.offset is not None:
-        offsets = grid.offset.mT.clone(memory_format=torch.contiguous_format)
+        offsets = transposed(grid.offset)
         error -= offsets.repeat_interleave(size, 1)
         blocks = hessian.unflatten(1, (-1, size)).unflatten(-1, (-1, size)).diagonal(dim1=1, dim2=3)
         row_sums = blocks.sum(-2).mT.flatten(1).contiguous()

@@ -16,7 +16,17 @@ from quantkit.kernels.compiled import Spread, spread_over
 from quantkit.kernels.cuda import FixedScales
 from quantkit.kernels.ggml_lanes import ROWS, fma, kernel, load, splat, store
 from quantkit.kernels.ggml_tile import Floats
-from quantkit.kernels.leaf_lanes import Levels, flat, levels_of, nearest, quotient, store_codes, store_part, take
+from quantkit.kernels.leaf_lanes import (
+    Levels,
+    flat,
+    levels_of,
+    nearest,
+    quotient,
+    store_codes,
+    store_part,
+    take,
+    transposed,
+)
 
 _BLOCK = 128  # columns that one call of the kernel rounds: their sixteen rows stay in the first cache
 
@@ -67,7 +77,7 @@ def sweep(
         _sweep_span(work, 0, target.shape[-1])
     if loss is not None and lost is not loss:
         loss.copy_(lost)
-    return work.codes.mT.contiguous()
+    return transposed(work.codes)
 
 
 def in_layout(matrix: Tensor, layout: Tensor) -> Tensor:

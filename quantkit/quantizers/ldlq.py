@@ -305,9 +305,14 @@ def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: i
     for _ in range(rounds):
         for group in range(work.scales.shape[1]):
             _polish_group(work, group)
-    offset = None if work.offsets is None else work.offsets.mT
-    final = work.codes.mT.to(codes.dtype)
-    return Polished(final, work.scales.mT.contiguous(), offset, (work.error * work.gradient).sum(1))
+    offset = None if work.offsets is None else _transposed(work.offsets)
+    final = _transposed(work.codes.to(codes.dtype))
+    return Polished(final, _transposed(work.scales), offset, (work.error * work.gradient).sum(1))
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """(B, m, n) -> (B, n, m), always a copy, and with the usual strides even where m or n is 1."""
+    return tensor.mT.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,8 +338,8 @@ class _Descent:
         find = _Levels(grid)
         levels = find.of(codes.mT, zero).contiguous()
         # Copies even where the layout is this one already: they move, the grid stays.
-        scales = grid.scale.mT.clone(memory_format=torch.contiguous_format)
-        offsets = None if grid.offset is None else grid.offset.mT.clone(memory_format=torch.contiguous_format)
+        scales = _transposed(grid.scale)
+        offsets = None if grid.offset is None else _transposed(grid.offset)
         error = target.mT - levels * scales.repeat_interleave(size, 1)
         if offsets is not None:
             error -= offsets.repeat_interleave(size, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.quantizers import ldlq
-from quantkit.schemes import IntScheme
+from quantkit.schemes import GgmlScheme, IntScheme
 from quantkit.schemes.grid import Grid
 from tests.quantizers import test_ldlq as textbook
 
@@ -66,6 +66,25 @@ def test_integers_as_the_twin_chooses_them(
 def test_blocks_as_the_twin_chooses_them(by_twin: Callable[[Callable[[], object]], object], kind: str) -> None:
     weight, factor, grid = textbook.block_problem(kind)
     compare(by_twin, grid, weight, factor)
+
+
+@pytest.mark.parametrize("twin", [True, False])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "IQ4_NL"])
+def test_rows_of_a_single_block_can_be_stored(
+    by_twin: Callable[[Callable[[], object]], object], kind: str, twin: bool
+) -> None:
+    weight, factor = problem(16, 32)
+    scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
+    grid = scheme.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=0, signed=True)
+
+    def polished() -> ldlq.Polished:
+        return ldlq.polish(grid, weight, ldlq.sweep(grid, weight, factor), factor.hessian, 1)
+
+    found = by_twin(polished) if twin else polished()
+    assert isinstance(found, ldlq.Polished)
+    decoded = scheme.decode(**grid.stored(found.codes, found.scale, found.offset))
+    error = ldlq.row_loss(weight - decoded, factor.hessian)
+    torch.testing.assert_close(found.loss, error, rtol=1e-3, atol=1e-6)
 
 
 def compare(by_twin: Callable[[Callable[[], object]], object], grid: Grid, weight: Tensor, factor: ldlq.Factor) -> None:
