@@ -133,7 +133,7 @@ class ExpertBlock:
     """Routed experts: gated MLPs of one shape, each seeing only the tokens that the router sends.
 
     ``inputs(weights, x)``: x (rows, tokens, hidden) -> h (rows * tokens, hidden), what router and experts read.
-    ``route(weights, h)``: h (tokens, hidden) float32 -> `Routing`.
+    ``route(weights, h)``: h (tokens, hidden) -> `Routing`.
     ``activate(gate, up)``: the hidden of an expert from its two projections, e.g. silu(gate) * up.
     ``gates[e]``, ``ups[e]``, ``downs[e]``: tensor names.
     """

@@ -138,7 +138,7 @@ def _contexts(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tu
         rows = slice(row, row + row_step)
         for head in range(0, shape.n_heads, head_step):
             heads = slice(head, head + head_step)
-            queries = _queries(shape, q_latent[rows], q_weight[heads], rotation)
+            queries = _queries(shape, q_latent[rows], q_weight[heads], rotation).to(context.dtype)
             keys, values = _keys_and_values(shape, kv_latent[rows], k_rope[rows], kv_weight[heads])
             context[rows, :, heads] = _attend(queries, keys, values, shape.softmax_scale)
     return (context.view(n_rows * n_tokens, -1),)

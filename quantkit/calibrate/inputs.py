@@ -48,7 +48,8 @@ class InputMoments:
     batch.
 
     ``full``: whole second moments; else only their diagonal, for methods that use no more. Sums are float32. On a GPU
-    with kernels their factors are rounded to bfloat16, in which calibration computes there anyway.
+    with kernels their factors are rounded to bfloat16, in which calibration computes there anyway, but for sources in
+    float32 or float16.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ def _add_squares(sums: Tensor, x: Tensor) -> None:
 
         add_squares_(sums, x)
     else:
+        x = x.float()
         sums.addmm_(x.T, x)
 
 
@@ -110,7 +112,7 @@ def _add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
 
         add_products_(sums, left, right)
     else:
-        sums.addmm_(left.T, right)
+        sums.addmm_(left.float().T, right.float())
 
 
 def shrunk(stats: Inputs, pooled: Inputs, strength: float) -> Inputs:

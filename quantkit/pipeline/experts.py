@@ -219,17 +219,17 @@ def _quantize_batch(batch: _Batch) -> None:
     job, block = batch.job, batch.block
     gate, up, down = (linears_of(job, names, batch.experts) for names in (block.gates, block.ups, block.downs))
     new_gate, new_up = _quantize_gate_up(batch, gate, up)
-    dtype = job.weights.dtype(gate.names[0])
-    original = carried = _Weights(block, *(linears.weight.to(dtype) for linears in (gate, up, down)))
+    computed = (one.weight.to(job.weights.dtype(one.names[0])) for one in (gate, up, down))
+    original = carried = _Weights(block, *computed)
     if job.weights.carries_quantised:
-        carried = replace(original, gate=new_gate.to(dtype), up=new_up.to(dtype))
+        carried = replace(original, gate=new_gate.to(original.gate.dtype), up=new_up.to(original.up.dtype))
     del gate, up, new_gate, new_up
     moments = batch.moments(down.weight.shape[-1], (down,)) if any_wanted(job.outputs, down.names) else None
     hidden = _hidden(batch, carried, original, moments)
     if moments is not None:
         new_down = _quantize_down(batch, down, moments.stats())
         if job.weights.carries_quantised:
-            carried = replace(carried, down=new_down.to(dtype))
+            carried = replace(carried, down=new_down.to(original.down.dtype))
     del down, moments
     _carry_on(batch, hidden, carried)
     for stream in batch.routes.streams[1:]:

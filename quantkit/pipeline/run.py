@@ -64,7 +64,7 @@ def convert(
     ``base_dir``: where the recipe's relative text files lie; ``memory_budget``: bytes to stay under (default: 60 % of
     the machine); ``jobs``: CPU threads; ``restart``: discard an unfinished job and replace an existing ``out``. An
     unfinished job of the same recipe, source and text is continued, and its files are the same bytes as those of an
-    unbroken one.
+    unbroken one. On a GPU ``on_event`` hears of finished tensors from the thread that writes them.
 
     Raises a `QuantkitError` with one line for whatever a user, a file or the machine can cause.
     """
@@ -209,24 +209,8 @@ def _layer_job(
     blocks: tuple[Block, ...],
     records: list[list[object]],
 ) -> LayerJob:
-    """What a layer needs of the walk. ``records`` fills with what the journal says of each quantised linear."""
+    """What a layer needs of the walk. ``records``: see `_deliver`."""
     device, calibration = walk.machine.device, walk.plan.recipe.calibration
-
-    def write(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
-        for tensor in batch.tensors(names, n_tokens):
-            walk.sinks[output].write(tensor)
-            records.append(_record(output, tensor.name, _told(walk, output, tensor)))
-            if output == 0:
-                nbytes = walk.plan.decision(tensor.name).source_nbytes
-                walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, nbytes))
-
-    deliver: Deliver = write
-    if (deliveries := walk.deliveries) is not None:
-
-        def later(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
-            deliveries.submit(partial(write, output, batch, names, n_tokens))
-
-        deliver = later
     carries_quantised = walk.plan.recipe.propagate == "quantized"
     return LayerJob(
         outputs=tuple(
@@ -241,7 +225,7 @@ def _layer_job(
         ),
         streams=streams,
         new_rows=files.scratch,
-        deliver=deliver,
+        deliver=_deliver(walk, records),
         on_stage=lambda stage, total: walk.on_event(StageStarted(stage, layer, total)),
         device=device,
         experts_at_once=_experts_at_once(walk, blocks),
@@ -249,6 +233,28 @@ def _layer_job(
         expect=(lambda names: None) if walk.ahead is None else walk.ahead.expect,
         importance=(lambda names: None) if walk.importance is None else partial(walk.importance.of, device=device),
     )
+
+
+def _deliver(walk: Walk, records: list[list[object]]) -> Deliver:
+    """What writes quantised linears, at once or beside the computation. ``records`` fills with what the journal says of
+    each."""
+
+    def write(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
+        for tensor in batch.tensors(names, n_tokens):
+            walk.sinks[output].write(tensor)
+            records.append(_record(output, tensor.name, _told(walk, output, tensor)))
+            if output == 0:
+                nbytes = walk.plan.decision(tensor.name).source_nbytes
+                walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, nbytes))
+
+    deliveries = walk.deliveries
+    if deliveries is None:
+        return write
+
+    def later(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
+        deliveries.submit(partial(write, output, batch, names, n_tokens))
+
+    return later
 
 
 def _told(walk: Walk, output: int, tensor: QuantizedTensor) -> QuantError:
