@@ -340,7 +340,8 @@ def _write_half(values: Tensor, blocks: Tensor, start: int) -> None:
     halves = values.half()
     assert torch.equal(halves.float(), values), "a scale is not a finite float16 value"
     assert bool(halves.isfinite().all()), "a scale is not a finite float16 value"
-    blocks[:, start : start + 2] = halves.view(torch.uint8)
+    # Flat first: a single column may count as contiguous with strides that a narrower view refuses.
+    blocks[:, start : start + 2] = halves.flatten().contiguous().view(torch.uint8).unflatten(0, (-1, 2))
 
 
 def _read_e8m0(blocks: Tensor, start: int) -> Tensor:

@@ -221,6 +221,16 @@ def test_one_block_and_no_rows(kind: BlockType) -> None:
 
 
 @every_kind
+def test_scales_may_lie_in_memory_as_they_like(kind: BlockType) -> None:
+    """A single column counts as contiguous whatever its strides."""
+    blocks = random_blocks(kind, 5, row_blocks=1)
+    codes, params = unpack(kind, blocks)
+    column = params.d.T.contiguous().T
+    assert column.stride(1) == 5
+    assert torch.equal(pack(kind, codes, replace(params, d=column)), pack(kind, codes, params))
+
+
+@every_kind
 def test_pack_rounds_nothing(kind: BlockType) -> None:
     codes, params = random_codes(kind, 2, 1), random_params(kind, 2, 1)
     for wrong in (0.3, float("nan"), 1e30 if kind.name != "MXFP4" else 0.0, float("inf")):
