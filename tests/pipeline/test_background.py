@@ -15,6 +15,9 @@ from quantkit.formats import open_source
 from quantkit.pipeline import background
 from quantkit.pipeline import run as run_module
 from quantkit.pipeline.background import AheadSource, Deliveries
+from quantkit.pipeline.events import Event, StageStarted, TensorDone
+from quantkit.pipeline.recipe import Recipe
+from tests.pipeline.gguf_jobs import GPTQ, RTN, compressed, gguf_output, gguf_recipe, wide_config
 from tests.pipeline.jobs import files_of, int4, recipe_of, run, small_config, write_model, write_text
 
 CPU = torch.device("cpu")
@@ -89,12 +92,46 @@ def test_an_error_ends_the_deliveries_and_is_raised_to_whom_hands_over() -> None
     assert done == []
 
 
+INT4 = recipe_of(int4(grid=2, polish=0), tokens=128)
+TWO_FORMATS = gguf_recipe(
+    gguf_output({"match": "role:expert", "scheme": "Q4_0", "method": RTN}, preset="Q4_K_M"),
+    compressed({"match": "role:expert", "scheme": {"kind": "int", "bits": 4, "group_size": 64}, "method": GPTQ}),
+    tokens=128,
+)
+
+
+@pytest.mark.parametrize("recipe", [INT4, TWO_FORMATS], ids=["int4", "two formats, with an imatrix"])
 def test_a_conversion_writes_the_same_bytes_beside_its_work(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_of(int4(grid=2, polish=0), tokens=128)
-    run(model, recipe, tmp_path / "in-place")
+    write_model(tmp_path / "model", wide_config(num_nextn_predict_layers=0), fp8=True)
+    write_text(tmp_path / "calibration.txt")
+    run(tmp_path / "model", recipe, tmp_path / "in-place")
     monkeypatch.setattr(run_module, "_works_beside", lambda machine: True)
-    run(model, recipe, tmp_path / "beside")
+    run(tmp_path / "model", recipe, tmp_path / "beside")
     found, expected = files_of(tmp_path / "beside"), files_of(tmp_path / "in-place")
-    assert {name for name in expected if found.get(name) != expected[name]} == set()
+    assert found.keys() == expected.keys()
+    assert {name for name in expected if found[name] != expected[name]} == set()
+
+
+@pytest.mark.parametrize("kind", [StageStarted, TensorDone])
+def test_an_interrupted_conversion_leaves_no_thread_and_goes_on(
+    kind: type[Event], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the thread that computes, or in the one that writes."""
+    run(model, INT4, tmp_path / "unbroken")
+    monkeypatch.setattr(run_module, "_works_beside", lambda machine: True)
+    seen: list[int] = []
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, kind):
+            seen.append(threading.get_ident())
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, INT4, tmp_path / "out", on_event=interrupt)
+    assert (seen[-1] == threading.get_ident()) == (kind is StageStarted)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("read", "deliver"))]
+    run(model, INT4, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
