@@ -29,8 +29,6 @@ class Score:
     quantiles: tuple[tuple[float, float], ...]
     same_top: Mean
     lower_bound: bool = False
-    max_kld: float = math.nan
-    histogram: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +168,6 @@ def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:
         quantiles=((0.5, kld.median), (0.9, kld.p90), (0.99, kld.p99), (0.999, kld.p999)),
         same_top=scores.same_top,
         lower_bound=file is not None,
-        max_kld=kld.max,
-        histogram=kld.histogram,
     )
 
 
