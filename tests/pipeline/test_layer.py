@@ -399,6 +399,29 @@ def test_without_inputs_every_linear_is_rounded_by_itself(layer: int) -> None:
         assert tensor.error.n_tokens == 0
 
 
+def test_without_inputs_only_what_some_output_quantises_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(outputs=({"up_proj": (SCHEME, Rtn(grid=4))}, {".experts.2.down": (SCHEME, Rtn(grid=4))}))
+    blocks = tuple(block for sublayer in case.sublayers for block in sublayer)
+    expected: list[str] = []
+    job = replace(case.job(), streams=None, expect=expected.extend)
+    read, real = [], Memory.read
+    monkeypatch.setattr(Memory, "read", lambda self, name, *rows: (read.append(name), real(self, name, *rows))[1])
+    quantize_without_inputs(job, blocks)
+    assert sorted(read) == sorted(name for sink in case.sinks for name in sink.written)
+    assert expected == [name for name in read if ".experts." in name]
+
+
+@pytest.mark.parametrize("name", ["moe layer", "experts one at a time", "only attention"])
+def test_weights_of_experts_are_read_as_they_were_announced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES[name])
+    announced: list[str] = []
+    job = replace(case.job(), expect=announced.extend)
+    read, real = [], Memory.read
+    monkeypatch.setattr(Memory, "read", lambda self, name, *rows: (read.append(name), real(self, name, *rows))[1])
+    quantize_layer(job, case.sublayers)
+    assert announced == [name for name in read if ".experts." in name]
+
+
 def test_every_block_is_announced_with_its_number_of_linears() -> None:
     case, announced = Case(), []
     job = replace(case.job(), on_stage=lambda stage, total: announced.append((stage, total)))
