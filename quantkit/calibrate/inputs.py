@@ -74,7 +74,8 @@ class InputMoments:
             own, other = (rows if rows is None or rows.ndim == 2 else rows[head] for rows in (x, original))
             assert own is not None
             self._n_tokens[matrix] += len(own)
-            self._add(matrix, own, other)
+            if len(own):  # an expert without tokens: not every product takes none
+                self._add(matrix, own, other)
 
     def _add(self, matrix: int, x: Tensor, original: Tensor | None) -> None:
         if not self._full:

@@ -161,6 +161,21 @@ def test_scale_search_finds_scales_as_good_as_the_twins(
     torch.testing.assert_close(error(scale, zero), error(twin, twin_zero), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("width", [5, 1024, 1300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_added_times_their_shares(width: int, dtype: torch.dtype) -> None:
+    from quantkit.kernels.scatter_triton import add_rows_
+
+    generator = torch.Generator().manual_seed(1)
+    matrix, values = (torch.randn(n, width, generator=generator).to(_DEVICE) for n in (7, 3))
+    shares, rows, values = torch.tensor([0.5, 0, -2.0], device=_DEVICE), torch.tensor([0, 4, 6]), values.to(dtype)
+    expected = matrix.index_add(0, rows.to(_DEVICE), values.float() * shares[:, None])
+    add_rows_(matrix, rows.to(_DEVICE), values, shares)
+    torch.testing.assert_close(matrix, expected)
+    add_rows_(matrix, rows[:0].to(_DEVICE), values[:0], shares[:0])
+    torch.testing.assert_close(matrix, expected)
+
+
 @pytest.mark.skipif(_INTERPRETED, reason="the interpreter has no bfloat16 products")
 def test_moments() -> None:
     from quantkit.kernels import moments_triton
