@@ -34,6 +34,21 @@ _LOG: Mapping[str, object] = {
 }
 
 
+_FINER = ((3.0, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)), (30.0, (1, 2, 3, 5, 7)))
+"""Ticks within a power of ten, if the largest value is less than so many times the least."""
+
+
+def _log_axis(values: Iterable[float]) -> Mapping[str, object]:
+    """A log axis with more ticks than powers of ten if values lie so near to each other that it would have none."""
+    known = [value for value in values if 1e-12 < value < 1e12]
+    steps = next((steps for ratio, steps in _FINER if known and max(known) < ratio * min(known)), None)
+    if steps is None:
+        return _LOG
+    powers = range(math.floor(math.log10(min(known))) - 1, math.ceil(math.log10(max(known))) + 1)
+    ticks = [float(f"{step}e{power}") for power in powers for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.6g}" for tick in ticks]}
+
+
 def text(value: str) -> str:
     """A text that plotly shows as it is: it takes some HTML in texts."""
     return html.escape(value, quote=False)
@@ -82,7 +97,7 @@ def pareto(outcomes: Sequence[Outcome], best: Sequence[Outcome], floor: float | 
             "rangemode": "normal",
             **_padded([o.nbytes / unit for o, _ in scored]),
         },
-        "yaxis": {**_LOG, "title": {"text": "mean KLD, nats per token"}},
+        "yaxis": {**_log_axis(kld.mean for _, kld in scored), "title": {"text": "mean KLD, nats per token"}},
     }
     if floor is not None and 0 < floor < math.inf:
         layout["shapes"] = [_level(floor)]
@@ -213,7 +228,10 @@ def domains(names: Sequence[str], series: Sequence[tuple[str, Sequence[Mean | No
     layout = {
         "height": 150 + 34 * len(names),
         "hovermode": "closest",
-        "xaxis": {**_LOG, "title": {"text": "mean KLD, nats per token"}},
+        "xaxis": {
+            **_log_axis(m.mean for _, means, _ in series for m in means if m is not None),
+            "title": {"text": "mean KLD, nats per token"},
+        },
         "yaxis": {"type": "category", "autorange": "reversed"},
     }
     return {"data": data, "layout": layout}
@@ -235,7 +253,7 @@ def by_layer(series: Sequence[tuple[str, Sequence[tuple[int, float]], bool]], ti
         for number, (name, points, floor) in enumerate(series)
     ]
     layers = sorted({layer for _, points, _ in series for layer, _ in points})
-    scale = _LOG if log else {}
+    scale = _log_axis(value for _, points, _ in series for _, value in points) if log else {}
     layout = {
         "height": 330,
         "hovermode": "closest",

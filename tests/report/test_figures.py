@@ -120,6 +120,17 @@ def test_values_that_hardly_differ_have_few_ticks() -> None:
     assert len(cast("Any", heat_maps.log_ticks([0.1, 0.1 + 1e-16], percent=True))["tickvals"]) <= 5
 
 
+def test_values_within_a_power_of_ten_have_ticks(tmp_path: Path) -> None:
+    path = written(tmp_path, evaluation({"a": (100, 0.0145), "b": (60, 0.0181)}, floor=None), "e.json")
+    axis = spec(figure(report_of(outcomes_of(read_documents([path]))), "Size against KL divergence"))["layout"]["yaxis"]
+    assert [
+        label for tick, label in zip(axis["tickvals"], axis["ticktext"], strict=True) if 0.0145 < tick < 0.0181
+    ] == [
+        "0.016",
+        "0.018",
+    ]
+
+
 def test_a_noise_floor_beyond_all_measure_is_not_drawn(tmp_path: Path) -> None:
     path = written(tmp_path, evaluation({"a": (100, 0.01), "b": (60, 0.5)}, floor=math.inf), "e.json")
     layout = spec(figure(report_of(outcomes_of(read_documents([path]))), "Size against KL divergence"))["layout"]
