@@ -143,7 +143,7 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
         walk.folder.hidden,
         walk.stores,
         two=walk.plan.follows_original,
-        scratch_dtype=walk.machine.scratch_dtype,
+        scratch_dtype=_scratch_dtype(walk),
     )
     with walk.timer.stage("embeddings"):
         streams = None
@@ -156,6 +156,13 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
     if streams is not None:
         streams.close()
     return finish(walk, header, rows, base_dir, resumed=resumed)
+
+
+def _scratch_dtype(walk: Walk) -> torch.dtype:
+    """Of what a block reads, kept for all tokens: float32 if some linears of the source compute in it anywhere."""
+    infos = walk.source.infos()
+    stored = {infos[spec.name].dtype for spec in walk.arch.tensors() if spec.linear and spec.name in infos}
+    return walk.machine.scratch_dtype if stored == {"BF16"} else torch.float32
 
 
 def _rewind(walk: Walk, *, calibrated: bool) -> None:

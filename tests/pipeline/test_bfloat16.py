@@ -73,3 +73,16 @@ def test_linears_of_one_block_may_have_several_dtypes(narrow: str) -> None:
                 pairs = zip(stage.inputs(mixed.__getitem__, x), stage.inputs(random.__getitem__, x), strict=True)
                 for found, expected in pairs:
                     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.04 * float(expected.std()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_source_that_is_not_bfloat16_is_computed_in_float32(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, recipe = JOBS["int4"]
+    write_model(tmp_path / "model", small_config(), dtype=dtype)
+    write_text(tmp_path / "calibration.txt")
+    exact = losses(tmp_path / "model", recipe, tmp_path / "exact")
+    for module in (weights, machine):
+        monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    assert losses(tmp_path / "model", recipe, tmp_path / "again") == exact
