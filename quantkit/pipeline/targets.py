@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 class Sink(Protocol):
     """A checkpoint being written: every tensor at an offset known before the work began, in any order, as often as need
-    be."""
+    be. `write` may run in one thread while `write_importance` runs in another."""
 
     @property
     def fresh(self) -> bool:
