@@ -114,7 +114,9 @@ def check(
     )
     with refusals():
         if update_baseline:
-            _update(evaluation, baseline, limits)
+            if candidate:
+                raise EvaluationError("--update-baseline takes no --candidate: a baseline is of all candidates.")
+            _write_reports(_update(evaluation, baseline, limits), junit, markdown)
             return
         verdicts = commands.check(evaluation, baseline, limits=limits, candidates=candidate or ())
         _write_reports(verdicts, junit, markdown)
@@ -124,11 +126,12 @@ def check(
         raise typer.Exit(REFUSED)
 
 
-def _update(evaluation: Path, path: Path, limits: Limits) -> None:
+def _update(evaluation: Path, path: Path, limits: Limits) -> tuple[Verdict, ...]:
     """Make the evaluation the baseline, after a table of what that changes if there is one to compare with."""
     from quantkit.evaluate.check_baseline import read_evaluation
 
     found = read_evaluation(evaluation)
+    verdicts: tuple[Verdict, ...] = ()
     if path.exists():
         try:
             verdicts = commands.check(found, path, limits=limits)
@@ -139,6 +142,7 @@ def _update(evaluation: Path, path: Path, limits: Limits) -> None:
     commands.update_baseline(found, path)
     names = ", ".join(candidate.model.name for candidate in found.candidates)
     typer.echo(f"{path}: is the baseline of {names} now. Commit it.")
+    return verdicts
 
 
 def _write_reports(verdicts: Sequence[Verdict], junit: Path | None, markdown: Path | None) -> None:

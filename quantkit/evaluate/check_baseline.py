@@ -71,7 +71,7 @@ class _Written(BaseModel):
 def read_evaluation(path: Path) -> Evaluation:
     """A file of ``quantkit evaluate --out``. Raises `EvaluationError` with one line."""
     found = _read(path, Evaluation, "an evaluation")
-    _check_windows(path, found)
+    check_windows(path, found)
     return found
 
 
@@ -82,7 +82,7 @@ def read_baseline(path: Path) -> Baseline:
             f"{path}: there is no such baseline.", hint="Make it from an evaluation you trust with --update-baseline."
         )
     found = _read(path, Baseline, "a baseline")
-    _check_windows(path, found.evaluation)
+    check_windows(path, found.evaluation)
     return found
 
 
@@ -127,7 +127,7 @@ def has_layers(candidate: Candidate) -> bool:
 def check_comparable(evaluation: Evaluation, baseline: Baseline, path: Path) -> None:
     """Raise `EvaluationError`, one line, if a comparison with the baseline at ``path`` would say nothing."""
     old = baseline.evaluation
-    _check_windows("evaluation", evaluation)
+    check_windows("evaluation", evaluation)
     facts: Mapping[str, tuple[object, object]] = {
         "protocol": (old.protocol.name, evaluation.protocol.name),
         "context": (old.protocol.context, evaluation.protocol.context),
@@ -183,7 +183,7 @@ def _read(path: Path, model: type[_Model], what: str) -> _Model:
         ) from None
 
 
-def _check_windows(where: Path | str, evaluation: Evaluation) -> None:
+def check_windows(where: Path | str, evaluation: Evaluation) -> None:
     """What pairing needs is there, and fits together. ``where``: the file, or what else the message starts with."""
     if not evaluation.candidates:
         raise EvaluationError(f"{where}: has no candidates.")

@@ -190,10 +190,11 @@ def check(
 
 def update_baseline(evaluation: Evaluation | Path | str, baseline: Path | str) -> Baseline:
     """Make an evaluation the baseline of later checks: a JSON file to be committed. Raises `QuantkitError`."""
-    from quantkit.evaluate.check_baseline import Baseline, by_name, read_conversions
+    from quantkit.evaluate.check_baseline import Baseline, by_name, check_windows, read_conversions
 
     found = _evaluation(evaluation)
     by_name(found)  # refuses two candidates of one name
+    check_windows("evaluation", found)
     made = Baseline(evaluation=found, conversions=read_conversions(found, Path()))
     write_text(Path(baseline), made.to_json())
     return made

@@ -104,6 +104,10 @@ def test_the_baseline_moves_when_asked(tmp_path: Path, baseline: Path) -> None:
     assert done.exit_code == 0
     assert "WORSE" in done.stdout
     assert quantkit("check", made, "-b", baseline).exit_code == 0
+    both = quantkit("check", made, "-b", baseline, "--update-baseline", "--junit", tmp_path / "j.xml")
+    assert (both.exit_code, "<testsuite" in (tmp_path / "j.xml").read_text(encoding="utf-8")) == (0, True)
+    one = quantkit("check", made, "-b", baseline, "--update-baseline", "--candidate", "x")
+    assert (one.exit_code, "takes no --candidate" in one.stderr) == (1, True)
     other = write(tmp_path / "other.json", CLEAN, tokens_sha256="bb" * 32)
     moved = quantkit("check", other, "-b", baseline, "--update-baseline")
     assert (moved.exit_code, "the old baseline is no comparison: " in moved.stdout) == (0, True)
