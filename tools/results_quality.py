@@ -18,7 +18,7 @@ def peers_tiny(data: Document) -> str:
     """Integers beside other tools."""
     parts = [
         "Bits per weight are those of the projections, scales included. Settings of a tool were compared on the same\n"
-        "windows, so the best of several is a little flattered. Against quantkit's: the mean of the windows' differences.\n",
+        "windows, so the best of several is a little flattered. Against quantkit's: the mean difference by windows.\n",
         _rows_facts(data, recipe="scheme of each heading; method and options under settings"),
     ]
     for scheme in dict.fromkeys(row["scheme"] for row in data["rows"]):
