@@ -104,4 +104,6 @@ class Verdict:
 
 def percent(share: float, digits: int = 1) -> str:
     """ "+4.2 %"."""
-    return f"{100 * share:+.{digits}f} %" if math.isfinite(share) else "+inf %"
+    if not math.isfinite(share):
+        return "+inf %"
+    return f"{100 * share:+.{digits}f} %" if abs(share) < 1e5 else f"{100 * share:+.0e} %"

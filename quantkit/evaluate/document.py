@@ -48,14 +48,22 @@ class Mean(_Part):
         return percent(self.mean, self.standard_error)
 
 
+_TABLE_WIDTH = 1e7  # from here on digits break tables
+
+
 def estimate(mean: float, error: float, digits: int) -> str:
     """ "1.2345 ± 0.0067", and "1.2345 ± -" where one window says nothing of the error."""
-    return f"{mean:.{digits}f} ± {'-' if math.isnan(error) else f'{error:.{digits}f}'}"
+    return f"{fixed(mean, digits)} ± {'-' if math.isnan(error) else fixed(error, digits)}"
+
+
+def fixed(value: float, digits: int) -> str:
+    """ "1.2345", and "1.2e+30" for what a broken model brings about."""
+    return f"{value:.{digits}f}" if abs(value) < _TABLE_WIDTH else f"{value:.1e}"
 
 
 def percent(mean: float, error: float) -> str:
     """ "12.34% ± 0.56%", and "12.34% ± -"."""
-    return f"{mean:.2%} ± {'-' if math.isnan(error) else f'{error:.2%}'}"
+    return f"{fixed(100 * mean, 2)}% ± {'-' if math.isnan(error) else f'{fixed(100 * error, 2)}%'}"
 
 
 class Divergence(_Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -28,7 +29,7 @@ def job_header(
     """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other
     way."""
     return {
-        "quantkit version": __version__,
+        "quantkit version": f"{__version__}, sources {_sources()[:12]}",
         "torch version": torch.__version__,
         "recipe": sha256_of_text(recipe.model_dump_json()),
         "source": source.fingerprint(),
@@ -38,6 +39,15 @@ def job_header(
         "threads": torch.get_num_threads(),
         "memory budget": machine.budget,
     }
+
+
+def _sources() -> str:
+    """Hex digest of the package's own code: a checkout that was updated is another one."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def sha256_of_text(text: str) -> str:

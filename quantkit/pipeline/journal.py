@@ -99,7 +99,11 @@ def _read_lines(path: Path) -> list[Entry]:
 
 
 def _refuse_other_job(path: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    different = [key for key in wanted if found.get(key) != wanted[key]]
+    different = [
+        f"{key} ({found.get(key)}, now {value})" if isinstance(value, int) else key
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
     if different:
         raise OutputError(
             f"{path.parent}: holds an unfinished job with another {', '.join(different)}.",

@@ -114,3 +114,13 @@ def test_the_document_there_and_back(tokens: TokenScores) -> None:
     assert candidate["result"]["domains"]["b"]["kld"]["standard_error"] is None
     assert Evaluation.model_validate_json(text).to_json() == text
     assert (facts().bpw, Mean(mean=1, standard_error=0.25).shown(2)) == (16, "1.00 ± 0.25")
+
+
+def test_numbers_of_a_broken_model_fit_a_table() -> None:
+    from quantkit.evaluate.check_verdict import percent as change
+    from quantkit.evaluate.document import estimate, percent
+
+    assert estimate(6.62, 0.56, 2) == "6.62 ± 0.56"
+    assert estimate(1.2345e300, 1e299, 4) == "1.2e+300 ± 1.0e+299"
+    assert percent(0.9244, float("nan")) == "92.44% ± -"
+    assert (change(0.042), change(1e30), change(float("inf"))) == ("+4.2 %", "+1e+32 %", "+inf %")

@@ -360,7 +360,7 @@ def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: P
     other = recipe_of(int4("role:expert", kind="rtn"), tokens=None)
     for changes, name in (
         ({"recipe": other}, "recipe"),
-        ({"memory_budget": BUDGET + 1}, "memory budget"),
+        ({"memory_budget": BUDGET + 1}, rf"memory budget \({BUDGET}, now {BUDGET + 1}\)"),
         ({"source": _changed(place, tmp_path)}, "source"),
     ):
         job = {"source": place / "model", "recipe": recipe, **changes}

@@ -60,7 +60,7 @@ def test_a_journal_cut_or_torn_anywhere_keeps_its_whole_lines(
 
 def test_another_job_is_refused_and_every_difference_named(tmp_path: Path) -> None:
     content = written(tmp_path / "j")
-    with pytest.raises(OutputError, match=r"another recipe, threads\. .*--restart"):
+    with pytest.raises(OutputError, match=r"another recipe, threads \(\d+, now 1\)\. .*--restart"):
         Journal(tmp_path / "j", {**HEADER, "recipe": "other", "threads": 1})
     with pytest.raises(OutputError, match="another source"):
         Journal(tmp_path / "j", {**HEADER, "source": "new key"})
