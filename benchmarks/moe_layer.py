@@ -46,7 +46,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors_writer import ShardWriter, layout_shards
 from quantkit.pipeline import dense, experts, layer
 from quantkit.pipeline import outputs as outputs_module
-from quantkit.pipeline.background import AheadSource, Deliveries
+from quantkit.pipeline.background import AheadSource, Deliveries, foreground
 from quantkit.pipeline.hidden import Streams
 from quantkit.pipeline.layer import quantize_layer
 from quantkit.pipeline.layer_job import LayerJob
@@ -137,7 +137,7 @@ def balance(folder: Path, arch: ModelArch, x: RowStore) -> None:
     bias_name = next(spec.name for spec in arch.tensors() if spec.name.endswith("e_score_correction_bias"))
     with open_source(folder) as source:
         known = {name: source.read(name).to(GPU) for name in source.infos() if ".experts." not in name}
-        rows = x.read(0, 16)
+        rows = x.read(0, min(16, x.n_rows))
         step = 0.02
         for _ in range(200):
             indices = block.route(known.__getitem__, block.inputs(known.__getitem__, rows)).indices
@@ -232,17 +232,19 @@ class Setting:
     original: RowStore
     out: Path
     experts_at_once: int | None
+    machine: Machine
+    ahead: AheadSource
+    deliveries: Deliveries
 
 
 def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str, Any]:
     """Quantise the layer once, from fresh copies of the hidden states."""
-    arch, machine_ = setting.arch, Machine.of("cuda", None)
+    arch, machine_, ahead, deliveries = setting.arch, setting.machine, setting.ahead, setting.deliveries
     linears = [spec for spec in arch.tensors() if spec.linear and spec.layer == 0]
     shutil.rmtree(setting.out, ignore_errors=True)
     setting.out.mkdir()
     planned = [PlannedTensor(TensorInfo(spec.name, spec.shape, "BF16"), SCHEME, None) for spec in linears]
     streams = Streams(_copy(setting.x), _copy(setting.original) if method.follows_original else None)
-    ahead, deliveries = AheadSource(setting.source, GPU), Deliveries(GPU)
     sink = CompressedTensorsSink.open(setting.out, planned)
     losses: list[float] = []
 
@@ -285,8 +287,8 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
         "mean relative loss": round(statistics.fmean(losses), 6),
         "bytes written": sum(path.stat().st_size for path in setting.out.iterdir()),
     }
-    for part in (ahead, deliveries, sink, streams):
-        part.close()
+    sink.close()
+    streams.close()
     return result
 
 
@@ -400,7 +402,11 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/moe-layer"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "moe_layer.json")
-    arguments = parser.parse_args()
+    with foreground(GPU):
+        run(parser.parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
     folder, tokens = arguments.folder, arguments.tokens
     result: dict[str, Any] = {"what": __doc__.splitlines()[0], **machine(), "tokens": tokens, "ceilings": ceilings()}
     start = time.perf_counter()
@@ -410,7 +416,19 @@ def main() -> None:
     print(f"prepared in {time.perf_counter() - start:.0f} s", flush=True)
     with open_source(folder / "source") as source:
         # The originals wait in the processor's memory: only a run's own streams take the GPU's.
-        setting = Setting(arch, source, _away(x), _away(original), folder / "out", arguments.experts_at_once)
+        # As in a conversion, threads that read and write outlive a layer, and so does the GPU memory of their streams.
+        ahead, deliveries = AheadSource(source, GPU), Deliveries(GPU)
+        setting = Setting(
+            arch,
+            source,
+            _away(x),
+            _away(original),
+            folder / "out",
+            arguments.experts_at_once,
+            Machine.of("cuda", None),
+            ahead,
+            deliveries,
+        )
         del x, original
         result["layer"] = measure(setting, arguments.cases, arguments.repeats, arguments.profile)
         for case, found in result["layer"].items():
@@ -419,15 +437,20 @@ def main() -> None:
         if arguments.peers:
             result["peers, one expert"] = peers(setting, min(16_384, tokens))
             write(result, arguments.out)
+        ahead.close()
+        deliveries.close()
     print(json.dumps(result["all of V3, extrapolated"], indent=1), flush=True)
     shutil.rmtree(folder)
 
 
 def _away(store: RowStore) -> RowStore:
+    """A copy in page-locked memory of the processor."""
     copy = MemoryRows(store.n_rows, store.length, store.width)
     for start, stop in row_batches(store, GPU):
         copy.write(start, store.read(start, stop).cpu())
     store.close()
+    data = copy.read(0, copy.n_rows)
+    torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)
     return copy
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from quantkit.arch.base import DenseBlock, InputGroup, Stage
-from quantkit.arch.ops import linear, rms_norm, rope_rotation, rotate
+from quantkit.arch.ops import linear, rms_norm, rope_rotation, rotate, rotate_heads_
 from quantkit.arch.rope import Rope
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def _contexts(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tu
 def _queries(shape: MlaShape, latent: Tensor, weight: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """latent (r, t, n), weight (heads, qk_dim, n) -> rotated queries (r, t, heads, qk_dim)."""
     queries = linear(latent, weight.flatten(0, 1)).unflatten(-1, (-1, shape.qk_dim))
-    cos, sin = (part[:, None] for part in rotation)
-    queries[..., shape.nope_dim :] = rotate(queries[..., shape.nope_dim :], cos, sin, shape.rope.interleaved)
+    rotate_heads_(queries[..., shape.nope_dim :], *rotation, shape.rope.interleaved)
     return queries
 
 
@@ -169,6 +168,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
     qk_dim, v_dim = queries.shape[-1], values.shape[-1]
     # Equal widths take torch's fused kernel, which never holds the (tokens, tokens) scores; zeros change no sum.
     width = max(qk_dim, v_dim)
-    q, k, v = (pad(part, (0, width - part.shape[-1])).transpose(1, 2) for part in (queries, keys, values))
+    q, k, v = (_widened(part, width).transpose(1, 2) for part in (queries, keys, values))
     attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return attended[..., :v_dim].transpose(1, 2)
+
+
+def _widened(part: Tensor, width: int) -> Tensor:
+    """(..., n) with zeros behind up to (..., width); itself if it has that width, which `pad` would copy."""
+    missing = width - part.shape[-1]
+    return pad(part, (0, missing)) if missing else part

@@ -1,4 +1,4 @@
-"""The small operations that families share, on the device of the input; arguments are never written to.
+"""The small operations that families share, on the device of the input; only `rotate_heads_` writes to its argument.
 
 Angles and routing are float32. A linear computes in the precision of its weight: float32, or bfloat16 where the caller
 hands such weights out, as runtimes do; a norm gives its result in it.
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantkit.arch.rope import Rope
+from quantkit.kernels.cuda import runs_kernels
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -21,6 +22,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., n) / sqrt(mean(x^2) + eps) * weight (n,), arXiv 1910.07467: computed in float32, on a GPU given in the
     weight's dtype."""
+    if runs_kernels(x.device):
+        from quantkit.kernels import norm_triton
+
+        if x.shape[-1] <= norm_triton.WIDEST:
+            return norm_triton.rms_norm(x, weight, eps)
     x = x.float()
     if x.is_cuda:
         return functional.rms_norm(x, weight.shape, weight.float(), eps).to(weight.dtype)
@@ -64,3 +70,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     else:
         first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_heads_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """`rotate` in place: x (rows, tokens, heads, dim), a slice of a contiguous tensor's last dimension; cos, sin
+    (tokens, dim / 2)."""
+    if runs_kernels(x.device):
+        from quantkit.kernels import norm_triton
+
+        norm_triton.rotate_(x, cos, sin, interleaved)
+    else:
+        x.copy_(rotate(x, cos[:, None], sin[:, None], interleaved))

@@ -126,7 +126,7 @@ def shrunk(stats: Inputs, pooled: Inputs, strength: float) -> Inputs:
     k = strength * stats.importance.shape[-1]
     if k == 0:
         return stats
-    count = torch.tensor(stats.n_tokens, dtype=torch.float32, device=stats.importance.device)[:, None, None]
+    count = _counts(stats)
     share = k / (count + k)
     if isinstance(stats, InputImportance):
         stats.importance.lerp_(pooled.importance.expand_as(stats.importance), share[..., 0])
@@ -148,7 +148,7 @@ def shrunk_to_diagonal(stats: Inputs, strength: float) -> Inputs:
     k = strength * stats.importance.shape[-1]
     if k == 0 or isinstance(stats, InputImportance):
         return stats
-    count = torch.tensor(stats.n_tokens, dtype=torch.float32, device=stats.hessian.device)[:, None, None]
+    count = _counts(stats)
     keep = count / (count + k)
     diagonal = torch.diagonal(stats.hessian, dim1=-2, dim2=-1).clone()
     stats.hessian.mul_(keep)
@@ -156,3 +156,9 @@ def shrunk_to_diagonal(stats: Inputs, strength: float) -> Inputs:
     if stats.cross is not None:
         stats.cross.mul_(keep)
     return stats
+
+
+def _counts(stats: Inputs) -> Tensor:
+    """Tokens of each matrix, (B, 1, 1) float32. A GPU is not waited for."""
+    counts = torch.tensor(stats.n_tokens, dtype=torch.float32)
+    return counts.to(stats.importance.device, non_blocking=True)[:, None, None]

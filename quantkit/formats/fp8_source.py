@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,17 +82,21 @@ class Fp8Source:
         stored = self.raw.infos()
         return stored[name], stored[name + SCALE_SUFFIX]
 
-    def fetch(self, name: str, *, pinned: bool = False) -> Fetched:
-        """What is stored of a tensor, for decoding elsewhere: `read` in two steps. ``pinned``: in page-locked memory.
-        Thread-safe. Raises `SourceError` as `read` does."""
-        weight = self.raw.read(name, pinned=pinned)
-        if name not in self._float8:
-            return Fetched(weight, None, self.block_size)
-        scale = self.raw.read(name + SCALE_SUFFIX).float()
-        self._check_scale(name, scale)
-        if scale.numel() and float(scale.max()) > _SAFE_SCALE:
-            require_finite(name, str(self.raw.path_of(name)), decode_blocks(weight, scale, self.block_size))
-        return Fetched(weight, scale, self.block_size)
+    def read_on(self, name: str, device: torch.device) -> Tensor:
+        """The tensor on a device, the same values as `read` gives. A GPU takes what is stored, decodes and checks it,
+        on the current stream, for which this waits.
+
+        Raises `SourceError` as `read` does.
+        """
+        if device.type != "cuda":
+            return self.read(name).to(device)
+        weight = self.raw.read_pinned(name).to(device, non_blocking=True)
+        if name in self._float8:
+            scale = self.raw.read(name + SCALE_SUFFIX).float()
+            self._check_scale(name, scale)
+            weight = decode_blocks(weight, scale.to(device), self.block_size)
+        require_finite(name, str(self.raw.path_of(name)), weight)
+        return weight
 
     def read_float8(self, name: str) -> tuple[Tensor, Tensor]:
         """The stored pair: codes (out, in) float8_e4m3fn, scale (out blocks, in blocks) in its stored dtype.
@@ -202,22 +205,6 @@ class Fp8Source:
         raise self._refusal(name + SCALE_SUFFIX, problem, "Fetch the file again.")
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A tensor as it is stored: ``scale`` (out blocks, in blocks) float32 beside FP8 codes, else None."""
-
-    weight: Tensor
-    scale: Tensor | None
-    block_size: tuple[int, int]
-
-    def on(self, device: torch.device) -> Tensor:
-        """The decoded tensor on a device, the same values as `Fp8Source.read` gives."""
-        weight = self.weight.to(device, non_blocking=True)
-        if self.scale is None:
-            return weight
-        return decode_blocks(weight, self.scale.to(device), self.block_size)
-
-
 def decode_blocks(
     codes: Tensor, scale: Tensor, block_size: tuple[int, int] = (128, 128), skipped_rows: int = 0
 ) -> Tensor:
@@ -229,9 +216,15 @@ def decode_blocks(
     """
     import torch
 
+    from quantkit.kernels.cuda import runs_kernels
+
     n_rows, in_features = codes.shape
     block_rows, block_columns = block_size
-    if codes.is_cuda:  # few launches count there, and temporaries don't
+    if runs_kernels(codes.device):
+        from quantkit.kernels import decode_triton
+
+        return decode_triton.decode_fp8_blocks(codes, scale, block_size, skipped_rows)
+    if codes.is_cuda:
         rows = scale.repeat_interleave(block_rows, 0)[skipped_rows : skipped_rows + n_rows]
         return codes.float().mul_(rows.repeat_interleave(block_columns, 1)[:, :in_features]).bfloat16()
     # torch's own conversion takes 6.1 ns a value on a CPU (2.13), a table of the 256 values 1.4.

@@ -82,18 +82,26 @@ class SafetensorsSource:
         """The shard that holds a tensor."""
         return self.directory / self.stored(name).file
 
-    def read(self, name: str, rows: tuple[int, int] | None = None, *, pinned: bool = False) -> Tensor:
-        """The tensor, or rows ``[start, stop)`` of its first dimension, as stored, on the CPU; ``pinned``: in
-        page-locked memory, from where a GPU fetches it at full speed.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor, or rows ``[start, stop)`` of its first dimension, as stored, on the CPU.
 
         Raises `SourceError` for NaN and infinity, and if the file shrank meanwhile.
         """
         stored = self.stored(name)
-        tensor = self._read_range(stored, rows or (0, _n_rows(stored.info)), pinned=pinned)
+        tensor = self._read_range(stored, rows or (0, _n_rows(stored.info)))
         if rows is None:
             tensor = tensor.reshape(stored.info.shape)
         require_finite(name, str(self.directory / stored.file), tensor)
         return tensor
+
+    def read_pinned(self, name: str) -> Tensor:
+        """The tensor as stored, in page-locked memory, from where a GPU takes it at full speed. Its values are not
+        looked at: the GPU is faster at that.
+
+        Raises `SourceError` if the file shrank meanwhile.
+        """
+        stored = self.stored(name)
+        return self._read_range(stored, (0, _n_rows(stored.info)), pinned=True).reshape(stored.info.shape)
 
     def read_rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Rows of dimension 0 in the given order, repeats allowed: an embedding lookup that reads only these rows.
@@ -167,7 +175,7 @@ class SafetensorsSource:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read_range(self, stored: StoredTensor, rows: tuple[int, int], *, pinned: bool) -> Tensor:
+    def _read_range(self, stored: StoredTensor, rows: tuple[int, int], *, pinned: bool = False) -> Tensor:
         import torch
 
         start, stop = rows

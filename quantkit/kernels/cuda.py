@@ -16,6 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+PRIORITY = -1
+"""Of streams that compute: their kernels go before those of threads that read and write, which have the default, 0."""
+
 
 @cache
 def _has_triton() -> bool:
@@ -25,10 +28,15 @@ def _has_triton() -> bool:
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Float32 on a GPU with tensor cores for TF32 (Ampere or later), where Triton can compile; else torch does it."""
-    if not tensor.is_cuda or tensor.dtype != torch.float32 or torch.version.hip is not None:
+    """Float32 on a GPU that `runs_kernels`; else torch does it."""
+    return tensor.dtype == torch.float32 and runs_kernels(tensor.device)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """A GPU with tensor cores for TF32 (Ampere or later), where Triton can compile."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return _has_triton() and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return _has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager

@@ -7,24 +7,27 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.cuda import tensor_float32
-from quantkit.kernels.transpose_triton import placed, transposed
+from quantkit.kernels.transpose_triton import add_placed, placed
 
 _BLOCK = 128  # the smallest that is inverted alone
 _LEAF = 512  # solved with one product
 
 
-def times_inverse(matrix: Tensor, layout: Tensor, lower: Tensor, pivots: Tensor) -> Tensor:
-    """matrix (B, out, in) float32 in storage order times H^-1, H = R D R^T in layout order; the rest as in
-    `quantkit.quantizers.ldlq.Factor`."""
+def add_times_inverse(
+    weight: Tensor, matrix: Tensor, layout: Tensor, lower: Tensor, pivots: Tensor, factor: float
+) -> Tensor:
+    """weight + factor * matrix H^-1, H = R D R^T in layout order.
+
+    weight, matrix (B, out, in) float32 in storage order; the rest as in `quantkit.quantizers.ldlq.Factor`.
+    """
     in_features = matrix.shape[-1]
-    rows = placed(matrix, layout)[0]  # (B, in, out): R D R^T Y^T = rows
+    rows, solved = placed(matrix, layout, twice=False)  # (B, in, out): R D R^T Y^T = rows
     with tensor_float32():
         inverses = _inverses(lower)
-        _forward(rows, lower, inverses, 0, in_features)
-        rows /= pivots.unsqueeze(-1)
-        _backward(rows, lower, inverses, 0, in_features)
-    rank = layout.argsort(-1) + in_features * torch.arange(len(layout), device=layout.device)[:, None]
-    return transposed(rows.flatten(0, 1).index_select(0, rank.flatten()).view(rows.shape))
+        _forward(rows, solved, lower, inverses, 0, in_features)
+        solved /= pivots.unsqueeze(-1)
+        _backward(solved, rows, lower, inverses, 0, in_features)
+    return add_placed(rows, layout, weight, factor)
 
 
 def _inverses(lower: Tensor) -> list[Tensor]:
@@ -63,23 +66,23 @@ def _middle(start: int, stop: int) -> int:
     return start + -(-(stop - start) // _LEAF) // 2 * _LEAF
 
 
-def _forward(rows: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
-    """Solve R Z = rows for the rows [start, stop), in place."""
+def _forward(rows: Tensor, solved: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
+    """Solve R Z = rows for the rows [start, stop). Overwrites them; Z goes to ``solved``."""
     if stop - start <= _LEAF:
-        rows[:, start:stop] = inverses[start // _LEAF] @ rows[:, start:stop]
+        torch.bmm(inverses[start // _LEAF], rows[:, start:stop], out=solved[:, start:stop])
         return
     middle = _middle(start, stop)
-    _forward(rows, lower, inverses, start, middle)
-    rows[:, middle:stop].baddbmm_(lower[:, middle:stop, start:middle], rows[:, start:middle], alpha=-1)
-    _forward(rows, lower, inverses, middle, stop)
+    _forward(rows, solved, lower, inverses, start, middle)
+    rows[:, middle:stop].baddbmm_(lower[:, middle:stop, start:middle], solved[:, start:middle], alpha=-1)
+    _forward(rows, solved, lower, inverses, middle, stop)
 
 
-def _backward(rows: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
-    """Solve R^T Z = rows for the rows [start, stop), in place."""
+def _backward(rows: Tensor, solved: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
+    """Solve R^T Z = rows for the rows [start, stop). Overwrites them; Z goes to ``solved``."""
     if stop - start <= _LEAF:
-        rows[:, start:stop] = inverses[start // _LEAF].mT @ rows[:, start:stop]
+        torch.bmm(inverses[start // _LEAF].mT, rows[:, start:stop], out=solved[:, start:stop])
         return
     middle = _middle(start, stop)
-    _backward(rows, lower, inverses, middle, stop)
-    rows[:, start:middle].baddbmm_(lower[:, middle:stop, start:middle].mT, rows[:, middle:stop], alpha=-1)
-    _backward(rows, lower, inverses, start, middle)
+    _backward(rows, solved, lower, inverses, middle, stop)
+    rows[:, start:middle].baddbmm_(lower[:, middle:stop, start:middle].mT, solved[:, middle:stop], alpha=-1)
+    _backward(rows, solved, lower, inverses, start, middle)

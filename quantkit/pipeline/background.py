@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.kernels.cuda import PRIORITY
 from quantkit.tensors import TensorInfo
 
 READERS = 4
@@ -53,7 +54,7 @@ class AheadSource:
         """The decoded tensor on the device. Raises `SourceError` as the source does."""
         future = self._reading.pop(name, None)
         if future is None:
-            return self._fetched(name)
+            return self._source.read_on(name, self._device)
         tensor, made = future.result()
         _wait_for(made, self._device)
         if tensor.is_cuda:
@@ -67,20 +68,17 @@ class AheadSource:
         self._forget()
         self._threads.shutdown(cancel_futures=True)
 
-    def _fetched(self, name: str) -> Tensor:
-        return self._source.fetch(name, pinned=self._device.type == "cuda").on(self._device)
-
-    def _fetch_in_thread(self, name: str) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _read_in_thread(self, name: str) -> tuple[Tensor, torch.cuda.Event | None]:
         if not hasattr(self._lanes, "own"):
             self._lanes.own = _lane(self._device)
         with self._lanes.own:
-            return self._fetched(name), _mark(self._device)
+            return self._source.read_on(name, self._device), _mark(self._device)
 
     def _advance(self) -> None:
         while self._expected and self._bytes < AHEAD_BYTES:
             name = self._expected.popleft()
             self._bytes += self._source.infos()[name].nbytes
-            self._reading[name] = self._threads.submit(self._fetch_in_thread, name)
+            self._reading[name] = self._threads.submit(self._read_in_thread, name)
 
     def _forget(self) -> None:
         for future in self._reading.values():
@@ -139,6 +137,13 @@ class Deliveries:
                 torch.cuda.current_stream(self._device).synchronize()
         except BaseException as error:  # noqa: BLE001 -- raised again in the thread that hands tasks over
             self._error = error
+
+
+def foreground(device: torch.device) -> AbstractContextManager[object]:
+    """The computation that the threads work beside: what it asks of a GPU goes before what they ask."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device, priority=PRIORITY))
 
 
 def _lane(device: torch.device) -> AbstractContextManager[object]:

@@ -129,11 +129,13 @@ def expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ...
 
 
 def linears_of(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) -> Linears:
-    """One projection of some experts, read into one tensor."""
+    """One projection of some experts, read into one tensor, in the narrowest dtype that the streams compute with."""
     chosen = tuple(names[expert] for expert in experts)
-    weight = torch.empty(len(chosen), *job.weights.shape(chosen[0]), device=job.device)
+    wide = any(job.weights.dtype(name) == torch.float32 for name in chosen)
+    dtype = torch.float32 if wide else torch.bfloat16
+    weight = torch.empty(len(chosen), *job.weights.shape(chosen[0]), device=job.device, dtype=dtype)
     for one, name in zip(weight, chosen, strict=True):
-        one.copy_(job.weights.read(name))
+        one.copy_(job.weights.stored(name))
     return Linears(chosen, weight)
 
 
@@ -219,8 +221,7 @@ def _quantize_batch(batch: _Batch) -> None:
     job, block = batch.job, batch.block
     gate, up, down = (linears_of(job, names, batch.experts) for names in (block.gates, block.ups, block.downs))
     new_gate, new_up = _quantize_gate_up(batch, gate, up)
-    computed = (one.weight.to(job.weights.dtype(one.names[0])) for one in (gate, up, down))
-    original = carried = _Weights(block, *computed)
+    original = carried = _Weights(block, gate.weight, up.weight, down.weight)
     if job.weights.carries_quantised:
         carried = replace(original, gate=new_gate.to(original.gate.dtype), up=new_up.to(original.up.dtype))
     del gate, up, new_gate, new_up

@@ -31,7 +31,7 @@ class OutputJob:
 @dataclass(frozen=True, slots=True)
 class Linears:
     """B linears of one shape that play the same part (one projection of B experts, or B = 1), with their weights (B,
-    out, in) float32. One name for several matrices: the heads of a part."""
+    out, in), float32 or bfloat16. One name for several matrices: the heads of a part."""
 
     names: tuple[str, ...]
     weight: Tensor
@@ -83,14 +83,24 @@ def _quantized(quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme) 
     """Each of the linears in ``scheme``. A GPU takes them one under the other: columns follow one another, so a sweep
     over more rows takes hardly longer."""
     if len(alike) == 1 or not alike[0].weight.is_cuda:
-        return [quantize(linears.weight, scheme) for linears in alike]
-    batch, start = quantize(torch.cat([linears.weight for linears in alike], 1), scheme), 0
+        return [quantize(linears.weight.float(), scheme) for linears in alike]
+    batch, start = quantize(_stacked(alike), scheme), 0
     parts: list[QuantizedBatch] = []
     for linears in alike:
         stop = start + linears.weight.shape[1]
         parts.append(batch.rows(start, stop))
         start = stop
     return parts
+
+
+def _stacked(alike: list[Linears]) -> Tensor:
+    """(B, rows of all, in) float32: widened and joined in one pass."""
+    count, _, in_features = alike[0].weight.shape
+    heights = [linears.weight.shape[1] for linears in alike]
+    stacked = torch.empty(count, sum(heights), in_features, device=alike[0].weight.device)
+    for part, linears in zip(stacked.split(heights, 1), alike, strict=True):
+        part.copy_(linears.weight)
+    return stacked
 
 
 def _largest(alike: list[Linears]) -> str:

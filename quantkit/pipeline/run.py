@@ -22,7 +22,7 @@ from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.pipeline.background import AheadSource, Deliveries
+from quantkit.pipeline.background import AheadSource, Deliveries, foreground
 from quantkit.pipeline.copying import copy_kept, quantize_tables
 from quantkit.pipeline.decide import Action
 from quantkit.pipeline.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
@@ -72,6 +72,7 @@ def convert(
         torch.set_num_threads(jobs)
     machine = Machine.of(device, memory_budget)
     with ExitStack() as stack:
+        stack.enter_context(foreground(machine.device))
         opened = stack.enter_context(open_source(source))
         arch = arch_of(opened.config)
         plan = make_plan(recipe, arch, opened.infos(), opened.is_float8, opened.block_size)

@@ -51,7 +51,7 @@ class LayerWeights:
         self._keeps_bf16 = has_kernels(torch.empty(0, device=device))
         self._batches: dict[str, QuantizedBatch] = {}
         self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
-        self._original = WeightCache(self._stored, cache_bytes // 2)
+        self._original = WeightCache(self._computed, cache_bytes // 2)
         self._carried = WeightCache(self._decoded, cache_bytes // 2)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -65,6 +65,10 @@ class LayerWeights:
         if part is not None:
             return part.take(self.original(part.whole).float())
         return self._source.read(name).to(self._device).float()
+
+    def stored(self, name: str) -> Tensor:
+        """The source's weight as it is stored (FP8 as BF16), on the device or not, not kept."""
+        return self._source.read(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """In which the streams compute with this tensor."""
@@ -90,7 +94,7 @@ class LayerWeights:
             self._part_batches.setdefault(part.whole, {})[name] = batch
             self._carried.forget()
 
-    def _stored(self, name: str) -> Tensor:
+    def _computed(self, name: str) -> Tensor:
         return self._source.read(name).to(self._device, self.dtype(name))
 
     def _decoded(self, name: str) -> Tensor:

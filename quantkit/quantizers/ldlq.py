@@ -134,8 +134,7 @@ def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float
         from quantkit.kernels import solve_triton
 
         moved = narrow_product(weight, cross)
-        moved = solve_triton.times_inverse(moved, factor.layout, factor.lower, factor.pivots)
-        return moved.mul_(alpha).add_(weight)
+        return solve_triton.add_times_inverse(weight, moved, factor.layout, factor.lower, factor.pivots, alpha)
     moved = _columns(weight @ cross, factor.layout)
     panels = [slice(start, start + _PANEL) for start in range(0, moved.shape[-1], _PANEL)]
     lower = factor.lower
@@ -415,6 +414,8 @@ def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> No
 
 def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
     """tr(E H E^T) by row: error (B, out, in), hessian (B, in, in) -> (B, out) float32."""
-    if has_kernels(error):  # a figure for reports, and as large a product as the sweep's
-        return (narrow_product(error, hessian) * error).sum(-1)
+    if has_kernels(error):
+        from quantkit.kernels import row_loss_triton
+
+        return row_loss_triton.row_loss(error, hessian)
     return ((error @ hessian) * error).sum(-1)

@@ -91,6 +91,12 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, groups) -> weight (..., out, in) float32."""
+        from quantkit.kernels.cuda import runs_kernels
+
+        if runs_kernels(codes.device):
+            from quantkit.kernels import decode_triton
+
+            return decode_triton.decode(codes, scale, 2.0 ** (self.bits - 1) if zero_point is None else zero_point)
         grouped = _grouped(codes.float(), scale.shape[-1])
         return ((grouped - self._zero(zero_point)) * scale.float().unsqueeze(-1)).view(codes.shape)
 
@@ -211,7 +217,7 @@ def _fit_by_kernel(
     out_features, in_features = weight.shape[-2:]
     flat = weight.reshape(-1, out_features, in_features)
     counts = importance.expand(*weight.shape[:-2], in_features).reshape(-1, in_features)
-    fractions = torch.linspace(_SMALLEST_RANGE[min(scheme.bits, 5)], 1.0, grid).to(weight.device)
+    fractions = torch.linspace(_SMALLEST_RANGE[min(scheme.bits, 5)], 1.0, grid).to(weight.device, non_blocking=True)
     n_groups = scheme.n_groups(in_features)
     scale, zero = search(
         flat, counts, fractions, n_groups=n_groups, bits=scheme.bits, symmetric=scheme.symmetric, signed=signed
