@@ -33,6 +33,7 @@ from unittest.mock import patch
 
 import torch
 from gptq_expert import machine, structured_weight, write
+from layer_work import Sizes, stage_rates
 from torch import Tensor
 
 from quantkit.arch import arch_of
@@ -357,21 +358,31 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def whole_model(layer_seconds: float, tokens: int) -> dict[str, Any]:
+def sizes_of(config: dict[str, Any], method: Gptq, tokens: int) -> Sizes:
+    return Sizes(
+        tokens=tokens,
+        slots=tokens * config["num_experts_per_tok"],
+        experts=config["n_routed_experts"],
+        hidden=config["hidden_size"],
+        inter=config["moe_intermediate_size"],
+        context=config["num_attention_heads"] * config["v_head_dim"],
+        cross=method.follows_original,
+        polish=method.polish,
+    )
+
+
+def whole_model(layer_seconds: float) -> dict[str, Any]:
     """All of V3 from one layer: what is computed, and what a disk adds."""
     compute = MOE_LAYERS * layer_seconds
-    rates = {"7 GB/s": 7.0, "3 GB/s": 3.0}
     moved = 688 + 349  # GB read in FP8 blocks, written as int4 g128
     return {
-        "what": f"58 MoE layers as measured at {tokens:,} tokens; 3 dense layers and embeddings (2 % of the weights) "
-        "and validation are not in it; read 688 GB + write 349 GB at the stated rate of one disk for both",
         "compute, minutes": round(compute / 60, 2),
         **{
-            f"with a disk of {name}, minutes: overlapped / one after the other": [
+            f"with a disk of {rate} GB/s, minutes: overlapped / one after the other": [
                 round(max(compute, moved / rate) / 60, 2),
                 round((compute + moved / rate) / 60, 2),
             ]
-            for name, rate in rates.items()
+            for rate in (7, 3)
         },
     }
 
@@ -385,7 +396,7 @@ def peers(setting: Setting, tokens: int) -> list[dict[str, Any]]:
     gate, up, down = (setting.source.read(names[0]).to(GPU) for names in (block.gates, block.ups, block.downs))
     known = {n: setting.source.read(n).to(GPU) for n in setting.source.infos() if ".experts." not in n}
     n_rows = min(setting.x.n_rows, max(1, tokens // LENGTH))
-    x = block.inputs(known.__getitem__, setting.x.read(0, n_rows)).bfloat16()[:tokens]
+    x = block.inputs(known.__getitem__, setting.x.read(0, n_rows).to(GPU)).bfloat16()[:tokens]
     hidden = block.activate(x @ gate.T, x @ up.T)
     found = peers_on_gpu(gate, up, down, x, hidden)
     return [{key: value for key, value in row.items() if key != "weights"} for row in found]
@@ -431,8 +442,16 @@ def run(arguments: argparse.Namespace) -> None:
         )
         del x, original
         result["layer"] = measure(setting, arguments.cases, arguments.repeats, arguments.profile)
+        whole = result["all of V3, extrapolated"] = {
+            "what": f"{MOE_LAYERS} MoE layers as measured at {tokens:,} tokens; 3 dense layers and embeddings (2 % of "
+            "the weights) and validation are not in it; read 688 GB + write 349 GB at the stated rate of one disk for "
+            "both"
+        }
         for case, found in result["layer"].items():
-            result.setdefault("all of V3, extrapolated", {})[case] = whole_model(found["seconds"], tokens)
+            seconds = found["stages, synchronised"]
+            sizes = sizes_of(layer_config(arguments.scale), CASES[case], tokens)
+            found["rates of the stages"] = stage_rates(sizes, seconds, result["ceilings"])
+            whole[case] = whole_model(found["seconds"])
         write(result, arguments.out)
         if arguments.peers:
             result["peers, one expert"] = peers(setting, min(16_384, tokens))

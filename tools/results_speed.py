@@ -39,18 +39,33 @@ def moe_layer(data: Document) -> str:
             table(head, rows),
             "Seconds by stage, from a run of their own with a synchronisation around each:\n",
             *stages,
+            _rates(data),
             _peers_of_layer(data),
             _extrapolated(data),
         ]
     )
 
 
+def _rates(data: Document) -> str:
+    """Stages beside the card's ceilings, a column for each case."""
+    cases = data["layer"]
+    stages = list(dict.fromkeys(stage for case in cases.values() for stage in case.get("rates of the stages", {})))
+    if not stages:
+        return ""
+    rows = [
+        [stage, *(_flat(case["rates of the stages"].get(stage, {})) for case in cases.values())] for stage in stages
+    ]
+    ceilings = _flat(data.get("ceilings", {}))
+    return f"\nWhat the stages reach; the card's measured ceilings: {ceilings}.\n\n{table(('stage', *cases), rows)}"
+
+
 def _peers_of_layer(data: Document) -> str:
-    peers = data.get("peers")
-    if not isinstance(peers, Mapping):
+    peers = data.get("peers, one expert")
+    if not peers:
         return "\nPeers on the same matrices: not recorded.\n"
-    rows = [[name, str(value) if not isinstance(value, Mapping) else _flat(value)] for name, value in peers.items()]
-    return "\nPeers' own functions on an expert of this layer:\n\n" + table(("peer", "found"), rows)
+    keys = ("peer", "version", "setting", "total_ms", "gate_ms", "up_ms", "down_ms", "hessian_ms")
+    rows = [[str(peer.get(key, UNKNOWN)) for key in keys] for peer in peers]
+    return "\nPeers' own functions on an expert of this layer:\n\n" + table(keys, rows)
 
 
 def _flat(values: Document) -> str:

@@ -22,6 +22,8 @@ from torch import Tensor
 from quantkit.errors import CalibrationError
 from quantkit.kernels.compiled import has_compiled
 from quantkit.kernels.cuda import has_kernels, narrow_product
+from quantkit.quantizers.ldlq_polish import Polished, polish_in_torch
+from quantkit.quantizers.levels import Levels, divisor
 from quantkit.schemes.grid import Grid
 
 _LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
@@ -180,34 +182,12 @@ def sweep(grid: Grid, target: Tensor, factor: Factor, loss: Tensor | None = None
         scale=_columns_of_groups(grid.scale, group),
         zero=_columns_of_groups(grid.zero, group) if isinstance(grid.zero, Tensor) else grid.zero,
         offset=None if grid.offset is None else _columns_of_groups(grid.offset, group),
-        levels=_Levels(grid),
+        levels=Levels(grid),
         codes=torch.empty(target.mT.shape, dtype=torch.uint8, device=target.device),
         loss=loss,
     )
     _sweep_span(columns, factor, 0, in_features)
     return _columns(columns.codes.mT, factor.layout.argsort(-1))
-
-
-class _Levels:
-    """The nearest code of a value in units of its scale, and the level of a code."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.top = grid.top
-        table = grid.table
-        self._table = table
-        self._middles = None if table is None else (table[1:] + table[:-1]) / 2
-
-    def round(self, values: Tensor, zero: Tensor | float) -> tuple[Tensor, Tensor]:
-        """values (overwritten), zero: of integer levels -> codes, levels, both float32 and shaped like values."""
-        if self._table is None or self._middles is None:
-            codes = values.add_(zero).round_().clamp_(0, self.top)
-            return codes, codes - zero
-        codes = torch.bucketize(values, self._middles)
-        return codes, self._table[codes]
-
-    def of(self, codes: Tensor, zero: Tensor | float) -> Tensor:
-        """codes uint8 -> levels float32."""
-        return codes.float() - zero if self._table is None else self._table[codes.int()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +203,7 @@ class _Columns:
     scale: Tensor
     zero: Tensor | float
     offset: Tensor | None
-    levels: _Levels
+    levels: Levels
     codes: Tensor
     loss: Tensor | None
 
@@ -256,7 +236,7 @@ def _round_column(columns: _Columns, factor: Factor, column: int, start: int) ->
     if columns.offset is not None:
         wanted = wanted - columns.offset[:, column]
         error -= columns.offset[:, column]
-    codes, levels = columns.levels.round(wanted / _divisor(scale), zero)
+    codes, levels = columns.levels.round(wanted / divisor(scale), zero)
     columns.codes[:, column] = codes
     error.addcmul_(levels, scale, value=-1)
     if columns.loss is not None:
@@ -265,21 +245,6 @@ def _round_column(columns: _Columns, factor: Factor, column: int, start: int) ->
     if column > start:
         weights = factor.lower[:, column, start:column, None]
         columns.moved[:, start:column].addcmul_(weights, error.unsqueeze(1))
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    """What brings values to units of a scale; a group without extent has scale 0, and any code will do."""
-    return scale.masked_fill(scale == 0, torch.inf)
-
-
-@dataclass(frozen=True, slots=True)
-class Polished:
-    """codes (B, out, in) uint8, scale and offset (B, out, groups) float32, loss tr(E H E^T) (B, out) float32."""
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor | None
-    loss: Tensor
 
 
 def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: int) -> Polished:
@@ -300,116 +265,7 @@ def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: i
         from quantkit.kernels import polish_leaf
 
         return Polished(*polish_leaf.polish(grid, target, codes, hessian, rounds))
-    work = _Descent.of(grid, target, codes, hessian)
-    for _ in range(rounds):
-        for group in range(work.scales.shape[1]):
-            _polish_group(work, group)
-    offset = None if work.offsets is None else _transposed(work.offsets)
-    final = _transposed(work.codes.to(codes.dtype))
-    return Polished(final, _transposed(work.scales), offset, (work.error * work.gradient).sum(1))
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    """(B, m, n) -> (B, n, m), always a copy, and with the usual strides even where m or n is 1."""
-    return tensor.mT.clone(memory_format=torch.contiguous_format)
-
-
-@dataclass(frozen=True, slots=True)
-class _Descent:
-    """A polish under way, transposed: codes, levels, error, gradient (B, in, out), scales, offsets (B, groups, out)
-    float32."""
-
-    grid: Grid
-    find: _Levels
-    hessian: Tensor
-    codes: Tensor
-    levels: Tensor
-    error: Tensor
-    gradient: Tensor
-    scales: Tensor
-    offsets: Tensor | None
-    zero: Tensor | float
-
-    @classmethod
-    def of(cls, grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor) -> _Descent:
-        size = target.shape[-1] // grid.scale.shape[-1]
-        zero = grid.zero.repeat_interleave(size, -1).mT if isinstance(grid.zero, Tensor) else grid.zero
-        find = _Levels(grid)
-        levels = find.of(codes.mT, zero).contiguous()
-        # Copies even where the layout is this one already: they move, the grid stays.
-        scales = _transposed(grid.scale)
-        offsets = None if grid.offset is None else _transposed(grid.offset)
-        error = target.mT - levels * scales.repeat_interleave(size, 1)
-        if offsets is not None:
-            error -= offsets.repeat_interleave(size, 1)
-        return cls(grid, find, hessian, codes.mT.float(), levels, error, hessian @ error, scales, offsets, zero)
-
-
-def _polish_group(work: _Descent, group: int) -> None:
-    size = work.levels.shape[1] // work.scales.shape[1]
-    span = slice(group * size, (group + 1) * size)
-    local = work.gradient[:, span].clone()
-    change = -work.error[:, span]
-    _step_scale(work, group, span, local)
-    if work.offsets is not None:
-        _step_offset(work, work.offsets, group, span, local)
-    _step_codes(work, group, span, local)
-    change += work.error[:, span]
-    work.gradient.baddbmm_(work.hessian[:, :, span], change)
-
-
-def _step_scale(work: _Descent, group: int, span: slice, gradient: Tensor) -> None:
-    """The better scale of one group; ``error`` and ``gradient`` (B, group, out) follow in place."""
-    levels, scale = work.levels[:, span], work.scales[:, group]
-    through = work.hessian[:, span, span] @ levels
-    curvature, slope = (levels * through).sum(1), (levels * gradient).sum(1)
-    wanted = scale + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
-    step = _if_better(work.grid.nearest_scale(group, wanted) - scale, curvature, slope)
-    work.error[:, span].addcmul_(levels, step.unsqueeze(1), value=-1)
-    gradient.addcmul_(through, step.unsqueeze(1), value=-1)
-    work.scales[:, group] = scale + step
-
-
-def _step_offset(work: _Descent, offsets: Tensor, group: int, span: slice, gradient: Tensor) -> None:
-    """The better offset of one group, in the same way."""
-    through = work.hessian[:, span, span].sum(-1, keepdim=True)  # (B, group, 1)
-    curvature, slope = through.sum(1).expand(offsets[:, group].shape), gradient.sum(1)
-    wanted = offsets[:, group] + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
-    step = _if_better(work.grid.nearest_offset(group, wanted) - offsets[:, group], curvature, slope)
-    work.error[:, span] -= step.unsqueeze(1)
-    gradient.addcmul_(through, step.unsqueeze(1), value=-1)
-    offsets[:, group] += step
-
-
-def _if_better(step: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
-    """The step where it lowers the loss, else 0."""
-    return torch.where((step * (step * curvature - 2 * slope) < 0) & (curvature > 0), step, 0.0)
-
-
-def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> None:
-    """Move each code of one group to its best level given all others; ``gradient`` (B, group, out) follows in place."""
-    hessian, scale = work.hessian[:, span, span], work.scales[:, group]
-    levels, codes, error = work.levels[:, span], work.codes[:, span], work.error[:, span]
-    zero = work.zero[:, span] if isinstance(work.zero, Tensor) else work.zero
-    inverse = 1 / _divisor(scale)
-    diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
-    size = levels.shape[1]
-    for start in range(0, size, _LEAF):
-        stop = min(start + _LEAF, size)
-        before = error[:, start:stop].clone()
-        for column in range(start, stop):
-            old = levels[:, column]
-            wanted = (gradient[:, column] / diagonal[:, column, None]).mul_(inverse).add_(old)
-            new_codes, new = work.find.round(wanted, zero[:, column] if isinstance(zero, Tensor) else zero)
-            moved = (new - old).mul_(scale)
-            levels[:, column] = new
-            codes[:, column] = new_codes
-            error[:, column] -= moved
-            if column + 1 < stop:
-                weights = hessian[:, column, column + 1 : stop, None]
-                gradient[:, column + 1 : stop].addcmul_(weights, moved.unsqueeze(1), value=-1)
-        if stop < size:
-            gradient[:, stop:].baddbmm_(hessian[:, stop:, start:stop], error[:, start:stop] - before)
+    return polish_in_torch(grid, target, codes, hessian, rounds)
 
 
 def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
