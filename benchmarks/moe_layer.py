@@ -413,8 +413,9 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/moe-layer"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "moe_layer.json")
+    arguments = parser.parse_args()
     with foreground(GPU):
-        run(parser.parse_args())
+        run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -469,7 +470,7 @@ def _away(store: RowStore) -> RowStore:
         copy.write(start, store.read(start, stop).cpu())
     store.close()
     data = copy.read(0, copy.n_rows)
-    torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0))
     return copy
 
 

@@ -73,8 +73,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotate_heads_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """`rotate` in place: x (rows, tokens, heads, dim), a slice of a contiguous tensor's last dimension; cos, sin
-    (tokens, dim / 2)."""
+    """`rotate` in place: x (rows, tokens, heads, dim) of any float dtype, a slice of a contiguous tensor's last
+    dimension; cos, sin (tokens, dim / 2) float32."""
     if runs_kernels(x.device):
         from quantkit.kernels import norm_triton
 

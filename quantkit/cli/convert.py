@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.converted import next_text, program
-from quantkit.cli.options import AsJson, Device, RecipeName, Source, size
+from quantkit.cli.options import AsJson, Device, MemoryBudget, RecipeName, Source
 from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
@@ -27,15 +27,7 @@ def convert(
     device: Annotated[
         Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")
     ] = Device.AUTO,
-    memory_budget: Annotated[
-        int | None,
-        typer.Option(
-            "--memory-budget",
-            parser=size,
-            metavar="SIZE",
-            help="Memory to stay within, e.g. 20GiB. Default: 60 % of the machine's memory.",
-        ),
-    ] = None,
+    memory_budget: MemoryBudget = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, max=1024, metavar="N", help="CPU threads. Default: all cores.")
     ] = None,
@@ -54,7 +46,7 @@ def convert(
     """
     with refusals():
         if dry_run:
-            show_plan(source, recipe, None, 0, as_json)
+            show_plan(source, recipe, as_json, memory_budget=memory_budget)
             return
         with interruptible(lambda: f"Resume with: {_resume_command(source, recipe, out)}"), progress() as on_event:
             report = commands.convert(

@@ -59,5 +59,20 @@ GpuOption = Annotated[
     ),
 ]
 Context = Annotated[
-    int, typer.Option("--context", min=1, metavar="TOKENS", help="Length of the sequence that --gpus must fit.")
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        metavar="TOKENS",
+        help="Length of the sequence that --gpus must fit. Default: 32,768, or what the model is made for if less.",
+    ),
+]
+MemoryBudget = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-budget",
+        parser=size,
+        metavar="SIZE",
+        help="Memory to stay within, e.g. 20GiB. Default: 60 % of the machine's memory.",
+    ),
 ]

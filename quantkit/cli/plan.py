@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from quantkit.cli.options import AsJson, Context, GpuOption, RecipeName, Source
+from quantkit.cli.options import AsJson, Context, GpuOption, MemoryBudget, RecipeName, Source
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
 from quantkit.library import commands
@@ -14,21 +14,34 @@ from quantkit.pipeline.serving import Gpus
 
 
 def plan(
-    source: Source, recipe: RecipeName, gpus: GpuOption = None, context: Context = 32768, as_json: AsJson = False
+    source: Source,
+    recipe: RecipeName,
+    gpus: GpuOption = None,
+    context: Context = None,
+    memory_budget: MemoryBudget = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a conversion would give and need: bytes, bits per weight, memory, disk. Reads no weights.
 
     SOURCE may hold only a config.json: then the official release of that config is planned.
     """
     with refusals():
-        show_plan(source, recipe, gpus, context, as_json)
+        show_plan(source, recipe, as_json, gpus=gpus, context=context, memory_budget=memory_budget)
 
 
-def show_plan(source: Path, recipe: str, gpus: Gpus | None, context: int, as_json: bool) -> None:
+def show_plan(
+    source: Path,
+    recipe: str,
+    as_json: bool,
+    *,
+    gpus: Gpus | None = None,
+    context: int | None = None,
+    memory_budget: int | None = None,
+) -> None:
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common."""
     from quantkit.library.forecast_text import forecast_document, forecast_text
 
-    found = commands.plan(source, recipe, gpus=gpus, context=context)
+    found = commands.plan(source, recipe, gpus=gpus, context=context, memory_budget=memory_budget)
     if as_json:
         show_json(forecast_document(found, recipe))
     else:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 SCALE_SUFFIX = "_scale_inv"
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 """What a scale may be stored in: float32 in every official release; the other two convert to float32 exactly."""
-_SAFE_SCALE = 1e35
-"""Below it the largest code, 448, stays finite."""
 
 
 class Fp8Source:
@@ -83,14 +81,12 @@ class Fp8Source:
         return stored[name], stored[name + SCALE_SUFFIX]
 
     def read_on(self, name: str, device: torch.device) -> Tensor:
-        """The tensor on a device, the same values as `read` gives. A GPU takes what is stored, decodes and checks it,
-        on the current stream, for which this waits.
+        """The tensor on a device, which decodes and checks it: the same values as `read` gives. For a GPU through
+        page-locked memory and on the current stream, for which this waits. Thread-safe.
 
         Raises `SourceError` as `read` does.
         """
-        if device.type != "cuda":
-            return self.read(name).to(device)
-        weight = self.raw.read_pinned(name).to(device, non_blocking=True)
+        weight = self.raw.read_unchecked(name, pinned=device.type == "cuda").to(device, non_blocking=True)
         if name in self._float8:
             scale = self.raw.read(name + SCALE_SUFFIX).float()
             self._check_scale(name, scale)

@@ -94,14 +94,15 @@ class SafetensorsSource:
         require_finite(name, str(self.directory / stored.file), tensor)
         return tensor
 
-    def read_pinned(self, name: str) -> Tensor:
-        """The tensor as stored, in page-locked memory, from where a GPU takes it at full speed. Its values are not
-        looked at: the GPU is faster at that.
+    def read_unchecked(self, name: str, *, pinned: bool) -> Tensor:
+        """The tensor as stored, on the CPU, its values not looked at: for who checks them elsewhere. ``pinned``: in
+        page-locked memory, from where a GPU takes it at full speed.
 
         Raises `SourceError` if the file shrank meanwhile.
         """
         stored = self.stored(name)
-        return self._read_range(stored, (0, _n_rows(stored.info)), pinned=True).reshape(stored.info.shape)
+        tensor = self._read_range(stored, (0, _n_rows(stored.info)), pinned=pinned)
+        return tensor.reshape(stored.info.shape)
 
     def read_rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Rows of dimension 0 in the given order, repeats allowed: an embedding lookup that reads only these rows.

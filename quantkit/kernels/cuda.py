@@ -27,6 +27,11 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None and any(name and which(name) for name in compilers)
 
 
+def _has_wide_sums() -> bool:
+    """Whether this torch multiplies bfloat16 into float32 (from about 2.8 on)."""
+    return "dtype" in torch.ops.aten.bmm.overloads()
+
+
 def has_kernels(tensor: Tensor) -> bool:
     """Float32 on a GPU that `runs_kernels`; else torch does it."""
     return tensor.dtype == torch.float32 and runs_kernels(tensor.device)
@@ -36,7 +41,7 @@ def runs_kernels(device: torch.device) -> bool:
     """A GPU with tensor cores for TF32 (Ampere or later), where Triton can compile."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return _has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return _has_triton() and _has_wide_sums() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager

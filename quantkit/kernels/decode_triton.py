@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _COLUMNS = 1024
+_ONE_COMPILES = threading.Lock()
+"""Threads that read ahead decode at the same time, and Triton may not take two first launches of a kernel at once."""
 
 
 @triton.jit
@@ -31,9 +35,12 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
     """codes (..., out, in) uint8, scale (..., out, groups) of any float dtype, zero the same in uint8, or one for all
     -> (codes - zero) * scale (..., out, in) float32."""
     in_features, n_groups = codes.shape[-1], scale.shape[-1]
+    assert scale.shape[:-1] == codes.shape[:-1], f"scales {list(scale.shape)} of codes {list(codes.shape)}"
+    assert in_features % n_groups == 0, f"{n_groups} groups of {in_features} codes"
     result = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     codes, scale = codes.contiguous(), scale.contiguous()
     given = isinstance(zero, Tensor)
+    assert not given or zero.shape == scale.shape, "a zero point for each scale"
     if codes.numel():
         _decode[(codes.numel() // in_features, triton.cdiv(in_features, _COLUMNS))](
             codes, scale, zero.contiguous() if given else scale, result, 0.0 if given else zero,
@@ -63,10 +70,13 @@ def decode_fp8_blocks(codes: Tensor, scale: Tensor, block_size: tuple[int, int],
     """As `quantkit.formats.fp8_source.decode_blocks`: codes (rows, in) float8_e4m3fn, scale (row blocks, in blocks)
     float32 -> (rows, in) bfloat16."""
     n_rows, in_features = codes.shape
+    needed = triton.cdiv(skipped_rows + n_rows, block_size[0]), triton.cdiv(in_features, block_size[1])
+    assert all(map(int.__ge__, scale.shape, needed)), f"scales {list(scale.shape)}, {list(needed)} were needed"
     result = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
     if codes.numel():
-        _decode_fp8[(n_rows, triton.cdiv(in_features, _COLUMNS))](
-            codes.contiguous().view(torch.uint8), scale.contiguous(), result,
-            in_features, scale.shape[1], *block_size, skipped_rows, COLUMNS=_COLUMNS, num_warps=4,
-        )  # fmt: skip
+        with _ONE_COMPILES:
+            _decode_fp8[(n_rows, triton.cdiv(in_features, _COLUMNS))](
+                codes.contiguous().view(torch.uint8), scale.contiguous(), result,
+                in_features, scale.shape[1], *block_size, skipped_rows, COLUMNS=_COLUMNS, num_warps=4,
+            )  # fmt: skip
     return result

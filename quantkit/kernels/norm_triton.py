@@ -28,7 +28,8 @@ def _rms_norm(x, weight, result, width, eps, COLUMNS: tl.constexpr):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `quantkit.arch.ops.rms_norm`: x (..., n) of any float dtype, n at most `WIDEST`, weight (n,) -> (..., n) in
     the weight's dtype."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
+    assert weight.shape == x.shape[-1:], f"a norm of {list(weight.shape)} for {list(x.shape)}"
     result = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     width = x.shape[-1]
     if x.numel():
@@ -68,6 +69,10 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """As `quantkit.arch.ops.rotate`, in place: x (rows, tokens, heads, dim), whose rows follow one another and whose
     heads may have any distance, cos and sin (tokens, dim / 2) float32."""
     n_rows, n_tokens, n_heads, dim = x.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
+    assert x.stride(3) == 1, f"strides {x.stride()}"
+    assert x.stride(0) == n_tokens * x.stride(1), f"strides {x.stride()}"
+    assert cos.shape == sin.shape == (n_tokens, dim // 2), f"angles {list(cos.shape)} for {list(x.shape)}"
     _rotate[(n_rows * n_tokens, triton.cdiv(n_heads, _HEADS))](
         x, cos, sin, n_tokens, n_heads, x.stride(1), x.stride(2), dim // 2,
         INTERLEAVED=interleaved, HEADS=_HEADS, PAIRS=max(_PAIRS, triton.next_power_of_2(dim // 2)), num_warps=1,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +29,7 @@ def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
 
     A figure for reports: what rounding does to single products averages out.
     """
+    assert hessian.dtype == torch.float32, f"a copy is scaled, and {hessian.dtype} would not be one"
     n_matrices, out_features, in_features = error.shape
     rows = error.bfloat16().contiguous()
     loss = error.new_zeros(n_matrices, out_features)

@@ -21,7 +21,8 @@ def add_times_inverse(
     weight, matrix (B, out, in) float32 in storage order; the rest as in `quantkit.quantizers.ldlq.Factor`.
     """
     in_features = matrix.shape[-1]
-    rows, solved = placed(matrix, layout, twice=False)  # (B, in, out): R D R^T Y^T = rows
+    rows = placed(matrix, layout)  # (B, in, out): R D R^T Y^T = rows
+    solved = torch.empty_like(rows)
     with tensor_float32():
         inverses = _inverses(lower)
         _forward(rows, solved, lower, inverses, 0, in_features)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.kernels.cuda import FixedScales, tensor_float32
 from quantkit.kernels.levels_triton import inverse, nearest
-from quantkit.kernels.transpose_triton import placed, transposed
+from quantkit.kernels.transpose_triton import placed_twice, transposed
 
 _BLOCK = 128  # columns that one launch rounds
 _SUB = 16  # of them in registers at once
@@ -141,7 +141,7 @@ def sweep(
     (B, out) float32: tr(E H E^T) of each row is added to it.
     """
     in_features, zero, offset = target.shape[-1], grid.zero, grid.offset
-    moved, error = placed(target, layout)
+    moved, error = placed_twice(target, layout)
     work = _Sweep(
         grid=grid,
         moved=moved,

@@ -1,5 +1,6 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
-"""Transposed copies on a GPU, tile by tile: torch's strided copies reach a third of the memory's speed."""
+"""Transposed copies on a GPU, tile by tile, to places of their own or added to a matrix: torch's strided copies reach a
+third of the memory's speed."""
 
 from __future__ import annotations
 
@@ -64,14 +65,24 @@ def transposed(matrix: Tensor) -> Tensor:
     return result
 
 
-def placed(matrix: Tensor, layout: Tensor, *, twice: bool = True) -> tuple[Tensor, Tensor]:
+def placed(matrix: Tensor, layout: Tensor) -> Tensor:
     """matrix (B, rows, columns), layout (B, columns) int64: column of each place -> (B, columns, rows), row p being
-    column layout[p], twice; or once, and a second tensor of this shape with undefined values."""
-    matrix = matrix.contiguous()
+    column layout[p]."""
+    result = torch.empty_like(matrix.mT, memory_format=torch.contiguous_format)
+    _place_in(matrix, layout, result, result, twice=False)
+    return result
+
+
+def placed_twice(matrix: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
+    """Two copies of what `placed` gives."""
     result, second = (torch.empty_like(matrix.mT, memory_format=torch.contiguous_format) for _ in range(2))
-    rank = layout.argsort(-1).int()
-    _place[_programs(matrix)](matrix, rank, result, second, *matrix.shape[1:], TWICE=twice, TILE=_TILE, num_warps=4)
+    _place_in(matrix, layout, result, second, twice=True)
     return result, second
+
+
+def _place_in(matrix: Tensor, layout: Tensor, result: Tensor, second: Tensor, *, twice: bool) -> None:
+    matrix, rank = matrix.contiguous(), layout.argsort(-1).int()
+    _place[_programs(matrix)](matrix, rank, result, second, *matrix.shape[1:], TWICE=twice, TILE=_TILE, num_warps=4)
 
 
 def add_placed(matrix: Tensor, layout: Tensor, added: Tensor, factor: float) -> Tensor:

@@ -82,13 +82,15 @@ def plan(
     *,
     base_dir: Path | str | None = None,
     gpus: Gpus | str | None = None,
-    context: int = 32768,
+    context: int | None = None,
+    memory_budget: int | str | None = None,
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
 
     ``source`` may hold only a config.json: then the official release of that config is planned. ``gpus``
-    ("5xA100-80GB"): check whether vLLM (GGUF: llama.cpp) can serve a sequence of ``context`` tokens there. Loads no
-    torch. Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
+    ("5xA100-80GB"): check whether vLLM (GGUF: llama.cpp) can serve a sequence of ``context`` tokens there (default:
+    32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. Loads no torch.
+    Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = _recipe(recipe, base_dir)
     from quantkit.pipeline.forecast import forecast
@@ -99,7 +101,9 @@ def plan(
             gpus = parse_gpus(gpus)
         except ValueError as error:
             raise PlanError(f"gpus: {error}.") from None
-    return forecast(Path(source), loaded, base_dir=folder, gpus=gpus, context=context)
+    return forecast(
+        Path(source), loaded, base_dir=folder, gpus=gpus, context=context, memory_budget=_budget(memory_budget)
+    )
 
 
 def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from quantkit.kernels.cuda import PRIORITY
 from quantkit.tensors import TensorInfo
 
 READERS = 4
-"""Threads that read and check weights; one of them brings some 3 GB/s from the page cache."""
+"""Threads that read weights, each of which waits for its GPU work."""
 AHEAD_BYTES = 2 * 2**30
 """What may wait on the GPU, decoded."""
 MOST_WAITING = 4
@@ -29,7 +29,7 @@ MOST_WAITING = 4
 
 class AheadSource:
     """Weights on the device that computes. Those that were announced are read ahead by threads; for a GPU into
-    page-locked memory, copied and decoded on streams of the threads' own."""
+    page-locked memory, copied, decoded and checked on streams of the threads' own."""
 
     def __init__(self, source: Fp8Source, device: torch.device) -> None:
         self._source = source
@@ -98,6 +98,7 @@ class Deliveries:
             MOST_WAITING
         )
         self._error: BaseException | None = None
+        self._lane = _lane(device)
         self._thread = threading.Thread(target=self._work, name="deliver", daemon=True)
         self._thread.start()
 
@@ -121,7 +122,7 @@ class Deliveries:
             raise self._error
 
     def _work(self) -> None:
-        with _lane(self._device):
+        with self._lane:
             while (entry := self._waiting.get()) is not None:
                 if self._error is None:
                     self._do(*entry)
@@ -139,11 +140,16 @@ class Deliveries:
             self._error = error
 
 
-def foreground(device: torch.device) -> AbstractContextManager[object]:
-    """The computation that the threads work beside: what it asks of a GPU goes before what they ask."""
+@contextmanager
+def foreground(device: torch.device) -> Generator[None]:
+    """The computation that the threads work beside: what it asks of a GPU goes before what they ask. It has a stream
+    of its own; the memory that torch keeps for that is given back at the end."""
     if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device, priority=PRIORITY))
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device, priority=PRIORITY)):
+        yield
+    torch.cuda.empty_cache()
 
 
 def _lane(device: torch.device) -> AbstractContextManager[object]:

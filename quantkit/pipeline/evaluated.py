@@ -89,16 +89,28 @@ def open_candidate(path: Path, reference: ModelArch, tokenizer: str | None) -> E
     if path.is_dir() and _has_shards(path):
         opened = _open_folder(path)
         return _checked(opened, reference, _tokenizer_notes(path, tokenizer))
-    if (path.is_dir() and any(path.glob("*.gguf"))) or (path.is_file() and is_gguf(path)):
+    if (path.is_dir() and _holds_gguf(path)) or (path.is_file() and is_gguf(path)):
         return _open_gguf(path, reference)
     if not path.exists():
         raise SourceError(f"{path}: does not exist.")
+    inside = [part for part in sorted(path.iterdir()) if _holds_model(part)] if path.is_dir() else []
+    if inside:
+        names = " ".join(map(str, inside[:4]))
+        raise SourceError(f"{path}: is a folder of {len(inside)} outputs.", hint=f"Name those to evaluate: {names}.")
     what = "holds neither safetensors nor GGUF" if path.is_dir() else "is no GGUF file"
     raise SourceError(f"{path}: {what}.", hint=READABLE)
 
 
 def _has_shards(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
+
+
+def _holds_gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf"))
+
+
+def _holds_model(path: Path) -> bool:
+    return path.is_dir() and (_has_shards(path) or _holds_gguf(path))
 
 
 # ------------------------------------------------------------------------------------------------------------- folders

@@ -129,13 +129,14 @@ def expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ...
 
 
 def linears_of(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) -> Linears:
-    """One projection of some experts, read into one tensor, in the narrowest dtype that the streams compute with."""
+    """One projection of some experts, (B, out, in): bfloat16 if the streams compute with all of them in it, else
+    float32."""
     chosen = tuple(names[expert] for expert in experts)
     wide = any(job.weights.dtype(name) == torch.float32 for name in chosen)
     dtype = torch.float32 if wide else torch.bfloat16
     weight = torch.empty(len(chosen), *job.weights.shape(chosen[0]), device=job.device, dtype=dtype)
     for one, name in zip(weight, chosen, strict=True):
-        one.copy_(job.weights.stored(name))
+        one.copy_(job.weights.from_source(name))
     return Linears(chosen, weight)
 
 
@@ -315,7 +316,7 @@ def _note_importance(job: LayerJob, group: tuple[Linears, ...], stats: Inputs) -
 
 
 def _decoded(batches: tuple[QuantizedBatch | None, ...], originals: tuple[Linears, ...]) -> list[Tensor]:
-    """(B, out, in) float32 each: what the first output made of a linear, or the original where it keeps it."""
+    """(B, out, in) each: what the first output made of a linear, float32, or the original where it keeps it."""
     return [
         linears.weight if batch is None else batch.decode() for batch, linears in zip(batches, originals, strict=True)
     ]

@@ -30,7 +30,7 @@ from quantkit.pipeline.events import (
     ValidationProgress,
     ValidationResult,
 )  # fmt: skip
-from quantkit.pipeline.folder import OutputFolder
+from quantkit.pipeline.folder import REPORT_NAME, OutputFolder
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.json_text import finite
 from quantkit.pipeline.machine import peak_rss_bytes
@@ -66,7 +66,7 @@ def finish(
         with walk.timer.stage("files"):
             document = _document(walk, output, header, rows, records, hashes, result)
             text = json.dumps(finite(document), indent=1, allow_nan=False) + "\n"
-            write_durably(directory / "quantkit.json", text.encode())
+            write_durably(directory / REPORT_NAME, text.encode())
             write_model_card(directory, _card(walk, output, directory, result))
         reports.append(_output_report(walk, output, records, result))
     walk.folder.publish()

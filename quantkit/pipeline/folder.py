@@ -21,13 +21,16 @@ from types import TracebackType
 from quantkit.errors import OutputError
 from quantkit.formats.safetensors_writer import disk_errors, sync_directory
 
+REPORT_NAME = "quantkit.json"
+"""What each finished output holds."""
+
 
 class OutputFolder:
     """The partial folder of one output path, locked for this process."""
 
     def __init__(self, out: Path, *, restart: bool) -> None:
-        """Create or take up ``OUT.partial``. Raises `OutputError` if OUT exists (unless ``restart``) or another process
-        works on it."""
+        """Create or take up ``OUT.partial``. Raises `OutputError` if OUT exists (unless ``restart``, and it is a result
+        or empty) or another process works on it."""
         if out.name in ("", ".."):
             raise OutputError(f"{out}: names no new folder.", hint="Give the folder a name, -o NAME.")
         self.out = out
@@ -36,6 +39,11 @@ class OutputFolder:
         self._replace = self.partial / "replace"
         if _exists(out) and not restart and (not self._replace.exists() or self._published()):
             raise OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")
+        if restart and _exists(out) and not _is_result(out):
+            raise OutputError(
+                f"{out}: is no folder that quantkit made, and --restart would delete it.",
+                hint="Choose another -o, or remove it yourself.",
+            )
         self._lock = self._locked()
         with disk_errors(self.partial):
             if restart:
@@ -141,6 +149,16 @@ def refuse_to_lose(out: Path, *kept: Path) -> None:
 def _exists(path: Path) -> bool:
     """Whether the name is taken, be it by a link that leads nowhere."""
     return os.path.lexists(path)
+
+
+def _is_result(out: Path) -> bool:
+    """Whether a folder is a result: of one output, or a folder for each of several. So is one without anything, and a
+    link, of which only the name goes."""
+    if out.is_symlink():
+        return True
+    if not out.is_dir():
+        return False
+    return (out / REPORT_NAME).is_file() or all((entry / REPORT_NAME).is_file() for entry in out.iterdir())
 
 
 def _is_file_of(fd: int, path: Path) -> bool:

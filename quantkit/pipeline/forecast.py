@@ -6,14 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.calibrate.documents import find_files
+from quantkit.errors import CalibrationError
 from quantkit.pipeline.headers import SourceHeaders, read_headers
 from quantkit.pipeline.importance import ImportanceFile
-from quantkit.pipeline.memory import Needs, conversion_needs
+from quantkit.pipeline.memory import Needs, check_budget, conversion_needs
 from quantkit.pipeline.plan import OutputPlan, Plan, make_plan
 from quantkit.pipeline.recipe import GgufOutput, Recipe
 from quantkit.pipeline.serving import Fit, Gpus, fit
 from quantkit.pipeline.serving_llama import LlamaFit, fit_llama
 
+CONTEXT = 32768
+"""Tokens of a sequence that is to fit, if nothing else is said and the model is made for as many."""
 OUT = "OUT"
 """Stands for the folder that a conversion will be given."""
 
@@ -59,23 +63,55 @@ class Forecast:
 
 
 def forecast(
-    source: Path | str, recipe: Recipe, *, base_dir: Path = Path(), gpus: Gpus | None = None, context: int = 32768
+    source: Path | str,
+    recipe: Recipe,
+    *,
+    base_dir: Path = Path(),
+    gpus: Gpus | None = None,
+    context: int | None = None,
+    memory_budget: int | None = None,
 ) -> Forecast:
     """Plan the conversion of a checkpoint folder, which may hold only a config.json: then the official release of it.
 
-    ``base_dir``: where the recipe's relative files lie; ``gpus``: try to serve a sequence of ``context`` tokens there.
-    Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source.
+    ``base_dir``: where the recipe's relative files lie; ``gpus``: try to serve a sequence of ``context`` tokens there
+    (default: `CONTEXT`, or what the model is made for if that is less); ``memory_budget``: bytes to stay under.
+    Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source, `CalibrationError` for
+    text that is not there.
     """
     headers = read_headers(source)
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
     if headers.has_shards or (headers.directory / "tokenizer.json").exists():
         for output in plan.outputs:
             output.target.check_source(headers.directory)
+    _find_text(recipe, headers, base_dir)
     if recipe.imatrix is not None:
         ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()
     needs = conversion_needs(plan, headers.arch)
+    if memory_budget is not None:
+        check_budget(needs, memory_budget)
+    context = context or _usual_context(headers)
     fits = None if gpus is None else tuple(_fit(headers, plan, output, gpus, context) for output in plan.outputs)
     return Forecast(headers, plan, needs, fits)
+
+
+def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:
+    """Raise `CalibrationError` if a file of the recipe's text is not there, or the tokenizer that cuts it."""
+    for name, text in (
+        ("Calibration", recipe.calibration and recipe.calibration.data),
+        ("Validation", recipe.validation and recipe.validation.text),
+    ):
+        if text:
+            find_files(text, base_dir)
+            if headers.has_shards and not (headers.directory / "tokenizer.json").exists():
+                raise CalibrationError(
+                    f"{headers.directory / 'tokenizer.json'}: no such file.",
+                    hint=f"{name} needs the checkpoint's tokenizer files.",
+                )
+
+
+def _usual_context(headers: SourceHeaders) -> int:
+    most = headers.config.get("max_position_embeddings")
+    return min(CONTEXT, most) if isinstance(most, int) else CONTEXT
 
 
 def _fit(headers: SourceHeaders, plan: Plan, output: OutputPlan, gpus: Gpus, context: int) -> OutputFit:

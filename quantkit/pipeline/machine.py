@@ -105,17 +105,9 @@ class Machine:
         return torch.cuda.get_device_properties(self.device).total_memory
 
     def share(self, working_bytes: int) -> Share:
-        """Divide what the budget leaves beside ``working_bytes``, the least that the work needs.
-
-        Raises `PlanError` if it leaves nothing.
-        """
+        """Divide what the budget leaves beside ``working_bytes``, the least that the work needs."""
         spare = self.budget - working_bytes
-        if spare < 0:
-            raise PlanError(
-                f"memory budget {self.budget / 2**30:.2f} GiB: this conversion needs at least "
-                f"{working_bytes / 2**30:.2f} GiB.",
-                hint="Raise --memory-budget, or use method rtn for the widest linears.",
-            )
+        assert spare >= 0, f"a budget of {self.budget:,} bytes for {working_bytes:,}"
         experts, cache = int(spare * 0.3), _LEAST_CACHE + int(spare * 0.15)
         if self.device_bytes:
             experts, cache = int(self.device_bytes * DEVICE_EXPERTS_SHARE), int(self.device_bytes * DEVICE_CACHE_SHARE)

@@ -85,6 +85,19 @@ class Needs:
         return sum(term.nbytes for term in self.disk)
 
 
+def check_budget(needs: Needs, budget: int) -> None:
+    """Raise `PlanError` if ``budget`` bytes, which the interpreter does not count against, are less than the work
+    needs."""
+    least = needs.working_bytes - INTERPRETER_BYTES
+    if budget < least:
+        largest = max(needs.working[1:], key=lambda term: term.nbytes)  # the first is the interpreter
+        raise PlanError(
+            f"memory budget {budget / 2**30:.2f} GiB: this conversion needs at least {least / 2**30:.2f} GiB "
+            f"beside the interpreter's {INTERPRETER_BYTES / 1e6:.0f} MB.",
+            hint=f"Raise --memory-budget. The largest need is {largest.what}: {largest.formula}.",
+        )
+
+
 def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
     """Terms of the peak of `convert` for this plan."""
     quantized = [decision for output in plan.outputs for decision in _distinct(output.decisions.values())]

@@ -331,7 +331,7 @@ _ROLES = tuple(role.value for role in Role)
 def nearest(word: str, known: tuple[str, ...]) -> str | None:
     """The known word that ``word`` was probably meant to be, whatever its case."""
     folded = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(word.casefold(), tuple(folded), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word.casefold(), tuple(folded), n=1, cutoff=0.5)
     return folded[found[0]] if found else None
 
 

@@ -35,7 +35,7 @@ from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.layer import quantize_layer, quantize_without_inputs
 from quantkit.pipeline.layer_job import LayerJob
 from quantkit.pipeline.machine import Machine, Stores, Timer
-from quantkit.pipeline.memory import INTERPRETER_BYTES, check_free_disk, conversion_needs
+from quantkit.pipeline.memory import INTERPRETER_BYTES, check_budget, check_free_disk, conversion_needs
 from quantkit.pipeline.outputs import Deliver, OutputJob
 from quantkit.pipeline.plan import OutputPlan, Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
@@ -79,6 +79,7 @@ def convert(
         for output in plan.outputs:
             output.target.check_source(opened.directory)
         needs = conversion_needs(plan, arch)
+        check_budget(needs, machine.budget)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
         importance = _open_imatrix(stack, recipe, arch, base_dir)

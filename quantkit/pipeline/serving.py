@@ -98,12 +98,15 @@ class Fit:
 
 
 def parse_gpus(text: str) -> Gpus:
-    """ "5xA100-80GB" -> `Gpus`. Raises `ValueError` with what was found and needed."""
-    found = re.fullmatch(r"([1-9]\d{0,2})x([A-Za-z][A-Za-z0-9]*)-([1-9]\d{0,3})GB", text.strip(), re.ASCII)
-    if not found:
-        raise ValueError(f"found {text[:40]!r}, needed COUNTxNAME-SIZEGB such as 5xA100-80GB")
-    name = f"{found[2]}-{found[3]}GB"
-    gib = KNOWN_GPUS_GIB.get(name.upper(), 0.98 * int(found[3]))
+    """ "5xA100-80GB" -> `Gpus`; a model that comes in one size only needs none ("8xH100"). Raises `ValueError` with
+    what was found and needed."""
+    found = re.fullmatch(r"([1-9]\d{0,2})x([A-Za-z][A-Za-z0-9]*)(?:-([1-9]\d{0,3})GB)?", text.strip(), re.ASCII)
+    sizes = [] if not found or found[3] else [n for n in KNOWN_GPUS_GIB if n.startswith(f"{found[2].upper()}-")]
+    if not found or not (found[3] or len(sizes) == 1):
+        needed = " or ".join(f"{found[1]}x{name}" for name in sizes) if found and sizes else ""
+        raise ValueError(f"found {text[:40]!r}, needed {needed or 'COUNTxNAME-SIZEGB such as 5xA100-80GB'}")
+    name = sizes[0] if sizes else f"{found[2]}-{found[3]}GB"
+    gib = KNOWN_GPUS_GIB.get(name.upper()) or 0.98 * int(found[3])
     return Gpus(int(found[1]), name, round(gib * GIB))
 
 

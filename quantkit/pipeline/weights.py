@@ -66,8 +66,9 @@ class LayerWeights:
             return part.take(self.original(part.whole).float())
         return self._source.read(name).to(self._device).float()
 
-    def stored(self, name: str) -> Tensor:
-        """The source's weight as it is stored (FP8 as BF16), on the device or not, not kept."""
+    def from_source(self, name: str) -> Tensor:
+        """The source's weight in the dtype that the source shows (FP8 as bfloat16), wherever it lies, not kept."""
+        assert name not in self._parts, f"{name}: a part of a tensor"
         return self._source.read(name)
 
     def dtype(self, name: str) -> torch.dtype:

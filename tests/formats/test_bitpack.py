@@ -63,3 +63,13 @@ def test_bit_order_by_hand() -> None:
     codes = torch.zeros(1, 11, dtype=torch.uint8)
     codes[0, 0] = codes[0, 10] = 7
     assert pack(codes, 3).tolist() == [[-(2**30) + 7, 1]]
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_codes_may_lie_anywhere_and_stay(bits: int) -> None:
+    """A slice whose first byte is no multiple of a word's; the words share no memory with it."""
+    base = random_codes(1, 33, bits, seed=1).flatten()
+    codes = base[1:].view(2, 16)
+    words, kept = pack(codes, bits), codes.clone()
+    codes.zero_()
+    assert torch.equal(unpack(words, bits, 16), kept)

@@ -115,21 +115,6 @@ def test_loss_by_row(in_features: int) -> None:
     torch.testing.assert_close(found, exact, rtol=3e-2, atol=0)
 
 
-@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("zero", [8.0, None])
-def test_decoding(scale_dtype: str, zero: float | None) -> None:
-    from quantkit.kernels import decode_triton
-
-    generator = torch.Generator().manual_seed(3)
-    codes = torch.randint(16, (2, 5, 1200), generator=generator, dtype=torch.uint8)
-    scale = torch.randn(2, 5, 8, generator=generator).to(getattr(torch, scale_dtype))
-    zeros = torch.randint(16, (2, 5, 8), generator=generator, dtype=torch.uint8) if zero is None else None
-    scheme = IntScheme(bits=4, group_size=150, symmetric=zeros is None, scale_dtype=scale_dtype)  # type: ignore[arg-type]
-    expected = scheme.decode(codes, scale, zeros)
-    given = zero if zeros is None else zeros.to(_DEVICE)
-    assert torch.equal(decode_triton.decode(codes.to(_DEVICE), scale.to(_DEVICE), given).cpu(), expected)
-
-
 @pytest.mark.parametrize(("n", "count"), [(200, 2), (456, 3), (200, 1)])
 def test_cholesky(n: int, count: int) -> None:
     from quantkit.kernels import cholesky_triton
@@ -227,50 +212,3 @@ def test_the_package_takes_the_kernels_on_a_gpu() -> None:
     grid = scheme.grid(weight.cpu(), hessian.cpu().diagonal(dim1=-2, dim2=-1), points=40, signed=True)
     twin = ldlq.polish(grid, weight.cpu(), ldlq.sweep(grid, weight.cpu(), on_cpu), on_cpu.hessian, 2)
     torch.testing.assert_close(polished.loss.sum().cpu(), twin.loss.sum(), rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("skipped", [0, 3])
-def test_decoding_of_fp8_blocks(skipped: int) -> None:
-    from quantkit.formats.fp8_source import decode_blocks
-    from quantkit.kernels import decode_triton
-
-    generator = torch.Generator().manual_seed(4)
-    codes = torch.arange(256, dtype=torch.uint8).repeat(7, 5)[:, :1201].contiguous().view(torch.float8_e4m3fn)
-    scale = torch.randn(3, 76, generator=generator).exp()
-    if _INTERPRETED:  # which cuts what bfloat16 cannot hold
-        scale = scale.log2().round().exp2()
-    expected = decode_blocks(codes, scale, (4, 16), skipped)
-    found = decode_triton.decode_fp8_blocks(codes.to(_DEVICE), scale.to(_DEVICE), (4, 16), skipped).cpu()
-    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
-    assert torch.equal(found.isnan(), expected.isnan())
-
-
-@pytest.mark.parametrize("width", [5, 1024, 7168])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm(width: int, dtype: torch.dtype) -> None:
-    from quantkit.kernels.norm_triton import rms_norm
-
-    generator = torch.Generator().manual_seed(5)
-    x = (torch.randn(2, 3, width, generator=generator) * torch.tensor([1.0, 1e-4, 50.0])[:, None]).to(dtype)
-    weight = torch.randn(width, generator=generator)
-    expected = torch.nn.functional.rms_norm(x.float(), (width,), weight, 1e-6)
-    torch.testing.assert_close(rms_norm(x.to(_DEVICE), weight.to(_DEVICE), 1e-6).cpu(), expected)
-    narrow = rms_norm(x.to(_DEVICE), weight.bfloat16().to(_DEVICE), 1e-6).cpu()
-    assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow.float(), expected, rtol=2e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("dim", [6, 64, 96])
-def test_rotation(dim: int, interleaved: bool) -> None:
-    from quantkit.arch.ops import rotate
-    from quantkit.kernels.norm_triton import rotate_
-
-    generator = torch.Generator().manual_seed(6)
-    heads = torch.randn(2, 7, 5, 10 + dim, generator=generator)
-    cos, sin = torch.randn(2, 7, dim // 2, generator=generator)
-    expected = heads.clone()
-    expected[..., 10:] = rotate(heads[..., 10:], cos[:, None], sin[:, None], interleaved)
-    heads = heads.to(_DEVICE)
-    rotate_(heads[..., 10:], cos.to(_DEVICE), sin.to(_DEVICE), interleaved)
-    torch.testing.assert_close(heads.cpu(), expected)

@@ -1,5 +1,5 @@
-"""Reading ahead and writing behind give what doing it in place gives, and lose no error. (On a processor: a GPU adds
-streams.)"""
+"""Reading ahead and writing behind give what doing it in place gives, and lose no error. (Conversions on a processor: a
+GPU adds streams.)"""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ from tests.pipeline.gguf_jobs import GPTQ, RTN, compressed, gguf_output, gguf_re
 from tests.pipeline.jobs import files_of, int4, recipe_of, run, small_config, write_model, write_text
 
 CPU = torch.device("cpu")
+devices = pytest.mark.parametrize(
+    "device",
+    [
+        CPU,
+        pytest.param(
+            torch.device("cuda"),
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+        ),
+    ],
+    ids=str,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,37 +42,42 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@devices
 @pytest.mark.parametrize("ahead_bytes", [1, 10**9])
 def test_what_was_announced_is_what_the_source_holds(
-    ahead_bytes: int, model: Path, monkeypatch: pytest.MonkeyPatch
+    ahead_bytes: int, device: torch.device, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order, out of order, never announced, and announced but never read."""
     monkeypatch.setattr(background, "AHEAD_BYTES", ahead_bytes)
     with open_source(model) as source:
-        ahead, names = AheadSource(source, CPU), list(source.infos())
+        ahead, names = AheadSource(source, device), list(source.infos())
         assert ahead.infos() is source.infos()
         ahead.expect(names[:10])
         for name in (*names[:5], *names[12:6:-1]):
-            assert torch.equal(ahead.read(name), source.read(name)), name
+            assert torch.equal(ahead.read(name).cpu(), source.read(name)), name
         ahead.expect(names[20:])
-        assert all(torch.equal(ahead.read(name), source.read(name)) for name in names[20:])
+        assert all(torch.equal(ahead.read(name).cpu(), source.read(name)) for name in names[20:])
         ahead.close()
 
 
-def test_a_bad_tensor_is_refused_where_it_is_read(model: Path, tmp_path: Path) -> None:
-    weights = write_model(tmp_path / "bad", small_config(num_nextn_predict_layers=0))
+@devices
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_bad_tensor_is_refused_where_it_is_read(fp8: bool, device: torch.device, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "bad", small_config(num_nextn_predict_layers=0), fp8=fp8)
     name = next(name for name in weights if "experts.1.up" in name)
-    (shard,) = (path for path in (tmp_path / "bad").glob("*.safetensors") if name.encode() in path.read_bytes())
     with open_source(tmp_path / "bad") as source:
         stored = source.raw.stored(name)
-        with shard.open("r+b") as file:
+        with source.raw.path_of(name).open("r+b") as file:
             file.seek(stored.start)
             file.write(b"\xff" * 8)
-        ahead = AheadSource(source, CPU)
+        ahead = AheadSource(source, device)
         ahead.expect([name, "lm_head.weight"])
-        with pytest.raises(SourceError, match="NaN or infinite"):
+        with pytest.raises(SourceError, match=r"8 of .* are NaN or infinite" if fp8 else "NaN or infinite") as found:
             ahead.read(name)
-        assert torch.equal(ahead.read("lm_head.weight"), source.read("lm_head.weight"))
+        with pytest.raises(SourceError) as expected:
+            source.read(name)
+        assert found.value.message == expected.value.message
+        assert torch.equal(ahead.read("lm_head.weight").cpu(), source.read("lm_head.weight"))
         ahead.close()
 
 

@@ -303,6 +303,7 @@ def test_what_is_no_checkpoint_is_refused(files: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     assert "holds neither safetensors nor GGUF" in refusal(tmp_path / "empty")
     assert "is no GGUF file" in refusal(tmp_path / "notes.txt")
+    assert "is a folder of 3 outputs" in refusal(files / "out")
     assert "does not exist" in refusal(tmp_path / "absent")
     assert "is not a folder" in refusal(files / "bf16", reference=tmp_path / "notes.txt")
     assert "holds no safetensors" in refusal(files / "bf16", reference=files / "out" / "q4")

@@ -15,6 +15,7 @@ from quantkit.pipeline.folder import OutputFolder
 def fill(folder: OutputFolder, text: str) -> None:
     folder.journal.write_text("{}\n")
     (folder.result / "weights").write_text(text)
+    (folder.result / "quantkit.json").write_text("{}\n")
 
 
 def publish(out: Path, text: str, *, restart: bool = False) -> None:
@@ -34,8 +35,8 @@ def test_an_existing_out_is_refused_and_untouched(kind: str, tmp_path: Path) -> 
     out = tmp_path / "out"
     if kind == "folder":
         publish(out, "old")
-    elif kind == "file":
-        out.write_text("old")
+    elif kind == "empty folder":
+        out.mkdir()
     else:
         out.symlink_to("nowhere")
     with pytest.raises(OutputError, match=r"out: exists already\. .*--restart"):
@@ -45,7 +46,7 @@ def test_an_existing_out_is_refused_and_untouched(kind: str, tmp_path: Path) -> 
         assert (out / "weights").read_text() == "old"
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "dangling link", "link"])
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "dangling link", "link"])
 def test_restart_replaces_only_at_the_end(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "elsewhere").mkdir()
@@ -64,6 +65,28 @@ def test_restart_replaces_only_at_the_end(kind: str, tmp_path: Path) -> None:
     assert (out / "weights").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out", "out.old"]
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder", "a folder of results and something else"])
+def test_restart_deletes_nothing_that_is_no_result(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    kept = out if kind == "a file" else out / "thesis.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("years of work")
+    if "results" in kind:
+        publish(out / "first", "old")
+    with pytest.raises(OutputError, match="out: is no folder that quantkit made, and --restart would delete it"):
+        OutputFolder(out, restart=True)
+    assert kept.read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_restart_replaces_a_result_of_several_outputs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("int4", "q4"):
+        publish(out / name, "old")
+    publish(out, "new", restart=True)
+    assert sorted(path.name for path in out.iterdir()) == ["quantkit.json", "weights"]
 
 
 def test_a_restart_that_was_stopped_goes_on_without_restart_and_still_replaces(tmp_path: Path) -> None:

@@ -342,7 +342,20 @@ def test_groups_must_not_be_cut_by_tensor_parallelism() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "A100-80GB", "0xA100-80GB", "5xA100", "5 x A100-80GB", "5xA100-80GiB", "1000xA100-80GB"]
+    ("text", "name"), [("8xH100", "H100-80GB"), ("2xh200", "H200-141GB"), ("5xA100-80GB", "A100-80GB")]
+)
+def test_gpus_of_one_size_need_none(text: str, name: str) -> None:
+    assert parse_gpus(text) == parse_gpus(f"{text[0]}x{name}")
+    assert str(parse_gpus(text)) == f"{text[0]}x{name}"
+
+
+def test_gpus_of_two_sizes_need_one() -> None:
+    with pytest.raises(ValueError, match="found '5xA100', needed 5xA100-40GB or 5xA100-80GB"):
+        parse_gpus("5xA100")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A100-80GB", "0xA100-80GB", "5xRTX", "5 x A100-80GB", "5xA100-80GiB", "1000xA100-80GB"]
 )
 def test_bad_gpus(text: str) -> None:
     with pytest.raises(ValueError, match="needed COUNTxNAME-SIZEGB"):

@@ -105,7 +105,7 @@ def test_good_recipe() -> None:
             "format: compressed-tensors",
             "format: ggml",
             "r.yaml:6: outputs[0]: found 'ggml', needed one of the allowed values (allowed: "
-            "'compressed-tensors', 'gguf').",
+            "'compressed-tensors', 'gguf') (did you mean gguf?).",
         ),
         (
             "format: compressed-tensors",
