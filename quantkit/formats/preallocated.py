@@ -22,7 +22,8 @@ from pathlib import Path
 
 from quantkit.errors import OutputError
 
-_NEW = ".new"
+UNFINISHED = ".new"
+"""Behind the name of a file that is being made."""
 _MAX_OPEN = 64
 _CHUNK_BYTES = 1 << 22
 _HASH_THREADS = 4
@@ -104,7 +105,7 @@ class PreallocatedFiles:
         match the layout's patterns are in the folder.
         """
         _refuse_foreign(directory, layout)
-        half_made = any((directory / (file.file + _NEW)).exists() for file in layout.files)
+        half_made = any((directory / (file.file + UNFINISHED)).exists() for file in layout.files)
         missing = [file for file in layout.files if not (directory / file.file).exists()]
         fresh = half_made or len(missing) == len(layout.files)
         if missing and not fresh:
@@ -167,7 +168,7 @@ class PreallocatedFiles:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a small file in one step: after a crash it holds the old bytes or the new ones. Raises `OutputError`."""
-    new = path.with_name(path.name + _NEW)
+    new = path.with_name(path.name + UNFINISHED)
     with disk_errors(path):
         with new.open("wb") as file:
             file.write(data)
@@ -190,7 +191,7 @@ def _refuse_foreign(directory: Path, layout: FilesLayout) -> None:
     """A runtime would load, or trip over, shards that this plan does not have."""
     planned = {file.file for file in layout.files}
     for path in sorted(path for pattern in layout.patterns for path in directory.glob(pattern)):
-        name = path.name.removesuffix(_NEW)
+        name = path.name.removesuffix(UNFINISHED)
         if name not in planned and name not in layout.companions:
             raise OutputError(
                 f"{path}: is not one of the {len(planned)} shards of this job.",
@@ -219,23 +220,23 @@ def _check_file(path: Path, layout: FileLayout) -> None:
 def _create(directory: Path, files: list[FileLayout]) -> None:
     """Reserve all space before renaming the first file, so that a full disk is found before any work."""
     for file in files:
-        (directory / (file.file + _NEW)).unlink(missing_ok=True)
+        (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
     needed, free = sum(file.nbytes for file in files), _free_bytes(directory)
     if needed > free:
         raise _disk_full(directory, needed, free)
     try:
         for file in files:
-            _reserve(directory / (file.file + _NEW), file)
+            _reserve(directory / (file.file + UNFINISHED), file)
     except OSError as error:
         for file in files:
-            (directory / (file.file + _NEW)).unlink(missing_ok=True)
+            (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(directory, needed, _free_bytes(directory)) from error
         raise OutputError(f"{directory}: cannot be written ({error.strerror}).") from error
     with disk_errors(directory):
         sync_directory(directory)
         for file in files:
-            (directory / (file.file + _NEW)).rename(directory / file.file)
+            (directory / (file.file + UNFINISHED)).rename(directory / file.file)
         sync_directory(directory)
 
 

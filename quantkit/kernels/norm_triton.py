@@ -71,7 +71,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     n_rows, n_tokens, n_heads, dim = x.shape
     cos, sin = cos.contiguous(), sin.contiguous()
     assert x.stride(3) == 1, f"strides {x.stride()}"
-    assert x.stride(0) == n_tokens * x.stride(1), f"strides {x.stride()}"
+    assert n_rows == 1 or x.stride(0) == n_tokens * x.stride(1), f"strides {x.stride()}"
     assert cos.shape == sin.shape == (n_tokens, dim // 2), f"angles {list(cos.shape)} for {list(x.shape)}"
     _rotate[(n_rows * n_tokens, triton.cdiv(n_heads, _HEADS))](
         x, cos, sin, n_tokens, n_heads, x.stride(1), x.stride(2), dim // 2,

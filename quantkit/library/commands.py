@@ -252,7 +252,8 @@ def parse_budget(text: str) -> int:
 
     nbytes = parse_size(text)
     if nbytes < MIN_BUDGET:
-        raise ValueError(f"found {text[:40]!r}, needed at least 256MiB")
+        bare = " (a number without a unit counts bytes)" if text.strip().isdecimal() else ""
+        raise ValueError(f"found {text[:40]!r}, needed at least 256MiB{bare}")
     return nbytes
 
 

@@ -19,6 +19,7 @@ from quantkit.evaluate.compare import compare
 from quantkit.evaluate.scores import Scores, limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
+from quantkit.formats.preallocated import UNFINISHED, sha256_of
 from quantkit.formats.safetensors_writer import write_durably
 from quantkit.pipeline.decide import Action
 from quantkit.pipeline.events import (
@@ -61,6 +62,7 @@ def finish(
             walk.on_event(StageStarted("files"))
             hashes = sink.finish()
             _write_side_files(walk, output, directory)
+            hashes = {**hashes, **_hashes_of_others(directory, hashes)}
         with walk.timer.stage("validation"):
             result = _validate(walk, output, directory, base_dir)
         with walk.timer.stage("files"):
@@ -81,6 +83,14 @@ def finish(
     )
     walk.on_event(Finished(report))
     return report
+
+
+def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """sha256 (hex) of the config and tokenizer files: of all that the report, which holds them, does not come after."""
+    others = {REPORT_NAME, "README.md", *known}
+    names = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
+    # A file that a killed process left half written is replaced in a moment.
+    return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
 
 
 def _write_side_files(walk: Walk, output: OutputPlan, directory: Path) -> None:

@@ -113,6 +113,7 @@ def test_refusals_are_lines_on_stderr(tmp_path: Path) -> None:
 
 def test_plan_text_and_json(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", tiny_config(num_nextn_predict_layers=0), fp8=True)
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
     recipe = tmp_path / "r.yaml"
     recipe.write_text(recipe_text(f'{{match: "role:expert", {INT4}}}', KEEP_REST))
     words = ("plan", tmp_path / "source", "-r", recipe, "--gpus", "1xT4-16GB", "--context", "128")
@@ -132,6 +133,39 @@ def test_plan_text_and_json(tmp_path: Path) -> None:
     dry = quantkit("convert", tmp_path / "source", "-r", recipe, "-o", tmp_path / "out", "--dry-run", "--json")
     assert {**json.loads(dry.stdout), "fit": document["fit"]} == document
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_refuses_what_convert_would_refuse(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", tiny_config(num_nextn_predict_layers=0), fp8=True)
+    recipe = tmp_path / "r.yaml"
+    text = recipe_text(f'{{match: "role:expert", {INT4}}}', KEEP_REST)
+    recipe.write_text(text)
+    plan = ("plan", tmp_path / "source", "-r", recipe)
+    dry = ("convert", *plan[1:], "-o", tmp_path / "out", "--dry-run")
+
+    def refused(*more: object) -> str:
+        for words in (plan, dry):
+            found = quantkit(*words, *more)
+            assert found.exit_code == 1
+        return found.stderr
+
+    assert "tokenizer.json: no such file" in refused()
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    recipe.write_text(text.replace("builtin:mixed", "builtin:mixd"))
+    assert "builtin:mixd: no such built-in text" in refused()
+    recipe.write_text(text)
+    assert quantkit(*plan, "--memory-budget", "1GiB").exit_code == 0
+    recipe.write_text(Path(ROOT / "recipes" / "deepseek-v3-w4a16-gptq.yaml").read_text())
+    plan = ("plan", ROOT / "examples" / "deepseek-v3-671b", "-r", recipe)
+    dry = ("convert", *plan[1:], "-o", tmp_path / "out", "--dry-run")
+    assert "needs at least 5.35 GiB beside the interpreter's 300 MB" in refused("--memory-budget", "1GiB")
+
+
+def test_a_sequence_is_no_longer_than_the_model_is_made_for() -> None:
+    plan = ("plan", ROOT / "examples" / "nano-deepseek-v3", "-r", "nano-demo", "--gpus", "1xH100", "--json")
+    (fit,) = json.loads(quantkit(*plan).stdout)["fit"]
+    assert fit["context"] == 2048
+    assert quantkit(*plan, "--context", "4096").exit_code == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

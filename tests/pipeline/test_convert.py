@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -165,7 +166,11 @@ def test_the_same_job_gives_the_same_files(place: Path, tmp_path: Path) -> None:
     for out in ("a", "b"):
         run(place / "model", recipe, tmp_path / out)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    assert {"quantkit.json", "README.md", "config.json", "tokenizer.json"} <= set(files_of(tmp_path / "a"))
+    files = files_of(tmp_path / "a")
+    assert {"quantkit.json", "README.md", "config.json", "tokenizer.json"} <= set(files)
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    del sums["quantkit.json"], sums["README.md"]
+    assert json.loads(files["quantkit.json"])["sha256"] == sums
 
 
 def test_hidden_states_on_disk_give_the_same_weights(
@@ -286,9 +291,10 @@ def test_an_existing_out_is_refused_untouched_and_replaced_only_at_the_end(place
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("mine")
+    (out / "quantkit.json").write_text("{}")  # a result
     with pytest.raises(OutputError, match="exists already"):
         run(place / "model", data_free(), out)
-    assert files_of(tmp_path) == {"out/precious": b"mine"}
+    assert files_of(tmp_path) == {"out/precious": b"mine", "out/quantkit.json": b"{}"}
     seen: list[bool] = []
     run(
         place / "model",

@@ -257,7 +257,7 @@ def test_killed_again_and_again_at_random(turn: int, job: Job, tmp_path: Path) -
 def test_a_restarted_job_that_was_killed_goes_on_and_replaces(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / "quantkit.json").write_text("old")
     child = os.fork()
     if child == 0:
         try:
@@ -267,7 +267,7 @@ def test_a_restarted_job_that_was_killed_goes_on_and_replaces(job: Job, tmp_path
         finally:
             os._exit(1)
     os.waitpid(child, 0)
-    assert files_of(out) == {"old": b"old"}
+    assert files_of(out) == {"quantkit.json": b"old"}
     job.run(out)
     assert files_of(out) == job.files
 
