@@ -43,9 +43,11 @@ def conversion(converted: Converted, group: str, *, text: bool) -> Section:
 
 
 def conversion_command(converted: Converted) -> str:
-    """What makes the same bytes again, on the same kind of machine."""
+    """What makes the same bytes again, on the same kind of machine. Of several outputs each gets a folder in OUT."""
     job, document = converted.document.job, converted.document
-    words = ["quantkit", "convert", document.source or "SOURCE", "-r", "recipe.yaml", "-o", converted.label]
+    outputs = document.recipe.get("outputs")
+    out = "OUT" if isinstance(outputs, list) and len(outputs) > 1 else converted.label
+    words = ["quantkit", "convert", document.source or "SOURCE", "-r", "recipe.yaml", "-o", out]
     words += ["--device", "cpu" if job.get("device") == "cpu" else "cuda"]
     for option, key in (("--jobs", "threads"), ("--memory-budget", "memory budget")):
         if isinstance(job.get(key), int):

@@ -34,6 +34,13 @@ def test_one_checkpoint(tmp_path: Path) -> None:
     assert yaml.safe_load(recipe[1]) == conversion()["recipe"]
 
 
+def test_the_command_of_several_outputs_names_the_folder_of_all(tmp_path: Path) -> None:
+    document = conversion()
+    assert "-o w4 " in text_of(written(tmp_path / "w4", document))
+    document["recipe"]["outputs"].append({"name": "q4", "format": "gguf"})
+    assert "-o OUT " in text_of(written(tmp_path / "w4", document))
+
+
 def test_rows_for_each_layer_stay_in_the_page(tmp_path: Path) -> None:
     text = text_of(written(tmp_path / "w4", conversion(layers=50)))
     assert len(text.splitlines()) < 100
