@@ -39,7 +39,7 @@ WEIGHT_COPIES = 1.5
 SLICE_BUFFERS = 6
 """Methods take rows in slices, with about so many buffers of a slice's size."""
 KEPT_CHUNK_BYTES = 64 * 2**20
-INTERPRETER_BYTES = 300 * 10**6
+INTERPRETER_BYTES = 400 * 10**6
 ACTIVATION_COPIES = 4
 """Activations of one batch of rows: two projections and their product, and the other stream's."""
 READ_BYTES = 6
@@ -132,7 +132,7 @@ def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
 
 
 def _working(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> tuple[Term, ...]:
-    terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries")]
+    terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries, kernels")]
     methods = {d.method for output in plan.outputs for d in output.decisions.values() if _learns(d)}
     copies = HESSIAN_COPIES + 2 * (len(methods) > 1)
     # Linears that read the residual stream come in pairs; without text each comes alone.
