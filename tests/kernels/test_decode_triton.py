@@ -1,12 +1,6 @@
-"""The Triton kernels that decode, and those of norms and rotations, against their twins in plain torch.
-
-On a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1, with Triton installed); skipped elsewhere.
-"""
+"""The Triton kernels that decode, and those of norms and rotations, against their twins in plain torch."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
 
 import pytest
 import torch
@@ -14,16 +8,9 @@ import torch
 from quantkit.arch import ops
 from quantkit.formats.fp8_source import decode_blocks
 from quantkit.schemes import IntScheme
+from tests.kernels.on_gpu import DEVICE, INTERPRETED, MARKS
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_DEVICE = "cpu" if _INTERPRETED else "cuda"
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.skipif(not (_INTERPRETED or torch.cuda.is_available()), reason="no GPU"),
-    pytest.mark.filterwarnings("ignore"),  # numpy's, under the interpreter
-]
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
@@ -37,8 +24,8 @@ def test_decoding(scale_dtype: str, zero: float | None) -> None:
     zeros = torch.randint(16, (2, 5, 8), generator=generator, dtype=torch.uint8) if zero is None else None
     scheme = IntScheme(bits=4, group_size=150, symmetric=zeros is None, scale_dtype=scale_dtype)  # type: ignore[arg-type]
     expected = scheme.decode(codes, scale, zeros)
-    given = zero if zeros is None else zeros.to(_DEVICE)
-    assert torch.equal(decode_triton.decode(codes.to(_DEVICE), scale.to(_DEVICE), given).cpu(), expected)
+    given = zero if zeros is None else zeros.to(DEVICE)
+    assert torch.equal(decode_triton.decode(codes.to(DEVICE), scale.to(DEVICE), given).cpu(), expected)
 
 
 @pytest.mark.parametrize("skipped", [0, 3])
@@ -48,10 +35,10 @@ def test_decoding_of_fp8_blocks(skipped: int) -> None:
     generator = torch.Generator().manual_seed(4)
     codes = torch.arange(256, dtype=torch.uint8).repeat(7, 5)[:, :1201].contiguous().view(torch.float8_e4m3fn)
     scale = torch.randn(3, 76, generator=generator).exp()
-    if _INTERPRETED:  # which cuts what bfloat16 cannot hold
+    if INTERPRETED:  # which cuts what bfloat16 cannot hold
         scale = scale.log2().round().exp2()
     expected = decode_blocks(codes, scale, (4, 16), skipped)
-    found = decode_triton.decode_fp8_blocks(codes.to(_DEVICE), scale.to(_DEVICE), (4, 16), skipped).cpu()
+    found = decode_triton.decode_fp8_blocks(codes.to(DEVICE), scale.to(DEVICE), (4, 16), skipped).cpu()
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert torch.equal(found.isnan(), expected.isnan())
 
@@ -65,8 +52,8 @@ def test_norm(width: int, dtype: torch.dtype) -> None:
     x = (torch.randn(2, 3, width, generator=generator) * torch.tensor([1.0, 1e-4, 50.0])[:, None]).to(dtype)
     weight = torch.randn(width, generator=generator)
     expected = torch.nn.functional.rms_norm(x.float(), (width,), weight, 1e-6)
-    torch.testing.assert_close(rms_norm(x.to(_DEVICE), weight.to(_DEVICE), 1e-6).cpu(), expected)
-    narrow = rms_norm(x.to(_DEVICE), weight.bfloat16().to(_DEVICE), 1e-6).cpu()
+    torch.testing.assert_close(rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-6).cpu(), expected)
+    narrow = rms_norm(x.to(DEVICE), weight.bfloat16().to(DEVICE), 1e-6).cpu()
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), expected, rtol=2e-2, atol=1e-6)
 
@@ -82,15 +69,15 @@ def test_rotation(dim: int, interleaved: bool, dtype: torch.dtype) -> None:
     cos, sin = torch.randn(2, 7, dim // 2, generator=generator)
     expected = heads.clone()
     expected[..., 10:] = ops.rotate(heads[..., 10:].float(), cos[:, None], sin[:, None], interleaved).to(dtype)
-    heads = heads.to(_DEVICE)
-    rotate_(heads[..., 10:], cos.to(_DEVICE), sin.to(_DEVICE), interleaved)
+    heads = heads.to(DEVICE)
+    rotate_(heads[..., 10:], cos.to(DEVICE), sin.to(DEVICE), interleaved)
     if dtype == torch.bfloat16:  # the interpreter cuts what bfloat16 cannot hold
         torch.testing.assert_close(heads.cpu(), expected, rtol=2**-7, atol=1e-3)
     else:
         torch.testing.assert_close(heads.cpu(), expected)
 
 
-@pytest.mark.skipif(_INTERPRETED, reason="nothing is dispatched in the interpreter")
+@pytest.mark.skipif(INTERPRETED, reason="nothing is dispatched in the interpreter")
 @pytest.mark.parametrize("width", [1024, 16385])
 def test_a_gpu_gives_what_a_processor_does(width: int) -> None:
     """Through the package's functions, whichever kernel they take."""

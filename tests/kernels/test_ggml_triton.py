@@ -1,12 +1,7 @@
-"""The Triton kernels of ggml's block types against their twins in plain torch.
-
-On a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1, with Triton installed); skipped elsewhere.
-"""
+"""The Triton kernels of ggml's block types against their twins in plain torch."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator
 from functools import cache
 from unittest.mock import patch
@@ -20,18 +15,12 @@ from quantkit.schemes.ggml_fit import encode, fit, fit_in_torch
 from quantkit.schemes.ggml_layout import decode, pack, unpack
 from quantkit.schemes.ggml_measure import nearest_codes
 from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockParams, BlockType
+from tests.kernels.on_gpu import DEVICE, INTERPRETED, MARKS
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_DEVICE = "cpu" if _INTERPRETED else "cuda"
-_ROWS = 6 if _INTERPRETED else 400
-_IN = 256 if _INTERPRETED else 1024
+_ROWS = 6 if INTERPRETED else 400
+_IN = 256 if INTERPRETED else 1024
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.skipif(not (_INTERPRETED or torch.cuda.is_available()), reason="no GPU"),
-    pytest.mark.filterwarnings("ignore"),  # numpy's, under the interpreter
-]
+pytestmark = MARKS
 every_kind = pytest.mark.parametrize(
     "kind", [kind for kind in BLOCK_TYPES.values() if kind.levels], ids=lambda kind: kind.name
 )
@@ -39,7 +28,7 @@ every_kind = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _kernels() -> Iterator[None]:
-    if not _INTERPRETED:
+    if not INTERPRETED:
         yield
         return
     with (
@@ -76,14 +65,14 @@ def weights() -> dict[str, Tensor]:
         "constant rows": normal[..., :1].expand_as(normal),
         "zero": torch.zeros_like(normal),
     }
-    return {name: weight.to(_DEVICE).contiguous() for name, weight in sorts.items()}
+    return {name: weight.to(DEVICE).contiguous() for name, weight in sorts.items()}
 
 
 def importances() -> Tensor:
     """(2, in), some of them 0."""
     generator = torch.Generator().manual_seed(7)
     spread = torch.empty(2, _IN).exponential_(generator=generator).square()
-    return (spread * (torch.rand(2, _IN, generator=generator) > 0.1)).to(_DEVICE)
+    return (spread * (torch.rand(2, _IN, generator=generator) > 0.1)).to(DEVICE)
 
 
 def row_errors(kind: BlockType, weight: Tensor, params: BlockParams, importance: Tensor) -> Tensor:
@@ -117,7 +106,7 @@ def assert_as_good(
 @pytest.mark.parametrize("sort", SORTS)
 @every_kind
 def test_fit_leaves_the_twins_error(kind: BlockType, sort: str) -> None:
-    if _INTERPRETED and sort not in ("student", "one huge", "subnormal", "zero"):
+    if INTERPRETED and sort not in ("student", "one huge", "subnormal", "zero"):
         pytest.skip("too slow in Triton's interpreter; a GPU runs it")
     weight, importance = weights()[sort], importances()
     found = fit(kind, weight, importance)
@@ -158,13 +147,13 @@ def test_codes_are_nearest(kind: BlockType) -> None:
 def test_pack_writes_the_twins_bytes(kind: BlockType) -> None:
     generator = torch.Generator().manual_seed(1)
     n_blocks = 37
-    codes = torch.randint(len(kind.levels), (3, n_blocks * kind.block), generator=generator).to(torch.uint8).to(_DEVICE)
+    codes = torch.randint(len(kind.levels), (3, n_blocks * kind.block), generator=generator).to(torch.uint8).to(DEVICE)
 
     def integers(limits: tuple[int, int] | None) -> Tensor | None:
         shape = (3, n_blocks * kind.groups)
-        return limits and torch.randint(limits[0], limits[1] + 1, shape, generator=generator).short().to(_DEVICE)
+        return limits and torch.randint(limits[0], limits[1] + 1, shape, generator=generator).short().to(DEVICE)
 
-    d = torch.randint(-20, 20, (3, n_blocks), generator=generator).to(_DEVICE).float()
+    d = torch.randint(-20, 20, (3, n_blocks), generator=generator).to(DEVICE).float()
     d = d.exp2() if kind.name == "MXFP4" else d
     params = BlockParams(d, d + 3 if kind.offset else None, integers(kind.sub_scale), integers(kind.sub_min))
     blocks = pack(kind, codes, params)

@@ -1,12 +1,7 @@
-"""The Triton kernels of GPTQ against their twins in plain torch.
-
-On a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1, with Triton installed); skipped elsewhere.
-"""
+"""The Triton kernels of GPTQ against their twins in plain torch."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from unittest.mock import patch
 
 import pytest
@@ -16,17 +11,10 @@ from torch import Tensor
 from quantkit.quantizers import ldlq
 from quantkit.schemes import GgmlScheme, IntScheme
 from quantkit.schemes.affine_int import representable
+from tests.kernels.on_gpu import DEVICE, INTERPRETED, MARKS
 from tests.quantizers.test_ldlq import heavy_tailed_problem
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_DEVICE = "cpu" if _INTERPRETED else "cuda"
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.skipif(not (_INTERPRETED or torch.cuda.is_available()), reason="no GPU"),
-    pytest.mark.filterwarnings("ignore"),  # numpy's, under the interpreter
-]
+pytestmark = MARKS
 
 SCHEMES = [
     (IntScheme(bits=4, group_size=32, scale_dtype="float16"), 160),
@@ -40,7 +28,7 @@ SCHEMES = [
 def problem(in_features: int, n_tokens: int = 400) -> tuple[Tensor, Tensor]:
     """Weight (2, 40, in) and Hessian (2, in, in)."""
     parts = [heavy_tailed_problem(seed, 40, in_features, n_tokens) for seed in range(2)]
-    weight, hessian = (torch.stack(part).to(_DEVICE) for part in zip(*parts, strict=True))
+    weight, hessian = (torch.stack(part).to(DEVICE) for part in zip(*parts, strict=True))
     return weight, hessian
 
 
@@ -62,8 +50,8 @@ def test_sweep_gives_the_twins_codes(scheme: IntScheme | GgmlScheme, in_features
         twin = ldlq.sweep(grid, weight, factor)
     error = (weight - scheme.decode(**grid.stored(codes, grid.scale, grid.offset))).double()
     expected = ((error @ factor.hessian.double()) * error).sum(-1).float()
-    torch.testing.assert_close(loss, expected, rtol=1e-3 if _INTERPRETED else 2e-2, atol=0)
-    if _INTERPRETED:
+    torch.testing.assert_close(loss, expected, rtol=1e-3 if INTERPRETED else 2e-2, atol=0)
+    if INTERPRETED:
         assert torch.equal(codes, twin)
         return
     # TF32 products between blocks: some values cross a rounding boundary, at no cost in loss.
@@ -101,7 +89,7 @@ def test_products_with_the_inverse(in_features: int) -> None:
     moved = weight.flip(1)
     found = solve_triton.add_times_inverse(weight, moved, factor.layout, factor.lower, factor.pivots, 0.5)
     added = 0.5 * torch.linalg.solve(factor.hessian.double(), moved.double().mT).mT
-    assert (found - weight - added).norm() < (1e-4 if _INTERPRETED else 2e-2) * added.norm()
+    assert (found - weight - added).norm() < (1e-4 if INTERPRETED else 2e-2) * added.norm()
 
 
 @pytest.mark.parametrize("in_features", [200, 1300])
@@ -121,7 +109,7 @@ def test_cholesky(n: int, count: int) -> None:
 
     _, hessian = problem(n, 150)  # fewer tokens than inputs
     hessian = hessian[torch.arange(count) % 2]
-    hessian += 0.01 * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(n, device=_DEVICE)
+    hessian += 0.01 * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(n, device=DEVICE)
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(-1)
     lower = cholesky_triton.permuted(hessian, order)
     for index, one in enumerate(hessian):
@@ -154,7 +142,7 @@ def test_scale_search_finds_scales_as_good_as_the_twins(
     with patch("quantkit.kernels.cuda.has_kernels", lambda _: False):
         twin, twin_zero = scheme.fit(weight, importance, grid=points, signed=signed)
     smallest = {2: 0.3, 3: 0.45, 4: 0.6, 8: 0.8}[bits]
-    fractions = torch.linspace(smallest, 1.0, points).to(_DEVICE)
+    fractions = torch.linspace(smallest, 1.0, points).to(DEVICE)
     scale, zero = scale_search_triton.search(
         weight, importance, fractions, n_groups=n_groups, bits=bits, symmetric=symmetric, signed=signed
     )
@@ -180,28 +168,28 @@ def test_rows_are_added_times_their_shares(width: int, dtype: torch.dtype) -> No
     from quantkit.kernels.scatter_triton import add_rows_
 
     generator = torch.Generator().manual_seed(1)
-    matrix, values = (torch.randn(n, width, generator=generator).to(_DEVICE) for n in (7, 3))
-    shares, rows, values = torch.tensor([0.5, 0, -2.0], device=_DEVICE), torch.tensor([0, 4, 6]), values.to(dtype)
-    expected = matrix.index_add(0, rows.to(_DEVICE), values.float() * shares[:, None])
-    add_rows_(matrix, rows.to(_DEVICE), values, shares)
+    matrix, values = (torch.randn(n, width, generator=generator).to(DEVICE) for n in (7, 3))
+    shares, rows, values = torch.tensor([0.5, 0, -2.0], device=DEVICE), torch.tensor([0, 4, 6]), values.to(dtype)
+    expected = matrix.index_add(0, rows.to(DEVICE), values.float() * shares[:, None])
+    add_rows_(matrix, rows.to(DEVICE), values, shares)
     torch.testing.assert_close(matrix, expected)
-    add_rows_(matrix, rows[:0].to(_DEVICE), values[:0], shares[:0])
+    add_rows_(matrix, rows[:0].to(DEVICE), values[:0], shares[:0])
     torch.testing.assert_close(matrix, expected)
 
 
-@pytest.mark.skipif(_INTERPRETED, reason="the interpreter has no bfloat16 products")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no bfloat16 products")
 def test_moments() -> None:
     from quantkit.kernels import moments_triton
 
-    x = torch.randn(300, 328, device=_DEVICE).bfloat16()
-    sums = torch.zeros(328, 328, device=_DEVICE)
+    x = torch.randn(300, 328, device=DEVICE).bfloat16()
+    sums = torch.zeros(328, 328, device=DEVICE)
     for half in x.split(170):
         moments_triton.add_squares_(sums, half, 0.5)
     assert torch.equal(sums, sums.T)
     torch.testing.assert_close(sums.double(), 0.5 * (x.double().T @ x.double()), rtol=0, atol=1e-3)
 
 
-@pytest.mark.skipif(_INTERPRETED, reason="nothing is dispatched in the interpreter")
+@pytest.mark.skipif(INTERPRETED, reason="nothing is dispatched in the interpreter")
 def test_the_package_takes_the_kernels_on_a_gpu() -> None:
     weight, hessian = problem(256)
     scheme = IntScheme(bits=4, group_size=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import DenseBlock
 from quantkit.pipeline import machine, weights
 from quantkit.pipeline.events import TensorDone
+from quantkit.pipeline.experts import linears_of
 from quantkit.pipeline.recipe import Recipe
+from quantkit.tensors import TensorInfo
 from tests.pipeline.gguf_jobs import GPTQ, gguf_output, gguf_recipe, wide_config
 from tests.pipeline.jobs import int4, recipe_of, run, small_config, write_model, write_text
 from tests.tiny_models import random_weights
@@ -86,3 +89,24 @@ def test_a_source_that_is_not_bfloat16_is_computed_in_float32(
     for module in (weights, machine):
         monkeypatch.setattr(module, "has_kernels", lambda _: True)
     assert losses(tmp_path / "model", recipe, tmp_path / "again") == exact
+
+
+@pytest.mark.parametrize(("dtypes", "expected"), [(("BF16", "BF16"), torch.bfloat16), (("BF16", "F32"), torch.float32)])
+def test_experts_are_held_in_bfloat16_if_all_of_them_compute_in_it(
+    dtypes: tuple[str, str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is quantised is what the source has, whatever the other experts are stored in."""
+    monkeypatch.setattr(weights, "has_kernels", lambda _: True)
+    infos = {str(n): TensorInfo(str(n), (2, 3), dtype) for n, dtype in enumerate(dtypes)}
+    stored = {
+        name: torch.randn(2, 3, generator=torch.Generator().manual_seed(int(name))).to(
+            torch.bfloat16 if info.dtype == "BF16" else torch.float32
+        )
+        for name, info in infos.items()
+    }
+    source = SimpleNamespace(infos=lambda: infos, read=stored.__getitem__)
+    layer = weights.LayerWeights(source, {}, carries_quantised=True, cache_bytes=0, device=torch.device("cpu"))
+    job: Any = SimpleNamespace(weights=layer, device=torch.device("cpu"))
+    found = linears_of(job, ("0", "1"), (0, 1)).weight
+    assert found.dtype == expected
+    assert all(torch.equal(one.float(), stored[name].float()) for one, name in zip(found, stored, strict=True))
