@@ -37,7 +37,7 @@ from layer_work import Sizes, stage_rates
 from torch import Tensor
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import ExpertBlock, ModelArch, TensorSpec
+from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import MemoryRows, RowStore
 from quantkit.calibrate.stream import row_batches
 from quantkit.formats import open_source
@@ -58,7 +58,7 @@ from quantkit.quantizers import ldlq
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.quantizers.gptq import Gptq
 from quantkit.schemes import IntScheme
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import TensorInfo, TensorSpec
 
 GPU = torch.device("cuda")
 SCHEME = IntScheme(bits=4, group_size=128)

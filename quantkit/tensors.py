@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -49,6 +50,72 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Stored bytes of the data, without header or padding."""
         return self.numel * DTYPES[self.dtype][0]
+
+
+class Role(str, Enum):
+    """What a tensor is for; recipes match on it."""
+
+    EMBED = "embed"
+    NORM = "norm"
+    ATTENTION = "attention"
+    MLP = "mlp"
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared_expert"
+    ROUTER = "router"
+    LM_HEAD = "lm_head"
+    MTP = "mtp"
+
+
+class Projection(str, Enum):
+    """Which linear of an attention or a gated MLP a tensor is, whatever its family calls it."""
+
+    Q = "q"
+    Q_A = "q_a"
+    Q_B = "q_b"
+    KV_A = "kv_a"
+    KV_B = "kv_b"
+    OUT = "o"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    MTP_INPUT = "mtp_input"
+    """eh_proj of DeepSeek's MTP layer: joins embedding and hidden state."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor that a checkpoint of this family must hold. ``layer`` is None outside the decoder layers; ``expert``
+    is the routed expert's number. ``linear`` marks the 2-D weights that a recipe may quantise. ``float32`` marks what
+    the official release stores in F32. ``table`` marks matrices that no calibration input reaches (vocabulary, MTP
+    projections): only formats that store them in blocks quantise them.
+
+    ``projection``: which linear it is, None for other tensors. ``mtp_role``: the role that a tensor of an MTP layer,
+    whose ``role`` is `Role.MTP`, would have in a decoder layer; None for what only MTP layers have.
+
+    ``part_of``: official name of the linear that this is a part of, for formats that store the parts; its shape is then
+    (heads, out, in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None = None
+    expert: int | None = None
+    projection: Projection | None = None
+    linear: bool = False
+    float32: bool = False
+    table: bool = False
+    part_of: str | None = None
+    mtp_role: Role | None = None
+
+    @property
+    def base_role(self) -> Role:
+        """What the tensor is for, MTP layer or not."""
+        return self.mtp_role or self.role
+
+    @property
+    def official(self) -> str:
+        """Name of the tensor in the source that holds this one."""
+        return self.part_of or self.name
 
 
 class TensorSource(Protocol):

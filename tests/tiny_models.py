@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Role, TensorSpec
+from quantkit.tensors import Role, TensorSpec
 
 FP8_BLOCK = 128
 FP8_MAX = 448.0

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol
+
+from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -20,46 +21,6 @@ if TYPE_CHECKING:
     Weights = Callable[[str], torch.Tensor]
     """Name -> tensor (out_features, in_features), float32 or bfloat16. Whether it is the original or the quantised one
     is the caller's choice."""
-
-
-class Role(str, Enum):
-    """What a tensor is for; recipes match on it."""
-
-    EMBED = "embed"
-    NORM = "norm"
-    ATTENTION = "attention"
-    MLP = "mlp"
-    EXPERT = "expert"
-    SHARED_EXPERT = "shared_expert"
-    ROUTER = "router"
-    LM_HEAD = "lm_head"
-    MTP = "mtp"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor that a checkpoint of this family must hold. ``layer`` is None outside the decoder layers; ``expert``
-    is the routed expert's number. ``linear`` marks the 2-D weights that a recipe may quantise. ``float32`` marks what
-    the official release stores in F32. ``table`` marks matrices that no calibration input reaches (vocabulary, MTP
-    projections): only formats that store them in blocks quantise them.
-
-    ``part_of``: official name of the linear that this is a part of, for formats that store the parts; its shape is then
-    (heads, out, in)."""
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    layer: int | None = None
-    expert: int | None = None
-    linear: bool = False
-    float32: bool = False
-    table: bool = False
-    part_of: str | None = None
-
-    @property
-    def official(self) -> str:
-        """Name of the tensor in the source that holds this one."""
-        return self.part_of or self.name
 
 
 @dataclass(frozen=True, slots=True)

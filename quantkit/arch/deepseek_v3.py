@@ -8,15 +8,16 @@ asked for, so that planning needs no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quantkit.arch.base import GgufModel, LinearPart, Role, Sublayer, TensorSpec
+from quantkit.arch.base import GgufModel, LinearPart, Sublayer
 from quantkit.arch.rope import Rope, Yarn, rope_entries
 from quantkit.errors import ConfigError
+from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -260,19 +261,21 @@ class DeepseekV3:
         q_size = c.num_attention_heads * c.qk_head_dim
         kv_size = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
 
-        def linear(name: str, shape: tuple[int, int]) -> TensorSpec:
-            return TensorSpec(f"{prefix}{name}.weight", shape, Role.ATTENTION, layer, linear=True)
+        def linear(name: str, projection: Projection, shape: tuple[int, int]) -> TensorSpec:
+            return TensorSpec(
+                f"{prefix}{name}.weight", shape, Role.ATTENTION, layer, projection=projection, linear=True
+            )
 
         if c.q_lora_rank is None:
-            yield linear("q_proj", (q_size, c.hidden_size))
+            yield linear("q_proj", Projection.Q, (q_size, c.hidden_size))
         else:
-            yield linear("q_a_proj", (c.q_lora_rank, c.hidden_size))
+            yield linear("q_a_proj", Projection.Q_A, (c.q_lora_rank, c.hidden_size))
             yield TensorSpec(f"{prefix}q_a_layernorm.weight", (c.q_lora_rank,), Role.NORM, layer)
-            yield linear("q_b_proj", (q_size, c.q_lora_rank))
-        yield linear("kv_a_proj_with_mqa", (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size))
+            yield linear("q_b_proj", Projection.Q_B, (q_size, c.q_lora_rank))
+        yield linear("kv_a_proj_with_mqa", Projection.KV_A, (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size))
         yield TensorSpec(f"{prefix}kv_a_layernorm.weight", (c.kv_lora_rank,), Role.NORM, layer)
-        yield linear("kv_b_proj", (kv_size, c.kv_lora_rank))
-        yield linear("o_proj", (c.hidden_size, c.num_attention_heads * c.v_head_dim))
+        yield linear("kv_b_proj", Projection.KV_B, (kv_size, c.kv_lora_rank))
+        yield linear("o_proj", Projection.OUT, (c.hidden_size, c.num_attention_heads * c.v_head_dim))
 
     def _moe_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
         c = self.config
@@ -292,23 +295,35 @@ class DeepseekV3:
         self, layer: int, prefix: str, width: int, role: Role, expert: int | None = None
     ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
         hidden = self.hidden_size
+
+        def linear(name: str, projection: Projection, shape: tuple[int, int]) -> TensorSpec:
+            return TensorSpec(f"{prefix}{name}.weight", shape, role, layer, expert, projection, linear=True)
+
         return (
-            TensorSpec(f"{prefix}gate_proj.weight", (width, hidden), role, layer, expert, True),
-            TensorSpec(f"{prefix}up_proj.weight", (width, hidden), role, layer, expert, True),
-            TensorSpec(f"{prefix}down_proj.weight", (hidden, width), role, layer, expert, True),
+            linear("gate_proj", Projection.GATE, (width, hidden)),
+            linear("up_proj", Projection.UP, (width, hidden)),
+            linear("down_proj", Projection.DOWN, (hidden, width)),
         )
 
     def _mtp_tensors(self, layer: int) -> Iterator[TensorSpec]:
         hidden, prefix = self.hidden_size, _prefix(layer)
         table = (self.vocab_size, hidden)
         for spec in self._layer_tensors(layer):
-            yield TensorSpec(spec.name, spec.shape, Role.MTP, layer, spec.expert, spec.linear, spec.float32)
-        yield TensorSpec(f"{prefix}embed_tokens.weight", table, Role.MTP, layer, table=True)
-        yield TensorSpec(f"{prefix}enorm.weight", (hidden,), Role.MTP, layer)
-        yield TensorSpec(f"{prefix}hnorm.weight", (hidden,), Role.MTP, layer)
-        yield TensorSpec(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), Role.MTP, layer, table=True)
-        yield TensorSpec(f"{prefix}shared_head.norm.weight", (hidden,), Role.MTP, layer)
-        yield TensorSpec(f"{prefix}shared_head.head.weight", table, Role.MTP, layer, table=True)
+            yield replace(spec, role=Role.MTP, mtp_role=spec.role)
+        embed, norm, head = Role.EMBED, Role.NORM, Role.LM_HEAD
+        yield TensorSpec(f"{prefix}embed_tokens.weight", table, Role.MTP, layer, table=True, mtp_role=embed)
+        yield TensorSpec(f"{prefix}enorm.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
+        yield TensorSpec(f"{prefix}hnorm.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
+        yield TensorSpec(
+            f"{prefix}eh_proj.weight",
+            (hidden, 2 * hidden),
+            Role.MTP,
+            layer,
+            projection=Projection.MTP_INPUT,
+            table=True,
+        )
+        yield TensorSpec(f"{prefix}shared_head.norm.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
+        yield TensorSpec(f"{prefix}shared_head.head.weight", table, Role.MTP, layer, table=True, mtp_role=head)
 
 
 @dataclass(frozen=True, slots=True)

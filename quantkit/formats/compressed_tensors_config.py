@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme, Scheme
+from quantkit.tensors import Role
 
 FUSED_PARTS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -134,7 +135,7 @@ def find_targets(planned: Sequence[PlannedTensor]) -> Targets:
 
 def is_module(tensor: PlannedTensor) -> bool:
     """Whether a runtime may see a linear in this tensor: a matrix named ``.weight`` that is no input embedding."""
-    return len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight") and tensor.role != "embed"
+    return len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight") and tensor.role is not Role.EMBED
 
 
 KEPT = -1

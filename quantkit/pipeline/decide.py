@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import PlanError, SchemeError
 from quantkit.pipeline.recipe import Output, Rule
 from quantkit.pipeline.targets import Target
 from quantkit.quantizers import Gptq, Method, Rtn
 from quantkit.schemes import ChosenScheme, Float8Scheme, GgmlScheme, Scheme
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 
 LINES_PER_KIND = 5
 """Problems of one kind that are printed; more are counted."""

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Protocol
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import ModelArch, Role, TensorSpec
+from quantkit.arch.base import ModelArch
 from quantkit.errors import ConfigError, QuantkitError, SourceError
 from quantkit.evaluate.document import ModelFacts
 from quantkit.evaluate.validation import RowSource
@@ -32,7 +32,7 @@ from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.gptq_source import open_gptq
 from quantkit.formats.safetensors_header import open_regular, printable
 from quantkit.pipeline.target_gguf import in_parts
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 
 READABLE = (
     "BF16, F16, F32 and FP8-block folders, compressed-tensors, GPTQ, AWQ and bitsandbytes (NF4, FP4) folders, and GGUF "

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import ModelArch, Role, TensorSpec
+from quantkit.arch.base import ModelArch
 from quantkit.errors import SourceError
 from quantkit.formats.preallocated import sha256_of
+from quantkit.tensors import Role, TensorSpec
 
 if TYPE_CHECKING:
     import torch

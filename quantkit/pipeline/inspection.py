@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, cast
 from pydantic import ValidationError
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import ConfigError, SourceError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.checkpoint import quant_method, read_config
@@ -24,7 +23,7 @@ from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors import SafetensorsSource
 from quantkit.schemes import Float8Scheme, IntScheme, describe
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 
 if TYPE_CHECKING:
     from quantkit.pipeline.inspection_gguf import GgufInspection
@@ -203,20 +202,19 @@ def _planned(
     weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object, object]], unusual: list[str]
 ) -> PlannedTensor | None:
     """The weight as a plan would have it, None if its storage is not understood."""
-    layer, expert, role = (spec.layer, spec.expert, spec.role.value) if spec else (None, None, "")
     parts = weight.parts
     if set(parts) == {""}:
-        return PlannedTensor(parts[""], None, parts[""].dtype, layer, expert, role)
+        return PlannedTensor(parts[""], None, parts[""].dtype, spec)
     if (
         set(parts) in ({"", "_scale_inv"}, {"", "_scale"})
         and parts[""].dtype == "F8_E4M3"
         and len(parts[""].shape) == 2
     ):
-        return PlannedTensor(parts[""], Float8Scheme(), None, layer, expert, role)
+        return PlannedTensor(parts[""], Float8Scheme(), None, spec)
     if {"_packed", "_scale", "_shape"} <= set(parts) <= {"_packed", "_scale", "_shape", "_zero_point"}:
         scheme, shape = _int_scheme(parts, spec, groups)
         if scheme is not None:
-            return PlannedTensor(TensorInfo(weight.name, shape, "BF16"), scheme, None, layer, expert, role)
+            return PlannedTensor(TensorInfo(weight.name, shape, "BF16"), scheme, None, spec)
     stored = ", ".join(sorted(info.name for info in parts.values()))
     unusual.append(f"{weight.name}: stored as {stored}, which fits no known scheme.")
     return None

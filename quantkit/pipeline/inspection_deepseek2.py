@@ -11,11 +11,11 @@ from dataclasses import replace
 from functools import lru_cache
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.pipeline.inspection import counted
 from quantkit.pipeline.target_gguf import in_parts
+from quantkit.tensors import Role, TensorSpec
 
 PREFIX = "deepseek2."
 SIGMOID = 2

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.arch.base import Role
 from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE
 from quantkit.formats.gguf.presets import FILE_TYPES
 from quantkit.formats.gguf.reader import GgufReader
@@ -22,6 +21,7 @@ from quantkit.pipeline import inspection_deepseek2 as deepseek2
 from quantkit.pipeline.inspection import UNKNOWN_ROLE, Holding, counted
 from quantkit.pipeline.inspection_imatrix import ImatrixBeside, ImatrixInspection, imatrix_beside, inspect_imatrix
 from quantkit.schemes.ggml_types import BLOCK_TYPES
+from quantkit.tensors import Role
 
 SETTINGS = (
     "block_count",

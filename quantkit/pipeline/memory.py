@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.arch.base import ModelArch, Role
+from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import Calibration
 from quantkit.calibrate.portions import BATCH_TOKENS
 from quantkit.errors import PlanError
@@ -30,6 +30,7 @@ from quantkit.pipeline.decide import Action, Decision
 from quantkit.pipeline.plan import Plan
 from quantkit.quantizers.batch import SLICE_BYTES
 from quantkit.schemes import GgmlScheme
+from quantkit.tensors import Role
 
 HESSIAN_COPIES = 3
 """The damped Hessian, its factor, and the cross term toward the unquantised stream. Codebooks need the factor in

@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from quantkit.arch.base import ModelArch, Role, TensorSpec
+from quantkit.arch.base import ModelArch
 from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.decide import Action, Decider, Decision, Problems, unused_rule
 from quantkit.pipeline.headers import IsFloat8
 from quantkit.pipeline.recipe import Output, Recipe
 from quantkit.pipeline.targets import Target, target_of
 from quantkit.schemes import Float8Scheme, describe
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """What a decoded tensor may be stored in."""
@@ -226,7 +226,7 @@ def _planned(decision: Decision) -> PlannedTensor:
     spec, scheme = decision.spec, decision.scheme
     info = TensorInfo(spec.name, spec.shape, decision.source_dtype)
     keep_dtype = decision.dtype if scheme is None else None
-    return PlannedTensor(info, scheme, keep_dtype, spec.layer, spec.expert, spec.role.value)
+    return PlannedTensor(info, scheme, keep_dtype, spec)
 
 
 def _sizes(

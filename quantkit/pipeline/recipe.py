@@ -17,12 +17,12 @@ from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, field_val
 from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
-from quantkit.arch.base import Role, TensorSpec
 from quantkit.calibrate.dataset import Calibration
 from quantkit.formats.gguf.presets import FILE_TYPES
 from quantkit.quantizers import Method
 from quantkit.schemes import ChosenScheme
 from quantkit.schemes.ggml_types import BLOCK_TYPES
+from quantkit.tensors import Role, TensorSpec
 
 Keep = Literal["source", "bf16", "f16", "f32"]
 """source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f16, f32: converted, decoded if

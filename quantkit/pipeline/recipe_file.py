@@ -16,12 +16,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quantkit.arch.base import Role
 from quantkit.calibrate.dataset import Calibration
 from quantkit.errors import RecipeError
 from quantkit.pipeline.recipe import CompressedTensorsOutput, GgufOutput, Recipe, Rule, Validation, nearest
 from quantkit.quantizers import Gptq, Rtn
 from quantkit.schemes import GgmlScheme, IntScheme
+from quantkit.tensors import Role
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20

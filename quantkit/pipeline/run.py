@@ -17,7 +17,7 @@ from typing import cast
 import torch
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Block, ExpertBlock, ModelArch, Role
+from quantkit.arch.base import Block, ExpertBlock, ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
@@ -45,6 +45,7 @@ from quantkit.pipeline.weights import LayerWeights
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError, QuantizedTensor
+from quantkit.tensors import Role
 
 
 def convert(

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from quantkit.arch.base import Role
 from quantkit.errors import PlanError
 from quantkit.pipeline.plan import OutputPlan
 from quantkit.schemes import IntScheme
+from quantkit.tensors import Role
 
 GIB = 2**30
 KNOWN_GPUS_GIB = {"A100-40GB": 39.4, "A100-80GB": 79.2, "H100-80GB": 79.1, "H200-141GB": 139.8, "B200-180GB": 178.3}

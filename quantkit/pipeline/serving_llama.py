@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from quantkit.arch.base import Role
 from quantkit.pipeline.plan import OutputPlan
 from quantkit.pipeline.serving import GIB, Gpus, ModelFacts, partition_layers
+from quantkit.tensors import Role
 
 RUNTIME_BYTES = 3 * GIB // 2
 """CUDA context, cuBLAS workspace, and the pool in which quantised matrices are decoded."""

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import ModelArch, TensorSpec
+from quantkit.arch.base import ModelArch
 from quantkit.errors import SchemeError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.recipe import CompressedTensorsOutput, Rule
 from quantkit.schemes import ChosenScheme, GgmlScheme, describe
+from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from quantkit.formats.compressed_tensors import CompressedTensorsSink

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import LinearPart, ModelArch, Role, TensorSpec
+from quantkit.arch.base import LinearPart, ModelArch
 from quantkit.errors import ConfigError, SchemeError
 from quantkit.formats.gguf import presets, sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
@@ -21,6 +21,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.recipe import GgufOutput, Recipe, Rule
 from quantkit.schemes import ChosenScheme, GgmlScheme, describe
 from quantkit.schemes.ggml_types import BLOCK_TYPES
+from quantkit.tensors import Role, TensorSpec
 
 if TYPE_CHECKING:
     from quantkit.formats.gguf.source import GgufSource
@@ -100,7 +101,7 @@ class GgufTarget:
             self._model.key_values(mtp=mtp)
         except ConfigError as error:
             lines.append(f"{error.message} {error.hint}".rstrip())
-        missing = sum(spec.role is Role.MTP for spec in self.specs) - sum(t.role == Role.MTP.value for t in tensors)
+        missing = sum(spec.role is Role.MTP for spec in self.specs) - sum(t.role is Role.MTP for t in tensors)
         if mtp and missing:
             lines.append(f"the MTP layer lacks {missing} of its tensors: keep all of them, or drop all.")
         return lines
@@ -176,7 +177,7 @@ class GgufTarget:
         return self._arch.n_layers + (len(mtp) if self._output.mtp == "keep" else 0)
 
     def _mtp_stored(self, tensors: Sequence[PlannedTensor]) -> bool:
-        return any(tensor.role == Role.MTP.value for tensor in tensors)
+        return any(tensor.role is Role.MTP for tensor in tensors)
 
     def _key_values(self, source: Path, tensors: Sequence[PlannedTensor]) -> dict[str, Value]:
         from quantkit.formats.gguf.vocabulary import vocabulary

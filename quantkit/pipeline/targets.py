@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quantkit.arch.base import ModelArch, TensorSpec
+from quantkit.arch.base import ModelArch
 from quantkit.formats.planned import PlannedTensor
 from quantkit.pipeline.recipe import GgufOutput, Output, Recipe, Rule
 from quantkit.schemes import ChosenScheme
+from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

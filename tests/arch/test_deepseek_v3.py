@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from quantkit.arch import ARCHS, arch_of
-from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch, Role
+from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.errors import ConfigError
+from quantkit.tensors import Role
 from tests.tiny_models import YARN, tiny_config
 
 ROOT = Path(__file__).parents[2]

@@ -17,14 +17,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Role, TensorSpec
 from quantkit.errors import OutputError, SchemeError
 from quantkit.formats.bundle import write_config
 from quantkit.formats.compressed_tensors import CompressedTensorsSink, quantization_config, stored
 from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme, QuantError, QuantizedTensor
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 from tests.tiny_models import encode_fp8_blocks, random_weights, tiny_config
 
 Rule = Callable[[TensorSpec], IntScheme | Float8Scheme | None]
@@ -45,7 +44,7 @@ def plan(config: dict[str, object], rule: Rule) -> list[PlannedTensor]:
         dtype = "F32" if spec.float32 else "BF16"
         scheme = rule(spec) if spec.linear else None
         info = TensorInfo(spec.name, spec.shape, dtype)
-        planned.append(PlannedTensor(info, scheme, None if scheme else dtype, spec.layer, spec.expert, spec.role.value))
+        planned.append(PlannedTensor(info, scheme, None if scheme else dtype, spec))
     return planned
 
 

@@ -18,12 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Role, TensorSpec
 from quantkit.formats.compressed_tensors import notes, problems, quantization_config, stored
 from quantkit.formats.compressed_tensors_config import FUSED_PARTS, find_targets, mistakes
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 from tests.tiny_models import tiny_config
 
 Rule = Callable[[TensorSpec], IntScheme | Float8Scheme | None]
@@ -42,7 +41,7 @@ def plan(config: dict[str, object], rule: Rule, *, mtp: bool = True) -> list[Pla
         dtype = "F32" if spec.float32 else "BF16"
         scheme = rule(spec) if spec.linear else None
         info = TensorInfo(spec.name, spec.shape, dtype)
-        planned.append(PlannedTensor(info, scheme, None if scheme else dtype, spec.layer, spec.expert, spec.role.value))
+        planned.append(PlannedTensor(info, scheme, None if scheme else dtype, spec))
     return planned
 
 

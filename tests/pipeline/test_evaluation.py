@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Role
 from quantkit.calibrate.dataset import eval_windows
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.document import Evaluation, Scores
@@ -30,6 +29,7 @@ from quantkit.pipeline.machine import Stores
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.run import convert
 from quantkit.pipeline.target_gguf import in_parts
+from quantkit.tensors import Role
 from tests.evaluate.test_compare import expected_scores, transformers_logits
 from tests.oracles import gguf_reader, gguf_writer
 from tests.oracles.llama_cpp import LlamaModel

@@ -7,13 +7,13 @@ from bisect import bisect_right
 import numpy as np
 import pytest
 
-from quantkit.arch.base import Role
 from quantkit.errors import PlanError
 from quantkit.pipeline.headers import SourceHeaders, read_headers
 from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.recipe import Recipe
 from quantkit.pipeline.serving import parse_gpus
 from quantkit.pipeline.serving_llama import LlamaFit, fit_llama
+from quantkit.tensors import Role
 from tests.pipeline.test_plan import V3, tiny_headers
 
 
