@@ -30,7 +30,9 @@ import synthetic
 import torch
 from torch import Tensor
 
-from quantkit.quantizers import ldlq
+from quantkit.quantizers.ldlq import factor as ldlq_factor
+from quantkit.quantizers.ldlq import polish as ldlq_polish
+from quantkit.quantizers.ldlq import sweep as ldlq_sweep
 from quantkit.schemes import IntScheme, affine_int
 
 SCHEME = IntScheme(bits=4, group_size=128)
@@ -73,7 +75,11 @@ def main() -> None:
 @contextmanager
 def only_torch() -> Generator[None]:
     """As on a machine without compiled kernels."""
-    with patch.object(ldlq, "has_compiled", lambda tensor: False), patch.object(affine_int, "_kernel", lambda *_: None):
+    with (
+        patch.object(ldlq_sweep, "has_compiled", lambda tensor: False),
+        patch.object(ldlq_polish, "has_compiled", lambda tensor: False),
+        patch.object(affine_int, "_kernel", lambda *_: None),
+    ):
         yield
 
 
@@ -96,19 +102,19 @@ def measure(name: str, shape: tuple[int, int, int], repeats: int) -> dict[str, A
     seconds: dict[str, dict[str, list[float]]] = {"kernels": {}, "twin": {}}
     losses: dict[str, float] = {}
     scales: dict[str, Tensor] = {}
-    factor, factor_s = timed(lambda: ldlq.factorize(hessian, 0.01, act_order=True))
+    factor, factor_s = timed(lambda: ldlq_factor.factorize(hessian, 0.01, act_order=True))
     importance = factor.hessian.diagonal(dim1=-2, dim2=-1)
 
     def once(kind: str) -> None:
         grid, search_s = timed(lambda: SCHEME.grid(weight, importance, points=40, signed=True))
-        codes, sweep_s = timed(lambda: ldlq.sweep(grid, weight, factor))
-        polished, polish_s = timed(lambda: ldlq.polish(grid, weight, codes, factor.hessian, 2))
+        codes, sweep_s = timed(lambda: ldlq_sweep.sweep(grid, weight, factor))
+        polished, polish_s = timed(lambda: ldlq_polish.polish(grid, weight, codes, factor.hessian, 2))
         stages = {"search": search_s, "sweep": sweep_s, "polish": polish_s, "all": search_s + sweep_s + polish_s}
         for stage, spent in stages.items():
             seconds[kind].setdefault(stage, []).append(spent)
         error = weight - SCHEME.decode(polished.codes, polished.scale)
         scales[kind] = grid.scale
-        losses[kind] = float(ldlq.row_loss(error, factor.hessian).double().sum())
+        losses[kind] = float(ldlq_factor.row_loss(error, factor.hessian).double().sum())
 
     for _ in range(repeats):
         with only_torch():
@@ -150,9 +156,9 @@ def first_calls() -> float:
     weight, hessian = correlated((1, 16, 128))
 
     def stages() -> None:
-        factor = ldlq.factorize(hessian, 0.01, act_order=True)
+        factor = ldlq_factor.factorize(hessian, 0.01, act_order=True)
         grid = SCHEME.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=40, signed=True)
-        ldlq.polish(grid, weight, ldlq.sweep(grid, weight, factor), factor.hessian, 1)
+        ldlq_polish.polish(grid, weight, ldlq_sweep.sweep(grid, weight, factor), factor.hessian, 1)
 
     start = time.process_time()
     stages()

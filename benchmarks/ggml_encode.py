@@ -27,9 +27,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from quantkit.schemes.ggml_fit import encode, fit
-from quantkit.schemes.ggml_layout import pack
-from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockType
+from quantkit.schemes.ggml.fit import encode, fit
+from quantkit.schemes.ggml.layout import pack
+from quantkit.schemes.ggml.types import BLOCK_TYPES, BlockType
 from tests.oracles import ggml
 
 IN_FEATURES = 7168

@@ -29,11 +29,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from quantkit.kernels.cuda import has_kernels
-from quantkit.schemes.ggml_fit import encode, fit, fit_in_torch
-from quantkit.schemes.ggml_layout import decode, pack
-from quantkit.schemes.ggml_measure import nearest_codes, shares
-from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockParams, BlockType
+from quantkit.kernels.backend import has_kernels
+from quantkit.schemes.ggml.fit import encode, fit, fit_in_torch
+from quantkit.schemes.ggml.layout import decode, pack
+from quantkit.schemes.ggml.measure import nearest_codes, shares
+from quantkit.schemes.ggml.types import BLOCK_TYPES, BlockParams, BlockType
 
 EXPERTS = 256
 LIBGGML_MWEIGHTS_S = {"Q3_K": 21.8, "Q4_K": 7.5, "Q6_K": 27.1, "IQ4_XS": 3.7}

@@ -22,7 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,8 +32,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cuda import has_kernels
-from quantkit.quantizers import ldlq
+from quantkit.kernels.backend import has_kernels
+from quantkit.quantizers.ldlq import factor as ldlq_factor
+from quantkit.quantizers.ldlq import polish as ldlq_polish
+from quantkit.quantizers.ldlq import sweep as ldlq_sweep
 from quantkit.schemes import IntScheme
 
 SCHEME = IntScheme(bits=4, group_size=128)
@@ -102,7 +104,7 @@ def moments(inputs: list[Tensor]) -> Tensor:
     sums = torch.zeros(len(inputs), inputs[0].shape[1], inputs[0].shape[1], device=DEVICE)
     for one, x in zip(sums, inputs, strict=True):
         if has_kernels(sums):
-            from quantkit.kernels.moments_triton import add_squares_
+            from quantkit.kernels.triton.moments import add_squares_
 
             add_squares_(one, x, 1 / len(x))
         else:
@@ -131,28 +133,28 @@ class Run:
     originals: list[Tensor] | None = None
 
 
-def quantise(clock: Clock, part: str, weight: Tensor, inputs: list[Tensor], run: Run) -> ldlq.Polished:
+def quantise(clock: Clock, part: str, weight: Tensor, inputs: list[Tensor], run: Run) -> ldlq_polish.Polished:
     """weight (B, out, in) on inputs (tokens, in) of each expert, stage by stage."""
     with clock.stage(f"{part} hessian"):
         hessian = moments(inputs)
     with clock.stage(f"{part} factor"):
-        factor = ldlq.factorize(hessian, DAMP, act_order=True)
+        factor = ldlq_factor.factorize(hessian, DAMP, act_order=True)
     assert factor.damping == 1.0, "the damping had to be raised"
     if run.originals is not None and part == "gate+up":
         with clock.stage(f"{part} cross moments"):
             cross = cross_moments(inputs, run.originals)
         with clock.stage(f"{part} targets"):
-            weight = ldlq.towards_original(weight, cross, factor, 0.5)
+            weight = ldlq_factor.towards_original(weight, cross, factor, 0.5)
         del cross
     with clock.stage(f"{part} scales"):
         grid = SCHEME.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=POINTS, signed=True)
     loss = weight.new_zeros(weight.shape[:2])
     with clock.stage(f"{part} sweep"):
-        codes = ldlq.sweep(grid, weight, factor, loss)
+        codes = ldlq_sweep.sweep(grid, weight, factor, loss)
     if not run.polish:
-        return ldlq.Polished(codes, grid.scale, grid.offset, loss)
+        return ldlq_polish.Polished(codes, grid.scale, grid.offset, loss)
     with clock.stage(f"{part} polish"):
-        return ldlq.polish(grid, weight, codes, factor.hessian, run.polish)
+        return ldlq_polish.polish(grid, weight, codes, factor.hessian, run.polish)
 
 
 def experts_once(clock: Clock, gate_up: Tensor, down: Tensor, x: list[Tensor], run: Run) -> None:
@@ -192,7 +194,10 @@ class Exact:
 
 
 def plainly() -> Any:
-    return patch.object(ldlq, "has_kernels", lambda _: False)
+    stack = ExitStack()
+    for module in (ldlq_factor, ldlq_polish, ldlq_sweep):
+        stack.enter_context(patch.object(module, "has_kernels", lambda _: False))
+    return stack
 
 
 def loss(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> float:
@@ -206,20 +211,20 @@ def quality(weight: Tensor, x: Tensor) -> dict[str, Any]:
     """One matrix (out, in) on inputs (tokens, in)."""
     weight = weight[None]
     hessian = moments([x])
-    factor = ldlq.factorize(hessian, DAMP, act_order=True)
+    factor = ldlq_factor.factorize(hessian, DAMP, act_order=True)
     grid = SCHEME.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=POINTS, signed=True)
-    codes = ldlq.sweep(grid, weight, factor)
-    polished = ldlq.polish(grid, weight, codes, factor.hessian, 2)
+    codes = ldlq_sweep.sweep(grid, weight, factor)
+    polished = ldlq_polish.polish(grid, weight, codes, factor.hessian, 2)
     with plainly():
-        twin = ldlq.sweep(grid, weight, factor)
-        twin_polished = ldlq.polish(grid, weight, twin, factor.hessian, 2)
+        twin = ldlq_sweep.sweep(grid, weight, factor)
+        twin_polished = ldlq_polish.polish(grid, weight, twin, factor.hessian, 2)
     exact = x.double().T @ x.double() / len(x)
     undamped = exact.clone()[None]
-    oracle = ldlq.factorize(exact[None], DAMP, act_order=True)
+    oracle = ldlq_factor.factorize(exact[None], DAMP, act_order=True)
     with patch("quantkit.schemes.affine_int._FIT_GROUPS", 2**16):
         importance = oracle.hessian.diagonal(dim1=-2, dim2=-1)
         scale, _ = SCHEME.fit(weight.double(), importance, grid=POINTS, signed=True)
-    best = ldlq.sweep(Exact(scale.double()), weight.double(), oracle)
+    best = ldlq_sweep.sweep(Exact(scale.double()), weight.double(), oracle)
     of_oracle = loss(weight, best, scale, oracle.hessian)
     of_oracle_undamped = loss(weight, best, scale, undamped)
     nearest = SCHEME.encode(weight, grid.stored_scale)

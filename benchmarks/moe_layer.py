@@ -40,23 +40,25 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import MemoryRows, RowStore
 from quantkit.calibrate.stream import row_batches
+from quantkit.convert import dense, experts, layer
+from quantkit.convert import outputs as outputs_module
+from quantkit.convert.background import AheadSource, Deliveries, foreground
+from quantkit.convert.hidden import Streams
+from quantkit.convert.layer import quantize_layer
+from quantkit.convert.layer_job import LayerJob
+from quantkit.convert.outputs import OutputJob
+from quantkit.convert.weights import LayerWeights
 from quantkit.formats import open_source
-from quantkit.formats.compressed_tensors import CompressedTensorsSink
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.layouts.compressed_tensors import CompressedTensorsSink
 from quantkit.formats.planned import PlannedTensor
-from quantkit.formats.safetensors_writer import ShardWriter, layout_shards
-from quantkit.pipeline import dense, experts, layer
-from quantkit.pipeline import outputs as outputs_module
-from quantkit.pipeline.background import AheadSource, Deliveries, foreground
-from quantkit.pipeline.hidden import Streams
-from quantkit.pipeline.layer import quantize_layer
-from quantkit.pipeline.layer_job import LayerJob
-from quantkit.pipeline.machine import Machine
-from quantkit.pipeline.outputs import OutputJob
-from quantkit.pipeline.weights import LayerWeights
-from quantkit.quantizers import ldlq
+from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
+from quantkit.plan.machine import Machine
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.quantizers.gptq import Gptq
+from quantkit.quantizers.ldlq import factor as ldlq_factor
+from quantkit.quantizers.ldlq import polish as ldlq_polish
+from quantkit.quantizers.ldlq import sweep as ldlq_sweep
 from quantkit.schemes import IntScheme
 from quantkit.tensors import TensorInfo, TensorSpec
 
@@ -212,12 +214,12 @@ class Stages:
             (experts, "_carry_on", "experts: down, scatter"),
             (experts, "forward_expert", "experts: original stream"),
             (outputs_module, "_quantized", "quantise (rest)"),
-            (ldlq, "factorize", "quantise: Cholesky"),
-            (ldlq, "towards_original", "quantise: targets of the cross term"),
+            (ldlq_factor, "factorize", "quantise: Cholesky"),
+            (ldlq_factor, "towards_original", "quantise: targets of the cross term"),
             (IntScheme, "grid", "quantise: scales"),
-            (ldlq, "sweep", "quantise: sweep"),
-            (ldlq, "polish", "quantise: polish (or loss)"),
-            (ldlq, "row_loss", "quantise: norms of the report"),
+            (ldlq_sweep, "sweep", "quantise: sweep"),
+            (ldlq_polish, "polish", "quantise: polish (or loss)"),
+            (ldlq_factor, "row_loss", "quantise: norms of the report"),
         ]
         with ExitStack() as stack:
             for place, name, label in places:

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import save_file
 
-from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "peers"))

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quantkit.evaluate.document import Evaluation
-from quantkit.pipeline import evaluation
+from quantkit.documents.evaluation import Evaluation
+from quantkit.evaluate import run as evaluation
 
 
 def main() -> None:

@@ -31,16 +31,17 @@ from unittest import mock
 import numpy as np
 import torch
 
-from quantkit.evaluate.check import check
-from quantkit.evaluate.check_baseline import Baseline, by_name, read_conversions, read_evaluation, windows_of
-from quantkit.evaluate.check_statistics import paired
-from quantkit.evaluate.check_verdict import Limits
+from quantkit.convert.run import convert
+from quantkit.evaluate.check.baseline import Baseline, by_name, read_conversions, read_evaluation, windows_of
+from quantkit.evaluate.check.run import check
+from quantkit.evaluate.check.statistics import paired
+from quantkit.evaluate.check.verdict import Limits
+from quantkit.evaluate.run import evaluate
 from quantkit.formats.gguf.reader import GgufReader
-from quantkit.pipeline.evaluation import evaluate
-from quantkit.pipeline.recipe_file import load_recipe
-from quantkit.pipeline.run import convert
-from quantkit.quantizers import ldlq
-from quantkit.schemes import affine_int, ggml
+from quantkit.plan.recipe_file import load_recipe
+from quantkit.quantizers.ldlq import factor as ldlq_factor
+from quantkit.schemes import affine_int
+from quantkit.schemes.ggml import scheme as ggml
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "examples" / "nano-deepseek-v3"
@@ -59,12 +60,12 @@ LAYER, EXPERT = 1, 5
 @contextmanager
 def no_act_order() -> Iterator[None]:
     """GPTQ rounds columns as they are stored, whatever the recipe says."""
-    real = ldlq.factorize
+    real = ldlq_factor.factorize
 
     def factorize(hessian: torch.Tensor, damp_percent: float, *, act_order: bool, damped: float = 0.0) -> Any:
         return real(hessian, damp_percent, act_order=False, damped=damped)
 
-    with mock.patch.object(ldlq, "factorize", factorize):
+    with mock.patch.object(ldlq_factor, "factorize", factorize):
         yield
 
 

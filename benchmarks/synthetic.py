@@ -47,7 +47,7 @@ def write_weights(folder: Path) -> None:
     import torch
 
     from quantkit.arch import arch_of
-    from quantkit.formats.safetensors_writer import ShardWriter, layout_shards
+    from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
     from quantkit.tensors import TensorInfo
 
     config = json.loads((folder / "config.json").read_text())

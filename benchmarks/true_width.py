@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def parse_size(text: str) -> int:
-    from quantkit.pipeline.recipe import parse_size as parse
+    from quantkit.plan.recipe import parse_size as parse
 
     return parse(text)
 

@@ -13,24 +13,29 @@ from typing import TYPE_CHECKING
 
 # Packages that bear the names of functions are loaded first: Python puts a package into its parent when it is loaded,
 # and would put these into the functions' places later.
+import quantkit.convert  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.evaluate  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import quantkit.inspect  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import quantkit.plan  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from quantkit.api import check, convert, evaluate, inspect, plan, report, update_baseline
 from quantkit.errors import QuantkitError
-from quantkit.library.commands import check, convert, evaluate, inspect, plan, report, update_baseline
-from quantkit.library.shown import document, text
+from quantkit.text.shown import document, text
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.check_verdict import Limits, Verdict
-    from quantkit.evaluate.document import Evaluation
-    from quantkit.library.progress import progress
-    from quantkit.pipeline.events import EvaluationEvent, Event, Report
-    from quantkit.pipeline.forecast import Forecast
-    from quantkit.pipeline.inspection import Inspection
-    from quantkit.pipeline.inspection_gguf import GgufInspection
-    from quantkit.pipeline.inspection_imatrix import ImatrixInspection
-    from quantkit.pipeline.plan import Plan
-    from quantkit.pipeline.recipe import Recipe
+    from quantkit.convert.events import Event, Report
+    from quantkit.documents.evaluation import Evaluation
+    from quantkit.evaluate.check.verdict import Limits, Verdict
+    from quantkit.evaluate.events import EvaluationEvent
+    from quantkit.inspect.folder import Inspection
+    from quantkit.inspect.gguf import GgufInspection
+    from quantkit.inspect.imatrix import ImatrixInspection
+    from quantkit.plan.forecast import Forecast
+    from quantkit.plan.plan import Plan
+    from quantkit.plan.recipe import Recipe
+    from quantkit.text.progress import progress
 
 __all__ = [
     "Evaluation",
@@ -60,19 +65,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Evaluation": "evaluate.document",
-    "EvaluationEvent": "pipeline.events",
-    "Event": "pipeline.events",
-    "Forecast": "pipeline.forecast",
-    "GgufInspection": "pipeline.inspection_gguf",
-    "ImatrixInspection": "pipeline.inspection_imatrix",
-    "Inspection": "pipeline.inspection",
-    "Limits": "evaluate.check_verdict",
-    "Plan": "pipeline.plan",
-    "Recipe": "pipeline.recipe",
-    "Report": "pipeline.events",
-    "Verdict": "evaluate.check_verdict",
-    "progress": "library.progress",
+    "Evaluation": "documents.evaluation",
+    "EvaluationEvent": "evaluate.events",
+    "Event": "convert.events",
+    "Forecast": "plan.forecast",
+    "GgufInspection": "inspect.gguf",
+    "ImatrixInspection": "inspect.imatrix",
+    "Inspection": "inspect.folder",
+    "Limits": "evaluate.check.verdict",
+    "Plan": "plan.plan",
+    "Recipe": "plan.recipe",
+    "Report": "convert.events",
+    "Verdict": "evaluate.check.verdict",
+    "progress": "text.progress",
 }
 """Where the names are that cost time to import."""
 

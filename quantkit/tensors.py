@@ -137,3 +137,11 @@ class TensorSource(Protocol):
         """Tell the operating system that these tensors are read soon. Returns at once and takes no memory of the
         process."""
         ...
+
+
+class RowSource(TensorSource, Protocol):
+    """A source that reads single rows of a matrix."""
+
+    def read_rows(self, name: str, indices: list[int]) -> torch.Tensor:
+        """Rows of the first dimension, in the order asked for."""
+        ...

@@ -34,9 +34,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from quantkit.cli.app import app
-from quantkit.formats.gguf.presets import FILE_TYPES, fitting_type
 from quantkit.quantizers import Gptq
-from quantkit.schemes.ggml_types import BLOCK_TYPES
+from quantkit.runtimes.llama_cpp.presets import FILE_TYPES, fitting_type
+from quantkit.schemes.ggml.types import BLOCK_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

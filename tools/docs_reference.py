@@ -35,7 +35,7 @@ V3 = ROOT / "examples" / "deepseek-v3-671b"
 
 def documents() -> Iterator[tuple[Path, str]]:
     """Every generated file with the text it should have."""
-    from quantkit.pipeline.recipe_file import recipe_schema
+    from quantkit.plan.recipe_file import recipe_schema
 
     schema = recipe_schema()
     yield ROOT / "docs" / "recipe.schema.json", json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
@@ -149,16 +149,16 @@ def paragraph(text: str) -> str:
 @lru_cache(maxsize=1)
 def v3_headers() -> Any:
     """DeepSeek V3 as its config.json describes it."""
-    from quantkit.pipeline.headers import read_headers
+    from quantkit.plan.headers import read_headers
 
     return read_headers(V3)
 
 
 def with_sizes(path: Path) -> str:
     """A recipe's text with the `# size:` and `# needs:` lines that a plan of DeepSeek V3 gives."""
-    from quantkit.pipeline.memory import conversion_needs
-    from quantkit.pipeline.plan import make_plan
-    from quantkit.pipeline.recipe_file import load_recipe
+    from quantkit.plan.memory import conversion_needs
+    from quantkit.plan.plan import make_plan
+    from quantkit.plan.recipe_file import load_recipe
 
     headers = v3_headers()
     plan = make_plan(load_recipe(path), headers.arch, headers.infos, headers.is_float8)

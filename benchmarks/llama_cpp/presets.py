@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from quantkit.arch import arch_of  # noqa: E402
 from quantkit.errors import PlanError  # noqa: E402
-from quantkit.formats.gguf.presets import PRESETS, preset_type  # noqa: E402
+from quantkit.runtimes.llama_cpp.presets import PRESETS, preset_type  # noqa: E402
 from tests.oracles import gguf_writer  # noqa: E402
 
 CHANGES: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from quantkit.arch import arch_of  # noqa: E402
 from quantkit.arch.forward import logits  # noqa: E402
 from quantkit.formats import open_source  # noqa: E402
-from quantkit.formats.compressed_tensors_source import CompressedTensorsSource  # noqa: E402
+from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource  # noqa: E402
 from quantkit.schemes import Float8Scheme  # noqa: E402
 
 UNQUANTIZED = "bf16"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.arch import arch_of
-from quantkit.pipeline.headers import headers_from_arch
+from quantkit.plan.headers import headers_from_arch
 from quantkit.schemes import Float8Scheme
 
 SHARDS = 163

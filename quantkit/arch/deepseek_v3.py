@@ -9,121 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from typing import TYPE_CHECKING
 
 from quantkit.arch.base import GgufModel, LinearPart, Sublayer
-from quantkit.arch.rope import Rope, Yarn, rope_entries
-from quantkit.errors import ConfigError
+from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekV3Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
     from quantkit.arch.base import Weights
-
-Size = Annotated[int, Field(gt=0, le=2**24)]
-"""A dimension. The bound keeps a damaged config.json from describing a table of tensors that no machine can list."""
-Count = Annotated[int, Field(gt=0, le=2**16)]
-
-LATENT_NORM_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm whatever ``rms_norm_eps`` says, in the official code and in transformers."""
-
-
-class DeepseekV3Config(BaseModel):
-    """What config.json says about tensors and arithmetic, by the official names. Other entries are ignored."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
-
-    hidden_size: Size
-    vocab_size: Size
-    num_hidden_layers: Annotated[int, Field(gt=0, le=4096)]
-    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] = 0
-    intermediate_size: Size
-    moe_intermediate_size: Size
-    n_routed_experts: Count
-    n_shared_experts: Count
-    num_experts_per_tok: Count
-    n_group: Count
-    topk_group: Count
-    first_k_dense_replace: Annotated[int, Field(ge=0)]
-    num_attention_heads: Count
-    num_key_value_heads: Count | None = None
-    q_lora_rank: Size | None
-    kv_lora_rank: Size
-    qk_nope_head_dim: Size
-    qk_rope_head_dim: Size
-    v_head_dim: Size
-    max_position_embeddings: Annotated[int, Field(gt=0)]
-    rms_norm_eps: PositiveFloat
-    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
-    rope_scaling: Yarn | None = None
-    rope_interleave: bool = True
-    norm_topk_prob: bool
-    routed_scaling_factor: PositiveFloat
-    tie_word_embeddings: bool = False
-    scoring_func: Literal["sigmoid"]
-    topk_method: Literal["noaux_tc"]
-    moe_layer_freq: Literal[1] = 1
-    hidden_act: Literal["silu"] = "silu"
-    attention_bias: Literal[False] = False
-
-    @classmethod
-    def of(cls, config: Mapping[str, object]) -> DeepseekV3Config:
-        """The checked entries of a raw config.json; `ConfigError` with every fault in one line."""
-        try:
-            return cls.model_validate({**config, **rope_entries(config)})
-        except ValidationError as error:
-            raise _config_error(error) from None
-
-    @model_validator(mode="after")
-    def _agree(self) -> DeepseekV3Config:
-        group_size, rest = divmod(self.n_routed_experts, self.n_group)
-        if rest:
-            raise _contradiction(
-                f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}"
-            )
-        if self.topk_group > self.n_group:
-            raise _contradiction(f"topk_group {self.topk_group} is larger than n_group {self.n_group}")
-        if group_size < 2:
-            raise _contradiction(
-                f"n_group {self.n_group} leaves one expert per group, groups are ranked by their best two"
-            )
-        if self.num_experts_per_tok > self.topk_group * group_size:
-            raise _contradiction(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than the {self.topk_group * group_size} "
-                "experts in topk_group groups"
-            )
-        if self.num_key_value_heads not in (None, self.num_attention_heads):
-            raise _contradiction(
-                f"num_key_value_heads {self.num_key_value_heads} is not num_attention_heads {self.num_attention_heads}"
-            )
-        if self.first_k_dense_replace > self.num_hidden_layers:
-            raise _contradiction(
-                f"first_k_dense_replace {self.first_k_dense_replace} is more than "
-                f"num_hidden_layers {self.num_hidden_layers}"
-            )
-        if self.qk_rope_head_dim % 2:
-            raise _contradiction(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd, rotation needs pairs")
-        return self
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of one query or key head: the part without position, then the rotated part."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def rope(self) -> Rope:
-        """The rotary embedding of the last ``qk_rope_head_dim`` dimensions of each head."""
-        return Rope(
-            dim=self.qk_rope_head_dim,
-            theta=self.rope_theta,
-            interleaved=self.rope_interleave,
-            max_positions=self.max_position_embeddings,
-            yarn=self.rope_scaling,
-        )
 
 
 class DeepseekV3:
@@ -351,30 +246,3 @@ class _HeadRows:
 
 def _prefix(layer: int) -> str:
     return f"model.layers.{layer}."
-
-
-def _contradiction(text: str) -> PydanticCustomError:
-    return PydanticCustomError("contradiction", "{text}", {"text": text})
-
-
-def _config_error(error: ValidationError) -> ConfigError:
-    """One line for all faults: key, what was found, what was needed."""
-    faults: list[str] = []
-    keys: set[str] = set()
-    for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"])
-        keys.add(key)
-        if fault["type"] == "missing":
-            faults.append(f"{key} is missing")
-        elif key:
-            message = fault["msg"][:1].lower() + fault["msg"][1:]
-            faults.append(f"{key} is {repr(fault['input'])[:60]}, {message}")
-        else:
-            faults.append(fault["msg"])
-    hint = ""
-    if keys & {"scoring_func", "topk_method"}:
-        hint = (
-            'deepseek_v3 routes with scoring_func "sigmoid" and topk_method "noaux_tc". transformers 5 drops both keys '
-            "when it saves a config.json: take the official file, or add them by hand."
-        )
-    return ConfigError(f"config.json: {'; '.join(faults)}.", hint=hint)

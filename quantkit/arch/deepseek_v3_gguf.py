@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
-    from quantkit.arch.deepseek_v3 import DeepseekV3Config
+    from quantkit.arch.deepseek_v3_config import DeepseekV3Config
 
 GGUF_ARCHITECTURE = "deepseek2"
 

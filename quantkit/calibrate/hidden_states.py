@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors_writer import disk_errors
-from quantkit.kernels.cuda import has_kernels
+from quantkit.formats.safetensors.writer import disk_errors
+from quantkit.kernels.backend import has_kernels
 
 CPU = torch.device("cpu")
 _SAVED_BYTES = 64 * 2**20
@@ -97,7 +97,7 @@ class MemoryRows:
         """See `RowStore.add`."""
         tokens, values, shares = (part.to(self.device) for part in (tokens, values, shares))
         if has_kernels(self._data):
-            from quantkit.kernels.scatter_triton import add_rows_
+            from quantkit.kernels.triton.scatter import add_rows_
 
             add_rows_(self._data, tokens, values, shares)
         else:

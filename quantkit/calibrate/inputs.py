@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cuda import has_kernels
+from quantkit.kernels.backend import has_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class InputMoments:
 def _add_squares(sums: Tensor, x: Tensor) -> None:
     """sums (in, in) += x^T x over tokens."""
     if has_kernels(sums):
-        from quantkit.kernels.moments_triton import add_squares_
+        from quantkit.kernels.triton.moments import add_squares_
 
         add_squares_(sums, x)
     else:
@@ -109,7 +109,7 @@ def _add_squares(sums: Tensor, x: Tensor) -> None:
 def _add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """sums (in, in) += left^T right over tokens."""
     if has_kernels(sums):
-        from quantkit.kernels.moments_triton import add_products_
+        from quantkit.kernels.triton.moments import add_products_
 
         add_products_(sums, left, right)
     else:

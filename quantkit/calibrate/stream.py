@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, Sublayer
 from quantkit.arch.ops import linear
+from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, EXPERT_CHUNK, at_once
 from quantkit.calibrate.hidden_states import CPU, RowStore
-from quantkit.calibrate.portions import BATCH_TOKENS, EXPERT_CHUNK, at_once
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights

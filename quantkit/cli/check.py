@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit import api as commands
 from quantkit.cli.outcome import REFUSED, refusals, show_error
 from quantkit.errors import EvaluationError
-from quantkit.library import commands
-from quantkit.library.verdict_text import verdicts_text
+from quantkit.text.verdict import verdicts_text
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.check_verdict import Limits, Verdict
+    from quantkit.evaluate.check.verdict import Limits, Verdict
 
 
 def share(text: object) -> float:
@@ -102,7 +102,7 @@ def check(
     Exit code 1 and a line for each regression, which names the layer, expert or linear. Both must be of the same text,
     windows and reference; anything else is refused.
     """
-    from quantkit.evaluate.check_verdict import Limits
+    from quantkit.evaluate.check.verdict import Limits
 
     limits = Limits(
         sigmas=sigmas,
@@ -128,7 +128,7 @@ def check(
 
 def _update(evaluation: Path, path: Path, limits: Limits) -> tuple[Verdict, ...]:
     """Make the evaluation the baseline, after a table of what that changes if there is one to compare with."""
-    from quantkit.evaluate.check_baseline import read_evaluation
+    from quantkit.evaluate.check.baseline import read_evaluation
 
     found = read_evaluation(evaluation)
     verdicts: tuple[Verdict, ...] = ()
@@ -146,8 +146,8 @@ def _update(evaluation: Path, path: Path, limits: Limits) -> tuple[Verdict, ...]
 
 
 def _write_reports(verdicts: Sequence[Verdict], junit: Path | None, markdown: Path | None) -> None:
-    from quantkit.evaluate.check_reports import junit_xml
-    from quantkit.evaluate.check_reports import markdown as summary
+    from quantkit.evaluate.check.reports import junit_xml
+    from quantkit.evaluate.check.reports import markdown as summary
 
     if junit is not None:
         commands.write_text(junit, junit_xml(verdicts))
@@ -159,7 +159,7 @@ def _write_reports(verdicts: Sequence[Verdict], junit: Path | None, markdown: Pa
 
 
 def _show_regressions(verdicts: Sequence[Verdict]) -> None:
-    from quantkit.evaluate.check_reports import regression_lines
+    from quantkit.evaluate.check.reports import regression_lines
 
     for line in regression_lines(verdicts):
         show_error(line)

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
+from quantkit import api as commands
 from quantkit.cli.converted import next_text, program
 from quantkit.cli.options import AsJson, Device, MemoryBudget, RecipeName, Source
 from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
-from quantkit.library import commands
-from quantkit.library.converted_text import report_document, report_text
-from quantkit.library.progress import progress
+from quantkit.text.converted import report_document, report_text
+from quantkit.text.progress import progress
 
 
 def convert(

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from quantkit.pipeline.events import Report
+from quantkit.convert.events import Report
 
 _RUNTIMES = {"vllm": "vLLM", "llama-server": "llama.cpp"}
 """By the program that serves."""

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from quantkit import api as commands
 from quantkit.cli.options import AsJson, Device, size
 from quantkit.cli.outcome import interruptible, refusals
 from quantkit.cli.render import show_json
-from quantkit.library import commands
-from quantkit.library.evaluation_text import evaluation_text
-from quantkit.library.progress import progress
+from quantkit.text.evaluation import evaluation_text
+from quantkit.text.progress import progress
 
 
 class ProtocolName(str, Enum):

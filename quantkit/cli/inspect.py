@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from quantkit import api as commands
 from quantkit.cli.options import AsJson
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
-from quantkit.library import commands
-from quantkit.library.inspection_text import inspection_document, inspection_text
+from quantkit.text.inspection import inspection_document, inspection_text
 
 
 def inspect(

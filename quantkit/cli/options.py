@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from quantkit.library.commands import parse_budget
-from quantkit.pipeline.serving import Gpus, parse_gpus
+from quantkit.api import parse_budget
+from quantkit.runtimes.gpus import Gpus, parse_gpus
 
 
 class Device(str, Enum):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import typer
 
+from quantkit import api as commands
 from quantkit.cli.options import AsJson, Context, GpuOption, MemoryBudget, RecipeName, Source
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
-from quantkit.library import commands
-from quantkit.pipeline.serving import Gpus
+from quantkit.runtimes.gpus import Gpus
 
 
 def plan(
@@ -39,7 +39,7 @@ def show_plan(
     memory_budget: int | None = None,
 ) -> None:
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common."""
-    from quantkit.library.forecast_text import forecast_document, forecast_text
+    from quantkit.text.forecast import forecast_document, forecast_text
 
     found = commands.plan(source, recipe, gpus=gpus, context=context, memory_budget=memory_budget)
     if as_json:

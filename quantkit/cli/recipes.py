@@ -9,8 +9,8 @@ import typer
 from quantkit.cli.options import AsJson
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
-from quantkit.library.text import table
-from quantkit.pipeline.recipe_file import load_recipe, recipe_path, recipe_schema, shipped_recipes
+from quantkit.plan.recipe_file import load_recipe, recipe_path, recipe_schema, shipped_recipes
+from quantkit.text.tables import table
 
 app = typer.Typer(
     help="List and show the shipped recipes, or print the schema of recipe files.",

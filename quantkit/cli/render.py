@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from quantkit.pipeline.json_text import finite
+from quantkit.documents.json_text import finite
 
 
 def show_json(document: object) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quantkit import api as commands
 from quantkit.cli.outcome import refusals
-from quantkit.library import commands
 
 
 def report(

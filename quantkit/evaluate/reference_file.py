@@ -32,11 +32,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from quantkit.documents.evaluation import ModelFacts, NoiseFloor, Protocol, Text
 from quantkit.errors import OutputError, SourceError
-from quantkit.evaluate.document import ModelFacts, NoiseFloor, Protocol, Text
 from quantkit.formats.casting import bytes_of
 from quantkit.formats.preallocated import disk_errors, sync_directory
-from quantkit.formats.safetensors_header import StoredTensor, printable, read_header
+from quantkit.formats.safetensors.header import StoredTensor, printable, read_header
 from quantkit.formats.shard_files import ShardFiles, read_into
 from quantkit.tensors import DTYPES, TensorInfo
 

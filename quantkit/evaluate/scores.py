@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkit.evaluate.document import estimate, percent
+from quantkit.documents.evaluation import estimate, percent
 
 
 @dataclass(frozen=True, slots=True)

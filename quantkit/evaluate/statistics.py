@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Layer, Mean, Result, Scores, Windows
 from quantkit.evaluate.compare import Comparison
-from quantkit.evaluate.document import HISTOGRAM_EDGES, Divergence, Layer, Mean, Result, Scores, Windows
 from quantkit.evaluate.token_scores import TokenScores
 
 

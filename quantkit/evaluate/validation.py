@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +14,7 @@ from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.evaluate.compare import Model
 from quantkit.evaluate.scores import Estimate, Scores
 from quantkit.evaluate.token_scores import TokenScores
-from quantkit.tensors import TensorSource
-
-
-class RowSource(TensorSource, Protocol):
-    """A source that reads single rows of a matrix."""
-
-    def read_rows(self, name: str, indices: list[int]) -> Tensor:
-        """Rows of the first dimension, in the order asked for."""
-        ...
+from quantkit.tensors import RowSource
 
 
 def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_bytes: int) -> Model:

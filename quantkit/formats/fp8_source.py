@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors import SafetensorsSource, require_finite, row_ranges
-from quantkit.formats.safetensors_header import printable
+from quantkit.formats.safetensors.header import printable
+from quantkit.formats.safetensors.reader import SafetensorsSource, require_finite, row_ranges
 from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo
 
@@ -212,12 +212,12 @@ def decode_blocks(
     """
     import torch
 
-    from quantkit.kernels.cuda import runs_kernels
+    from quantkit.kernels.backend import runs_kernels
 
     n_rows, in_features = codes.shape
     block_rows, block_columns = block_size
     if runs_kernels(codes.device):
-        from quantkit.kernels import decode_triton
+        from quantkit.kernels.triton import decode as decode_triton
 
         return decode_triton.decode_fp8_blocks(codes, scale, block_size, skipped_rows)
     if codes.is_cuda:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors_header import open_regular
+from quantkit.formats.safetensors.header import open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor

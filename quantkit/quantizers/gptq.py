@@ -2,7 +2,7 @@
 
 scales searched under diag(H) and signed; columns by falling diag(H) on static groups (nothing is permuted in the file);
 targets that follow the unquantised stream (`cross`); and coordinate descent over scales and codes after the sweep.
-The numerics are in `quantkit.quantizers.ldlq`.
+The numerics are in `quantkit.quantizers.ldlq.factor`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
-    from quantkit.quantizers.ldlq import Factor
+    from quantkit.quantizers.ldlq.factor import Factor
     from quantkit.schemes import ChosenScheme
 
 
@@ -98,14 +98,14 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         import torch
 
         from quantkit.calibrate.inputs import InputStats
-        from quantkit.quantizers import ldlq
+        from quantkit.quantizers.ldlq import factor as ldlq_factor
 
         assert isinstance(stats, InputStats), "the plan admits gptq with calibration only"
         unseen = stats.hessian.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
         if unseen.any():  # no token, or none that did anything: all inputs count alike
             stats.hessian[unseen] += torch.eye(stats.hessian.shape[-1], device=stats.hessian.device)
-        factor = ldlq.factorize(stats.hessian, self.damp_percent, act_order=self.act_order == "static")
-        anew = cache(partial(ldlq.in_storage_order, factor, self.damp_percent))
+        factor = ldlq_factor.factorize(stats.hessian, self.damp_percent, act_order=self.act_order == "static")
+        anew = cache(partial(ldlq_factor.in_storage_order, factor, self.damp_percent))
         in_storage_order = anew if self.act_order == "static" else lambda: factor
         return PreparedInputs(factor, stats.cross if self.cross else None, tuple(unseen.tolist()), in_storage_order)
 
@@ -117,25 +117,28 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
 
     def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedRows:
-        from quantkit.quantizers import ldlq, ldlq_vectors
         from quantkit.quantizers.batch import QuantizedRows
+        from quantkit.quantizers.ldlq import factor as ldlq_factor
+        from quantkit.quantizers.ldlq import polish as ldlq_polish
+        from quantkit.quantizers.ldlq import sweep as ldlq_sweep
+        from quantkit.quantizers.ldlq import vectors as ldlq_vectors
 
         factor = prepared.factor
-        norm = ldlq.row_loss(weight, factor.hessian)
+        norm = ldlq_factor.row_loss(weight, factor.hessian)
         target = weight
         if prepared.cross is not None:
-            target = ldlq.towards_original(weight, prepared.cross, factor, self.cross)
+            target = ldlq_factor.towards_original(weight, prepared.cross, factor, self.cross)
         importance = weighting(prepared.importance, self.scale_search)
         if isinstance(scheme, GgmlScheme) and not scheme.has_grid:
             vectors = scheme.vector_grid(target, importance)
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
-            return QuantizedRows(vectors.stored(), ldlq.row_loss(error, factor.hessian), norm)
+            return QuantizedRows(vectors.stored(), ldlq_factor.row_loss(error, factor.hessian), norm)
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed)
         if not self.polish:
             loss = weight.new_zeros(weight.shape[:2])
-            codes = ldlq.sweep(grid, target, factor, loss)
+            codes = ldlq_sweep.sweep(grid, target, factor, loss)
             return QuantizedRows(grid.stored(codes, grid.scale, grid.offset), loss, norm)
-        codes = ldlq.sweep(grid, target, factor)
-        polished = ldlq.polish(grid, target, codes, factor.hessian, self.polish)
+        codes = ldlq_sweep.sweep(grid, target, factor)
+        polished = ldlq_polish.polish(grid, target, codes, factor.hessian, self.polish)
         stored = grid.stored(polished.codes, polished.scale, polished.offset)
         return QuantizedRows(stored, polished.loss, norm)

@@ -14,7 +14,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors_header import printable
+from quantkit.formats.safetensors.header import printable
 
 CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
 MAX_BYTES = 256 * 2**20

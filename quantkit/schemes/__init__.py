@@ -12,7 +12,7 @@ from pydantic import Field
 
 from quantkit.schemes.affine_int import IntScheme
 from quantkit.schemes.float8 import Float8Scheme
-from quantkit.schemes.ggml import GgmlScheme
+from quantkit.schemes.ggml.scheme import GgmlScheme
 
 if TYPE_CHECKING:
     from torch import Tensor

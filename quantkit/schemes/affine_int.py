@@ -91,10 +91,10 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, groups) -> weight (..., out, in) float32."""
-        from quantkit.kernels.cuda import runs_kernels
+        from quantkit.kernels.backend import runs_kernels
 
         if runs_kernels(codes.device):
-            from quantkit.kernels import decode_triton
+            from quantkit.kernels.triton import decode as decode_triton
 
             return decode_triton.decode(codes, scale, 2.0 ** (self.bits - 1) if zero_point is None else zero_point)
         grouped = _grouped(codes.float(), scale.shape[-1])
@@ -190,15 +190,15 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
 
 def _kernel(weight: Tensor, importance: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """The compiled search for where these tensors are, or None: torch does it."""
-    from quantkit.kernels.compiled import has_compiled
-    from quantkit.kernels.cuda import has_kernels
+    from quantkit.kernels.backend import has_kernels
+    from quantkit.kernels.numba.threads import has_compiled
 
     if has_kernels(weight):
-        from quantkit.kernels import scale_search_triton
+        from quantkit.kernels.triton import scale_search as scale_search_triton
 
         return scale_search_triton.search
     if has_compiled(weight) and has_compiled(importance):
-        from quantkit.kernels import int_search
+        from quantkit.kernels.numba import scale_search as int_search
 
         return int_search.search
     return None

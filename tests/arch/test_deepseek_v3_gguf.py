@@ -10,7 +10,8 @@ from typing import Any
 import gguf
 import pytest
 
-from quantkit.arch.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from quantkit.arch.deepseek_v3 import DeepseekV3
+from quantkit.arch.deepseek_v3_config import DeepseekV3Config
 from quantkit.arch.deepseek_v3_gguf import (
     differences,
     key_values,

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from tests.cli.test_cli import quantkit
+from tests.convert.jobs import write_model, write_text
 from tests.evaluate.evaluations import Made, write
-from tests.pipeline.jobs import write_model, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN, WORSE = Made(seed=1), Made(seed=2, kld=1.5)

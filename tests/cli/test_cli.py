@@ -16,9 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from quantkit.cli.app import app
-from quantkit.errors import OutputError
-from quantkit.evaluate.scores import Estimate, Scores
-from quantkit.pipeline.events import (
+from quantkit.convert.events import (
     CopyDone,
     ExpertTokens,
     Finished,
@@ -31,8 +29,10 @@ from quantkit.pipeline.events import (
     ValidationProgress,
     ValidationResult,
 )
-from tests.pipeline.gguf_files import tiny_file, write_file
-from tests.pipeline.recipes import INT4, KEEP_REST, recipe_text
+from quantkit.errors import OutputError
+from quantkit.evaluate.scores import Estimate, Scores
+from tests.convert.recipes import INT4, KEEP_REST, recipe_text
+from tests.inspect.gguf_files import tiny_file, write_file
 from tests.tiny_models import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -259,7 +259,7 @@ def report(problems: tuple[str, ...] = ()) -> Report:
 @pytest.fixture
 def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
     """Replace the conversion by a function; returns what it was called with."""
-    import quantkit.pipeline.run as run
+    from quantkit.convert import run
 
     def replace_by(result: Any) -> dict[str, Any]:
         called: dict[str, Any] = {}
@@ -357,9 +357,9 @@ def test_our_own_bugs_keep_their_traceback(walk: Walk, tmp_path: Path) -> None:
 def test_sigterm_is_130_and_says_how_to_resume(tmp_path: Path) -> None:
     code = (
         "import sys, time, types\n"
-        "run = types.ModuleType('quantkit.pipeline.run')\n"
+        "run = types.ModuleType('quantkit.convert.run')\n"
         "def convert(*a, **k):\n    print('ready', flush=True); time.sleep(60)\n"
-        "run.convert = convert; sys.modules['quantkit.pipeline.run'] = run\n"
+        "run.convert = convert; sys.modules['quantkit.convert.run'] = run\n"
         "from quantkit.cli.app import main; sys.argv[0] = 'quantkit'; main()"
     )
     words = ["convert", str(V3), "-r", "nano-demo", "-o", str(tmp_path / "o"), "--restart", "--jobs", "2"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.evaluate.document import Evaluation
-from quantkit.pipeline import evaluation_stream
+from quantkit.documents.evaluation import Evaluation
+from quantkit.evaluate import stream as evaluation_stream
 from tests.cli.test_cli import quantkit
-from tests.pipeline.jobs import write_model, write_text
+from tests.convert.jobs import write_model, write_text
 
 
 @pytest.fixture(scope="module")

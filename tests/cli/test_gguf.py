@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_cli import ROOT, V3, quantkit
-from tests.pipeline.gguf_files import tiny_file, write_file
-from tests.pipeline.jobs import write_model
-from tests.pipeline.recipes import INT4, KEEP_REST
+from tests.convert.jobs import write_model
+from tests.convert.recipes import INT4, KEEP_REST
+from tests.inspect.gguf_files import tiny_file, write_file
 from tests.tiny_models import tiny_config
 
 GGUF = "{name: q4, format: gguf, preset: Q4_K_M}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from quantkit.library.progress import LiveProgress, Tally
-from quantkit.library.text import both_units, duration, table
-from quantkit.pipeline.events import LayerDone, StageStarted, Started, TensorDone, ValidationProgress
+from quantkit.convert.events import LayerDone, StageStarted, Started, TensorDone, ValidationProgress
+from quantkit.text.progress import LiveProgress, Tally
+from quantkit.text.tables import both_units, duration, table
 
 
 def test_units() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantkit.evaluate.document import (
+from quantkit.documents.evaluation import (
     Divergence,
     Evaluation,
     Layer,

@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from quantkit.documents.evaluation import ReferenceFile
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.check import check
-from quantkit.evaluate.check_baseline import (
+from quantkit.evaluate.check.baseline import (
     Baseline,
     Conversion,
     check_comparable,
@@ -24,10 +24,10 @@ from quantkit.evaluate.check_baseline import (
     read_conversions,
     read_evaluation,
 )
-from quantkit.evaluate.check_reports import junit_xml, markdown, regression_lines
-from quantkit.evaluate.check_statistics import allowed, of_many, paired, student
-from quantkit.evaluate.check_verdict import Check, Limits, Verdict
-from quantkit.evaluate.document import ReferenceFile
+from quantkit.evaluate.check.reports import junit_xml, markdown, regression_lines
+from quantkit.evaluate.check.run import check
+from quantkit.evaluate.check.statistics import allowed, of_many, paired, student
+from quantkit.evaluate.check.verdict import Check, Limits, Verdict
 from tests.evaluate.evaluations import DOMAINS, Made, evaluation, write
 
 CLEAN = Made(seed=1)

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.arch import arch_of
+from quantkit.documents.evaluation import ModelFacts, Protocol, Text
 from quantkit.errors import OutputError, SourceError
 from quantkit.evaluate import reference_scores
 from quantkit.evaluate.compare import Comparison, compare_all
-from quantkit.evaluate.document import ModelFacts, Protocol, Text
 from quantkit.evaluate.reference_file import Record, ReferenceStatistics, ReferenceWriter, is_reference_file
 from quantkit.evaluate.reference_scores import Recorder, compare_recorded
 from quantkit.formats.casting import bytes_of

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from quantkit.documents.evaluation import HISTOGRAM_EDGES, Evaluation, Mean, ModelFacts, Protocol
 from quantkit.evaluate.compare import Comparison, LayerScore
-from quantkit.evaluate.document import HISTOGRAM_EDGES, Evaluation, Mean, ModelFacts, Protocol
 from quantkit.evaluate.statistics import quantiles, result_of, scores_of
 from quantkit.evaluate.token_scores import TokenScores
 
@@ -117,8 +117,8 @@ def test_the_document_there_and_back(tokens: TokenScores) -> None:
 
 
 def test_numbers_of_a_broken_model_fit_a_table() -> None:
-    from quantkit.evaluate.check_verdict import percent as change
-    from quantkit.evaluate.document import estimate, percent
+    from quantkit.documents.evaluation import estimate, percent
+    from quantkit.evaluate.check.verdict import percent as change
 
     assert estimate(6.62, 0.56, 2) == "6.62 ± 0.56"
     assert estimate(1.2345e300, 1e299, 4) == "1.2e+300 ± 1.0e+299"

@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from quantkit.arch import arch_of
 from quantkit.errors import OutputError, SchemeError
 from quantkit.formats.bundle import write_config
-from quantkit.formats.compressed_tensors import CompressedTensorsSink, quantization_config, stored
-from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.layouts.compressed_tensors import CompressedTensorsSink, stored
+from quantkit.formats.layouts.compressed_tensors_config import quantization_config
+from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme, QuantError, QuantizedTensor
 from quantkit.tensors import Role, TensorInfo, TensorSpec
@@ -331,7 +332,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 )
 def test_notes_are_true_of_this_transformers(rule: Rule, note: str, tmp_path: Path) -> None:
     """When this fails after an upgrade, transformers has learnt it: drop the note."""
-    from quantkit.formats.compressed_tensors import notes
+    from quantkit.runtimes.vllm.contract import notes
 
     config = {**CONFIG, "moe_intermediate_size": 256}  # more than one FP8 block
     weights, planned = random_weights(config), plan(config, rule)

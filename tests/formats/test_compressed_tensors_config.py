@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.arch import arch_of
-from quantkit.formats.compressed_tensors import notes, problems, quantization_config, stored
-from quantkit.formats.compressed_tensors_config import FUSED_PARTS, find_targets, mistakes
+from quantkit.formats.layouts.compressed_tensors import stored
+from quantkit.formats.layouts.compressed_tensors_config import FUSED_PARTS, find_targets, mistakes, quantization_config
 from quantkit.formats.planned import PlannedTensor
+from quantkit.runtimes.vllm.contract import notes, problems
 from quantkit.schemes import Float8Scheme, IntScheme
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 from tests.tiny_models import tiny_config

@@ -15,7 +15,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 
 from quantkit.errors import SourceError
-from quantkit.formats.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
 from quantkit.schemes import IntScheme
 
 SECTION: dict[str, Any] = {

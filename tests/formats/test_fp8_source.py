@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from quantkit.errors import SourceError
 from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source, decode_blocks
-from quantkit.formats.safetensors import SafetensorsSource
+from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.tensors import TensorInfo
 from tests.formats.shards import FLOAT8_CONFIG, assert_one_line, random_float8, write_checkpoint
 

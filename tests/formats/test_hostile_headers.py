@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors_header import MAX_HEADER_BYTES, read_header
+from quantkit.formats.safetensors.header import MAX_HEADER_BYTES, read_header
 from tests.formats.shards import assert_one_line, entry, write_bytes
 
 GOOD = entry("F32", [2, 3], 0, 24)

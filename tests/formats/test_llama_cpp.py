@@ -27,8 +27,8 @@ from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_gguf import key_values
 from quantkit.arch.forward import block_output, logits
-from quantkit.pipeline.recipe import Recipe
-from quantkit.pipeline.run import convert
+from quantkit.convert.run import convert
+from quantkit.plan.recipe import Recipe
 from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
 from tests.oracles import gguf_reader, gguf_writer
 from tests.oracles.llama_cpp import CacheType, LlamaError, LlamaModel, render_chat

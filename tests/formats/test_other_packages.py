@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.errors import SourceError
-from quantkit.formats.awq_source import open_awq
-from quantkit.formats.bitsandbytes_source import open_bitsandbytes
-from quantkit.formats.decoded_linears import DecodedLinears
-from quantkit.formats.gptq_source import open_gptq
+from quantkit.formats.folder import DecodedLinears
+from quantkit.formats.layouts.awq import open_awq
+from quantkit.formats.layouts.bitsandbytes import open_bitsandbytes
+from quantkit.formats.layouts.gptq import open_gptq
 
 GOLDEN = Path(__file__).parent / "golden"
 OPEN: dict[str, Callable[[Path], DecodedLinears]] = {

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors import SafetensorsSource, read_header, read_index, require_finite, row_ranges
-from quantkit.formats.safetensors_header import parse_json_object
+from quantkit.formats.safetensors.header import parse_json_object
+from quantkit.formats.safetensors.reader import SafetensorsSource, read_header, read_index, require_finite, row_ranges
 from quantkit.tensors import DTYPES, TensorInfo
 from tests.formats.shards import assert_one_line, write_checkpoint, write_index
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from quantkit.errors import OutputError
 from quantkit.formats import preallocated
-from quantkit.formats.safetensors_header import INDEX_NAME, read_header
-from quantkit.formats.safetensors_writer import ShardWriter, layout_shards, write_durably
+from quantkit.formats.safetensors.header import INDEX_NAME, read_header
+from quantkit.formats.safetensors.writer import ShardWriter, layout_shards, write_durably
 from quantkit.tensors import DTYPES, TensorInfo
 
 GROUPS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quantkit.kernels import _forget_stale  # pyright: ignore[reportPrivateUsage]
+from quantkit.kernels.numba import _forget_stale  # pyright: ignore[reportPrivateUsage]
 
 
 def test_compiled_kernels_older_than_a_source_are_forgotten(tmp_path: Path) -> None:

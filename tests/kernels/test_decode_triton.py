@@ -16,7 +16,7 @@ pytestmark = MARKS
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("zero", [8.0, None])
 def test_decoding(scale_dtype: str, zero: float | None) -> None:
-    from quantkit.kernels import decode_triton
+    from quantkit.kernels.triton import decode as decode_triton
 
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(16, (2, 5, 1200), generator=generator, dtype=torch.uint8)
@@ -30,7 +30,7 @@ def test_decoding(scale_dtype: str, zero: float | None) -> None:
 
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_decoding_of_fp8_blocks(skipped: int) -> None:
-    from quantkit.kernels import decode_triton
+    from quantkit.kernels.triton import decode as decode_triton
 
     generator = torch.Generator().manual_seed(4)
     codes = torch.arange(256, dtype=torch.uint8).repeat(7, 5)[:, :1201].contiguous().view(torch.float8_e4m3fn)
@@ -46,7 +46,7 @@ def test_decoding_of_fp8_blocks(skipped: int) -> None:
 @pytest.mark.parametrize("width", [5, 1024, 7168])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm(width: int, dtype: torch.dtype) -> None:
-    from quantkit.kernels.norm_triton import rms_norm
+    from quantkit.kernels.triton.norm import rms_norm
 
     generator = torch.Generator().manual_seed(5)
     x = (torch.randn(2, 3, width, generator=generator) * torch.tensor([1.0, 1e-4, 50.0])[:, None]).to(dtype)
@@ -62,7 +62,7 @@ def test_norm(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dim", [6, 64, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotation(dim: int, interleaved: bool, dtype: torch.dtype) -> None:
-    from quantkit.kernels.norm_triton import rotate_
+    from quantkit.kernels.triton.norm import rotate_
 
     generator = torch.Generator().manual_seed(6)
     heads = torch.randn(2, 7, 5, 10 + dim, generator=generator).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantkit.kernels.ggml_lanes import (
+from quantkit.kernels.numba.lanes import (
     absolute,
     fma,
     half,

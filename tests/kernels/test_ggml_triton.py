@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.schemes import ggml_fit, ggml_layout
-from quantkit.schemes.ggml_fit import encode, fit, fit_in_torch
-from quantkit.schemes.ggml_layout import decode, pack, unpack
-from quantkit.schemes.ggml_measure import nearest_codes
-from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockParams, BlockType
+from quantkit.schemes.ggml import fit as ggml_fit
+from quantkit.schemes.ggml import layout as ggml_layout
+from quantkit.schemes.ggml.fit import encode, fit, fit_in_torch
+from quantkit.schemes.ggml.layout import decode, pack, unpack
+from quantkit.schemes.ggml.measure import nearest_codes
+from quantkit.schemes.ggml.types import BLOCK_TYPES, BlockParams, BlockType
 from tests.kernels.on_gpu import DEVICE, INTERPRETED, MARKS
 
 _ROWS = 6 if INTERPRETED else 400

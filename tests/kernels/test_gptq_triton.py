@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from quantkit.quantizers import ldlq
+from quantkit.quantizers.ldlq import factor as ldlq_factor
+from quantkit.quantizers.ldlq import polish as ldlq_polish
+from quantkit.quantizers.ldlq import sweep as ldlq_sweep
 from quantkit.schemes import GgmlScheme, IntScheme
 from quantkit.schemes.affine_int import representable
 from tests.kernels.on_gpu import DEVICE, INTERPRETED, MARKS
@@ -32,22 +36,31 @@ def problem(in_features: int, n_tokens: int = 400) -> tuple[Tensor, Tensor]:
     return weight, hessian
 
 
-def plainly(hessian: Tensor) -> ldlq.Factor:
-    with patch.object(ldlq, "has_kernels", lambda _: False):
-        return ldlq.factorize(hessian.clone(), 0.01, act_order=True)
+@contextmanager
+def without_kernels() -> Generator[None]:
+    """As on a GPU without Triton."""
+    with ExitStack() as stack:
+        for module in (ldlq_factor, ldlq_polish, ldlq_sweep):
+            stack.enter_context(patch.object(module, "has_kernels", lambda _: False))
+        yield
+
+
+def plainly(hessian: Tensor) -> ldlq_factor.Factor:
+    with without_kernels():
+        return ldlq_factor.factorize(hessian.clone(), 0.01, act_order=True)
 
 
 @pytest.mark.parametrize(("scheme", "in_features"), SCHEMES)
 def test_sweep_gives_the_twins_codes(scheme: IntScheme | GgmlScheme, in_features: int) -> None:
-    from quantkit.kernels import sweep_triton
+    from quantkit.kernels.triton import sweep as sweep_triton
 
     weight, hessian = problem(in_features)
     factor = plainly(hessian)
     grid = scheme.grid(weight, hessian.diagonal(dim1=-2, dim2=-1), points=8, signed=True)
     loss = weight.new_zeros(weight.shape[:2])
     codes = sweep_triton.sweep(grid, weight, factor.layout, factor.lower, factor.pivots, loss)
-    with patch.object(ldlq, "has_kernels", lambda _: False):
-        twin = ldlq.sweep(grid, weight, factor)
+    with without_kernels():
+        twin = ldlq_sweep.sweep(grid, weight, factor)
     error = (weight - scheme.decode(**grid.stored(codes, grid.scale, grid.offset))).double()
     expected = ((error @ factor.hessian.double()) * error).sum(-1).float()
     torch.testing.assert_close(loss, expected, rtol=1e-3 if INTERPRETED else 2e-2, atol=0)
@@ -56,21 +69,21 @@ def test_sweep_gives_the_twins_codes(scheme: IntScheme | GgmlScheme, in_features
         return
     # TF32 products between blocks: some values cross a rounding boundary, at no cost in loss.
     assert (codes != twin).float().mean() < 0.02
-    losses = [ldlq.polish(grid, weight, chosen, factor.hessian, 0).loss.sum() for chosen in (codes, twin)]
+    losses = [ldlq_polish.polish(grid, weight, chosen, factor.hessian, 0).loss.sum() for chosen in (codes, twin)]
     torch.testing.assert_close(losses[0], losses[1], rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize(("scheme", "in_features"), SCHEMES)
 def test_polish_ends_where_its_twin_does(scheme: IntScheme | GgmlScheme, in_features: int) -> None:
-    from quantkit.kernels import polish_triton
+    from quantkit.kernels.triton import polish as polish_triton
 
     weight, hessian = problem(in_features)
     factor = plainly(hessian)
     grid = scheme.grid(weight, hessian.diagonal(dim1=-2, dim2=-1), points=8, signed=True)
-    with patch.object(ldlq, "has_kernels", lambda _: False):
-        codes = ldlq.sweep(grid, weight, factor)
-        twin = ldlq.polish(grid, weight, codes, factor.hessian, 1)
-    moved = ldlq.Polished(*polish_triton.polish(grid, weight, codes, factor.hessian, 1))
+    with without_kernels():
+        codes = ldlq_sweep.sweep(grid, weight, factor)
+        twin = ldlq_polish.polish(grid, weight, codes, factor.hessian, 1)
+    moved = ldlq_polish.Polished(*polish_triton.polish(grid, weight, codes, factor.hessian, 1))
     assert (moved.codes != twin.codes).float().mean() <= 0.02
     torch.testing.assert_close(moved.loss.sum(), twin.loss.sum(), rtol=2e-2, atol=0)
     stored = grid.stored(moved.codes, moved.scale, moved.offset)
@@ -82,7 +95,7 @@ def test_polish_ends_where_its_twin_does(scheme: IntScheme | GgmlScheme, in_feat
 
 @pytest.mark.parametrize("in_features", [136, 384])
 def test_products_with_the_inverse(in_features: int) -> None:
-    from quantkit.kernels import solve_triton
+    from quantkit.kernels.triton import solve as solve_triton
 
     weight, hessian = problem(in_features)
     factor = plainly(hessian)
@@ -94,7 +107,7 @@ def test_products_with_the_inverse(in_features: int) -> None:
 
 @pytest.mark.parametrize("in_features", [200, 1300])
 def test_loss_by_row(in_features: int) -> None:
-    from quantkit.kernels import row_loss_triton
+    from quantkit.kernels.triton import row_loss as row_loss_triton
 
     error, hessian = problem(in_features)
     exact = ((error.double() @ hessian.double()) * error.double()).sum(-1)
@@ -105,7 +118,7 @@ def test_loss_by_row(in_features: int) -> None:
 
 @pytest.mark.parametrize(("n", "count"), [(200, 2), (456, 3), (200, 1)])
 def test_cholesky(n: int, count: int) -> None:
-    from quantkit.kernels import cholesky_triton
+    from quantkit.kernels.triton import factor as cholesky_triton
 
     _, hessian = problem(n, 150)  # fewer tokens than inputs
     hessian = hessian[torch.arange(count) % 2]
@@ -131,7 +144,7 @@ def test_cholesky(n: int, count: int) -> None:
 def test_scale_search_finds_scales_as_good_as_the_twins(
     bits: int, group_size: int | None, symmetric: bool, signed: bool
 ) -> None:
-    from quantkit.kernels import scale_search_triton
+    from quantkit.kernels.triton import scale_search as scale_search_triton
 
     weight, hessian = problem(96)
     weight[0, 0] = 0.0
@@ -139,7 +152,7 @@ def test_scale_search_finds_scales_as_good_as_the_twins(
     importance = hessian.diagonal(dim1=-2, dim2=-1)
     scheme = IntScheme(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="float32")
     n_groups, points = scheme.n_groups(96), 20
-    with patch("quantkit.kernels.cuda.has_kernels", lambda _: False):
+    with patch("quantkit.kernels.backend.has_kernels", lambda _: False):
         twin, twin_zero = scheme.fit(weight, importance, grid=points, signed=signed)
     smallest = {2: 0.3, 3: 0.45, 4: 0.6, 8: 0.8}[bits]
     fractions = torch.linspace(smallest, 1.0, points).to(DEVICE)
@@ -165,7 +178,7 @@ def test_scale_search_finds_scales_as_good_as_the_twins(
 @pytest.mark.parametrize("width", [5, 1024, 1300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_are_added_times_their_shares(width: int, dtype: torch.dtype) -> None:
-    from quantkit.kernels.scatter_triton import add_rows_
+    from quantkit.kernels.triton.scatter import add_rows_
 
     generator = torch.Generator().manual_seed(1)
     matrix, values = (torch.randn(n, width, generator=generator).to(DEVICE) for n in (7, 3))
@@ -179,7 +192,7 @@ def test_rows_are_added_times_their_shares(width: int, dtype: torch.dtype) -> No
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no bfloat16 products")
 def test_moments() -> None:
-    from quantkit.kernels import moments_triton
+    from quantkit.kernels.triton import moments as moments_triton
 
     x = torch.randn(300, 328, device=DEVICE).bfloat16()
     sums = torch.zeros(328, 328, device=DEVICE)
@@ -193,10 +206,10 @@ def test_moments() -> None:
 def test_the_package_takes_the_kernels_on_a_gpu() -> None:
     weight, hessian = problem(256)
     scheme = IntScheme(bits=4, group_size=64)
-    factor = ldlq.factorize(hessian.clone(), 0.01, act_order=True)
+    factor = ldlq_factor.factorize(hessian.clone(), 0.01, act_order=True)
     grid = scheme.grid(weight, hessian.diagonal(dim1=-2, dim2=-1), points=40, signed=True)
-    polished = ldlq.polish(grid, weight, ldlq.sweep(grid, weight, factor), factor.hessian, 2)
-    on_cpu = ldlq.factorize(hessian.cpu(), 0.01, act_order=True)
+    polished = ldlq_polish.polish(grid, weight, ldlq_sweep.sweep(grid, weight, factor), factor.hessian, 2)
+    on_cpu = ldlq_factor.factorize(hessian.cpu(), 0.01, act_order=True)
     grid = scheme.grid(weight.cpu(), hessian.cpu().diagonal(dim1=-2, dim2=-1), points=40, signed=True)
-    twin = ldlq.polish(grid, weight.cpu(), ldlq.sweep(grid, weight.cpu(), on_cpu), on_cpu.hessian, 2)
+    twin = ldlq_polish.polish(grid, weight.cpu(), ldlq_sweep.sweep(grid, weight.cpu(), on_cpu), on_cpu.hessian, 2)
     torch.testing.assert_close(polished.loss.sum().cpu(), twin.loss.sum(), rtol=1e-2, atol=0)

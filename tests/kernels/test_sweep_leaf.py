@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.quantizers import ldlq
+from quantkit.quantizers.ldlq import factor as ldlq_factor
+from quantkit.quantizers.ldlq import polish as ldlq_polish
+from quantkit.quantizers.ldlq import sweep as ldlq_sweep
 from quantkit.schemes import GgmlScheme, IntScheme
 from quantkit.schemes.grid import Grid
 from tests.quantizers import test_ldlq as textbook
@@ -28,20 +30,21 @@ def by_twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Result]],
 
     def run(call: Callable[[], Result]) -> Result:
         with monkeypatch.context() as patched:
-            patched.setattr(ldlq, "has_compiled", nothing_compiled)
+            for module in (ldlq_polish, ldlq_sweep):
+                patched.setattr(module, "has_compiled", nothing_compiled)
             return call()
 
     return run
 
 
-def problem(out_features: int, in_features: int) -> tuple[Tensor, ldlq.Factor]:
+def problem(out_features: int, in_features: int) -> tuple[Tensor, ldlq_factor.Factor]:
     parts = [textbook.heavy_tailed_problem(seed, out_features, in_features, 3 * in_features) for seed in range(2)]
     weight, hessian = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
     weight[:, out_features // 2, : in_features // 2] = 0
-    return weight, ldlq.factorize(hessian, 0.01, act_order=True)
+    return weight, ldlq_factor.factorize(hessian, 0.01, act_order=True)
 
 
-def int_grid(scheme: IntScheme, weight: Tensor, factor: ldlq.Factor) -> Grid:
+def int_grid(scheme: IntScheme, weight: Tensor, factor: ldlq_factor.Factor) -> Grid:
     return scheme.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=8, signed=True)
 
 
@@ -77,28 +80,30 @@ def test_rows_of_a_single_block_can_be_stored(
     scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
     grid = scheme.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=0, signed=True)
 
-    def polished() -> ldlq.Polished:
-        return ldlq.polish(grid, weight, ldlq.sweep(grid, weight, factor), factor.hessian, 1)
+    def polished() -> ldlq_polish.Polished:
+        return ldlq_polish.polish(grid, weight, ldlq_sweep.sweep(grid, weight, factor), factor.hessian, 1)
 
     found = by_twin(polished) if twin else polished()
-    assert isinstance(found, ldlq.Polished)
+    assert isinstance(found, ldlq_polish.Polished)
     decoded = scheme.decode(**grid.stored(found.codes, found.scale, found.offset))
-    error = ldlq.row_loss(weight - decoded, factor.hessian)
+    error = ldlq_factor.row_loss(weight - decoded, factor.hessian)
     torch.testing.assert_close(found.loss, error, rtol=1e-3, atol=1e-6)
 
 
-def compare(by_twin: Callable[[Callable[[], object]], object], grid: Grid, weight: Tensor, factor: ldlq.Factor) -> None:
+def compare(
+    by_twin: Callable[[Callable[[], object]], object], grid: Grid, weight: Tensor, factor: ldlq_factor.Factor
+) -> None:
     """Equal but for rounding ties: those and what follows from them may differ in one row of 20."""
     scale, loss, twin_loss = grid.scale.clone(), torch.ones(weight.shape[:2]), torch.ones(weight.shape[:2])
-    codes = ldlq.sweep(grid, weight, factor, loss)
-    expected = by_twin(lambda: ldlq.sweep(grid, weight, factor, twin_loss))
+    codes = ldlq_sweep.sweep(grid, weight, factor, loss)
+    expected = by_twin(lambda: ldlq_sweep.sweep(grid, weight, factor, twin_loss))
     assert isinstance(expected, Tensor)
     assert rows_that_differ(codes, expected) <= 0.05
     torch.testing.assert_close(loss, twin_loss, rtol=1e-3, atol=1e-6)
     for rounds in range(3):
-        found = ldlq.polish(grid, weight, expected, factor.hessian, rounds)
-        polished = by_twin(lambda rounds=rounds: ldlq.polish(grid, weight, expected, factor.hessian, rounds))
-        assert isinstance(polished, ldlq.Polished)
+        found = ldlq_polish.polish(grid, weight, expected, factor.hessian, rounds)
+        polished = by_twin(lambda rounds=rounds: ldlq_polish.polish(grid, weight, expected, factor.hessian, rounds))
+        assert isinstance(polished, ldlq_polish.Polished)
         assert rows_that_differ(found.codes, polished.codes) <= 0.05
         torch.testing.assert_close(found.loss, polished.loss, rtol=1e-3, atol=1e-6)
         assert float(((found.scale - polished.scale).abs() > 1e-4 * polished.scale.abs()).double().mean()) < 0.02
@@ -119,11 +124,11 @@ def test_threads_change_nothing() -> None:
     weight, factor = problem(600, 256)
     grid = int_grid(IntScheme(bits=3, group_size=64), weight, factor)
     threads = torch.get_num_threads()
-    found: list[tuple[Tensor, ldlq.Polished]] = []
+    found: list[tuple[Tensor, ldlq_polish.Polished]] = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        codes = ldlq.sweep(grid, weight, factor)
-        found.append((codes, ldlq.polish(grid, weight, codes, factor.hessian, 2)))
+        codes = ldlq_sweep.sweep(grid, weight, factor)
+        found.append((codes, ldlq_polish.polish(grid, weight, codes, factor.hessian, 2)))
     torch.set_num_threads(threads)
     # Products of torch may differ by the number of threads, and with them a tie; the kernels' own work does not.
     assert rows_that_differ(found[0][0], found[1][0]) < 0.01

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.quantizers import ldlq
+from quantkit.quantizers.ldlq import factor as ldlq_factor
+from quantkit.quantizers.ldlq import polish as ldlq_polish
+from quantkit.quantizers.ldlq import sweep as ldlq_sweep
 from quantkit.schemes import GgmlScheme, IntScheme
 from quantkit.schemes.affine_int import IntGrid
-from quantkit.schemes.ggml import BlockGrid
+from quantkit.schemes.ggml.scheme import BlockGrid
 from tests.oracles.gptq import gptq_codes, gptq_values
 
 
@@ -35,10 +37,10 @@ def test_sweep_gives_the_codes_of_textbook_gptq(
     scheme = IntScheme(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="float32")
     problems = [heavy_tailed_problem(seed, 48, 192, n_tokens) for seed in range(3)]
     weight, hessian = (torch.stack(parts) for parts in zip(*problems, strict=True))
-    factor = ldlq.factorize(hessian.clone(), 0.01, act_order=act_order)
+    factor = ldlq_factor.factorize(hessian.clone(), 0.01, act_order=act_order)
     grid = scheme.grid(weight, torch.diagonal(hessian, dim1=-2, dim2=-1), points=40, signed=True)
     scale, zero = grid.scale, grid.zero_point
-    codes = ldlq.sweep(grid, weight, factor)
+    codes = ldlq_sweep.sweep(grid, weight, factor)
     assert factor.damping == 1.0
     different = 0
     for index in range(3):
@@ -67,9 +69,9 @@ def test_target_follows_the_original_stream() -> None:
     seen = torch.randn(500, 64, generator=generator)
     original = seen + 0.3 * torch.randn(500, 64, generator=generator) + 0.1 * seen.roll(1, 1)
     weight = torch.randn(1, 32, 64, generator=generator)
-    factor = ldlq.factorize((seen.T @ seen / 500)[None].clone(), 1e-6, act_order=True)
+    factor = ldlq_factor.factorize((seen.T @ seen / 500)[None].clone(), 1e-6, act_order=True)
     cross = ((original - seen).T @ seen / 500)[None]
-    target = ldlq.towards_original(weight, cross, factor, 1.0)[0]
+    target = ldlq_factor.towards_original(weight, cross, factor, 1.0)[0]
     best = torch.linalg.lstsq(seen.double(), original.double() @ weight[0].T.double()).solution.T
     torch.testing.assert_close(target.double(), best, rtol=1e-3, atol=1e-3)
 
@@ -77,7 +79,7 @@ def test_target_follows_the_original_stream() -> None:
 def test_damping_is_raised_and_reported_when_rounding_makes_a_pivot_negative() -> None:
     vector = torch.linspace(1, 2, 96)
     hessian = torch.outer(vector, vector)[None] * 1e6
-    factor = ldlq.factorize(hessian - 0.2 * torch.diag(vector * 1e6)[None], 1e-3, act_order=False)
+    factor = ldlq_factor.factorize(hessian - 0.2 * torch.diag(vector * 1e6)[None], 1e-3, act_order=False)
     assert factor.damping > 1
     assert bool((factor.pivots > 0).all())
 
@@ -89,8 +91,8 @@ def test_storage_order_takes_the_damping_that_it_needs() -> None:
     count = int(torch.randint(1, 6, (1,), generator=generator))
     x[:, torch.randint(0, 256, (count,), generator=generator)] *= 10 ** float(torch.rand(1, generator=generator) * 4)
     x = x + x[:, :1] * float(torch.rand(1, generator=generator) * 3)
-    factor = ldlq.factorize((x.T @ x / 64)[None], 1e-6, act_order=True)
-    again = ldlq.in_storage_order(factor, 1e-6)
+    factor = ldlq_factor.factorize((x.T @ x / 64)[None], 1e-6, act_order=True)
+    again = ldlq_factor.in_storage_order(factor, 1e-6)
     assert again.damping >= factor.damping >= 1
     unit = again.lower[0].tril(-1) + torch.eye(256)
     rebuilt = (unit * again.pivots[0]) @ unit.T
@@ -102,11 +104,11 @@ def test_storage_order_takes_the_damping_that_it_needs() -> None:
 def test_polish_ends_where_no_single_code_or_scale_improves(symmetric: bool, group_size: int | None) -> None:
     scheme = IntScheme(bits=3, group_size=group_size, symmetric=symmetric, scale_dtype="float32")
     weight, hessian = heavy_tailed_problem(3, 24, 160, 400)
-    factor = ldlq.factorize(hessian[None].clone(), 0.01, act_order=True)
+    factor = ldlq_factor.factorize(hessian[None].clone(), 0.01, act_order=True)
     exact = factor.hessian.double()
     grid = scheme.grid(weight[None], hessian.diagonal()[None], points=40, signed=True)
     scale, zero = grid.scale, grid.zero_point
-    codes = ldlq.sweep(grid, weight[None], factor)
+    codes = ldlq_sweep.sweep(grid, weight[None], factor)
 
     def loss(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         error = (weight[None] - scheme.decode(codes, scale, zero)).double()
@@ -114,7 +116,7 @@ def test_polish_ends_where_no_single_code_or_scale_improves(symmetric: bool, gro
 
     before = loss(codes, scale)
     for _ in range(20):
-        polished = ldlq.polish(IntGrid(scheme, scale, zero), weight[None], codes, factor.hessian, 1)
+        polished = ldlq_polish.polish(IntGrid(scheme, scale, zero), weight[None], codes, factor.hessian, 1)
         codes, scale, claimed = polished.codes, polished.scale, polished.loss
         after = loss(codes, scale)
         torch.testing.assert_close(claimed.double(), after, rtol=1e-3, atol=0)
@@ -139,14 +141,14 @@ BLOCK_TYPES = ("Q4_K", "Q3_K", "Q6_K", "Q4_0", "Q5_1", "Q2_K", "IQ4_NL", "IQ4_XS
 WIDTH, ROWS, MATRICES = 512, 12, 2
 
 
-def block_problem(kind: str, *, act_order: bool = True) -> tuple[torch.Tensor, ldlq.Factor, BlockGrid]:
+def block_problem(kind: str, *, act_order: bool = True) -> tuple[torch.Tensor, ldlq_factor.Factor, BlockGrid]:
     """Targets (B, out, in), factor, and a grid of fitted scales. A row of zeros and a row that is zero in its first
     block are among them: groups without extent."""
     problems = [heavy_tailed_problem(seed, ROWS, WIDTH, 900) for seed in range(MATRICES)]
     weight, hessian = (torch.stack(parts) for parts in zip(*problems, strict=True))
     weight[:, 3] = 0
     weight[:, 5, :256] = 0
-    factor = ldlq.factorize(hessian, 0.01, act_order=act_order)
+    factor = ldlq_factor.factorize(hessian, 0.01, act_order=act_order)
     importance = factor.hessian.diagonal(dim1=-2, dim2=-1)
     return weight, factor, GgmlScheme(type=kind).grid(weight, importance, points=0, signed=True)  # pyright: ignore[reportArgumentType]
 
@@ -178,7 +180,7 @@ def values_of(grid: BlockGrid, codes: torch.Tensor) -> torch.Tensor:
 )
 def test_sweep_on_blocks_gives_the_values_of_textbook_gptq(kind: str, act_order: bool) -> None:
     weight, factor, grid = block_problem(kind, act_order=act_order)
-    found = values_of(grid, ldlq.sweep(grid, weight, factor)).numpy()
+    found = values_of(grid, ldlq_sweep.sweep(grid, weight, factor)).numpy()
     allowed = allowed_values(grid).numpy()
     different = 0
     for index in range(MATRICES):
@@ -199,7 +201,7 @@ def loss_by_row(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tenso
     return ((error @ hessian.double()) * error).sum(-1)
 
 
-def polished_values(grid: BlockGrid, polished: ldlq.Polished) -> torch.Tensor:
+def polished_values(grid: BlockGrid, polished: ldlq_polish.Polished) -> torch.Tensor:
     """scale * level + offset of what polish chose, float64."""
     levels = torch.tensor(sorted(set(grid.kind.levels)), dtype=torch.float64)[polished.codes.long()]
     scale, offset = (
@@ -214,11 +216,11 @@ def test_polish_on_blocks_never_raises_the_loss_and_is_stored_as_it_is(kind: str
     """What polish claims is the loss of what the file decodes to, round by round."""
     weight, factor, grid = block_problem(kind)
     scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
-    codes = ldlq.sweep(grid, weight, factor)
+    codes = ldlq_sweep.sweep(grid, weight, factor)
     before = loss_by_row(weight, values_of(grid, codes), factor.hessian)
     swept = before
     for rounds in range(3):
-        polished = ldlq.polish(grid, weight, codes, factor.hessian, rounds)
+        polished = ldlq_polish.polish(grid, weight, codes, factor.hessian, rounds)
         stored = grid.stored(polished.codes, polished.scale, polished.offset)
         decoded = scheme.decode(**stored)
         torch.testing.assert_close(decoded.double(), polished_values(grid, polished), rtol=1e-6, atol=1e-7)
@@ -234,10 +236,10 @@ def test_the_sweep_knows_its_loss(name: str) -> None:
     """sum D (w' - q)^2 is tr(E H E^T), whatever the order of the columns."""
     scheme = IntScheme(bits=4, group_size=32) if name == "int4" else GgmlScheme(type="Q4_K")
     weight, hessian = heavy_tailed_problem(3, 24, 256, 600)
-    factor = ldlq.factorize(hessian[None].clone(), 0.01, act_order=True)
+    factor = ldlq_factor.factorize(hessian[None].clone(), 0.01, act_order=True)
     grid = scheme.grid(weight[None], factor.hessian.diagonal(dim1=-2, dim2=-1), points=8, signed=True)
     loss = torch.ones(1, 24)
-    codes = ldlq.sweep(grid, weight[None], factor, loss)
+    codes = ldlq_sweep.sweep(grid, weight[None], factor, loss)
     error = (weight - scheme.decode(**grid.stored(codes, grid.scale, grid.offset))[0]).double()
     expected = ((error @ factor.hessian[0].double()) * error).sum(-1)
     torch.testing.assert_close(loss[0].double() - 1, expected, rtol=1e-3, atol=1e-6)

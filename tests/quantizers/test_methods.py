@@ -9,7 +9,7 @@ from quantkit.calibrate.inputs import InputStats
 from quantkit.errors import CalibrationError
 from quantkit.quantizers import Gptq, Rtn
 from quantkit.schemes import GgmlScheme, IntScheme
-from quantkit.schemes.ggml_types import BLOCK_TYPES
+from quantkit.schemes.ggml.types import BLOCK_TYPES
 from tests.quantizers.test_ldlq import heavy_tailed_problem
 
 SCHEMES = [IntScheme(bits=4, group_size=32), IntScheme(bits=3, group_size=None), IntScheme(bits=8, symmetric=False)]

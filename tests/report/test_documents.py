@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from quantkit.documents import evaluation as written_by_evaluate
 from quantkit.errors import OutputError
-from quantkit.evaluate import document as written_by_evaluate
 from quantkit.report import documents, figures
 from quantkit.report.documents import Conversion, Evaluation, read_documents
 from tests.report.jobs import conversion, evaluation, scores, written

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.schemes.ggml_codebook import (
+from quantkit.schemes.ggml.codebook import (
     codewords,
     decode_codebook,
     decode_parts,
@@ -20,7 +20,7 @@ from quantkit.schemes.ggml_codebook import (
     quantize_codebook,
     unpack,
 )
-from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockType
+from quantkit.schemes.ggml.types import BLOCK_TYPES, BlockType
 from tests.oracles import ggml
 
 KINDS = [BLOCK_TYPES["IQ3_XXS"], BLOCK_TYPES["IQ3_S"]]
@@ -106,7 +106,7 @@ def test_any_bytes_decode_as_ggml_and_gguf_do(kind: BlockType) -> None:
 def test_slices_of_rows_decode_as_one(kind: BlockType, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks(kind, 2, 7)
     whole = decode_codebook(kind, blocks)
-    monkeypatch.setattr("quantkit.schemes.ggml_codebook.SLICE_BYTES", 30_000)
+    monkeypatch.setattr("quantkit.schemes.ggml.codebook.SLICE_BYTES", 30_000)
     assert_same_bits(decode_codebook(kind, blocks), whole)
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.schemes.ggml_fit import encode, fit, fit_in_torch
-from quantkit.schemes.ggml_layout import decode, pack
-from quantkit.schemes.ggml_measure import nearest_codes
-from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockParams, BlockType
+from quantkit.schemes.ggml.fit import encode, fit, fit_in_torch
+from quantkit.schemes.ggml.layout import decode, pack
+from quantkit.schemes.ggml.measure import nearest_codes
+from quantkit.schemes.ggml.types import BLOCK_TYPES, BlockParams, BlockType
 from tests.oracles import ggml
 
 KINDS = [kind for kind in BLOCK_TYPES.values() if kind.levels]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.schemes import ggml_layout
-from quantkit.schemes.ggml_layout import decode, pack, unpack
-from quantkit.schemes.ggml_types import BLOCK_TYPES, BlockParams, BlockType
+from quantkit.schemes.ggml import layout as ggml_layout
+from quantkit.schemes.ggml.layout import decode, pack, unpack
+from quantkit.schemes.ggml.types import BLOCK_TYPES, BlockParams, BlockType
 from tests.oracles import ggml
 
 KINDS = [kind for kind in BLOCK_TYPES.values() if kind.levels]

@@ -28,7 +28,7 @@ from quantkit.formats.gguf.layout import GgufTensor, layout_gguf
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.values import string, strings, u32
 from quantkit.formats.preallocated import FilesLayout
-from quantkit.formats.safetensors_header import printable
+from quantkit.formats.safetensors.header import printable
 
 SUMS = ".in_sum2"
 COUNTS = ".counts"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors_header import open_regular, printable
+from quantkit.formats.safetensors.header import open_regular, printable
 from quantkit.formats.shard_files import ShardFiles, read_buffer
 
 MAX_WEIGHTS = 200_000

@@ -17,7 +17,7 @@ from quantkit.errors import SourceError
 from quantkit.formats.gguf.header import GgufHeader, TensorEntry, read_gguf_header
 from quantkit.formats.gguf.layout import split_name
 from quantkit.formats.gguf.values import Scalar, Value
-from quantkit.formats.safetensors_header import printable
+from quantkit.formats.safetensors.header import printable
 from quantkit.formats.shard_files import ShardFiles, read_buffer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from quantkit.formats.gguf.header import TensorEntry
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.types import TYPES_BY_ID
 from quantkit.schemes import GgmlScheme
-from quantkit.schemes.ggml_types import BLOCK_TYPES
+from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.tensors import DTYPES, TensorInfo
 
 if TYPE_CHECKING:

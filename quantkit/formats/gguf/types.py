@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from quantkit.schemes.ggml_types import BLOCK_TYPES
+from quantkit.schemes.ggml.types import BLOCK_TYPES
 
 
 @dataclass(frozen=True, slots=True)

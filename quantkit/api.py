@@ -1,0 +1,295 @@
+"""The commands as functions, with the same options. `quantkit` re-exports them; the command line calls them.
+
+They print nothing. What a user, a file or the machine can cause is a `QuantkitError`, whose text is one line (a plan or
+a recipe with several faults: one line each) and a hint. Recipes are given as file, as name of a shipped one, or as
+`Recipe`; sizes in bytes or as "20GiB"; one path may stand where several can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from quantkit.errors import OutputError, PlanError
+
+if TYPE_CHECKING:
+    from quantkit.convert.events import OnEvent, Report
+    from quantkit.documents.evaluation import Evaluation
+    from quantkit.evaluate.check.baseline import Baseline
+    from quantkit.evaluate.check.verdict import Limits, Verdict
+    from quantkit.evaluate.events import OnEvaluation
+    from quantkit.inspect.folder import Inspection
+    from quantkit.inspect.gguf import GgufInspection
+    from quantkit.inspect.imatrix import ImatrixInspection
+    from quantkit.plan.forecast import Forecast
+    from quantkit.plan.recipe import Recipe
+    from quantkit.runtimes.gpus import Gpus
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+ProtocolName = Literal["windows", "llama.cpp"]
+MIN_BUDGET = 2**28
+
+
+def convert(
+    source: Path | str,
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    base_dir: Path | str | None = None,
+    device: DeviceName = "auto",
+    memory_budget: int | str | None = None,
+    jobs: int | None = None,
+    restart: bool = False,
+    on_event: OnEvent | None = None,
+) -> Report:
+    """Quantise the checkpoint in folder ``source`` by ``recipe`` into ``out``, layer by layer, and check the result.
+
+    ``base_dir``: where the recipe's relative text files lie (default: the recipe file's folder); ``memory_budget``: to
+    stay within (default: 60 % of the machine's memory); ``jobs``: CPU threads; ``restart``: discard an unfinished job
+    and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: is told of each step,
+    such as `progress` makes.
+
+    A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.
+    """
+    loaded, folder = _recipe(recipe, base_dir)
+    budget = _budget(memory_budget)
+    import torch
+
+    from quantkit.convert.events import ignore
+    from quantkit.convert.run import convert as run
+
+    threads = torch.get_num_threads()
+    try:
+        return run(
+            Path(source),
+            loaded,
+            Path(out),
+            base_dir=folder,
+            device=device,
+            memory_budget=budget,
+            jobs=jobs,
+            restart=restart,
+            on_event=on_event or ignore,
+        )
+    finally:
+        # ``jobs`` is for this conversion, not for what else the process does with torch.
+        torch.set_num_threads(threads)
+
+
+def plan(
+    source: Path | str,
+    recipe: Recipe | Path | str,
+    *,
+    base_dir: Path | str | None = None,
+    gpus: Gpus | str | None = None,
+    context: int | None = None,
+    memory_budget: int | str | None = None,
+) -> Forecast:
+    """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
+
+    ``source`` may hold only a config.json: then the official release of that config is planned. ``gpus``
+    ("5xA100-80GB"): check whether vLLM (GGUF: llama.cpp) can serve a sequence of ``context`` tokens there (default:
+    32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. Loads no torch.
+    Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
+    """
+    loaded, folder = _recipe(recipe, base_dir)
+    from quantkit.plan.forecast import forecast
+    from quantkit.runtimes.gpus import parse_gpus
+
+    if isinstance(gpus, str):
+        try:
+            gpus = parse_gpus(gpus)
+        except ValueError as error:
+            raise PlanError(f"gpus: {error}.") from None
+    return forecast(
+        Path(source), loaded, base_dir=folder, gpus=gpus, context=context, memory_budget=_budget(memory_budget)
+    )
+
+
+def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection:
+    """What a folder of safetensors, a GGUF model or an imatrix file holds: storage by role, bits per weight, and what
+    is unusual. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for damaged files."""
+    from quantkit.inspect.path import inspect_path
+
+    return inspect_path(Path(path))
+
+
+def evaluate(
+    reference: Path | str,
+    candidates: Path | str | Sequence[Path | str] = (),
+    *,
+    text: str | Sequence[str] | None = None,
+    context: int | None = None,
+    max_windows_per_file: int | None = None,
+    protocol: ProtocolName | None = None,
+    noise_floor: bool = True,
+    save_reference: Path | str | None = None,
+    device: DeviceName = "auto",
+    memory_budget: int | str | None = None,
+    out: Path | str | None = None,
+    times: bool = False,
+    base_dir: Path | str = ".",
+    on_event: OnEvaluation | None = None,
+) -> Evaluation:
+    """Score checkpoints of any format against their reference, all through the same layers together.
+
+    ``text``: `builtin:NAME`, files or globs, relative to ``base_dir`` (default: builtin:eval); ``context``: tokens of a
+    window (default: 512); ``noise_floor``: also score the reference against itself, rounded to bfloat16;
+    ``save_reference``: keep what later calls need of the reference in a file, which may be their ``reference``;
+    ``out``: write the JSON document there; ``times``: put wall seconds into it.
+
+    Scores with standard errors, overall, by domain and by layer, are in ``candidates[i].result``; KLD in nats per
+    token. Raises `QuantkitError`.
+    """
+    if out is not None:
+        _check_place(Path(out))
+    budget = _budget(memory_budget)
+    from quantkit.evaluate.events import ignore
+    from quantkit.evaluate.run import evaluate as run
+    from quantkit.formats.safetensors.writer import write_durably
+
+    found = run(
+        Path(reference),
+        _paths(candidates),
+        text=[text] if isinstance(text, str) else text,
+        context=context,
+        max_windows_per_file=max_windows_per_file,
+        protocol=protocol,
+        noise_floor=noise_floor,
+        save_reference=save_reference,
+        device=device,
+        memory_budget=budget,
+        base_dir=Path(base_dir),
+        times=times,
+        on_event=on_event or ignore,
+    )
+    if out is not None:
+        write_durably(Path(out), found.to_json().encode())
+    return found
+
+
+def check(
+    evaluation: Evaluation | Path | str,
+    baseline: Path | str,
+    *,
+    candidates: str | Sequence[str] = (),
+    limits: Limits | None = None,
+) -> tuple[Verdict, ...]:
+    """What of an evaluation is worse than its ``baseline``, a file of `update_baseline`, beyond noise: one verdict for
+    each candidate, or for those named. ``limits``: what counts as noise, and limits of your own.
+
+    A regression is no error: see ``passed`` of the verdicts. Raises `EvaluationError` for what cannot be compared:
+    another text, other windows, another reference.
+    """
+    from quantkit.evaluate.check.baseline import check_comparable, read_baseline, read_conversions
+    from quantkit.evaluate.check.run import check as run
+    from quantkit.evaluate.check.verdict import Limits
+
+    chosen = limits or Limits()
+    found, old = _evaluation(evaluation), read_baseline(Path(baseline))
+    check_comparable(found, old, Path(baseline))
+    conversions = read_conversions(found, Path()) if chosen.losses else {}
+    return run(found, old, chosen, conversions, (candidates,) if isinstance(candidates, str) else candidates)
+
+
+def update_baseline(evaluation: Evaluation | Path | str, baseline: Path | str) -> Baseline:
+    """Make an evaluation the baseline of later checks: a JSON file to be committed. Raises `QuantkitError`."""
+    from quantkit.evaluate.check.baseline import Baseline, by_name, check_windows, read_conversions
+
+    found = _evaluation(evaluation)
+    by_name(found)  # refuses two candidates of one name
+    check_windows("evaluation", found)
+    made = Baseline(evaluation=found, conversions=read_conversions(found, Path()))
+    write_text(Path(baseline), made.to_json())
+    return made
+
+
+def report(
+    documents: Path | str | Sequence[Path | str],
+    out: Path | str | None = None,
+    *,
+    markdown: bool = False,
+    title: str | None = None,
+) -> str:
+    """One HTML page, or markdown for a model card, about output folders of `convert` and documents of `evaluate`.
+
+    Returns the text, and writes it to ``out`` if that is given. The page needs no network. Raises `QuantkitError`.
+    """
+    from quantkit.report.build import report_of
+    from quantkit.report.documents import read_documents
+    from quantkit.report.markdown import markdown as markdown_of
+    from quantkit.report.outcomes import outcomes_of
+
+    found = read_documents(_paths(documents))
+    contents = report_of(outcomes_of(found), title)
+    if out is not None:
+        _check_place(Path(out))
+        if Path(out).resolve() in (file.path.resolve() for file in found):
+            raise OutputError(f"{out}: is a document that the report is made of.", hint="Give another file name.")
+    if markdown:
+        made = markdown_of(contents)
+    else:
+        from quantkit.report.page import page
+
+        made = page(contents)
+    if out is not None:
+        write_text(Path(out), made)
+    return made
+
+
+def write_text(path: Path, text: str, *, append: bool = False) -> None:
+    """Write UTF-8 with plain line ends. Raises `OutputError`."""
+    try:
+        with path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
+
+
+def parse_budget(text: str) -> int:
+    """Bytes of "20GiB". Raises `ValueError` with what was found and needed."""
+    from quantkit.plan.recipe import parse_size
+
+    nbytes = parse_size(text)
+    if nbytes < MIN_BUDGET:
+        bare = " (a number without a unit counts bytes)" if text.strip().isdecimal() else ""
+        raise ValueError(f"found {text[:40]!r}, needed at least 256MiB{bare}")
+    return nbytes
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:
+    """The recipe, and the folder that its relative paths count from."""
+    from quantkit.plan.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe) if isinstance(recipe, Path | str) else recipe
+    return loaded, loaded.folder if base_dir is None else Path(base_dir)
+
+
+def _budget(size: int | str | None) -> int | None:
+    if size is None:
+        return None
+    try:
+        return parse_budget(size if isinstance(size, str) else f"{size}B")
+    except ValueError as error:
+        raise PlanError(f"memory_budget: {error}.") from None
+
+
+def _evaluation(evaluation: Evaluation | Path | str) -> Evaluation:
+    if not isinstance(evaluation, Path | str):
+        return evaluation
+    from quantkit.evaluate.check.baseline import read_evaluation
+
+    return read_evaluation(Path(evaluation))
+
+
+def _paths(paths: Path | str | Sequence[Path | str]) -> list[Path]:
+    return [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"{path}: is no place for a file.", hint="Give a file name in a folder that exists.")

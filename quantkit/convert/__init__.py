@@ -1,0 +1,1 @@
+"""The conversion itself: source shards -> layer -> expert -> quantised tensor -> sinks."""

@@ -1,0 +1,73 @@
+"""Tensors that no calibration reaches pass from the source to the sinks in pieces, so that a vocabulary matrix never is
+in memory as a whole: kept ones, and matrices that a format stores in blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.convert.events import CopyDone
+from quantkit.convert.walk import Walk
+from quantkit.errors import SchemeError
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.plan.decide import Action, Decision
+from quantkit.plan.memory import KEPT_CHUNK_BYTES
+from quantkit.plan.targets import Sink
+from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor
+
+
+def copy_kept(walk: Walk, layer: int | None) -> None:
+    """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them."""
+    source, parts = walk.source, walk.arch.parts()
+    tensors = nbytes = 0
+    for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True):
+        for name, decision in output.decisions.items():
+            if decision.spec.layer != layer or decision.action is not Action.KEEP:
+                continue
+            if isinstance(decision.scheme, Float8Scheme):
+                codes, scale = source.read_float8(name)
+                sink.write(QuantizedTensor(name, decision.scheme, {"codes": codes, "scale": scale}, QuantError(0.0)))
+            elif decision.spec.part_of is not None:
+                sink.write_kept(name, 0, parts[name].take(source.read(decision.spec.part_of)))
+            else:
+                _copy_rows(source, sink, name)
+            tensors += 1
+            nbytes += decision.source_nbytes
+    walk.on_event(CopyDone(tensors, nbytes))
+
+
+def quantize_tables(walk: Walk, layer: int | None) -> list[tuple[int, str, QuantError]]:
+    """Quantise the matrices of one layer (None: the vocabulary's) whose inputs are not calibrated, rows at a time ->
+    output, name and error of each."""
+    records: list[tuple[int, str, QuantError]] = []
+    for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
+        for name, decision in output.decisions.items():
+            if decision.spec.layer == layer and decision.action is Action.QUANTIZE and decision.spec.table:
+                records.append((number, name, _quantize_rows(walk.source, sink, name, decision, walk.machine.device)))
+    return records
+
+
+def _quantize_rows(source: Fp8Source, sink: Sink, name: str, decision: Decision, device: torch.device) -> QuantError:
+    assert decision.scheme is not None
+    assert decision.method is not None
+    assert not isinstance(decision.scheme, Float8Scheme)
+    quantize = decision.method.quantizer(None)
+    row, lost, total = 0, 0.0, 0.0
+    for chunk in source.chunks(name, KEPT_CHUNK_BYTES // 2):  # a BF16 chunk is twice as large in float32
+        weight = chunk.to(device).float().unsqueeze(0)
+        try:
+            batch = quantize(weight, decision.scheme)
+        except SchemeError as error:
+            raise SchemeError(f"{name}: {error.message}", hint=error.hint) from error
+        (tensor,) = batch.tensors((name,), (0,))
+        sink.write(tensor, row)
+        row += len(chunk)
+        norm = float(weight.square().sum(dtype=torch.float64))
+        lost, total = lost + tensor.error.relative_loss * norm, total + norm
+    return QuantError(lost / max(total, 1e-30))
+
+
+def _copy_rows(source: Fp8Source, sink: Sink, name: str) -> None:
+    row = 0
+    for chunk in source.chunks(name, KEPT_CHUNK_BYTES):
+        sink.write_kept(name, row, chunk)
+        row += len(chunk) if chunk.ndim else 1

@@ -1,0 +1,101 @@
+"""The hidden states between layers: embedded at the start, saved at borders of layers, loaded again by a resumed run.
+
+Saving has its price: DeepSeek V3's two streams of 512 Ki tokens have 30 GB. A border is left out until ten times as
+long has passed as the last saving took; an interrupted run then repeats the layers behind the last saved border.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit.arch.base import ModelArch
+from quantkit.calibrate.dataset import TokenRows
+from quantkit.calibrate.hidden_states import RowStore, load
+from quantkit.calibrate.stream import embed
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.safetensors.writer import disk_errors, sync_directory
+from quantkit.plan.machine import Stores
+
+SAVING_PAUSE = 10
+"""Times the seconds of the last saving, to the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The hidden states at a layer's border. ``original``: the same tokens through the unquantised model, if a method
+    follows it."""
+
+    x: RowStore
+    original: RowStore | None
+
+    def stores(self) -> tuple[RowStore, ...]:
+        """Both, or the one."""
+        return (self.x,) if self.original is None else (self.x, self.original)
+
+    def close(self) -> None:
+        """Free memory or files."""
+        for store in self.stores():
+            store.close()
+
+
+class StreamFiles:
+    """Saves and loads the streams of one job in ``folder``. ``two``: an unquantised stream goes along;
+    ``scratch_dtype``: of the stores within a layer."""
+
+    def __init__(self, folder: Path, stores: Stores, *, two: bool, scratch_dtype: torch.dtype = torch.float32) -> None:
+        self._folder = folder
+        self._stores = stores
+        self._scratch_dtype = scratch_dtype
+        self._count = 2 if two else 1
+        self._shape = (0, 0)
+        self._pause_ends = 0.0
+
+    def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, after: int | None) -> Streams:
+        """The streams behind layer ``after``, which `save` left, or the embeddings. Clears older scratch files."""
+        for scratch in self._folder.glob("scratch-*"):
+            scratch.unlink()
+        self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
+        stores = [self._stores.new(*self._shape, arch.hidden_size) for _ in range(self._count)]
+        if after is not None:
+            for number, store in enumerate(stores):
+                load(self._path(after, number), store)
+        else:
+            tokens = torch.from_numpy(rows.tokens).long()
+            for store in stores:
+                embed(lambda ids: source.read_rows(arch.embed, ids.tolist()).float(), tokens, store)
+        return Streams(stores[0], stores[1] if self._count > 1 else None)
+
+    def scratch(self, width: int) -> RowStore:
+        """A store for all tokens that lives within one layer."""
+        return self._stores.new(*self._shape, width, self._scratch_dtype)
+
+    def due(self) -> bool:
+        """Whether the next border is to be saved."""
+        return time.monotonic() >= self._pause_ends
+
+    def save(self, streams: Streams, layer: int) -> None:
+        """Bring the streams behind ``layer`` to the disk under their own name, complete or not at all."""
+        start = time.monotonic()
+        for number, store in enumerate(streams.stores()):
+            path = self._path(layer, number)
+            part = path.with_suffix(".part")
+            store.save(part)
+            part.replace(path)
+        with disk_errors(self._folder):
+            sync_directory(self._folder)
+        now = time.monotonic()
+        self._pause_ends = now + SAVING_PAUSE * (now - start)
+
+    def forget_before(self, layer: int) -> None:
+        """Remove what was saved behind earlier layers."""
+        kept = {self._path(layer, number) for number in range(self._count)}
+        for path in sorted(self._folder.glob("layer-*-stream-*.f32")):
+            if path not in kept:
+                path.unlink()
+
+    def _path(self, layer: int, number: int) -> Path:
+        return self._folder / f"layer-{layer}-stream-{number}.f32"

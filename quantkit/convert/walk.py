@@ -1,0 +1,38 @@
+"""What stays the same from the first tensor of a conversion to the last: the plan, and everything that is open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantkit.arch.base import ModelArch
+from quantkit.calibrate.imatrix_file import ImportanceFile
+from quantkit.convert.background import AheadSource, Deliveries
+from quantkit.convert.events import OnEvent
+from quantkit.convert.folder import OutputFolder
+from quantkit.convert.journal import Journal
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.plan.machine import Machine, Share, Stores, Timer
+from quantkit.plan.plan import Plan
+from quantkit.plan.targets import Sink
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
+    ``importance``: an imatrix file in place of calibration text. ``ahead``, ``deliveries``: reading and writing beside
+    a GPU."""
+
+    plan: Plan
+    arch: ModelArch
+    source: Fp8Source
+    machine: Machine
+    folder: OutputFolder
+    journal: Journal
+    stores: Stores
+    share: Share
+    sinks: tuple[Sink, ...]
+    importance: ImportanceFile | None
+    on_event: OnEvent
+    timer: Timer
+    ahead: AheadSource | None = None
+    deliveries: Deliveries | None = None

@@ -1,0 +1,118 @@
+"""The weights of one layer on demand: original ones from the source, carried ones as the first output stores them.
+
+The streams compute in float32; on a GPU with kernels, linears whose source is BF16 (or FP8, which decodes to it)
+compute in bfloat16, as runtimes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.arch.base import LinearPart
+from quantkit.calibrate.weight_cache import WeightCache
+from quantkit.kernels.backend import has_kernels
+from quantkit.quantizers.batch import QuantizedBatch
+from quantkit.tensors import TensorInfo
+
+
+class WeightSource(Protocol):
+    """What `LayerWeights` needs of a source; tensors may lie anywhere."""
+
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+class LayerWeights:
+    """Weights by name for the two streams of a layer.
+
+    Dense linears are asked for once a batch of rows, so the latest of each stream are kept up to half of
+    ``cache_bytes``.
+    Quantised linears are held as stored and decoded when asked for; one that was quantised in ``parts`` is put
+    together.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        parts: Mapping[str, LinearPart],
+        *,
+        carries_quantised: bool,
+        cache_bytes: int,
+        device: torch.device,
+    ) -> None:
+        self.carries_quantised = carries_quantised
+        self._parts = parts
+        self._source = source
+        self._device = device
+        self._keeps_bf16 = has_kernels(torch.empty(0, device=device))
+        self._batches: dict[str, QuantizedBatch] = {}
+        self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
+        self._original = WeightCache(self._computed, cache_bytes // 2)
+        self._carried = WeightCache(self._decoded, cache_bytes // 2)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the headers."""
+        return self._source.infos()[name].shape
+
+    def read(self, name: str) -> Tensor:
+        """The source's weight, or a part (heads, out, in) of it, float32 on the device, not kept: for weights that are
+        asked for once."""
+        part = self._parts.get(name)
+        if part is not None:
+            return part.take(self.original(part.whole).float())
+        return self._source.read(name).to(self._device).float()
+
+    def from_source(self, name: str) -> Tensor:
+        """The source's weight in the dtype that the source shows (FP8 as bfloat16), wherever it lies, not kept."""
+        assert name not in self._parts, f"{name}: a part of a tensor"
+        return self._source.read(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which the streams compute with this tensor."""
+        return torch.bfloat16 if self._keeps_bf16 and self._source.infos()[name].dtype == "BF16" else torch.float32
+
+    def original(self, name: str) -> Tensor:
+        """The source's weight on the device."""
+        return self._original(name)
+
+    def carried(self, name: str) -> Tensor:
+        """The weight that the quantised stream computes with."""
+        known = name in self._batches or name in self._part_batches
+        return self._carried(name) if known else self._original(name)
+
+    def carry(self, name: str, batch: QuantizedBatch) -> None:
+        """From now on the quantised stream computes with this linear, or with this part of one."""
+        if not self.carries_quantised:
+            return
+        part = self._parts.get(name)
+        if part is None:
+            self._batches[name] = batch
+        else:
+            self._part_batches.setdefault(part.whole, {})[name] = batch
+            self._carried.forget()
+
+    def _computed(self, name: str) -> Tensor:
+        return self._source.read(name).to(self._device, self.dtype(name))
+
+    def _decoded(self, name: str) -> Tensor:
+        if name in self._batches:
+            return self._batches[name].decode()[0].to(self.dtype(name))
+        whole = self._original(name).clone()
+        for part, batch in self._part_batches[name].items():
+            self._parts[part].put(whole, batch.decode().view(self._parts[part].shape))
+        return whole
+
+    def forget(self) -> None:
+        """A block is done: free what was carried and kept for it."""
+        self._batches.clear()
+        self._part_batches.clear()
+        self._original.forget()
+        self._carried.forget()
+
+    def by_stream(self, n_streams: int) -> tuple[Callable[[str], Tensor], ...]:
+        """Weights for the stream that is calibrated on and, if there are two, for the original one."""
+        return (self.carried, self.original)[:n_streams]

@@ -1,0 +1,1 @@
+"""The JSON documents that quantkit writes and reads back."""

@@ -1,0 +1,1 @@
+"""An evaluation against a baseline."""

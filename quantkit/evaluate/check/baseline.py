@@ -1,0 +1,220 @@
+"""What an evaluation is held against: a committed JSON file with an older evaluation, and the losses that its
+conversions reported. Plain values, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from quantkit.documents.evaluation import Candidate, Evaluation, Number, Windows, json_text
+from quantkit.errors import EvaluationError
+from quantkit.formats.safetensors.header import printable
+
+MAX_BYTES = 2**28
+"""Of a JSON file. DeepSeek V3's, with 44,544 experts' linears and ten thousand windows, stays below a tenth."""
+MIN_WINDOWS = 8
+"""Fewer say so little of the noise that their limits would let almost anything pass."""
+WRITTEN_FILE = "quantkit.json"
+"""Beside every checkpoint that quantkit wrote."""
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Conversion(BaseModel):
+    """What a conversion said of its own losses."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    calibration: dict[str, JsonValue] | None
+    """The recipe's, without the seed: losses on other amounts or kinds of text are no comparison."""
+    losses: dict[str, Number]
+    """relative_loss of each linear, four significant digits; null for one that was no number."""
+
+
+class Baseline(BaseModel):
+    """The file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["quantkit baseline"] = "quantkit baseline"
+    schema_version: Literal[1] = 1
+    evaluation: Evaluation
+    conversions: dict[str, Conversion] = Field(default_factory=dict)
+    """By the candidate's name."""
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json_text({**self.model_dump(mode="json", exclude={"evaluation"}), "evaluation": self._document()})
+
+    def _document(self) -> dict[str, object]:
+        return self.evaluation.model_copy(update={"seconds": None}).document()
+
+
+class _Entry(BaseModel):
+    relative_loss: Number = 0.0
+
+
+class _Recipe(BaseModel):
+    calibration: dict[str, JsonValue] | None = None
+
+
+class _Written(BaseModel):
+    """The part of quantkit.json that is of use here."""
+
+    recipe: _Recipe
+    tensors: dict[str, _Entry]
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """A file of ``quantkit evaluate --out``. Raises `EvaluationError` with one line."""
+    found = _read(path, Evaluation, "an evaluation")
+    check_windows(path, found)
+    return found
+
+
+def read_baseline(path: Path) -> Baseline:
+    """A file of ``quantkit check --update-baseline``. Raises `EvaluationError` with one line."""
+    if not path.exists():
+        raise EvaluationError(
+            f"{path}: there is no such baseline.", hint="Make it from an evaluation you trust with --update-baseline."
+        )
+    found = _read(path, Baseline, "a baseline")
+    check_windows(path, found.evaluation)
+    return found
+
+
+def read_conversions(evaluation: Evaluation, base: Path) -> dict[str, Conversion]:
+    """By name, of those candidates whose folder has a quantkit.json. ``base``: where relative paths count from."""
+    found: dict[str, Conversion] = {}
+    for name, candidate in by_name(evaluation).items():
+        path = base / candidate.model.path
+        file = (path if path.is_dir() else path.parent) / WRITTEN_FILE
+        if file.is_file():
+            found[name] = _conversion(_read(file, _Written, "a record of a conversion"))
+    return found
+
+
+def by_name(evaluation: Evaluation) -> dict[str, Candidate]:
+    """Candidates by their name: the last part of their path. Raises `EvaluationError` if there is none, or if two have
+    the same."""
+    if not evaluation.candidates:
+        raise EvaluationError("evaluation: has no candidates.")
+    names = [candidate.model.name for candidate in evaluation.candidates]
+    for name in names:
+        if names.count(name) > 1:
+            raise EvaluationError(
+                f"candidate {printable(name)}: found {names.count(name)} of this name, needed one.",
+                hint="Baselines know candidates by their folders' names: evaluate them from folders named differently.",
+            )
+    return dict(zip(names, evaluation.candidates, strict=True))
+
+
+def windows_of(candidate: Candidate) -> Windows:
+    """Its windows: `read_evaluation` and `read_baseline` made sure that there are some."""
+    windows = candidate.result.windows
+    assert windows is not None
+    return windows
+
+
+def has_layers(candidate: Candidate) -> bool:
+    """Whether hidden states were compared: a reference's file has none."""
+    return all(windows_of(candidate).layers)
+
+
+def check_comparable(evaluation: Evaluation, baseline: Baseline, path: Path) -> None:
+    """Raise `EvaluationError`, one line, if a comparison with the baseline at ``path`` would say nothing."""
+    old = baseline.evaluation
+    check_windows("evaluation", evaluation)
+    facts: Mapping[str, tuple[object, object]] = {
+        "protocol": (old.protocol.name, evaluation.protocol.name),
+        "context": (old.protocol.context, evaluation.protocol.context),
+        "scored tokens of a window": (old.protocol.scored_per_window, evaluation.protocol.scored_per_window),
+        "reference": (old.reference.fingerprint[:16], evaluation.reference.fingerprint[:16]),
+        "share of the reference's logits": (_kept(old), _kept(evaluation)),
+        "windows": (len(old.window_domains), len(evaluation.window_domains)),
+        "text": (old.tokens_sha256[:16], evaluation.tokens_sha256[:16]),
+        "domains of the windows": (old.window_domains, evaluation.window_domains),
+        "layers": (_layers(old), _layers(evaluation)),
+        "routed experts": (_experts(old), _experts(evaluation)),
+    }
+    for what, (was, found) in facts.items():
+        if was != found:
+            sides = f": {printable(str(was))} in the baseline, {printable(str(found))} in the evaluation"
+            shown = "" if isinstance(was, tuple) else sides
+            raise EvaluationError(
+                f"{path}: not comparable, another {what}{shown}.",
+                hint="Evaluate with the baseline's options, text and reference, or make a new one: --update-baseline.",
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _layers(evaluation: Evaluation) -> int:
+    return len(evaluation.candidates[0].result.layers) if evaluation.candidates else 0
+
+
+def _kept(evaluation: Evaluation) -> str:
+    """Divergences from the most likely tokens of a reference's file are lower bounds."""
+    file = evaluation.reference_file
+    return "all" if file is None else f"{file.top} a token"
+
+
+def _experts(evaluation: Evaluation) -> tuple[int, ...]:
+    """Of each layer."""
+    return tuple(len(layer.expert_errors or ()) for layer in evaluation.candidates[0].result.layers)
+
+
+def _read(path: Path, model: type[_Model], what: str) -> _Model:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise EvaluationError(f"{path}: has {path.stat().st_size:,} bytes, which is too much for {what}.")
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = printable(".".join(str(part)[:40] for part in first["loc"][:6]))
+        raise EvaluationError(
+            f"{path}: is not {what} of this version: {place + ': ' if place else ''}{first['msg'][:120]}."
+        ) from None
+
+
+def check_windows(where: Path | str, evaluation: Evaluation) -> None:
+    """What pairing needs is there, and fits together. ``where``: the file, or what else the message starts with."""
+    if not evaluation.candidates:
+        raise EvaluationError(f"{where}: has no candidates.")
+    n_windows = len(evaluation.window_domains)
+    for candidate in evaluation.candidates:
+        windows = candidate.result.windows
+        if windows is None or not n_windows:
+            raise EvaluationError(
+                f"{where}: has no scores by window, which version 2 of the document has.", hint="Evaluate again."
+            )
+        lengths = {len(windows.loss), len(windows.kld), *map(len, filter(None, windows.layers))}
+        shapes = [
+            (len(x.expert_errors or ()), len(x.expert_tokens or ()) if x.expert_errors is not None else 0)
+            for x in candidate.result.layers  # of a reference that was read from a file only the tokens are known
+        ]
+        first = [(len(x.expert_errors or ()),) * 2 for x in evaluation.candidates[0].result.layers]
+        if lengths != {n_windows} or len(windows.layers) != _layers(evaluation) or shapes != first:
+            raise EvaluationError(
+                f"{where}: {printable(candidate.model.name)}: scores by window contradict each other."
+            )
+    if n_windows < MIN_WINDOWS:
+        raise EvaluationError(
+            f"{where}: found {n_windows} windows, needed {MIN_WINDOWS} to tell a regression from noise.",
+            hint="Evaluate more text, or the same in a smaller --context.",
+        )
+
+
+def _conversion(written: _Written) -> Conversion:
+    calibration = written.recipe.calibration
+    kept = None if calibration is None else {key: value for key, value in calibration.items() if key != "seed"}
+    lossy = {name: entry for name, entry in written.tensors.items() if "relative_loss" in entry.model_fields_set}
+    return Conversion(
+        calibration=kept, losses={name: float(f"{entry.relative_loss:.4g}") for name, entry in lossy.items()}
+    )

@@ -1,0 +1,32 @@
+"""What a running evaluation tells whoever watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationStarted:
+    """All models of an evaluation are open. ``candidates`` without the noise floor."""
+
+    candidates: int
+    windows: int
+    tokens: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPassed:
+    """Every model of an evaluation has passed ``layer`` (from 1) of ``layers``."""
+
+    layer: int
+    layers: int
+
+
+EvaluationEvent = EvaluationStarted | LayerPassed
+OnEvaluation = Callable[[EvaluationEvent], None]
+
+
+def ignore(event: EvaluationEvent) -> None:
+    """Listens to nothing."""

@@ -1,0 +1,301 @@
+"""A checkpoint to be evaluated, of any format that can be decoded: what it is follows from its files.
+
+A candidate must be the reference's model: same layers, width, vocabulary and tensor shapes. A folder computes by its
+own config.json; a GGUF file by the reference's, which its metadata must not contradict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from quantkit.arch import arch_of
+from quantkit.arch.base import ModelArch
+from quantkit.arch.parts import in_parts
+from quantkit.documents.evaluation import ModelFacts
+from quantkit.errors import ConfigError, QuantkitError, SourceError
+from quantkit.formats.folder import DecodedLinears
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.gguf.header import GgufHeader, is_gguf
+from quantkit.formats.gguf.reader import GgufReader
+from quantkit.formats.gguf.source import GgufSource
+from quantkit.formats.layouts.awq import open_awq
+from quantkit.formats.layouts.bitsandbytes import open_bitsandbytes
+from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.layouts.gptq import open_gptq
+from quantkit.formats.safetensors.header import open_regular, printable
+from quantkit.formats.source import open_source, quant_method, read_config
+from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
+
+READABLE = (
+    "BF16, F16, F32 and FP8-block folders, compressed-tensors, GPTQ, AWQ and bitsandbytes (NF4, FP4) folders, and GGUF "
+    "can be read."
+)
+_TOKENIZER = "tokenizer.json"
+_UNUSED_KEYS = ("general.type", ".context_length", ".vocab_size")
+"""Ends of keys that nothing is computed with here."""
+_SAMPLE_BYTES = 4096
+_KV_B_HINT = "Files from before April 2025 store kv_b_proj whole: convert the model anew."
+
+
+class OpenSource(RowSource, Protocol):
+    """A source that can be closed."""
+
+    def close(self) -> None:
+        """Give the files back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An open checkpoint, and what the document says of it. Use it in ``with``."""
+
+    arch: ModelArch
+    source: OpenSource
+    facts: ModelFacts
+
+    def __enter__(self) -> Evaluated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.source.close()
+
+
+def open_reference(path: Path) -> Evaluated:
+    """A folder with config.json, tokenizer and weights. Raises `SourceError` or `ConfigError` with one line."""
+    if not path.is_dir():
+        raise SourceError(
+            f"{path}: is not a folder, nor a file that --save-reference wrote.",
+            hint="Give the original checkpoint's folder first, then the candidates.",
+        )
+    if not _has_shards(path):
+        raise SourceError(f"{path}: holds no safetensors, a reference in this format was needed.", hint=READABLE)
+    opened = _open_folder(path)
+    return _checked(opened, opened.arch)
+
+
+def open_candidate(path: Path, reference: ModelArch, tokenizer: str | None) -> Evaluated:
+    """A folder or a file in any format; ``tokenizer``: what `tokenizer_sha256` says of the reference. Raises a
+    `QuantkitError` with one line: none of the formats, damaged, or another model than the reference."""
+    if path.is_dir() and _has_shards(path):
+        opened = _open_folder(path)
+        return _checked(opened, reference, _tokenizer_notes(path, tokenizer))
+    if (path.is_dir() and _holds_gguf(path)) or (path.is_file() and is_gguf(path)):
+        return _open_gguf(path, reference)
+    if not path.exists():
+        raise SourceError(f"{path}: does not exist.")
+    inside = [part for part in sorted(path.iterdir()) if _holds_model(part)] if path.is_dir() else []
+    if inside:
+        names = " ".join(map(str, inside[:4]))
+        raise SourceError(f"{path}: is a folder of {len(inside)} outputs.", hint=f"Name those to evaluate: {names}.")
+    what = "holds neither safetensors nor GGUF" if path.is_dir() else "is no GGUF file"
+    raise SourceError(f"{path}: {what}.", hint=READABLE)
+
+
+def _has_shards(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _holds_gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf"))
+
+
+def _holds_model(path: Path) -> bool:
+    return path.is_dir() and (_has_shards(path) or _holds_gguf(path))
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def _open_folder(path: Path) -> Evaluated:
+    config = read_config(path)
+    method = quant_method(config)
+    if method not in (None, "fp8", *_QUANTISED):
+        raise SourceError(f"{path}: is quantised as {printable(repr(method))}, which cannot be read.", hint=READABLE)
+    try:
+        arch = arch_of(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
+    if method is not None and method in _QUANTISED:
+        kind, opened = _QUANTISED[method]
+        source = opened(path)
+    else:
+        source = open_source(path)
+        kind = _stored_dtype(source, arch)
+    facts = _facts(
+        path,
+        kind,
+        source.raw.fingerprint(),
+        source.infos().values(),
+        sum(info.nbytes for info in source.raw.infos().values()),
+    )
+    return Evaluated(arch, source, facts)
+
+
+_QUANTISED: Mapping[str, tuple[str, Callable[[Path], CompressedTensorsSource | DecodedLinears]]] = {
+    "compressed-tensors": ("compressed-tensors", CompressedTensorsSource),
+    "gptq": ("GPTQ", open_gptq),
+    "awq": ("AWQ", open_awq),
+    "bitsandbytes": ("bitsandbytes", open_bitsandbytes),
+}
+"""quant_method of config.json -> name of the format, how it is opened."""
+
+
+def _stored_dtype(source: Fp8Source, arch: ModelArch) -> str:
+    """FP8 blocks, or the dtype of the embedding."""
+    if any(map(source.is_float8, source.infos())):
+        return "FP8 blocks"
+    embed = source.infos().get(arch.embed)
+    return "safetensors" if embed is None else embed.dtype
+
+
+def tokenizer_sha256(folder: Path) -> str | None:
+    """Of tokenizer.json, if it is there."""
+    path = folder / _TOKENIZER
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _tokenizer_notes(path: Path, reference: str | None) -> list[str]:
+    if None not in (own := tokenizer_sha256(path), reference) and own != reference:
+        return ["Its tokenizer.json differs from the reference's, which was used."]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------- GGUF
+
+
+def _open_gguf(path: Path, arch: ModelArch) -> Evaluated:
+    with GgufReader(path) as reader:
+        notes = _metadata_notes(reader, arch)
+        specs = [spec for spec in in_parts(arch) if spec.role is not Role.MTP]
+        model = arch.gguf()
+        names = {spec.name: model.stored_name(spec.name) for spec in specs}
+        experts = 1 + max((spec.expert for spec in specs if spec.expert is not None), default=0)
+        for spec in specs:
+            stored, place = names[spec.name]
+            entry = reader.tensors.get(stored)
+            needed = spec.shape if place is None else (experts, *spec.shape)
+            hint = _KV_B_HINT if spec.part_of is not None else ""
+            _check_shape(reader.path, stored, None if entry is None else entry.shape, needed, hint)
+        stored_infos = [TensorInfo(e.name, e.shape, "F32") for e in reader.tensors.values()]
+        facts = _facts(path, "GGUF", _gguf_fingerprint(reader), stored_infos, reader.data_bytes, notes)
+    return Evaluated(arch, GgufSource(path, names, tuple(arch.parts().values())), facts)
+
+
+def _metadata_notes(reader: GgufReader, arch: ModelArch) -> list[str]:
+    """Raise for metadata that contradicts the reference's config; a line about keys that are not there."""
+    model = arch.gguf()
+    name = "general.architecture"
+    needed = model.key_values(mtp=False)
+    if reader.get(name) == needed[name] and reader.get(f"{needed[name]}.nextn_predict_layers"):
+        needed = model.key_values(mtp=True)
+    missing: list[str] = []
+    for key, value in needed.items():
+        found = reader.get(key)
+        if key.endswith(_UNUSED_KEYS):
+            continue
+        if found is None:
+            missing.append(key)
+        elif not _same(found, value):
+            raise SourceError(
+                f"{reader.path}: {key} is {printable(repr(found))}, the reference needs {value!r}.",
+                hint="It is another model, or was converted with other settings.",
+            )
+    return [f"The file lacks {', '.join(missing)}: computed as the reference's config.json says."] if missing else []
+
+
+def _same(found: object, needed: object) -> bool:
+    """Floats are stored as float32."""
+    if isinstance(found, int | float) and isinstance(needed, float):
+        return math.isclose(found, needed, rel_tol=1e-6, abs_tol=1e-30)
+    return found == needed
+
+
+def _gguf_fingerprint(reader: GgufReader) -> str:
+    """sha256 over each file's name, size, header, and three samples of its data."""
+    digest = hashlib.sha256()
+    for header in reader.headers:
+        digest.update(f"{header.file}\0{header.size}".encode())
+        fd, _ = open_regular(reader.directory / header.file)
+        try:
+            start = _data_start(header)
+            for at in range(0, start, 1 << 20):
+                digest.update(os.pread(fd, min(1 << 20, start - at), at))
+            for quarter in (1, 2, 3):
+                digest.update(os.pread(fd, _SAMPLE_BYTES, start + (header.size - start) * quarter // 4))
+        finally:
+            os.close(fd)
+    return digest.hexdigest()
+
+
+def _data_start(header: GgufHeader) -> int:
+    return min((entry.offset for entry in header.tensors.values()), default=header.size)
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _facts(
+    path: Path, kind: str, fingerprint: str, infos: Iterable[TensorInfo], nbytes: int, notes: Iterable[str] = ()
+) -> ModelFacts:
+    return ModelFacts(
+        name=path.resolve().name,
+        path=str(path),
+        format=kind,
+        fingerprint=fingerprint,
+        weights=sum(info.numel for info in infos),
+        nbytes=nbytes,
+        notes=tuple(notes),
+    )
+
+
+def _checked(opened: Evaluated, reference: ModelArch, notes: Iterable[str] = ()) -> Evaluated:
+    """The checkpoint, if it is complete and of the reference's shape; closed and refused otherwise."""
+    path = Path(opened.facts.path)
+    try:
+        for what in ("n_layers", "hidden_size", "vocab_size"):
+            found, needed = getattr(opened.arch, what), getattr(reference, what)
+            if found != needed:
+                raise SourceError(
+                    f"{path}: has {what} {found:,}, the reference has {needed:,}: it is another model.",
+                )
+        infos = opened.source.infos()
+        for spec in _needed(reference):
+            info = infos.get(spec.name)
+            _check_shape(path, spec.name, None if info is None else info.shape, spec.shape)
+    except QuantkitError:
+        opened.source.close()
+        raise
+    return Evaluated(
+        opened.arch, opened.source, opened.facts.model_copy(update={"notes": (*opened.facts.notes, *notes)})
+    )
+
+
+def _needed(arch: ModelArch) -> Iterable[TensorSpec]:
+    return (spec for spec in arch.tensors() if spec.role is not Role.MTP)
+
+
+def _check_shape(path: Path, name: str, found: tuple[int, ...] | None, needed: tuple[int, ...], hint: str = "") -> None:
+    if found is None:
+        raise SourceError(f"{path}: lacks the tensor {name}, which the reference's config.json describes.", hint=hint)
+    if found != needed:
+        raise SourceError(
+            f"{path}: {name} has shape {list(found)}, the reference's config.json describes {list(needed)}."
+        )
+
+
+def names_by_layer(arch: ModelArch) -> Mapping[int, list[str]]:
+    """Official names of each decoder layer's tensors, for reading ahead."""
+    names: dict[int, list[str]] = {}
+    for spec in _needed(arch):
+        if spec.layer is not None:
+            names.setdefault(spec.layer, []).append(spec.name)
+    return names

@@ -1,0 +1,129 @@
+"""The walk of `evaluate`: models through the layers side by side, in the memory that the budget leaves."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.arch.base import ModelArch
+from quantkit.calibrate.chunk_sizes import BATCH_TOKENS
+from quantkit.calibrate.hidden_states import RowStore
+from quantkit.errors import PlanError
+from quantkit.evaluate.compare import Comparison, Model, NewRows, Recorder, compare_all
+from quantkit.evaluate.open import Evaluated, names_by_layer
+from quantkit.evaluate.reference_file import ReferenceStatistics
+from quantkit.evaluate.reference_scores import GROUP, compare_recorded
+from quantkit.evaluate.token_scores import POSITIONS, VOCAB_BLOCK
+from quantkit.evaluate.validation import model_of, rounded_to_bf16
+from quantkit.plan.machine import Machine, Stores
+
+DECODING_COPIES = 4
+"""Of the largest matrix in float32: as stored, decoded, converted, and kept."""
+ACTIVATION_COPIES = 4
+BYTES_PER_TOKEN = 96
+"""Of a model: running sums of its logits, and experts chosen."""
+BYTES_PER_TOP_TOKEN = 40
+"""Of one of a position's most likely tokens, while a group of positions is in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """``top``: most likely tokens of each position that are read or written, 0 for neither. ``on_layer``: the number of
+    the layer (from 1) that all models have passed."""
+
+    machine: Machine
+    arch: ModelArch
+    on_layer: Callable[[int], None]
+    top: int = 0
+
+    def compare(
+        self,
+        original: Evaluated,
+        others: Sequence[Evaluated],
+        tokens: Tensor,
+        first_scored: int,
+        *,
+        noise_floor: bool,
+        recorder: Recorder | None,
+    ) -> list[Comparison]:
+        """The noise floor first, if it is wanted, then the candidates."""
+        opened = (original, *others)
+        with self._started(opened, 1 + noise_floor + len(others), tokens) as (models, new_rows, on_layer):
+            reference, *rest = models
+            compared = [rounded_to_bf16(self.arch, reference), *rest] if noise_floor else rest
+            return compare_all(
+                self.arch,
+                reference,
+                compared,
+                tokens,
+                new_rows,
+                first_scored=first_scored,
+                on_layer=on_layer,
+                recorder=recorder,
+            )
+
+    def compare_recorded(self, reference: ReferenceStatistics, others: Sequence[Evaluated]) -> list[Comparison]:
+        """Against a reference that is not there."""
+        with self._started(others, len(others), reference.tokens) as (models, new_rows, on_layer):
+            return compare_recorded(self.arch, reference, models, new_rows, on_layer=on_layer)
+
+    @contextmanager
+    def _started(
+        self, opened: Sequence[Evaluated], n_models: int, tokens: Tensor
+    ) -> Generator[tuple[list[Model], NewRows, Callable[[int], None]]]:
+        stores_bytes, cache_bytes = self._share(n_models, (tokens.shape[0], tokens.shape[1]))
+        models = [model_of(one.arch, one.source, self.machine.device, cache_bytes) for one in opened]
+        names = names_by_layer(self.arch)
+
+        def read_ahead(layer: int) -> None:
+            for one in opened:
+                one.source.prefetch(names.get(layer, []))
+
+        def on_layer(layer: int) -> None:
+            read_ahead(layer + 2)
+            self.on_layer(layer + 1)
+
+        with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
+            stores = Stores(Path(folder), stores_bytes)
+
+            def new_rows(n_rows: int, length: int, width: int) -> RowStore:
+                return stores.new(n_rows, length, width)
+
+            read_ahead(0)
+            read_ahead(1)
+            yield models, new_rows, on_layer
+
+    def _share(self, n_models: int, shape: tuple[int, int]) -> tuple[int, int]:
+        """Bytes for hidden states in memory and for weights kept between batches, of what the budget leaves."""
+        arch = self.arch
+        linears = [spec for spec in arch.tensors() if spec.linear]
+        largest = max((spec.shape[0] * spec.shape[1] for spec in linears), default=0) * 4
+        widest = max((max(spec.shape) for spec in linears), default=0)
+        n_rows, length = shape
+        working = (
+            DECODING_COPIES * largest
+            + ACTIVATION_COPIES * 4 * max(BATCH_TOKENS, length) * widest
+            + n_models * VOCAB_BLOCK * arch.hidden_size * 4
+            + 6 * POSITIONS * VOCAB_BLOCK * 4
+            + n_models * n_rows * length * BYTES_PER_TOKEN
+            + min(n_rows * length, max(GROUP, length)) * self.top * BYTES_PER_TOP_TOKEN
+        )
+        spare = self.machine.budget - working
+        if spare < 0:
+            budget, least = (f"{nbytes / 2**30:.2f} GiB" for nbytes in (self.machine.budget, working))
+            raise PlanError(
+                f"memory budget {budget}: this evaluation needs at least {least}.",
+                hint="Raise --memory-budget, or evaluate fewer candidates or windows at a time.",
+            )
+        return spare // 2, spare // 3
+
+
+def device_name(device: torch.device) -> str:
+    """cpu, or the GPU's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,1 @@
+"""How folders of safetensors store quantised linears, one file for each way."""

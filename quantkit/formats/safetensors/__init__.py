@@ -1,0 +1,1 @@
+"""safetensors files: hostile-proof headers, ranged reads, writes at offsets."""

@@ -1,0 +1,351 @@
+"""A folder of safetensors shards as a `TensorSource`: headers at open, bytes only in `read`, `read_rows` and `chunks`.
+
+What enters is a folder with `model.safetensors.index.json`, or one `model.safetensors`, or shards alone. What leaves
+is each tensor as it is stored (FP8 codes stay FP8: `fp8_source` decodes them). Every float tensor that leaves was
+checked for NaN and infinity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from quantkit.errors import SourceError
+from quantkit.formats.safetensors.header import (
+    INDEX_NAME,
+    ShardHeader,
+    StoredTensor,
+    as_strings,
+    open_regular,
+    parse_json_object,
+    printable,
+    read_header,
+    read_shard,
+)
+from quantkit.formats.shard_files import ShardFiles, advise_willneed, read_into
+from quantkit.tensors import DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["SafetensorsSource", "StoredTensor", "read_header", "read_index", "require_finite"]
+
+SINGLE_NAME = "model.safetensors"
+MAX_JSON_BYTES = 200_000_000
+"""Bound on an index or a config that is read whole. V3's index has about 9 MB."""
+MAX_SHARDS = 10_000
+_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
+_SAMPLE_BYTES = 4096
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+# First 7-bit code that is not a number: e4m3 has NaN only at 0x7F; e5m2 has infinity at 0x7C and NaN above it.
+_FIRST_NON_FINITE_CODE = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
+
+
+class SafetensorsSource:
+    """Stored tensors of one folder. Reads are thread-safe; `close` (or ``with``) gives the file descriptors back.
+
+    ``unlisted``: names that shards hold but the index does not list. They are not shown (a reader that follows the
+    index would not see them either) and not an error (converters drop entries from an index without rewriting
+    shards); the caller reports them.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        """Read all headers, no weights. Raises `SourceError` for a damaged, incomplete or hostile folder."""
+        self.directory = Path(directory)
+        weight_map = _weight_map(self.directory)
+        files = sorted(set(weight_map.values())) if weight_map is not None else _files_without_index(self.directory)
+        self._headers = [read_shard(self.directory / file) for file in files]
+        everything = _merge(self.directory, self._headers)
+        self._stored = everything if weight_map is None else _listed(self.directory, weight_map, everything)
+        self.unlisted = tuple(name for name in everything if name not in self._stored)
+        self._infos = {name: stored.info for name, stored in self._stored.items()}
+        self._files = ShardFiles(self.directory, {header.file: header.size for header in self._headers})
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, as stored, in file order."""
+        return self._infos
+
+    def stored(self, name: str) -> StoredTensor:
+        """Shard and byte range of one tensor. Raises `SourceError` if there is no such tensor."""
+        try:
+            return self._stored[name]
+        except KeyError as error:
+            raise SourceError(f"{self.directory}: holds no tensor {printable(name)}.") from error
+
+    def path_of(self, name: str) -> Path:
+        """The shard that holds a tensor."""
+        return self.directory / self.stored(name).file
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor, or rows ``[start, stop)`` of its first dimension, as stored, on the CPU.
+
+        Raises `SourceError` for NaN and infinity, and if the file shrank meanwhile.
+        """
+        stored = self.stored(name)
+        tensor = self._read_range(stored, rows or (0, _n_rows(stored.info)))
+        if rows is None:
+            tensor = tensor.reshape(stored.info.shape)
+        require_finite(name, str(self.directory / stored.file), tensor)
+        return tensor
+
+    def read_unchecked(self, name: str, *, pinned: bool) -> Tensor:
+        """The tensor as stored, on the CPU, its values not looked at: for who checks them elsewhere. ``pinned``: in
+        page-locked memory, from where a GPU takes it at full speed.
+
+        Raises `SourceError` if the file shrank meanwhile.
+        """
+        stored = self.stored(name)
+        tensor = self._read_range(stored, (0, _n_rows(stored.info)), pinned=pinned)
+        return tensor.reshape(stored.info.shape)
+
+    def read_rows(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Rows of dimension 0 in the given order, repeats allowed: an embedding lookup that reads only these rows.
+
+        Neighbouring rows are read together. Takes memory for the result, and once more for the distinct rows if
+        ``indices`` do not rise. Raises `SourceError` for an index outside the tensor.
+        """
+        import torch
+
+        stored = self.stored(name)
+        where = f"{self.path_of(name)}: {name}"
+        distinct = sorted(set(indices))
+        if distinct and not 0 <= distinct[0] <= distinct[-1] < _n_rows(stored.info):
+            asked = distinct[0] if distinct[0] < 0 else distinct[-1]
+            raise SourceError(f"{where}: has {_n_rows(stored.info):,} rows; row {asked:,} was asked for.")
+        table = torch.empty((len(distinct), *stored.info.shape[1:]), dtype=_torch_dtype(stored.info))
+        with self._files.borrow(stored.file) as fd:
+            for at, first, n_rows in _runs(distinct):
+                read_into(fd, table[at : at + n_rows], stored.start + first * _row_bytes(stored.info), where)
+        require_finite(name, str(self.path_of(name)), table)
+        if distinct == list(indices):
+            return table
+        place = {row: at for at, row in enumerate(distinct)}
+        return table[torch.tensor([place[row] for row in indices], dtype=torch.int64)]
+
+    def chunks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
+        """The tensor in consecutive pieces along dimension 0, each at most ``max_bytes`` but at least one row.
+
+        Concatenated along dimension 0 they are what `read` gives. A tensor without dimensions comes as one piece of
+        shape (1,); one without elements as one piece.
+        """
+        for rows in row_ranges(self.stored(name).info, max_bytes):
+            yield self.read(name, rows)
+
+    def prefetch(self, names: list[str]) -> None:
+        """Ask the operating system to read these tensors ahead into its own cache. Returns at once."""
+        by_file: dict[str, list[StoredTensor]] = {}
+        for stored in map(self.stored, names):
+            by_file.setdefault(stored.file, []).append(stored)
+        for file, tensors in by_file.items():
+            with self._files.borrow(file) as fd:
+                for stored in sorted(tensors, key=lambda tensor: tensor.start):
+                    advise_willneed(fd, stored.start, stored.info.nbytes)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) that tells whether a resumed job still reads the same checkpoint; copying and touching keep it.
+
+        Covers config, index, and of each shard its name, size, header and three samples of its data (a finetune of
+        the same architecture has the same headers). It reads few weights: no proof against someone who edits single
+        bytes.
+        """
+        digest = hashlib.sha256()
+        for name in ("config.json", INDEX_NAME):
+            path = self.directory / name
+            digest.update(hashlib.sha256(read_small(path) if path.exists() else b"").digest())
+        for header in sorted(self._headers, key=lambda header: header.file):
+            digest.update(hashlib.sha256(f"{header.file}\0{header.size}".encode()).digest() + header.digest)
+            with self._files.borrow(header.file) as fd:
+                for quarter in (1, 2, 3):
+                    at = header.data_start + (header.size - header.data_start) * quarter // 4
+                    digest.update(hashlib.sha256(os.pread(fd, _SAMPLE_BYTES, at)).digest())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Give the file descriptors back. A later read opens them again."""
+        self._files.close()
+
+    def __enter__(self) -> SafetensorsSource:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _read_range(self, stored: StoredTensor, rows: tuple[int, int], *, pinned: bool = False) -> Tensor:
+        import torch
+
+        start, stop = rows
+        assert 0 <= start <= stop <= _n_rows(stored.info), f"{stored.info.name}: rows {rows} of {_n_rows(stored.info)}"
+        shape = (stop - start, *stored.info.shape[1:])
+        tensor = torch.empty(shape, dtype=_torch_dtype(stored.info), pin_memory=pinned)
+        with self._files.borrow(stored.file) as fd:
+            where = f"{self.directory / stored.file}: {stored.info.name}"
+            read_into(fd, tensor, stored.start + start * _row_bytes(stored.info), where)
+        return tensor
+
+
+def require_finite(name: str, file: str, tensor: Tensor) -> None:
+    """Raise `SourceError` naming file and tensor if a float tensor (FP8 codes included) holds NaN or infinity.
+
+    One pass without temporaries for the usual dtypes: a NaN reaches both minimum and maximum, an infinity one of them.
+    """
+    import torch
+
+    if not tensor.numel():
+        return
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        limit = _FIRST_NON_FINITE_CODE["F8_E4M3" if tensor.dtype == torch.float8_e4m3fn else "F8_E5M2"]
+        bad = (tensor.view(torch.uint8) & 0x7F) >= limit
+        if not bad.any():
+            return
+    elif tensor.dtype in [getattr(torch, DTYPES[dtype][1]) for dtype in _FLOATS]:
+        lowest, highest = torch.aminmax(tensor)
+        if torch.isfinite(lowest) and torch.isfinite(highest):
+            return
+        bad = ~torch.isfinite(tensor)
+    else:
+        return
+    first = [int(index) for index in bad.nonzero()[0]]
+    found = f"{int(bad.sum()):,} of {tensor.numel():,} values are NaN or infinite, the first at {first}"
+    raise SourceError(
+        f"{file}: {printable(name)}: {found}.",
+        hint="Fetch the file again; if it is so at its origin, the model is broken.",
+    )
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """The ``weight_map`` of the folder's index: tensor name -> shard name. Reads no shard.
+
+    Raises `SourceError` if it is absent or malformed, or a shard is not a plain file name (a path could leave the
+    folder).
+    """
+    path = directory / INDEX_NAME
+    weight_map = as_strings(parse_json_object(read_small(path), str(path)).get("weight_map"))
+    if not weight_map:
+        raise SourceError(f"{path}: needs a non-empty weight_map of tensor name -> shard name.")
+    plain = {file for file in set(weight_map.values()) if _is_plain_name(file)}
+    for name, file in weight_map.items():
+        if file not in plain:
+            found = f"points to {printable(repr(file))}"
+            needed = "a plain name of a .safetensors file in the same folder"
+            raise SourceError(f"{path}: {printable(name)}: {found}, {needed} was needed.")
+    return weight_map
+
+
+def read_small(path: Path) -> bytes:
+    """A whole config or index. Raises `SourceError` if it is missing, no regular file, or absurdly large."""
+    fd, size = open_regular(path)
+    with os.fdopen(fd, "rb") as file:
+        if size > MAX_JSON_BYTES:
+            raise SourceError(f"{path}: has {size:,} bytes, at most {MAX_JSON_BYTES:,} are allowed.")
+        return file.read(MAX_JSON_BYTES)
+
+
+def row_ranges(info: TensorInfo, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ``[start, stop)`` that cover dimension 0, each at most ``max_bytes`` but at least one row."""
+    n_rows = _n_rows(info)
+    step = max(1, max_bytes // max(1, _row_bytes(info)))
+    yield from ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+    if not n_rows:
+        yield (0, 0)
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    if not directory.is_dir():
+        hint = (
+            "Give the folder of a downloaded checkpoint."
+            if not directory.exists()
+            else "Give the folder that holds it."
+        )
+        raise SourceError(f"{printable(str(directory))}: is not a folder.", hint=hint)
+    # lexists: a dangling link must be reported, not taken for "there is no index".
+    return read_index(directory) if os.path.lexists(directory / INDEX_NAME) else None
+
+
+def _is_plain_name(file: str) -> bool:
+    return (
+        file.endswith(".safetensors")
+        and file.isprintable()
+        and not set(file) & set("/\\:")
+        and not file.startswith(".")
+    )
+
+
+def _files_without_index(directory: Path) -> list[str]:
+    """The single file, or every shard. Numbered shards must be complete: no index can tell what a missing one held."""
+    if os.path.lexists(directory / SINGLE_NAME):
+        return [SINGLE_NAME]
+    files = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+    if not files:
+        raise SourceError(
+            f"{directory}: holds no *.safetensors file.", hint="Give the folder of a downloaded checkpoint."
+        )
+    present = set(files)
+    numbered = filter(None, map(_NUMBERED.fullmatch, files))
+    series = {(match[1], len(match[2]), match[3]) for match in numbered}
+    for prefix, digits, total in sorted(series):
+        for i in range(1, min(int(total), MAX_SHARDS) + 1):
+            missing = f"{prefix}{i:0{digits}d}-of-{total}.safetensors"
+            if missing not in present:
+                raise SourceError(f"{directory}: shard {printable(missing)} is missing and there is no {INDEX_NAME}.")
+    return files
+
+
+def _merge(directory: Path, headers: list[ShardHeader]) -> dict[str, StoredTensor]:
+    merged: dict[str, StoredTensor] = {}
+    for header in headers:
+        for name, stored in header.tensors.items():
+            if name in merged:
+                both = f"{merged[name].file} and {header.file}"
+                raise SourceError(f"{directory}: {printable(name)}: is in two shards, {both}.")
+            merged[name] = stored
+    return merged
+
+
+def _listed(
+    directory: Path, weight_map: dict[str, str], everything: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The stored tensors that the index lists, in file order. Raises `SourceError` unless all are where it says."""
+    for name, file in weight_map.items():
+        stored = everything.get(name)
+        if stored is None or stored.file != file:
+            found = "no shard holds it" if stored is None else f"it is in {stored.file}"
+            raise SourceError(f"{directory / INDEX_NAME}: lists {printable(name)} in {file}, but {found}.")
+    return {name: stored for name, stored in everything.items() if name in weight_map}
+
+
+def _n_rows(info: TensorInfo) -> int:
+    return info.shape[0] if info.shape else 1
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape[1:]) * DTYPES[info.dtype][0]
+
+
+def _torch_dtype(info: TensorInfo) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, DTYPES[info.dtype][1])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class _Run(NamedTuple):
+    """``n_rows`` consecutive rows from ``first``; they go to position ``at`` of the result."""
+
+    at: int
+    first: int
+    n_rows: int
+
+
+def _runs(rising: list[int]) -> Iterator[_Run]:
+    at = 0
+    for end in range(1, len(rising) + 1):
+        if end == len(rising) or rising[end] != rising[end - 1] + 1:
+            yield _Run(at, rising[at], end - at)
+            at = end

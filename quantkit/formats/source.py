@@ -1,0 +1,101 @@
+"""`open_source`: a folder on disk -> a decoded `TensorSource` with its raw config.json, to be quantised.
+
+Here config.json and the shards must agree on whether the checkpoint is BF16/F16/F32 or FP8-block. A checkpoint that
+is already quantised to few bits is refused; reading those back is the business of its own format's reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from quantkit.errors import SourceError
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.safetensors.header import parse_json_object, printable
+from quantkit.formats.safetensors.reader import SafetensorsSource, read_small
+
+DEFAULT_BLOCK_SIZE = (128, 128)
+
+
+def open_source(path: Path | str) -> Fp8Source:
+    """Open a checkpoint by its headers alone. ``.config`` is the raw config.json, ``.directory`` the folder.
+
+    Raises `SourceError` if anything about config, index, headers, or FP8 pairs is missing, damaged or contradictory.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise SourceError(
+            f"{printable(str(path))}: is not a folder.", hint="Download the checkpoint and give its folder."
+        )
+    config = read_config(directory)
+    block_size = float8_block_size(directory, config)
+    raw = SafetensorsSource(directory)
+    try:
+        _check_agreement(raw, block_size is not None)
+        return Fp8Source(raw, block_size or DEFAULT_BLOCK_SIZE, config)
+    except SourceError:
+        raw.close()
+        raise
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """The raw config.json of a folder. Raises `SourceError` if it is missing, not JSON, or not an object."""
+    path = directory / "config.json"
+    return parse_json_object(read_small(path), str(path))
+
+
+def quant_method(config: Mapping[str, object]) -> str | None:
+    """What config.json says the weights are quantised with ("fp8", "gptq", ...), None if it says nothing."""
+    # Old compressed-tensors releases wrote the block under the name compression_config.
+    section = config.get("quantization_config") or config.get("compression_config")
+    if not section:
+        return None
+    method = cast("dict[str, object]", section).get("quant_method") if isinstance(section, dict) else None
+    return method if isinstance(method, str) else "unknown"
+
+
+def float8_block_size(directory: Path, config: Mapping[str, object]) -> tuple[int, int] | None:
+    """Block size of an FP8 checkpoint by its config.json, None for an unquantised one. Raises `SourceError` for what
+    is quantised in another way."""
+    where = f"{directory / 'config.json'}: quantization_config"
+    method = quant_method(config)
+    if method is None:
+        return None
+    if method != "fp8":
+        raise SourceError(
+            f"{where} says {printable(repr(method))}: this checkpoint is already quantised.",
+            hint="Start from the original BF16 or FP8-block checkpoint.",
+        )
+    section = cast("dict[str, object]", config["quantization_config"])
+    if section.get("fmt", "e4m3") != "e4m3":
+        raise SourceError(f"{where}.fmt is {printable(repr(section['fmt']))}, 'e4m3' was needed.")
+    return _two_positive(f"{where}.weight_block_size", section.get("weight_block_size", list(DEFAULT_BLOCK_SIZE)))
+
+
+def _two_positive(where: str, value: object) -> tuple[int, int]:
+    items = cast("list[object]", value) if isinstance(value, list) else []
+    match items:
+        case [int(rows), int(columns)] if rows is not True and columns is not True and rows > 0 and columns > 0:
+            return rows, columns
+        case _:
+            raise SourceError(
+                f"{where} is {printable(repr(value))}, two positive integers were needed.",
+                hint="FP8 with one scale per tensor or per row cannot be read.",
+            )
+
+
+def _check_agreement(raw: SafetensorsSource, says_float8: bool) -> None:
+    """A config that contradicts the shards would make a runtime decode weights twice, or not at all."""
+    first = next((name for name, info in raw.infos().items() if info.dtype.startswith("F8_E4M3")), None)
+    where = raw.directory / "config.json"
+    if says_float8 and first is None:
+        raise SourceError(
+            f"{where}: quantization_config says fp8, but no tensor is FP8: it is stale.",
+            hint="Remove quantization_config from config.json if the weights were decoded.",
+        )
+    if not says_float8 and first is not None:
+        raise SourceError(
+            f"{raw.path_of(first)}: {printable(first)} is FP8, but {where} has no quantization_config.",
+            hint='Add {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]} under that key.',
+        )

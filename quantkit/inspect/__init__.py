@@ -1,0 +1,1 @@
+"""What a checkpoint on the disk holds, from its headers."""

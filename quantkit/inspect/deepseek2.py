@@ -1,0 +1,260 @@
+"""What a GGUF file of llama.cpp's architecture ``deepseek2`` should hold, by its own metadata, and the known ways in
+which such files go wrong without any message when they are run.
+
+Tensors and their shapes are those of the family DeepSeek V3, of which V2 is the special case without a selection bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+from quantkit.arch import arch_of
+from quantkit.arch.parts import in_parts
+from quantkit.errors import ConfigError
+from quantkit.formats.gguf.reader import GgufReader
+from quantkit.inspect.holdings import counted
+from quantkit.tensors import Role, TensorSpec
+
+PREFIX = "deepseek2."
+SIGMOID = 2
+V3_EXPERTS = 256
+"""Of V3, V3.1 and R1, whose experts are chosen in groups; models without groups have other numbers."""
+
+_SIZES = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "attention.head_count": "num_attention_heads",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "rope.dimension_count": "qk_rope_head_dim",
+}
+"""Key of the metadata -> entry of config.json."""
+_LITE_LAYERS = (26, 27)
+_OLDER = {"attn_kv_b.weight": Role.ATTENTION, "ffn_gate_up_exps.weight": Role.EXPERT}
+"""Tensors that llama.cpp takes in place of others."""
+_OPTIONAL = (".nextn.embed_tokens.weight", ".nextn.shared_head_norm.weight", ".nextn.shared_head_head.weight")
+_ROUTER = (".ffn_gate_inp.weight", ".exp_probs_b.bias")
+_FIXED: dict[str, object] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "n_routed_experts": 2,  # experts are stacked: their number is a dimension
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 1,
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+
+
+def role_of(model: GgufReader, name: str) -> Role | None:
+    """The role of a tensor by its name, None for a name that the architecture does not know."""
+    block, _, rest = name.removeprefix("blk.").partition(".")
+    suffix = rest if name.startswith("blk.") else name
+    role = _roles().get(suffix)
+    if role is None or not name.startswith("blk.") or not block.isascii() or not block.isdigit():
+        return role
+    layers, mtp = _count(model, "block_count"), _count(model, "nextn_predict_layers") or 0
+    return Role.MTP if layers is not None and int(block) >= layers - mtp else role
+
+
+def oddities(model: GgufReader) -> list[str]:
+    """One line for each thing that is missing, contradicts the metadata, or is known to give wrong results."""
+    return [*_tensor_lines(model), *_key_lines(model), *_attention_lines(model)]
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def _tensor_lines(model: GgufReader) -> list[str]:
+    """Against the table of tensors that the metadata describes."""
+    missing = [PREFIX + key for key in (*_SIZES, "block_count", "expert_count") if _count(model, key) is None]
+    missing += [key for key in _head_keys(model) if _count(model, key.removeprefix(PREFIX)) is None]
+    if missing:
+        return [counted("keys that the architecture needs are missing", missing)]
+    try:
+        expected = _expected(model)
+    except ConfigError as error:
+        what = error.message.removeprefix("config.json: ")
+        return [f"the metadata describes no model of this architecture, in the words of config.json: {what}"]
+    tensors = model.tensors
+    strange = [name for name in tensors if name not in expected and name.split(".", 2)[-1] not in _OLDER]
+    shapes = [name for name, spec in expected.items() if name in tensors and tensors[name].shape != spec.shape]
+    lines = (
+        ("tensors of the architecture are missing", _missing(model, expected)),
+        ("tensors that the architecture does not have", strange),
+        ("tensors whose shape does not fit the metadata", shapes),
+    )
+    return [counted(text, names) for text, names in lines if names]
+
+
+def _missing(model: GgufReader, expected: Mapping[str, TensorSpec]) -> list[str]:
+    sigmoid = _count(model, "expert_gating_func") == SIGMOID
+    missing: list[str] = []
+    for name in expected:
+        layer, _, suffix = name.rpartition(".attn_") if ".attn_" in name else name.rpartition(".ffn_")
+        replaced = (suffix in ("k_b.weight", "v_b.weight") and f"{layer}.attn_kv_b.weight" in model.tensors) or (
+            suffix in ("gate_exps.weight", "up_exps.weight") and f"{layer}.ffn_gate_up_exps.weight" in model.tensors
+        )
+        unneeded = (
+            name == "output.weight"  # llama.cpp takes the embeddings
+            or name.endswith(_OPTIONAL)
+            or (name.endswith("exp_probs_b.bias") and not sigmoid)
+        )
+        if name not in model.tensors and not replaced and not unneeded:
+            missing.append(name)
+    return missing
+
+
+def _expected(model: GgufReader) -> dict[str, TensorSpec]:
+    """Tensors by GGUF name, shapes in numpy's order. Raises `ConfigError` if the metadata describes no model."""
+    key, value = (_count(model, key.removeprefix(PREFIX)) or 0 for key in _head_keys(model))
+    mtp = _count(model, "nextn_predict_layers") or 0
+    sizes = {entry: _count(model, found) for found, entry in _SIZES.items()}
+    rope = sizes["qk_rope_head_dim"] or 0
+    return _table(
+        {
+            **sizes,
+            "vocab_size": _vocabulary(model),
+            "num_hidden_layers": (_count(model, "block_count") or 0) - mtp,
+            "num_nextn_predict_layers": mtp,
+            "q_lora_rank": _query_rank(model),
+            "qk_nope_head_dim": key - rope,
+            "v_head_dim": value,
+        },
+        _count(model, "expert_count") or 0,
+    )
+
+
+def _table(sizes: Mapping[str, object], n_experts: int) -> dict[str, TensorSpec]:
+    arch = arch_of({**_FIXED, **sizes})
+    stored_name = arch.gguf().stored_name
+    table: dict[str, TensorSpec] = {}
+    for spec in in_parts(arch):
+        name, place = stored_name(spec.name)
+        shape = spec.shape if place is None else (n_experts, *spec.shape)
+        if name.endswith(_ROUTER):
+            shape = (n_experts, *spec.shape[1:])
+        table.setdefault(name, replace(spec, shape=shape))
+    return table
+
+
+@lru_cache(maxsize=1)
+def _roles() -> Mapping[str, Role]:
+    """Role by the end of a name, from a model with a layer of each kind, once with and once without q_lora_rank."""
+    roles: dict[str, Role] = dict(_OLDER)
+    for rank in (1, None):
+        sizes: dict[str, object] = {
+            **dict.fromkeys(_SIZES.values(), 2),
+            "first_k_dense_replace": 1,
+            "q_lora_rank": rank,
+        }
+        sizes |= {"vocab_size": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+        table = _table({**sizes, "qk_nope_head_dim": 1, "v_head_dim": 1}, 2)
+        for name, spec in table.items():
+            roles.setdefault(name.split(".", 2)[-1] if name.startswith("blk.") else name, spec.role)
+    return roles
+
+
+def _head_keys(model: GgufReader) -> tuple[str, str]:
+    """Where the sizes of a key and of a value head are: files from before latent attention have the shorter names."""
+    legacy = any(name.endswith(".attn_kv_b.weight") for name in model.tensors)
+    end = "" if legacy and model.get(f"{PREFIX}attention.key_length_mla") is None else "_mla"
+    return f"{PREFIX}attention.key_length{end}", f"{PREFIX}attention.value_length{end}"
+
+
+def _vocabulary(model: GgufReader) -> int:
+    table = model.tensors.get("token_embd.weight")
+    return _count(model, "vocab_size") or (table.shape[0] if table is not None else 0)
+
+
+def _query_rank(model: GgufReader) -> int | None:
+    """q_lora_rank; models that have none, or whose number llama.cpp ignores, have attn_q. A key that is missing has a
+    line of its own."""
+    if "blk.0.attn_q.weight" in model.tensors:
+        return None
+    low = model.tensors.get("blk.0.attn_q_a.weight")
+    return _count(model, "attention.q_lora_rank") or (low.shape[0] if low is not None else None)
+
+
+def _count(model: GgufReader, key: str) -> int | None:
+    found = model.get(PREFIX + key)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+# ------------------------------------------------------------------------------------------------------------ metadata
+
+
+def _key_lines(model: GgufReader) -> list[str]:
+    """Keys whose absence or value changes what is computed, or keeps llama.cpp from loading the file."""
+    lines: list[str] = []
+    biased = any(name.endswith(".exp_probs_b.bias") for name in model.tensors)
+    gating = _count(model, "expert_gating_func")
+    if biased and gating != SIGMOID:
+        found = "is missing" if gating is None else f"is {gating}"
+        lines.append(
+            f"{PREFIX}expert_gating_func {found}: llama.cpp then takes softmax, but experts with a selection bias "
+            f"(exp_probs_b) are gated by sigmoid ({SIGMOID})."
+        )
+    experts, groups = _count(model, "expert_count"), _count(model, "expert_group_count")
+    if biased and experts == V3_EXPERTS and not groups:
+        lines.append(
+            f"{PREFIX}expert_group_count is missing, as in files of older converters: DeepSeek V3 and R1 choose among "
+            f"{V3_EXPERTS} experts in 8 groups of which 4 are used, llama.cpp will choose without groups."
+        )
+    layers = _count(model, "block_count")
+    if model.get(f"{PREFIX}attention.q_lora_rank") is None and layers not in _LITE_LAYERS:
+        lines.append(
+            f"{PREFIX}attention.q_lora_rank is missing: llama.cpp refuses the file (0 says that there is none)."
+        )
+    return [*lines, *_yarn_lines(model)]
+
+
+def _yarn_lines(model: GgufReader) -> list[str]:
+    if model.get(f"{PREFIX}rope.scaling.type") != "yarn":
+        return []
+    key = f"{PREFIX}rope.scaling.yarn_log_multiplier"
+    found = model.get(key)
+    if not isinstance(found, float) or not found:
+        return [f"{key} is missing: llama.cpp then leaves out the factor of yarn on the softmax."]
+    if abs(found) < 0.5:
+        return []
+    return [
+        f"{key} is {found:g}: for this architecture a tenth of mscale_all_dim is stored (0.1 for DeepSeek V3), "
+        "llama.cpp multiplies it by ten."
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def _attention_lines(model: GgufReader) -> list[str]:
+    """kv_b_proj, whole or in parts."""
+    lines: list[str] = []
+    whole = [name for name in model.tensors if name.endswith(".attn_kv_b.weight")]
+    if whole and model.get(f"{PREFIX}attention.key_length_mla") is None:
+        lines.append(
+            f"{counted('layers with kv_b_proj in one tensor', whole)}: a file from before latent attention, llama.cpp "
+            "caches full keys and values of every head."
+        )
+    elif whole:
+        lines.append(
+            f"{counted('layers with kv_b_proj in one tensor', whole)}: with attention.key_length_mla llama.cpp looks "
+            "for attn_k_b and attn_v_b instead."
+        )
+    parts = [name for name, entry in model.tensors.items() if entry.kind == "MXFP4" and name.endswith(_PARTS)]
+    if parts:
+        lines.append(
+            f"{counted('parts of kv_b_proj in MXFP4', parts)}: MXFP4_MOE of llama-quantize takes them for experts, "
+            "because they have three dimensions; Q8_0 costs little."
+        )
+    return lines
+
+
+_PARTS = (".attn_k_b.weight", ".attn_v_b.weight")

@@ -1,0 +1,263 @@
+"""What a folder of safetensors holds: weights by role and storage, bits per weight, and what is unusual about it.
+Headers only. `inspect_path` also takes what `inspection_gguf` understands.
+
+Sources (BF16, F16, F32, FP8 blocks) and compressed-tensors outputs are understood weight by weight; of other formats
+the stored tensors are listed as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from pydantic import ValidationError
+
+from quantkit.arch import arch_of
+from quantkit.errors import ConfigError
+from quantkit.formats.layouts import compressed_tensors
+from quantkit.formats.planned import PlannedTensor
+from quantkit.formats.safetensors.reader import SafetensorsSource
+from quantkit.formats.source import quant_method, read_config
+from quantkit.inspect.holdings import UNKNOWN_ROLE, Holding, counted
+from quantkit.runtimes.vllm import contract
+from quantkit.schemes import Float8Scheme, IntScheme, describe
+from quantkit.tensors import Role, TensorInfo, TensorSpec
+
+if TYPE_CHECKING:
+    pass
+
+_PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
+_SCALE_DTYPES = {dtype: name for name, dtype in compressed_tensors.SCALE_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Inspection:
+    """All that headers tell. ``family``: the architecture's name, "" if unknown; ``quantization``: what config.json
+    says, "" for nothing."""
+
+    directory: Path
+    family: str
+    quantization: str
+    shards: int
+    stored_tensors: int
+    holdings: tuple[Holding, ...]
+    unusual: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the folder."""
+        return sum(holding.parameters for holding in self.holdings)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(holding.nbytes for holding in self.holdings)
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight of the whole."""
+        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+    def __repr__(self) -> str:
+        named = f"{self.family or 'unknown architecture'}, {self.quantization or 'not quantised'}"
+        size = f"{self.stored_tensors:,} tensors, {self.nbytes:,} bytes, {self.bpw:.3f} bpw"
+        return f"<Inspection {self.directory}: {named}; {size}; {len(self.unusual)} unusual>"
+
+
+@dataclass(slots=True)
+class _Weight:
+    """A weight under its official name and the tensors that store it, by suffix ("" for the plain one)."""
+
+    name: str
+    parts: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def inspect_folder(directory: Path | str) -> Inspection:
+    """Headers of all shards, config.json if there is one. Raises `SourceError` for damaged files; what is merely odd
+    is reported."""
+    directory = Path(directory)
+    unusual: list[str] = []
+    with SafetensorsSource(directory) as source:
+        infos = source.infos()
+        shards = len({source.stored(name).file for name in infos})
+        if source.unlisted:
+            unusual.append(counted("tensors in the shards that the index does not list", list(source.unlisted)))
+    config = _config(directory, unusual)
+    family, specs = _family(config, unusual)
+    weights = _weights(infos)
+    groups = _stated_groups(config)
+    planned = {name: _planned(weight, specs.get(name), groups, unusual) for name, weight in weights.items()}
+    _compare_with_family(specs, weights, planned, unusual)
+    _compare_with_config(config, planned, infos, unusual)
+    if any(tensor and tensor.scheme for tensor in planned.values()) and quant_method(config) == "compressed-tensors":
+        known = [tensor for tensor in planned.values() if tensor is not None]
+        unusual += contract.problems(known) + contract.notes(known)
+    holdings = _holdings(weights, planned, specs)
+    return Inspection(directory, family, quant_method(config) or "", shards, len(infos), holdings, tuple(unusual))
+
+
+def _config(directory: Path, unusual: list[str]) -> dict[str, object]:
+    if (directory / "config.json").exists():
+        return read_config(directory)
+    unusual.append("no config.json: neither the architecture nor the quantisation is stated.")
+    return {}
+
+
+def _family(config: Mapping[str, object], unusual: list[str]) -> tuple[str, dict[str, TensorSpec]]:
+    """Name and tensor table of the architecture; ("", {}) if quantkit does not know it or its config is faulty."""
+    if not config:
+        return "", {}
+    try:
+        arch = arch_of(config)
+    except ConfigError as error:
+        unusual.append(str(error))
+        return "", {}
+    names = cast("list[str]", config["architectures"])
+    return ", ".join(names), {spec.name: spec for spec in arch.tensors()}
+
+
+def _weights(infos: Mapping[str, TensorInfo]) -> dict[str, _Weight]:
+    """Stored tensors gathered under the weight that they store."""
+    weights: dict[str, _Weight] = {}
+    for name, info in infos.items():
+        suffix = next((part for part in _PARTS if name.endswith(f".weight{part}")), "")
+        owner = name.removesuffix(suffix)
+        weights.setdefault(owner, _Weight(owner)).parts[suffix] = info
+    return weights
+
+
+def _stated_groups(config: Mapping[str, object]) -> set[tuple[object, object]]:
+    """(bits, group_size) of each config group of compressed-tensors; empty for anything that is not formed like one."""
+    section = cast("dict[str, dict[str, dict[str, dict[str, object]]]]", config.get("quantization_config") or {})
+    try:
+        weights = [group["weights"] for group in section["config_groups"].values()]
+        return {(entry["num_bits"], entry["group_size"]) for entry in weights}
+    except (KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _planned(
+    weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object, object]], unusual: list[str]
+) -> PlannedTensor | None:
+    """The weight as a plan would have it, None if its storage is not understood."""
+    parts = weight.parts
+    if set(parts) == {""}:
+        return PlannedTensor(parts[""], None, parts[""].dtype, spec)
+    if (
+        set(parts) in ({"", "_scale_inv"}, {"", "_scale"})
+        and parts[""].dtype == "F8_E4M3"
+        and len(parts[""].shape) == 2
+    ):
+        return PlannedTensor(parts[""], Float8Scheme(), None, spec)
+    if {"_packed", "_scale", "_shape"} <= set(parts) <= {"_packed", "_scale", "_shape", "_zero_point"}:
+        scheme, shape = _int_scheme(parts, spec, groups)
+        if scheme is not None:
+            return PlannedTensor(TensorInfo(weight.name, shape, "BF16"), scheme, None, spec)
+    stored = ", ".join(sorted(info.name for info in parts.values()))
+    unusual.append(f"{weight.name}: stored as {stored}, which fits no known scheme.")
+    return None
+
+
+def _int_scheme(
+    parts: Mapping[str, TensorInfo], spec: TensorSpec | None, groups: set[tuple[object, object]]
+) -> tuple[IntScheme | None, tuple[int, ...]]:
+    """Scheme and shape of a pack-quantized linear, read off the shapes. Without a family, codes count as 4 bits.
+
+    One scale a row is a group as long as the row where config.json has such ``groups``, else a channel.
+    """
+    packed, scale = parts["_packed"], parts["_scale"]
+    if len(packed.shape) != 2 or len(scale.shape) != 2 or not packed.numel or not scale.numel:
+        return None, ()
+    words, n_groups = packed.shape[1], scale.shape[1]
+    in_features = spec.shape[1] if spec is not None and len(spec.shape) == 2 else words * 8
+    bits = words * 32 // in_features
+    if math.ceil(in_features * bits / 32) != words or in_features % n_groups:
+        return None, ()
+    grouped = n_groups > 1 or (bits, in_features) in groups
+    scheme = {
+        "bits": bits,
+        "group_size": in_features // n_groups if grouped else None,
+        "symmetric": "_zero_point" not in parts,
+        "scale_dtype": _SCALE_DTYPES.get(scale.dtype),
+    }
+    try:
+        return IntScheme.model_validate(scheme), (packed.shape[0], in_features)
+    except ValidationError:
+        return None, ()
+
+
+def _compare_with_family(
+    specs: Mapping[str, TensorSpec],
+    weights: Mapping[str, _Weight],
+    planned: Mapping[str, PlannedTensor | None],
+    unusual: list[str],
+) -> None:
+    if not specs:
+        return
+    missing = [name for name in specs if name not in weights]
+    mtp = [name for name, spec in specs.items() if spec.role is Role.MTP]
+    if mtp and all(name not in weights for name in mtp):
+        unusual.append(f"no MTP layer, although config.json has num_nextn_predict_layers ({len(mtp):,} tensors).")
+        missing = [name for name in missing if specs[name].role is not Role.MTP]
+    shapes = [
+        name for name, tensor in planned.items() if tensor and name in specs and tensor.info.shape != specs[name].shape
+    ]
+    narrowed = [
+        name
+        for name, tensor in planned.items()
+        if tensor and name in specs and specs[name].float32 and tensor.keep_dtype != "F32"
+    ]
+    for text, names in (
+        ("tensors of the architecture that are missing", missing),
+        ("tensors that the architecture does not have", [name for name in weights if name not in specs]),
+        ("tensors whose shape does not fit config.json", shapes),
+        ("tensors that the official release stores in float32 and this one does not", narrowed),
+    ):
+        if names:
+            unusual.append(counted(text, names))
+
+
+def _compare_with_config(
+    config: Mapping[str, object],
+    planned: Mapping[str, PlannedTensor | None],
+    infos: Mapping[str, TensorInfo],
+    unusual: list[str],
+) -> None:
+    method = quant_method(config)
+    quantized = any(tensor is None or tensor.scheme is not None for tensor in planned.values())
+    if method is None and quantized:
+        unusual.append("the weights are quantised, but config.json has no quantization_config.")
+    if method in ("fp8", "compressed-tensors") and not quantized:
+        unusual.append(f"config.json says {method}, but no weight is quantised: quantization_config is stale.")
+    doubles = [name for name, info in infos.items() if info.dtype == "F64"]
+    if doubles:
+        unusual.append(counted("tensors in float64", doubles))
+
+
+def _holdings(
+    weights: Mapping[str, _Weight], planned: Mapping[str, PlannedTensor | None], specs: Mapping[str, TensorSpec]
+) -> tuple[Holding, ...]:
+    totals: dict[tuple[str, str], list[int]] = {}
+    for name, weight in weights.items():
+        tensor = planned[name]
+        role = specs[name].role.value if name in specs else UNKNOWN_ROLE
+        if tensor is None:
+            what, parameters = "unknown", 0
+        else:
+            what = describe(tensor.scheme) if tensor.scheme else str(tensor.keep_dtype).lower()
+            parameters = math.prod(tensor.info.shape)
+        total = totals.setdefault((role, what), [0, 0, 0])
+        for place, amount in enumerate((1, parameters, weight.nbytes)):
+            total[place] += amount
+    order = {role.value: place for place, role in enumerate(Role)}
+    return tuple(
+        Holding(role, what, *total)
+        for (role, what), total in sorted(totals.items(), key=lambda item: order.get(item[0][0], len(order)))
+    )

@@ -1,1 +1,0 @@
-"""The walk: recipe, plan, run, journal, report."""

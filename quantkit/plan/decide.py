@@ -1,0 +1,186 @@
+"""A rule applied to a tensor: what will happen to it in one output, or the line that says why it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from quantkit.errors import PlanError, SchemeError
+from quantkit.plan.recipe import Output, Rule
+from quantkit.plan.targets import Target
+from quantkit.quantizers import Gptq, Method, Rtn
+from quantkit.schemes import ChosenScheme, Float8Scheme, GgmlScheme, Scheme
+from quantkit.tensors import Role, TensorInfo, TensorSpec
+
+LINES_PER_KIND = 5
+"""Problems of one kind that are printed; more are counted."""
+
+_GPTQ, _RTN = Gptq.model_validate({}), Rtn.model_validate({})
+
+
+class Action(Enum):
+    """What is done with a tensor."""
+
+    KEEP = "keep"
+    DROP = "drop"
+    QUANTIZE = "quantize"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one tensor in one output.
+
+    ``source_dtype``: dtype of the decoded source tensor. ``dtype``: dtype that a kept tensor is stored in (decoded
+    view). ``scheme``: the grid of a quantised weight, `Float8Scheme` for one whose FP8 bytes are kept, else None.
+    ``method`` only with QUANTIZE. ``rule``: number of the rule in the output, from 1, as messages count them; 0 for a
+    preset or an option.
+    """
+
+    spec: TensorSpec
+    action: Action
+    rule: int
+    source_dtype: str
+    dtype: str
+    scheme: Scheme | None = None
+    method: Method | None = None
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the decoded source tensor, or of the part of it that is meant."""
+        return TensorInfo(self.spec.name, self.spec.shape, self.source_dtype).nbytes
+
+
+@dataclass(slots=True)
+class Problems:
+    """Lines by kind, so that 40,000 tensors with one fault make five lines and a count."""
+
+    lines: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    hints: dict[str, None] = field(default_factory=dict[str, None])
+
+    def add(self, kind: str, line: str, hint: str = "") -> None:
+        self.lines.setdefault(kind, []).append(line)
+        if hint:
+            self.hints[hint] = None
+
+    def raise_if_any(self) -> None:
+        if not self.lines:
+            return
+        shown: list[str] = []
+        for kind, lines in self.lines.items():
+            shown += lines[:LINES_PER_KIND]
+            if len(lines) > LINES_PER_KIND:
+                shown.append(f"... and {len(lines) - LINES_PER_KIND:,} more: {kind}.")
+        raise PlanError("\n".join(shown), hint=" ".join(list(self.hints)[:3]))
+
+
+@dataclass(frozen=True, slots=True)
+class Decider:
+    """A rule applied to a tensor of one output."""
+
+    output: Output
+    target: Target
+    calibrated: bool
+    problems: Problems
+
+    def __call__(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
+        decision = self._decide(spec, number, rule, dtype, float8)
+        _check_decision(self.output, decision, self.calibrated, self.problems)
+        return decision
+
+    def _decide(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
+        if rule.drop:
+            return Decision(spec, Action.DROP, number, dtype, dtype)
+        if rule.scheme is not None:
+            scheme = self._fitting(spec, rule.scheme)
+            return Decision(spec, Action.QUANTIZE, number, dtype, dtype, scheme, self._method(spec, rule))
+        if rule.keep == "source" and float8 is not None:
+            return Decision(spec, Action.KEEP, number, dtype, dtype, float8)
+        kept = dtype if rule.keep in (None, "source") else rule.keep.upper()
+        return Decision(spec, Action.KEEP, number, dtype, self.target.kept_dtype(spec, kept))
+
+    def _fitting(self, spec: TensorSpec, scheme: ChosenScheme) -> ChosenScheme:
+        try:
+            fitting = self.target.fitting(spec, scheme)
+            fitting.check(spec.name, spec.shape)
+        except SchemeError as error:
+            self.problems.add("schemes that do not fit", f"output {self.output.name}: {error.message}", error.hint)
+            return scheme
+        return fitting
+
+    def _method(self, spec: TensorSpec, rule: Rule) -> Method:
+        """The rule's method, or the output's where this tensor has the inputs that it needs."""
+        if rule.method is not None:
+            return rule.method
+        wanted = self.output.method or (_GPTQ if self.calibrated else _RTN)
+        if self.output.method is not None and not self.calibrated:
+            return wanted  # asked for by name: `_check_decision` says what it lacks
+        usable = self.calibrated and not spec.table and spec.role is not Role.MTP
+        return wanted if usable or not wanted.needs_inputs else _RTN
+
+
+def _check_decision(output: Output, decision: Decision, calibrated: bool, problems: Problems) -> None:
+    """What a rule asks of a tensor must make sense for it."""
+    spec = decision.spec
+    rule = f"rule {decision.rule}" if decision.rule else "preset"
+    where = f"output {output.name}: {spec.name} ({rule})"
+    if decision.action is Action.DROP and spec.role is not Role.MTP:
+        problems.add(
+            "tensors that cannot be dropped",
+            f"{where}: role {spec.role.value} cannot be dropped, only mtp tensors can.",
+        )
+    if decision.action is Action.KEEP and spec.float32 and decision.source_dtype == "F32" and decision.dtype != "F32":
+        problems.add("float32 tensors", f"{where}: is float32 and loses its meaning in bf16.", "Give it keep: source.")
+    if decision.action is not Action.QUANTIZE:
+        return
+    if not (spec.linear or (spec.table and isinstance(decision.scheme, GgmlScheme))):
+        problems.add(
+            "tensors that cannot be quantised",
+            f"{where}: role {spec.role.value}, shape {list(spec.shape)} is no linear and cannot be quantised.",
+            "Put a rule with keep: source before it.",
+        )
+        return
+    if decision.method is not None and decision.method.needs_inputs:
+        _check_inputs(where, spec, decision.method.kind, calibrated, problems)
+
+
+def _check_inputs(where: str, spec: TensorSpec, method: str, calibrated: bool, problems: Problems) -> None:
+    """A method that learns from inputs needs text, and a layer that the text passes."""
+    if not calibrated:
+        problems.add(
+            f"{method} without calibration",
+            f"{where}: {method} needs calibration text.",
+            "Add calibration:, or use method: {kind: rtn}.",
+        )
+    elif spec.role is Role.MTP or spec.table:
+        what = "MTP layers see" if spec.role is Role.MTP else "this tensor sees"
+        problems.add(
+            f"{method} without inputs",
+            f"{where}: {what} no calibration tokens.",
+            f"Use method: {{kind: rtn}} for role:{spec.role.value}.",
+        )
+
+
+def unused_rule(
+    output: Output, number: int, rule: Rule, target: Target, problems: Problems, warnings: list[str]
+) -> None:
+    """A rule that decides nothing is a typing error if it is a glob or asks to quantise roles without linears, else
+    worth a warning."""
+    where = f"output {output.name}: rule {number} ({rule.match})"
+    matches, roles, specs = rule.matcher(), rule.roles, target.specs
+    if matched := [spec for spec in specs if matches(spec)]:
+        taken = "mtp: drop leaves out" if all(map(target.omits, matched)) else "earlier rules take"
+        warnings.append(f"{where}: decides nothing, {taken} all its tensors.")
+    elif roles is None:
+        problems.add(
+            "rules without tensors",
+            f"{where}: matches no tensor.",
+            "Globs match whole names, e.g. *.self_attn.kv_b_proj.weight.",
+        )
+    elif rule.scheme is not None and (first := next((spec for spec in specs if spec.role in roles), None)) is not None:
+        problems.add(
+            "tensors that cannot be quantised",
+            f"{where}: {first.name} (role {first.role.value}) is no linear and cannot be quantised.",
+            "Give this role keep: source.",
+        )
+    else:
+        warnings.append(f"{where}: this model has no such tensors.")

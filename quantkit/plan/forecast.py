@@ -1,0 +1,126 @@
+"""What a conversion will give and need, from headers alone: plan, memory, disk, and whether the result can be served.
+No weight is read, no torch loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.calibrate.documents import find_files
+from quantkit.calibrate.imatrix_file import ImportanceFile
+from quantkit.errors import CalibrationError
+from quantkit.plan.headers import SourceHeaders, read_headers
+from quantkit.plan.memory import Needs, check_budget, conversion_needs
+from quantkit.plan.plan import OutputPlan, Plan, make_plan
+from quantkit.plan.recipe import GgufOutput, Recipe
+from quantkit.runtimes.gpus import Gpus
+from quantkit.runtimes.llama_cpp.memory import LlamaFit, fit_llama
+from quantkit.runtimes.vllm.memory import Fit, fit
+
+CONTEXT = 32768
+"""Tokens of a sequence that is to fit, if nothing else is said and the model is made for as many."""
+OUT = "OUT"
+"""Stands for the folder that a conversion will be given."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFit:
+    """How an output lies on given GPUs, and the command that serves it there ("" if it does not fit)."""
+
+    fit: Fit | LlamaFit
+    command: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPUs can serve it."""
+        return bool(self.command)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Forecast:
+    """``plan``: what happens to every tensor, exact sizes; ``needs``: memory and disk of the conversion, estimates;
+    ``fits``: one for each output if GPUs were named."""
+
+    source: SourceHeaders
+    plan: Plan
+    needs: Needs
+    fits: tuple[OutputFit, ...] | None = None
+
+    @property
+    def outputs(self) -> tuple[OutputPlan, ...]:
+        """The checkpoints that would be written."""
+        return self.plan.outputs
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader should know before the work begins."""
+        return self.plan.warnings
+
+    def __repr__(self) -> str:
+        """Sizes and needs in one line."""
+        sizes = ", ".join(f"{o.output.name}: {o.nbytes:,} bytes, {o.bpw:.3f} bpw" for o in self.outputs)
+        needs = f"RAM {self.needs.working_bytes / 1e9:.1f} GB, disk {self.needs.disk_bytes / 1e9:.1f} GB"
+        return f"<Forecast {sizes}; needs {needs}>"
+
+
+def forecast(
+    source: Path | str,
+    recipe: Recipe,
+    *,
+    base_dir: Path = Path(),
+    gpus: Gpus | None = None,
+    context: int | None = None,
+    memory_budget: int | None = None,
+) -> Forecast:
+    """Plan the conversion of a checkpoint folder, which may hold only a config.json: then the official release of it.
+
+    ``base_dir``: where the recipe's relative files lie; ``gpus``: try to serve a sequence of ``context`` tokens there
+    (default: `CONTEXT`, or what the model is made for if that is less); ``memory_budget``: bytes to stay under.
+    Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source, `CalibrationError` for
+    text that is not there.
+    """
+    headers = read_headers(source)
+    plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
+    if headers.has_shards or (headers.directory / "tokenizer.json").exists():
+        for output in plan.outputs:
+            output.target.check_source(headers.directory)
+    _find_text(recipe, headers, base_dir)
+    if recipe.imatrix is not None:
+        ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()
+    needs = conversion_needs(plan, headers.arch)
+    if memory_budget is not None:
+        check_budget(needs, memory_budget)
+    context = context or _usual_context(headers)
+    fits = None if gpus is None else tuple(_fit(headers, plan, output, gpus, context) for output in plan.outputs)
+    return Forecast(headers, plan, needs, fits)
+
+
+def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:
+    """Raise `CalibrationError` if a file of the recipe's text is not there, or the tokenizer that cuts it."""
+    for name, text in (
+        ("Calibration", recipe.calibration and recipe.calibration.data),
+        ("Validation", recipe.validation and recipe.validation.text),
+    ):
+        if text:
+            find_files(text, base_dir)
+            if headers.has_shards and not (headers.directory / "tokenizer.json").exists():
+                raise CalibrationError(
+                    f"{headers.directory / 'tokenizer.json'}: no such file.",
+                    hint=f"{name} needs the checkpoint's tokenizer files.",
+                )
+
+
+def _usual_context(headers: SourceHeaders) -> int:
+    most = headers.config.get("max_position_embeddings")
+    return min(CONTEXT, most) if isinstance(most, int) else CONTEXT
+
+
+def _fit(headers: SourceHeaders, plan: Plan, output: OutputPlan, gpus: Gpus, context: int) -> OutputFit:
+    """Raises `PlanError` if the model is not made for ``context`` tokens."""
+    folder = OUT if len(plan.outputs) == 1 else f"{OUT}/{output.output.name}"
+    if isinstance(output.output, GgufOutput):
+        llama = fit_llama(output, headers.config, gpus, context)
+        (serve,) = output.target.serve_commands(headers.directory, output.planned, folder)
+        return OutputFit(llama, f"{serve} {llama.options()}" if llama.fits else "")
+    vllm = fit(output, headers.config, headers.arch.n_layers, gpus, context)
+    return OutputFit(vllm, vllm.command(folder) if vllm.utilization is not None else "")

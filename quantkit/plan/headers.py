@@ -1,0 +1,89 @@
+"""What `plan` needs of a source: config.json and tensor headers. From shards if there are any, else derived from
+config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.arch import arch_of
+from quantkit.arch.base import ModelArch
+from quantkit.errors import PlanError, SourceError
+from quantkit.formats.fp8_source import SCALE_SUFFIX
+from quantkit.formats.safetensors.header import INDEX_NAME
+from quantkit.formats.safetensors.reader import read_index
+from quantkit.formats.source import DEFAULT_BLOCK_SIZE, float8_block_size, open_source, quant_method, read_config
+from quantkit.tensors import TensorInfo
+
+IsFloat8 = Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceHeaders:
+    """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name, in blocks of ``block_size``.
+    ``has_shards``: False if all was derived from config.json."""
+
+    directory: Path
+    config: Mapping[str, object]
+    arch: ModelArch
+    infos: Mapping[str, TensorInfo]
+    is_float8: IsFloat8
+    has_shards: bool
+    block_size: tuple[int, int] = DEFAULT_BLOCK_SIZE
+
+
+def read_headers(directory: Path | str) -> SourceHeaders:
+    """Headers of a checkpoint folder; a folder with only config.json (and perhaps an index) counts as the official
+    release of it.
+
+    Raises `SourceError` or `ConfigError` for a damaged folder, `PlanError` if an index without shards does not list
+    what config.json needs.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise SourceError(
+            f"{directory}: is not a folder.", hint="Give the folder of a checkpoint, or one that holds its config.json."
+        )
+    if any(directory.glob("*.safetensors")):
+        with open_source(directory) as source:
+            arch = arch_of(source.config)
+            return SourceHeaders(
+                directory, source.config, arch, source.infos(), source.is_float8, True, source.block_size
+            )
+    config = read_config(directory)
+    arch = arch_of(config)
+    infos, is_float8 = headers_from_arch(arch, config)
+    if (directory / INDEX_NAME).exists():
+        _check_index(directory, infos, is_float8)
+    says_float8 = quant_method(config) == "fp8"
+    block_size = float8_block_size(directory, config) if says_float8 else None
+    return SourceHeaders(directory, config, arch, infos, is_float8, False, block_size or DEFAULT_BLOCK_SIZE)
+
+
+def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[dict[str, TensorInfo], IsFloat8]:
+    """The decoded view that an official checkpoint of this config has, and which of its tensors are stored as FP8
+    blocks.
+
+    BF16, F32 where the release stores F32, and FP8 behind the linears if ``quantization_config`` says fp8.
+    """
+    infos: dict[str, TensorInfo] = {}
+    float8: set[str] = set()
+    says_float8 = quant_method(config) == "fp8"
+    for spec in arch.tensors():
+        infos[spec.name] = TensorInfo(spec.name, spec.shape, "F32" if spec.float32 else "BF16")
+        if says_float8 and spec.linear:
+            float8.add(spec.name)
+    return infos, float8.__contains__
+
+
+def _check_index(directory: Path, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> None:
+    needed = set(infos) | {name + SCALE_SUFFIX for name in infos if is_float8(name)}
+    listed = set(read_index(directory))
+    if listed == needed:
+        return
+    missing, unexpected = sorted(needed - listed), sorted(listed - needed)
+    found = f"lacks {len(missing):,} tensors" + (f" (such as {missing[0]})" if missing else "")
+    if unexpected:
+        found += f" and lists {len(unexpected):,} unknown ones (such as {unexpected[0]})"
+    raise PlanError(f"{directory / INDEX_NAME}: {found}, needed the {len(needed):,} that config.json describes.")

@@ -1,0 +1,260 @@
+"""Recipe + family + file headers -> what happens to every tensor, and exactly how many bytes result. No weight is
+read, no torch loaded.
+
+All that can be known to fail is refused here, in one `PlanError` that lists every problem, before hours of work begin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from quantkit.arch.base import ModelArch
+from quantkit.formats.planned import PlannedTensor
+from quantkit.plan.decide import Action, Decider, Decision, Problems, unused_rule
+from quantkit.plan.headers import IsFloat8
+from quantkit.plan.recipe import Output, Recipe
+from quantkit.plan.targets import Target, target_of
+from quantkit.schemes import Float8Scheme, describe
+from quantkit.tensors import Role, TensorInfo, TensorSpec
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""What a decoded tensor may be stored in."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSize:
+    """One line of the summary. ``what``: "int4 g128 gptq", "bf16"...; ``nbytes``: exact stored tensor data; dropped
+    tensors have 0."""
+
+    role: Role
+    what: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight, scales and shapes included."""
+        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class OutputPlan:
+    """One checkpoint to be written: ``planned`` and ``decisions`` in official order; ``sizes`` by role and
+    treatment."""
+
+    output: Output
+    target: Target
+    decisions: Mapping[str, Decision]
+    planned: tuple[PlannedTensor, ...]
+    sizes: tuple[RoleSize, ...]
+
+    @property
+    def tensors(self) -> int:
+        """Weights in the output (not counting scales and shapes)."""
+        return len(self.planned)
+
+    @property
+    def parameters(self) -> int:
+        """Weights that the output holds."""
+        return sum(size.parameters for size in self.sizes if size.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of tensor data: codes, scales, shapes; without file headers."""
+        return sum(size.nbytes for size in self.sizes)
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight of the whole checkpoint."""
+        return 8 * self.nbytes / self.parameters
+
+    def decision(self, name: str) -> Decision:
+        """What happens to a tensor of the source."""
+        return self.decisions[name]
+
+    def stored_bytes(self, tensor: PlannedTensor) -> int:
+        """Exact bytes of one of ``planned``, scales and shapes included."""
+        return self.target.nbytes(tensor)
+
+    def __repr__(self) -> str:
+        """One line: V3's decisions would fill a thousand screens."""
+        return (
+            f"<OutputPlan {self.output.name} ({self.output.format}): {self.tensors:,} tensors, {self.nbytes:,} bytes, "
+            f"{self.bpw:.3f} bpw>"
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan:
+    """A conversion that nothing known speaks against. ``source_bytes``: stored bytes that will be read at least
+    once."""
+
+    recipe: Recipe
+    outputs: tuple[OutputPlan, ...]
+    source_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether some method follows the unquantised stream beside the quantised one: then hidden states exist
+        twice."""
+        methods = (decision.method for output in self.outputs for decision in output.decisions.values())
+        return self.recipe.propagate == "quantized" and any(m is not None and m.follows_original for m in methods)
+
+    def decision(self, name: str, output: int = 0) -> Decision:
+        """What happens to a tensor in one output."""
+        return self.outputs[output].decisions[name]
+
+    def __repr__(self) -> str:
+        return f"<Plan {', '.join(map(repr, self.outputs))}; {self.source_bytes:,} bytes to read>"
+
+
+def make_plan(
+    recipe: Recipe,
+    arch: ModelArch,
+    infos: Mapping[str, TensorInfo],
+    is_float8: IsFloat8,
+    block_size: tuple[int, int] = (128, 128),
+) -> Plan:
+    """Decide every tensor of every output. ``infos``: the decoded view of the source; ``is_float8``: whether a tensor
+    is stored as FP8, in blocks of ``block_size``.
+
+    Raises `PlanError` with every problem, one line each: tensors that are missing, unexpected or of the wrong shape;
+    tensors that no rule matches; rules that cannot do what they say; schemes that do not fit a shape; what the
+    output's format or runtime cannot load.
+    """
+    problems, warnings = Problems(), list[str]()
+    specs = tuple(arch.tensors())
+    _check_source(specs, infos, problems)
+    problems.raise_if_any()
+    blocks = Float8Scheme(block_size=block_size)
+    float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
+    outputs = tuple(
+        _plan_output(output, target_of(output, recipe, arch), recipe, infos, float8, problems, warnings)
+        for output in recipe.outputs
+    )
+    problems.raise_if_any()
+    source_bytes = sum(source_nbytes(infos[spec.name], float8.get(spec.name)) for spec in specs)
+    return Plan(recipe, outputs, source_bytes, tuple(warnings))
+
+
+def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:
+    """Stored bytes behind a decoded tensor: itself, or FP8 codes and their float32 block scales."""
+    if float8 is None:
+        return info.nbytes
+    rows, columns = float8.scale_shape(info.shape)
+    return info.numel + 4 * rows * columns
+
+
+def _check_source(specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: Problems) -> None:
+    """The source must hold the family's tensors, all of them and nothing else."""
+    known: set[str] = set()
+    for spec in specs:
+        known.add(spec.name)
+        info = infos.get(spec.name)
+        if info is None:
+            hint = _MTP_HINT if spec.role is Role.MTP else "Fetch the missing shards, or compare config.json."
+            problems.add("missing tensors", f"{spec.name}: missing from the source, needed {list(spec.shape)}.", hint)
+        elif info.shape != spec.shape:
+            problems.add(
+                "wrong shapes",
+                f"{spec.name}: found shape {list(info.shape)}, needed {list(spec.shape)} by config.json.",
+                "config.json belongs to another checkpoint.",
+            )
+        elif info.dtype not in FLOAT_DTYPES:
+            problems.add(
+                "wrong dtypes", f"{spec.name}: found dtype {info.dtype}, needed one of {', '.join(FLOAT_DTYPES)}."
+            )
+    for name in infos:
+        if name not in known:
+            problems.add(
+                "unexpected tensors",
+                f"{name}: found in the source, but this architecture has no such tensor.",
+                "If it is a whole extra layer, compare num_hidden_layers and num_nextn_predict_layers in config.json.",
+            )
+
+
+_MTP_HINT = 'A checkpoint without its MTP layer says so: set "num_nextn_predict_layers": 0 in config.json.'
+
+
+def _plan_output(
+    output: Output,
+    target: Target,
+    recipe: Recipe,
+    infos: Mapping[str, TensorInfo],
+    float8: Mapping[str, Float8Scheme],
+    problems: Problems,
+    warnings: list[str],
+) -> OutputPlan:
+    matchers = [rule.matcher() for rule in output.rules]
+    used = [False] * len(output.rules)
+    decide = Decider(output, target, recipe.calibration is not None, problems)
+    decisions: dict[str, Decision] = {}
+    for spec in target.specs:
+        if target.omits(spec):
+            dtype = infos[spec.official].dtype
+            decisions[spec.name] = Decision(spec, Action.DROP, 0, dtype, dtype)
+            continue
+        number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
+        rule = target.preset_rule(spec) if number is None else output.rules[number]
+        if rule is None:
+            where = f"output {output.name}: {spec.name} (role {spec.role.value})"
+            problems.add(
+                "tensors without a rule",
+                f"{where}: no rule matches it.",
+                'Add a last rule, e.g. {match: "*", keep: source}.',
+            )
+            continue
+        if number is not None:
+            used[number] = True
+        place = 0 if number is None else number + 1
+        decisions[spec.name] = decide(spec, place, rule, infos[spec.official].dtype, float8.get(spec.official))
+    for number, rule in enumerate(output.rules):
+        if not used[number]:
+            unused_rule(output, number + 1, rule, target, problems, warnings)
+    planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
+    if not problems.lines:
+        for line in target.problems(tuple(planned.values())):
+            problems.add("format problems", f"output {output.name}: {line}")
+    if problems.lines:
+        return OutputPlan(output, target, decisions, (), ())
+    warnings += [f"output {output.name}: {line}" for line in target.notes(tuple(planned.values()))]
+    return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
+
+
+def _planned(decision: Decision) -> PlannedTensor:
+    """The decision as the format sees it."""
+    spec, scheme = decision.spec, decision.scheme
+    info = TensorInfo(spec.name, spec.shape, decision.source_dtype)
+    keep_dtype = decision.dtype if scheme is None else None
+    return PlannedTensor(info, scheme, keep_dtype, spec)
+
+
+def _sizes(
+    target: Target, decisions: Mapping[str, Decision], planned: Mapping[str, PlannedTensor]
+) -> tuple[RoleSize, ...]:
+    """Exact bytes by role and treatment, in order of first appearance. Tensors of one shape and treatment are
+    measured once."""
+    measured: dict[tuple[object, ...], int] = {}
+    totals: dict[tuple[Role, str], list[int]] = {}
+    for name, decision in decisions.items():
+        spec, what = decision.spec, _what(decision)
+        key = (spec.shape, what, decision.scheme)
+        if key not in measured:
+            measured[key] = target.nbytes(planned[name]) if name in planned else 0
+        total = totals.setdefault((spec.role, what), [0, 0, 0])
+        total[0] += 1
+        total[1] += math.prod(spec.shape)
+        total[2] += measured[key]
+    return tuple(RoleSize(role, what, *total) for (role, what), total in totals.items())
+
+
+def _what(decision: Decision) -> str:
+    if decision.action is Action.DROP:
+        return "dropped"
+    if decision.scheme is None:
+        return decision.dtype.lower()
+    return describe(decision.scheme) + (f" {decision.method.kind}" if decision.method else "")

@@ -1,0 +1,345 @@
+"""A recipe: what is quantised how, with which text, into which outputs, and how good the result must be.
+
+Everything here is data: frozen models that refuse unknown keys and contradictions. `quantkit.plan.recipe_file`
+reads them from YAML; `quantkit.plan.plan` joins them with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, field_validator, model_validator
+from pydantic.config import JsonDict, JsonValue
+from pydantic_core import PydanticCustomError
+
+from quantkit.calibrate.dataset import Calibration
+from quantkit.quantizers import Method
+from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
+from quantkit.schemes import ChosenScheme
+from quantkit.schemes.ggml.types import BLOCK_TYPES
+from quantkit.tensors import Role, TensorSpec
+
+Keep = Literal["source", "bf16", "f16", "f32"]
+"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f16, f32: converted, decoded if
+it was FP8."""
+
+SIZE_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" (decimal), "20GiB" (binary) or "4096". Raises `ValueError` with what was found and what is
+    allowed."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    unit = SIZE_UNITS.get((found[2] or "B").upper()) if found else None
+    if found is None or unit is None:
+        raise ValueError(
+            f"found {text[:40]!r}, needed a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GiB"
+        )
+    size = round(float(found[1]) * unit)
+    if size < 1:
+        raise ValueError(f"found {text[:40]!r}, needed at least one byte")
+    return size
+
+
+def _with_type_names(schema: JsonDict) -> None:
+    """Tell editors that a scheme may be the name of a block type."""
+    cast("list[JsonValue]", schema["anyOf"]).insert(0, {"enum": list(BLOCK_TYPES)})
+
+
+class Rule(BaseModel, frozen=True, extra="forbid"):
+    """What happens to the tensors that ``match`` names. Of all rules of an output the first that matches a tensor
+    decides.
+
+    Exactly one of ``keep``, ``drop``, or ``scheme``, the last with or without a ``method`` of its own.
+    """
+
+    match: Annotated[str, StringConstraints(min_length=1, max_length=500)] = Field(
+        description='"role:expert|shared_expert", or a glob on the tensor name, "*.experts.*.down_proj.weight". '
+        "With a scheme, a role stands for its linears only; other tensors of the role go on to the next rule."
+    )
+    keep: Keep | None = Field(
+        None, description="Store unquantised: as the source does, or converted to bf16, f16 or f32."
+    )
+    drop: Literal[True] | None = Field(None, description="Leave the tensors out. Only MTP tensors can be dropped.")
+    scheme: ChosenScheme | None = Field(
+        None,
+        description="What the stored numbers mean. The name of a block type of ggml, such as Q4_K, stands for "
+        "{kind: ggml, type: Q4_K}.",
+        json_schema_extra=_with_type_names,
+    )
+    method: Method | None = Field(None, description="How the numbers are chosen; null: the output's method.")
+
+    @field_validator("match")
+    @classmethod
+    def _roles_exist(cls, match: str) -> str:
+        if match.startswith("role:"):
+            for name in match.removeprefix("role:").split("|"):
+                if name not in _ROLES:
+                    raise _fault(f"found role {name[:40]!r}, needed {_one_of(name, _ROLES)}")
+        elif "|" in match:
+            raise _fault(f"found {match[:60]!r}, needed role:a|b or one glob ('|' joins roles, not globs)")
+        return match
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _type_name(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value not in BLOCK_TYPES:
+            raise _fault(f"found {value[:40]!r}, needed a mapping, or {_one_of(value, tuple(BLOCK_TYPES))}")
+        return {"kind": "ggml", "type": value}
+
+    @model_validator(mode="after")
+    def _one_action(self) -> Rule:
+        given = [key for key in ("keep", "drop", "scheme", "method") if getattr(self, key) is not None]
+        if given not in (["keep"], ["drop"], ["scheme"], ["scheme", "method"]):
+            found = " and ".join(given) or "no action"
+            raise _fault(f"found {found}, needed exactly one of: keep, drop, or scheme (with or without method)")
+        return self
+
+    @property
+    def roles(self) -> frozenset[Role] | None:
+        """The roles of a ``role:`` rule, None for a glob."""
+        if not self.match.startswith("role:"):
+            return None
+        return frozenset(Role(name) for name in self.match.removeprefix("role:").split("|"))
+
+    def matcher(self) -> Callable[[TensorSpec], bool]:
+        """A test for tensors. Compiled once, because a plan asks it for each of V3's 46,000 tensors."""
+        roles = self.roles
+        if roles is None:
+            # The official name of a linear stands for its parts, too: rules move between outputs of different formats.
+            pattern = re.compile(fnmatch.translate(self.match))
+            return lambda t: any(pattern.match(name) for name in ((t.name, t.part_of) if t.part_of else (t.name,)))
+        if self.scheme is not None:
+            tables = self.scheme.kind == "ggml"
+            return lambda tensor: tensor.role in roles and (tensor.linear or (tables and tensor.table))
+        return lambda tensor: tensor.role in roles
+
+
+Rules = Annotated[tuple[Rule, ...], Field(max_length=1000)]
+
+
+class _Output(BaseModel, frozen=True, extra="forbid"):
+    """One checkpoint to be written."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = Field(
+        description="Names the output in reports, and its folder when the recipe has several outputs."
+    )
+    method: Method | None = Field(
+        None,
+        description="How numbers are chosen where a rule does not say; null: gptq with calibration text, else rtn. "
+        "Tensors that no calibration input reaches take rtn.",
+    )
+
+
+class CompressedTensorsOutput(_Output, frozen=True, extra="forbid"):
+    """A folder of safetensors that vLLM and transformers load."""
+
+    format: Literal["compressed-tensors"] = Field(description="Which bytes hold the result.")
+    rules: Annotated[Rules, Field(min_length=1)] = Field(
+        description="First match wins; together they must match every tensor of the checkpoint."
+    )
+    max_shard_size: str = Field(
+        "5GB", description="Largest shard file, as a number with unit (GB is decimal, GiB binary)."
+    )
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_size(cls, text: str) -> str:
+        return _checked_size(text)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """``max_shard_size`` in bytes."""
+        return parse_size(self.max_shard_size)
+
+
+class GgufOutput(_Output, frozen=True, extra="forbid"):
+    """A GGUF file that llama.cpp loads, whole or in splits, and the importance of its inputs beside it."""
+
+    format: Literal["gguf"] = Field(description="Which bytes hold the result.")
+    preset: str | None = Field(
+        None,
+        description="A mix of block types by the name that llama-quantize gives it, for what no rule matches.",
+        json_schema_extra={"anyOf": [{"enum": list(FILE_TYPES)}, {"type": "null"}]},
+    )
+    rules: Rules = Field((), description="First match wins; without a preset they must match every tensor.")
+    mtp: Literal["drop", "keep"] = Field(
+        "drop", description="drop: leave the MTP layer out; keep: rules and preset say how it is stored."
+    )
+    split_max_size: str | None = Field(
+        None, description="Largest file, as a number with unit (GB is decimal, GiB binary); null: one file."
+    )
+    pre: str | None = Field(
+        None, max_length=80, description="llama.cpp's name of the pre-tokenizer; null: recognised by tokenizer.json."
+    )
+    imatrix: bool = Field(True, description="With calibration text: write imatrix.gguf beside the model.")
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_exists(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in FILE_TYPES:
+            raise _fault(f"found {preset[:40]!r}, needed {_one_of(preset, tuple(FILE_TYPES))}")
+        return preset
+
+    @field_validator("split_max_size")
+    @classmethod
+    def _is_size(cls, text: str | None) -> str | None:
+        return None if text is None else _checked_size(text)
+
+    @model_validator(mode="after")
+    def _says_what(self) -> GgufOutput:
+        if self.preset is None and not self.rules:
+            raise _fault("found neither preset nor rules, needed one of them, or both")
+        return self
+
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """``split_max_size`` in bytes."""
+        return None if self.split_max_size is None else parse_size(self.split_max_size)
+
+
+Output = Annotated[CompressedTensorsOutput | GgufOutput, Field(discriminator="format")]
+
+
+def _checked_size(text: str) -> str:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise _fault(str(error)) from None
+    if size < 2**20:
+        raise _fault(f"found {text!r}, needed at least 1MiB")
+    return text
+
+
+class Validation(BaseModel, frozen=True, extra="forbid"):
+    """Perplexity and KL divergence of each output against the reference forward pass of the source, with limits."""
+
+    text: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="`builtin:NAME`, files and globs of .txt, .jsonl, .parquet; relative to the recipe's folder."
+    )
+    context: int = Field(512, ge=2, le=2**20, strict=True, description="Tokens of a window.")
+    max_windows_per_file: int | None = Field(
+        None, ge=1, strict=True, description="At most this many windows of each file, evenly spread; null: all."
+    )
+    max_perplexity_increase: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description='Largest growth of perplexity, as "2%" or 0.02; null: no limit.',
+        json_schema_extra={"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}, {"type": "null"}]},
+    )
+    max_mean_kl: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Largest mean KL divergence in nats per token; null: no limit."
+    )
+
+    @field_validator("max_perplexity_increase", mode="before")
+    @classmethod
+    def _percent(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", value, re.ASCII)
+        if found is None:
+            raise _fault(f'found {value[:40]!r}, needed a percentage such as "2%" or a fraction such as 0.02')
+        return float(found[1]) / 100
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """A conversion, whole. The same recipe on the same checkpoint gives the same bytes."""
+
+    version: Literal[1] = Field(description="Version of the recipe's format.")
+    description: str = Field("", max_length=2000, description="One line for people.")
+    calibration: Calibration | None = Field(None, description="Text that the methods learn from; null: data-free.")
+    imatrix: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = Field(
+        None,
+        description="An imatrix file of llama.cpp for this model, in place of calibration text; relative to the "
+        "recipe's folder.",
+    )
+    propagate: Literal["quantized", "original"] = Field(
+        "quantized", description="Whose weights carry the hidden states to the next layer (of the first output)."
+    )
+    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=32)] = Field(
+        description="Checkpoints to write in one pass."
+    )
+    validation: Validation | None = Field(None, description="Checked at the end of the conversion; null: not checked.")
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @classmethod
+    def from_yaml(cls, path_or_name: Path | str) -> Recipe:
+        """The recipe of a YAML file, or a shipped one by name. Raises `RecipeError`: for each fault a line with file,
+        line, key, what was found and what is needed."""
+        from quantkit.plan.recipe_file import load_recipe
+
+        return load_recipe(path_or_name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], folder: Path | str = ".") -> Recipe:
+        """The recipe in plain values, as a YAML file has them. ``folder``: where its relative paths count from. Raises
+        `RecipeError` with a line for each fault."""
+        from quantkit.plan.recipe_file import recipe_of
+
+        return recipe_of(values).within(folder)
+
+    @staticmethod
+    def shipped() -> tuple[str, ...]:
+        """Names of the recipes that come with quantkit."""
+        from quantkit.plan.recipe_file import shipped_recipes
+
+        return tuple(path.stem for path in shipped_recipes())
+
+    @property
+    def folder(self) -> Path:
+        """Where relative names of texts and imatrix files count from: the folder of the file that it was read from,
+        else the current one. No part of the recipe's content."""
+        return self._folder
+
+    def within(self, folder: Path | str) -> Recipe:
+        """The same recipe, relative to another folder."""
+        moved = self.model_copy()
+        moved._folder = Path(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        return moved
+
+    @field_validator("outputs")
+    @classmethod
+    def _names_differ(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+        # Folded, because OUT/A and OUT/a are one folder on some file systems.
+        names = [output.name.casefold() for output in outputs]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise _fault(f"found two outputs named {outputs[place].name!r}, needed different names")
+        return outputs
+
+    @model_validator(mode="after")
+    def _one_source_of_importance(self) -> Recipe:
+        if self.calibration is not None and self.imatrix is not None:
+            raise _fault("found calibration and imatrix, needed one of them (or neither)")
+        return self
+
+
+_ROLES = tuple(role.value for role in Role)
+
+
+def nearest(word: str, known: tuple[str, ...]) -> str | None:
+    """The known word that ``word`` was probably meant to be, whatever its case."""
+    folded = {name.casefold(): name for name in known}
+    found = difflib.get_close_matches(word.casefold(), tuple(folded), n=1, cutoff=0.5)
+    return folded[found[0]] if found else None
+
+
+def _one_of(word: str, known: tuple[str, ...]) -> str:
+    guess = nearest(word, known)
+    return f"one of {', '.join(known)}" + (f" (did you mean {guess}?)" if guess else "")
+
+
+def _fault(text: str) -> PydanticCustomError:
+    """A complete "found X, needed Y", which the loader prints as it stands."""
+    return PydanticCustomError("recipe", "{text}", {"text": text})

@@ -1,0 +1,356 @@
+"""Recipe files: YAML text -> `Recipe`, every fault with file, line, key, what was found and what is allowed.
+
+The YAML is composed into nodes first, because only nodes know their lines. A hostile file cannot cost much: size,
+depth and aliases are bounded before anything is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from quantkit.calibrate.dataset import Calibration
+from quantkit.errors import RecipeError
+from quantkit.plan.recipe import CompressedTensorsOutput, GgufOutput, Recipe, Rule, Validation, nearest
+from quantkit.quantizers import Gptq, Rtn
+from quantkit.schemes import GgmlScheme, IntScheme
+from quantkit.tensors import Role
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 20
+MAX_FAULTS = 20
+"""Lines printed for one file; more are counted."""
+
+Loc = tuple[int | str, ...]
+
+
+def load_recipe(path_or_name: str | Path) -> Recipe:
+    """The recipe of a YAML file, or a shipped one by name. `RecipeError` holds one line for each fault of the file."""
+    path = recipe_path(path_or_name)
+    return parse_recipe(_read(path), _shown(path)).within(path.parent)
+
+
+def recipe_path(path_or_name: str | Path) -> Path:
+    """The file meant by a path or by the name of a shipped recipe. Its folder is where relative text files are looked
+    for."""
+    path = Path(path_or_name)
+    # A folder may well be named like a recipe: the output that it made last time.
+    if path.suffix in (".yaml", ".yml") or path.is_file() or len(path.parts) != 1:
+        return path
+    shipped = {file.stem: file for file in shipped_recipes()}
+    if path.name in shipped:
+        return shipped[path.name]
+    guess = nearest(path.name, tuple(shipped))
+    raise RecipeError(
+        f"recipe {str(path_or_name)[:80]!r}: found neither a file nor a shipped recipe of that name.",
+        hint=f"Did you mean {guess}?" if guess else f"Shipped: {', '.join(shipped) or 'none'}.",
+    )
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipe files that come with quantkit, by name: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "data" / "recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return sorted(folder.glob("*.yaml"))
+    return []
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of recipe files, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def parse_recipe(text: str, shown: str) -> Recipe:
+    """The recipe in YAML ``text``; ``shown`` is the file's name in messages."""
+    node = _compose(text, shown)
+    document = _Document(shown, node)
+    value = document.value()
+    if not isinstance(value, dict):
+        raise RecipeError(
+            f"{shown}:{_line(node)}: found {_kind(value)}, needed a mapping with the keys {_keys(Recipe)}."
+        )
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        faults = [document.fault(detail) for detail in _details(error)]
+        faults.sort(key=lambda fault: fault[0])
+        raise _all_faults([text for _, text in faults]) from None
+
+
+def recipe_of(values: Mapping[str, object]) -> Recipe:
+    """The recipe in plain values, checked as a file is; faults are told by their keys alone."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _all_faults([_plain_fault(values, detail) for detail in _details(error)]) from None
+
+
+def _details(error: ValidationError) -> list[ErrorDetails]:
+    # A list whose entries are faulty is also reported as empty: that says nothing new.
+    found = error.errors(include_url=False)
+    return [detail for detail in found if detail["type"] != "too_short" or not detail["input"]]
+
+
+def _plain_fault(values: object, detail: ErrorDetails) -> str:
+    """One pydantic error by the keys that ``values`` has: its loc also holds union tags, which no key carries."""
+    path: list[int | str] = []
+    loc = detail["loc"]
+    for place, part in enumerate(loc):
+        if isinstance(values, Mapping) and part in values:
+            values = cast("Mapping[object, object]", values)[part]
+        elif isinstance(values, list | tuple) and isinstance(part, int):
+            values = cast("Sequence[object]", values)[part]
+        elif place < len(loc) - 1 or part in _TAGS:
+            continue
+        path.append(part)
+    return f"{_dotted(tuple(path)) or 'recipe'}: {_found_needed(detail, tuple(path))}."
+
+
+def _all_faults(lines: list[str]) -> RecipeError:
+    lines = list(dict.fromkeys(lines))
+    if len(lines) > MAX_FAULTS:
+        lines[MAX_FAULTS:] = [f"... and {len(lines) - MAX_FAULTS} more faults."]
+    return RecipeError(
+        "\n".join(lines),
+        hint="See docs/reference/recipe.md, or let your editor complete the file from docs/recipe.schema.json.",
+    )
+
+
+def _read(path: Path) -> str:
+    shown = _shown(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{shown}: no such file.", hint="`quantkit recipes list` names the shipped recipes."
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{shown}: cannot be read ({error.strerror}).") from None
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"{shown}: found more than {MAX_BYTES:,} bytes, needed a recipe (a YAML file of a few kB).")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{shown}:{line}: found bytes that are not UTF-8, needed UTF-8 text.") from None
+
+
+def _compose(text: str, shown: str) -> yaml.Node:
+    """The node tree of one YAML document without aliases, tags of its own, or deep nesting."""
+    depth = 0
+    try:
+        # The event stream is walked iteratively, so that nesting is known before the recursive composer runs.
+        for event in yaml.parse(text, yaml.SafeLoader):
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise RecipeError(
+                    f"{shown}:{line}: found a YAML anchor or alias, needed the value itself.", hint=_QUOTE
+                )
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > MAX_DEPTH:
+                    raise RecipeError(f"{shown}:{line}: found more than {MAX_DEPTH} nested levels, needed a recipe.")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+        node = cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(
+            f"{shown}:{mark.line + 1 if mark else 1}: is not sound YAML: {error.problem or error.context}."
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{shown}:1: is not sound YAML: {str(error).splitlines()[0]}.") from None
+    if node is None:
+        raise RecipeError(f"{shown}:1: found an empty file, needed a mapping with the keys {_keys(Recipe)}.")
+    return node
+
+
+_QUOTE = "A glob that begins with * must stand in quotes."
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """A composed recipe: its plain value, and the line of each key."""
+
+    shown: str
+    root: yaml.Node
+
+    def value(self) -> object:
+        """Dicts, lists and scalars as `yaml.safe_load` gives them; `RecipeError` for duplicate keys and keys that are
+        no text."""
+        duplicates = [fault for _, fault in sorted(self._duplicates(self.root, ()))]
+        if duplicates:
+            raise _all_faults(duplicates)
+        loader = yaml.SafeLoader("")
+        try:
+            return cast("object", loader.construct_document(self.root))
+        except (yaml.MarkedYAMLError, ValueError, OverflowError) as error:
+            mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+            problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+            raise RecipeError(f"{self.shown}:{mark.line + 1 if mark else 1}: is not sound YAML: {problem}.") from None
+        finally:
+            loader.dispose()
+
+    def _duplicates(self, node: yaml.Node, path: Loc) -> Iterator[tuple[int, str]]:
+        if isinstance(node, yaml.SequenceNode):
+            for place, item in enumerate(node.value):
+                yield from self._duplicates(item, (*path, place))
+        elif isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, item in node.value:
+                line = _line(key)
+                where = f"{self.shown}:{line}: "
+                if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                    yield line, f"{where}{_dotted(path) or 'recipe'}: found a key that is not text, needed a name."
+                    continue
+                name = str(key.value)
+                if name in seen:
+                    first = seen[name]
+                    yield (
+                        line,
+                        f"{where}{_dotted((*path, name))}: found the key twice (also line {first}), needed it once.",
+                    )
+                seen.setdefault(name, line)
+                yield from self._duplicates(item, (*path, name))
+
+    def fault(self, detail: ErrorDetails) -> tuple[int, str]:
+        """Line number and full text of one pydantic error."""
+        path, line = self._resolve(detail["loc"])
+        key = _dotted(path) or "recipe"
+        return line, f"{self.shown}:{line}: {key}: {_found_needed(detail, path)}."
+
+    def _resolve(self, loc: Loc) -> tuple[Loc, int]:
+        """The path that exists in the file, and its line. Pydantic's loc also holds union tags ("gptq"), which no key
+        carries."""
+        node, line = self.root, _line(self.root)
+        path: list[int | str] = []
+        for place, part in enumerate(loc):
+            if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                node = node.value[part]
+                line = _line(node)
+                path.append(part)
+            elif isinstance(node, yaml.MappingNode):
+                pair = next(((key, item) for key, item in node.value if key.value == part), None)
+                if pair is not None:
+                    line, node = _line(pair[0]), pair[1]
+                    path.append(part)
+                elif place == len(loc) - 1 and part not in _TAGS:
+                    path.append(part)  # a missing key: the line of the mapping it is missing from
+        return tuple(path), line
+
+
+_METHODS: dict[str, type[BaseModel]] = {"rtn": Rtn, "gptq": Gptq}
+_SCHEMES: dict[str, type[BaseModel]] = {"int": IntScheme, "ggml": GgmlScheme}
+_OUTPUTS: dict[str, type[BaseModel]] = {"compressed-tensors": CompressedTensorsOutput, "gguf": GgufOutput}
+_UNIONS = {"method": _METHODS, "scheme": _SCHEMES, "outputs": _OUTPUTS}
+_TAGS = {*_METHODS, *_SCHEMES, *_OUTPUTS}
+_MODELS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "calibration": Calibration,
+    "rules": Rule,
+    "validation": Validation,
+}
+
+
+def _found_needed(detail: ErrorDetails, path: Loc) -> str:
+    """``found X, needed Y`` for one pydantic error."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    found = f"found {_value(detail['input'])}"
+    if kind == "recipe":
+        return detail["msg"]
+    if kind == "missing":
+        return "found nothing, needed this key"
+    if kind == "extra_forbidden":
+        known = _known_keys(path[:-1], detail["loc"])
+        guess = nearest(str(path[-1]), known)
+        return (
+            "found an unknown key, needed "
+            + (f"{guess} " if guess else "a known one ")
+            + f"(allowed: {', '.join(known)})"
+        )
+    if kind in ("literal_error", "enum"):
+        return f"{found}, needed one of the allowed values {_allowed(context['expected'], detail['input'])}"
+    if kind == "union_tag_invalid":
+        allowed = _allowed(context["expected_tags"], context["tag"])
+        return f"found {_value(context['tag'])}, needed one of the allowed values {allowed}"
+    if kind == "union_tag_not_found":
+        members = _UNIONS.get(next((part for part in reversed(path) if isinstance(part, str)), ""), _METHODS)
+        return f"found no key {context['discriminator']}, needed it (allowed: {', '.join(map(repr, members))})"
+    if kind in _NEEDED:
+        return f"{found}, needed {_NEEDED[kind]}"
+    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{found}, needed {message[:1].lower()}{message[1:]}"
+
+
+def _allowed(expected: str, found: object) -> str:
+    """pydantic's list of quoted values, and which of them may be meant."""
+    guess = nearest(found, tuple(re.findall(r"'([^']+)'", expected))) if isinstance(found, str) else None
+    return f"(allowed: {expected})" + (f" (did you mean {guess}?)" if guess else "")
+
+
+_NEEDED = {
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "too_short": "at least one entry",
+    "string_type": "text",
+    "int_type": "a whole number",
+}
+
+
+def _known_keys(parent: Loc, loc: Loc) -> tuple[str, ...]:
+    """Keys that the mapping at ``parent`` may hold."""
+    name = next((part for part in reversed(parent) if isinstance(part, str)), "")
+    if name in _UNIONS:
+        # The tag of the union's member stands in loc, which may hold tags of outer unions too: the last one counts.
+        tags = [str(part) for part in loc if part in _UNIONS[name]]
+        return tuple(_UNIONS[name][tags[-1] if tags else next(iter(_UNIONS[name]))].model_fields)
+    return tuple(_MODELS[name].model_fields) if name in _MODELS else tuple(role.value for role in Role)
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)
+
+
+def _dotted(path: Loc) -> str:
+    """outputs[0].rules[2].scheme"""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_value(part, bare=True)}" for part in path)
+    return text.removeprefix(".")
+
+
+def _value(value: object, *, bare: bool = False) -> str:
+    """A value as a message shows it: short, on one line."""
+    if isinstance(value, dict | list | tuple):
+        return _kind(cast("object", value))
+    if value is None:
+        return "null"
+    shown = str(value) if bare else repr(value)
+    shown = shown if shown.isprintable() else ascii(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    return _value(value)
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _shown(path: Path) -> str:
+    shown = str(path)
+    return shown if shown.isprintable() else ascii(shown)

@@ -1,0 +1,227 @@
+"""GGUF as a `Target`: llama.cpp's names, kv_b_proj in its two parts, experts stacked, types by preset or rules, and
+imatrix.gguf beside the model."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit.arch.base import ModelArch
+from quantkit.arch.parts import in_parts
+from quantkit.errors import ConfigError, SchemeError
+from quantkit.formats.gguf import sink
+from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
+from quantkit.formats.gguf.layout import layout_gguf
+from quantkit.formats.gguf.values import Value, boolean, f32, string, u32
+from quantkit.formats.planned import PlannedTensor
+from quantkit.plan.recipe import GgufOutput, Recipe, Rule
+from quantkit.runtimes.llama_cpp import presets
+from quantkit.schemes import ChosenScheme, GgmlScheme, describe
+from quantkit.schemes.ggml.types import BLOCK_TYPES
+from quantkit.tensors import Role, TensorSpec
+
+if TYPE_CHECKING:
+    from quantkit.formats.gguf.source import GgufSource
+
+QUANTIZATION_VERSION = 2
+"""GGML_QNT_VERSION: of the block layouts."""
+MAX_STEM = 128
+"""Characters of a folder's name that file names begin with: file systems allow 255 in all."""
+
+
+class GgufTarget:
+    """A `Target`."""
+
+    label: str = "gguf"
+
+    def __init__(self, output: GgufOutput, recipe: Recipe, arch: ModelArch) -> None:
+        self._output = output
+        self._recipe = recipe
+        self._arch = arch
+        self._model = arch.gguf()
+        self.specs: tuple[TensorSpec, ...] = in_parts(arch)
+        self._fallbacks: Counter[tuple[str, str, str]] = Counter()
+
+    def omits(self, spec: TensorSpec) -> bool:
+        """The MTP layer, unless it is asked for: globs such as ``*.down_proj.weight`` would keep a part of it."""
+        return self._output.mtp == "drop" and spec.role is Role.MTP
+
+    @property
+    def companion_bytes(self) -> int:
+        """Of imatrix.gguf."""
+        calibrated = self._recipe.calibration is not None and self._output.imatrix
+        return sum(tensor.nbytes for entry in self._importance_entries() for tensor in entry.tensors()) * calibrated
+
+    def preset_rule(self, spec: TensorSpec) -> Rule | None:
+        """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one."""
+        if self._output.preset is None:
+            return None
+        name, place = self._model.stored_name(spec.name)
+        shape = spec.shape if place is None else (self._n_experts, *spec.shape)
+        kind = presets.preset_type(
+            self._output.preset,
+            name,
+            shape,
+            layer=spec.layer,
+            n_layers=self._n_layers,
+            n_experts=self._n_experts,
+            importance=self._recipe.calibration is not None or self._recipe.imatrix is not None,
+            tied=self._arch.lm_head == self._arch.embed,
+        )
+        return _rule_of(kind or "F32")
+
+    def fitting(self, spec: TensorSpec, scheme: ChosenScheme) -> ChosenScheme:
+        """The type itself, or the one that llama-quantize takes where rows are no whole blocks of it."""
+        if not isinstance(scheme, GgmlScheme):
+            raise SchemeError(
+                f"{spec.name}: GGUF cannot store {describe(scheme)}.", hint="Take a block type, such as scheme: Q4_K."
+            )
+        kind = presets.fitting_type(scheme.type, spec.shape[-1])
+        if kind == scheme.type or kind not in BLOCK_TYPES:
+            return scheme
+        self._fallbacks[self._model.stored_name(spec.name)[0].split(".", 2)[-1], scheme.type, kind] += 1
+        return GgmlScheme.model_validate({"type": kind})
+
+    def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:
+        """Vectors and routers are float32 in every GGUF file: llama.cpp computes with them so."""
+        return dtype if presets.is_quantised(self._model.stored_name(spec.name)[0], spec.shape) else "F32"
+
+    def nbytes(self, tensor: PlannedTensor) -> int:
+        """Blocks, or the tensor itself."""
+        return sink.nbytes_of(tensor)
+
+    def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
+        """See `sink.problems`; and what of the model llama.cpp cannot run."""
+        lines = sink.problems(tensors, self._model.stored_name)
+        mtp = self._mtp_stored(tensors)
+        try:
+            self._model.key_values(mtp=mtp)
+        except ConfigError as error:
+            lines.append(f"{error.message} {error.hint}".rstrip())
+        missing = sum(spec.role is Role.MTP for spec in self.specs) - sum(t.role is Role.MTP for t in tensors)
+        if mtp and missing:
+            lines.append(f"the MTP layer lacks {missing} of its tensors: keep all of them, or drop all.")
+        return lines
+
+    def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
+        """Types that were replaced because rows are too short, and what llama.cpp computes otherwise."""
+        replaced = [
+            f"{name}: {kind} for {wanted} ({count} times): rows are no whole blocks. llama-quantize does so too."
+            for (name, wanted, kind), count in self._fallbacks.items()
+        ]
+        return [*replaced, *self._model.differences()]
+
+    def check_source(self, source: Path) -> None:
+        """Raise `SourceError` for a tokenizer that llama.cpp does not know."""
+        from quantkit.formats.gguf.vocabulary import vocabulary
+
+        vocabulary(source, self._arch.vocab_size, pre=self._output.pre)
+
+    def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> sink.GgufSink:
+        """See `GgufSink.open`."""
+        from quantkit.formats.preallocated import combined
+
+        layout = layout_gguf(
+            self.stem(source),
+            self._key_values(source, tensors),
+            sink.stacked_tensors(tensors, self._model.stored_name),
+            self._output.max_shard_bytes,
+        )
+        importance: dict[str, ImatrixEntry] = {}
+        calibration = self._recipe.calibration
+        if calibration is not None and self._output.imatrix:
+            entries = self._importance_entries()
+            chunks = -(-calibration.tokens // calibration.sequence_length)
+            layout = combined(layout, imatrix_layout(entries, calibration.data, chunks, calibration.sequence_length))
+            importance = {entry.name: entry for entry in entries}
+        return sink.GgufSink.open(directory, layout, tensors, self._model.stored_name, importance)
+
+    def write_side_files(
+        self, directory: Path, source: Path, config: Mapping[str, object], tensors: Sequence[PlannedTensor], mtp: bool
+    ) -> None:
+        """The licence: all else is inside the file."""
+        from quantkit.formats.bundle import LICENCE_FILES, copy_side_files
+
+        copy_side_files(source, directory, LICENCE_FILES)
+
+    def open_written(self, directory: Path) -> GgufSource:
+        """See `GgufSource`."""
+        from quantkit.formats.gguf.source import GgufSource
+
+        names = {spec.name: self._model.stored_name(spec.name) for spec in self.specs}
+        return GgufSource(directory, names, tuple(self._arch.parts().values()))
+
+    def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
+        """llama.cpp's server on the first file."""
+        stored = sink.stacked_tensors(tensors, self._model.stored_name)
+        first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
+        return (f"llama-server -m {first if folder == '.' else f'{folder}/{first}'}",)
+
+    def stem(self, source: Path) -> str:
+        """The file's name without its ending: the checkpoint's folder and the output."""
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name)[:MAX_STEM].strip("-.") or "model"
+        return f"{name}-{self._output.name}"
+
+    @cached_property
+    def _n_experts(self) -> int:
+        experts = [spec.expert for spec in self.specs if spec.expert is not None]
+        return max(experts) + 1 if experts else 0
+
+    @cached_property
+    def _n_layers(self) -> int:
+        """Layers that the file will have, which llama-quantize's mixes count in."""
+        mtp = {spec.layer for spec in self.specs if spec.role is Role.MTP}
+        return self._arch.n_layers + (len(mtp) if self._output.mtp == "keep" else 0)
+
+    def _mtp_stored(self, tensors: Sequence[PlannedTensor]) -> bool:
+        return any(tensor.role is Role.MTP for tensor in tensors)
+
+    def _key_values(self, source: Path, tensors: Sequence[PlannedTensor]) -> dict[str, Value]:
+        from quantkit.formats.gguf.vocabulary import vocabulary
+
+        model = self._model.key_values(mtp=self._mtp_stored(tensors))
+        return {
+            **{key: _value(value) for key, value in model.items()},
+            "general.name": string(source.resolve().name),
+            "general.file_type": u32(self._file_type(tensors)),
+            "general.quantization_version": u32(QUANTIZATION_VERSION),
+            **vocabulary(source, self._arch.vocab_size, pre=self._output.pre),
+        }
+
+    def _file_type(self, tensors: Sequence[PlannedTensor]) -> int:
+        """llama_ftype: of the preset, or of the type that holds most weights. It is shown, nothing depends on it."""
+        if self._output.preset is not None:
+            return presets.FILE_TYPES[self._output.preset]
+        weights = sink.kinds_by_weights(tensors)
+        most = max(weights, key=lambda kind: weights[kind])
+        return next((p.file_type for p in presets.PRESETS.values() if p.default == most), presets.FILE_TYPES["F32"])
+
+    def _importance_entries(self) -> list[ImatrixEntry]:
+        """One for each tensor that calibration inputs reach."""
+        entries: dict[str, ImatrixEntry] = {}
+        for spec in self.specs:
+            if spec.linear and spec.role is not Role.MTP:
+                name, place = self._model.stored_name(spec.name)
+                heads = spec.shape[0] if len(spec.shape) == 3 else 1
+                count = heads if place is None else self._n_experts
+                entries.setdefault(name, ImatrixEntry(name, count, spec.shape[-1], experts=place is not None))
+        return list(entries.values())
+
+
+@lru_cache(maxsize=64)
+def _rule_of(kind: str) -> Rule:
+    if kind in ("F32", "F16", "BF16"):
+        return Rule.model_validate({"match": "*", "keep": kind.lower()})
+    return Rule.model_validate({"match": "*", "scheme": kind})
+
+
+def _value(value: int | float | bool | str) -> Value:
+    if isinstance(value, bool):
+        return boolean(value)
+    if isinstance(value, int):
+        return u32(value)
+    return f32(value) if isinstance(value, float) else string(value)

@@ -1,0 +1,139 @@
+"""The formats that a recipe's outputs may have, each as one `Target`: what a plan, a walk and a validation ask of it.
+
+A new format is one file with a class like these, one member of `recipe.Output`, and one line in `target_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from quantkit.arch.base import ModelArch
+from quantkit.formats.planned import PlannedTensor
+from quantkit.plan.recipe import GgufOutput, Output, Recipe, Rule
+from quantkit.schemes import ChosenScheme
+from quantkit.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.schemes import QuantizedTensor
+    from quantkit.tensors import RowSource
+
+
+class Sink(Protocol):
+    """A checkpoint being written: every tensor at an offset known before the work began, in any order, as often as need
+    be. `write` may run in one thread while `write_importance` runs in another."""
+
+    @property
+    def fresh(self) -> bool:
+        """True if the files were created just now: a journal that says tensors are written is then not theirs."""
+        ...
+
+    def write(self, tensor: QuantizedTensor, start_row: int = 0) -> None:
+        """Store a quantised linear, or its rows from ``start_row`` on. Raises `SchemeError` for a scale that is not
+        finite, `OutputError` for a full disk."""
+        ...
+
+    def write_kept(self, name: str, start_row: int, tensor: Tensor) -> None:
+        """Store rows of a kept tensor, cast to its planned dtype."""
+        ...
+
+    def wants_importance(self, name: str) -> bool:
+        """Whether `write_importance` keeps what it is given of this linear."""
+        ...
+
+    def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
+        """What calibration found out about a linear's inputs: importance (B, in) float32, B = 1 or the heads."""
+        ...
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        ...
+
+    def finish(self) -> dict[str, str]:
+        """Complete the files -> file name -> sha256 (hex)."""
+        ...
+
+    def close(self) -> None:
+        """Give descriptors back without finishing: an interrupted job."""
+        ...
+
+
+class Target(Protocol):
+    """One output of a recipe, joined with the model. Nothing before `open_sink` loads torch or touches a file."""
+
+    label: str
+    """What the format is called."""
+    specs: tuple[TensorSpec, ...]
+    """What it stores, in official order: the source's tensors, or parts of them."""
+
+    def omits(self, spec: TensorSpec) -> bool:
+        """Whether an option of the output leaves a tensor out, whatever its rules say."""
+        ...
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of large files beside the weights."""
+        ...
+
+    def preset_rule(self, spec: TensorSpec) -> Rule | None:
+        """What a preset says of a tensor that no rule matched."""
+        ...
+
+    def fitting(self, spec: TensorSpec, scheme: ChosenScheme) -> ChosenScheme:
+        """The scheme itself, or what the format's own tools take where a shape does not fit it. Raises `SchemeError`
+        if the format cannot store it for this tensor."""
+        ...
+
+    def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:
+        """The dtype that a kept tensor really gets."""
+        ...
+
+    def nbytes(self, tensor: PlannedTensor) -> int:
+        """Exact bytes of a tensor's data."""
+        ...
+
+    def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
+        """One line for each fault that makes the output unloadable or wrong."""
+        ...
+
+    def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
+        """One line for each runtime that will not take it, or takes it otherwise than asked."""
+        ...
+
+    def check_source(self, source: Path) -> None:
+        """Raise `SourceError` for files beside the weights, in folder ``source``, that the format cannot take over."""
+        ...
+
+    def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> Sink:
+        """Create the files in full size, or take up those of an interrupted job. ``source``: the checkpoint's folder,
+        for its tokenizer. Raises `OutputError`, and `SourceError` for side files that the format cannot hold."""
+        ...
+
+    def write_side_files(
+        self, directory: Path, source: Path, config: Mapping[str, object], tensors: Sequence[PlannedTensor], mtp: bool
+    ) -> None:
+        """Config, tokenizer, licence: what a runtime expects beside the weights. ``mtp``: MTP layers are stored."""
+        ...
+
+    def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
+        """Shell lines that serve the output in ``folder``, which is quoted where need be; the model card's are run
+        inside it."""
+        ...
+
+    def open_written(self, directory: Path) -> AbstractContextManager[RowSource]:
+        """What was written, decoded, by official names."""
+        ...
+
+
+def target_of(output: Output, recipe: Recipe, arch: ModelArch) -> Target:
+    """The target of one output."""
+    from quantkit.plan.target_compressed_tensors import CompressedTensorsTarget
+    from quantkit.plan.target_gguf import GgufTarget
+
+    if isinstance(output, GgufOutput):
+        return GgufTarget(output, recipe, arch)
+    return CompressedTensorsTarget(output, arch)

@@ -1,0 +1,1 @@
+"""The error feedback of GPTQ, written as LDLQ."""

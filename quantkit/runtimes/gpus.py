@@ -1,0 +1,115 @@
+"""GPUs that a checkpoint is to be served on, and what every runtime's memory depends on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from quantkit.errors import PlanError
+from quantkit.formats.planned import PlannedTensor
+
+GIB = 2**30
+KNOWN_GPUS_GIB = {"A100-40GB": 39.4, "A100-80GB": 79.2, "H100-80GB": 79.1, "H200-141GB": 139.8, "B200-180GB": 178.3}
+"""Memory that CUDA reports. Others count as 98 % of the GiB in their name."""
+
+
+class SizedOutput(Protocol):
+    """A planned checkpoint."""
+
+    @property
+    def planned(self) -> Sequence[PlannedTensor]:
+        """Its tensors, in official order, each with the family's spec."""
+        ...
+
+    def stored_bytes(self, tensor: PlannedTensor) -> int:
+        """Exact bytes of one of them, scales and shapes included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """``count`` GPUs of ``total_bytes`` usable memory each."""
+
+    count: int
+    name: str
+    total_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.name}"
+
+
+def parse_gpus(text: str) -> Gpus:
+    """ "5xA100-80GB" -> `Gpus`; a model that comes in one size only needs none ("8xH100"). Raises `ValueError` with
+    what was found and needed."""
+    found = re.fullmatch(r"([1-9]\d{0,2})x([A-Za-z][A-Za-z0-9]*)(?:-([1-9]\d{0,3})GB)?", text.strip(), re.ASCII)
+    sizes = [] if not found or found[3] else [n for n in KNOWN_GPUS_GIB if n.startswith(f"{found[2].upper()}-")]
+    if not found or not (found[3] or len(sizes) == 1):
+        needed = " or ".join(f"{found[1]}x{name}" for name in sizes) if found and sizes else ""
+        raise ValueError(f"found {text[:40]!r}, needed {needed or 'COUNTxNAME-SIZEGB such as 5xA100-80GB'}")
+    name = sizes[0] if sizes else f"{found[2]}-{found[3]}GB"
+    gib = KNOWN_GPUS_GIB.get(name.upper()) or 0.98 * int(found[3])
+    return Gpus(int(found[1]), name, round(gib * GIB))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Entries of config.json that a runtime's memory depends on."""
+
+    heads: int
+    hidden: int
+    moe_width: int
+    top_k: int
+    kv_rank: int
+    rope_dim: int
+    vocab: int
+    max_positions: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, object], context: int) -> ModelFacts:
+        """Raises `PlanError` if one is missing, or if the model is not made for ``context`` tokens."""
+        keys = ("num_attention_heads", "hidden_size", "moe_intermediate_size", "num_experts_per_tok", "kv_lora_rank")
+        keys += ("qk_rope_head_dim", "vocab_size", "max_position_embeddings")
+        values = [config.get(key) for key in keys]
+        lacking = [key for key, value in zip(keys, values, strict=True) if not isinstance(value, int)]
+        if lacking:
+            raise PlanError(f"config.json: lacks {', '.join(lacking)}, needed for --gpus.")
+        facts = cls(*(value for value in values if isinstance(value, int)))
+        if context > facts.max_positions:
+            raise PlanError(
+                f"--context {context:,}: the model is made for at most {facts.max_positions:,} tokens.",
+                hint=f"Give --context {facts.max_positions} or less.",
+            )
+        return facts
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one layer: the latent and the rotated key, in 16 bits."""
+        return (self.kv_rank + self.rope_dim) * 2
+
+
+def partition_layers(costs: list[int], first: int, last: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage so that the fullest stage is as small as can be, and the others even.
+
+    Dynamic programming over (stages used, layers placed); a solution's cost is (fullest stage, sum of squares).
+    """
+    before = [0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    n_layers = len(costs)
+
+    def stage_cost(stage: int, start: int, stop: int) -> int:
+        return before[stop] - before[start] + (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
+
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for stage in range(stages):
+        following: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for start, (fullest, squares, sizes) in best.items():
+            for stop in range(start + 1, n_layers - (stages - 1 - stage) + 1):
+                cost = stage_cost(stage, start, stop)
+                candidate = (max(fullest, cost), squares + cost**2, (*sizes, stop - start))
+                if stop not in following or candidate < following[stop]:
+                    following[stop] = candidate
+        best = following
+    return best[n_layers][2]

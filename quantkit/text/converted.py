@@ -1,0 +1,103 @@
+"""What a finished conversion tells: a table for people, a document for --json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from quantkit.convert.events import OutputReport, Report, ValidationResult
+from quantkit.text.tables import both_units, duration, short_size, table
+
+
+def report_text(report: Report) -> str:
+    """Tables of quality and size, times."""
+    return "\n\n".join([*map(_output_text, report.outputs), _run_text(report)])
+
+
+def _output_text(output: OutputReport) -> str:
+    rows: list[tuple[str, str]] = []
+    if output.validation is not None:
+        rows += _validation_rows(output.validation)
+    rows += [
+        ("bits per weight", f"{output.bpw:.3f}"),
+        ("size", both_units(output.nbytes)),
+        ("tensors, quantised of all", f"{output.quantized:,} of {output.tensors:,}"),
+    ]
+    if output.fallbacks:
+        rows.append(("linears with a fallback", f"{output.fallbacks:,} (see quantkit.json)"))
+    return table((output.name, str(output.path)), rows)
+
+
+def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
+    scores = result.scores
+    return [
+        ("perplexity, reference", scores.reference_perplexity.shown(4)),
+        ("perplexity, quantised", scores.candidate_perplexity.shown(4)),
+        ("their ratio, paired", scores.perplexity_ratio.shown(5)),
+        ("mean KL divergence", f"{scores.mean_kl.shown(5)} nats"),
+        ("median, 99 % of it", f"{scores.median_kl:.5f}, {scores.p99_kl:.5f} nats"),
+        ("same most likely token", scores.top1.percent()),
+        ("measured on", f"{scores.tokens:,} tokens in {scores.windows:,} windows"),
+        ("limits of the recipe", "kept" if result.passed else "EXCEEDED"),
+    ]
+
+
+def _run_text(report: Report) -> str:
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    rows = [
+        ("peak memory", short_size(report.peak_rss_bytes)),
+        ("time", f"{duration(report.total_seconds)} (s: {stages})"),
+        ("calibration tokens", f"{report.tokens:,}" if report.tokens else "none (data-free)"),
+    ]
+    tokens = report.expert_tokens
+    if tokens is not None:
+        rows.append(
+            (
+                "tokens an expert",
+                f"{tokens.least:,} to {tokens.most:,}, median {tokens.median:,}; "
+                f"of {tokens.experts:,} experts {tokens.thin:,} are thin, {tokens.unseen:,} unseen",
+            )
+        )
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def report_document(report: Report) -> Mapping[str, object]:
+    """The report for --json. Times in seconds, sizes in bytes, divergences in nats."""
+    tokens = report.expert_tokens
+    return {
+        "outputs": [_output_document(output) for output in report.outputs],
+        "validated": report.validated,
+        "resumed": report.resumed,
+        "tokens": report.tokens,
+        "seconds": {**report.seconds, "total": report.total_seconds},
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "expert_tokens": None
+        if tokens is None
+        else {
+            "experts": tokens.experts,
+            "least": tokens.least,
+            "median": tokens.median,
+            "most": tokens.most,
+            "unseen": tokens.unseen,
+            "thin": tokens.thin,
+        },
+    }
+
+
+def _output_document(output: OutputReport) -> Mapping[str, object]:
+    return {
+        "name": output.name,
+        "path": str(output.path),
+        "nbytes": output.nbytes,
+        "bpw": round(output.bpw, 5),
+        "tensors": output.tensors,
+        "quantized": output.quantized,
+        "fallbacks": output.fallbacks,
+        "serve": list(output.serve),
+        "validation": None if output.validation is None else _validation_document(output.validation),
+    }
+
+
+def _validation_document(result: ValidationResult) -> Mapping[str, object]:
+    return {**asdict(result.scores), "passed": result.passed, "problems": list(result.problems)}

@@ -1,0 +1,511 @@
+"""A conversion as a whole: the files are what the report says, the same job gives the same bytes, bad input a line."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantkit.arch import arch_of
+from quantkit.calibrate.hidden_states import MemoryRows
+from quantkit.convert.events import Event, Finished, LayerDone, Started, TensorDone
+from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError, SourceError
+from quantkit.evaluate.compare import Model, compare
+from quantkit.evaluate.validation import summarise
+from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+from quantkit.plan import machine as machine_module
+from quantkit.plan.headers import read_headers
+from quantkit.plan.memory import conversion_needs
+from quantkit.plan.plan import make_plan
+from quantkit.schemes import IntScheme
+from tests import tiny_models
+from tests.convert.jobs import (
+    BUDGET,
+    INT4_RTN,
+    decoded,
+    files_of,
+    int4,
+    recipe_of,
+    run,
+    shards_of,
+    small_config,
+    write_model,
+    write_text,
+    write_tokenizer,
+)
+from tests.tiny_models import write_checkpoint, write_shards
+
+MTP = "role:mtp"
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # one thread: nothing to lock
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FP8 checkpoint "model", and the texts."""
+    folder = tmp_path_factory.mktemp("job")
+    write_text(folder / "calibration.txt")
+    write_text(folder / "eval.txt", 200)
+    write_model(folder / "model", fp8=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return write_checkpoint(tmp_path_factory.mktemp("same"), small_config(), fp8=True)
+
+
+def data_free(**changes: Any) -> Any:
+    return recipe_of(int4(kind="rtn"), tokens=None, **changes)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+# ------------------------------------------------------------------------------------------------- what comes out
+
+
+def test_the_files_hold_what_the_report_says(place: Path, original: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    events: list[Event] = []
+    report = run(place / "model", recipe_of(int4(), validated=True), tmp_path / "out", on_event=events.append)
+    (output,) = report.outputs
+    assert (output.path, report.validated, report.resumed, report.tokens) == (tmp_path / "out", True, False, 256)
+    document = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    with CompressedTensorsSource(tmp_path / "out") as written:
+        names = list(written.infos())
+        quantised = {name for name in names if isinstance(written.scheme(name), IntScheme)}
+        for name in names:
+            stored, before = written.read(name), original[name]
+            if name in quantised:
+                loss = document["tensors"][name]["relative_loss"]
+                assert 0 < loss < 0.03
+                assert 0 < relative(stored, before) < 0.2
+                assert document["tensors"][name]["n_tokens"] > 0
+            else:
+                assert torch.equal(stored.to(before.dtype), before), name  # FP8 decodes to float32 here
+    assert set(names) == set(original)
+    assert quantised == {name for name, entry in document["tensors"].items() if entry["scheme"]["kind"] == "int"}
+    assert output.quantized == len(quantised)
+    assert {name for name in names if "_proj" in name and ".layers.2." not in name} == quantised
+    assert output.tensors == len(original)
+    shards = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+    assert len(shards) > 1
+    assert output.nbytes == sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    assert output.bpw == pytest.approx(output.nbytes * 8 / sum(tensor.numel() for tensor in original.values()))
+    assert isinstance(events[0], Started)
+    assert events[-1] == Finished(report)
+    assert [event.layer for event in events if isinstance(event, LayerDone)] == [0, 1, 2]
+    assert {event.name for event in events if isinstance(event, TensorDone)} == quantised
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_validation_is_that_of_the_written_files(
+    place: Path, original: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    report = run(place / "model", recipe_of(int4(), validated=True), tmp_path / "out")
+    found = report.outputs[0].validation
+    assert found is not None
+    text = (place / "eval.txt").read_bytes()
+    alphabet = json.loads((place / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    ids = [alphabet[chr(byte) if byte > 32 else chr(byte + 256)] for byte in text]
+    chunks = torch.linspace(0, len(ids) // 31 - 1, 4, dtype=torch.float64).long().tolist()
+    tokens = torch.tensor([[0, *ids[chunk * 31 : chunk * 31 + 31]] for chunk in chunks])
+    arch = arch_of(small_config())
+    models = [
+        Model(
+            lambda name, w=weights: w[name].float(),
+            lambda ids, w=weights: w[arch.embed][ids].float(),
+            lambda start, stop, w=weights: w[arch.lm_head][start:stop].float(),
+        )
+        for weights in (original, decoded(tmp_path / "out"))
+    ]
+    expected = summarise(compare(arch, models[0], models[1], tokens, MemoryRows))
+    assert found.scores == expected
+    assert found.scores.mean_kl.mean > 1e-4
+
+
+def test_fp8_and_its_bf16_form_give_the_same_bytes(
+    place: Path, original: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(place, tmp_path / "bf16", ignore=lambda *_: ["model"])
+    write_shards(tmp_path / "bf16" / "model", original, shards=2)
+    (tmp_path / "bf16" / "model" / "config.json").write_text(json.dumps(small_config()))
+    write_tokenizer(tmp_path / "bf16" / "model")
+    recipe = recipe_of(int4(), {"match": "*e_score_correction_bias", "keep": "source"}, {"match": "*", "keep": "bf16"})
+    run(place / "model", recipe, tmp_path / "a")
+    run(tmp_path / "bf16" / "model", recipe, tmp_path / "b")
+    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
+
+
+def test_fp8_blocks_of_another_size_are_kept_as_they_are(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_models, "FP8_BLOCK", 64)
+    shutil.copytree(place, tmp_path / "job", ignore=lambda *_: ["model"])
+    before = write_model(tmp_path / "job" / "model", fp8=True)
+    report = run(tmp_path / "job" / "model", recipe_of(tokens=None), tmp_path / "out")
+    after = decoded(tmp_path / "out")
+    assert all(torch.equal(after[name].to(tensor.dtype), tensor) for name, tensor in before.items())
+    shards = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    assert report.outputs[0].nbytes == sum(tensor.nbytes for shard in shards for tensor in shard.values())
+
+
+def test_the_same_job_gives_the_same_files(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(int4(), validated=True)
+    for out in ("a", "b"):
+        run(place / "model", recipe, tmp_path / out)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    files = files_of(tmp_path / "a")
+    assert {"quantkit.json", "README.md", "config.json", "tokenizer.json"} <= set(files)
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    del sums["quantkit.json"], sums["README.md"]
+    assert json.loads(files["quantkit.json"])["sha256"] == sums
+
+
+def test_hidden_states_on_disk_give_the_same_weights(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(int4())
+    run(place / "model", recipe, tmp_path / "a")
+    monkeypatch.setattr(machine_module.Stores, "__init__", _no_memory(machine_module.Stores.__init__))
+    run(place / "model", recipe, tmp_path / "b")
+    assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("cross", [0, 0.5])
+@pytest.mark.parametrize("config", [{}, {"first_k_dense_replace": 0, "n_shared_experts": 2}], ids=["dense", "shared"])
+def test_the_plan_knows_the_most_that_hidden_states_take(
+    config: dict[str, Any], cross: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model", small_config(**config))
+    write_text(tmp_path / "calibration.txt")
+    rule = int4(grid=2, polish=0, cross=cross)
+    most, make = [0], machine_module.Stores.new
+
+    def noting(self: machine_module.Stores, *size: Any) -> Any:
+        made = make(self, *size)
+        most.append(sum(store.nbytes for store in self._made))
+        return made
+
+    monkeypatch.setattr(machine_module.Stores, "new", noting)
+    run(tmp_path / "model", recipe_of(rule, tokens=128), tmp_path / "out")
+    headers = read_headers(tmp_path / "model")
+    plan = make_plan(recipe_of(rule, tokens=128), headers.arch, headers.infos, headers.is_float8, headers.block_size)
+    needed = conversion_needs(plan, headers.arch).hidden_states
+    assert needed is not None
+    assert needed.nbytes == max(most)
+
+
+def _no_memory(real: Any) -> Any:
+    def init(self: Any, folder: Path, budget: int, *device: Any) -> None:
+        real(self, folder, 0)
+
+    return init
+
+
+def test_mtp_is_kept_quantised_or_dropped(place: Path, original: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    mtp_layer = ".layers.2."
+    wanted = {
+        "kept": [],
+        "quantised": [{"match": MTP, **INT4_RTN}],
+        "dropped": [{"match": MTP, "drop": True}],
+    }
+    for name, rules in wanted.items():
+        run(place / "model", recipe_of(int4(kind="rtn"), *rules, tokens=None), tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["num_nextn_predict_layers"] == (0 if name == "dropped" else 1)
+        tensors = {key: tensor for key, tensor in decoded(tmp_path / name).items() if mtp_layer in key}
+        if name == "dropped":
+            assert not tensors
+            continue
+        assert set(tensors) == {key for key in original if mtp_layer in key}
+        for key, tensor in tensors.items():
+            same = torch.equal(tensor.to(original[key].dtype), original[key])
+            linear = "_proj" in key and "eh_proj" not in key
+            assert same == (name == "kept" or not linear), key
+            assert relative(tensor, original[key]) < 0.15
+
+
+def test_a_nano_model_keeps_its_quality(tmp_path: Path) -> None:
+    nano = Path(__file__).parents[2] / "examples" / "nano-deepseek-v3"
+    if not (nano / "model.safetensors.index.json").exists():
+        pytest.skip("its weights are not here")
+    calibration = {"data": ["builtin:mixed"], "tokens": 2048, "sequence_length": 128}
+    validation = {"text": ["builtin:eval"], "context": 128, "max_windows_per_file": 1, "max_mean_kl": 0.2}
+    means: list[float] = []
+    for name, rule in {"gptq": int4(polish=1), "rtn": int4(kind="rtn")}.items():
+        recipe = recipe_of(rule, calibration=calibration, validation=validation)
+        report = run(nano, recipe, tmp_path / name)
+        result = report.outputs[0].validation
+        assert result is not None
+        assert report.validated
+        assert 0.9 < result.scores.perplexity_ratio.mean < 1.2
+        means.append(result.scores.mean_kl.mean)
+    assert means[0] < means[1]
+
+
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def test_a_result_beyond_its_limits_is_kept_and_marked(place: Path, tmp_path: Path) -> None:
+    validation = {"text": ["eval.txt"], "context": 32, "max_windows_per_file": 2, "max_mean_kl": 0.0}
+    report = run(place / "model", data_free(validation=validation), tmp_path / "out")
+    assert not report.validated
+    assert report.outputs[0].validation is not None
+    (problem,) = report.outputs[0].validation.problems
+    assert "the recipe allows 0.00000" in problem
+    document = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert document["validated"] is False
+    assert document["validation"]["problems"] == [problem]
+    assert "**Not validated**" in (tmp_path / "out" / "README.md").read_text()
+    assert decoded(tmp_path / "out")
+
+
+def test_a_single_window_leaves_valid_json(place: Path, tmp_path: Path) -> None:
+    """It has no standard error, and JSON has no NaN."""
+    validation = {"text": ["eval.txt"], "context": 32, "max_windows_per_file": 1}
+    run(place / "model", data_free(validation=validation), tmp_path / "out")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    document = json.loads((tmp_path / "out" / "quantkit.json").read_text(), parse_constant=refuse)
+    assert document["validation"]["scores"]["mean_kl"]["standard_error"] is None
+
+
+# ------------------------------------------------------------------------------------------------- the output folder
+
+
+def test_an_existing_out_is_refused_untouched_and_replaced_only_at_the_end(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    (out / "quantkit.json").write_text("{}")  # a result
+    with pytest.raises(OutputError, match="exists already"):
+        run(place / "model", data_free(), out)
+    assert files_of(tmp_path) == {"out/precious": b"mine", "out/quantkit.json": b"{}"}
+    seen: list[bool] = []
+    run(
+        place / "model",
+        data_free(),
+        out,
+        restart=True,
+        on_event=lambda event: seen.append((out / "precious").exists()) if not isinstance(event, Finished) else None,
+    )
+    assert all(seen)
+    assert not (out / "precious").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_second_process_is_refused_while_the_first_lives(place: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(event: Event) -> None:
+        if isinstance(event, LayerDone):
+            child = os.fork()
+            if child == 0:
+                try:
+                    run(place / "model", data_free(), tmp_path / "out", restart=event.layer == 1)
+                except OutputError as error:
+                    os._exit(7 if "another process is working on it" in str(error) else 8)
+                os._exit(9)
+            refused.append(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+
+    report = run(place / "model", data_free(), tmp_path / "out", on_event=second)
+    assert refused == ["7", "7", "7"]
+    assert report.validated
+    assert decoded(tmp_path / "out")
+
+
+def test_a_folder_that_holds_the_source_or_the_user_is_never_replaced(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place, tmp_path / "job")
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    (tmp_path / "users" / "me").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "users" / "me"))
+    before = files_of(tmp_path)
+    source = tmp_path / "job" / "model"
+    folders = (source, tmp_path / "job", tmp_path, tmp_path / "work", Path("../here"), Path.home(), Path.home().parent)
+    for out in folders:
+        for restart in (True, False):
+            with pytest.raises(OutputError):
+                run(source, data_free(), out, restart=restart)
+    assert files_of(tmp_path) == before
+
+
+class Stop(Exception):
+    """A kill that leaves the test alive."""
+
+
+def stop_after(layer: int) -> Any:
+    def on_event(event: Event) -> None:
+        if isinstance(event, LayerDone) and event.layer == layer:
+            raise Stop
+
+    return on_event
+
+
+def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: Path) -> None:
+    recipe = data_free()
+    with pytest.raises(Stop):
+        run(place / "model", recipe, tmp_path / "out", on_event=stop_after(0))
+    before = files_of(tmp_path / "out.partial")
+    other = recipe_of(int4("role:expert", kind="rtn"), tokens=None)
+    for changes, name in (
+        ({"recipe": other}, "recipe"),
+        ({"memory_budget": BUDGET + 1}, rf"memory budget \({BUDGET}, now {BUDGET + 1}\)"),
+        ({"source": _changed(place, tmp_path)}, "source"),
+    ):
+        job = {"source": place / "model", "recipe": recipe, **changes}
+        with pytest.raises(OutputError, match=f"an unfinished job with another {name}\\. .*--restart"):
+            run(out=tmp_path / "out", base_dir=place, **job)
+    assert files_of(tmp_path / "out.partial") == before
+    assert not (tmp_path / "out").exists()
+    report = run(place / "model", recipe, tmp_path / "out")
+    assert report.resumed
+    run(place / "model", recipe, tmp_path / "unbroken")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
+
+
+def _changed(place: Path, tmp_path: Path) -> Path:
+    """The same checkpoint with one norm epsilon in config.json changed."""
+    shutil.copytree(place / "model", tmp_path / "changed")
+    config = json.loads((place / "model" / "config.json").read_text())
+    (tmp_path / "changed" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    return tmp_path / "changed"
+
+
+def test_shards_removed_from_an_unfinished_job_are_missed(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(place / "model", data_free(), tmp_path / "out", on_event=stop_after(0))
+    shutil.rmtree(tmp_path / "out.partial" / "result")
+    with pytest.raises(OutputError, match="files of the unfinished job are gone"):
+        run(place / "model", data_free(), tmp_path / "out")
+
+
+def test_hidden_states_removed_from_an_unfinished_job_are_missed(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(place / "model", recipe_of(int4()), tmp_path / "out", on_event=stop_after(0))
+    for path in (tmp_path / "out.partial" / "hidden").iterdir():
+        path.unlink()
+    with pytest.raises(OutputError, match=r"layer-0-stream-0\.f32: has 0 bytes"):
+        run(place / "model", recipe_of(int4()), tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.experts.2.up_proj.weight",
+        "model.layers.1.mlp.gate.weight",
+        "model.embed_tokens.weight",
+        "model.layers.2.eh_proj.weight",
+    ],
+)
+def test_a_weight_that_is_no_number_is_one_line(name: str, value: float, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "bad", ignore=lambda *_: ["model"])
+    weights = write_model(tmp_path / "bad" / "model")
+    weights[name][1, 3] = value
+    write_shards(tmp_path / "bad" / "model", weights)
+    with pytest.raises(SourceError) as caught:
+        run(tmp_path / "bad" / "model", recipe_of(int4(kind="rtn"), tokens=64), tmp_path / "out")
+    assert name in caught.value.message
+    assert ".safetensors" in caught.value.message
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_any_work(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "bad", ignore=lambda *_: ["model"])
+    write_model(tmp_path / "bad" / "model", small_config(vocab_size=40))
+    with pytest.raises(CalibrationError, match="vocab_size 40"):
+        run(tmp_path / "bad" / "model", recipe_of(int4()), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_cannot_work_is_refused_before_any_work(place: Path, tmp_path: Path) -> None:
+    too_wide = {"match": "*", "scheme": {"kind": "int", "bits": 4, "group_size": 96}, "method": {"kind": "rtn"}}
+    cases: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (recipe_of(int4(), tokens=None), {}),
+        (recipe_of(too_wide, tokens=None), {}),
+        (recipe_of(int4(), tokens=10**6), {}),
+        (recipe_of(int4()), {"memory_budget": 1000}),
+        (recipe_of(int4()), {"base_dir": tmp_path}),
+    )
+    for recipe, options in cases:
+        with pytest.raises(QuantkitError):
+            run(place / "model", recipe, tmp_path / "out", **options)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_is_refused(place: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(PlanError, match="torch sees no GPU"):
+        run(place / "model", data_free(), tmp_path / "out", device="cuda")
+
+
+# ---------------------------------------------------------------------------------------------------- full disk
+
+
+def no_space(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    run(place / "model", recipe_of(int4(), validated=True), out)
+    return files_of(out)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 20, 90, 150])
+def test_a_full_disk_leaves_a_job_that_goes_on(
+    writes: int, place: Path, unbroken: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the n-th pwrite: of a shard's header, a kept tensor, a linear, hidden states."""
+    recipe = recipe_of(int4(), validated=True)
+    real, count = os.pwrite, 0
+
+    def pwrite(*arguments: Any) -> int:
+        nonlocal count
+        count += 1
+        return real(*arguments) if count <= writes else no_space()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OutputError, match=r"full|disk|free"):
+            run(place / "model", recipe, tmp_path / "out")
+    assert count > writes
+    assert not (tmp_path / "out").exists()
+    run(place / "model", recipe, tmp_path / "out")
+    assert files_of(tmp_path / "out") == unbroken
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
+def test_a_disk_that_is_full_from_the_start(
+    call: str, place: Path, unbroken: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(int4(), validated=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, no_space)
+        with pytest.raises(OutputError):
+            run(place / "model", recipe, tmp_path / "out")
+    run(place / "model", recipe, tmp_path / "out")
+    assert files_of(tmp_path / "out") == unbroken

@@ -1,0 +1,463 @@
+"""One calibrated layer against a slow float64 loop: what the methods are given, and where the hidden states go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.arch import arch_of, forward
+from quantkit.arch.base import DenseBlock, ExpertBlock
+from quantkit.calibrate import stream
+from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
+from quantkit.calibrate.inputs import InputStats
+from quantkit.convert import dense as dense_module
+from quantkit.convert import experts as experts_module
+from quantkit.convert import outputs as outputs_module
+from quantkit.convert.hidden import Streams
+from quantkit.convert.layer import quantize_layer, quantize_without_inputs
+from quantkit.convert.layer_job import LayerJob
+from quantkit.convert.outputs import Linears, OutputJob
+from quantkit.convert.weights import LayerWeights
+from quantkit.quantizers import Gptq, Rtn
+from quantkit.quantizers.batch import QuantizedBatch
+from quantkit.schemes import IntScheme, QuantizedTensor
+from quantkit.tensors import TensorInfo
+from tests.convert.jobs import (
+    decoded,
+    files_of,
+    int4,
+    recipe_of,
+    run,
+    shards_of,
+    small_config,
+    write_model,
+    write_text,
+)
+from tests.oracles.layer import Result, Settings, expected_statistics
+from tests.tiny_models import random_weights
+
+CPU = torch.device("cpu")
+ROWS, LENGTH = 6, 16
+SCHEME = IntScheme(bits=4, group_size=64)
+GPTQ = Gptq(grid=8, polish=1)
+MIN_TOKENS = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several batches of rows, several chunks of an expert's tokens."""
+    monkeypatch.setattr(stream, "BATCH_TOKENS", 2 * LENGTH)
+    for module in (stream, experts_module):
+        if hasattr(module, "EXPERT_CHUNK"):
+            monkeypatch.setattr(module, "EXPERT_CHUNK", 7)
+
+
+class Memory:
+    """A source and a sink of tensors in memory."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+        self.written: dict[str, QuantizedTensor] = {}
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(name, tuple(w.shape), "F32") for name, w in self.weights.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        return self.weights[name] if rows is None else self.weights[name][slice(*rows)]
+
+    def prefetch(self, names: list[str]) -> None: ...
+
+    def write(self, tensor: QuantizedTensor, start_row: int = 0) -> None:
+        assert tensor.name not in self.written, "written twice"
+        self.written[tensor.name] = tensor
+
+    def write_kept(self, name: str, start_row: int, tensor: Tensor) -> None: ...
+
+    def wants_importance(self, name: str) -> bool:
+        return False
+
+    def write_importance(self, name: str, importance: Tensor, n_tokens: tuple[int, ...]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    fresh = True
+
+    def finish(self) -> dict[str, str]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Case:
+    """A layer, its inputs, and what quantising it gave."""
+
+    layer: int = 1
+    outputs: tuple[dict[str, Any], ...] = ({"*": (SCHEME, GPTQ)},)
+    carries_quantised: bool = True
+    two_streams: bool = True
+    unloved: tuple[int, ...] = ()
+    experts_at_once: int = 3
+    in_files: Path | None = None
+    min_tokens: int = MIN_TOKENS
+    config: dict[str, Any] = field(default_factory=small_config)
+
+    def __post_init__(self) -> None:
+        self.arch = arch_of(self.config)
+        self.weights = random_weights(self.config, dtype=torch.float32)
+        for expert in self.unloved:
+            self.weights[f"model.layers.{self.layer}.mlp.gate.e_score_correction_bias"][expert] = -10
+        random = torch.Generator().manual_seed(5)
+        self.x = torch.randn(ROWS, LENGTH, self.arch.hidden_size, generator=random)
+        noise = 0.1 * torch.randn(self.x.shape, generator=random)
+        self.original = self.x + noise if self.two_streams else None
+        self.sublayers = self.arch.sublayers(self.layer)
+        self.given: dict[str, InputStats] = {}
+        self.order: list[str] = []
+
+    @property
+    def linears(self) -> list[str]:
+        """Every linear of the layer in the order of the data."""
+        names: list[str] = []
+        for sublayer in self.sublayers:
+            for block in sublayer:
+                if isinstance(block, DenseBlock):
+                    names += [name for stage in block.stages for group in stage.groups for name in group.linears]
+                else:
+                    names += [*block.gates, *block.ups, *block.downs]
+        return [name for name in names if name not in self.arch.parts()]
+
+    def job(self) -> LayerJob:
+        self.sinks = tuple(Memory(self.weights) for _ in self.outputs)
+        outputs = tuple(
+            OutputJob(_methods(patterns, self.linears), sink)
+            for patterns, sink in zip(self.outputs, self.sinks, strict=True)
+        )
+        self.streams = Streams(self.store(self.x), None if self.original is None else self.store(self.original))
+        weights = LayerWeights(
+            self.sinks[0], {}, carries_quantised=self.carries_quantised, cache_bytes=300_000, device=CPU
+        )
+        self.counter = 0
+        return LayerJob(
+            outputs=outputs,
+            weights=weights,
+            streams=self.streams,
+            new_rows=lambda width: self.store(torch.zeros(ROWS, LENGTH, width)),
+            deliver=self.deliver,
+            on_stage=lambda stage, total: None,
+            device=CPU,
+            experts_at_once=self.experts_at_once,
+            min_expert_tokens=self.min_tokens,
+        )
+
+    def deliver(self, output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
+        for tensor in batch.tensors(names, n_tokens):
+            self.sinks[output].write(tensor)
+            self.order.append(f"{output} {tensor.name}")
+
+    def store(self, rows: Tensor) -> RowStore:
+        made: RowStore = MemoryRows(*rows.shape)
+        if self.in_files is not None:
+            self.counter = getattr(self, "counter", 0) + 1
+            made = FileRows(self.in_files / f"{len(list(self.in_files.iterdir()))}-{self.counter}", *rows.shape)
+        made.write(0, rows)
+        return made
+
+    def quantised(self, monkeypatch: pytest.MonkeyPatch) -> LayerJob:
+        """Run the layer, noting the statistics that each linear's method is given."""
+        real = outputs_module.quantize_linears
+
+        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, deliver: Any, *shrink: Any) -> Any:
+            assert stats is not None
+            raw = stats
+            for linears in group:
+                method = next((o.methods[linears.names[0]][1] for o in outputs if linears.names[0] in o.methods), None)
+                stats = replace(
+                    raw, hessian=raw.hessian.clone(), cross=None if raw.cross is None else raw.cross.clone()
+                )
+                if shrink and method is not None:
+                    stats = shrink[0](stats, method)
+                for i, name in enumerate(linears.names):
+                    assert torch.equal(linears.weight[i], self.weights[name])
+                    cross = None if stats.cross is None else stats.cross[i : i + 1].clone()
+                    self.given[name] = InputStats(stats.hessian[i : i + 1].clone(), cross, stats.n_tokens[i : i + 1])
+            return real(outputs, group, raw, deliver, *shrink)
+
+        job = self.job()
+        with monkeypatch.context() as patch:
+            for module in (dense_module, experts_module):
+                patch.setattr(module, "quantize_linears", note)
+            quantize_layer(job, self.sublayers)
+        return job
+
+    def carried(self, name: str) -> Tensor:
+        """The weight that the calibrated stream must have computed with."""
+        written = self.sinks[0].written.get(name)
+        return self.weights[name] if written is None or not self.carries_quantised else written.decode()
+
+    def expected(self) -> Result:
+        method = next((m for _, m in self.outputs[0].values() if isinstance(m, Gptq)), GPTQ)
+        settings = Settings(self.weights.__getitem__, self.carried, self.min_tokens, method.shrink, method.down_shrink)
+        return expected_statistics(self.sublayers, settings, self.x, self.original)
+
+
+def _methods(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: chosen for part, chosen in patterns.items() for name in names if part == "*" or part in name}
+
+
+def assert_statistics(case: Case) -> None:
+    expected = case.expected()
+    assert set(case.given) == {name for name in case.linears if any(name in sink.written for sink in case.sinks)}
+    for name, given in case.given.items():
+        wanted = expected.stats[name]
+        assert given.n_tokens == (wanted.n_tokens,), name
+        _assert_near(given.hessian[0], wanted.hessian, name)
+        assert (given.cross is None) == (wanted.cross is None), name
+        if given.cross is not None and wanted.cross is not None:
+            _assert_near(given.cross[0], wanted.cross, f"cross of {name}")
+
+
+def _assert_near(found: Tensor, expected: Tensor, what: str) -> None:
+    distance = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-12))
+    assert distance < 1e-5, f"{what}: {distance:.1e}"
+
+
+def assert_streams(case: Case) -> None:
+    """Both streams are where the plain forward pass with their weights leads."""
+    ends = [(case.streams.x, case.x, case.carried)]
+    if case.original is not None:
+        assert case.streams.original is not None
+        ends.append((case.streams.original, case.original, case.weights.__getitem__))
+    for store, before, weights in ends:
+        wanted = forward.forward_layer(case.sublayers, weights, before)
+        torch.testing.assert_close(store.read(0, ROWS), wanted, rtol=1e-4, atol=1e-4)
+
+
+CASES = {
+    "moe layer": Case(),
+    "dense layer": Case(layer=0),
+    "mtp layer's decoder": Case(layer=2),
+    "experts one at a time": Case(experts_at_once=1),
+    "one stream": Case(two_streams=False),
+    "originals carry": Case(two_streams=False, carries_quantised=False),
+    "originals carry, dense": Case(layer=0, two_streams=False, carries_quantised=False),
+    "unloved experts": Case(unloved=(0, 3)),
+    "unloved experts that borrow nothing": Case(unloved=(0, 3), min_tokens=0),
+    "only experts": Case(outputs=({".experts.": (SCHEME, GPTQ)},)),
+    "only down": Case(outputs=({"down_proj": (SCHEME, GPTQ)},)),
+    "only gate and up": Case(outputs=({"gate_proj": (SCHEME, GPTQ), "up_proj": (SCHEME, GPTQ)},)),
+    "only attention": Case(outputs=({"self_attn": (SCHEME, GPTQ)},)),
+    "other shrinkage": Case(outputs=({"*": (SCHEME, Gptq(grid=4, shrink=0.5, down_shrink=0, polish=0))},)),
+    "no q_lora, two shared experts": Case(config=small_config(q_lora_rank=None, n_shared_experts=2)),
+    "experts that all tokens choose": Case(
+        config=small_config(n_routed_experts=2, num_experts_per_tok=2, n_group=1, topk_group=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_methods_are_given_what_the_plain_loop_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES[name])
+    job = case.quantised(monkeypatch)
+    assert_statistics(case)
+    assert_streams(case)
+    expected = case.expected().tokens
+    for block, counts in job.counts.items():
+        assert [(c.n_tokens, c.borrowed) for c in counts] == [(len(own), len(lent)) for own, lent in expected[block]]
+    if case.unloved:
+        (counts,) = job.counts.values()
+        assert [counts[expert].n_tokens for expert in case.unloved] == [0] * len(case.unloved)
+        assert [counts[expert].borrowed for expert in case.unloved] == [case.min_tokens] * len(case.unloved)
+
+
+@pytest.mark.parametrize("kept", [0, 0.05])
+def test_hidden_units_that_are_not_kept_are_computed_again(kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, scarce = replace(CASES["moe layer"]), replace(CASES["moe layer"])
+    whole.quantised(monkeypatch)
+    found: list[bool] = []
+    carry_on = experts_module._carry_on
+
+    def noting(batch: Any, hidden: list[list[Tensor | None]], carried: Any) -> None:
+        found.extend(part is None for parts in hidden for part in parts)
+        carry_on(batch, hidden, carried)
+
+    monkeypatch.setattr(experts_module, "KEPT_HIDDEN", kept)
+    monkeypatch.setattr(experts_module, "_carry_on", noting)
+    scarce.quantised(monkeypatch)
+    assert any(found)
+    assert all(found) == (kept == 0)
+    for store, expected in zip(scarce.streams.stores(), whole.streams.stores(), strict=True):
+        assert torch.equal(store.read(0, ROWS), expected.read(0, ROWS))
+
+
+@pytest.mark.parametrize("shrink", [0.0, 3.0])
+def test_an_expert_that_nobody_chose_is_never_quantised_silently(
+    shrink: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What knows no inputs is rounded to nearest and says so; gate and up know the layer's, if they may."""
+    method = Gptq(grid=4, shrink=shrink)
+    case = Case(unloved=(0,), min_tokens=0, outputs=({"*": (SCHEME, method)},))
+    case.quantised(monkeypatch)
+    for part in ("gate", "up", "down"):
+        name = f"model.layers.1.mlp.experts.0.{part}_proj.weight"
+        tensor, weight = case.sinks[0].written[name], case.weights[name]
+        assert tensor.error.n_tokens == 0
+        assert ("no calibration tokens" in tensor.error.fallback) == (part == "down" or shrink == 0)
+        assert float((tensor.decode() - weight).norm() / weight.norm()) < 0.25
+
+
+def test_gate_weights_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES["moe layer"])
+    (counts,) = case.quantised(monkeypatch).counts.values()
+    # Two experts a token, weights normalised to a sum of one and then scaled.
+    assert sum(c.n_tokens for c in counts) == 2 * ROWS * LENGTH
+    scale = case.config["routed_scaling_factor"]
+    assert sum(c.gate_weight for c in counts) == pytest.approx(scale * ROWS * LENGTH, rel=1e-5)
+
+
+def test_a_second_output_changes_nothing_about_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets the layer's statistics; the first one's weights carry the stream."""
+    other = IntScheme(bits=3, group_size=None, symmetric=False)
+    unshrunk = GPTQ.model_copy(update={"shrink": 0.0, "down_shrink": 0.0})
+    case = Case(outputs=({"*": (SCHEME, GPTQ)}, {"_proj": (other, unshrunk), ".experts.1.": (SCHEME, Rtn(grid=4))}))
+    alone = Case()
+    alone.quantised(monkeypatch)
+    case.quantised(monkeypatch)
+    assert_statistics(case)
+    assert_streams(case)
+    assert set(case.sinks[0].written) == set(case.sinks[1].written) == set(case.linears)
+    for name, tensor in alone.sinks[0].written.items():
+        assert torch.equal(tensor.stored["codes"], case.sinks[0].written[name].stored["codes"]), name
+        assert torch.equal(tensor.stored["scale"], case.sinks[0].written[name].stored["scale"]), name
+    assert case.sinks[1].written["model.layers.1.mlp.experts.1.up_proj.weight"].scheme == SCHEME
+    assert case.sinks[1].written["model.layers.1.mlp.experts.2.up_proj.weight"].scheme == other
+
+
+def test_an_output_that_keeps_everything_leaves_the_stream_on_the_originals(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(outputs=({}, {"*": (SCHEME, GPTQ)}))
+    case.quantised(monkeypatch)
+    assert not case.sinks[0].written
+    assert_statistics(case)
+    assert_streams(case)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_the_batch_of_experts_changes_codes_at_ties_only(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, many = Case(experts_at_once=1), Case(experts_at_once=at_once)
+    for case in (one, many):
+        case.quantised(monkeypatch)
+    differing = total = 0
+    for name, tensor in one.sinks[0].written.items():
+        other = many.sinks[0].written[name]
+        differing += int((tensor.stored["codes"] != other.stored["codes"]).sum())
+        total += tensor.stored["codes"].numel()
+        assert other.error.relative_loss == pytest.approx(tensor.error.relative_loss, rel=0.02)
+    assert differing <= (0 if at_once == 1 else total * 0.002)
+
+
+def test_stores_in_files_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, files = Case(), Case(in_files=tmp_path)
+    for case in (memory, files):
+        case.quantised(monkeypatch)
+    for name, tensor in memory.sinks[0].written.items():
+        assert torch.equal(tensor.stored["codes"], files.sinks[0].written[name].stored["codes"]), name
+        assert torch.equal(tensor.stored["scale"], files.sinks[0].written[name].stored["scale"]), name
+    assert files.streams.original is not None
+    assert memory.streams.original is not None
+    assert torch.equal(memory.streams.x.read(0, ROWS), files.streams.x.read(0, ROWS))
+    assert torch.equal(memory.streams.original.read(0, ROWS), files.streams.original.read(0, ROWS))
+    assert len(list(tmp_path.iterdir())) == 2, "scratch stores are closed"
+    files.streams.close()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_without_inputs_every_linear_is_rounded_by_itself(layer: int) -> None:
+    method = Rtn(grid=8)
+    case = Case(layer=layer, outputs=({"*": (SCHEME, method)}, {"down_proj": (SCHEME, method)}))
+    blocks = tuple(block for sublayer in case.sublayers for block in sublayer)
+    quantize_without_inputs(replace(case.job(), streams=None), blocks)
+    assert set(case.sinks[0].written) == set(case.linears)
+    assert set(case.sinks[1].written) == {name for name in case.linears if "down_proj" in name}
+    for name, tensor in case.sinks[0].written.items():
+        expected = method.quantize(case.weights[name][None], SCHEME, None).tensors((name,), (0,))[0]
+        assert torch.equal(tensor.stored["codes"], expected.stored["codes"]), name
+        assert torch.equal(tensor.stored["scale"], expected.stored["scale"]), name
+        assert tensor.error.n_tokens == 0
+
+
+def test_without_inputs_only_what_some_output_quantises_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(outputs=({"up_proj": (SCHEME, Rtn(grid=4))}, {".experts.2.down": (SCHEME, Rtn(grid=4))}))
+    blocks = tuple(block for sublayer in case.sublayers for block in sublayer)
+    expected: list[str] = []
+    job = replace(case.job(), streams=None, expect=expected.extend)
+    read, real = [], Memory.read
+    monkeypatch.setattr(Memory, "read", lambda self, name, *rows: (read.append(name), real(self, name, *rows))[1])
+    quantize_without_inputs(job, blocks)
+    assert sorted(read) == sorted(name for sink in case.sinks for name in sink.written)
+    assert expected == [name for name in read if ".experts." in name]
+
+
+@pytest.mark.parametrize("name", ["moe layer", "experts one at a time", "only attention"])
+def test_weights_of_experts_are_read_as_they_were_announced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES[name])
+    announced: list[str] = []
+    job = replace(case.job(), expect=announced.extend)
+    read, real = [], Memory.read
+    monkeypatch.setattr(Memory, "read", lambda self, name, *rows: (read.append(name), real(self, name, *rows))[1])
+    quantize_layer(job, case.sublayers)
+    assert announced == [name for name in read if ".experts." in name]
+
+
+def test_every_block_is_announced_with_its_number_of_linears() -> None:
+    case, announced = Case(), []
+    job = replace(case.job(), on_stage=lambda stage, total: announced.append((stage, total)))
+    quantize_layer(job, case.sublayers)
+    experts = next(b for sublayer in case.sublayers for b in sublayer if isinstance(b, ExpertBlock))
+    assert sum(total for _, total in announced) == len(case.linears) == len(case.order)
+    assert announced[-1] == ("experts", 3 * experts.n_experts)
+
+
+# ------------------------------------------------------------------------------------------- the same, as whole jobs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    write_text(folder / "calibration.txt")
+    write_model(folder / "model")
+    return folder
+
+
+def test_the_first_of_two_outputs_is_that_of_a_job_alone(place: Path, tmp_path: Path) -> None:
+    rule = int4(polish=0)
+    second = [{"match": "role:expert", "scheme": {"kind": "int", "bits": 8}, "method": {"kind": "gptq", "cross": 0}}]
+    run(place / "model", recipe_of(rule), tmp_path / "alone")
+    run(place / "model", recipe_of(rule, others={"second": second}), tmp_path / "both")
+    assert shards_of(tmp_path / "alone") == shards_of(tmp_path / "both" / "main")
+    assert {name.partition("/")[0] for name in files_of(tmp_path / "both")} == {"main", "second"}
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "original"])
+def test_originals_carry_when_asked(propagate: str, place: Path, tmp_path: Path) -> None:
+    """Layer 1's codes depend on layer 0's only if the quantised weights carry."""
+    for bits in (2, 8):
+        first = {**int4("*layers.0.*_proj*", polish=0), "scheme": {"kind": "int", "bits": bits}}
+        recipe = recipe_of(first, int4("role:expert", polish=0), propagate=propagate)
+        run(place / "model", recipe, tmp_path / f"{bits}")
+    two, eight = (decoded(tmp_path / f"{bits}") for bits in (2, 8))
+    changed = [not torch.equal(two[name], eight[name]) for name in two if "layers.1.mlp.experts" in name]
+    assert any(changed) == (propagate == "quantized")

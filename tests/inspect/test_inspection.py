@@ -1,0 +1,102 @@
+"""What `inspect` says about sources, about outputs, and about folders that are odd."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quantkit.errors import SourceError
+from quantkit.inspect.folder import inspect_folder
+from tests.tiny_models import tiny_config, write_checkpoint
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_float8_source(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config(num_nextn_predict_layers=1), fp8=True)
+    found = inspect_folder(tmp_path)
+    assert found.unusual == ()
+    assert (found.family, found.quantization, found.shards) == ("DeepseekV3ForCausalLM", "fp8", 3)
+    rows = {(holding.role, holding.what): holding for holding in found.holdings}
+    assert rows["expert", "fp8 block"].weights == 2 * 12 * 3
+    assert rows["expert", "fp8 block"].bpw == pytest.approx(8 + 32 / 128**2)
+    assert ("router", "f32") in rows
+    assert found.nbytes == sum(tensor.stat().st_size for tensor in tmp_path.glob("*.safetensors")) - headers(tmp_path)
+
+
+def headers(folder: Path) -> int:
+    """Bytes of all headers."""
+    return sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in folder.glob("*.safetensors"))
+
+
+def test_packed_output(tmp_path: Path) -> None:
+    """Tensors as compressed-tensors stores them; the scheme is read off the shapes."""
+    config = tiny_config(num_hidden_layers=1, num_nextn_predict_layers=0)
+    weights = write_checkpoint(tmp_path / "source", config)
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        if ".mlp." not in name:
+            packed[name] = tensor
+            continue
+        out_features, in_features = tensor.shape
+        packed[f"{name}_packed"] = torch.zeros(out_features, in_features // 8, dtype=torch.int32)
+        packed[f"{name}_scale"] = torch.ones(out_features, in_features // 64, dtype=torch.bfloat16)
+        packed[f"{name}_shape"] = torch.tensor([out_features, in_features])
+    out = tmp_path / "out"
+    out.mkdir()
+    save_file(packed, out / "model.safetensors")
+    (out / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "compressed-tensors"}})
+    )
+    found = inspect_folder(out)
+    assert [(h.role, h.what, h.weights) for h in found.holdings if h.role == "mlp"] == [("mlp", "int4 g64", 3)]
+    assert found.unusual == ()
+    name = "model.layers.0.mlp.up_proj.weight"
+    del packed[f"{name}_scale"]
+    save_file(packed, out / "model.safetensors")
+    assert any(line.startswith(f"{name}: stored as") for line in inspect_folder(out).unusual)
+
+
+def test_unusual(tmp_path: Path) -> None:
+    config = tiny_config(num_nextn_predict_layers=0)
+    write_checkpoint(tmp_path, config)
+    edit_config(tmp_path, num_nextn_predict_layers=1)
+    assert [line for line in inspect_folder(tmp_path).unusual if "no MTP layer" in line]
+    edit_config(tmp_path, num_nextn_predict_layers=0, num_hidden_layers=2)
+    (line,) = inspect_folder(tmp_path).unusual
+    assert "tensors that the architecture does not have: model.layers.2." in line
+    edit_config(tmp_path, num_hidden_layers=3, hidden_size=256)
+    assert any("whose shape does not fit config.json" in line for line in inspect_folder(tmp_path).unusual)
+    edit_config(tmp_path, hidden_size=128, quantization_config={"quant_method": "fp8"})
+    assert inspect_folder(tmp_path).unusual == (
+        "config.json says fp8, but no weight is quantised: quantization_config is stale.",
+    )
+    edit_config(tmp_path, quantization_config=None, scoring_func="softmax")
+    assert any("scoring_func" in line for line in inspect_folder(tmp_path).unusual)
+    (tmp_path / "config.json").unlink()
+    found = inspect_folder(tmp_path)
+    assert (found.family, {holding.role for holding in found.holdings}) == ("", {"-"})
+    assert found.unusual[0].startswith("no config.json")
+
+
+def test_router_bias_in_bf16_is_unusual(tmp_path: Path) -> None:
+    weights = write_checkpoint(tmp_path, tiny_config(num_nextn_predict_layers=0), shards=1)
+    save_file(
+        {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()},
+        tmp_path / "model-00001-of-000001.safetensors",
+    )
+    (line,) = inspect_folder(tmp_path).unusual
+    assert line.startswith("2 tensors that the official release stores in float32")
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        inspect_folder(tmp_path / "none")
