@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.arch.base import ModelArch
-from quantkit.arch.parts import in_parts
+from quantkit.arch.parts import StoredTensor, in_parts, stored_tensors
 from quantkit.errors import ConfigError, SchemeError
 from quantkit.formats.gguf import sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
@@ -60,12 +60,11 @@ class GgufTarget:
         """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one."""
         if self._output.preset is None:
             return None
-        name, place = self._model.stored_name(spec.name)
-        shape = spec.shape if place is None else (self._n_experts, *spec.shape)
+        stored = self._stored[self._model.stored_name(spec.name)[0]]
         kind = presets.preset_type(
             self._output.preset,
-            name,
-            shape,
+            stored.name,
+            stored.shape,
             layer=spec.layer,
             n_layers=self._n_layers,
             n_experts=self._n_experts,
@@ -167,6 +166,11 @@ class GgufTarget:
         return f"{name}-{self._output.name}"
 
     @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        """Tensors of the file by name, MTP layers included."""
+        return stored_tensors(self.specs, self._model)
+
+    @cached_property
     def _n_experts(self) -> int:
         experts = [spec.expert for spec in self.specs if spec.expert is not None]
         return max(experts) + 1 if experts else 0
@@ -202,14 +206,11 @@ class GgufTarget:
 
     def _importance_entries(self) -> list[ImatrixEntry]:
         """One for each tensor that calibration inputs reach."""
-        entries: dict[str, ImatrixEntry] = {}
-        for spec in self.specs:
-            if spec.linear and spec.role is not Role.MTP:
-                name, place = self._model.stored_name(spec.name)
-                heads = spec.shape[0] if len(spec.shape) == 3 else 1
-                count = heads if place is None else self._n_experts
-                entries.setdefault(name, ImatrixEntry(name, count, spec.shape[-1], experts=place is not None))
-        return list(entries.values())
+        return [
+            ImatrixEntry(stored.name, stored.n_matrices, stored.shape[-1], experts=stored.stacked)
+            for stored in self._stored.values()
+            if stored.first.linear and stored.first.role is not Role.MTP
+        ]
 
 
 @lru_cache(maxsize=64)
