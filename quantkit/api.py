@@ -15,8 +15,8 @@ from quantkit.errors import OutputError, PlanError
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
+    from quantkit.documents.baseline import Baseline
     from quantkit.documents.evaluation import Evaluation
-    from quantkit.evaluate.check.baseline import Baseline
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
     from quantkit.inspect.folder import Inspection
@@ -182,25 +182,26 @@ def check(
     A regression is no error: see ``passed`` of the verdicts. Raises `EvaluationError` for what cannot be compared:
     another text, other windows, another reference.
     """
-    from quantkit.evaluate.check.baseline import check_comparable, read_baseline, read_conversions
+    from quantkit.evaluate.check.baseline import check_comparable, read_baseline, read_losses
     from quantkit.evaluate.check.run import check as run
     from quantkit.evaluate.check.verdict import Limits
 
     chosen = limits or Limits()
     found, old = _evaluation(evaluation), read_baseline(Path(baseline))
     check_comparable(found, old, Path(baseline))
-    conversions = read_conversions(found, Path()) if chosen.losses else {}
-    return run(found, old, chosen, conversions, (candidates,) if isinstance(candidates, str) else candidates)
+    losses = read_losses(found, Path()) if chosen.losses else {}
+    return run(found, old, chosen, losses, (candidates,) if isinstance(candidates, str) else candidates)
 
 
 def update_baseline(evaluation: Evaluation | Path | str, baseline: Path | str) -> Baseline:
     """Make an evaluation the baseline of later checks: a JSON file to be committed. Raises `QuantkitError`."""
-    from quantkit.evaluate.check.baseline import Baseline, by_name, check_windows, read_conversions
+    from quantkit.documents.baseline import Baseline
+    from quantkit.evaluate.check.baseline import by_name, check_windows, read_losses
 
     found = _evaluation(evaluation)
     by_name(found)  # refuses two candidates of one name
     check_windows("evaluation", found)
-    made = Baseline(evaluation=found, conversions=read_conversions(found, Path()))
+    made = Baseline(evaluation=found, conversions=read_losses(found, Path()))
     write_text(Path(baseline), made.to_json())
     return made
 
@@ -216,8 +217,8 @@ def report(
 
     Returns the text, and writes it to ``out`` if that is given. The page needs no network. Raises `QuantkitError`.
     """
+    from quantkit.documents.read import read_documents
     from quantkit.report.build import report_of
-    from quantkit.report.documents import read_documents
     from quantkit.report.markdown import markdown as markdown_of
     from quantkit.report.outcomes import outcomes_of
 

@@ -18,11 +18,9 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
+from quantkit.documents.read import CONVERSION
 from quantkit.errors import OutputError
 from quantkit.formats.safetensors.writer import disk_errors, sync_directory
-
-REPORT_NAME = "quantkit.json"
-"""What each finished output holds."""
 
 
 class OutputFolder:
@@ -158,7 +156,7 @@ def _is_result(out: Path) -> bool:
         return True
     if not out.is_dir():
         return False
-    return (out / REPORT_NAME).is_file() or all((entry / REPORT_NAME).is_file() for entry in out.iterdir())
+    return (out / CONVERSION).is_file() or all((entry / CONVERSION).is_file() for entry in out.iterdir())
 
 
 def _is_file_of(fd: int, path: Path) -> bool:

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -33,6 +32,7 @@ from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import Deliver, OutputJob
 from quantkit.convert.walk import Walk
 from quantkit.convert.weights import LayerWeights
+from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
@@ -128,20 +128,20 @@ def _works_beside(machine: Machine) -> bool:
     return machine.device.type == "cuda"
 
 
-def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir: Path) -> Report:
+def _run(walk: Walk, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
     resumed = bool(walk.journal.entries)
     layers = _layers(walk.plan)
     _rewind(walk, calibrated=rows is not None)
-    done = {entry["layer"] for entry in walk.journal.of_kind("layer")}
+    done = {entry.layer for entry in walk.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
     walk.on_event(Started(len(layers), walk.plan.source_bytes, n_tokens, len(done)))
-    if not walk.journal.of_kind("outside"):
+    if not walk.journal.outside_done:
         with walk.timer.stage("copy"):
             walk.on_event(StageStarted("embeddings"))
             copy_kept(walk, None)
             tables = _table_records(quantize_tables(walk, None))
             _sync(walk)
-            walk.journal.append({"done": "outside", "tensors": tables})
+            walk.journal.append(OutsideEntry(tensors=tuple(tables)))
     files = StreamFiles(
         walk.folder.hidden,
         walk.stores,
@@ -151,7 +151,7 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
     with walk.timer.stage("embeddings"):
         streams = None
         if rows is not None and any(layer < walk.arch.n_layers for layer in layers if layer not in done):
-            saved = [cast("int", e["layer"]) for e in walk.journal.of_kind("layer") if e.get("saved")]
+            saved = [entry.layer for entry in walk.journal.layers if entry.saved]
             streams = files.open(rows, walk.arch, walk.source, after=max(saved, default=None))
     for layer in layers:
         if layer not in done:
@@ -171,10 +171,10 @@ def _scratch_dtype(walk: Walk) -> torch.dtype:
 def _rewind(walk: Walk, *, calibrated: bool) -> None:
     """Take back the layers behind the last saved border, unless all that need hidden states are done."""
     entries = walk.journal.entries
-    layers = [entry["layer"] for entry in walk.journal.of_kind("layer")]
+    layers = [entry.layer for entry in walk.journal.layers]
     if not calibrated or walk.arch.n_layers - 1 in layers:
         return
-    kept = [number for number, entry in enumerate(entries, 1) if entry["done"] == "outside" or entry.get("saved")]
+    kept = [number for number, entry in enumerate(entries, 1) if isinstance(entry, OutsideEntry) or entry.saved]
     walk.journal.rewind(max(kept, default=0))
 
 
@@ -183,7 +183,7 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
     start = time.monotonic()
     sublayers = walk.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
-    records: list[list[object]] = []
+    records: list[TensorRecord] = []
     job = _layer_job(walk, layer, streams, files, blocks, records)
     _prefetch(walk, layer + 1)
     _prefetch(walk, layer + 2)
@@ -203,9 +203,7 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
         saved = streams is not None and layer < walk.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
-        walk.journal.append(
-            {"done": "layer", "layer": layer, "saved": saved, "tensors": records, "experts": _expert_records(job)}
-        )
+        walk.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=_expert_records(job)))
         if saved:
             files.forget_before(layer)
     walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
@@ -217,7 +215,7 @@ def _layer_job(
     streams: Streams | None,
     files: StreamFiles,
     blocks: tuple[Block, ...],
-    records: list[list[object]],
+    records: list[TensorRecord],
 ) -> LayerJob:
     """What a layer needs of the walk. ``records``: see `_deliver`."""
     device, calibration = walk.machine.device, walk.plan.recipe.calibration
@@ -245,7 +243,7 @@ def _layer_job(
     )
 
 
-def _deliver(walk: Walk, records: list[list[object]]) -> Deliver:
+def _deliver(walk: Walk, records: list[TensorRecord]) -> Deliver:
     """What writes quantised linears, at once or beside the computation. ``records`` fills with what the journal says of
     each."""
 
@@ -275,19 +273,19 @@ def _told(walk: Walk, output: int, tensor: QuantizedTensor) -> QuantError:
     return replace(tensor.error, fallback="not in the imatrix: all inputs count alike")
 
 
-def _record(output: int, name: str, error: QuantError) -> list[object]:
+def _record(output: int, name: str, error: QuantError) -> TensorRecord:
     """What the journal says of a quantised matrix."""
-    return [output, name, error.relative_loss, error.n_tokens, error.fallback]
+    return TensorRecord(output, name, error.relative_loss, error.n_tokens, error.fallback)
 
 
-def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[list[object]]:
+def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[TensorRecord]:
     return [_record(*table) for table in tables]
 
 
-def _expert_records(job: LayerJob) -> dict[str, list[list[object]]]:
+def _expert_records(job: LayerJob) -> dict[str, tuple[ExpertRecord, ...]]:
     """What the journal says of each routed expert, by block."""
     return {
-        name: [[count.n_tokens, count.gate_weight, count.borrowed] for count in counts]
+        name: tuple(ExpertRecord(count.n_tokens, count.gate_weight, count.borrowed) for count in counts)
         for name, counts in job.counts.items()
     }
 

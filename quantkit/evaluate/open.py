@@ -18,7 +18,7 @@ from typing import Protocol
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.arch.parts import in_parts
-from quantkit.documents.evaluation import ModelFacts
+from quantkit.documents.evaluation import CheckpointFacts
 from quantkit.errors import ConfigError, QuantkitError, SourceError
 from quantkit.formats.folder import DecodedLinears
 from quantkit.formats.fp8_source import Fp8Source
@@ -58,7 +58,7 @@ class Evaluated:
 
     arch: ModelArch
     source: OpenSource
-    facts: ModelFacts
+    facts: CheckpointFacts
 
     def __enter__(self) -> Evaluated:
         return self
@@ -245,8 +245,8 @@ def _data_start(header: GgufHeader) -> int:
 
 def _facts(
     path: Path, kind: str, fingerprint: str, infos: Iterable[TensorInfo], nbytes: int, notes: Iterable[str] = ()
-) -> ModelFacts:
-    return ModelFacts(
+) -> CheckpointFacts:
+    return CheckpointFacts(
         name=path.resolve().name,
         path=str(path),
         format=kind,

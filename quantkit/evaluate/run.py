@@ -21,13 +21,21 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import Cut, TokenRows, eval_windows
 from quantkit.calibrate.documents import find_files, read_documents
-from quantkit.documents.evaluation import Candidate, Evaluation, NoiseFloor, Protocol, ReferenceFile, Result, Text
+from quantkit.documents.evaluation import (
+    Candidate,
+    Evaluation,
+    EvaluationText,
+    NoiseFloor,
+    ReferenceFile,
+    Result,
+    ScoringProtocol,
+)
+from quantkit.documents.reference import ReferenceRecord
 from quantkit.errors import CalibrationError, ConfigError, PlanError, SourceError
 from quantkit.evaluate.events import EvaluationStarted, LayerPassed, OnEvaluation, ignore
 from quantkit.evaluate.open import Evaluated, open_candidate, open_reference, tokenizer_sha256
 from quantkit.evaluate.reference_file import (
     TOP,
-    Record,
     ReferenceStatistics,
     ReferenceWriter,
     check_place,
@@ -96,13 +104,13 @@ def evaluate(
     return found.model_copy(update={"seconds": dict(job.timer.seconds)}) if times else found
 
 
-def _protocol(name: Cut, context: int, max_windows_per_file: int | None) -> Protocol:
+def _protocol(name: Cut, context: int, max_windows_per_file: int | None) -> ScoringProtocol:
     if name not in _PROTOCOLS:
         raise PlanError(f"evaluation: protocol is {name!r}, {' or '.join(_PROTOCOLS)} was needed.")
     first_scored = context // 2 if name == "llama.cpp" else 0
     if context - 1 - first_scored < 1:
         raise CalibrationError(f"evaluation: context {context} leaves nothing to score by protocol {name}.")
-    return Protocol(
+    return ScoringProtocol(
         name=name,
         description=_PROTOCOLS[name],
         context=context,
@@ -132,7 +140,9 @@ class _Job:
     base_dir: Path
     on_event: OnEvaluation
 
-    def against_folder(self, reference: Path, text: Sequence[str], protocol: Protocol, save: Path | None) -> Evaluation:
+    def against_folder(
+        self, reference: Path, text: Sequence[str], protocol: ScoringProtocol, save: Path | None
+    ) -> Evaluation:
         """The reference goes through the layers beside the candidates, and into the file ``save``."""
         if save is not None:
             check_place(save)
@@ -209,7 +219,7 @@ class _Job:
 
     def _document(
         self,
-        record: Record,
+        record: ReferenceRecord,
         floor: NoiseFloor | None,
         others: Sequence[Evaluated],
         results: Sequence[Result],
@@ -236,7 +246,7 @@ def _versions() -> dict[str, str]:
     return {"quantkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _require_asked(path: Path, record: Record, asked: _Asked, base_dir: Path) -> None:
+def _require_asked(path: Path, record: ReferenceRecord, asked: _Asked, base_dir: Path) -> None:
     """Raise `SourceError` if the file holds another text or protocol than was asked for."""
     protocol = record.protocol
     for what, found, wanted in (
@@ -261,9 +271,9 @@ def _require_asked(path: Path, record: Record, asked: _Asked, base_dir: Path) ->
 
 
 def _record(
-    machine: Machine, original: Evaluated, protocol: Protocol, windows: TokenRows, tokenizer: str | None
-) -> Record:
-    return Record(
+    machine: Machine, original: Evaluated, protocol: ScoringProtocol, windows: TokenRows, tokenizer: str | None
+) -> ReferenceRecord:
+    return ReferenceRecord(
         versions=_versions(),
         device=device_name(machine.device),
         arithmetic=ARITHMETIC,
@@ -272,7 +282,7 @@ def _record(
         tokenizer_sha256=tokenizer,
         protocol=protocol,
         text=tuple(
-            Text(file=p.file, sha256=p.sha256, documents=p.documents, tokens=p.tokens, windows=p.rows)
+            EvaluationText(file=p.file, sha256=p.sha256, documents=p.documents, tokens=p.tokens, windows=p.rows)
             for p in windows.provenance
         ),
         window_domains=windows.domains,

@@ -18,7 +18,7 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkit.report.contents import Block, Code, Figure, Note, Report, Section, Table
+from quantkit.report.contents import Block, Code, Figure, Note, ReportPage, Section, Table
 from quantkit.version import __version__
 
 _HASH = re.compile(r"[0-9a-f]{40,}\Z")
@@ -48,7 +48,7 @@ class _Group:
     open: bool
 
 
-def page(report: Report) -> str:
+def page(report: ReportPage) -> str:
     """The whole file's text."""
     groups, specs = _placed(report)
     environment = Environment(
@@ -85,7 +85,7 @@ def _number_columns(table: Table) -> list[bool]:
     return found
 
 
-def _placed(report: Report) -> tuple[list[_Group], list[object]]:
+def _placed(report: ReportPage) -> tuple[list[_Group], list[object]]:
     specs: list[object] = []
     numbers = itertools.count(1)
     groups: list[_Group] = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
-from quantkit.convert.events import OutputReport, Report, ValidationResult
+from quantkit.convert.events import OutputReport, Report
+from quantkit.documents.conversion import ValidationResult
 from quantkit.text.tables import both_units, duration, short_size, table
 
 
@@ -100,4 +100,4 @@ def _output_document(output: OutputReport) -> Mapping[str, object]:
 
 
 def _validation_document(result: ValidationResult) -> Mapping[str, object]:
-    return {**asdict(result.scores), "passed": result.passed, "problems": list(result.problems)}
+    return {**result.scores.model_dump(), "passed": result.passed, "problems": list(result.problems)}

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from quantkit.cli.app import app
 from quantkit.convert.events import (
     CopyDone,
-    ExpertTokens,
+    ExpertTokenStats,
     Finished,
     LayerDone,
     OutputReport,
@@ -27,10 +27,10 @@ from quantkit.convert.events import (
     Started,
     TensorDone,
     ValidationProgress,
-    ValidationResult,
 )
+from quantkit.documents.conversion import ValidationResult, ValidationScores
+from quantkit.documents.values import Mean
 from quantkit.errors import OutputError
-from quantkit.evaluate.scores import Estimate, Scores
 from tests.convert.recipes import INT4, KEEP_REST, recipe_text
 from tests.inspect.gguf_files import tiny_file, write_file
 from tests.tiny_models import tiny_config, write_checkpoint
@@ -231,26 +231,33 @@ def test_inspect(tmp_path: Path) -> None:
 
 
 def report(problems: tuple[str, ...] = ()) -> Report:
-    scores = Scores(
+    scores = ValidationScores(
         windows=8,
         tokens=2048,
-        reference_perplexity=Estimate(10.0, 0.5),
-        candidate_perplexity=Estimate(10.1, 0.5),
-        perplexity_ratio=Estimate(1.01, 0.001),
-        mean_kl=Estimate(0.0123, 0.0011),
+        reference_perplexity=Mean(mean=10.0, standard_error=0.5),
+        candidate_perplexity=Mean(mean=10.1, standard_error=0.5),
+        perplexity_ratio=Mean(mean=1.01, standard_error=0.001),
+        mean_kl=Mean(mean=0.0123, standard_error=0.0011),
         median_kl=0.01,
         p99_kl=0.2,
-        top1=Estimate(0.953, 0.004),
+        top1=Mean(mean=0.953, standard_error=0.004),
     )
     output = OutputReport(
-        "w4a16", Path("out"), 8_075_088, 6.33, 195, 150, 2, ValidationResult("w4a16", scores, problems)
+        "w4a16",
+        Path("out"),
+        8_075_088,
+        6.33,
+        195,
+        150,
+        2,
+        ValidationResult(output="w4a16", scores=scores, problems=problems),
     )
     return Report(
         outputs=(output,),
         seconds={"layers": 12.5, "validation": 3.0},
         peak_rss_bytes=900_000_000,
         tokens=32768,
-        expert_tokens=ExpertTokens(24, 10, 8000, 20000, 0, 1),
+        expert_tokens=ExpertTokenStats(24, 10, 8000, 20000, 0, 1),
         resumed=False,
         validated=not problems,
     )
