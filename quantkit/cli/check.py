@@ -32,11 +32,12 @@ def share(text: object) -> float:
 
 EvaluationFile = Annotated[Path, typer.Argument(metavar="EVALUATION", help="A file of `quantkit evaluate --out`.")]
 BaselineFile = Annotated[
-    Path, typer.Option("--baseline", "-b", metavar="FILE", help="What to hold it against: kept in the repository.")
+    Path,
+    typer.Option("--baseline", "-b", metavar="FILE", help="Evaluation to compare with; commit it to the repository."),
 ]
 Candidate = Annotated[
     list[str] | None,
-    typer.Option("--candidate", metavar="NAME", help="Look at this one only; may be repeated. Default: all."),
+    typer.Option("--candidate", metavar="NAME", help="Check this candidate only; may be repeated. Default: all."),
 ]
 Sigmas = Annotated[
     float,
@@ -45,7 +46,7 @@ Sigmas = Annotated[
         min=1,
         max=20,
         metavar="N",
-        help="Standard deviations of a difference that are still luck: of the pairs of windows and of the seed.",
+        help="A difference within so many standard deviations (paired windows, and the seed) counts as noise.",
     ),
 ]
 Spread = Annotated[
@@ -59,7 +60,7 @@ Spread = Annotated[
 ]
 MaxKld = Annotated[
     float | None,
-    typer.Option("--max-kld", min=0, metavar="NATS", help="Also fail above this mean, whatever the baseline has."),
+    typer.Option("--max-kld", min=0, metavar="NATS", help="Also fail if the mean KL divergence is above this."),
 ]
 MaxPerplexityIncrease = Annotated[
     float | None,
@@ -67,13 +68,13 @@ MaxPerplexityIncrease = Annotated[
         "--max-perplexity-increase",
         parser=share,
         metavar="SHARE",
-        help="Also fail if the perplexity is so far above the reference's, whatever the baseline has.",
+        help="Also fail if the perplexity is so far above the reference's.",
     ),
 ]
 MaxSizeIncrease = Annotated[
     float,
     typer.Option(
-        "--max-size-increase", parser=share, metavar="SHARE", help="How much larger than the baseline's tensors."
+        "--max-size-increase", parser=share, metavar="SHARE", help="How much the tensors may grow over the baseline's."
     ),
 ]
 Losses = Annotated[

@@ -47,7 +47,9 @@ Context = Annotated[
 ]
 MaxWindows = Annotated[
     int | None,
-    typer.Option("--max-windows-per-file", min=1, metavar="N", help="At most so many of each file, evenly spread."),
+    typer.Option(
+        "--max-windows-per-file", min=1, metavar="N", help="At most N windows of each text file, evenly spread."
+    ),
 ]
 Protocol = Annotated[
     ProtocolName | None,
@@ -69,8 +71,8 @@ SaveReference = Annotated[
     typer.Option(
         "--save-reference",
         metavar="FILE",
-        help="Keep what later evaluations need of the reference: give FILE in its place. Text, context and "
-        "protocol are then the file's.",
+        help="Save the reference's scores: FILE can stand for REFERENCE in later evaluations, which then use the same "
+        "text, context and protocol.",
     ),
 ]
 MemoryBudget = Annotated[
