@@ -31,13 +31,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from quantkit.convert.run import convert
+from quantkit import convert, evaluate
 from quantkit.documents.baseline import Baseline
 from quantkit.evaluate.check.baseline import by_name, read_evaluation, read_losses, windows_of
 from quantkit.evaluate.check.run import check
 from quantkit.evaluate.check.statistics import paired
 from quantkit.evaluate.check.verdict import Limits
-from quantkit.evaluate.run import evaluate
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.plan.recipe_file import load_recipe
 from quantkit.quantizers.ldlq import factor as ldlq_factor

@@ -1,8 +1,8 @@
 """`convert`: source shards -> layer -> expert -> quantised tensor -> sinks, one loop for every method, format and
 device.
 
-Plan first (everything refusable is refused in seconds), then the tensors outside the layers, then layer by layer, each
-synced and then recorded in the journal, then the files around the weights, the validation, and one rename.
+`prepare` has planned, and refused what can be refused. Here come the tensors outside the layers, then layer by layer,
+each synced and then recorded in the journal, then the files around the weights, the validation, and one rename.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from pathlib import Path
 
 import torch
 
-from quantkit.arch import arch_of
 from quantkit.arch.base import Block, ExpertBlock, ModelArch
-from quantkit.calibrate.dataset import TokenRows, token_rows
+from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.convert.background import AheadSource, Deliveries, foreground
 from quantkit.convert.copying import copy_kept, quantize_tables
-from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
+from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone
 from quantkit.convert.fingerprint import job_header
 from quantkit.convert.finish import finish, result_folder
-from quantkit.convert.folder import OutputFolder, refuse_to_lose
+from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
 from quantkit.convert.layer import quantize_layer, quantize_without_inputs
 from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import Deliver, OutputJob
+from quantkit.convert.prepare import Job
 from quantkit.convert.walk import Walk
 from quantkit.convert.weights import LayerWeights
 from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
-from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
-from quantkit.plan.memory import INTERPRETER_BYTES, check_budget, check_free_disk, conversion_needs
-from quantkit.plan.plan import OutputPlan, Plan, make_plan
+from quantkit.plan.memory import INTERPRETER_BYTES, check_free_disk
+from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
@@ -48,45 +47,19 @@ from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError, QuantizedTe
 from quantkit.tensors import Role
 
 
-def convert(
-    source: Path | str,
-    recipe: Recipe,
-    out: Path | str,
-    *,
-    base_dir: Path = Path(),
-    device: str = "auto",
-    memory_budget: int | None = None,
-    jobs: int | None = None,
-    restart: bool = False,
-    on_event: OnEvent = ignore,
-) -> Report:
-    """Quantise the checkpoint in folder ``source`` by ``recipe`` and leave the result under ``out``.
+def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
+    """Do a prepared job, or go on with it where an earlier process was killed: the files are the same bytes as those
+    of an unbroken one. On a GPU ``on_event`` hears of finished tensors from the thread that writes them.
 
-    ``base_dir``: where the recipe's relative text files lie; ``memory_budget``: bytes to stay under (default: 60 % of
-    the machine); ``jobs``: CPU threads; ``restart``: discard an unfinished job and replace an existing ``out``. An
-    unfinished job of the same recipe, source and text is continued, and its files are the same bytes as those of an
-    unbroken one. On a GPU ``on_event`` hears of finished tensors from the thread that writes them.
-
-    Raises a `QuantkitError` with one line for whatever a user, a file or the machine can cause.
+    Raises a `QuantkitError` with one line for whatever a file or the machine can cause.
     """
-    if jobs is not None:
-        torch.set_num_threads(jobs)
-    machine = Machine.of(device, memory_budget)
+    opened, arch, plan, needs = job.source, job.arch, job.plan, job.needs
+    recipe, rows, base_dir = plan.recipe, job.rows, job.base_dir
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
-        opened = stack.enter_context(open_source(source))
-        arch = arch_of(opened.config)
-        plan = make_plan(recipe, arch, opened.infos(), opened.is_float8, opened.block_size)
-        for output in plan.outputs:
-            output.target.check_source(opened.directory)
-        needs = conversion_needs(plan, arch)
-        check_budget(needs, machine.budget)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
-        rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
         importance = _open_imatrix(stack, recipe, arch, base_dir)
-        inputs = [opened.directory, base_dir, *([base_dir / recipe.imatrix] if recipe.imatrix is not None else [])]
-        refuse_to_lose(Path(out), *inputs, Path.cwd(), Path("~").expanduser())
-        folder = stack.enter_context(OutputFolder(Path(out), restart=restart))
+        folder = stack.enter_context(OutputFolder(job.out, restart=job.restart))
         header = job_header(recipe, opened, rows, importance, machine)
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)

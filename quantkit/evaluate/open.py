@@ -83,15 +83,13 @@ def open_reference(path: Path) -> Evaluated:
 
 
 def open_candidate(path: Path, reference: ModelArch, tokenizer: str | None) -> Evaluated:
-    """A folder or a file in any format; ``tokenizer``: what `tokenizer_sha256` says of the reference. Raises a
+    """A path that exists, in any format; ``tokenizer``: what `tokenizer_sha256` says of the reference. Raises a
     `QuantkitError` with one line: none of the formats, damaged, or another model than the reference."""
     if path.is_dir() and _has_shards(path):
         opened = _open_folder(path)
         return _checked(opened, reference, _tokenizer_notes(path, tokenizer))
     if (path.is_dir() and _holds_gguf(path)) or (path.is_file() and is_gguf(path)):
         return _open_gguf(path, reference)
-    if not path.exists():
-        raise SourceError(f"{path}: does not exist.")
     inside = [part for part in sorted(path.iterdir()) if _holds_model(part)] if path.is_dir() else []
     if inside:
         names = " ".join(map(str, inside[:4]))

@@ -26,10 +26,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from quantkit.documents.evaluation import NoiseFloor
 from quantkit.documents.read import first_problem
@@ -40,6 +39,9 @@ from quantkit.formats.preallocated import disk_errors, sync_directory
 from quantkit.formats.safetensors.header import StoredTensor, printable, read_header
 from quantkit.formats.shard_files import ShardFiles, read_into
 from quantkit.tensors import DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOP = 512
 """Tokens of each position that are kept one by one."""
@@ -117,6 +119,8 @@ class ReferenceWriter:
 
     def routings(self, layer: int, routings: Sequence[Tensor]) -> None:
         """Experts chosen in a layer: (tokens, top_k) indices of each of its blocks."""
+        import torch
+
         for block, indices in enumerate(routings):
             largest = int(indices.max()) if indices.numel() else 0
             dtype = "U8" if largest < 2**8 else "I16"
@@ -244,6 +248,8 @@ class ReferenceStatistics:
 
     def positions(self, first: int, last: int) -> Positions:
         """Scored positions [first, last), counted over all windows. Raises `SourceError` for values that cannot be."""
+        import torch
+
         top_tokens, top_logits = self._read("top_tokens", first, last), self._read("top_logits", first, last)
         singles = [self._read(name, first, last) for name in ("log_sum", "rest", "target_nll", "first_token")]
         self._check_tokens(top_tokens)
@@ -314,6 +320,8 @@ class ReferenceStatistics:
 
     def _read(self, name: str, first: int, last: int | None) -> Tensor:
         """All of a tensor (last None), or scored positions [first, last) of it, flat over the windows."""
+        import torch
+
         stored: StoredTensor = self._stored[name]
         shape = stored.info.shape
         if last is not None:

@@ -79,7 +79,21 @@ def forecast(
     Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source, `CalibrationError` for
     text that is not there.
     """
-    headers = read_headers(source)
+    return forecast_of(
+        read_headers(source), recipe, base_dir=base_dir, gpus=gpus, context=context, memory_budget=memory_budget
+    )
+
+
+def forecast_of(
+    headers: SourceHeaders,
+    recipe: Recipe,
+    *,
+    base_dir: Path = Path(),
+    gpus: Gpus | None = None,
+    context: int | None = None,
+    memory_budget: int | None = None,
+) -> Forecast:
+    """As `forecast`, of headers that are read already."""
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
     if headers.has_shards or (headers.directory / "tokenizer.json").exists():
         for output in plan.outputs:

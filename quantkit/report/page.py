@@ -18,6 +18,7 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from quantkit.errors import QuantkitError
 from quantkit.report.contents import Block, Code, Figure, Note, ReportPage, Section, Table
 from quantkit.version import __version__
 
@@ -49,7 +50,7 @@ class _Group:
 
 
 def page(report: ReportPage) -> str:
-    """The whole file's text."""
+    """The whole file's text. Raises `QuantkitError` if plotly is not installed."""
     groups, specs = _placed(report)
     environment = Environment(
         loader=PackageLoader("quantkit.report", _TEMPLATES),
@@ -130,8 +131,13 @@ def _script_json(value: object) -> str:
 
 def _plotly() -> str:
     """plotly.js, gzipped, in lines of base64."""
-    from plotly.offline import get_plotlyjs
-
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise QuantkitError(
+            "the HTML page is drawn by plotly, which is not installed.",
+            hint="Install plotly (the extra `report`), or give --markdown.",
+        ) from None
     packed = gzip.compress(str(get_plotlyjs()).encode(), 9, mtime=0)
     return "\n".join(_lines(base64.b64encode(packed).decode()))
 

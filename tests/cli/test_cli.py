@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from quantkit import api
 from quantkit.cli.app import app
 from quantkit.convert.events import (
     CopyDone,
@@ -266,12 +267,11 @@ def report(problems: tuple[str, ...] = ()) -> Report:
 @pytest.fixture
 def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
     """Replace the conversion by a function; returns what it was called with."""
-    from quantkit.convert import run
 
     def replace_by(result: Any) -> dict[str, Any]:
         called: dict[str, Any] = {}
 
-        def convert(source: Path, recipe: Any, out: Path, **options: Any) -> Report:
+        def convert(source: Path, recipe: str, out: Path, **options: Any) -> Report:
             called.update(options, source=source, recipe=recipe, out=out)
             if isinstance(result, BaseException):
                 raise result
@@ -289,7 +289,7 @@ def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
                 options["on_event"](event)
             return result
 
-        monkeypatch.setattr(run, "convert", convert)
+        monkeypatch.setattr(api, "convert", convert)
         return called
 
     return replace_by
@@ -304,7 +304,7 @@ def test_convert_reports(walk: Walk, tmp_path: Path) -> None:
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out", *options)
     assert result.exit_code == 0
     assert (called["memory_budget"], called["jobs"], called["device"], called["restart"]) == (2**31, 2, "cpu", False)
-    assert called["base_dir"] == ROOT / "recipes"
+    assert called["recipe"] == "nano-demo"
     for said in (
         "10.0000 ± 0.5000",
         "0.01230 ± 0.00110 nats",
@@ -363,10 +363,10 @@ def test_our_own_bugs_keep_their_traceback(walk: Walk, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="needs POSIX signals")
 def test_sigterm_is_130_and_says_how_to_resume(tmp_path: Path) -> None:
     code = (
-        "import sys, time, types\n"
-        "run = types.ModuleType('quantkit.convert.run')\n"
+        "import sys, time\n"
+        "from quantkit import api\n"
         "def convert(*a, **k):\n    print('ready', flush=True); time.sleep(60)\n"
-        "run.convert = convert; sys.modules['quantkit.convert.run'] = run\n"
+        "api.convert = convert\n"
         "from quantkit.cli.app import main; sys.argv[0] = 'quantkit'; main()"
     )
     words = ["convert", str(V3), "-r", "nano-demo", "-o", str(tmp_path / "o"), "--restart", "--jobs", "2"]
