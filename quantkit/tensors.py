@@ -70,6 +70,8 @@ class Projection(str, Enum):
     """Which linear of an attention or a gated MLP a tensor is, whatever its family calls it."""
 
     Q = "q"
+    K = "k"
+    V = "v"
     Q_A = "q_a"
     Q_B = "q_b"
     KV_A = "kv_a"
@@ -89,8 +91,11 @@ class TensorSpec:
     the official release stores in F32. ``table`` marks matrices that no calibration input reaches (vocabulary, MTP
     projections): only formats that store them in blocks quantise them.
 
-    ``projection``: which linear it is, None for other tensors. ``mtp_role``: the role that a tensor of an MTP layer,
-    whose ``role`` is `Role.MTP`, would have in a decoder layer; None for what only MTP layers have.
+    ``projection``: which linear it is, None for other tensors. ``fused``: last part of the name of the module that vLLM
+    makes of this linear and its siblings of the same parent, which therefore need one scheme; None if it stays alone.
+    ``replicated``: under tensor parallelism every rank of vLLM holds all of this linear. ``mtp_role``: the role that a
+    tensor of an MTP layer, whose ``role`` is `Role.MTP`, would have in a decoder layer; None for what only MTP layers
+    have.
 
     ``part_of``: official name of the linear that this is a part of, for formats that store the parts; its shape is then
     (heads, out, in)."""
@@ -106,6 +111,8 @@ class TensorSpec:
     table: bool = False
     part_of: str | None = None
     mtp_role: Role | None = None
+    fused: str | None = None
+    replicated: bool = False
 
     @property
     def base_role(self) -> Role:
@@ -116,6 +123,12 @@ class TensorSpec:
     def official(self) -> str:
         """Name of the tensor in the source that holds this one."""
         return self.part_of or self.name
+
+
+def stacked_shape(shape: tuple[int, ...], expert: int | None, n_experts: int) -> tuple[int, ...]:
+    """Shape of the stored tensor that holds a tensor of ``shape``: ``expert`` is its number where the experts of a
+    layer are stored as one, (experts, out, in), None for a tensor of its own."""
+    return shape if expert is None else (n_experts, *shape)
 
 
 class TensorSource(Protocol):

@@ -41,11 +41,64 @@ class LinearPart:
 
 
 @dataclass(frozen=True, slots=True)
+class NormWeight:
+    """A norm as what makes a group's inputs: channel i of the inputs is proportional to element i of its weight.
+
+    ``readers``: official names of *all* tensors that read the norm's output, those that are never quantised (a router)
+    included. A format's part of a linear is none of them: it is cut from the linear.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor that can absorb factors."""
+        return self.norm
+
+    def divided(self, weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """The norm's weight (n,) for inputs divided by ``factors`` (n,): new, in the dtype of both."""
+        return weight / factors
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRows:
+    """Rows of an earlier linear as what makes a group's inputs: channel i of the inputs is proportional to them.
+
+    ``rows``: factors (in_features,) of the readers -> (out_features,) of the linear, 1 for rows that the readers don't
+    depend on; None where row i is channel i. ``readers``: as in `NormWeight`.
+    """
+
+    linear: str
+    readers: tuple[str, ...]
+    rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor that can absorb factors."""
+        return self.linear
+
+    def divided(self, weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """The linear (out, in) for inputs of its readers divided by ``factors`` (n,): new, in the dtype of both."""
+        return weight / (factors if self.rows is None else self.rows(factors)).unsqueeze(1)
+
+
+Producer = NormWeight | LinearRows
+"""What can absorb a rescaling of a group's input channels: the model computes the same if the producer is ``divided``
+by factors and the columns of all its readers are multiplied with them."""
+
+
+@dataclass(frozen=True, slots=True)
 class InputGroup:
     """Linears fed by the same tokens: they share one Hessian, one factor and one imatrix row. Names are full tensor
-    names (``….weight``), or names of parts beside or instead of the linear that they belong to."""
+    names (``….weight``), or names of parts beside or instead of the linear that they belong to.
+
+    ``producer``: what makes the inputs; None if nothing can absorb a rescaling of them. Groups of several blocks may
+    have the same.
+    """
 
     linears: tuple[str, ...]
+    producer: Producer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +150,8 @@ class ExpertBlock:
     ``route(weights, h)``: h (tokens, hidden) -> `Routing`.
     ``activate(gate, up)``: the hidden of an expert from its two projections, e.g. silu(gate) * up.
     ``gates[e]``, ``ups[e]``, ``downs[e]``: tensor names.
+    ``producer``: of the inputs of gates and ups. ``down_producers[e]``: of the hidden of expert ``e``; () if nothing
+    can absorb a rescaling of it.
     """
 
     name: str
@@ -106,6 +161,8 @@ class ExpertBlock:
     gates: tuple[str, ...]
     ups: tuple[str, ...]
     downs: tuple[str, ...]
+    producer: Producer | None = None
+    down_producers: tuple[Producer, ...] = ()
 
     @property
     def n_experts(self) -> int:
@@ -117,8 +174,43 @@ Block = DenseBlock | ExpertBlock
 Sublayer = tuple[Block, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class MlpNames:
+    """How a family calls the linears of a gated MLP, without ``.weight``."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class ServingSizes:
+    """What a runtime's memory depends on besides the weights.
+
+    ``heads``: query heads of a layer; ``query_width``: numbers of a head's query as it meets the cache;
+    ``context_width``: numbers that a head sums up from the cache. ``kv_bytes_per_token``: of the cache of one layer, in
+    16 bits; ``kv_heads``: ranks of tensor parallelism that can share it, 1 if each needs all of it. ``top_k``: routed
+    experts that a token takes; ``expert_width``: of their hidden. ``max_positions``: tokens of a sequence that the
+    model is made for.
+    """
+
+    heads: int
+    query_width: int
+    context_width: int
+    kv_bytes_per_token: int
+    kv_heads: int
+    top_k: int
+    expert_width: int
+    max_positions: int
+
+
 class GgufModel(Protocol):
     """What llama.cpp calls a model and its tensors."""
+
+    @property
+    def older_forms(self) -> str:
+        """A hint for files that lack parts of linears (`ModelArch.parts`), "" if there are no such files."""
+        ...
 
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """GGUF name of an official tensor or of a part, and the place of a routed expert in its stacked tensor."""
@@ -145,6 +237,8 @@ class ModelArch(Protocol):
     final_norm: str
     lm_head: str
     """Tensor names; ``lm_head == embed`` when the embeddings are tied."""
+    stacked_experts: bool
+    """Whether the official checkpoint stores the experts of a layer as one tensor (experts, out, in)."""
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of an official checkpoint, MTP layers included, in layer order."""
@@ -160,6 +254,10 @@ class ModelArch(Protocol):
 
     def gguf(self) -> GgufModel:
         """The model as llama.cpp sees it."""
+        ...
+
+    def serving(self) -> ServingSizes:
+        """What the memory of a runtime depends on besides the weights."""
         ...
 
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:

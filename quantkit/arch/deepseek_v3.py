@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import GgufModel, LinearPart, Sublayer
+from quantkit.arch.base import GgufModel, LinearPart, MlpNames, NormWeight, ServingSizes, Sublayer
 from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekV3Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from quantkit.arch.base import Weights
 
 
+MLP_NAMES = MlpNames(gate="gate_proj", up="up_proj", down="down_proj")
+
+
 class DeepseekV3:
     """A `ModelArch`. MTP layers are numbered from ``num_hidden_layers`` on, as in the official files."""
 
     embed: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
+    stacked_experts: bool = False
 
     def __init__(self, config: Mapping[str, object]) -> None:
         self.config = DeepseekV3Config.of(config)
@@ -90,7 +94,9 @@ class DeepseekV3:
         )
         norm = moe.Norm(f"{prefix}post_attention_layernorm.weight", c.rms_norm_eps)
         if self._is_dense(layer):
-            return (attention,), (moe.mlp_block("mlp", f"{prefix}mlp.", norm),)
+            mlp = moe.Mlp.named(f"{prefix}mlp.", MLP_NAMES)
+            producer = NormWeight(norm.weight, moe.readers([mlp]))
+            return (attention,), (moe.mlp_block("mlp", mlp, norm, producer),)
         router = moe.GroupedSigmoidRouter(
             weight=f"{prefix}mlp.gate.weight",
             bias=f"{prefix}mlp.gate.e_score_correction_bias",
@@ -100,15 +106,34 @@ class DeepseekV3:
             normalize=c.norm_topk_prob,
             scale=c.routed_scaling_factor,
         )
-        shared = moe.mlp_block("shared_experts", f"{prefix}mlp.shared_experts.", norm)
-        experts = moe.expert_block("experts", f"{prefix}mlp.experts.", c.n_routed_experts, norm, router)
-        return (attention,), (shared, experts)
+        shared = moe.Mlp.named(f"{prefix}mlp.shared_experts.", MLP_NAMES)
+        routed = [moe.Mlp.named(f"{prefix}mlp.experts.{e}.", MLP_NAMES) for e in range(c.n_routed_experts)]
+        producer = NormWeight(norm.weight, (router.weight, *moe.readers([shared, *routed])))
+        return (attention,), (
+            moe.mlp_block("shared_experts", shared, norm, producer),
+            moe.expert_block("experts", routed, norm, router, producer),
+        )
 
     def gguf(self) -> GgufModel:
         """Architecture ``deepseek2`` of llama.cpp."""
         from quantkit.arch.deepseek_v3_gguf import DeepseekV3Gguf
 
         return DeepseekV3Gguf(self.config)
+
+    def serving(self) -> ServingSizes:
+        """With the latent and the rotated key in the cache, which all heads read."""
+        c = self.config
+        latent, rotated = c.kv_lora_rank, c.qk_rope_head_dim
+        return ServingSizes(
+            heads=c.num_attention_heads,
+            query_width=latent + rotated,
+            context_width=latent,
+            kv_bytes_per_token=2 * (latent + rotated),
+            kv_heads=1,
+            top_k=c.num_experts_per_tok,
+            expert_width=c.moe_intermediate_size,
+            max_positions=c.max_position_embeddings,
+        )
 
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) float32 after the last layer -> normed, float32, the input of lm_head."""
@@ -161,13 +186,17 @@ class DeepseekV3:
                 f"{prefix}{name}.weight", shape, Role.ATTENTION, layer, projection=projection, linear=True
             )
 
+        def latent(name: str, projection: Projection, rank: int) -> TensorSpec:
+            fused = None if c.q_lora_rank is None else "fused_qkv_a_proj"
+            return replace(linear(name, projection, (rank, c.hidden_size)), fused=fused, replicated=True)
+
         if c.q_lora_rank is None:
             yield linear("q_proj", Projection.Q, (q_size, c.hidden_size))
         else:
-            yield linear("q_a_proj", Projection.Q_A, (c.q_lora_rank, c.hidden_size))
+            yield latent("q_a_proj", Projection.Q_A, c.q_lora_rank)
             yield TensorSpec(f"{prefix}q_a_layernorm.weight", (c.q_lora_rank,), Role.NORM, layer)
             yield linear("q_b_proj", Projection.Q_B, (q_size, c.q_lora_rank))
-        yield linear("kv_a_proj_with_mqa", Projection.KV_A, (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size))
+        yield latent("kv_a_proj_with_mqa", Projection.KV_A, c.kv_lora_rank + c.qk_rope_head_dim)
         yield TensorSpec(f"{prefix}kv_a_layernorm.weight", (c.kv_lora_rank,), Role.NORM, layer)
         yield linear("kv_b_proj", Projection.KV_B, (kv_size, c.kv_lora_rank))
         yield linear("o_proj", Projection.OUT, (c.hidden_size, c.num_attention_heads * c.v_head_dim))
@@ -189,15 +218,17 @@ class DeepseekV3:
     def _mlp_tensors(
         self, layer: int, prefix: str, width: int, role: Role, expert: int | None = None
     ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-        hidden = self.hidden_size
+        into, out = (width, self.hidden_size), (self.hidden_size, width)
+        fused = "gate_up_proj" if expert is None else None  # vLLM's routed experts are no modules of their own
 
-        def linear(name: str, projection: Projection, shape: tuple[int, int]) -> TensorSpec:
-            return TensorSpec(f"{prefix}{name}.weight", shape, role, layer, expert, projection, linear=True)
+        def linear(name: str, projection: Projection, shape: tuple[int, int], fused: str | None = None) -> TensorSpec:
+            name = f"{prefix}{name}.weight"
+            return TensorSpec(name, shape, role, layer, expert, projection, linear=True, fused=fused)
 
         return (
-            linear("gate_proj", Projection.GATE, (width, hidden)),
-            linear("up_proj", Projection.UP, (width, hidden)),
-            linear("down_proj", Projection.DOWN, (hidden, width)),
+            linear(MLP_NAMES.gate, Projection.GATE, into, fused),
+            linear(MLP_NAMES.up, Projection.UP, into, fused),
+            linear(MLP_NAMES.down, Projection.DOWN, out),
         )
 
     def _mtp_tensors(self, layer: int) -> Iterator[TensorSpec]:

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantkit.errors import ConfigError, SourceError
+from quantkit.tensors import Role
 
 if TYPE_CHECKING:
     from quantkit.arch.deepseek_v3_config import DeepseekV3Config
 
 GGUF_ARCHITECTURE = "deepseek2"
 
-_SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS: asserts when a file is loaded
-_LITE_LAYERS = (26, 27)  # deepseek2.cpp, is_lite; and 48 layers with the vocabulary of GigaChat
+LITE_LAYERS = (26, 27)  # deepseek2.cpp, is_lite; and 48 layers with the vocabulary of GigaChat
 _LITE_48_VOCABULARY = 128_256
 _YARN_BETAS = (32.0, 1.0)  # of llama_hparams, fast and slow
 _LATENT_EPS = 1e-6  # see `deepseek_v3.LATENT_NORM_EPS`
@@ -64,6 +65,39 @@ _STACKED = {
     "up_proj.weight": "ffn_up_exps.weight",
     "down_proj.weight": "ffn_down_exps.weight",
 }
+SIZES = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "attention.head_count": "num_attention_heads",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "rope.dimension_count": "qk_rope_head_dim",
+}
+"""Key of the metadata, without the architecture -> entry of config.json, where both are the same number."""
+WHOLE_KV_B = "attn_kv_b.weight"
+"""kv_b_proj as files from before latent attention store it."""
+KV_B_PARTS = ("attn_k_b.weight", "attn_v_b.weight")
+SELECTION_BIAS = "exp_probs_b.bias"
+QUERY, LOW_QUERY = "attn_q.weight", "attn_q_a.weight"
+"""The query projection of models without and with q_lora_rank."""
+_GATE_UP_EXPERTS = "ffn_gate_up_exps.weight"
+OLDER = {WHOLE_KV_B: Role.ATTENTION, _GATE_UP_EXPERTS: Role.EXPERT}
+"""Tensors of a layer that llama.cpp takes in place of others, with their role."""
+REPLACED_BY = {
+    **dict.fromkeys(KV_B_PARTS, WHOLE_KV_B),
+    **dict.fromkeys(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _GATE_UP_EXPERTS),
+}
+"""Tensor of a layer -> the one of `OLDER` that stands for it."""
+OPTIONAL = (
+    "output.weight",
+    "nextn.embed_tokens.weight",
+    "nextn.shared_head_norm.weight",
+    "nextn.shared_head_head.weight",
+)
+"""Tensors for which llama.cpp takes the embeddings, or the head and the norm of the main model, if they are missing."""
+
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(.+)")
 
@@ -149,7 +183,7 @@ def _expert_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
         "expert_used_count": c.num_experts_per_tok,
         "expert_shared_count": c.n_shared_experts,
         "expert_weights_scale": float(c.routed_scaling_factor),
-        "expert_gating_func": _SIGMOID,  # absent means softmax
+        "expert_gating_func": SIGMOID,  # absent means softmax
     }
     if c.norm_topk_prob:
         values["expert_weights_norm"] = True
@@ -188,7 +222,7 @@ def _check(c: DeepseekV3Config, *, mtp: bool) -> None:
 def _layout_faults(c: DeepseekV3Config) -> list[str]:
     faults: list[str] = []
     layers = c.num_hidden_layers
-    lite = layers in _LITE_LAYERS or (layers == 48 and c.vocab_size == _LITE_48_VOCABULARY)
+    lite = layers in LITE_LAYERS or (layers == 48 and c.vocab_size == _LITE_48_VOCABULARY)
     if c.q_lora_rank is not None and lite:
         faults.append(
             f"num_hidden_layers {layers} with q_lora_rank {c.q_lora_rank}: a model of so many layers is a lite one to "
@@ -234,6 +268,7 @@ class DeepseekV3Gguf:
     """A `GgufModel`: the functions above for one config."""
 
     config: DeepseekV3Config
+    older_forms: str = "Files from before April 2025 store kv_b_proj whole: convert the model anew."
 
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """See `stored_name`."""

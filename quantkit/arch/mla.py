@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from quantkit.arch.base import DenseBlock, InputGroup, Stage
+from quantkit.arch.base import DenseBlock, InputGroup, LinearRows, NormWeight, Stage
 from quantkit.arch.ops import linear, rms_norm, rope_rotation, rotate, rotate_heads_
 from quantkit.arch.rope import Rope
 
@@ -56,18 +57,34 @@ class MlaShape:
 def attention_block(prefix: str, shape: MlaShape) -> DenseBlock:
     """Block "attention" of the layer whose names start with ``prefix`` ("model.layers.3.")."""
     names = _Names(prefix)
-    latents = (InputGroup((names.kv_b, f"{names.kv_b}:v")),)
+    first = (names.q_a if shape.q_lora else names.q, names.kv_a)
+    kv_norm = NormWeight(names.kv_norm, (names.kv_b,))
+    latents = (InputGroup((names.kv_b, f"{names.kv_b}:v"), kv_norm),)
     if shape.q_lora:
-        latents = (InputGroup((names.q_b,)), *latents)
+        latents = (InputGroup((names.q_b,), NormWeight(names.q_norm, (names.q_b,))), *latents)
+    values = LinearRows(names.kv_b, (names.o,), ValueRows(shape.n_heads, shape.nope_dim))
     return DenseBlock(
         name="attention",
         stages=(
-            Stage((InputGroup((names.q_a if shape.q_lora else names.q, names.kv_a)),), partial(_normed, names, shape)),
+            Stage((InputGroup(first, NormWeight(names.input_norm, first)),), partial(_normed, names, shape)),
             Stage(latents, partial(_latents, names, shape)),
             Stage((InputGroup((f"{names.kv_b}:k",)),), partial(_head_queries, names, shape)),
-            Stage((InputGroup((names.o,)),), partial(_contexts, names, shape)),
+            Stage((InputGroup((names.o,), values),), partial(_contexts, names, shape)),
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRows:
+    """The rows of kv_b that make the values: of each head those after the first ``nope_dim``."""
+
+    n_heads: int
+    nope_dim: int
+
+    def __call__(self, factors: Tensor) -> Tensor:
+        """factors (heads * v_dim,) of the values -> (heads * (nope_dim + v_dim),) of kv_b's rows, 1 for the keys."""
+        values = factors.view(self.n_heads, -1)
+        return torch.cat((values.new_ones(self.n_heads, self.nope_dim), values), dim=1).flatten()
 
 
 class _Names:

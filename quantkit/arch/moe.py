@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from quantkit.arch.base import DenseBlock, ExpertBlock, InputGroup, Routing, Stage
+from quantkit.arch.base import DenseBlock, ExpertBlock, InputGroup, LinearRows, MlpNames, Producer, Routing, Stage
 from quantkit.arch.ops import linear, rms_norm, swiglu
 
 if TYPE_CHECKING:
@@ -22,6 +23,18 @@ class Norm:
 
     weight: str
     eps: float
+
+
+class Router(Protocol):
+    """What chooses the experts of a token. ``weight``: name of the tensor (experts, hidden) that reads the normed
+    stream."""
+
+    @property
+    def weight(self) -> str: ...
+
+    def route(self, weights: Weights, h: Tensor) -> Routing:
+        """h (tokens, hidden) -> `Routing`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +73,55 @@ class GroupedSigmoidRouter:
         return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def mlp_block(name: str, prefix: str, norm: Norm) -> DenseBlock:
-    """A gated MLP that every token passes; tensor names start with ``prefix`` ("model.layers.0.mlp.")."""
-    gate, up, down = (f"{prefix}{part}_proj.weight" for part in ("gate", "up", "down"))
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """Tensor names of a gated MLP."""
+
+    gate: str
+    up: str
+    down: str
+
+    @classmethod
+    def named(cls, prefix: str, names: MlpNames) -> Mlp:
+        """Of the MLP whose tensor names start with ``prefix`` ("model.layers.0.mlp.")."""
+        return cls(*(f"{prefix}{name}.weight" for name in (names.gate, names.up, names.down)))
+
+
+def readers(mlps: Iterable[Mlp]) -> tuple[str, ...]:
+    """The tensors of several MLPs that read their input."""
+    return tuple(name for mlp in mlps for name in (mlp.gate, mlp.up))
+
+
+def mlp_block(name: str, mlp: Mlp, norm: Norm, producer: Producer | None) -> DenseBlock:
+    """A gated MLP that every token passes. ``producer``: of its inputs, with all that read them."""
     return DenseBlock(
         name=name,
         stages=(
-            Stage((InputGroup((gate, up)),), partial(_mlp_inputs, norm)),
-            Stage((InputGroup((down,)),), partial(_mlp_hidden, norm, gate, up)),
+            Stage((InputGroup((mlp.gate, mlp.up), producer),), partial(_mlp_inputs, norm)),
+            Stage((InputGroup((mlp.down,), _up_rows(mlp)),), partial(_mlp_hidden, norm, mlp.gate, mlp.up)),
         ),
     )
 
 
-def expert_block(name: str, prefix: str, n_experts: int, norm: Norm, router: GroupedSigmoidRouter) -> ExpertBlock:
-    """Routed gated MLPs, named ``<prefix><expert>.{gate,up,down}_proj.weight``."""
-    gates, ups, downs = (
-        tuple(f"{prefix}{expert}.{part}_proj.weight" for expert in range(n_experts)) for part in ("gate", "up", "down")
-    )
+def _up_rows(mlp: Mlp) -> LinearRows:
+    """The hidden, silu(gate) * up, is linear in up."""
+    return LinearRows(mlp.up, (mlp.down,))
+
+
+def expert_block(
+    name: str, experts: Sequence[Mlp], norm: Norm, router: Router, producer: Producer | None
+) -> ExpertBlock:
+    """Routed gated MLPs. ``producer``: of the inputs of router and experts, with all that read them."""
     return ExpertBlock(
         name=name,
         inputs=partial(_normed, norm),
         route=router.route,
         activate=swiglu,
-        gates=gates,
-        ups=ups,
-        downs=downs,
+        gates=tuple(mlp.gate for mlp in experts),
+        ups=tuple(mlp.up for mlp in experts),
+        downs=tuple(mlp.down for mlp in experts),
+        producer=producer,
+        down_producers=tuple(map(_up_rows, experts)),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.arch.base import ModelArch
+from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import SourceError
 from quantkit.formats.preallocated import sha256_of
 from quantkit.tensors import Role, TensorSpec
@@ -111,18 +112,10 @@ class ImportanceFile:
 
 def _linears(arch: ModelArch) -> dict[str, TensorSpec]:
     """Linears of the decoder layers by the names that GGUF stores: those with parts by these."""
-    from quantkit.arch.parts import in_parts
-
     return {spec.name: spec for spec in in_parts(arch) if spec.linear and spec.role is not Role.MTP}
 
 
 def _sizes(arch: ModelArch, specs: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
     """GGUF name -> number of matrices, in_features."""
-    sizes: dict[str, tuple[int, int]] = {}
-    model = arch.gguf()
-    for name, spec in specs.items():
-        stored, expert = model.stored_name(name)
-        heads = spec.shape[0] if len(spec.shape) == 3 else 1
-        before = sizes.get(stored, (0, 0))[0]
-        sizes[stored] = (heads if expert is None else max(before, expert + 1), spec.shape[-1])
-    return sizes
+    stored = stored_tensors(specs.values(), arch.gguf())
+    return {name: (tensor.n_matrices, tensor.shape[-1]) for name, tensor in stored.items()}

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
-from quantkit.arch.parts import in_parts
+from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.documents.evaluation import CheckpointFacts
 from quantkit.errors import ConfigError, QuantkitError, SourceError
 from quantkit.formats.folder import DecodedLinears
@@ -41,7 +41,6 @@ _TOKENIZER = "tokenizer.json"
 _UNUSED_KEYS = ("general.type", ".context_length", ".vocab_size")
 """Ends of keys that nothing is computed with here."""
 _SAMPLE_BYTES = 4096
-_KV_B_HINT = "Files from before April 2025 store kv_b_proj whole: convert the model anew."
 
 
 class OpenSource(RowSource, Protocol):
@@ -176,13 +175,10 @@ def _open_gguf(path: Path, arch: ModelArch) -> Evaluated:
         specs = [spec for spec in in_parts(arch) if spec.role is not Role.MTP]
         model = arch.gguf()
         names = {spec.name: model.stored_name(spec.name) for spec in specs}
-        experts = 1 + max((spec.expert for spec in specs if spec.expert is not None), default=0)
-        for spec in specs:
-            stored, place = names[spec.name]
-            entry = reader.tensors.get(stored)
-            needed = spec.shape if place is None else (experts, *spec.shape)
-            hint = _KV_B_HINT if spec.part_of is not None else ""
-            _check_shape(reader.path, stored, None if entry is None else entry.shape, needed, hint)
+        for stored in stored_tensors(specs, model).values():
+            entry = reader.tensors.get(stored.name)
+            hint = model.older_forms if stored.first.part_of is not None else ""
+            _check_shape(reader.path, stored.name, None if entry is None else entry.shape, stored.shape, hint)
         stored_infos = [TensorInfo(e.name, e.shape, "F32") for e in reader.tensors.values()]
         facts = _facts(path, "GGUF", _gguf_fingerprint(reader), stored_infos, reader.data_bytes, notes)
     return Evaluated(arch, GgufSource(path, names, tuple(arch.parts().values())), facts)

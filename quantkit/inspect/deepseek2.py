@@ -11,33 +11,30 @@ from dataclasses import replace
 from functools import lru_cache
 
 from quantkit.arch import arch_of
-from quantkit.arch.parts import in_parts
+from quantkit.arch.deepseek_v3_gguf import (
+    GGUF_ARCHITECTURE,
+    KV_B_PARTS,
+    LITE_LAYERS,
+    LOW_QUERY,
+    OLDER,
+    OPTIONAL,
+    QUERY,
+    REPLACED_BY,
+    SELECTION_BIAS,
+    SIGMOID,
+    SIZES,
+    WHOLE_KV_B,
+)
+from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.inspect.holdings import counted
 from quantkit.tensors import Role, TensorSpec
 
-PREFIX = "deepseek2."
-SIGMOID = 2
+PREFIX = f"{GGUF_ARCHITECTURE}."
 V3_EXPERTS = 256
 """Of V3, V3.1 and R1, whose experts are chosen in groups; models without groups have other numbers."""
 
-_SIZES = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_count": "n_shared_experts",
-    "leading_dense_block_count": "first_k_dense_replace",
-    "attention.head_count": "num_attention_heads",
-    "attention.kv_lora_rank": "kv_lora_rank",
-    "rope.dimension_count": "qk_rope_head_dim",
-}
-"""Key of the metadata -> entry of config.json."""
-_LITE_LAYERS = (26, 27)
-_OLDER = {"attn_kv_b.weight": Role.ATTENTION, "ffn_gate_up_exps.weight": Role.EXPERT}
-"""Tensors that llama.cpp takes in place of others."""
-_OPTIONAL = (".nextn.embed_tokens.weight", ".nextn.shared_head_norm.weight", ".nextn.shared_head_head.weight")
-_ROUTER = (".ffn_gate_inp.weight", ".exp_probs_b.bias")
 _FIXED: dict[str, object] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "n_routed_experts": 2,  # experts are stacked: their number is a dimension
@@ -55,10 +52,9 @@ _FIXED: dict[str, object] = {
 
 def role_of(model: GgufReader, name: str) -> Role | None:
     """The role of a tensor by its name, None for a name that the architecture does not know."""
-    block, _, rest = name.removeprefix("blk.").partition(".")
-    suffix = rest if name.startswith("blk.") else name
+    block, suffix = _block_and_suffix(name)
     role = _roles().get(suffix)
-    if role is None or not name.startswith("blk.") or not block.isascii() or not block.isdigit():
+    if role is None or not block.isascii() or not block.isdigit():
         return role
     layers, mtp = _count(model, "block_count"), _count(model, "nextn_predict_layers") or 0
     return Role.MTP if layers is not None and int(block) >= layers - mtp else role
@@ -74,7 +70,7 @@ def oddities(model: GgufReader) -> list[str]:
 
 def _tensor_lines(model: GgufReader) -> list[str]:
     """Against the table of tensors that the metadata describes."""
-    missing = [PREFIX + key for key in (*_SIZES, "block_count", "expert_count") if _count(model, key) is None]
+    missing = [PREFIX + key for key in (*SIZES, "block_count", "expert_count") if _count(model, key) is None]
     missing += [key for key in _head_keys(model) if _count(model, key.removeprefix(PREFIX)) is None]
     if missing:
         return [counted("keys that the architecture needs are missing", missing)]
@@ -84,7 +80,7 @@ def _tensor_lines(model: GgufReader) -> list[str]:
         what = error.message.removeprefix("config.json: ")
         return [f"the metadata describes no model of this architecture, in the words of config.json: {what}"]
     tensors = model.tensors
-    strange = [name for name in tensors if name not in expected and name.split(".", 2)[-1] not in _OLDER]
+    strange = [name for name in tensors if name not in expected and name.split(".", 2)[-1] not in OLDER]
     shapes = [name for name, spec in expected.items() if name in tensors and tensors[name].shape != spec.shape]
     lines = (
         ("tensors of the architecture are missing", _missing(model, expected)),
@@ -98,15 +94,9 @@ def _missing(model: GgufReader, expected: Mapping[str, TensorSpec]) -> list[str]
     sigmoid = _count(model, "expert_gating_func") == SIGMOID
     missing: list[str] = []
     for name in expected:
-        layer, _, suffix = name.rpartition(".attn_") if ".attn_" in name else name.rpartition(".ffn_")
-        replaced = (suffix in ("k_b.weight", "v_b.weight") and f"{layer}.attn_kv_b.weight" in model.tensors) or (
-            suffix in ("gate_exps.weight", "up_exps.weight") and f"{layer}.ffn_gate_up_exps.weight" in model.tensors
-        )
-        unneeded = (
-            name == "output.weight"  # llama.cpp takes the embeddings
-            or name.endswith(_OPTIONAL)
-            or (name.endswith("exp_probs_b.bias") and not sigmoid)
-        )
+        block, suffix = _block_and_suffix(name)
+        replaced = suffix in REPLACED_BY and f"blk.{block}.{REPLACED_BY[suffix]}" in model.tensors
+        unneeded = suffix in OPTIONAL or (suffix == SELECTION_BIAS and not sigmoid)
         if name not in model.tensors and not replaced and not unneeded:
             missing.append(name)
     return missing
@@ -116,7 +106,7 @@ def _expected(model: GgufReader) -> dict[str, TensorSpec]:
     """Tensors by GGUF name, shapes in numpy's order. Raises `ConfigError` if the metadata describes no model."""
     key, value = (_count(model, key.removeprefix(PREFIX)) or 0 for key in _head_keys(model))
     mtp = _count(model, "nextn_predict_layers") or 0
-    sizes = {entry: _count(model, found) for found, entry in _SIZES.items()}
+    sizes = {entry: _count(model, found) for found, entry in SIZES.items()}
     rope = sizes["qk_rope_head_dim"] or 0
     return _table(
         {
@@ -134,37 +124,42 @@ def _expected(model: GgufReader) -> dict[str, TensorSpec]:
 
 def _table(sizes: Mapping[str, object], n_experts: int) -> dict[str, TensorSpec]:
     arch = arch_of({**_FIXED, **sizes})
-    stored_name = arch.gguf().stored_name
     table: dict[str, TensorSpec] = {}
-    for spec in in_parts(arch):
-        name, place = stored_name(spec.name)
-        shape = spec.shape if place is None else (n_experts, *spec.shape)
-        if name.endswith(_ROUTER):
-            shape = (n_experts, *spec.shape[1:])
-        table.setdefault(name, replace(spec, shape=shape))
+    for name, stored in stored_tensors(in_parts(arch), arch.gguf(), n_experts).items():
+        is_router = stored.first.base_role is Role.ROUTER  # a row for each expert
+        shape = (n_experts, *stored.shape[1:]) if is_router else stored.shape
+        table[name] = replace(stored.first, shape=shape)
     return table
 
 
 @lru_cache(maxsize=1)
 def _roles() -> Mapping[str, Role]:
     """Role by the end of a name, from a model with a layer of each kind, once with and once without q_lora_rank."""
-    roles: dict[str, Role] = dict(_OLDER)
+    roles: dict[str, Role] = dict(OLDER)
     for rank in (1, None):
         sizes: dict[str, object] = {
-            **dict.fromkeys(_SIZES.values(), 2),
+            **dict.fromkeys(SIZES.values(), 2),
             "first_k_dense_replace": 1,
             "q_lora_rank": rank,
         }
         sizes |= {"vocab_size": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
         table = _table({**sizes, "qk_nope_head_dim": 1, "v_head_dim": 1}, 2)
         for name, spec in table.items():
-            roles.setdefault(name.split(".", 2)[-1] if name.startswith("blk.") else name, spec.role)
+            roles.setdefault(_block_and_suffix(name)[1], spec.role)
     return roles
+
+
+def _block_and_suffix(name: str) -> tuple[str, str]:
+    """ "blk.3.ffn_up.weight" -> ("3", "ffn_up.weight"); ("", name) outside the blocks."""
+    if not name.startswith("blk."):
+        return "", name
+    block, _, suffix = name.removeprefix("blk.").partition(".")
+    return block, suffix
 
 
 def _head_keys(model: GgufReader) -> tuple[str, str]:
     """Where the sizes of a key and of a value head are: files from before latent attention have the shorter names."""
-    legacy = any(name.endswith(".attn_kv_b.weight") for name in model.tensors)
+    legacy = any(name.endswith(f".{WHOLE_KV_B}") for name in model.tensors)
     end = "" if legacy and model.get(f"{PREFIX}attention.key_length_mla") is None else "_mla"
     return f"{PREFIX}attention.key_length{end}", f"{PREFIX}attention.value_length{end}"
 
@@ -177,9 +172,9 @@ def _vocabulary(model: GgufReader) -> int:
 def _query_rank(model: GgufReader) -> int | None:
     """q_lora_rank; models that have none, or whose number llama.cpp ignores, have attn_q. A key that is missing has a
     line of its own."""
-    if "blk.0.attn_q.weight" in model.tensors:
+    if f"blk.0.{QUERY}" in model.tensors:
         return None
-    low = model.tensors.get("blk.0.attn_q_a.weight")
+    low = model.tensors.get(f"blk.0.{LOW_QUERY}")
     return _count(model, "attention.q_lora_rank") or (low.shape[0] if low is not None else None)
 
 
@@ -194,7 +189,7 @@ def _count(model: GgufReader, key: str) -> int | None:
 def _key_lines(model: GgufReader) -> list[str]:
     """Keys whose absence or value changes what is computed, or keeps llama.cpp from loading the file."""
     lines: list[str] = []
-    biased = any(name.endswith(".exp_probs_b.bias") for name in model.tensors)
+    biased = any(name.endswith(f".{SELECTION_BIAS}") for name in model.tensors)
     gating = _count(model, "expert_gating_func")
     if biased and gating != SIGMOID:
         found = "is missing" if gating is None else f"is {gating}"
@@ -209,7 +204,7 @@ def _key_lines(model: GgufReader) -> list[str]:
             f"{V3_EXPERTS} experts in 8 groups of which 4 are used, llama.cpp will choose without groups."
         )
     layers = _count(model, "block_count")
-    if model.get(f"{PREFIX}attention.q_lora_rank") is None and layers not in _LITE_LAYERS:
+    if model.get(f"{PREFIX}attention.q_lora_rank") is None and layers not in LITE_LAYERS:
         lines.append(
             f"{PREFIX}attention.q_lora_rank is missing: llama.cpp refuses the file (0 says that there is none)."
         )
@@ -237,7 +232,7 @@ def _yarn_lines(model: GgufReader) -> list[str]:
 def _attention_lines(model: GgufReader) -> list[str]:
     """kv_b_proj, whole or in parts."""
     lines: list[str] = []
-    whole = [name for name in model.tensors if name.endswith(".attn_kv_b.weight")]
+    whole = [name for name in model.tensors if name.endswith(f".{WHOLE_KV_B}")]
     if whole and model.get(f"{PREFIX}attention.key_length_mla") is None:
         lines.append(
             f"{counted('layers with kv_b_proj in one tensor', whole)}: a file from before latent attention, llama.cpp "
@@ -248,13 +243,10 @@ def _attention_lines(model: GgufReader) -> list[str]:
             f"{counted('layers with kv_b_proj in one tensor', whole)}: with attention.key_length_mla llama.cpp looks "
             "for attn_k_b and attn_v_b instead."
         )
-    parts = [name for name, entry in model.tensors.items() if entry.kind == "MXFP4" and name.endswith(_PARTS)]
+    parts = [name for name, entry in model.tensors.items() if entry.kind == "MXFP4" and name.endswith(KV_B_PARTS)]
     if parts:
         lines.append(
             f"{counted('parts of kv_b_proj in MXFP4', parts)}: MXFP4_MOE of llama-quantize takes them for experts, "
             "because they have three dimensions; Q8_0 costs little."
         )
     return lines
-
-
-_PARTS = (".attn_k_b.weight", ".attn_v_b.weight")

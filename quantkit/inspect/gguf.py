@@ -19,7 +19,7 @@ from quantkit.formats.safetensors.header import printable
 from quantkit.inspect import deepseek2 as deepseek2
 from quantkit.inspect.holdings import UNKNOWN_ROLE, Holding, counted
 from quantkit.inspect.imatrix import ImatrixBeside, ImatrixInspection, imatrix_beside, inspect_imatrix
-from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
+from quantkit.runtimes.llama_cpp.presets import FILE_TYPES, is_quantised
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.tensors import Role
 
@@ -242,9 +242,7 @@ def _layer_lines(model: GgufReader, architecture: str) -> list[str]:
 def _type_lines(model: GgufReader) -> list[str]:
     """Types that hurt, or that quantkit cannot read."""
     delicate = [
-        name
-        for name, entry in model.tensors.items()
-        if entry.kind != "F32" and (name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or len(entry.shape) < 2)
+        name for name, entry in model.tensors.items() if entry.kind != "F32" and not is_quantised(name, entry.shape)
     ]
     lines = [counted("norms, biases or routers that are not float32", delicate)] if delicate else []
     unread: dict[str, list[str]] = {}

@@ -125,16 +125,15 @@ def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:
 
 
 def _usual_context(headers: SourceHeaders) -> int:
-    most = headers.config.get("max_position_embeddings")
-    return min(CONTEXT, most) if isinstance(most, int) else CONTEXT
+    return min(CONTEXT, headers.arch.serving().max_positions)
 
 
 def _fit(headers: SourceHeaders, plan: Plan, output: OutputPlan, gpus: Gpus, context: int) -> OutputFit:
     """Raises `PlanError` if the model is not made for ``context`` tokens."""
     folder = OUT if len(plan.outputs) == 1 else f"{OUT}/{output.output.name}"
     if isinstance(output.output, GgufOutput):
-        llama = fit_llama(output, headers.config, gpus, context)
+        llama = fit_llama(output, headers.arch, gpus, context)
         (serve,) = output.target.serve_commands(headers.directory, output.planned, folder)
         return OutputFit(llama, f"{serve} {llama.options()}" if llama.fits else "")
-    vllm = fit(output, headers.config, headers.arch.n_layers, gpus, context)
+    vllm = fit(output, headers.arch, gpus, context)
     return OutputFit(vllm, vllm.command(folder) if vllm.utilization is not None else "")

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.arch.base import ModelArch
-from quantkit.arch.parts import in_parts
-from quantkit.errors import ConfigError, SchemeError
+from quantkit.arch.parts import StoredTensor, in_parts, stored_tensors
+from quantkit.errors import SchemeError
 from quantkit.formats.gguf import sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
 from quantkit.formats.gguf.layout import layout_gguf
 from quantkit.formats.gguf.values import Value, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
-from quantkit.runtimes.llama_cpp import presets
+from quantkit.runtimes.llama_cpp import contract, presets
+from quantkit.runtimes.llama_cpp.command import serve
 from quantkit.schemes import ChosenScheme, GgmlScheme, describe
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.tensors import Role, TensorSpec
@@ -60,12 +61,11 @@ class GgufTarget:
         """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one."""
         if self._output.preset is None:
             return None
-        name, place = self._model.stored_name(spec.name)
-        shape = spec.shape if place is None else (self._n_experts, *spec.shape)
+        stored = self._stored[self._model.stored_name(spec.name)[0]]
         kind = presets.preset_type(
             self._output.preset,
-            name,
-            shape,
+            stored.name,
+            stored.shape,
             layer=spec.layer,
             n_layers=self._n_layers,
             n_experts=self._n_experts,
@@ -95,17 +95,8 @@ class GgufTarget:
         return sink.nbytes_of(tensor)
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
-        """See `sink.problems`; and what of the model llama.cpp cannot run."""
-        lines = sink.problems(tensors, self._model.stored_name)
-        mtp = self._mtp_stored(tensors)
-        try:
-            self._model.key_values(mtp=mtp)
-        except ConfigError as error:
-            lines.append(f"{error.message} {error.hint}".rstrip())
-        missing = sum(spec.role is Role.MTP for spec in self.specs) - sum(t.role is Role.MTP for t in tensors)
-        if mtp and missing:
-            lines.append(f"the MTP layer lacks {missing} of its tensors: keep all of them, or drop all.")
-        return lines
+        """See `contract.problems`."""
+        return contract.problems(tensors, self._model, sum(spec.role is Role.MTP for spec in self.specs))
 
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """Types that were replaced because rows are too short, and what llama.cpp computes otherwise."""
@@ -113,7 +104,7 @@ class GgufTarget:
             f"{name}: {kind} for {wanted} ({count} times): rows are no whole blocks. llama-quantize does so too."
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
-        return [*replaced, *self._model.differences()]
+        return [*replaced, *contract.notes(self._model)]
 
     def check_source(self, source: Path) -> None:
         """Raise `SourceError` for a tokenizer that llama.cpp does not know."""
@@ -159,12 +150,17 @@ class GgufTarget:
         """llama.cpp's server on the first file."""
         stored = sink.stacked_tensors(tensors, self._model.stored_name)
         first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
-        return (f"llama-server -m {first if folder == '.' else f'{folder}/{first}'}",)
+        return (serve(first if folder == "." else f"{folder}/{first}"),)
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name)[:MAX_STEM].strip("-.") or "model"
         return f"{name}-{self._output.name}"
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        """Tensors of the file by name, MTP layers included."""
+        return stored_tensors(self.specs, self._model)
 
     @cached_property
     def _n_experts(self) -> int:
@@ -202,14 +198,11 @@ class GgufTarget:
 
     def _importance_entries(self) -> list[ImatrixEntry]:
         """One for each tensor that calibration inputs reach."""
-        entries: dict[str, ImatrixEntry] = {}
-        for spec in self.specs:
-            if spec.linear and spec.role is not Role.MTP:
-                name, place = self._model.stored_name(spec.name)
-                heads = spec.shape[0] if len(spec.shape) == 3 else 1
-                count = heads if place is None else self._n_experts
-                entries.setdefault(name, ImatrixEntry(name, count, spec.shape[-1], experts=place is not None))
-        return list(entries.values())
+        return [
+            ImatrixEntry(stored.name, stored.n_matrices, stored.shape[-1], experts=stored.stacked)
+            for stored in self._stored.values()
+            if stored.first.linear and stored.first.role is not Role.MTP
+        ]
 
 
 @lru_cache(maxsize=64)

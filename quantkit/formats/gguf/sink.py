@@ -17,6 +17,7 @@ from quantkit.formats.gguf.layout import GgufTensor
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.preallocated import FilesLayout, PreallocatedFiles
 from quantkit.schemes import GgmlScheme
+from quantkit.tensors import stacked_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,7 @@ def stacked_tensors(planned: Iterable[PlannedTensor], stored_name: StoredName) -
         counts[name] = counts.get(name, 0) + 1
         first.setdefault(name, (tensor, place))
     return [
-        GgufTensor(name, tensor.info.shape if place is None else (counts[name], *tensor.info.shape), kind_of(tensor))
+        GgufTensor(name, stacked_shape(tensor.info.shape, place, counts[name]), kind_of(tensor))
         for name, (tensor, place) in first.items()
     ]
 
