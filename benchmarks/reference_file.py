@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from quantkit import evaluate
 from quantkit.documents.evaluation import Evaluation
 from quantkit.evaluate import run as evaluation
 
@@ -32,7 +33,7 @@ def main() -> None:
         for top in map(int, options.tops.split(",")):
             evaluation.TOP = top
             file = Path(folder) / f"top-{top}"
-            exact = evaluation.evaluate(
+            exact = evaluate(
                 options.reference,
                 options.candidates,
                 save_reference=file,
@@ -40,7 +41,7 @@ def main() -> None:
                 max_windows_per_file=options.windows,
                 noise_floor=False,
             )
-            by_file = evaluation.evaluate(file, options.candidates)
+            by_file = evaluate(file, options.candidates)
             found += rows(exact, by_file, file.stat().st_size)
     for row in found:
         print(json.dumps(row))

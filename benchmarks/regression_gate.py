@@ -31,12 +31,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from quantkit.convert.run import convert
-from quantkit.evaluate.check.baseline import Baseline, by_name, read_conversions, read_evaluation, windows_of
+from quantkit import convert, evaluate
+from quantkit.documents.baseline import Baseline
+from quantkit.evaluate.check.baseline import by_name, read_evaluation, read_losses, windows_of
 from quantkit.evaluate.check.run import check
 from quantkit.evaluate.check.statistics import paired
 from quantkit.evaluate.check.verdict import Limits
-from quantkit.evaluate.run import evaluate
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.plan.recipe_file import load_recipe
 from quantkit.quantizers.ldlq import factor as ldlq_factor
@@ -205,7 +205,7 @@ def commit() -> str:
 def judged(path: Path, baseline: Baseline, limits: Limits) -> dict[str, list[dict[str, str]]]:
     """By output what got worse, as `quantkit check` says it."""
     found = read_evaluation(path)
-    verdicts = check(found, baseline, limits, read_conversions(found, Path()))
+    verdicts = check(found, baseline, limits, read_losses(found, Path()))
     return {
         verdict.candidate: [{"check": failed.name, "line": failed.line} for failed in verdict.regressions]
         for verdict in verdicts
@@ -224,7 +224,7 @@ def changes(path: Path, baseline: Baseline, outputs: Sequence[str]) -> dict[str,
 
 def alarms_of_pairs(clean: Sequence[Path], limits: Limits) -> dict[str, int]:
     """Each clean run as the baseline of each other one: not independent, but twenty times as many."""
-    sides = [(found, read_conversions(found, Path())) for found in map(read_evaluation, clean)]
+    sides = [(found, read_losses(found, Path())) for found in map(read_evaluation, clean)]
     pairs = [(was, found) for was in sides for found in sides if was is not found]
     alarms = [
         check(found[0], Baseline(evaluation=was[0], conversions=was[1]), limits, found[1]) for was, found in pairs
@@ -271,7 +271,7 @@ def loss_spreads(clean: Sequence[Path]) -> dict[str, dict[str, float]]:
     against its kind, on average over the kind's linears and of the linear that varies most."""
     result: dict[str, dict[str, float]] = {}
     for output in OUTPUTS:
-        losses = [read_conversions(read_evaluation(path), Path())[output].losses for path in clean]
+        losses = [read_losses(read_evaluation(path), Path())[output].losses for path in clean]
         kinds: dict[str, list[str]] = {}
         for name, loss in losses[0].items():
             if loss > 0:
@@ -312,7 +312,7 @@ def main() -> int:
     given.work.mkdir(parents=True, exist_ok=True)
     clean = [run(given.work.absolute(), "", seed) for seed in range(given.seeds + 1)]
     first = read_evaluation(clean[0])
-    baseline, limits = Baseline(evaluation=first, conversions=read_conversions(first, Path())), Limits()
+    baseline, limits = Baseline(evaluation=first, conversions=read_losses(first, Path())), Limits()
 
     alarms = {path.parent.name: judged(path, baseline, limits) for path in clean[1:]}
     bugs = {

@@ -15,8 +15,8 @@ from quantkit.errors import OutputError, PlanError
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
+    from quantkit.documents.baseline import Baseline
     from quantkit.documents.evaluation import Evaluation
-    from quantkit.evaluate.check.baseline import Baseline
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
     from quantkit.inspect.folder import Inspection
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 ProtocolName = Literal["windows", "llama.cpp"]
-MIN_BUDGET = 2**28
 
 
 def convert(
@@ -52,29 +51,28 @@ def convert(
 
     A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.
     """
+    from quantkit.convert.prepare import prepared
+    from quantkit.plan.budget import budget_bytes, check_device, default_budget
+
+    check_device(device)
     loaded, folder = _recipe(recipe, base_dir)
-    budget = _budget(memory_budget)
-    import torch
+    budget = budget_bytes(memory_budget) or default_budget()
+    job = prepared(Path(source), loaded, Path(out), base_dir=folder, memory_budget=budget, restart=restart)
+    with job as found:
+        import torch
 
-    from quantkit.convert.events import ignore
-    from quantkit.convert.run import convert as run
+        from quantkit.convert.events import ignore
+        from quantkit.convert.run import convert as run
+        from quantkit.plan.machine import Machine
 
-    threads = torch.get_num_threads()
-    try:
-        return run(
-            Path(source),
-            loaded,
-            Path(out),
-            base_dir=folder,
-            device=device,
-            memory_budget=budget,
-            jobs=jobs,
-            restart=restart,
-            on_event=on_event or ignore,
-        )
-    finally:
-        # ``jobs`` is for this conversion, not for what else the process does with torch.
-        torch.set_num_threads(threads)
+        threads = torch.get_num_threads()
+        try:
+            if jobs is not None:
+                torch.set_num_threads(jobs)
+            return run(found, Machine.of(device, budget), on_event or ignore)
+        finally:
+            # ``jobs`` is for this conversion, not for what else the process does with torch.
+            torch.set_num_threads(threads)
 
 
 def plan(
@@ -94,6 +92,7 @@ def plan(
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = _recipe(recipe, base_dir)
+    from quantkit.plan.budget import budget_bytes
     from quantkit.plan.forecast import forecast
     from quantkit.runtimes.gpus import parse_gpus
 
@@ -103,7 +102,7 @@ def plan(
         except ValueError as error:
             raise PlanError(f"gpus: {error}.") from None
     return forecast(
-        Path(source), loaded, base_dir=folder, gpus=gpus, context=context, memory_budget=_budget(memory_budget)
+        Path(source), loaded, base_dir=folder, gpus=gpus, context=context, memory_budget=budget_bytes(memory_budget)
     )
 
 
@@ -144,26 +143,22 @@ def evaluate(
     """
     if out is not None:
         _check_place(Path(out))
-    budget = _budget(memory_budget)
     from quantkit.evaluate.events import ignore
-    from quantkit.evaluate.run import evaluate as run
+    from quantkit.evaluate.prepare import Asked, prepared
     from quantkit.formats.safetensors.writer import write_durably
+    from quantkit.plan.budget import budget_bytes, check_device
 
-    found = run(
-        Path(reference),
-        _paths(candidates),
-        text=[text] if isinstance(text, str) else text,
-        context=context,
-        max_windows_per_file=max_windows_per_file,
-        protocol=protocol,
-        noise_floor=noise_floor,
-        save_reference=save_reference,
-        device=device,
-        memory_budget=budget,
-        base_dir=Path(base_dir),
-        times=times,
-        on_event=on_event or ignore,
-    )
+    check_device(device)
+    budget = budget_bytes(memory_budget)
+    texts = [text] if isinstance(text, str) else text
+    asked = Asked(texts, context, max_windows_per_file, protocol, Path(base_dir))
+    save = None if save_reference is None else Path(save_reference)
+    with prepared(Path(reference), _paths(candidates), asked, save) as opened:
+        from quantkit.evaluate.run import evaluate as run
+        from quantkit.plan.machine import Machine
+
+        machine = Machine.of(device, budget)
+        found = run(opened, machine, on_event or ignore, noise_floor=noise_floor, times=times)
     if out is not None:
         write_durably(Path(out), found.to_json().encode())
     return found
@@ -182,25 +177,26 @@ def check(
     A regression is no error: see ``passed`` of the verdicts. Raises `EvaluationError` for what cannot be compared:
     another text, other windows, another reference.
     """
-    from quantkit.evaluate.check.baseline import check_comparable, read_baseline, read_conversions
+    from quantkit.evaluate.check.baseline import check_comparable, read_baseline, read_losses
     from quantkit.evaluate.check.run import check as run
     from quantkit.evaluate.check.verdict import Limits
 
     chosen = limits or Limits()
     found, old = _evaluation(evaluation), read_baseline(Path(baseline))
     check_comparable(found, old, Path(baseline))
-    conversions = read_conversions(found, Path()) if chosen.losses else {}
-    return run(found, old, chosen, conversions, (candidates,) if isinstance(candidates, str) else candidates)
+    losses = read_losses(found, Path()) if chosen.losses else {}
+    return run(found, old, chosen, losses, (candidates,) if isinstance(candidates, str) else candidates)
 
 
 def update_baseline(evaluation: Evaluation | Path | str, baseline: Path | str) -> Baseline:
     """Make an evaluation the baseline of later checks: a JSON file to be committed. Raises `QuantkitError`."""
-    from quantkit.evaluate.check.baseline import Baseline, by_name, check_windows, read_conversions
+    from quantkit.documents.baseline import Baseline
+    from quantkit.evaluate.check.baseline import by_name, check_windows, read_losses
 
     found = _evaluation(evaluation)
     by_name(found)  # refuses two candidates of one name
     check_windows("evaluation", found)
-    made = Baseline(evaluation=found, conversions=read_conversions(found, Path()))
+    made = Baseline(evaluation=found, conversions=read_losses(found, Path()))
     write_text(Path(baseline), made.to_json())
     return made
 
@@ -216,8 +212,8 @@ def report(
 
     Returns the text, and writes it to ``out`` if that is given. The page needs no network. Raises `QuantkitError`.
     """
+    from quantkit.documents.read import read_documents
     from quantkit.report.build import report_of
-    from quantkit.report.documents import read_documents
     from quantkit.report.markdown import markdown as markdown_of
     from quantkit.report.outcomes import outcomes_of
 
@@ -247,17 +243,6 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
 
 
-def parse_budget(text: str) -> int:
-    """Bytes of "20GiB". Raises `ValueError` with what was found and needed."""
-    from quantkit.plan.recipe import parse_size
-
-    nbytes = parse_size(text)
-    if nbytes < MIN_BUDGET:
-        bare = " (a number without a unit counts bytes)" if text.strip().isdecimal() else ""
-        raise ValueError(f"found {text[:40]!r}, needed at least 256MiB{bare}")
-    return nbytes
-
-
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -267,15 +252,6 @@ def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[R
 
     loaded = load_recipe(recipe) if isinstance(recipe, Path | str) else recipe
     return loaded, loaded.folder if base_dir is None else Path(base_dir)
-
-
-def _budget(size: int | str | None) -> int | None:
-    if size is None:
-        return None
-    try:
-        return parse_budget(size if isinstance(size, str) else f"{size}B")
-    except ValueError as error:
-        raise PlanError(f"memory_budget: {error}.") from None
 
 
 def _evaluation(evaluation: Evaluation | Path | str) -> Evaluation:

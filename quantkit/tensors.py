@@ -70,6 +70,8 @@ class Projection(str, Enum):
     """Which linear of an attention or a gated MLP a tensor is, whatever its family calls it."""
 
     Q = "q"
+    K = "k"
+    V = "v"
     Q_A = "q_a"
     Q_B = "q_b"
     KV_A = "kv_a"

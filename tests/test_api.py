@@ -278,7 +278,7 @@ def test_progress_takes_events_of_both_kinds(capsys: pytest.CaptureFixture[str])
     first, layer, second, passed = printed.err.splitlines()
     assert first.startswith("2 layers, 1.00 GB to read, 64 calibration tokens")
     assert layer.startswith("layer 1/2")
-    assert (second, passed) == ("1 candidates, 2 windows, 64 tokens", "layer 3/3")
+    assert (second, passed) == ("1 candidate, 2 windows, 64 tokens", "layer 3/3")
 
 
 def test_live_progress_follows_an_evaluation(
@@ -290,4 +290,4 @@ def test_live_progress_follows_an_evaluation(
     with LiveProgress() as on_event:
         on_event(EvaluationStarted(1, 2, 64, 3))
         on_event(LayerPassed(1, 3))
-    assert "1 candidates, 2 windows" in capsys.readouterr().err
+    assert "1 candidate, 2 windows" in capsys.readouterr().err

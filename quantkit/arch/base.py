@@ -189,8 +189,8 @@ class ServingSizes:
 
     ``heads``: query heads of a layer; ``query_width``: numbers of a head's query as it meets the cache;
     ``context_width``: numbers that a head sums up from the cache. ``kv_bytes_per_token``: of the cache of one layer, in
-    16 bits; ``kv_replicated``: every rank of tensor parallelism holds all of the cache. ``top_k``, ``expert_width``:
-    routed experts that a token takes, and the width of their hidden. ``max_positions``: tokens of a sequence that the
+    16 bits; ``kv_heads``: ranks of tensor parallelism that can share it, 1 if each needs all of it. ``top_k``: routed
+    experts that a token takes; ``expert_width``: of their hidden. ``max_positions``: tokens of a sequence that the
     model is made for.
     """
 
@@ -198,7 +198,7 @@ class ServingSizes:
     query_width: int
     context_width: int
     kv_bytes_per_token: int
-    kv_replicated: bool
+    kv_heads: int
     top_k: int
     expert_width: int
     max_positions: int

@@ -129,7 +129,7 @@ class DeepseekV3:
             query_width=latent + rotated,
             context_width=latent,
             kv_bytes_per_token=2 * (latent + rotated),
-            kv_replicated=True,
+            kv_heads=1,
             top_k=c.num_experts_per_tok,
             expert_width=c.moe_intermediate_size,
             max_positions=c.max_position_embeddings,

@@ -179,7 +179,7 @@ def _parse_parquet(label: str, content: bytes) -> Iterator[Document]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        hint = "Install it: pip install 'quantkit[parquet]'"
+        hint = "Install pyarrow (the extra `parquet`)."
         raise CalibrationError(f"{label}: reading .parquet needs pyarrow.", hint=hint) from error
     try:
         file = parquet.ParquetFile(arrow.BufferReader(content))

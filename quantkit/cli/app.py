@@ -6,7 +6,9 @@ interrupted. An exception that is no `QuantkitError` is our bug and keeps its tr
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -51,4 +53,7 @@ def main() -> None:
     """Entry point of the ``quantkit`` script."""
     # Waiting threads sleep instead of spinning: beside other work, spinning made a conversion five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that is not UTF-8 gets \u4e2d for what it cannot show, as Python does on stderr: no traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -30,72 +30,85 @@ def share(text: object) -> float:
     return value
 
 
+EvaluationFile = Annotated[Path, typer.Argument(metavar="EVALUATION", help="A file of `quantkit evaluate --out`.")]
+BaselineFile = Annotated[
+    Path,
+    typer.Option("--baseline", "-b", metavar="FILE", help="Evaluation to compare with; commit it to the repository."),
+]
+Candidate = Annotated[
+    list[str] | None,
+    typer.Option("--candidate", metavar="NAME", help="Check this candidate only; may be repeated. Default: all."),
+]
+Sigmas = Annotated[
+    float,
+    typer.Option(
+        "--sigmas",
+        min=1,
+        max=20,
+        metavar="N",
+        help="A difference within so many standard deviations (paired windows, and the seed) counts as noise.",
+    ),
+]
+Spread = Annotated[
+    float,
+    typer.Option(
+        "--spread",
+        parser=share,
+        metavar="SHARE",
+        help="Relative spread of the mean KL divergence of conversions that differ in their seed only.",
+    ),
+]
+MaxKld = Annotated[
+    float | None,
+    typer.Option("--max-kld", min=0, metavar="NATS", help="Also fail if the mean KL divergence is above this."),
+]
+MaxPerplexityIncrease = Annotated[
+    float | None,
+    typer.Option(
+        "--max-perplexity-increase",
+        parser=share,
+        metavar="SHARE",
+        help="Also fail if the perplexity is so far above the reference's.",
+    ),
+]
+MaxSizeIncrease = Annotated[
+    float,
+    typer.Option(
+        "--max-size-increase", parser=share, metavar="SHARE", help="How much the tensors may grow over the baseline's."
+    ),
+]
+Losses = Annotated[
+    bool,
+    typer.Option(
+        "--losses/--no-losses", help="Compare the loss of each linear, from quantkit.json beside the checkpoint."
+    ),
+]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")]
+Markdown = Annotated[
+    Path | None,
+    typer.Option(
+        "--markdown", metavar="FILE", help="Write a summary; also append it to $GITHUB_STEP_SUMMARY if that is set."
+    ),
+]
+UpdateBaseline = Annotated[
+    bool,
+    typer.Option("--update-baseline", help="Show what changed, then make the evaluation the baseline; exit with 0."),
+]
+
+
 def check(
-    evaluation: Annotated[Path, typer.Argument(metavar="EVALUATION", help="A file of `quantkit evaluate --out`.")],
-    baseline: Annotated[
-        Path, typer.Option("--baseline", "-b", metavar="FILE", help="What to hold it against: kept in the repository.")
-    ],
-    candidate: Annotated[
-        list[str] | None,
-        typer.Option("--candidate", metavar="NAME", help="Look at this one only; may be repeated. Default: all."),
-    ] = None,
-    sigmas: Annotated[
-        float,
-        typer.Option(
-            "--sigmas",
-            min=1,
-            max=20,
-            metavar="N",
-            help="Standard deviations of a difference that are still luck: of the pairs of windows and of the seed.",
-        ),
-    ] = 4.0,
-    spread: Annotated[
-        float,
-        typer.Option(
-            "--spread",
-            parser=share,
-            metavar="SHARE",
-            help="Relative spread of the mean KL divergence of conversions that differ in their seed only.",
-        ),
-    ] = 0.015,
-    max_kld: Annotated[
-        float | None,
-        typer.Option("--max-kld", min=0, metavar="NATS", help="Also fail above this mean, whatever the baseline has."),
-    ] = None,
-    max_perplexity_increase: Annotated[
-        float | None,
-        typer.Option(
-            "--max-perplexity-increase",
-            parser=share,
-            metavar="SHARE",
-            help="Also fail if the perplexity is so far above the reference's, whatever the baseline has.",
-        ),
-    ] = None,
-    max_size_increase: Annotated[
-        float,
-        typer.Option(
-            "--max-size-increase", parser=share, metavar="SHARE", help="How much larger than the baseline's tensors."
-        ),
-    ] = 0.001,
-    losses: Annotated[
-        bool,
-        typer.Option(
-            "--losses/--no-losses", help="Compare the loss of each linear, from quantkit.json beside the checkpoint."
-        ),
-    ] = True,
-    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
-    markdown: Annotated[
-        Path | None,
-        typer.Option(
-            "--markdown", metavar="FILE", help="Write a summary; also append it to $GITHUB_STEP_SUMMARY if that is set."
-        ),
-    ] = None,
-    update_baseline: Annotated[
-        bool,
-        typer.Option(
-            "--update-baseline", help="Show what changed, then make the evaluation the baseline; exit with 0."
-        ),
-    ] = False,
+    evaluation: EvaluationFile,
+    baseline: BaselineFile,
+    candidate: Candidate = None,
+    sigmas: Sigmas = 4.0,
+    spread: Spread = 0.015,
+    max_kld: MaxKld = None,
+    max_perplexity_increase: MaxPerplexityIncrease = None,
+    max_size_increase: MaxSizeIncrease = 0.001,
+    losses: Losses = True,
+    junit: Junit = None,
+    markdown: Markdown = None,
+    update_baseline: UpdateBaseline = False,
 ) -> None:
     """Fail if an evaluation is worse than its baseline, beyond noise.
 

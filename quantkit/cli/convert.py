@@ -10,7 +10,7 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.converted import next_text, program
-from quantkit.cli.options import AsJson, Device, MemoryBudget, RecipeName, Source
+from quantkit.cli.options import AsJson, Device, DeviceOption, MemoryBudget, RecipeName, Source
 from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
@@ -24,9 +24,7 @@ def convert(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder to create. Work goes on in OUT.partial until it is complete.")
     ],
-    device: Annotated[
-        Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")
-    ] = Device.AUTO,
+    device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, max=1024, metavar="N", help="CPU threads. Default: all cores.")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from quantkit import api as commands
-from quantkit.cli.options import AsJson, Device, size
+from quantkit.cli.options import AsJson, Device, DeviceOption, size
 from quantkit.cli.outcome import interruptible, refusals
 from quantkit.cli.render import show_json
 from quantkit.text.evaluation import evaluation_text
@@ -23,75 +23,85 @@ class ProtocolName(str, Enum):
     LLAMA_CPP = "llama.cpp"
 
 
+Reference = Annotated[
+    Path,
+    typer.Argument(
+        metavar="REFERENCE",
+        help="Folder of the original: config.json, tokenizer and safetensors. Or a file that --save-reference wrote.",
+    ),
+]
+Candidates = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="CANDIDATE",
+        help="Folders (BF16, F16, F32, FP8 blocks, compressed-tensors, GPTQ, AWQ, bitsandbytes NF4) and GGUF files "
+        "or folders of the same model.",
+    ),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="`builtin:NAME`, file or glob of .txt, .jsonl, .parquet. Default: builtin:eval."),
+]
+Context = Annotated[
+    int | None, typer.Option("--context", min=4, max=2**20, metavar="N", help="Tokens of a window. Default: 512.")
+]
+MaxWindows = Annotated[
+    int | None,
+    typer.Option(
+        "--max-windows-per-file", min=1, metavar="N", help="At most N windows of each text file, evenly spread."
+    ),
+]
+Protocol = Annotated[
+    ProtocolName | None,
+    typer.Option(
+        "--protocol",
+        help="windows (default): BOS and the next N-1 tokens, all scored. llama.cpp: as llama-perplexity, the "
+        "second half of each window.",
+    ),
+]
+NoiseFloor = Annotated[
+    bool,
+    typer.Option(
+        "--noise-floor/--no-noise-floor",
+        help="Also score the reference against itself, rounded to bfloat16 at the layers' borders.",
+    ),
+]
+SaveReference = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-reference",
+        metavar="FILE",
+        help="Save the reference's scores: FILE can stand for REFERENCE in later evaluations, which then use the same "
+        "text, context and protocol.",
+    ),
+]
+MemoryBudget = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-budget",
+        parser=size,
+        metavar="SIZE",
+        help="Memory to stay within, e.g. 20GiB; hidden states beyond it go to a temporary folder ($TMPDIR). "
+        "Default: 60 % of the machine's memory.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the JSON document here.")]
+Times = Annotated[bool, typer.Option("--times", help="Put wall times into the document.")]
+
+
 def evaluate(
-    reference: Annotated[
-        Path,
-        typer.Argument(
-            metavar="REFERENCE",
-            help="Folder of the original: config.json, tokenizer and safetensors. Or a file that --save-reference "
-            "wrote.",
-        ),
-    ],
-    candidates: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="CANDIDATE",
-            help="Folders (BF16, F16, F32, FP8 blocks, compressed-tensors, GPTQ, AWQ, bitsandbytes NF4) and GGUF files "
-            "or folders of the same model.",
-        ),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", help="`builtin:NAME`, file or glob of .txt, .jsonl, .parquet. Default: builtin:eval."),
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option("--context", min=4, max=2**20, metavar="N", help="Tokens of a window. Default: 512.")
-    ] = None,
-    max_windows_per_file: Annotated[
-        int | None,
-        typer.Option("--max-windows-per-file", min=1, metavar="N", help="At most so many of each file, evenly spread."),
-    ] = None,
-    protocol: Annotated[
-        ProtocolName | None,
-        typer.Option(
-            "--protocol",
-            help="windows (default): BOS and the next N-1 tokens, all scored. llama.cpp: as llama-perplexity, the "
-            "second half of each window.",
-        ),
-    ] = None,
-    noise_floor: Annotated[
-        bool,
-        typer.Option(
-            "--noise-floor/--no-noise-floor",
-            help="Also score the reference against itself, rounded to bfloat16 at the layers' borders.",
-        ),
-    ] = True,
-    save_reference: Annotated[
-        Path | None,
-        typer.Option(
-            "--save-reference",
-            metavar="FILE",
-            help="Keep what later evaluations need of the reference: give FILE in its place. Text, context and "
-            "protocol are then the file's.",
-        ),
-    ] = None,
-    device: Annotated[
-        Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")
-    ] = Device.AUTO,
-    memory_budget: Annotated[
-        int | None,
-        typer.Option(
-            "--memory-budget",
-            parser=size,
-            metavar="SIZE",
-            help="Memory to stay within, e.g. 20GiB; hidden states beyond it go to a temporary folder ($TMPDIR). "
-            "Default: 60 % of the machine's memory.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the JSON document here.")
-    ] = None,
-    times: Annotated[bool, typer.Option("--times", help="Put wall times into the document.")] = False,
+    reference: Reference,
+    candidates: Candidates = None,
+    text: Text = None,
+    context: Context = None,
+    max_windows_per_file: MaxWindows = None,
+    protocol: Protocol = None,
+    noise_floor: NoiseFloor = True,
+    save_reference: SaveReference = None,
+    device: DeviceOption = Device.AUTO,
+    memory_budget: MemoryBudget = None,
+    out: Out = None,
+    times: Times = False,
     as_json: AsJson = False,
 ) -> None:
     """Score checkpoints of any format against their reference: perplexity, KL divergence, what each layer does.

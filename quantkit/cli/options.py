@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.api import parse_budget
+from quantkit.plan.budget import parse_budget
 from quantkit.runtimes.gpus import Gpus, parse_gpus
 
 
@@ -49,6 +49,7 @@ RecipeName = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
 GpuOption = Annotated[
     Gpus | None,
     typer.Option(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.evaluate.scores import Scores
+from quantkit.documents.conversion import ValidationResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +77,7 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class ValidationResult:
-    """Reference against result on held-out text. ``problems``: one line for each limit of the recipe that the result
-    exceeds."""
-
-    output: str
-    scores: Scores
-    problems: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """True if no limit is exceeded."""
-        return not self.problems
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertTokens:
+class ExpertTokenStats:
     """Calibration tokens over all routed experts of all layers. ``thin``: experts that borrowed tokens, because
     fewer chose them than the recipe's ``min_expert_tokens``."""
 
@@ -129,7 +114,7 @@ class Report:
     seconds: Mapping[str, float]
     peak_rss_bytes: int
     tokens: int
-    expert_tokens: ExpertTokens | None
+    expert_tokens: ExpertTokenStats | None
     resumed: bool
     validated: bool
 

@@ -10,6 +10,7 @@ import torch
 
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
+from quantkit.documents.journal import JobHeader
 from quantkit.plan.machine import Machine
 from quantkit.plan.recipe import Recipe
 from quantkit.version import __version__
@@ -25,20 +26,20 @@ class Fingerprinted(Protocol):
 
 def job_header(
     recipe: Recipe, source: Fingerprinted, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
-) -> dict[str, object]:
+) -> JobHeader:
     """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other
     way."""
-    return {
-        "quantkit version": f"{__version__}, sources {_sources()[:12]}",
-        "torch version": torch.__version__,
-        "recipe": sha256_of_text(recipe.model_dump_json()),
-        "source": source.fingerprint(),
-        "calibration text": None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
-        "imatrix": None if importance is None else importance.sha256,
-        "device": machine.device_name,
-        "threads": torch.get_num_threads(),
-        "memory budget": machine.budget,
-    }
+    return JobHeader(
+        quantkit_version=f"{__version__}, sources {_sources()[:12]}",
+        torch_version=torch.__version__,
+        recipe=sha256_of_text(recipe.model_dump_json()),
+        source=source.fingerprint(),
+        calibration_text=None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
+        imatrix=None if importance is None else importance.sha256,
+        device=machine.device_name,
+        threads=torch.get_num_threads(),
+        memory_budget=machine.budget,
+    )
 
 
 def _sources() -> str:

@@ -3,41 +3,49 @@ name."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import torch
 import yaml
 
 from quantkit.calibrate.dataset import TokenRows, eval_windows
 from quantkit.convert.events import (
-    ExpertTokens,
+    ExpertTokenStats,
     Finished,
     OutputReport,
     Report,
     StageStarted,
     ValidationProgress,
-    ValidationResult,
 )  # fmt: skip
-from quantkit.convert.folder import REPORT_NAME, OutputFolder
-from quantkit.convert.journal import Journal
+from quantkit.convert.folder import OutputFolder
 from quantkit.convert.walk import Walk
-from quantkit.documents.json_text import finite
+from quantkit.documents.conversion import (
+    CalibrationFile,
+    Conversion,
+    LinearRecord,
+    StoredRole,
+    ValidationResult,
+    ValidationScores,
+)
+from quantkit.documents.journal import JobHeader, LayerEntry, TensorRecord
+from quantkit.documents.read import CONVERSION
+from quantkit.errors import OutputError
 from quantkit.evaluate.compare import compare
-from quantkit.evaluate.scores import Scores, limits_exceeded
+from quantkit.evaluate.scores import limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.preallocated import UNFINISHED, sha256_of
+from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.writer import write_durably
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Validation
+from quantkit.schemes import Scheme
 from quantkit.version import __version__
 
 
@@ -48,16 +56,13 @@ def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
     return path
 
 
-def finish(
-    walk: Walk, header: Mapping[str, object], rows: TokenRows | None, base_dir: Path, *, resumed: bool
-) -> Report:
+def finish(walk: Walk, header: JobHeader, rows: TokenRows | None, base_dir: Path, *, resumed: bool) -> Report:
     """Complete, validate and publish every output."""
     reports: list[OutputReport] = []
     for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
         directory = result_folder(walk.folder, walk.plan, output)
-        records = _tensor_records(walk.journal, number)
-        quantised = {name for name, decision in output.decisions.items() if decision.action is Action.QUANTIZE}
-        assert records.keys() == quantised, f"never written: {sorted(quantised - records.keys())[:3]}"
+        records = walk.journal.tensors_of(number)
+        _require_all(walk.folder, output, records)
         with walk.timer.stage("files"):
             walk.on_event(StageStarted("files"))
             hashes = sink.finish()
@@ -67,8 +72,7 @@ def finish(
             result = _validate(walk, output, directory, base_dir)
         with walk.timer.stage("files"):
             document = _document(walk, output, header, rows, records, hashes, result)
-            text = json.dumps(finite(document), indent=1, allow_nan=False) + "\n"
-            write_durably(directory / REPORT_NAME, text.encode())
+            write_durably(directory / CONVERSION, document.to_json().encode())
             write_model_card(directory, _card(walk, output, directory, result))
         reports.append(_output_report(walk, output, records, result))
     walk.folder.publish()
@@ -77,7 +81,7 @@ def finish(
         seconds=dict(walk.timer.seconds),
         peak_rss_bytes=peak_rss_bytes(),
         tokens=0 if rows is None else rows.tokens.size,
-        expert_tokens=_expert_tokens(walk.journal),
+        expert_tokens=_expert_token_stats(walk.journal.layers),
         resumed=resumed,
         validated=all(r.validation is None or r.validation.passed for r in reports),
     )
@@ -85,9 +89,21 @@ def finish(
     return report
 
 
+def _require_all(folder: OutputFolder, output: OutputPlan, records: Mapping[str, TensorRecord]) -> None:
+    """Raise `OutputError` unless the journal has exactly what the output quantises."""
+    quantised = {name for name, decision in output.decisions.items() if decision.action is Action.QUANTIZE}
+    different = sorted(quantised ^ records.keys())
+    if different:
+        raise OutputError(
+            f"{folder.journal}: does not fit this job: {printable(different[0])} is "
+            f"{'missing' if different[0] in quantised else 'not to be quantised'}.",
+            hint="Begin anew with --restart.",
+        )
+
+
 def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, str]:
     """sha256 (hex) of the config and tokenizer files: of all that the report, which holds them, does not come after."""
-    others = {REPORT_NAME, "README.md", *known}
+    others = {CONVERSION, "README.md", *known}
     names = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
     # A file that a killed process left half written is replaced in a moment.
     return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
@@ -120,63 +136,64 @@ def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -
     return _result(output, wanted, summarise(scores))
 
 
-def _result(output: OutputPlan, wanted: Validation, scores: Scores) -> ValidationResult:
+def _result(output: OutputPlan, wanted: Validation, scores: ValidationScores) -> ValidationResult:
     problems = limits_exceeded(
         scores, max_perplexity_increase=wanted.max_perplexity_increase, max_mean_kl=wanted.max_mean_kl
     )
-    return ValidationResult(output.output.name, scores, problems)
-
-
-def _tensor_records(journal: Journal, output: int) -> dict[str, dict[str, object]]:
-    """Error, tokens and fallback of every linear that an output quantised, in the order of the work."""
-    records: dict[str, dict[str, object]] = {}
-    for entry in (*journal.of_kind("outside"), *journal.of_kind("layer")):
-        for number, name, loss, n_tokens, fallback in cast("list[tuple[int, str, float, int, str]]", entry["tensors"]):
-            if number == output:
-                records[name] = {"relative_loss": loss, "n_tokens": n_tokens}
-                if fallback:
-                    records[name]["fallback"] = fallback
-    return records
+    return ValidationResult(output=output.output.name, scores=scores, problems=problems)
 
 
 def _document(
     walk: Walk,
     output: OutputPlan,
-    header: Mapping[str, object],
+    header: JobHeader,
     rows: TokenRows | None,
-    records: Mapping[str, Mapping[str, object]],
+    records: Mapping[str, TensorRecord],
     hashes: Mapping[str, str],
     result: ValidationResult | None,
-) -> dict[str, object]:
-    """quantkit.json. No times and no memory: the same job gives the same bytes."""
-    schemes = {tensor.name: tensor.scheme.model_dump() for tensor in output.planned if tensor.scheme is not None}
-    return {
-        "quantkit": __version__,
-        "job": dict(header),
-        "recipe": walk.plan.recipe.model_dump(mode="json", exclude_none=True),
-        "source": walk.source.directory.resolve().name,
-        "output": output.output.name,
-        "validated": None if result is None else result.passed,
-        "validation": None if result is None else asdict(result),
-        "tensor_bytes": output.nbytes,
-        "bpw": output.bpw,
-        "contents": [
-            {
-                "role": size.role.value,
-                "stored_as": size.what,
-                "tensors": size.tensors,
-                "parameters": size.parameters,
-                "nbytes": size.nbytes,
-            }
+) -> Conversion:
+    """quantkit.json."""
+    return Conversion(
+        quantkit=__version__,
+        job=header,
+        recipe=walk.plan.recipe.model_dump(mode="json", exclude_none=True),
+        source=walk.source.directory.resolve().name,
+        output=output.output.name,
+        validated=None if result is None else result.passed,
+        validation=result,
+        tensor_bytes=output.nbytes,
+        bpw=output.bpw,
+        contents=tuple(
+            StoredRole(
+                role=size.role.value,
+                stored_as=size.what,
+                tensors=size.tensors,
+                parameters=size.parameters,
+                nbytes=size.nbytes,
+            )
             for size in output.sizes
-        ],
-        "calibration": [] if rows is None else [asdict(entry) for entry in rows.provenance],
-        "expert_tokens": {
-            str(entry["layer"]): entry["experts"] for entry in walk.journal.of_kind("layer") if entry["experts"]
+        ),
+        calibration=() if rows is None else tuple(CalibrationFile(**asdict(entry)) for entry in rows.provenance),
+        expert_tokens={entry.layer: entry.experts for entry in walk.journal.layers if entry.experts},
+        tensors={
+            tensor.name: _linear_record(tensor.scheme, records.get(tensor.name))
+            for tensor in output.planned
+            if tensor.scheme is not None
         },
-        "tensors": {name: {"scheme": scheme, **records.get(name, {})} for name, scheme in schemes.items()},
-        "sha256": dict(hashes),
-    }
+        sha256=dict(hashes),
+    )
+
+
+def _linear_record(scheme: Scheme, record: TensorRecord | None) -> LinearRecord:
+    """``record`` is None for a linear that the source has in this scheme already."""
+    settings = scheme.model_dump(mode="json")
+    if record is None:
+        return LinearRecord(scheme=settings)
+    if not record.fallback:
+        return LinearRecord(scheme=settings, relative_loss=record.relative_loss, n_tokens=record.n_tokens)
+    return LinearRecord(
+        scheme=settings, relative_loss=record.relative_loss, n_tokens=record.n_tokens, fallback=record.fallback
+    )
 
 
 def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
@@ -207,7 +224,7 @@ def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationRes
 
 
 def _output_report(
-    walk: Walk, output: OutputPlan, records: Mapping[str, Mapping[str, object]], result: ValidationResult | None
+    walk: Walk, output: OutputPlan, records: Mapping[str, TensorRecord], result: ValidationResult | None
 ) -> OutputReport:
     several = len(walk.plan.outputs) > 1
     path = walk.folder.out / output.output.name if several else walk.folder.out
@@ -218,20 +235,23 @@ def _output_report(
         bpw=output.bpw,
         tensors=output.tensors,
         quantized=len(records),
-        fallbacks=sum("fallback" in record for record in records.values()),
+        fallbacks=sum(bool(record.fallback) for record in records.values()),
         validation=result,
         serve=output.target.serve_commands(walk.source.directory, output.planned, shlex.quote(str(path))),
     )
 
 
-def _expert_tokens(journal: Journal) -> ExpertTokens | None:
-    """Tokens of every routed expert of every layer; None for a data-free conversion."""
-    counts: list[int] = []
-    thin = 0
-    for entry in journal.of_kind("layer"):
-        for experts in cast("dict[str, list[tuple[int, float, int]]]", entry["experts"]).values():
-            counts += [n_tokens for n_tokens, _, _ in experts]
-            thin += sum(borrowed > 0 for _, _, borrowed in experts)
-    if not counts:
+def _expert_token_stats(layers: Sequence[LayerEntry]) -> ExpertTokenStats | None:
+    """Of every routed expert of every layer; None for a data-free conversion."""
+    experts = [expert for entry in layers for block in entry.experts.values() for expert in block]
+    if not experts:
         return None
-    return ExpertTokens(len(counts), min(counts), round(statistics.median(counts)), max(counts), counts.count(0), thin)
+    counts = [expert.n_tokens for expert in experts]
+    return ExpertTokenStats(
+        experts=len(counts),
+        least=min(counts),
+        median=round(statistics.median(counts)),
+        most=max(counts),
+        unseen=counts.count(0),
+        thin=sum(expert.borrowed > 0 for expert in experts),
+    )

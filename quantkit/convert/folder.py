@@ -18,11 +18,11 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
+from quantkit.documents.read import CONVERSION
 from quantkit.errors import OutputError
 from quantkit.formats.safetensors.writer import disk_errors, sync_directory
 
-REPORT_NAME = "quantkit.json"
-"""What each finished output holds."""
+_JOURNAL, _RESULT, _REPLACE = "journal.jsonl", "result", "replace"
 
 
 class OutputFolder:
@@ -31,19 +31,9 @@ class OutputFolder:
     def __init__(self, out: Path, *, restart: bool) -> None:
         """Create or take up ``OUT.partial``. Raises `OutputError` if OUT exists (unless ``restart``, and it is a result
         or empty) or another process works on it."""
-        if out.name in ("", ".."):
-            raise OutputError(f"{out}: names no new folder.", hint="Give the folder a name, -o NAME.")
+        refuse_taken(out, restart=restart)
         self.out = out
-        self.partial = out.with_name(out.name + ".partial")
-        # A restarted job may replace OUT, also after it was killed and taken up again.
-        self._replace = self.partial / "replace"
-        if _exists(out) and not restart and (not self._replace.exists() or self._published()):
-            raise OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")
-        if restart and _exists(out) and not _is_result(out):
-            raise OutputError(
-                f"{out}: is no folder that quantkit made, and --restart would delete it.",
-                hint="Choose another -o, or remove it yourself.",
-            )
+        self.partial = _partial(out)
         self._lock = self._locked()
         with disk_errors(self.partial):
             if restart:
@@ -55,7 +45,7 @@ class OutputFolder:
     @property
     def result(self) -> Path:
         """The folder that becomes OUT."""
-        return self.partial / "result"
+        return self.partial / _RESULT
 
     @property
     def hidden(self) -> Path:
@@ -65,7 +55,7 @@ class OutputFolder:
     @property
     def journal(self) -> Path:
         """The journal's file."""
-        return self.partial / "journal.jsonl"
+        return self.partial / _JOURNAL
 
     @property
     def reserved_bytes(self) -> int:
@@ -96,12 +86,12 @@ class OutputFolder:
         self.close()
 
     @property
+    def _replace(self) -> Path:
+        return self.partial / _REPLACE
+
+    @property
     def _replaced(self) -> Path:
         return self.partial / "replaced"
-
-    def _published(self) -> bool:
-        """Whether an earlier process was killed after it had given the result its final name."""
-        return self.journal.exists() and not self.result.exists()
 
     def _locked(self) -> int:
         """Descriptor of the lock file of this folder, which exists from now on."""
@@ -146,6 +136,29 @@ def refuse_to_lose(out: Path, *kept: Path) -> None:
             )
 
 
+def refuse_taken(out: Path, *, restart: bool) -> None:
+    """Raise `OutputError` if no job may begin, or go on, at OUT: it names no folder, or stands there already (unless
+    ``restart``, and it is a result or empty). Touches nothing."""
+    if out.name in ("", ".."):
+        raise OutputError(f"{out}: names no new folder.", hint="Give the folder a name, -o NAME.")
+    if not _exists(out):
+        return
+    partial = _partial(out)
+    # A restarted job may replace OUT, also after it was killed and taken up again.
+    published = (partial / _JOURNAL).exists() and not (partial / _RESULT).exists()
+    if not restart and (published or not (partial / _REPLACE).exists()):
+        raise OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")
+    if restart and not _is_result(out):
+        raise OutputError(
+            f"{out}: is no folder that quantkit made, and --restart would delete it.",
+            hint="Choose another -o, or remove it yourself.",
+        )
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def _exists(path: Path) -> bool:
     """Whether the name is taken, be it by a link that leads nowhere."""
     return os.path.lexists(path)
@@ -158,7 +171,7 @@ def _is_result(out: Path) -> bool:
         return True
     if not out.is_dir():
         return False
-    return (out / REPORT_NAME).is_file() or all((entry / REPORT_NAME).is_file() for entry in out.iterdir())
+    return (out / CONVERSION).is_file() or all((entry / CONVERSION).is_file() for entry in out.iterdir())
 
 
 def _is_file_of(fd: int, path: Path) -> bool:

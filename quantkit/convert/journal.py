@@ -1,48 +1,45 @@
 """What a conversion has finished, one JSON line each, synced before the next step begins.
 
 Line 1 names the job: recipe, source, text, versions. A resumed run must state the same, or is told what differs. The
-bytes that a later line vouches for are on the disk before the line is. A line torn by a kill is ignored, and so is its
-step.
+bytes that a later line vouches for are on the disk before the line is. The journal ends before the first line that is
+torn by a kill, damaged, or no entry, and the steps of the lines after it are done again.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
+from pydantic import ValidationError
+
+from quantkit.documents.journal import ENTRY, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.formats.safetensors.writer import disk_errors
-
-Entry = dict[str, object]
 
 
 class Journal:
     """An append-only file of entries. ``entries`` holds those after the header."""
 
-    def __init__(self, path: Path, header: Mapping[str, object]) -> None:
+    def __init__(self, path: Path, header: JobHeader) -> None:
         """Start a journal, or take one up. Raises `OutputError` if it belongs to another job, naming every
         difference."""
         self._path = path
-        lines = _read_lines(path)
-        self.entries: list[Entry] = lines[1:]
-        if lines:
-            _refuse_other_job(path, lines[0], header)
+        found, self.entries, size = _read(path)
+        if found is not None:
+            _refuse_other_job(path, found, header)
         with disk_errors(path):
             # Unbuffered: what a full disk refused must not be written again when the file is closed.
-            self._file = path.open("r+b" if lines else "wb", buffering=0)
-            self._file.truncate(self._file.seek(sum(len(_line(entry)) for entry in lines)))
-        if lines:
+            self._file = path.open("wb" if found is None else "r+b", buffering=0)
+            self._file.truncate(self._file.seek(size))
+        if found is not None:
             return
         try:
-            self._append(dict(header))
+            self._append(header)
         except OutputError:
             self._file.close()
             raise
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: OutsideEntry | LayerEntry) -> None:
         """Record a finished step. Returns when it is on the disk."""
         self._append(entry)
         self.entries.append(entry)
@@ -57,52 +54,84 @@ class Journal:
             os.fsync(self._file.fileno())
         del self.entries[n_entries:]
 
-    def of_kind(self, kind: str) -> list[Entry]:
-        """Entries whose "done" is ``kind``, oldest first."""
-        return [entry for entry in self.entries if entry["done"] == kind]
+    @property
+    def layers(self) -> list[LayerEntry]:
+        """The finished layers, in the order of the work."""
+        return [entry for entry in self.entries if isinstance(entry, LayerEntry)]
+
+    @property
+    def outside_done(self) -> bool:
+        """Whether the tensors outside the layers are written."""
+        return any(isinstance(entry, OutsideEntry) for entry in self.entries)
+
+    def tensors_of(self, output: int) -> dict[str, TensorRecord]:
+        """What an output quantised, by name: first outside the layers, then in the order of the work."""
+        entries = sorted(self.entries, key=lambda entry: isinstance(entry, LayerEntry))
+        return {record.name: record for entry in entries for record in entry.tensors if record.output == output}
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _append(self, entry: Entry) -> None:
+    def _append(self, line: JobHeader | OutsideEntry | LayerEntry) -> None:
         with disk_errors(self._path):
-            rest = memoryview(_line(entry))
+            rest = memoryview(_line(line))
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
 
 
-def _line(entry: Mapping[str, object]) -> bytes:
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+def _line(line: JobHeader | OutsideEntry | LayerEntry) -> bytes:
+    return line.model_dump_json(by_alias=True).encode() + b"\n"
 
 
-def _read_lines(path: Path) -> list[Entry]:
-    """Every whole entry; what follows the first torn or damaged line is gone."""
+def _read(path: Path) -> tuple[JobHeader | None, list[OutsideEntry | LayerEntry], int]:
+    """The header (None: there is none), every entry up to the first line that is none, and the bytes of all these
+    lines."""
     if not path.exists():
-        return []
-    entries: list[Entry] = []
+        return None, [], 0
     with disk_errors(path):
-        content = path.read_bytes()
-    for line in content.splitlines(keepends=True):
-        try:
-            value: object = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(value, dict) or not line.endswith(b"\n"):
-            break
-        entry = cast("Entry", value)
-        if _line(entry) != line:
+        first, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    header = _header(path, first)
+    entries: list[OutsideEntry | LayerEntry] = []
+    size = len(first)
+    for line in lines if header is not None else ():
+        entry = _entry(line)
+        if entry is None:
             break
         entries.append(entry)
-    return entries
+        size += len(line)
+    return header, entries, 0 if header is None else size
 
 
-def _refuse_other_job(path: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+def _header(path: Path, line: bytes) -> JobHeader | None:
+    """None for a line that a kill has torn: then nothing else is finished."""
+    try:
+        return JobHeader.model_validate_json(line) if line.endswith(b"\n") else None
+    except ValidationError as error:
+        if any(problem["type"] == "json_invalid" for problem in error.errors()):
+            return None
+        raise OutputError(
+            f"{path.parent}: holds an unfinished job that this version does not know.",
+            hint="Finish it with the version that began it, or begin anew with --restart.",
+        ) from None
+
+
+def _entry(line: bytes) -> OutsideEntry | LayerEntry | None:
+    """None for a line that `_line` did not write."""
+    try:
+        entry = ENTRY.validate_json(line)
+    except ValidationError:
+        return None
+    return entry if _line(entry) == line else None
+
+
+def _refuse_other_job(path: Path, found: JobHeader, wanted: JobHeader) -> None:
+    was = found.facts()
     different = [
-        f"{key} ({found.get(key)}, now {value})" if isinstance(value, int) else key
-        for key, value in wanted.items()
-        if found.get(key) != value
+        f"{key} ({was.get(key)}, now {value})" if isinstance(value, int) else key
+        for key, value in wanted.facts().items()
+        if was.get(key) != value
     ]
     if different:
         raise OutputError(

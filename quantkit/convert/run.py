@@ -1,8 +1,8 @@
 """`convert`: source shards -> layer -> expert -> quantised tensor -> sinks, one loop for every method, format and
 device.
 
-Plan first (everything refusable is refused in seconds), then the tensors outside the layers, then layer by layer, each
-synced and then recorded in the journal, then the files around the weights, the validation, and one rename.
+`prepare` has planned, and refused what can be refused. Here come the tensors outside the layers, then layer by layer,
+each synced and then recorded in the journal, then the files around the weights, the validation, and one rename.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from quantkit.arch import arch_of
 from quantkit.arch.base import Block, ExpertBlock, ModelArch
-from quantkit.calibrate.dataset import TokenRows, token_rows
+from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.convert.background import AheadSource, Deliveries, foreground
 from quantkit.convert.copying import copy_kept, quantize_tables
-from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone, ignore
+from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone
 from quantkit.convert.fingerprint import job_header
 from quantkit.convert.finish import finish, result_folder
-from quantkit.convert.folder import OutputFolder, refuse_to_lose
+from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
 from quantkit.convert.layer import quantize_layer, quantize_without_inputs
 from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import Deliver, OutputJob
+from quantkit.convert.prepare import Job
 from quantkit.convert.walk import Walk
 from quantkit.convert.weights import LayerWeights
+from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
-from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
-from quantkit.plan.memory import INTERPRETER_BYTES, check_budget, check_free_disk, conversion_needs
-from quantkit.plan.plan import OutputPlan, Plan, make_plan
+from quantkit.plan.memory import INTERPRETER_BYTES, check_free_disk
+from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
@@ -48,45 +47,19 @@ from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError, QuantizedTe
 from quantkit.tensors import Role
 
 
-def convert(
-    source: Path | str,
-    recipe: Recipe,
-    out: Path | str,
-    *,
-    base_dir: Path = Path(),
-    device: str = "auto",
-    memory_budget: int | None = None,
-    jobs: int | None = None,
-    restart: bool = False,
-    on_event: OnEvent = ignore,
-) -> Report:
-    """Quantise the checkpoint in folder ``source`` by ``recipe`` and leave the result under ``out``.
+def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
+    """Do a prepared job, or go on with it where an earlier process was killed: the files are the same bytes as those
+    of an unbroken one. On a GPU ``on_event`` hears of finished tensors from the thread that writes them.
 
-    ``base_dir``: where the recipe's relative text files lie; ``memory_budget``: bytes to stay under (default: 60 % of
-    the machine); ``jobs``: CPU threads; ``restart``: discard an unfinished job and replace an existing ``out``. An
-    unfinished job of the same recipe, source and text is continued, and its files are the same bytes as those of an
-    unbroken one. On a GPU ``on_event`` hears of finished tensors from the thread that writes them.
-
-    Raises a `QuantkitError` with one line for whatever a user, a file or the machine can cause.
+    Raises a `QuantkitError` with one line for whatever a file or the machine can cause.
     """
-    if jobs is not None:
-        torch.set_num_threads(jobs)
-    machine = Machine.of(device, memory_budget)
+    opened, arch, plan, needs = job.source, job.arch, job.plan, job.needs
+    recipe, rows, base_dir = plan.recipe, job.rows, job.base_dir
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
-        opened = stack.enter_context(open_source(source))
-        arch = arch_of(opened.config)
-        plan = make_plan(recipe, arch, opened.infos(), opened.is_float8, opened.block_size)
-        for output in plan.outputs:
-            output.target.check_source(opened.directory)
-        needs = conversion_needs(plan, arch)
-        check_budget(needs, machine.budget)
         share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
-        rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
         importance = _open_imatrix(stack, recipe, arch, base_dir)
-        inputs = [opened.directory, base_dir, *([base_dir / recipe.imatrix] if recipe.imatrix is not None else [])]
-        refuse_to_lose(Path(out), *inputs, Path.cwd(), Path("~").expanduser())
-        folder = stack.enter_context(OutputFolder(Path(out), restart=restart))
+        folder = stack.enter_context(OutputFolder(job.out, restart=job.restart))
         header = job_header(recipe, opened, rows, importance, machine)
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)
@@ -128,20 +101,20 @@ def _works_beside(machine: Machine) -> bool:
     return machine.device.type == "cuda"
 
 
-def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir: Path) -> Report:
+def _run(walk: Walk, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
     resumed = bool(walk.journal.entries)
     layers = _layers(walk.plan)
     _rewind(walk, calibrated=rows is not None)
-    done = {entry["layer"] for entry in walk.journal.of_kind("layer")}
+    done = {entry.layer for entry in walk.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
     walk.on_event(Started(len(layers), walk.plan.source_bytes, n_tokens, len(done)))
-    if not walk.journal.of_kind("outside"):
+    if not walk.journal.outside_done:
         with walk.timer.stage("copy"):
             walk.on_event(StageStarted("embeddings"))
             copy_kept(walk, None)
             tables = _table_records(quantize_tables(walk, None))
             _sync(walk)
-            walk.journal.append({"done": "outside", "tensors": tables})
+            walk.journal.append(OutsideEntry(tensors=tuple(tables)))
     files = StreamFiles(
         walk.folder.hidden,
         walk.stores,
@@ -151,7 +124,7 @@ def _run(walk: Walk, rows: TokenRows | None, header: dict[str, object], base_dir
     with walk.timer.stage("embeddings"):
         streams = None
         if rows is not None and any(layer < walk.arch.n_layers for layer in layers if layer not in done):
-            saved = [cast("int", e["layer"]) for e in walk.journal.of_kind("layer") if e.get("saved")]
+            saved = [entry.layer for entry in walk.journal.layers if entry.saved]
             streams = files.open(rows, walk.arch, walk.source, after=max(saved, default=None))
     for layer in layers:
         if layer not in done:
@@ -171,10 +144,10 @@ def _scratch_dtype(walk: Walk) -> torch.dtype:
 def _rewind(walk: Walk, *, calibrated: bool) -> None:
     """Take back the layers behind the last saved border, unless all that need hidden states are done."""
     entries = walk.journal.entries
-    layers = [entry["layer"] for entry in walk.journal.of_kind("layer")]
+    layers = [entry.layer for entry in walk.journal.layers]
     if not calibrated or walk.arch.n_layers - 1 in layers:
         return
-    kept = [number for number, entry in enumerate(entries, 1) if entry["done"] == "outside" or entry.get("saved")]
+    kept = [number for number, entry in enumerate(entries, 1) if isinstance(entry, OutsideEntry) or entry.saved]
     walk.journal.rewind(max(kept, default=0))
 
 
@@ -183,7 +156,7 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
     start = time.monotonic()
     sublayers = walk.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
-    records: list[list[object]] = []
+    records: list[TensorRecord] = []
     job = _layer_job(walk, layer, streams, files, blocks, records)
     _prefetch(walk, layer + 1)
     _prefetch(walk, layer + 2)
@@ -203,9 +176,7 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
         saved = streams is not None and layer < walk.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
-        walk.journal.append(
-            {"done": "layer", "layer": layer, "saved": saved, "tensors": records, "experts": _expert_records(job)}
-        )
+        walk.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=_expert_records(job)))
         if saved:
             files.forget_before(layer)
     walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
@@ -217,7 +188,7 @@ def _layer_job(
     streams: Streams | None,
     files: StreamFiles,
     blocks: tuple[Block, ...],
-    records: list[list[object]],
+    records: list[TensorRecord],
 ) -> LayerJob:
     """What a layer needs of the walk. ``records``: see `_deliver`."""
     device, calibration = walk.machine.device, walk.plan.recipe.calibration
@@ -245,7 +216,7 @@ def _layer_job(
     )
 
 
-def _deliver(walk: Walk, records: list[list[object]]) -> Deliver:
+def _deliver(walk: Walk, records: list[TensorRecord]) -> Deliver:
     """What writes quantised linears, at once or beside the computation. ``records`` fills with what the journal says of
     each."""
 
@@ -275,19 +246,19 @@ def _told(walk: Walk, output: int, tensor: QuantizedTensor) -> QuantError:
     return replace(tensor.error, fallback="not in the imatrix: all inputs count alike")
 
 
-def _record(output: int, name: str, error: QuantError) -> list[object]:
+def _record(output: int, name: str, error: QuantError) -> TensorRecord:
     """What the journal says of a quantised matrix."""
-    return [output, name, error.relative_loss, error.n_tokens, error.fallback]
+    return TensorRecord(output, name, error.relative_loss, error.n_tokens, error.fallback)
 
 
-def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[list[object]]:
+def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[TensorRecord]:
     return [_record(*table) for table in tables]
 
 
-def _expert_records(job: LayerJob) -> dict[str, list[list[object]]]:
+def _expert_records(job: LayerJob) -> dict[str, tuple[ExpertRecord, ...]]:
     """What the journal says of each routed expert, by block."""
     return {
-        name: [[count.n_tokens, count.gate_weight, count.borrowed] for count in counts]
+        name: tuple(ExpertRecord(count.n_tokens, count.gate_weight, count.borrowed) for count in counts)
         for name, counts in job.counts.items()
     }
 

@@ -1,72 +1,28 @@
-"""evaluation.json: what `quantkit evaluate` found, as versioned models. Plain values, no torch.
+"""evaluation.json: what `quantkit evaluate` found. Plain values, no torch.
 
-Keys keep the order of the models. A number that JSON has no word for (the standard error of a single window) is null
-in the file and NaN here.
+Keys keep the order of the models. `quantkit evaluate` sets every field. A default says which ones a reader can do
+without: those marked "since version 2" are missing in files of the first version, the others may be in files of
+strangers.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import Field
 
-_LIST = re.compile(r'\[\n(?:\s+(?:[-+.\w]+|"[^"\\]*"),?\n)+\s*\]')
-"""A JSON list without lists or objects in it, an item on each line."""
+from quantkit.documents.json_text import json_text
+from quantkit.documents.values import Count, DocumentPart, Mean, Number, estimate
 
-Number = Annotated[
-    float,
-    BeforeValidator(lambda value: math.nan if value is None else value),
-    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
-]
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-"""How many: no file makes an integer that is too large for a float."""
-
+SCHEMA_VERSIONS = (1, 2)
+"""Of the document: 2 has `Windows`, the domain of each window and errors by expert. Reports take what they know of a
+later one."""
 HISTOGRAM_EDGES = tuple(10.0 ** (quarter / 4) for quarter in range(-28, 9))
 """Nats per token, 1e-7 to 100, four bins in each power of ten."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Mean(_Part):
-    """A value and its standard error over windows."""
-
-    mean: Number
-    standard_error: Number
-
-    def shown(self, digits: int) -> str:
-        """ "1.2345 ± 0.0067"; "-" for the error of a single window."""
-        return estimate(self.mean, self.standard_error, digits)
-
-    def percent(self) -> str:
-        """ "12.34% ± 0.56%"."""
-        return percent(self.mean, self.standard_error)
-
-
-_TABLE_WIDTH = 1e7  # from here on digits break tables
-
-
-def estimate(mean: float, error: float, digits: int) -> str:
-    """ "1.2345 ± 0.0067", and "1.2345 ± -" where one window says nothing of the error."""
-    return f"{fixed(mean, digits)} ± {'-' if math.isnan(error) else fixed(error, digits)}"
-
-
-def fixed(value: float, digits: int) -> str:
-    """ "1.2345", and "1.2e+30" for what a broken model brings about."""
-    return f"{value:.{digits}f}" if abs(value) < _TABLE_WIDTH else f"{value:.1e}"
-
-
-def percent(mean: float, error: float) -> str:
-    """ "12.34% ± 0.56%", and "12.34% ± -"."""
-    return f"{fixed(100 * mean, 2)}% ± {'-' if math.isnan(error) else f'{fixed(100 * error, 2)}%'}"
-
-
-class Divergence(_Part):
+class Divergence(DocumentPart):
     """KL divergence of the candidate from the reference, nats per token. Quantiles over tokens are interpolated."""
 
     mean: Number
@@ -80,7 +36,7 @@ class Divergence(_Part):
     """Tokens below the first of `HISTOGRAM_EDGES`, between each two of them, and from the last on. Since version 2."""
 
 
-class Scores(_Part):
+class Scores(DocumentPart):
     """A candidate against its reference, on all text or on one domain."""
 
     windows: Count
@@ -99,13 +55,13 @@ class Scores(_Part):
     """Root mean square of the change of the right token's probability."""
 
 
-class Layer(_Part):
+class Layer(DocumentPart):
     """A candidate behind one decoder layer, over all tokens of the windows."""
 
     layer: Count
     hidden_error: Number
     """Root of the mean over tokens of |x' - x|^2 / |x|^2, x being the reference's hidden state."""
-    router_agreement: Number | None
+    router_agreement: Number | None = None
     """Share of the experts chosen by the reference that the candidate chose too; null without routed experts."""
     expert_tokens: tuple[Count, ...] | None = None
     """How many tokens the reference sends to each routed expert. Since version 2."""
@@ -113,7 +69,7 @@ class Layer(_Part):
     """``hidden_error`` over those tokens only; null for an expert that gets none. Since version 2."""
 
 
-class Windows(_Part):
+class Windows(DocumentPart):
     """Means over the tokens of each window, in the text's order, seven significant digits: what it takes to hold two
     evaluations of the same text against each other in pairs."""
 
@@ -125,30 +81,30 @@ class Windows(_Part):
     """Of each decoder layer the mean of |x' - x|^2 / |x|^2: the mean over windows is the square of ``hidden_error``."""
 
 
-class Result(_Part):
+class Result(DocumentPart):
     """All scores of one candidate; ``domains`` by the text files' stems."""
 
     overall: Scores
-    domains: dict[str, Scores]
-    layers: tuple[Layer, ...]
+    domains: dict[str, Scores] = Field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
     windows: Windows | None = None
     """Null in documents of version 1."""
 
 
-class ModelFacts(_Part):
+class CheckpointFacts(DocumentPart):
     """A checkpoint that was read."""
 
     name: str
     path: str
     """As it was given."""
     format: str
-    fingerprint: str
+    fingerprint: str = ""
     """sha256 over config, index, names, sizes, headers, and three samples of each file's data."""
     weights: Count
     """Numbers that it stores, MTP layers included."""
     nbytes: Count
     """Bytes of its tensors."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What a reader of the scores should know."""
 
     @property
@@ -157,72 +113,72 @@ class ModelFacts(_Part):
         return 8 * self.nbytes / self.weights if self.weights else math.nan
 
 
-class Candidate(_Part):
+class Candidate(DocumentPart):
     """A checkpoint and its scores."""
 
-    model: ModelFacts
+    model: CheckpointFacts
     result: Result
 
 
-class NoiseFloor(_Part):
+class NoiseFloor(DocumentPart):
     """The reference against itself in another rounding: what counts as zero."""
 
-    rounding: str
+    rounding: str = ""
     result: Result
 
 
-class Protocol(_Part):
+class ScoringProtocol(DocumentPart):
     """How text was cut and what was scored."""
 
     name: Literal["windows", "llama.cpp"]
-    description: str
+    description: str = ""
     context: Count
-    max_windows_per_file: Count | None
-    scored_per_window: Count
+    max_windows_per_file: Count | None = None
+    scored_per_window: Count = 0
 
 
-class Text(_Part):
+class EvaluationText(DocumentPart):
     """A file of text. ``tokens``: the whole file's."""
 
     file: str
     sha256: str
-    documents: Count
+    documents: Count = 0
     tokens: Count
     windows: Count
 
 
-class ReferenceFile(_Part):
+class ReferenceFile(DocumentPart):
     """The reference was not run: its statistics were read from a file that ``--save-reference`` wrote."""
 
     path: str
-    versions: dict[str, str]
-    device: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    device: str = ""
     """Of the run that wrote it."""
     top: Count
     """Most likely tokens of each position whose logits it holds."""
-    mean_rest: Number
+    mean_rest: Number = math.nan
     """Mean probability that the reference gives to all others together: the smaller, the tighter the bound."""
-    kld: str
+    kld: str = ""
     """How the divergences in this document differ from the true ones."""
-    not_available: dict[str, str]
+    not_available: dict[str, str] = Field(default_factory=dict)
     """What is null in this document, and why."""
 
 
-class Evaluation(_Part):
+class Evaluation(DocumentPart):
     """The whole document."""
 
     kind: Literal["quantkit evaluation"] = "quantkit evaluation"
-    schema_version: Literal[1, 2] = 2
-    """2: ``windows``, ``window_domains`` and errors by expert are there."""
-    versions: dict[str, str]
-    device: str
-    arithmetic: str
-    protocol: Protocol
-    text: tuple[Text, ...]
-    tokens_sha256: str
+    schema_version: Count = SCHEMA_VERSIONS[-1]
+    """One of `SCHEMA_VERSIONS`, or a later one."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    device: str = ""
+    arithmetic: str = ""
+    protocol: ScoringProtocol
+    text: tuple[EvaluationText, ...] = ()
+    tokens_sha256: str = ""
     """Of all windows' token ids (int32): the same for evaluations that can be compared."""
-    reference: ModelFacts
-    noise_floor: NoiseFloor | None
+    reference: CheckpointFacts
+    noise_floor: NoiseFloor | None = None
     candidates: tuple[Candidate, ...]
     window_domains: tuple[str, ...] = ()
     """Of each window the domain it belongs to."""
@@ -249,10 +205,3 @@ class Evaluation(_Part):
 
 def _shown(kld: Divergence) -> str:
     return estimate(kld.mean, kld.standard_error, 5)
-
-
-def json_text(document: object) -> str:
-    """A document as a file: indented by one, but a list of numbers or of plain words is one line."""
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    # No string of JSON holds a line break, so this never matches inside one.
-    return re.sub(_LIST, lambda found: re.sub(r"\n\s*", " ", found[0]), text) + "\n"

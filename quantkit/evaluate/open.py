@@ -18,7 +18,7 @@ from typing import Protocol
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.arch.parts import in_parts, stored_tensors
-from quantkit.documents.evaluation import ModelFacts
+from quantkit.documents.evaluation import CheckpointFacts
 from quantkit.errors import ConfigError, QuantkitError, SourceError
 from quantkit.formats.folder import DecodedLinears
 from quantkit.formats.fp8_source import Fp8Source
@@ -57,7 +57,7 @@ class Evaluated:
 
     arch: ModelArch
     source: OpenSource
-    facts: ModelFacts
+    facts: CheckpointFacts
 
     def __enter__(self) -> Evaluated:
         return self
@@ -82,15 +82,13 @@ def open_reference(path: Path) -> Evaluated:
 
 
 def open_candidate(path: Path, reference: ModelArch, tokenizer: str | None) -> Evaluated:
-    """A folder or a file in any format; ``tokenizer``: what `tokenizer_sha256` says of the reference. Raises a
+    """A path that exists, in any format; ``tokenizer``: what `tokenizer_sha256` says of the reference. Raises a
     `QuantkitError` with one line: none of the formats, damaged, or another model than the reference."""
     if path.is_dir() and _has_shards(path):
         opened = _open_folder(path)
         return _checked(opened, reference, _tokenizer_notes(path, tokenizer))
     if (path.is_dir() and _holds_gguf(path)) or (path.is_file() and is_gguf(path)):
         return _open_gguf(path, reference)
-    if not path.exists():
-        raise SourceError(f"{path}: does not exist.")
     inside = [part for part in sorted(path.iterdir()) if _holds_model(part)] if path.is_dir() else []
     if inside:
         names = " ".join(map(str, inside[:4]))
@@ -241,8 +239,8 @@ def _data_start(header: GgufHeader) -> int:
 
 def _facts(
     path: Path, kind: str, fingerprint: str, infos: Iterable[TensorInfo], nbytes: int, notes: Iterable[str] = ()
-) -> ModelFacts:
-    return ModelFacts(
+) -> CheckpointFacts:
+    return CheckpointFacts(
         name=path.resolve().name,
         path=str(path),
         format=kind,

@@ -10,7 +10,7 @@ One safetensors file. W windows of L tokens, S scored positions each, the T most
     target_nll    float64 (W, S)    loss of the token that follows
     first_token   int32 (W, S)      the most likely token, of equal ones the lowest
     routing.N.B   uint8 or int16 (W * L, K)   experts chosen by block B of decoder layer N
-    record        uint8             JSON of `Record`: model, text, protocol, noise floor
+    record        uint8             JSON of `ReferenceRecord`: model, text, protocol, noise floor
 
 It is written through a ``.new`` beside it, a few windows at a time, and read the same way.
 """
@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
+from pydantic import ValidationError
 
-from quantkit.documents.evaluation import ModelFacts, NoiseFloor, Protocol, Text
+from quantkit.documents.evaluation import NoiseFloor
+from quantkit.documents.read import first_problem
+from quantkit.documents.reference import REFERENCE_KIND, ReferenceRecord
 from quantkit.errors import OutputError, SourceError
 from quantkit.formats.casting import bytes_of
 from quantkit.formats.preallocated import disk_errors, sync_directory
@@ -40,9 +40,11 @@ from quantkit.formats.safetensors.header import StoredTensor, printable, read_he
 from quantkit.formats.shard_files import ShardFiles, read_into
 from quantkit.tensors import DTYPES, TensorInfo
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TOP = 512
 """Tokens of each position that are kept one by one."""
-KIND = "quantkit reference statistics"
 _MAX_RECORD_BYTES = 200_000_000
 _HEADER_BYTES = 4096
 _ENTRY_BYTES = 160
@@ -52,30 +54,6 @@ _ROUTING_BYTES = 16
 _ROUTING_DTYPES = ("U8", "I16")
 _REST_AT_ONCE = 2**20
 _ANEW = "Make it anew: quantkit evaluate REFERENCE --save-reference FILE."
-
-
-class Record(BaseModel):
-    """What is known of a reference beside its numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["quantkit reference statistics"] = KIND
-    version: Literal[1] = 1
-    versions: dict[str, str]
-    device: str
-    arithmetic: str
-    reference: ModelFacts
-    config: dict[str, object]
-    """Raw config.json."""
-    tokenizer_sha256: str | None
-    """Of its tokenizer.json."""
-    protocol: Protocol
-    text: tuple[Text, ...]
-    window_domains: tuple[str, ...]
-    tokens_sha256: str
-    top: int
-    vocab_size: int
-    noise_floor: NoiseFloor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +69,7 @@ class Positions:
     first_token: Tensor
 
 
-def _shapes(record: Record) -> dict[str, TensorInfo]:
+def _shapes(record: ReferenceRecord) -> dict[str, TensorInfo]:
     """The tensors whose shapes follow from the record, in the order of the file."""
     n_windows = sum(text.windows for text in record.text)
     each = (n_windows, record.protocol.scored_per_window)
@@ -113,7 +91,7 @@ def _shapes(record: Record) -> dict[str, TensorInfo]:
 class ReferenceWriter:
     """The file as it grows. Use it in ``with``: without `finish` nothing is left behind."""
 
-    def __init__(self, path: Path, record: Record, tokens: Tensor, n_layers: int) -> None:
+    def __init__(self, path: Path, record: ReferenceRecord, tokens: Tensor, n_layers: int) -> None:
         """Reserve the space. tokens (W, L). Raises `OutputError` if the disk has no room."""
         self.path = path
         self.record = record
@@ -141,6 +119,8 @@ class ReferenceWriter:
 
     def routings(self, layer: int, routings: Sequence[Tensor]) -> None:
         """Experts chosen in a layer: (tokens, top_k) indices of each of its blocks."""
+        import torch
+
         for block, indices in enumerate(routings):
             largest = int(indices.max()) if indices.numel() else 0
             dtype = "U8" if largest < 2**8 else "I16"
@@ -187,7 +167,7 @@ class ReferenceWriter:
         facts = self.record
         entries: dict[str, object] = {
             "__metadata__": {
-                "kind": KIND,
+                "kind": REFERENCE_KIND,
                 "reference": facts.reference.fingerprint,
                 "tokens_sha256": facts.tokens_sha256,
                 "protocol": facts.protocol.name,
@@ -238,7 +218,7 @@ def is_reference_file(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return KIND.encode() in file.read(256)
+        return REFERENCE_KIND.encode() in file.read(256)
 
 
 class ReferenceStatistics:
@@ -268,6 +248,8 @@ class ReferenceStatistics:
 
     def positions(self, first: int, last: int) -> Positions:
         """Scored positions [first, last), counted over all windows. Raises `SourceError` for values that cannot be."""
+        import torch
+
         top_tokens, top_logits = self._read("top_tokens", first, last), self._read("top_logits", first, last)
         singles = [self._read(name, first, last) for name in ("log_sum", "rest", "target_nll", "first_token")]
         self._check_tokens(top_tokens)
@@ -311,18 +293,18 @@ class ReferenceStatistics:
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.record.vocab_size:
             raise self._refusal(f"a token is outside of the vocabulary of {self.record.vocab_size:,}")
 
-    def _record(self) -> Record:
+    def _record(self) -> ReferenceRecord:
         stored = self._stored.get("record")
         if stored is None or stored.info.dtype != "U8" or len(stored.info.shape) != 1:
-            raise self._refusal(f"is no file of {KIND}", "Give the original's folder, or what --save-reference wrote.")
+            raise self._refusal(
+                f"is no file of {REFERENCE_KIND}", "Give the original's folder, or what --save-reference wrote."
+            )
         if stored.info.nbytes > _MAX_RECORD_BYTES:
             raise self._refusal(f"its record has {stored.info.nbytes:,} bytes")
         try:
-            return Record.model_validate_json(bytes_of(self._read("record", 0, None)).tobytes())
+            return ReferenceRecord.model_validate_json(bytes_of(self._read("record", 0, None)).tobytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            problem = printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-            raise self._refusal(f"its record is not readable ({problem})") from None
+            raise self._refusal(f"its record is not readable ({printable(first_problem(error))})") from None
 
     def _check(self) -> None:
         protocol = self.record.protocol
@@ -338,6 +320,8 @@ class ReferenceStatistics:
 
     def _read(self, name: str, first: int, last: int | None) -> Tensor:
         """All of a tensor (last None), or scored positions [first, last) of it, flat over the windows."""
+        import torch
+
         stored: StoredTensor = self._stored[name]
         shape = stored.info.shape
         if last is not None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Layer, Mean, Result, Scores, Windows
+from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Layer, Result, Scores, Windows
+from quantkit.documents.values import Mean
 from quantkit.evaluate.compare import Comparison
 from quantkit.evaluate.token_scores import TokenScores
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.weight_cache import WeightCache
+from quantkit.documents.conversion import ValidationScores
+from quantkit.documents.values import Mean
 from quantkit.evaluate.compare import Model
-from quantkit.evaluate.scores import Estimate, Scores
 from quantkit.evaluate.token_scores import TokenScores
 from quantkit.tensors import RowSource
 
@@ -59,29 +60,30 @@ def _bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def summarise(scores: TokenScores) -> Scores:
+def summarise(scores: TokenScores) -> ValidationScores:
     """Means over tokens with standard errors over windows (rows)."""
     reference, candidate = scores.reference_nll.mean(1), scores.candidate_nll.mean(1)
     kld = scores.kld.flatten()
-    return Scores(
+    return ValidationScores(
         windows=len(reference),
         tokens=scores.kld.numel(),
-        reference_perplexity=_exp(_estimate(reference)),
-        candidate_perplexity=_exp(_estimate(candidate)),
-        perplexity_ratio=_exp(_estimate(candidate - reference)),
-        mean_kl=_estimate(scores.kld.mean(1)),
+        reference_perplexity=_exp(_mean(reference)),
+        candidate_perplexity=_exp(_mean(candidate)),
+        perplexity_ratio=_exp(_mean(candidate - reference)),
+        mean_kl=_mean(scores.kld.mean(1)),
         median_kl=float(kld.median()),
         p99_kl=float(kld.sort().values[min(len(kld) - 1, int(0.99 * len(kld)))]),
-        top1=_estimate(scores.same_top.double().mean(1)),
+        top1=_mean(scores.same_top.double().mean(1)),
     )
 
 
-def _estimate(values: Tensor) -> Estimate:
+def _mean(values: Tensor) -> Mean:
+    """Of the windows' means."""
     n = len(values)
     error = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
-    return Estimate(float(values.mean()), error)
+    return Mean(mean=float(values.mean()), standard_error=error)
 
 
-def _exp(estimate: Estimate) -> Estimate:
-    mean = math.inf if estimate.mean > 709 else math.exp(estimate.mean)  # which would raise
-    return Estimate(mean, mean * estimate.standard_error)
+def _exp(loss: Mean) -> Mean:
+    mean = math.inf if loss.mean > 709 else math.exp(loss.mean)  # which would raise
+    return Mean(mean=mean, standard_error=mean * loss.standard_error)

@@ -79,7 +79,21 @@ def forecast(
     Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source, `CalibrationError` for
     text that is not there.
     """
-    headers = read_headers(source)
+    return forecast_of(
+        read_headers(source), recipe, base_dir=base_dir, gpus=gpus, context=context, memory_budget=memory_budget
+    )
+
+
+def forecast_of(
+    headers: SourceHeaders,
+    recipe: Recipe,
+    *,
+    base_dir: Path = Path(),
+    gpus: Gpus | None = None,
+    context: int | None = None,
+    memory_budget: int | None = None,
+) -> Forecast:
+    """As `forecast`, of headers that are read already."""
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
     if headers.has_shards or (headers.directory / "tokenizer.json").exists():
         for output in plan.outputs:
@@ -111,16 +125,15 @@ def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:
 
 
 def _usual_context(headers: SourceHeaders) -> int:
-    most = headers.config.get("max_position_embeddings")
-    return min(CONTEXT, most) if isinstance(most, int) else CONTEXT
+    return min(CONTEXT, headers.arch.serving().max_positions)
 
 
 def _fit(headers: SourceHeaders, plan: Plan, output: OutputPlan, gpus: Gpus, context: int) -> OutputFit:
     """Raises `PlanError` if the model is not made for ``context`` tokens."""
     folder = OUT if len(plan.outputs) == 1 else f"{OUT}/{output.output.name}"
     if isinstance(output.output, GgufOutput):
-        llama = fit_llama(output, headers.config, gpus, context)
+        llama = fit_llama(output, headers.arch, gpus, context)
         (serve,) = output.target.serve_commands(headers.directory, output.planned, folder)
         return OutputFit(llama, f"{serve} {llama.options()}" if llama.fits else "")
-    vllm = fit(output, headers.config, headers.arch.n_layers, gpus, context)
+    vllm = fit(output, headers.arch, gpus, context)
     return OutputFit(vllm, vllm.command(folder) if vllm.utilization is not None else "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError, SourceError
-from quantkit.formats.fp8_source import SCALE_SUFFIX
+from quantkit.formats.fp8_source import SCALE_SUFFIX, Fp8Source
 from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.formats.safetensors.reader import read_index
 from quantkit.formats.source import DEFAULT_BLOCK_SIZE, float8_block_size, open_source, quant_method, read_config
@@ -47,10 +47,7 @@ def read_headers(directory: Path | str) -> SourceHeaders:
         )
     if any(directory.glob("*.safetensors")):
         with open_source(directory) as source:
-            arch = arch_of(source.config)
-            return SourceHeaders(
-                directory, source.config, arch, source.infos(), source.is_float8, True, source.block_size
-            )
+            return headers_of(source)
     config = read_config(directory)
     arch = arch_of(config)
     infos, is_float8 = headers_from_arch(arch, config)
@@ -59,6 +56,14 @@ def read_headers(directory: Path | str) -> SourceHeaders:
     says_float8 = quant_method(config) == "fp8"
     block_size = float8_block_size(directory, config) if says_float8 else None
     return SourceHeaders(directory, config, arch, infos, is_float8, False, block_size or DEFAULT_BLOCK_SIZE)
+
+
+def headers_of(source: Fp8Source) -> SourceHeaders:
+    """Headers of an open checkpoint. Raises `ConfigError` for an architecture that is not known."""
+    arch = arch_of(source.config)
+    return SourceHeaders(
+        source.directory, source.config, arch, source.infos(), source.is_float8, True, source.block_size
+    )
 
 
 def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[dict[str, TensorInfo], IsFloat8]:

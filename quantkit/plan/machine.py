@@ -3,7 +3,6 @@ batches."""
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -20,10 +19,9 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.hidden_states import CPU, FileRows, MemoryRows, RowStore
 from quantkit.errors import PlanError
 from quantkit.kernels.backend import has_kernels
+from quantkit.plan.budget import check_device, default_budget
 from quantkit.quantizers.batch import DEVICE_SLICE_BYTES
 
-DEFAULT_SHARE = 0.6
-"""Of the physical memory, when no budget is given."""
 DEVICE_SHARE = 0.6
 """Of a GPU's memory, for hidden states, if the rest is at least `DEVICE_WORK_BYTES`."""
 DEVICE_WORK_BYTES = 24 * 10**9
@@ -72,17 +70,13 @@ class Machine:
     def of(cls, device: str, memory_budget: int | None) -> Machine:
         """``device``: "auto", "cpu" or "cuda"; ``memory_budget``: bytes or None. Raises `PlanError` for another device,
         or one that is not there."""
-        if device not in ("auto", "cpu", "cuda"):
-            raise PlanError(f"device {device!r}: auto, cpu or cuda was needed.")
+        check_device(device)
         if device == "cuda" and not torch.cuda.is_available():
             raise PlanError(
                 "device cuda: torch sees no GPU.", hint="Use --device cpu, or install a CUDA build of torch."
             )
         found = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        # In whole GiB: the budget is part of the job, and a new kernel must not make it another one.
-        default = max(1, round(physical * DEFAULT_SHARE / 2**30)) * 2**30
-        return cls(torch.device(found), memory_budget or default)
+        return cls(torch.device(found), memory_budget or default_budget())
 
     @property
     def device_name(self) -> str:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 from quantkit.arch.base import ModelArch
 from quantkit.arch.parts import StoredTensor, in_parts, stored_tensors
-from quantkit.errors import ConfigError, SchemeError
+from quantkit.errors import SchemeError
 from quantkit.formats.gguf import sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
 from quantkit.formats.gguf.layout import layout_gguf
 from quantkit.formats.gguf.values import Value, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
-from quantkit.runtimes.llama_cpp import presets
+from quantkit.runtimes.llama_cpp import contract, presets
+from quantkit.runtimes.llama_cpp.command import serve
 from quantkit.schemes import ChosenScheme, GgmlScheme, describe
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.tensors import Role, TensorSpec
@@ -94,17 +95,8 @@ class GgufTarget:
         return sink.nbytes_of(tensor)
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
-        """See `sink.problems`; and what of the model llama.cpp cannot run."""
-        lines = sink.problems(tensors, self._model.stored_name)
-        mtp = self._mtp_stored(tensors)
-        try:
-            self._model.key_values(mtp=mtp)
-        except ConfigError as error:
-            lines.append(f"{error.message} {error.hint}".rstrip())
-        missing = sum(spec.role is Role.MTP for spec in self.specs) - sum(t.role is Role.MTP for t in tensors)
-        if mtp and missing:
-            lines.append(f"the MTP layer lacks {missing} of its tensors: keep all of them, or drop all.")
-        return lines
+        """See `contract.problems`."""
+        return contract.problems(tensors, self._model, sum(spec.role is Role.MTP for spec in self.specs))
 
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """Types that were replaced because rows are too short, and what llama.cpp computes otherwise."""
@@ -112,7 +104,7 @@ class GgufTarget:
             f"{name}: {kind} for {wanted} ({count} times): rows are no whole blocks. llama-quantize does so too."
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
-        return [*replaced, *self._model.differences()]
+        return [*replaced, *contract.notes(self._model)]
 
     def check_source(self, source: Path) -> None:
         """Raise `SourceError` for a tokenizer that llama.cpp does not know."""
@@ -158,7 +150,7 @@ class GgufTarget:
         """llama.cpp's server on the first file."""
         stored = sink.stacked_tensors(tensors, self._model.stored_name)
         first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
-        return (f"llama-server -m {first if folder == '.' else f'{folder}/{first}'}",)
+        return (serve(first if folder == "." else f"{folder}/{first}"),)
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""

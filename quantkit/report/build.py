@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quantkit.report import checkpoint, figures, numbers, provenance, quality
-from quantkit.report.contents import Card, Figure, Note, Report, Section, Table
+from quantkit.report.contents import Card, Figure, Note, ReportPage, Section, Table
 from quantkit.report.linears import expert_grid
-from quantkit.report.outcomes import Converted, Outcome, Outcomes
+from quantkit.report.outcomes import LabelledConversion, Outcome, Outcomes
 
 
-def report_of(found: Outcomes, title: str | None = None) -> Report:
+def report_of(found: Outcomes, title: str | None = None) -> ReportPage:
     """Sections in reading order: scores, then each checkpoint from the inside, then where it all comes from."""
-    return Report(
+    return ReportPage(
         title=title or _title(found),
         subtitle=_subtitle(found),
         cards=_cards(found),
@@ -196,7 +196,7 @@ def _validation(outcome: Outcome) -> list[Section]:
     return [Section("quality", "Distance from the original", (Table(("", ""), rows), more))]
 
 
-def _sizes(conversions: Sequence[Converted]) -> list[Section]:
+def _sizes(conversions: Sequence[LabelledConversion]) -> list[Section]:
     """Bytes by role, all conversions side by side."""
     parts: list[tuple[str, dict[str, int]]] = []
     for converted in conversions:

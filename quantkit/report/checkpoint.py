@@ -8,17 +8,18 @@ from collections.abc import Sequence
 
 import yaml
 
+from quantkit.documents.conversion import StoredRole
+from quantkit.documents.evaluation import Result
 from quantkit.report import figures, heat_maps, numbers
 from quantkit.report.contents import Block, Code, Figure, Note, Section, Table
-from quantkit.report.documents import Result, RoleSize
 from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid, error_grid, expert_errors, expert_grid, worst
-from quantkit.report.outcomes import Converted
+from quantkit.report.outcomes import LabelledConversion
 
 WORST = 10
 
 
 def sections(
-    converted: Converted, result: Result | None, group: str, *, experts: bool, recipe: bool
+    converted: LabelledConversion, result: Result | None, group: str, *, experts: bool, recipe: bool
 ) -> tuple[Section, ...]:
     """``result``: of the evaluation that scored it, if one did. ``experts``, ``recipe``: whether tokens and recipe are
     shown here, and not with another conversion that has the same."""
@@ -35,7 +36,7 @@ def _section(anchor: str, title: str, blocks: Sequence[Block], group: str) -> Se
     return Section(anchor, title, tuple(blocks), group)
 
 
-def _size(converted: Converted) -> list[Block]:
+def _size(converted: LabelledConversion) -> list[Block]:
     rows = sorted((row for row in converted.document.contents if row.nbytes), key=lambda row: -row.nbytes)
     if not rows:
         return [Note("This conversion's quantkit.json does not say how many bytes each role has.")]
@@ -67,7 +68,7 @@ def _size(converted: Converted) -> list[Block]:
     return [figure]
 
 
-def _size_sentence(largest: RoleSize, share: float) -> str:
+def _size_sentence(largest: StoredRole, share: float) -> str:
     part = f"{largest.role} ({largest.stored_as})"
     if share > 0.6:
         return f"{part} takes {share:.0%} of the bytes: only changes there change the size much. Scales are counted."
@@ -77,7 +78,7 @@ def _size_sentence(largest: RoleSize, share: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def _errors(converted: Converted) -> list[Block]:
+def _errors(converted: LabelledConversion) -> list[Block]:
     grid = error_grid(converted.document)
     if not grid.cells and not grid.outside:
         return [Note("No linear was quantised.")]
@@ -159,7 +160,7 @@ def _projection_table(grid: ErrorGrid) -> Table:
     return Table(head, tuple(rows), left=2, title="By projection, over all layers")
 
 
-def _worst_table(converted: Converted) -> Table:
+def _worst_table(converted: LabelledConversion) -> Table:
     rows = tuple(
         (name, numbers.percentage(linear.relative_loss or 0), f"{linear.n_tokens:,}", linear.fallback)
         for name, linear in worst(converted.document, WORST)
@@ -170,7 +171,7 @@ def _worst_table(converted: Converted) -> Table:
 # ------------------------------------------------------------------------------------------------------------- experts
 
 
-def _experts(converted: Converted) -> list[Block]:
+def _experts(converted: LabelledConversion) -> list[Block]:
     grid = expert_grid(converted.document)
     if grid is None:
         return []
@@ -238,10 +239,10 @@ def _expert_errors(result: Result | None) -> list[Block]:
 # -------------------------------------------------------------------------------------------------------------- recipe
 
 
-def recipe_text(converted: Converted) -> str:
+def recipe_text(converted: LabelledConversion) -> str:
     """The recipe as a file that `quantkit convert` takes."""
     return yaml.safe_dump(converted.document.recipe, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _recipe(converted: Converted) -> list[Block]:
+def _recipe(converted: LabelledConversion) -> list[Block]:
     return [Code("The recipe as it was run, defaults filled in", recipe_text(converted), "yaml")]

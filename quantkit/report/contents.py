@@ -79,7 +79,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportPage:
     """The whole page. ``groups``: what is said beside the name of a checkpoint that has sections of its own."""
 
     title: str

@@ -7,16 +7,15 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from quantkit.documents.conversion import StoredRole
+from quantkit.documents.values import Mean
 from quantkit.report import numbers
 from quantkit.report.contents import Spec
-from quantkit.report.documents import Mean, RoleSize
 from quantkit.report.outcomes import Outcome
 
 PALETTE = 8
 """Colours $c0 to $c7 of report.js; with as many symbols, so that no two series look the same."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
-EDGES = tuple(10.0 ** (quarter / 4) for quarter in range(-28, 9))
-"""Of the histogram in evaluation.json."""
 LABELLED = 14
 """Points of a plot that still have room for their names."""
 
@@ -270,7 +269,7 @@ def whole(values: Sequence[int]) -> Mapping[str, object]:
     return {"tickformat": "d"}
 
 
-def sizes(rows: Sequence[RoleSize]) -> Spec:
+def sizes(rows: Sequence[StoredRole]) -> Spec:
     """A bar for each role and way of storing, largest first."""
     total = sum(row.nbytes for row in rows) or 1
     unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
@@ -301,7 +300,7 @@ def sizes(rows: Sequence[RoleSize]) -> Spec:
     return {"data": data, "layout": layout}
 
 
-def _bpw(row: RoleSize) -> float:
+def _bpw(row: StoredRole) -> float:
     return 8 * row.nbytes / row.parameters if row.parameters else 0.0
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quantkit.report.documents import Conversion, Linear, Result
+from quantkit.documents.conversion import Conversion, LinearRecord
+from quantkit.documents.evaluation import Result
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.(.+)$")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,9})\.")
@@ -22,7 +23,7 @@ _KINDS = (
 )
 
 
-class Place(NamedTuple):
+class LinearPlace(NamedTuple):
     """Where a linear sits. ``layer`` is None outside the decoder layers, ``expert`` for what is no routed expert."""
 
     layer: int | None
@@ -30,16 +31,16 @@ class Place(NamedTuple):
     expert: int | None
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> LinearPlace:
     """ "model.layers.3.mlp.experts.17.gate_proj.weight" -> (3, "expert gate", 17)."""
     found = _LAYER.search(name)
     if found is None:
-        return Place(None, _short(name.removeprefix("model.")), None)
+        return LinearPlace(None, _short(name.removeprefix("model.")), None)
     rest = found[2]
     expert = _EXPERT.search(rest)
     if expert is not None:
         rest = _EXPERT.sub(lambda match: match[0].replace(match[1], ""), rest).replace("experts..", "experts.")
-    return Place(int(found[1]), _short(rest), None if expert is None else int(expert[1]))
+    return LinearPlace(int(found[1]), _short(rest), None if expert is None else int(expert[1]))
 
 
 def _short(name: str) -> str:
@@ -81,7 +82,7 @@ class ErrorGrid:
 
 def error_grid(document: Conversion) -> ErrorGrid:
     """Of all linears that the conversion quantised."""
-    members: dict[tuple[int | None, str], list[tuple[int | None, Linear]]] = {}
+    members: dict[tuple[int | None, str], list[tuple[int | None, LinearRecord]]] = {}
     seen: set[int | None] = set()
     for name, linear in document.tensors.items():
         if linear.relative_loss is None or math.isnan(linear.relative_loss):
@@ -102,7 +103,7 @@ def error_grid(document: Conversion) -> ErrorGrid:
     )
 
 
-def _cell(linears: Sequence[tuple[int | None, Linear]]) -> Cell:
+def _cell(linears: Sequence[tuple[int | None, LinearRecord]]) -> Cell:
     losses = sorted((linear.relative_loss or 0.0, -1 if expert is None else expert) for expert, linear in linears)
     values = [loss for loss, _ in losses]
     largest, expert = losses[-1]
@@ -131,7 +132,7 @@ def scheme_label(scheme: Mapping[str, object]) -> str:
             return "unknown"
 
 
-def worst(document: Conversion, amount: int) -> list[tuple[str, Linear]]:
+def worst(document: Conversion, amount: int) -> list[tuple[str, LinearRecord]]:
     """The linears with the largest loss, largest first."""
     known = [
         (linear.relative_loss, name, linear)
@@ -164,11 +165,11 @@ def expert_grid(document: Conversion) -> ExpertGrid | None:
     layers = sorted(layer for layer, blocks in document.expert_tokens.items() if any(blocks.values()))
     if not layers:
         return None
-    rows = [[count for block in document.expert_tokens[layer].values() for count in block] for layer in layers]
+    rows = [[expert for block in document.expert_tokens[layer].values() for expert in block] for layer in layers]
     return ExpertGrid(
         layers=tuple(layers),
-        tokens=tuple(tuple(tokens for tokens, _, _ in row) for row in rows),
-        borrowed=tuple(sum(borrowed > 0 for _, _, borrowed in row) for row in rows),
+        tokens=tuple(tuple(expert.n_tokens for expert in row) for row in rows),
+        borrowed=tuple(sum(expert.borrowed > 0 for expert in row) for row in rows),
     )
 
 

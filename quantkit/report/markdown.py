@@ -6,12 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from quantkit.report.contents import Block, Card, Code, Figure, Note, Report, Table
+from quantkit.report.contents import Block, Card, Code, Figure, Note, ReportPage, Table
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$!&])")
 
 
-def markdown(report: Report) -> str:
+def markdown(report: ReportPage) -> str:
     """The whole text, headings from the second level down: a card has its own title."""
     parts = [f"## {escaped(report.title)}", escaped(report.subtitle)]
     parts += [f"> **{escaped(note.text)}**" for note in report.warnings]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from quantkit.report.documents import Mean
+from quantkit.documents.values import Mean
 
 GB, GIB = 1e9, 2**30
 

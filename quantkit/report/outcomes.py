@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from quantkit.report.documents import Candidate, Conversion, Evaluation, Found, Mean, Result, Scores, Validation
+from quantkit.documents.conversion import Conversion, ValidationResult
+from quantkit.documents.evaluation import Candidate, Evaluation, Result, Scores
+from quantkit.documents.read import DocumentFile
+from quantkit.documents.values import Mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Converted:
+class LabelledConversion:
     """A conversion. ``folder``: where its document lies; ``written``: when."""
 
     label: str
@@ -42,7 +45,7 @@ class Converted:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class LabelledEvaluation:
     """An evaluation with what its candidates are called here."""
 
     path: Path
@@ -61,7 +64,7 @@ class Outcome:
     bpw: float
     score: Score | None = None
     result: Result | None = None
-    conversion: Converted | None = None
+    conversion: LabelledConversion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +72,21 @@ class Outcomes:
     """All that the documents tell, each checkpoint's scores beside it."""
 
     outcomes: tuple[Outcome, ...]
-    conversions: tuple[Converted, ...]
-    evaluations: tuple[Evaluated, ...]
+    conversions: tuple[LabelledConversion, ...]
+    evaluations: tuple[LabelledEvaluation, ...]
 
 
-def outcomes_of(found: Sequence[Found]) -> Outcomes:
+def outcomes_of(found: Sequence[DocumentFile]) -> Outcomes:
     """Join conversions with the candidates of evaluations. Order: as given, conversions first."""
     conversions = _conversions([f for f in found if isinstance(f.document, Conversion)])
-    evaluations: list[Evaluated] = []
+    evaluations: list[LabelledEvaluation] = []
     scored: list[Outcome] = []
     for file in found:
         if isinstance(file.document, Evaluation):
             rows = [_candidate(file.document, candidate, conversions) for candidate in file.document.candidates]
             names = unique([(row.label, where) for row, where in rows])
             outcomes = [replace(row, label=name) for (row, _), name in zip(rows, names, strict=True)]
-            evaluations.append(Evaluated(file.path, file.document, file.written, tuple(names)))
+            evaluations.append(LabelledEvaluation(file.path, file.document, file.written, tuple(names)))
             scored += outcomes
     measured = {outcome.conversion.folder for outcome in scored if outcome.conversion is not None}
     alone = [_own(conversion) for conversion in conversions if conversion.folder not in measured]
@@ -112,17 +115,19 @@ def front(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
     return tuple(kept)
 
 
-def _conversions(found: Sequence[Found]) -> tuple[Converted, ...]:
+def _conversions(found: Sequence[DocumentFile]) -> tuple[LabelledConversion, ...]:
     folders = [file.path.resolve().parent for file in found]
     labels = unique([(folder.name, folder) for folder in folders])
     return tuple(
-        Converted(label, folder, file.document, file.written)
+        LabelledConversion(label, folder, file.document, file.written)
         for label, folder, file in zip(labels, folders, found, strict=True)
         if isinstance(file.document, Conversion)
     )
 
 
-def _candidate(evaluation: Evaluation, found: Candidate, conversions: Sequence[Converted]) -> tuple[Outcome, Path]:
+def _candidate(
+    evaluation: Evaluation, found: Candidate, conversions: Sequence[LabelledConversion]
+) -> tuple[Outcome, Path]:
     """A candidate as an outcome, and where it was read from."""
     model, path = found.model, Path(found.model.path)
     conversion = next((c for c in conversions if _same(c, found)), None)
@@ -137,7 +142,7 @@ def _candidate(evaluation: Evaluation, found: Candidate, conversions: Sequence[C
     return outcome, path
 
 
-def _same(conversion: Converted, candidate: Candidate) -> bool:
+def _same(conversion: LabelledConversion, candidate: Candidate) -> bool:
     if candidate.model.nbytes != conversion.document.tensor_bytes or "\0" in candidate.model.path:
         return False  # no file has such a name, and no path can be made of it
     path = Path(candidate.model.path).resolve()
@@ -146,7 +151,7 @@ def _same(conversion: Converted, candidate: Candidate) -> bool:
     return conversion.folder.name in (path.name, path.parent.name)
 
 
-def _own(conversion: Converted) -> Outcome:
+def _own(conversion: LabelledConversion) -> Outcome:
     """A conversion that no evaluation scored, with what its own validation found."""
     document = conversion.document
     score = None if document.validation is None else _validated(document.validation)
@@ -171,7 +176,7 @@ def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:
     )
 
 
-def _validated(validation: Validation) -> Score:
+def _validated(validation: ValidationResult) -> Score:
     """The ratio of perplexities as its logarithm, its error by the delta method."""
     scores = validation.scores
     ratio, reference = scores.perplexity_ratio, scores.reference_perplexity

@@ -18,7 +18,8 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkit.report.contents import Block, Code, Figure, Note, Report, Section, Table
+from quantkit.errors import QuantkitError
+from quantkit.report.contents import Block, Code, Figure, Note, ReportPage, Section, Table
 from quantkit.version import __version__
 
 _HASH = re.compile(r"[0-9a-f]{40,}\Z")
@@ -48,8 +49,8 @@ class _Group:
     open: bool
 
 
-def page(report: Report) -> str:
-    """The whole file's text."""
+def page(report: ReportPage) -> str:
+    """The whole file's text. Raises `QuantkitError` if plotly is not installed."""
     groups, specs = _placed(report)
     environment = Environment(
         loader=PackageLoader("quantkit.report", _TEMPLATES),
@@ -85,7 +86,7 @@ def _number_columns(table: Table) -> list[bool]:
     return found
 
 
-def _placed(report: Report) -> tuple[list[_Group], list[object]]:
+def _placed(report: ReportPage) -> tuple[list[_Group], list[object]]:
     specs: list[object] = []
     numbers = itertools.count(1)
     groups: list[_Group] = []
@@ -130,8 +131,13 @@ def _script_json(value: object) -> str:
 
 def _plotly() -> str:
     """plotly.js, gzipped, in lines of base64."""
-    from plotly.offline import get_plotlyjs
-
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise QuantkitError(
+            "the HTML page is drawn by plotly, which is not installed.",
+            hint="Install plotly (the extra `report`), or give --markdown.",
+        ) from None
     packed = gzip.compress(str(get_plotlyjs()).encode(), 9, mtime=0)
     return "\n".join(_lines(base64.b64encode(packed).decode()))
 

@@ -6,24 +6,28 @@ import shlex
 from collections.abc import Sequence
 
 from quantkit.report.contents import Block, Code, Section, Table
-from quantkit.report.outcomes import Converted, Evaluated
+from quantkit.report.outcomes import LabelledConversion, LabelledEvaluation
 
 
-def evaluations(evaluated: Sequence[Evaluated]) -> Section:
+def evaluations(evaluated: Sequence[LabelledEvaluation]) -> Section:
     """What was measured on what, with what."""
     blocks = [block for one in evaluated for block in _evaluation(one)]
     return Section("measured", "How it was measured", tuple(blocks))
 
 
-def conversion(converted: Converted, group: str, *, text: bool) -> Section:
+def conversion(converted: LabelledConversion, group: str, *, text: bool) -> Section:
     """``text``: whether the calibration text is listed here, and not with another conversion that has the same."""
-    document, job = converted.document, converted.document.job
+    document = converted.document
     rows = [
         ("source", document.source or "-"),
         ("output", document.output),
         ("quantkit", document.quantkit),
         ("date of quantkit.json", f"{converted.written:%Y-%m-%d %H:%M} UTC"),
-        *((name, "-" if value is None else str(value)) for name, value in job.items() if name != "quantkit version"),
+        *(
+            (name, "-" if value is None else str(value))
+            for name, value in document.job.facts().items()
+            if name != "quantkit version"
+        ),
     ]
     blocks: list[Block] = [
         Table(("", ""), tuple(rows), left=2, title=f"Conversion {converted.label}"),
@@ -42,20 +46,20 @@ def conversion(converted: Converted, group: str, *, text: bool) -> Section:
     return Section("provenance", "Provenance", tuple(blocks), group)
 
 
-def conversion_command(converted: Converted) -> str:
+def conversion_command(converted: LabelledConversion) -> str:
     """What makes the same bytes again, on the same kind of machine. Of several outputs each gets a folder in OUT."""
     job, document = converted.document.job, converted.document
     outputs = document.recipe.get("outputs")
     out = "OUT" if isinstance(outputs, list) and len(outputs) > 1 else converted.label
     words = ["quantkit", "convert", document.source or "SOURCE", "-r", "recipe.yaml", "-o", out]
-    words += ["--device", "cpu" if job.get("device") == "cpu" else "cuda"]
-    for option, key in (("--jobs", "threads"), ("--memory-budget", "memory budget")):
-        if isinstance(job.get(key), int):
-            words += [option, str(job[key])]
+    words += ["--device", "cpu" if job.device == "cpu" else "cuda"]
+    for option, value in (("--jobs", job.threads), ("--memory-budget", job.memory_budget)):
+        if value is not None:
+            words += [option, str(value)]
     return shlex.join(words)
 
 
-def _evaluation(evaluated: Evaluated) -> list[Block]:
+def _evaluation(evaluated: LabelledEvaluation) -> list[Block]:
     document = evaluated.document
     protocol, file = document.protocol, document.reference_file
     rows = [
@@ -91,7 +95,7 @@ def _evaluation(evaluated: Evaluated) -> list[Block]:
     ]
 
 
-def evaluation_command(evaluated: Evaluated) -> str:
+def evaluation_command(evaluated: LabelledEvaluation) -> str:
     """With the paths that were given; ``--text`` as the files are called, which is not always how they were given."""
     document, protocol = evaluated.document, evaluated.document.protocol
     candidates = [candidate.model.path for candidate in document.candidates]

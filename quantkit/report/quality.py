@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Result, Scores
+from quantkit.documents.values import Mean
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Block, Figure, Note, Section, Table
-from quantkit.report.documents import Divergence, Mean, Result, Scores
-from quantkit.report.outcomes import Evaluated, Outcome, Outcomes, Score, front
+from quantkit.report.outcomes import LabelledEvaluation, Outcome, Outcomes, Score, front
 
 FLOOR = "noise floor"
 
@@ -121,7 +122,7 @@ class _Series:
     floor: bool
 
 
-def evaluation(evaluated: Evaluated, group: str) -> Section:
+def evaluation(evaluated: LabelledEvaluation, group: str) -> Section:
     """How the divergence is spread over tokens, domains and layers."""
     series = [
         _Series(label, candidate.result, floor=False)
@@ -136,7 +137,7 @@ def evaluation(evaluated: Evaluated, group: str) -> Section:
     return Section("quality", "Distance from the original", tuple(blocks), group)
 
 
-def _lower_bound(evaluated: Evaluated) -> list[Block]:
+def _lower_bound(evaluated: LabelledEvaluation) -> list[Block]:
     file = evaluated.document.reference_file
     if file is None:
         return []
@@ -156,12 +157,12 @@ def survival(kld: Divergence, tokens: int) -> list[tuple[float, float]]:
     quantiles. A share of zero is left out."""
     counts = kld.histogram
     total = sum(counts or ())
-    if counts is None or len(counts) != len(figures.EDGES) + 1 or not total:
+    if counts is None or len(counts) != len(HISTOGRAM_EDGES) + 1 or not total:
         points = [(kld.median, 0.5), (kld.p90, 0.1), (kld.p99, 0.01), (kld.p999, 0.001)]
         # The largest is above the quantiles only if there are enough tokens.
         return [*points, (kld.max, 1 / tokens)] if tokens > 1000 else points
     above, found = total, list[tuple[float, float]]()
-    for edge, count in zip(figures.EDGES, counts, strict=False):
+    for edge, count in zip(HISTOGRAM_EDGES, counts, strict=False):
         above -= count
         if above:
             found.append((edge, above / total))

@@ -1,12 +1,13 @@
-"""GPUs that a checkpoint is to be served on, and what every runtime's memory depends on."""
+"""GPUs that a checkpoint is to be served on, and how layers are spread over them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from quantkit.arch.base import ServingSizes
 from quantkit.errors import PlanError
 from quantkit.formats.planned import PlannedTensor
 
@@ -53,40 +54,13 @@ def parse_gpus(text: str) -> Gpus:
     return Gpus(int(found[1]), name, round(gib * GIB))
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """Entries of config.json that a runtime's memory depends on."""
-
-    heads: int
-    hidden: int
-    moe_width: int
-    top_k: int
-    kv_rank: int
-    rope_dim: int
-    vocab: int
-    max_positions: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, object], context: int) -> ModelFacts:
-        """Raises `PlanError` if one is missing, or if the model is not made for ``context`` tokens."""
-        keys = ("num_attention_heads", "hidden_size", "moe_intermediate_size", "num_experts_per_tok", "kv_lora_rank")
-        keys += ("qk_rope_head_dim", "vocab_size", "max_position_embeddings")
-        values = [config.get(key) for key in keys]
-        lacking = [key for key, value in zip(keys, values, strict=True) if not isinstance(value, int)]
-        if lacking:
-            raise PlanError(f"config.json: lacks {', '.join(lacking)}, needed for --gpus.")
-        facts = cls(*(value for value in values if isinstance(value, int)))
-        if context > facts.max_positions:
-            raise PlanError(
-                f"--context {context:,}: the model is made for at most {facts.max_positions:,} tokens.",
-                hint=f"Give --context {facts.max_positions} or less.",
-            )
-        return facts
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of one layer: the latent and the rotated key, in 16 bits."""
-        return (self.kv_rank + self.rope_dim) * 2
+def check_context(sizes: ServingSizes, context: int) -> None:
+    """Raise `PlanError` if the model is not made for ``context`` tokens."""
+    if context > sizes.max_positions:
+        raise PlanError(
+            f"--context {context:,}: the model is made for at most {sizes.max_positions:,} tokens.",
+            hint=f"Give --context {sizes.max_positions} or less.",
+        )
 
 
 def partition_layers(costs: list[int], first: int, last: int, stages: int) -> tuple[int, ...]:

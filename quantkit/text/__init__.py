@@ -1,5 +1,2 @@
-"""What the command line and a notebook have in common: functions with every command's options, progress, and results
-as text or as documents.
-
-`quantkit` itself re-exports what users need; nothing here loads torch before work begins.
-"""
+"""Results as text for people and as documents for --json, and the progress of running work; for the command line and
+notebooks. Nothing here loads torch."""

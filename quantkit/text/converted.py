@@ -1,11 +1,11 @@
-"""What a finished conversion tells: a table for people, a document for --json."""
+"""The report of a finished conversion as a table for people and as a document for --json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
-from quantkit.convert.events import OutputReport, Report, ValidationResult
+from quantkit.convert.events import OutputReport, Report
+from quantkit.documents.conversion import ValidationResult
 from quantkit.text.tables import both_units, duration, short_size, table
 
 
@@ -21,10 +21,10 @@ def _output_text(output: OutputReport) -> str:
     rows += [
         ("bits per weight", f"{output.bpw:.3f}"),
         ("size", both_units(output.nbytes)),
-        ("tensors, quantised of all", f"{output.quantized:,} of {output.tensors:,}"),
+        ("quantised tensors", f"{output.quantized:,} of {output.tensors:,}"),
     ]
     if output.fallbacks:
-        rows.append(("linears with a fallback", f"{output.fallbacks:,} (see quantkit.json)"))
+        rows.append(("linears that fell back to a weaker method", f"{output.fallbacks:,} (see quantkit.json)"))
     return table((output.name, str(output.path)), rows)
 
 
@@ -33,29 +33,29 @@ def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
     return [
         ("perplexity, reference", scores.reference_perplexity.shown(4)),
         ("perplexity, quantised", scores.candidate_perplexity.shown(4)),
-        ("their ratio, paired", scores.perplexity_ratio.shown(5)),
+        ("perplexity ratio, paired", scores.perplexity_ratio.shown(5)),
         ("mean KL divergence", f"{scores.mean_kl.shown(5)} nats"),
-        ("median, 99 % of it", f"{scores.median_kl:.5f}, {scores.p99_kl:.5f} nats"),
+        ("KL divergence, median / 99th percentile", f"{scores.median_kl:.5f} / {scores.p99_kl:.5f} nats"),
         ("same most likely token", scores.top1.percent()),
         ("measured on", f"{scores.tokens:,} tokens in {scores.windows:,} windows"),
-        ("limits of the recipe", "kept" if result.passed else "EXCEEDED"),
+        ("limits of the recipe", "met" if result.passed else "EXCEEDED"),
     ]
 
 
 def _run_text(report: Report) -> str:
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     rows = [
         ("peak memory", short_size(report.peak_rss_bytes)),
-        ("time", f"{duration(report.total_seconds)} (s: {stages})"),
+        ("time", f"{duration(report.total_seconds)} ({stages})"),
         ("calibration tokens", f"{report.tokens:,}" if report.tokens else "none (data-free)"),
     ]
     tokens = report.expert_tokens
     if tokens is not None:
         rows.append(
             (
-                "tokens an expert",
-                f"{tokens.least:,} to {tokens.most:,}, median {tokens.median:,}; "
-                f"of {tokens.experts:,} experts {tokens.thin:,} are thin, {tokens.unseen:,} unseen",
+                "tokens per expert",
+                f"{tokens.least:,} to {tokens.most:,}, median {tokens.median:,}; of {tokens.experts:,} experts "
+                f"{tokens.thin:,} got fewer than min_expert_tokens, {tokens.unseen:,} got none",
             )
         )
     width = max(len(name) for name, _ in rows)
@@ -100,4 +100,4 @@ def _output_document(output: OutputReport) -> Mapping[str, object]:
 
 
 def _validation_document(result: ValidationResult) -> Mapping[str, object]:
-    return {**asdict(result.scores), "passed": result.passed, "problems": list(result.problems)}
+    return {**result.scores.model_dump(), "passed": result.passed, "problems": list(result.problems)}

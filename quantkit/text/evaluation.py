@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from quantkit.documents.evaluation import Evaluation, Layer, Result, Scores, estimate
+from quantkit.documents.evaluation import Evaluation, Layer, Result, Scores
+from quantkit.documents.values import estimate
 from quantkit.text.tables import table
 
 

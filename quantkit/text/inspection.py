@@ -189,7 +189,7 @@ def _imatrix_blocks(found: ImatrixInspection) -> list[str]:
     if experts is not None:
         rows += [
             ("experts", f"{experts.experts:,}"),
-            ("tokens an expert", f"{experts.least:,} to {experts.most:,}, median {experts.median:,}"),
+            ("tokens per expert", f"{experts.least:,} to {experts.most:,}, median {experts.median:,}"),
             ("experts without tokens", f"{len(experts.unseen):,}"),
         ]
     return [f"{found.path}: imatrix, {_made_of(found)}", table(("importance of inputs", ""), rows)]

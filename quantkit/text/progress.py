@@ -194,7 +194,8 @@ def _fifth(event: ValidationProgress | LayerPassed) -> bool:
 
 def _start_line(event: Started | EvaluationStarted) -> str:
     if isinstance(event, EvaluationStarted):
-        return f"{event.candidates} candidates, {event.windows:,} windows, {event.tokens:,} tokens"
+        candidates = "1 candidate" if event.candidates == 1 else f"{event.candidates} candidates"
+        return f"{candidates}, {event.windows:,} windows, {event.tokens:,} tokens"
     calibration = f"{event.tokens:,} calibration tokens" if event.tokens else "no calibration"
     resumed = f", resuming after layer {event.layers_done}" if event.layers_done else ""
     return f"{event.total_layers} layers, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"

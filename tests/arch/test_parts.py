@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, Stage
 from quantkit.arch.deepseek_v3 import DeepseekV3
+from quantkit.arch.parts import in_parts, stored_tensors
 from tests.arch.test_deepseek_v3 import ROOT
 from tests.tiny_models import random_weights, tiny_config
 
@@ -127,3 +129,20 @@ def test_scores_and_values_by_the_parts_are_those_of_the_whole() -> None:
     by_parts = (queries @ key_part.mT) @ latents.T  # (heads, queries, latents)
     torch.testing.assert_close(by_parts, torch.einsum("hqn,khn->hqk", queries, keys), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close((latents @ value_part.mT).transpose(0, 1), values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_gguf_file_stacks_experts_and_nothing_else(name: str) -> None:
+    """Every weight is in one stored tensor, and a stored tensor holds experts or heads or is a tensor of its own."""
+    arch, _ = model(CONFIGS[name])
+    specs = in_parts(arch)
+    stored = stored_tensors(specs, arch.gguf())
+    assert sum(math.prod(tensor.shape) for tensor in stored.values()) == sum(math.prod(s.shape) for s in arch.tensors())
+    experts = {tensor.name for tensor in stored.values() if tensor.stacked}
+    assert experts == {f"blk.{layer}.ffn_{kind}_exps.weight" for layer in (1, 2, 3) for kind in ("gate", "up", "down")}
+    for tensor in stored.values():
+        assert tensor.shape == ((12, *tensor.first.shape) if tensor.stacked else tensor.first.shape)
+        heads = arch.config.num_attention_heads if tensor.first.part_of else 1
+        assert tensor.n_matrices == (12 if tensor.stacked else heads)
+    told = stored_tensors(specs, arch.gguf(), n_experts=7)
+    assert {tensor.shape[0] for tensor in told.values() if tensor.stacked} == {7}

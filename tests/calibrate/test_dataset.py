@@ -221,7 +221,7 @@ def test_parquet_without_pyarrow_names_the_extra(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     write(tmp_path / "t.parquet", "PAR1")
-    with pytest.raises(CalibrationError, match=r"quantkit\[parquet\]"):
+    with pytest.raises(CalibrationError, match=r"Install pyarrow \(the extra `parquet`\)"):
         rows_of(checkpoint, tmp_path, "t.parquet")
 
 

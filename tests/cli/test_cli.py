@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from quantkit import api
 from quantkit.cli.app import app
 from quantkit.convert.events import (
     CopyDone,
-    ExpertTokens,
+    ExpertTokenStats,
     Finished,
     LayerDone,
     OutputReport,
@@ -27,10 +28,10 @@ from quantkit.convert.events import (
     Started,
     TensorDone,
     ValidationProgress,
-    ValidationResult,
 )
+from quantkit.documents.conversion import ValidationResult, ValidationScores
+from quantkit.documents.values import Mean
 from quantkit.errors import OutputError
-from quantkit.evaluate.scores import Estimate, Scores
 from tests.convert.recipes import INT4, KEEP_REST, recipe_text
 from tests.inspect.gguf_files import tiny_file, write_file
 from tests.tiny_models import tiny_config, write_checkpoint
@@ -231,26 +232,33 @@ def test_inspect(tmp_path: Path) -> None:
 
 
 def report(problems: tuple[str, ...] = ()) -> Report:
-    scores = Scores(
+    scores = ValidationScores(
         windows=8,
         tokens=2048,
-        reference_perplexity=Estimate(10.0, 0.5),
-        candidate_perplexity=Estimate(10.1, 0.5),
-        perplexity_ratio=Estimate(1.01, 0.001),
-        mean_kl=Estimate(0.0123, 0.0011),
+        reference_perplexity=Mean(mean=10.0, standard_error=0.5),
+        candidate_perplexity=Mean(mean=10.1, standard_error=0.5),
+        perplexity_ratio=Mean(mean=1.01, standard_error=0.001),
+        mean_kl=Mean(mean=0.0123, standard_error=0.0011),
         median_kl=0.01,
         p99_kl=0.2,
-        top1=Estimate(0.953, 0.004),
+        top1=Mean(mean=0.953, standard_error=0.004),
     )
     output = OutputReport(
-        "w4a16", Path("out"), 8_075_088, 6.33, 195, 150, 2, ValidationResult("w4a16", scores, problems)
+        "w4a16",
+        Path("out"),
+        8_075_088,
+        6.33,
+        195,
+        150,
+        2,
+        ValidationResult(output="w4a16", scores=scores, problems=problems),
     )
     return Report(
         outputs=(output,),
         seconds={"layers": 12.5, "validation": 3.0},
         peak_rss_bytes=900_000_000,
         tokens=32768,
-        expert_tokens=ExpertTokens(24, 10, 8000, 20000, 0, 1),
+        expert_tokens=ExpertTokenStats(24, 10, 8000, 20000, 0, 1),
         resumed=False,
         validated=not problems,
     )
@@ -259,12 +267,11 @@ def report(problems: tuple[str, ...] = ()) -> Report:
 @pytest.fixture
 def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
     """Replace the conversion by a function; returns what it was called with."""
-    from quantkit.convert import run
 
     def replace_by(result: Any) -> dict[str, Any]:
         called: dict[str, Any] = {}
 
-        def convert(source: Path, recipe: Any, out: Path, **options: Any) -> Report:
+        def convert(source: Path, recipe: str, out: Path, **options: Any) -> Report:
             called.update(options, source=source, recipe=recipe, out=out)
             if isinstance(result, BaseException):
                 raise result
@@ -282,7 +289,7 @@ def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
                 options["on_event"](event)
             return result
 
-        monkeypatch.setattr(run, "convert", convert)
+        monkeypatch.setattr(api, "convert", convert)
         return called
 
     return replace_by
@@ -297,7 +304,7 @@ def test_convert_reports(walk: Walk, tmp_path: Path) -> None:
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out", *options)
     assert result.exit_code == 0
     assert (called["memory_budget"], called["jobs"], called["device"], called["restart"]) == (2**31, 2, "cpu", False)
-    assert called["base_dir"] == ROOT / "recipes"
+    assert called["recipe"] == "nano-demo"
     for said in (
         "10.0000 ± 0.5000",
         "0.01230 ± 0.00110 nats",
@@ -356,10 +363,10 @@ def test_our_own_bugs_keep_their_traceback(walk: Walk, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="needs POSIX signals")
 def test_sigterm_is_130_and_says_how_to_resume(tmp_path: Path) -> None:
     code = (
-        "import sys, time, types\n"
-        "run = types.ModuleType('quantkit.convert.run')\n"
+        "import sys, time\n"
+        "from quantkit import api\n"
         "def convert(*a, **k):\n    print('ready', flush=True); time.sleep(60)\n"
-        "run.convert = convert; sys.modules['quantkit.convert.run'] = run\n"
+        "api.convert = convert\n"
         "from quantkit.cli.app import main; sys.argv[0] = 'quantkit'; main()"
     )
     words = ["convert", str(V3), "-r", "nano-demo", "-o", str(tmp_path / "o"), "--restart", "--jobs", "2"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from typer.testing import CliRunner
 
 from quantkit.cli.app import app
 from tests.report.jobs import conversion, evaluation, written
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -57,3 +62,27 @@ def test_a_folder_without_documents_is_refused(out: Path) -> None:
     result = CliRunner().invoke(app, ["report", "empty"])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: empty: holds no quantkit.json")
+
+
+def without_plotly(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command where plotly is not installed."""
+    code = "import sys; sys.modules['plotly'] = None; from quantkit.cli.app import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, text=True, capture_output=True, check=False, env=environment)
+
+
+def test_the_page_names_the_package_that_it_needs(out: Path) -> None:
+    done = without_plotly("report", str(out))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "error: the HTML page is drawn by plotly, which is not installed.",
+        "hint: Install plotly (the extra `report`), or give --markdown.",
+    ]
+    assert not Path("report.html").exists()
+
+
+def test_markdown_needs_no_plotly(out: Path) -> None:
+    done = without_plotly("report", str(out), "--markdown")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("## w4\n")

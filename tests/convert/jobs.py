@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from quantkit import convert
 from quantkit.convert.events import OnEvent, Report, ignore
-from quantkit.convert.run import convert
 from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
 from quantkit.plan.recipe import Recipe
 from tests.tiny_models import tiny_config, write_checkpoint

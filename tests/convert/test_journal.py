@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,24 @@ from hypothesis import strategies as st
 
 from quantkit.convert import journal as journal_module
 from quantkit.convert.journal import Journal
+from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
+from quantkit.plan.memory import JOURNAL_BYTES_PER_TENSOR
 
-HEADER = {"quantkit version": "1", "recipe": "abc", "threads": 2}
-ENTRIES: list[dict[str, object]] = [
-    {"done": "outside"},
-    {"done": "layer", "layer": 0, "tensors": [[0, "näme", 0.1, 3, ""]], "experts": {}},
-    {"done": "layer", "layer": 1, "tensors": [[0, "b", 1e-17, 3, "x"]], "experts": {"e": [[1, 0.3, 0]]}},
+HEADER = JobHeader(quantkit_version="1", recipe="abc", threads=2)
+ENTRIES: list[OutsideEntry | LayerEntry] = [
+    OutsideEntry(tensors=(TensorRecord(1, "head", 0.25, 0),)),
+    LayerEntry(layer=0, saved=True, tensors=(TensorRecord(0, "näme", 0.1, 3),), experts={}),
+    LayerEntry(
+        layer=1,
+        saved=False,
+        tensors=(TensorRecord(0, "b", 1e-17, 3, "x"), TensorRecord(1, "b", 2.0, 3)),
+        experts={"e": (ExpertRecord(1, 0.3, 0), ExpertRecord(0, 0.0, 128))},
+    ),
 ]
 
 
-def written(path: Path, entries: list[dict[str, object]] = ENTRIES) -> bytes:
+def written(path: Path, entries: list[OutsideEntry | LayerEntry] = ENTRIES) -> bytes:
     journal = Journal(path, HEADER)
     for entry in entries:
         journal.append(entry)
@@ -35,9 +44,39 @@ def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
     content = written(tmp_path / "j")
     journal = Journal(tmp_path / "j", HEADER)
     assert journal.entries == ENTRIES
-    assert journal.of_kind("layer") == ENTRIES[1:]
+    assert journal.layers == ENTRIES[1:]
+    assert journal.outside_done
+    assert list(journal.tensors_of(1).values()) == [TensorRecord(1, "head", 0.25, 0), TensorRecord(1, "b", 2.0, 3)]
     journal.close()
     assert (tmp_path / "j").read_bytes() == content
+
+
+def test_lines_are_json_with_a_name_for_each_value(tmp_path: Path) -> None:
+    header, _, _, last = map(json.loads, written(tmp_path / "j").splitlines())
+    assert header["quantkit version"] == "1"
+    assert header["memory budget"] is None
+    assert last["done"] == "layer"
+    record = {"output": 0, "name": "b", "relative_loss": 1e-17, "n_tokens": 3, "fallback": "x"}
+    assert last["tensors"][0] == record
+    assert last["experts"] == {"e": [[1, 0.3, 0], [0, 0.0, 128]]}
+
+
+def test_a_loss_that_is_no_number_comes_back_as_none(tmp_path: Path) -> None:
+    (lost,) = [LayerEntry(layer=0, saved=False, tensors=(TensorRecord(0, "a", math.nan, 1),), experts={})]
+    written(tmp_path / "j", [lost])
+    journal = Journal(tmp_path / "j", HEADER)
+    journal.close()
+    assert math.isnan(journal.tensors_of(0)["a"].relative_loss)
+
+
+def test_a_layer_of_deepseek_v3_takes_no_more_than_the_plan_says(tmp_path: Path) -> None:
+    names = [
+        f"model.layers.60.mlp.experts.{e}.{part}_proj.weight" for e in range(256) for part in ("gate", "up", "down")
+    ]
+    tensors = tuple(TensorRecord(0, name, 0.00012345678901234567, 65536) for name in names)
+    experts = (ExpertRecord(65536, 12345.67890123456, 0),) * 256
+    layer = LayerEntry(layer=60, saved=True, tensors=tensors, experts={"experts": experts})
+    assert len(written(tmp_path / "j", [layer])) < JOURNAL_BYTES_PER_TENSOR * len(names)
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,13 +98,60 @@ def test_a_journal_cut_or_torn_anywhere_keeps_its_whole_lines(
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{}",
+        "null",
+        '{"done":"layer"}',
+        '{"done":"other"}',
+        '{"done":"outside","tensors":[[0,"a",0.1,3,""]]}',
+        '{"done":"outside","tensors":[{"output":-1,"name":"a","relative_loss":0.1,"n_tokens":3,"fallback":""}]}',
+        '{"done":"outside","tensors":[], "spaces": 1}',
+        '{"done":"layer","layer":7,"saved":"yes","tensors":[],"experts":{}}',
+        "[" * 100_000,
+        "1" * 10_000,
+    ],
+)
+def test_a_line_that_is_no_entry_ends_the_journal(line: str, tmp_path: Path) -> None:
+    """Its step, and those of the lines after it, are done again."""
+    path = tmp_path / "j"
+    first, *lines = written(path).splitlines(keepends=True)
+    path.write_bytes(b"".join([first, lines[0], line.encode() + b"\n", *lines[1:]]))
+    journal = Journal(path, HEADER)
+    journal.close()
+    assert journal.entries == ENTRIES[:1]
+    assert path.read_bytes() == first + lines[0]
+
+
+def test_the_last_entries_are_taken_back(tmp_path: Path) -> None:
+    content = written(tmp_path / "j")
+    journal = Journal(tmp_path / "j", HEADER)
+    journal.rewind(1)
+    assert journal.entries == ENTRIES[:1]
+    for entry in ENTRIES[1:]:
+        journal.append(entry)
+    journal.close()
+    assert (tmp_path / "j").read_bytes() == content
+
+
 def test_another_job_is_refused_and_every_difference_named(tmp_path: Path) -> None:
     content = written(tmp_path / "j")
-    with pytest.raises(OutputError, match=r"another recipe, threads \(\d+, now 1\)\. .*--restart"):
-        Journal(tmp_path / "j", {**HEADER, "recipe": "other", "threads": 1})
+    with pytest.raises(OutputError, match=r"another recipe, threads \(2, now 1\)\. .*--restart"):
+        Journal(tmp_path / "j", HEADER.model_copy(update={"recipe": "other", "threads": 1}))
     with pytest.raises(OutputError, match="another source"):
-        Journal(tmp_path / "j", {**HEADER, "source": "new key"})
+        Journal(tmp_path / "j", JobHeader(quantkit_version="1", recipe="abc", threads=2, source="new key"))
     assert (tmp_path / "j").read_bytes() == content
+
+
+@pytest.mark.parametrize("first", ["{}", "[]", '{"threads":"many"}', '{"quantkit version":"0.0","outputs":3}'])
+def test_a_first_line_of_another_kind_is_another_job(first: str, tmp_path: Path) -> None:
+    (tmp_path / "j").write_text(f"{first}\n")
+    with pytest.raises(OutputError, match="holds an unfinished job") as refused:
+        Journal(tmp_path / "j", HEADER)
+    assert "\n" not in str(refused.value)
+    assert (tmp_path / "j").read_text() == f"{first}\n"
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])

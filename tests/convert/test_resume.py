@@ -24,6 +24,7 @@ import yaml
 from quantkit.convert import hidden as hidden_module
 from quantkit.convert.events import Event, LayerDone, StageStarted, Started, ValidationProgress
 from quantkit.convert.journal import Journal
+from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry
 from quantkit.plan.recipe import Recipe
 from tests.convert.jobs import INT4_RTN, files_of, int4, recipe_of, run, small_config, write_model, write_text
 
@@ -73,7 +74,7 @@ class Operations:
             patch.setattr(Path, name, self._before(name, getattr(Path, name), _kind))
         patch.setattr(shutil, "rmtree", self._before("rmtree", shutil.rmtree, _kind))
 
-        def append_to_journal(journal: Journal, entry: dict[str, object]) -> None:
+        def append_to_journal(journal: Journal, entry: JobHeader | OutsideEntry | LayerEntry) -> None:
             if self._reached("append journal"):
                 if self.within:
                     os.write(journal._file.fileno(), b'{"done":"layer","lay')

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.documents.evaluation import (
+    CheckpointFacts,
     Divergence,
     Evaluation,
     Layer,
-    Mean,
-    ModelFacts,
-    Protocol,
     Result,
     Scores,
+    ScoringProtocol,
     Windows,
 )
+from quantkit.documents.values import Mean
 
 DOMAINS = ("code",) * 24 + ("prose",) * 24
 N_LAYERS, N_EXPERTS = 3, 12
@@ -45,7 +45,7 @@ def evaluation(*conversions: Made, **changes: object) -> Evaluation:
         versions={"quantkit": "0"},
         device="cpu",
         arithmetic="float32",
-        protocol=Protocol(
+        protocol=ScoringProtocol(
             name="windows", description="", context=128, max_windows_per_file=None, scored_per_window=127
         ),
         text=(),
@@ -58,8 +58,8 @@ def evaluation(*conversions: Made, **changes: object) -> Evaluation:
     return document.model_copy(update=changes)
 
 
-def facts(name: str, path: str, fingerprint: str = "", nbytes: int = 1_000_000) -> ModelFacts:
-    return ModelFacts(
+def facts(name: str, path: str, fingerprint: str = "", nbytes: int = 1_000_000) -> CheckpointFacts:
+    return CheckpointFacts(
         name=name, path=path, format="BF16", fingerprint=fingerprint, weights=2 * nbytes, nbytes=nbytes, notes=()
     )
 

@@ -14,15 +14,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from quantkit.documents.baseline import Baseline, ConversionLosses
 from quantkit.documents.evaluation import ReferenceFile
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.check.baseline import (
-    Baseline,
-    Conversion,
     check_comparable,
     read_baseline,
-    read_conversions,
     read_evaluation,
+    read_losses,
 )
 from quantkit.evaluate.check.reports import junit_xml, markdown, regression_lines
 from quantkit.evaluate.check.run import check
@@ -37,8 +36,8 @@ REFERENCE_FILE = ReferenceFile(path="r", versions={}, device="cpu", top=512, mea
 def verdict(
     now: Made,
     limits: Limits | None = None,
-    old_losses: Conversion | None = None,
-    new_losses: Conversion | None = None,
+    old_losses: ConversionLosses | None = None,
+    new_losses: ConversionLosses | None = None,
 ) -> Verdict:
     """Against CLEAN."""
     old, new = ({} if losses is None else {"int4": losses} for losses in (old_losses, new_losses))
@@ -202,7 +201,7 @@ def test_better_is_said() -> None:
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def losses(seed: int = 0, spread: float = 0.03, calibration: str = "a", **factors: float) -> Conversion:
+def losses(seed: int = 0, spread: float = 0.03, calibration: str = "a", **factors: float) -> ConversionLosses:
     """Six layers of a dense linear and sixteen experts. ``factors``: by a part of the name with _ for a dot."""
     random = np.random.default_rng(seed)
     names = [f"layers.{layer}.{part}" for layer in range(6) for part in ("o.weight", *(f"e.{e}.d" for e in range(16)))]
@@ -211,7 +210,13 @@ def losses(seed: int = 0, spread: float = 0.03, calibration: str = "a", **factor
         for name in names:
             if part.replace("_", ".") in name:
                 found[name] *= factor
-    return Conversion(calibration={"data": calibration}, losses=found)
+    return ConversionLosses(calibration={"data": calibration}, losses=found)
+
+
+def quantkit_json(calibration: object, tensors: dict[str, object]) -> dict[str, object]:
+    """What a check needs of it, and what none is without."""
+    size = {"output": "int4", "tensor_bytes": 8, "bpw": 4.0}
+    return {"quantkit": "0.1.0", "job": {}, "recipe": {"calibration": calibration}, **size, "tensors": tensors}
 
 
 @pytest.mark.parametrize("seed", range(1, 11))
@@ -237,7 +242,7 @@ def test_linears_that_got_worse_are_named(factors: dict[str, float], names: list
 
 
 def test_losses_that_are_no_comparison_are_noted() -> None:
-    def notes(found: Conversion | None) -> str:
+    def notes(found: ConversionLosses | None) -> str:
         done = verdict(CLEAN, None, losses(0), found)
         assert done.passed
         return " ".join(done.notes)
@@ -256,9 +261,9 @@ def test_losses_that_are_gone_are_noted_and_those_that_are_no_number_fail(tmp_pa
     assert fewer.passed
     assert fewer.notes == ("6 linears of the baseline have no loss now, layers.0.o.weight is the first",)
     (tmp_path / "out").mkdir()
-    written = {"recipe": {"calibration": None}, "tensors": {"a": {"relative_loss": None}, "b": {}}}
+    written = quantkit_json(None, {"a": {"scheme": {}, "relative_loss": None}, "b": {"scheme": {}}})
     (tmp_path / "out" / "quantkit.json").write_text(json.dumps(written), encoding="utf-8")
-    read = read_conversions(evaluation(Made(path="out")), tmp_path)["int4"].losses
+    read = read_losses(evaluation(Made(path="out")), tmp_path)["int4"].losses
     assert list(read) == ["a"]
     assert math.isnan(read["a"])
     broken = verdict(CLEAN, None, losses(0), losses(1, **{"3_e_7_d": math.nan}))
@@ -272,21 +277,22 @@ def test_losses_beyond_all_measure_are_compared() -> None:
 
 
 def test_losses_come_from_the_folder_that_was_evaluated(tmp_path: Path) -> None:
-    written = {
-        "recipe": {"calibration": {"data": ["x"], "seed": 3}},
-        "tensors": {"a": {"scheme": {}, "relative_loss": 0.0123456}, "b": {"scheme": {}}},
-    }
+    written = quantkit_json(
+        {"data": ["x"], "seed": 3}, {"a": {"scheme": {}, "relative_loss": 0.0123456}, "b": {"scheme": {}}}
+    )
     for folder in ("out", "gguf"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "quantkit.json").write_text(json.dumps(written), encoding="utf-8")
     (tmp_path / "gguf" / "m.gguf").touch()
     made = [Made(name=name, path=path) for name, path in (("x", "out"), ("y", "gguf/m.gguf"), ("z", "absent"))]
-    found = read_conversions(evaluation(*made), tmp_path)
+    found = read_losses(evaluation(*made), tmp_path)
     assert list(found) == ["x", "y"]
-    assert found["x"] == found["y"] == Conversion(calibration={"data": ["x"]}, losses={"a": 0.01235})
+    assert found["x"] == found["y"] == ConversionLosses(calibration={"data": ["x"]}, losses={"a": 0.01235})
     (tmp_path / "out" / "quantkit.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(EvaluationError, match="is not a record of a conversion of this version: recipe"):
-        read_conversions(evaluation(*made), tmp_path)
+    with pytest.raises(
+        EvaluationError, match="is not a record of a conversion of this version: quantkit: Field required"
+    ):
+        read_losses(evaluation(*made), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -362,7 +368,7 @@ def test_damaged_files(tmp_path: Path, text: str, words: str) -> None:
 
 def test_evaluations_that_come_from_no_file_are_refused_too() -> None:
     with pytest.raises(EvaluationError, match="has no candidates"):
-        read_conversions(evaluation(), Path())
+        read_losses(evaluation(), Path())
     baseline = Baseline(evaluation=evaluation(CLEAN))
     for made, words in (
         (evaluation(), "has no candidates"),

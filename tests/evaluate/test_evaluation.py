@@ -16,18 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit import convert, evaluate
 from quantkit.arch import arch_of
 from quantkit.arch.parts import in_parts
 from quantkit.calibrate.dataset import eval_windows
-from quantkit.convert.run import convert
 from quantkit.documents.evaluation import Evaluation, Scores
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import stream as evaluation_stream
-from quantkit.evaluate.events import EvaluationStarted, LayerPassed
-from quantkit.evaluate.run import evaluate
+from quantkit.evaluate.events import EvaluationStarted, LayerPassed, ignore
+from quantkit.evaluate.prepare import Asked, prepared
+from quantkit.evaluate.run import evaluate as evaluate_prepared
 from quantkit.evaluate.statistics import scores_of
 from quantkit.formats.gguf.source import GgufSource
-from quantkit.plan.machine import Stores
+from quantkit.plan.machine import Machine, Stores
 from quantkit.plan.recipe import Recipe
 from quantkit.tensors import Role
 from tests.convert.jobs import decoded, write_model, write_text
@@ -360,8 +361,11 @@ def test_another_tokenizer_is_noted(files: Path, tmp_path: Path) -> None:
 
 
 def test_a_budget_that_is_too_small_and_a_context_without_a_half_are_refused(files: Path) -> None:
-    with pytest.raises(QuantkitError, match="this evaluation needs at least"):
-        evaluate(NANO, [files / "bf16"], context=CONTEXT, memory_budget=2**20)
+    with (
+        prepared(NANO, [files / "bf16"], Asked(context=CONTEXT), None) as opened,
+        pytest.raises(QuantkitError, match="this evaluation needs at least"),
+    ):
+        evaluate_prepared(opened, Machine.of("cpu", 2**20), ignore, noise_floor=True, times=False)
     assert "leaves nothing to score" in refusal(files / "bf16", context=2, protocol="llama.cpp")
 
 

@@ -12,10 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quantkit.convert.run import convert
+from quantkit import convert, evaluate
 from quantkit.documents.evaluation import Evaluation
 from quantkit.errors import SourceError
-from quantkit.evaluate.run import evaluate
 from tests.evaluate.test_evaluation import BUDGET, NANO, ROOT, W4, config_of, outputs
 from tests.formats.test_other_packages import golden
 from tests.oracles import gguf_writer

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.convert.run import convert
+from quantkit import convert, evaluate
 from quantkit.documents.evaluation import Evaluation
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.events import EvaluationStarted, LayerPassed
 from quantkit.evaluate.reference_file import is_reference_file
-from quantkit.evaluate.run import evaluate
 from tests.cli.test_cli import quantkit
 from tests.evaluate.test_evaluation import BUDGET, NANO, ROOT, W4, outputs
 

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.arch import arch_of
-from quantkit.documents.evaluation import ModelFacts, Protocol, Text
+from quantkit.documents.evaluation import CheckpointFacts, EvaluationText, ScoringProtocol
+from quantkit.documents.reference import ReferenceRecord
 from quantkit.errors import OutputError, SourceError
 from quantkit.evaluate import reference_scores
 from quantkit.evaluate.compare import Comparison, compare_all
-from quantkit.evaluate.reference_file import Record, ReferenceStatistics, ReferenceWriter, is_reference_file
+from quantkit.evaluate.reference_file import ReferenceStatistics, ReferenceWriter, is_reference_file
 from quantkit.evaluate.reference_scores import Recorder, compare_recorded
 from quantkit.formats.casting import bytes_of
 from tests.evaluate.test_compare import CONFIG, damaged, in_memory, model, plain_forward, tokens, weights
@@ -35,17 +36,17 @@ FIRST, TOP = 3, 40
 VOCAB = CONFIG["vocab_size"]
 
 
-def record_of(tokens: Tensor, top: int = TOP) -> Record:
+def record_of(tokens: Tensor, top: int = TOP) -> ReferenceRecord:
     n_windows, context = tokens.shape
-    facts = ModelFacts(name="m", path="m", format="F32", fingerprint="f", weights=1, nbytes=4, notes=())
-    protocol = Protocol(
+    facts = CheckpointFacts(name="m", path="m", format="F32", fingerprint="f", weights=1, nbytes=4, notes=())
+    protocol = ScoringProtocol(
         name="windows",
         description="",
         context=context,
         max_windows_per_file=None,
         scored_per_window=context - 1 - FIRST,
     )
-    return Record(
+    return ReferenceRecord(
         versions={},
         device="cpu",
         arithmetic="float32",
@@ -53,7 +54,7 @@ def record_of(tokens: Tensor, top: int = TOP) -> Record:
         config=CONFIG,
         tokenizer_sha256=None,
         protocol=protocol,
-        text=(Text(file="t", sha256="s", documents=1, tokens=99, windows=n_windows),),
+        text=(EvaluationText(file="t", sha256="s", documents=1, tokens=99, windows=n_windows),),
         window_domains=("t",) * n_windows,
         tokens_sha256=hashlib.sha256(bytes_of(tokens.int())).hexdigest(),
         top=top,

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantkit.evaluate.scores import Estimate, Scores, limits_exceeded
+from quantkit.documents.conversion import ValidationScores
+from quantkit.documents.values import Mean
+from quantkit.evaluate.scores import limits_exceeded
 from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.validation import summarise
 
@@ -59,9 +61,19 @@ def test_one_window_has_no_error(tokens: TokenScores) -> None:
     assert math.isnan(summarise(one).mean_kl.standard_error)
 
 
-def scores_of(ratio: float, kl: float) -> Scores:
-    zero = Estimate(0, 0)
-    return Scores(1, 1, zero, zero, Estimate(ratio, 0), Estimate(kl, 0), 0, 0, zero)
+def scores_of(ratio: float, kl: float) -> ValidationScores:
+    zero = Mean(mean=0, standard_error=0)
+    return ValidationScores(
+        windows=1,
+        tokens=1,
+        reference_perplexity=zero,
+        candidate_perplexity=zero,
+        perplexity_ratio=Mean(mean=ratio, standard_error=0),
+        mean_kl=Mean(mean=kl, standard_error=0),
+        median_kl=0,
+        p99_kl=0,
+        top1=zero,
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.documents.evaluation import HISTOGRAM_EDGES, Evaluation, Mean, ModelFacts, Protocol
+from quantkit.documents.evaluation import HISTOGRAM_EDGES, CheckpointFacts, Evaluation, ScoringProtocol
+from quantkit.documents.values import Mean
 from quantkit.evaluate.compare import Comparison, LayerScore
 from quantkit.evaluate.statistics import quantiles, result_of, scores_of
 from quantkit.evaluate.token_scores import TokenScores
@@ -89,12 +90,14 @@ def test_losses_beyond_exp_and_equal_models_give_numbers() -> None:
     assert scores_of(TokenScores(zero, zero + 1000, zero, zero == 0)).perplexity.mean == math.inf
 
 
-def facts() -> ModelFacts:
-    return ModelFacts(name="m", path="a/m", format="BF16", fingerprint="0", weights=4, nbytes=8, notes=())
+def facts() -> CheckpointFacts:
+    return CheckpointFacts(name="m", path="a/m", format="BF16", fingerprint="0", weights=4, nbytes=8, notes=())
 
 
 def test_the_document_there_and_back(tokens: TokenScores) -> None:
-    protocol = Protocol(name="windows", description="", context=51, max_windows_per_file=None, scored_per_window=50)
+    protocol = ScoringProtocol(
+        name="windows", description="", context=51, max_windows_per_file=None, scored_per_window=50
+    )
     found = Evaluation.model_validate(
         {
             "versions": {},
@@ -117,7 +120,7 @@ def test_the_document_there_and_back(tokens: TokenScores) -> None:
 
 
 def test_numbers_of_a_broken_model_fit_a_table() -> None:
-    from quantkit.documents.evaluation import estimate, percent
+    from quantkit.documents.values import estimate, percent
     from quantkit.evaluate.check.verdict import percent as change
 
     assert estimate(6.62, 0.56, 2) == "6.62 ± 0.56"

@@ -22,12 +22,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from quantkit import convert
 from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_gguf import key_values
 from quantkit.arch.forward import block_output, logits
-from quantkit.convert.run import convert
 from quantkit.plan.recipe import Recipe
 from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
 from tests.oracles import gguf_reader, gguf_writer

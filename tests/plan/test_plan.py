@@ -312,7 +312,7 @@ def test_v3_fits(
     partition: tuple[int, ...],
     weights_gib: list[float],
 ) -> None:
-    found = fit(linears.outputs[0], v3.config, v3.arch.n_layers, parse_gpus(gpus), 32768)
+    found = fit(linears.outputs[0], v3.arch, parse_gpus(gpus), 32768)
     assert found.layout is not None
     assert found.utilization == 0.92
     assert found.layout.tensor_parallel == tensor_parallel
@@ -324,19 +324,19 @@ def test_v3_fits(
 
 
 def test_v3_does_not_fit_four_a100(v3: SourceHeaders, linears: Plan) -> None:
-    found = fit(linears.outputs[0], v3.config, v3.arch.n_layers, parse_gpus("4xA100-80GB"), 32768)
+    found = fit(linears.outputs[0], v3.arch, parse_gpus("4xA100-80GB"), 32768)
     assert found.utilization is None
     assert found.spare_kv_tokens == 0
-    five = fit(linears.outputs[0], v3.config, v3.arch.n_layers, parse_gpus("5xA100-80GB"), 32768)
+    five = fit(linears.outputs[0], v3.arch, parse_gpus("5xA100-80GB"), 32768)
     assert five.refused == ("TP=5 PP=1: 128 attention heads are not divisible by 5",)
     with pytest.raises(PlanError, match="at most 163,840 tokens"):
-        fit(linears.outputs[0], v3.config, v3.arch.n_layers, parse_gpus("4xA100-80GB"), 200_000)
+        fit(linears.outputs[0], v3.arch, parse_gpus("4xA100-80GB"), 200_000)
 
 
 def test_groups_must_not_be_cut_by_tensor_parallelism() -> None:
     headers = tiny_headers()
     plan = plan_of(headers, recipe_of(f'{{match: "role:expert", {INT4}}}', KEEP_REST))
-    found = fit(plan.outputs[0], headers.config, headers.arch.n_layers, parse_gpus("2xT4-16GB"), 128)
+    found = fit(plan.outputs[0], headers.arch, parse_gpus("2xT4-16GB"), 128)
     assert any("no multiple of group_size 128" in line for line in found.refused)
     assert found.layout is not None
     assert (found.layout.tensor_parallel, sum(found.layout.partition)) == (1, 3)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.documents.read import read_documents
 from quantkit.report.build import report_of
-from quantkit.report.documents import read_documents
 from quantkit.report.outcomes import outcomes_of
 from quantkit.report.page import page
 from tests.report.browser import Browser, Page, find_browser, started

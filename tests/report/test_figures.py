@@ -9,24 +9,25 @@ from typing import Any, cast
 
 import pytest
 
+from quantkit.documents.conversion import Conversion
+from quantkit.documents.read import read_documents
 from quantkit.report import figures, heat_maps
 from quantkit.report.build import report_of
-from quantkit.report.contents import Figure, Report
-from quantkit.report.documents import Conversion, read_documents
+from quantkit.report.contents import Figure, ReportPage
 from quantkit.report.linears import error_grid, expert_grid
 from quantkit.report.outcomes import outcomes_of
 from tests.report.jobs import conversion, evaluation, written
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report(tmp_path_factory: pytest.TempPathFactory) -> ReportPage:
     folder = tmp_path_factory.mktemp("outputs")
     paths = [written(folder / name, conversion(nbytes=size)).parent for name, size in (("a", 10), ("b", 20))]
     scored = written(folder, evaluation({str(paths[0]): (10, 0.1), str(paths[1]): (20, 0.0)}), "evaluation.json")
     return report_of(outcomes_of(read_documents([*paths, scored])))
 
 
-def figure(report: Report, title: str) -> Figure:
+def figure(report: ReportPage, title: str) -> Figure:
     return next(
         block
         for section in report.sections
@@ -39,7 +40,7 @@ def spec(found: Figure) -> Any:
     return cast("Any", found.spec)
 
 
-def test_all_figures_are_json_and_have_numbers_as_a_table(report: Report) -> None:
+def test_all_figures_are_json_and_have_numbers_as_a_table(report: ReportPage) -> None:
     found = [block for section in report.sections for block in section.blocks if isinstance(block, Figure)]
     assert len(found) == 13
     for one in found:
@@ -50,7 +51,7 @@ def test_all_figures_are_json_and_have_numbers_as_a_table(report: Report) -> Non
         assert one.how
 
 
-def test_zero_has_no_place_on_a_log_axis(report: Report) -> None:
+def test_zero_has_no_place_on_a_log_axis(report: ReportPage) -> None:
     found = spec(figure(report, "Size against KL divergence"))
     ys = [y for trace in found["data"] for y in trace["y"]]
     assert None in ys
@@ -87,7 +88,7 @@ def test_unseen_experts_are_crosses_and_not_zeros() -> None:
     assert (crosses["x"], crosses["y"]) == ([1], [1])
 
 
-def test_the_error_of_an_experts_tokens_has_gaps_where_there_are_none(report: Report) -> None:
+def test_the_error_of_an_experts_tokens_has_gaps_where_there_are_none(report: ReportPage) -> None:
     found = figure(report, "Error of each expert's tokens")
     (trace,) = spec(found)["data"]
     assert trace["y"] == [1, 2]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from quantkit.report.documents import Conversion
+from quantkit.documents.conversion import Conversion
 from quantkit.report.linears import error_grid, expert_grid, place_of, scheme_label, worst
 from tests.report.jobs import conversion
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from markdown_it import MarkdownIt
 
+from quantkit.documents.read import read_documents
 from quantkit.report.build import report_of
-from quantkit.report.documents import read_documents
 from quantkit.report.markdown import escaped, markdown
 from quantkit.report.outcomes import outcomes_of
 from tests.report.jobs import conversion, evaluation, written

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from quantkit.documents.read import read_documents
+from quantkit.documents.values import Mean
 from quantkit.report.build import report_of
-from quantkit.report.documents import Mean, read_documents
 from quantkit.report.markdown import markdown
 from quantkit.report.outcomes import Outcomes, front, outcomes_of
 from quantkit.report.quality import change, comparable, survival

@@ -44,7 +44,7 @@ def placed_by_llama_cpp(found: LlamaFit, n_layers: int) -> list[int]:
 @pytest.mark.parametrize("gpus", ["1xH200-141GB", "4xA100-80GB", "5xA100-80GB", "7xA100-80GB", "61xA100-80GB"])
 def test_every_byte_and_layer_has_its_gpu(v3: SourceHeaders, v3_plan: Plan, gpus: str) -> None:
     output = v3_plan.outputs[0]
-    found = fit_llama(output, v3.config, parse_gpus(gpus), 32768)
+    found = fit_llama(output, v3.arch, parse_gpus(gpus), 32768)
     assert sum(found.weights) + found.host_bytes == output.nbytes
     assert sum(found.kv_bytes) == (512 + 64) * 2 * 32768 * 61
     expected = [gpu for gpu, count in enumerate(found.layers) for _ in range(count)]
@@ -53,26 +53,26 @@ def test_every_byte_and_layer_has_its_gpu(v3: SourceHeaders, v3_plan: Plan, gpus
 
 
 def test_v3_on_a100(v3: SourceHeaders, v3_plan: Plan) -> None:
-    found = fit_llama(v3_plan.outputs[0], v3.config, parse_gpus("5xA100-80GB"), 32768)
+    found = fit_llama(v3_plan.outputs[0], v3.arch, parse_gpus("5xA100-80GB"), 32768)
     assert found.layers == (14, 12, 12, 12, 11)
     assert [round(nbytes / 2**30, 1) for nbytes in found.weights] == [72.8, 76.0, 76.0, 76.0, 75.2]
     assert found.options() == "-ngl 99 -c 32768 -ts 14,12,12,12,12"
     assert found.fits
     longer = fit_llama(
-        v3_plan.outputs[0], v3.config, parse_gpus("5xA100-80GB"), (32768 + found.spare_kv_tokens) // 256 * 256
+        v3_plan.outputs[0], v3.arch, parse_gpus("5xA100-80GB"), (32768 + found.spare_kv_tokens) // 256 * 256
     )
     assert longer.fits
     assert longer.spare_kv_tokens < 300
-    four = fit_llama(v3_plan.outputs[0], v3.config, parse_gpus("4xA100-80GB"), 32768)
+    four = fit_llama(v3_plan.outputs[0], v3.arch, parse_gpus("4xA100-80GB"), 32768)
     assert (four.fits, four.spare_kv_tokens) == (False, 0)
     with pytest.raises(PlanError, match="at most 163,840 tokens") as caught:
-        fit_llama(v3_plan.outputs[0], v3.config, parse_gpus("5xA100-80GB"), 200_000)
+        fit_llama(v3_plan.outputs[0], v3.arch, parse_gpus("5xA100-80GB"), 200_000)
     assert caught.value.hint == "Give --context 163840 or less."
 
 
 def test_more_gpus_than_layers() -> None:
     headers = tiny_headers()
-    found = fit_llama(plan_of(headers, "Q8_0").outputs[0], headers.config, parse_gpus("5xT4-16GB"), 128)
+    found = fit_llama(plan_of(headers, "Q8_0").outputs[0], headers.arch, parse_gpus("5xT4-16GB"), 128)
     assert found.layers == (1, 1, 1, 0, 0)
     assert found.tensor_split == (1, 1, 2, 0, 0)
     assert placed_by_llama_cpp(found, 3) == [0, 1, 2, 2]
@@ -81,12 +81,12 @@ def test_more_gpus_than_layers() -> None:
 def test_mtp_is_a_layer_and_tied_embeddings_are_loaded_twice() -> None:
     headers = tiny_headers()
     output = plan_of(headers, "Q8_0", mtp="keep").outputs[0]
-    found = fit_llama(output, headers.config, parse_gpus("1xT4-16GB"), 128)
+    found = fit_llama(output, headers.arch, parse_gpus("1xT4-16GB"), 128)
     assert found.layers == (4,)
     assert sum(found.weights) + found.host_bytes == output.nbytes
     headers = tiny_headers(tie_word_embeddings=True)
     output = plan_of(headers, "Q8_0").outputs[0]
-    found = fit_llama(output, headers.config, parse_gpus("1xT4-16GB"), 128)
+    found = fit_llama(output, headers.arch, parse_gpus("1xT4-16GB"), 128)
     embedding = sum(size.nbytes for size in output.sizes if size.role is Role.EMBED)
     assert found.host_bytes == embedding
     assert sum(found.weights) == output.nbytes

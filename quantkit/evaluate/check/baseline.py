@@ -1,76 +1,29 @@
-"""What an evaluation is held against: a committed JSON file with an older evaluation, and the losses that its
-conversions reported. Plain values, no torch.
-"""
+"""Reads an evaluation, its baseline and the losses that conversions reported, and says whether they can be compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from quantkit.documents.evaluation import Candidate, Evaluation, Number, Windows, json_text
+from quantkit.documents.baseline import Baseline, ConversionLosses
+from quantkit.documents.conversion import Conversion
+from quantkit.documents.evaluation import SCHEMA_VERSIONS, Candidate, Evaluation, Windows
+from quantkit.documents.read import CONVERSION, MAX_BYTES, first_problem
 from quantkit.errors import EvaluationError
 from quantkit.formats.safetensors.header import printable
 
-MAX_BYTES = 2**28
-"""Of a JSON file. DeepSeek V3's, with 44,544 experts' linears and ten thousand windows, stays below a tenth."""
 MIN_WINDOWS = 8
 """Fewer say so little of the noise that their limits would let almost anything pass."""
-WRITTEN_FILE = "quantkit.json"
-"""Beside every checkpoint that quantkit wrote."""
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-class Conversion(BaseModel):
-    """What a conversion said of its own losses."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    calibration: dict[str, JsonValue] | None
-    """The recipe's, without the seed: losses on other amounts or kinds of text are no comparison."""
-    losses: dict[str, Number]
-    """relative_loss of each linear, four significant digits; null for one that was no number."""
-
-
-class Baseline(BaseModel):
-    """The file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    kind: Literal["quantkit baseline"] = "quantkit baseline"
-    schema_version: Literal[1] = 1
-    evaluation: Evaluation
-    conversions: dict[str, Conversion] = Field(default_factory=dict)
-    """By the candidate's name."""
-
-    def to_json(self) -> str:
-        """The file's text."""
-        return json_text({**self.model_dump(mode="json", exclude={"evaluation"}), "evaluation": self._document()})
-
-    def _document(self) -> dict[str, object]:
-        return self.evaluation.model_copy(update={"seconds": None}).document()
-
-
-class _Entry(BaseModel):
-    relative_loss: Number = 0.0
-
-
-class _Recipe(BaseModel):
-    calibration: dict[str, JsonValue] | None = None
-
-
-class _Written(BaseModel):
-    """The part of quantkit.json that is of use here."""
-
-    recipe: _Recipe
-    tensors: dict[str, _Entry]
 
 
 def read_evaluation(path: Path) -> Evaluation:
     """A file of ``quantkit evaluate --out``. Raises `EvaluationError` with one line."""
     found = _read(path, Evaluation, "an evaluation")
+    _check_version(path, found, "an evaluation")
     check_windows(path, found)
     return found
 
@@ -82,18 +35,20 @@ def read_baseline(path: Path) -> Baseline:
             f"{path}: there is no such baseline.", hint="Make it from an evaluation you trust with --update-baseline."
         )
     found = _read(path, Baseline, "a baseline")
+    _check_version(path, found.evaluation, "a baseline")
     check_windows(path, found.evaluation)
     return found
 
 
-def read_conversions(evaluation: Evaluation, base: Path) -> dict[str, Conversion]:
-    """By name, of those candidates whose folder has a quantkit.json. ``base``: where relative paths count from."""
-    found: dict[str, Conversion] = {}
+def read_losses(evaluation: Evaluation, base: Path) -> dict[str, ConversionLosses]:
+    """What conversions reported, by name, of those candidates whose folder has a quantkit.json. ``base``: where
+    relative paths count from."""
+    found: dict[str, ConversionLosses] = {}
     for name, candidate in by_name(evaluation).items():
         path = base / candidate.model.path
-        file = (path if path.is_dir() else path.parent) / WRITTEN_FILE
+        file = (path if path.is_dir() else path.parent) / CONVERSION
         if file.is_file():
-            found[name] = _conversion(_read(file, _Written, "a record of a conversion"))
+            found[name] = ConversionLosses.of(_read(file, Conversion, "a record of a conversion"))
     return found
 
 
@@ -176,11 +131,16 @@ def _read(path: Path, model: type[_Model], what: str) -> _Model:
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}.") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = printable(".".join(str(part)[:40] for part in first["loc"][:6]))
+        raise EvaluationError(f"{path}: is not {what} of this version: {first_problem(error)}.") from None
+
+
+def _check_version(path: Path, evaluation: Evaluation, what: str) -> None:
+    """A later version may mean something else by the same keys."""
+    if evaluation.schema_version not in SCHEMA_VERSIONS:
         raise EvaluationError(
-            f"{path}: is not {what} of this version: {place + ': ' if place else ''}{first['msg'][:120]}."
-        ) from None
+            f"{path}: is not {what} of this version: found schema_version {evaluation.schema_version}, needed "
+            f"{' or '.join(map(str, SCHEMA_VERSIONS))}."
+        )
 
 
 def check_windows(where: Path | str, evaluation: Evaluation) -> None:
@@ -209,12 +169,3 @@ def check_windows(where: Path | str, evaluation: Evaluation) -> None:
             f"{where}: found {n_windows} windows, needed {MIN_WINDOWS} to tell a regression from noise.",
             hint="Evaluate more text, or the same in a smaller --context.",
         )
-
-
-def _conversion(written: _Written) -> Conversion:
-    calibration = written.recipe.calibration
-    kept = None if calibration is None else {key: value for key, value in calibration.items() if key != "seed"}
-    lossy = {name: entry for name, entry in written.tensors.items() if "relative_loss" in entry.model_fields_set}
-    return Conversion(
-        calibration=kept, losses={name: float(f"{entry.relative_loss:.4g}") for name, entry in lossy.items()}
-    )

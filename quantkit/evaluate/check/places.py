@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from quantkit.documents.baseline import ConversionLosses
 from quantkit.documents.evaluation import Layer, Windows
-from quantkit.evaluate.check.baseline import Conversion
 from quantkit.evaluate.check.statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check.verdict import Check, Limits, percent
 from quantkit.formats.safetensors.header import printable
@@ -74,7 +74,7 @@ def _agreement(was: Layer, found: Layer) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Growth:
     """An expert or a linear. ``excess``: log of its growth without that of its peers, ``bound`` of that."""
 
     name: str
@@ -98,14 +98,14 @@ def expert_check(old: Sequence[Layer], new: Sequence[Layer], limits: Limits) -> 
     """The error of each routed expert's tokens, if both sides have it."""
     total = sum(len(layer.expert_errors or ()) for layer in old)
     sigmas = of_many(limits.sigmas, total)
-    places: list[_Place] = []
+    places: list[_Growth] = []
     for was, found in zip(old, new, strict=True):
         places += _experts(was, found, limits, sigmas)
     if places:
         yield _places_check("error of an expert's tokens", places)
 
 
-def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterator[_Place]:
+def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterator[_Growth]:
     before, after, tokens = was.expert_errors or (), found.expert_errors or (), was.expert_tokens or ()
     growth = {
         expert: math.log(math.hypot(found_error, _EPSILON)) - math.log(math.hypot(was_error, _EPSILON))
@@ -119,10 +119,10 @@ def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterato
         own = math.hypot(math.sqrt(2) * limits.expert_spread, limits.expert_tokens / math.sqrt(tokens[expert]))
         bound = sigmas * math.hypot(own, UNEVEN * middle)
         name = f"layer {was.layer} expert {expert}"
-        yield _Place(name, before[expert], after[expert], grown - middle, bound)
+        yield _Growth(name, before[expert], after[expert], grown - middle, bound)
 
 
-def _places_check(name: str, places: Sequence[_Place]) -> Check:
+def _places_check(name: str, places: Sequence[_Growth]) -> Check:
     """One line for all: the worst of those that are beyond luck, or the one that is nearest to it."""
     ranked = sorted(places, key=lambda place: -place.ratio)
     worse = [place for place in ranked if place.ratio > 1]
@@ -144,7 +144,7 @@ def _places_check(name: str, places: Sequence[_Place]) -> Check:
 # ------------------------------------------------------------------------------------------------------------- linears
 
 
-def loss_checks(was: Conversion, found: Conversion | None, limits: Limits) -> tuple[list[Check], list[str]]:
+def loss_checks(was: ConversionLosses, found: ConversionLosses | None, limits: Limits) -> tuple[list[Check], list[str]]:
     """Losses that both conversions reported: the mean of each kind of linear, and single linears -> (checks, notes)."""
     if found is None:
         return [], ["losses of linears were not compared: there is no quantkit.json beside the checkpoint"]
@@ -166,29 +166,37 @@ def loss_checks(was: Conversion, found: Conversion | None, limits: Limits) -> tu
 
 
 def _kinds(
-    kinds: Mapping[str, Sequence[str]], growth: Mapping[str, float], was: Conversion, found: Conversion, limits: Limits
-) -> list[_Place]:
+    kinds: Mapping[str, Sequence[str]],
+    growth: Mapping[str, float],
+    was: ConversionLosses,
+    found: ConversionLosses,
+    limits: Limits,
+) -> list[_Growth]:
     sigmas = of_many(limits.sigmas, len(kinds))
-    places: list[_Place] = []
+    places: list[_Growth] = []
     for kind, names in kinds.items():
         spread = math.hypot(limits.kind_spread, limits.member_spread / math.sqrt(len(names)))
         before, after = (_geometric(side, names) for side in (was, found))
         places.append(
-            _Place(kind, before, after, fmean(map(growth.__getitem__, names)), math.sqrt(2) * sigmas * spread)
+            _Growth(kind, before, after, fmean(map(growth.__getitem__, names)), math.sqrt(2) * sigmas * spread)
         )
     return places
 
 
-def _geometric(side: Conversion, names: Sequence[str]) -> float:
+def _geometric(side: ConversionLosses, names: Sequence[str]) -> float:
     return math.exp(fmean(math.log(side.losses[name]) for name in names))
 
 
 def _linears(
-    kinds: Mapping[str, Sequence[str]], growth: Mapping[str, float], was: Conversion, found: Conversion, limits: Limits
-) -> list[_Place]:
+    kinds: Mapping[str, Sequence[str]],
+    growth: Mapping[str, float],
+    was: ConversionLosses,
+    found: ConversionLosses,
+    limits: Limits,
+) -> list[_Growth]:
     """Each against the median of its kind if that has enough peers, else against no change."""
     sigmas = of_many(limits.sigmas, len(growth))
-    places: list[_Place] = []
+    places: list[_Growth] = []
     for names in kinds.values():
         grown = [growth[name] for name in names]
         peers = len(names) >= PEERS
@@ -196,5 +204,5 @@ def _linears(
         own = math.sqrt(2) * (limits.linear_spread if peers else math.hypot(limits.linear_spread, limits.kind_spread))
         for name in names:
             bound = sigmas * math.hypot(own, UNEVEN * middle)
-            places.append(_Place(name, was.losses[name], found.losses[name], growth[name] - middle, bound))
+            places.append(_Growth(name, was.losses[name], found.losses[name], growth[name] - middle, bound))
     return places

@@ -1,8 +1,8 @@
 """An evaluation against its baseline: what got worse, beyond noise and beyond a quantiser's luck.
 
 Enters: evaluation.json's models, then and now, and the losses that the conversions reported. Leaves: one `Check` for
-each thing that was looked at. `check_statistics` says when a number is worse, `check_places` names layers, experts and
-linears. Plain values, no torch.
+each thing that was looked at. `statistics` says when a number is worse, `places` names layers, experts and linears.
+Plain values, no torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from quantkit.documents.baseline import Baseline, ConversionLosses
 from quantkit.documents.evaluation import Candidate, Evaluation
 from quantkit.errors import EvaluationError
-from quantkit.evaluate.check.baseline import Baseline, Conversion, by_name, has_layers, windows_of
+from quantkit.evaluate.check.baseline import by_name, has_layers, windows_of
 from quantkit.evaluate.check.places import expert_check, layer_check, loss_checks
 from quantkit.evaluate.check.statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check.verdict import Check, Limits, Verdict, percent
@@ -33,11 +34,11 @@ def check(
     evaluation: Evaluation,
     baseline: Baseline,
     limits: Limits,
-    conversions: Mapping[str, Conversion],
+    conversions: Mapping[str, ConversionLosses],
     only: Sequence[str] = (),
 ) -> tuple[Verdict, ...]:
     """A verdict for each candidate of the baseline, or for those in ``only``. Both are of the same text and reference:
-    see `check_baseline.check_comparable`.
+    see `check_comparable`.
 
     Raises `EvaluationError` for a candidate that only one side has: nothing passes unseen.
     """
@@ -62,7 +63,7 @@ def check(
 
 
 def _verdict(
-    sides: _Sides, domains: Sequence[str], limits: Limits, was: Conversion | None, found: Conversion | None
+    sides: _Sides, domains: Sequence[str], limits: Limits, was: ConversionLosses | None, found: ConversionLosses | None
 ) -> Verdict:
     old, new = sides.was.result, sides.found.result
     checks = [_size(sides, limits), _kld(sides, limits), *_absolute(sides, limits), _perplexity(sides, limits)]

@@ -23,16 +23,9 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme, Scheme
 from quantkit.tensors import Role
 
-FUSED_PARTS: dict[str, tuple[str, ...]] = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-}
-"""Modules that vLLM builds from several linears of a checkpoint (``packed_modules_mapping``). Each must have one
-scheme."""
-
 LINEAR = "Linear"
 ALWAYS_IGNORED = "lm_head"
+"""What readers call the head, which they build also where a checkpoint has none of its own (tied embeddings)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +116,7 @@ _FLOAT8_INPUTS: dict[str, object] = {
 
 def find_targets(planned: Sequence[PlannedTensor]) -> Targets:
     """Compact patterns if they are exact for every planned matrix and fused module, else the plain list of names."""
-    schemes, keys = numbered_schemes(tensor.scheme for tensor in planned)
-    linears = {tensor.module: key for tensor, key in zip(planned, keys, strict=True) if is_module(tensor)}
+    schemes, linears = _numbered_linears(planned)
     if not schemes:
         return Targets((), (ALWAYS_IGNORED,))
     compact = _compact(linears, schemes)
@@ -161,6 +153,33 @@ def numbered_schemes(schemes: Iterable[Scheme | None]) -> tuple[list[Scheme], li
     return distinct, keys
 
 
+@dataclass(frozen=True, slots=True)
+class _Linears:
+    """The linears of a plan. ``keys``: module -> number of its scheme, or KEPT; ``experts``: modules of routed experts;
+    ``fused``: modules that vLLM builds from several linears (``packed_modules_mapping``) -> these. Each must have one
+    scheme."""
+
+    keys: dict[str, int]
+    experts: set[str]
+    fused: dict[str, list[str]]
+
+
+def _numbered_linears(planned: Sequence[PlannedTensor]) -> tuple[list[Scheme], _Linears]:
+    """Distinct schemes, and the linears with the schemes' numbers."""
+    schemes, keys = numbered_schemes(tensor.scheme for tensor in planned)
+    linears = _Linears({}, set(), {})
+    for tensor, key in zip(planned, keys, strict=True):
+        if not is_module(tensor):
+            continue
+        module, spec = tensor.module, tensor.spec
+        linears.keys[module] = key
+        if tensor.expert is not None:
+            linears.experts.add(module)
+        if spec is not None and spec.fused is not None:
+            linears.fused.setdefault(f"{module.rpartition('.')[0]}.{spec.fused}", []).append(module)
+    return schemes, linears
+
+
 class Resolver:
     """Answers, as the readers do, which scheme a module has."""
 
@@ -189,8 +208,8 @@ class Resolver:
 
 def mistakes(targets: Targets, planned: Sequence[PlannedTensor]) -> list[str]:
     """Modules that a reader would take for something else than planned, fused modules of vLLM included."""
-    schemes, keys = numbered_schemes(tensor.scheme for tensor in planned)
-    return _mistakes(targets, {t.module: key for t, key in zip(planned, keys, strict=True) if is_module(t)}, schemes)
+    schemes, linears = _numbered_linears(planned)
+    return _mistakes(targets, linears, schemes)
 
 
 def _mistakes(targets: Targets, linears: _Linears, schemes: list[Scheme]) -> list[str]:
@@ -198,7 +217,7 @@ def _mistakes(targets: Targets, linears: _Linears, schemes: list[Scheme]) -> lis
     expected = {number: schemes.index(group.scheme) for number, group in enumerate(targets.groups)} | {KEPT: KEPT}
     wrong = [
         module
-        for module, key in linears.items()
+        for module, key in linears.keys.items()
         if expected[resolver.group(module)] != key or (key != KEPT and len(resolver.naming(module)) > 1)
     ]
     # An ignored fused module is recognised by its parts, checked above; a quantised one must resolve under its own
@@ -208,30 +227,26 @@ def _mistakes(targets: Targets, linears: _Linears, schemes: list[Scheme]) -> lis
 
 
 def _fused_modules(linears: _Linears) -> list[tuple[str, int]]:
-    """Fused modules all of whose parts are present with one scheme. Routed experts are no modules of their own in
-    vLLM."""
-    fused_of = {parts[0]: (fused, parts) for fused, parts in FUSED_PARTS.items()}
+    """Fused modules all of whose parts have one scheme."""
     found: list[tuple[str, int]] = []
-    for module, key in linears.items():
-        parent, _, leaf = module.rpartition(".")
-        if leaf in fused_of and not parent.rpartition(".")[2].isdigit():
-            fused, parts = fused_of[leaf]
-            if all(linears.get(f"{parent}.{part}") == key for part in parts):
-                found.append((f"{parent}.{fused}", key))
+    for fused, parts in linears.fused.items():
+        keys = {linears.keys[part] for part in parts}
+        if len(keys) == 1:
+            found.append((fused, keys.pop()))
     return found
 
 
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
-_Linears = dict[str, int]
-"""Module -> number of its scheme, or KEPT."""
 _Place = tuple[str, int]
 """(module name with * for numbers, number of the layer)"""
+_FusedLeaves = dict[str, dict[str, set[str]]]
+"""Name of a parent with * for numbers -> last part of a fused module's name -> those of its parts."""
 
 
 def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
     """Patterns by parent module and leaf names; layer numbers appear only where layers of one kind differ."""
-    found = [(module, key, _place(module)) for module, key in linears.items()]
+    found = [(module, key, _place(module)) for module, key in linears.keys.items()]
     kept_layers = _kept_layers((key, place) for _, key, place in found if place)
     keys_of: dict[_Place, set[int]] = {}
     for _, key, place in found:
@@ -243,8 +258,9 @@ def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
         if place is None or place in mixed:
             named.setdefault(key, []).append(module)
     uniform = {place: next(iter(keys)) for place, keys in keys_of.items() if place not in mixed}
+    fused = _fused_leaves(linears)
 
-    ignore = _layer_patterns(kept_layers) + _patterns(KEPT, uniform, mixed) + named.get(KEPT, [])
+    ignore = _layer_patterns(kept_layers) + _patterns(KEPT, uniform, mixed, fused) + named.get(KEPT, [])
     ignored = tuple(dict.fromkeys([ALWAYS_IGNORED, *ignore]))
     if len(schemes) == 1:
         return Targets((ConfigGroup(schemes[0], (LINEAR,)),), ignored)
@@ -253,7 +269,7 @@ def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
     groups = [
         ConfigGroup(
             schemes[key],
-            (LINEAR,) if key == by_class else (*_patterns(key, uniform, mixed), *named.get(key, [])),
+            (LINEAR,) if key == by_class else (*_patterns(key, uniform, mixed, fused), *named.get(key, [])),
         )
         for key in order
     ]
@@ -264,10 +280,10 @@ def _group_order(linears: _Linears) -> tuple[list[int], set[int]]:
     """Schemes of routed experts first (the commonest first), then by number of linears; and which of them experts
     have."""
     counts, experts = Counter[int](), Counter[int]()
-    for module, key in linears.items():
+    for module, key in linears.keys.items():
         if key != KEPT:
             counts[key] += 1
-            experts[key] += ".experts." in module
+            experts[key] += module in linears.experts
     order = sorted(counts, key=lambda key: (-experts[key], -counts[key], key))
     return order, {key for key, n_experts in experts.items() if n_experts}
 
@@ -301,10 +317,23 @@ def _place(module: str) -> _Place | None:
     """model.layers.7.mlp.experts.12.up_proj -> ("model.layers.*.mlp.experts.*.up_proj", 7); None for a module outside
     the layers."""
     first = _NUMBER.search(module)
-    return (_NUMBER.sub(".*", module), int(first[1])) if first else None
+    return (_template(module), int(first[1])) if first else None
 
 
-def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place]) -> list[str]:
+def _template(module: str) -> str:
+    """Its name with * for numbers."""
+    return _NUMBER.sub(".*", module)
+
+
+def _fused_leaves(linears: _Linears) -> _FusedLeaves:
+    found: _FusedLeaves = {}
+    for fused, parts in linears.fused.items():
+        template, _, leaf = _template(fused).rpartition(".")
+        found.setdefault(template, {})[leaf] = {part.rpartition(".")[2] for part in parts}
+    return found
+
+
+def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _FusedLeaves) -> list[str]:
     """One pattern for the leaves of one parent that have ``key`` in the same layers."""
     layers_of: dict[str, set[int]] = {}
     all_layers: dict[str, set[int]] = {}
@@ -319,6 +348,9 @@ def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place]) -> list[
         parent, _, leaf = template.rpartition(".")
         where = () if layers == all_layers[template] else tuple(sorted(layers))
         leaves.setdefault((parent, where), []).append(leaf)
+    if key != KEPT:
+        for (parent, _), names in leaves.items():
+            names += [module for module, parts in fused.get(parent, {}).items() if parts <= set(names)]
     return [_pattern(parent, layers, names, ignored=key == KEPT) for (parent, layers), names in leaves.items()]
 
 
@@ -330,12 +362,8 @@ def _pattern(parent: str, layers: tuple[int, ...], leaves: list[str], *, ignored
         start += f"\\.{re.escape(head.rpartition('.')[2])}\\.{_alternatives([str(layer) for layer in layers])}"
     elif not inner:
         start += f"\\.{re.escape(head.rpartition('.')[2])}\\.\\d+"
-    is_experts = inner.endswith(".*")
-    names = list(leaves)
-    if not is_experts and not ignored:
-        names += [fused for fused, parts in FUSED_PARTS.items() if set(parts) <= set(leaves)]
-    leaf = _alternatives([re.escape(name) for name in names])
-    if is_experts and ignored:
+    leaf = _alternatives([re.escape(name) for name in leaves])
+    if inner.endswith(".*") and ignored:
         # vLLM may ask for the block of experts under its own name.
         return f"re:{start}{_escaped(inner.removesuffix('.*'))}(\\.\\d+\\.{leaf})?$"
     return f"re:{start}{_escaped(inner)}\\.{leaf}$"
@@ -352,7 +380,7 @@ def _alternatives(options: list[str]) -> str:
 def _by_name(linears: _Linears, schemes: list[Scheme]) -> Targets:
     """Every module by its name, fused ones included. Long, but right for any plan."""
     names: dict[int, list[str]] = {}
-    for module, key in [*linears.items(), *_fused_modules(linears)]:
+    for module, key in [*linears.keys.items(), *_fused_modules(linears)]:
         names.setdefault(key, []).append(module)
     groups = tuple(ConfigGroup(schemes[key], tuple(names[key])) for key in _group_order(linears)[0])
     return Targets(groups, tuple(dict.fromkeys([ALWAYS_IGNORED, *names.get(KEPT, [])])))

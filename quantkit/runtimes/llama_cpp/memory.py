@@ -5,17 +5,18 @@
 Layers go to GPUs in order (--split-mode layer), as --tensor-split says: llama.cpp places layer i of n where
 i / (n + 1) falls in its running sums, the head counting as layer n; shares that are whole numbers of layers and sum to
 n + 1 therefore place every layer exactly. Embeddings stay in the memory of the host. A model with latent attention
-caches keys only, the latent and the rotated part, in F16. Sources: load_tensors in src/llama-model.cpp and
+caches keys only, the latent and the rotated part. The cache is in F16. Sources: load_tensors in src/llama-model.cpp and
 src/llama-kv-cache.cpp of llama.cpp.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from quantkit.runtimes.gpus import GIB, Gpus, ModelFacts, SizedOutput, partition_layers
+from quantkit.arch.base import ModelArch
+from quantkit.runtimes.gpus import GIB, Gpus, SizedOutput, check_context, partition_layers
+from quantkit.runtimes.llama_cpp import command
 from quantkit.tensors import Role
 
 RUNTIME_BYTES = 3 * GIB // 2
@@ -25,8 +26,6 @@ UBATCH = 512
 INPUT_COPIES = 4
 """GGML_SCHED_MAX_COPIES: inputs are kept so often when several GPUs work as a pipeline."""
 CACHE_PADDING = 256
-ALL_LAYERS = 99
-"""What people write for --n-gpu-layers to mean all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +84,16 @@ class LlamaFit:
 
     def options(self) -> str:
         """What llama-server needs to be told besides the file."""
-        words = ["-ngl", str(max(ALL_LAYERS, sum(self.layers) + 1)), "-c", str(self.context)]
-        if self.gpus.count > 1:
-            words += ["-ts", ",".join(map(str, self.tensor_split))]
-        return " ".join(words)
+        return command.spread(sum(self.layers), self.context, self.tensor_split)
 
 
-def fit_llama(plan: SizedOutput, config: Mapping[str, object], gpus: Gpus, context: int) -> LlamaFit:
-    """The layout whose fullest GPU needs least. ``config`` is the raw config.json.
-
-    Raises `PlanError` if it lacks an entry, or if the model is not made for ``context`` tokens.
-    """
-    facts = ModelFacts.of(config, context)
+def fit_llama(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> LlamaFit:
+    """The layout whose fullest GPU needs least. Raises `PlanError` if the model is not made for ``context`` tokens."""
+    sizes = arch.serving()
+    check_context(sizes, context)
     embedding, *layers, head = _weights(plan)
     stages = min(gpus.count, len(layers))
-    costs = [nbytes + facts.kv_bytes_per_token * context for nbytes in layers]
+    costs = [nbytes + sizes.kv_bytes_per_token * context for nbytes in layers]
     counts = partition_layers(costs, 0, head, stages)
     stops = [sum(counts[: stage + 1]) for stage in range(stages)]
     weights = [sum(layers[start:stop]) for start, stop in pairwise([0, *stops])]
@@ -110,8 +104,8 @@ def fit_llama(plan: SizedOutput, config: Mapping[str, object], gpus: Gpus, conte
         layers=(*counts, *empty),
         weights=(*weights, *empty),
         host_bytes=embedding,
-        kv_bytes_per_token=facts.kv_bytes_per_token,
-        fixed_bytes=_fixed_bytes(facts),
+        kv_bytes_per_token=sizes.kv_bytes_per_token,
+        fixed_bytes=_fixed_bytes(arch),
         mask_bytes_per_token=UBATCH * (4 * (INPUT_COPIES if gpus.count > 1 else 1) + 2),  # F32, and once in F16
         context=context,
     )
@@ -135,9 +129,10 @@ def _weights(plan: SizedOutput) -> list[int]:
     return places
 
 
-def _fixed_bytes(facts: ModelFacts) -> int:
-    """Allowance for a micro-batch: activations of the experts, latent queries and outputs, logits. With flash
+def _fixed_bytes(arch: ModelArch) -> int:
+    """Allowance for a micro-batch: activations of the experts, queries and outputs of attention, logits. With flash
     attention, which llama.cpp takes by itself on GPUs that have it."""
-    experts = UBATCH * facts.top_k * (3 * facts.moe_width + 2 * facts.hidden) * 4
-    attention = UBATCH * facts.heads * (2 * facts.kv_rank + facts.rope_dim) * 4
-    return RUNTIME_BYTES + experts + attention + UBATCH * facts.vocab * 4
+    sizes = arch.serving()
+    experts = UBATCH * sizes.top_k * (3 * sizes.expert_width + 2 * arch.hidden_size) * 4
+    attention = UBATCH * sizes.heads * (sizes.query_width + sizes.context_width) * 4
+    return RUNTIME_BYTES + experts + attention + UBATCH * arch.vocab_size * 4

@@ -2,9 +2,9 @@
 
     per GPU:  utilisation * total >= weights + activations + CUDA graphs + KV cache of one full context
 
-Rules from vLLM's source (0.24 and 0.33) for DeepSeek's MLA models: q_a, kv_a and the router are replicated under
-tensor parallelism; the two halves of kv_b are kept once more in BF16; the latent KV cache is replicated under tensor
-and divided under pipeline parallelism.
+Rules from vLLM's source (0.24 and 0.33): norms, routers and what the family says are replicated under tensor
+parallelism; the two halves of DeepSeek's kv_b are kept once more in BF16; the KV cache is divided under pipeline
+parallelism, under tensor parallelism only if it has heads (a latent has none).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from quantkit.runtimes.gpus import GIB, Gpus, ModelFacts, SizedOutput, partition_layers
+from quantkit.arch.base import ModelArch, ServingSizes
+from quantkit.runtimes.gpus import GIB, Gpus, SizedOutput, check_context, partition_layers
+from quantkit.runtimes.vllm.command import MAX_BATCHED_TOKENS, MAX_SEQS, serve_spread
 from quantkit.schemes import IntScheme
-from quantkit.tensors import Role
+from quantkit.tensors import Projection, Role, TensorSpec
 
 UTILIZATIONS = (0.92, 0.95)
 """vLLM's default, and what a machine that does nothing else can give."""
 RUNTIME_BYTES = GIB
 """CUDA context, NCCL buffers, allocator rounding."""
 GRAPH_BYTES = GIB
-MAX_SEQS, MAX_BATCHED_TOKENS = 16, 2048
-_REPLICATED = (".q_a_proj.weight", ".kv_a_proj_with_mqa.weight")
-_ROW_PARALLEL = (".o_proj.weight", ".down_proj.weight")
-_KV_B = ".kv_b_proj.weight"
+_ROW_PARALLEL = (Projection.OUT, Projection.DOWN)
+"""Linears whose inputs are cut by tensor parallelism; others are cut along their outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,37 +68,28 @@ class Fit:
         """The vLLM command for this layout."""
         assert self.layout is not None
         assert self.utilization is not None
-        parts = ["vllm", "serve", out]
-        stages = len(self.layout.partition)
-        if stages > 1:
-            parts.insert(0, f"VLLM_PP_LAYER_PARTITION={','.join(map(str, self.layout.partition))}")
-            parts += ["--pipeline-parallel-size", str(stages)]
-        if self.layout.tensor_parallel > 1:
-            parts += ["--tensor-parallel-size", str(self.layout.tensor_parallel)]
-        parts += ["--max-num-seqs", str(MAX_SEQS), "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
-        parts += ["--max-model-len", str(self.layout.context), "--gpu-memory-utilization", str(self.utilization)]
-        return " ".join(parts)
+        layout = self.layout
+        return serve_spread(out, layout.tensor_parallel, layout.partition, layout.context, self.utilization)
 
 
-def fit(plan: SizedOutput, config: Mapping[str, object], n_layers: int, gpus: Gpus, context: int) -> Fit:
+def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
     """The first layout that fits, tensor parallelism preferred; else the one that comes nearest, with ``utilization``
-    None.
-
-    ``config`` is the raw config.json. Raises `PlanError` if the model is not made for ``context`` tokens.
+    None. Raises `PlanError` if the model is not made for ``context`` tokens.
     """
-    facts = ModelFacts.of(config, context)
+    sizes, n_layers = arch.serving(), arch.n_layers
+    check_context(sizes, context)
     weights = _Weights.of(plan, n_layers)
     refused: list[str] = []
     layouts: list[Layout] = []
     for tensor_parallel in sorted((n for n in range(1, gpus.count + 1) if gpus.count % n == 0), reverse=True):
         stages = gpus.count // tensor_parallel
-        problem = _tensor_parallel_problem(weights, facts, tensor_parallel)
+        problem = _tensor_parallel_problem(weights, sizes.heads, tensor_parallel)
         if problem is None and stages > n_layers:
             problem = f"{stages} pipeline stages for {n_layers} layers"
         if problem is not None:
             refused.append(f"TP={tensor_parallel} PP={stages}: {problem}")
             continue
-        layouts.append(_layout(weights, facts, tensor_parallel, stages, context))
+        layouts.append(_layout(weights, arch, tensor_parallel, stages, context))
     for utilization in UTILIZATIONS:
         for layout in layouts:
             if layout.needed_bytes <= utilization * gpus.total_bytes:
@@ -132,11 +123,10 @@ class _Weights:
                 measured[key] = plan.stored_bytes(tensor)
             outside = 0 if spec.role is Role.EMBED else n_layers + 1
             place = outside if spec.layer is None else spec.layer + 1
-            replicated = spec.role in (Role.NORM, Role.ROUTER) or spec.name.endswith(_REPLICATED)
-            (whole if replicated else divided)[place] += measured[key]
-            if spec.name.endswith(_KV_B):
+            (whole if _is_replicated(spec) else divided)[place] += measured[key]
+            if spec.projection is Projection.KV_B:
                 divided[place] += spec.shape[0] * spec.shape[1] * 2
-            if spec.name.endswith(_ROW_PARALLEL):
+            if spec.projection in _ROW_PARALLEL:
                 group = scheme.group_size if isinstance(scheme, IntScheme) and scheme.group_size else 1
                 cuts.setdefault((spec.shape[1], group), spec.name)
         return cls(whole, divided, cuts)
@@ -146,33 +136,39 @@ class _Weights:
         return [whole + -(-cut // tensor_parallel) for whole, cut in zip(self.whole, self.divided, strict=True)]
 
 
-def _tensor_parallel_problem(weights: _Weights, facts: ModelFacts, size: int) -> str | None:
+def _is_replicated(spec: TensorSpec) -> bool:
+    return spec.replicated or spec.role in (Role.NORM, Role.ROUTER)
+
+
+def _tensor_parallel_problem(weights: _Weights, heads: int, size: int) -> str | None:
     """Why the model cannot be cut into ``size`` tensor-parallel ranks, None if it can."""
-    if facts.heads % size:
-        return f"{facts.heads} attention heads are not divisible by {size}"
+    if heads % size:
+        return f"{heads} attention heads are not divisible by {size}"
     for (in_features, group), name in weights.cuts.items():
         if in_features % size or in_features // size % group:
             return f"{name}: {in_features} inputs over {size} ranks are no multiple of group_size {group}"
     return None
 
 
-def _layout(weights: _Weights, facts: ModelFacts, tensor_parallel: int, stages: int, context: int) -> Layout:
+def _layout(weights: _Weights, arch: ModelArch, tensor_parallel: int, stages: int, context: int) -> Layout:
     first, *layers, last = weights.on_one_rank(tensor_parallel)
-    kv_per_layer = facts.kv_bytes_per_token
+    sizes = arch.serving()
+    kv_per_layer = -(-sizes.kv_bytes_per_token // min(tensor_parallel, sizes.kv_heads))
     partition = partition_layers([nbytes + kv_per_layer * context for nbytes in layers], first, last, stages)
     stops = [sum(partition[: stage + 1]) for stage in range(stages)]
     on_stage = [sum(layers[start:stop]) for start, stop in pairwise([0, *stops])]
     on_stage[0] += first
     on_stage[-1] += last
-    runtime = _runtime_bytes(facts, tensor_parallel, context)
+    runtime = _runtime_bytes(sizes, arch.hidden_size, arch.vocab_size, tensor_parallel, context)
     return Layout(tensor_parallel, partition, tuple(on_stage), runtime, kv_per_layer * max(partition), context)
 
 
-def _runtime_bytes(facts: ModelFacts, tensor_parallel: int, context: int) -> int:
-    """Activations at MAX_BATCHED_TOKENS, logits of MAX_SEQS, the MLA decode workspace, CUDA graphs and context."""
-    moe_widths = 3 * facts.moe_width // tensor_parallel + facts.hidden
-    activations = MAX_BATCHED_TOKENS * facts.top_k * moe_widths * 2
-    logits = 2 * MAX_SEQS * facts.vocab * 4
+def _runtime_bytes(sizes: ServingSizes, hidden: int, vocab: int, tensor_parallel: int, context: int) -> int:
+    """Activations at MAX_BATCHED_TOKENS, logits of MAX_SEQS, the decode workspace of attention, CUDA graphs and
+    context."""
+    moe_widths = 3 * sizes.expert_width // tensor_parallel + hidden
+    activations = MAX_BATCHED_TOKENS * sizes.top_k * moe_widths * 2
+    logits = 2 * MAX_SEQS * vocab * 4
     splits = min(1 << max(0, -(-context // 512) - 1).bit_length(), 216)
-    workspace = MAX_SEQS * facts.heads // tensor_parallel * splits * (facts.kv_rank + 1) * 4
+    workspace = MAX_SEQS * sizes.heads // tensor_parallel * splits * (sizes.context_width + 1) * 4
     return activations + logits + workspace + GRAPH_BYTES + RUNTIME_BYTES

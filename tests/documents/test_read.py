@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from quantkit.documents import evaluation as written_by_evaluate
+from quantkit.documents import read
+from quantkit.documents.conversion import Conversion
+from quantkit.documents.evaluation import Evaluation
+from quantkit.documents.read import read_documents
 from quantkit.errors import OutputError
-from quantkit.report import documents, figures
-from quantkit.report.documents import Conversion, Evaluation, read_documents
 from tests.report.jobs import conversion, evaluation, scores, written
 
 
@@ -43,15 +44,21 @@ def test_null_is_not_a_number(tmp_path: Path) -> None:
 
 
 def test_what_quantkit_evaluate_writes_is_read(tmp_path: Path) -> None:
-    old = evaluation({"w4": (1, 0.1)})
-    old["candidates"][0]["result"]["overall"]["kld"]["histogram"] = [0] * 38
-    new = written_by_evaluate.Evaluation.model_validate(old)
+    document = evaluation({"w4": (1, 0.1)})
+    document["candidates"][0]["result"]["overall"]["kld"]["histogram"] = [0] * 38
     path = tmp_path / "e.json"
-    path.write_text(new.to_json(), encoding="utf-8")
+    path.write_text(Evaluation.model_validate(document).to_json(), encoding="utf-8")
     (found,) = read_documents([path])
-    assert isinstance(found.document, Evaluation)
-    assert found.document.candidates[0].result.overall.kld.histogram == (0,) * 38
-    assert written_by_evaluate.HISTOGRAM_EDGES == figures.EDGES
+    assert found.document == Evaluation.model_validate(document)
+
+
+def test_unknown_keys_and_a_later_version_are_no_fault(tmp_path: Path) -> None:
+    later = evaluation({"w4": (1, 0.1)})
+    later["schema_version"] = 3
+    later["candidates"][0]["result"]["news"] = [1]
+    converted = {**conversion(), "news": {}}
+    found = read_documents([written(tmp_path, later, "e.json"), written(tmp_path / "c", converted)])
+    assert [type(file.document) for file in found] == [Evaluation, Conversion]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +109,6 @@ def test_missing_paths_and_folders_without_documents_are_refused(tmp_path: Path)
 
 
 def test_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_BYTES", 100)
+    monkeypatch.setattr(read, "MAX_BYTES", 100)
     with pytest.raises(OutputError, match="at most 100"):
         read_documents([written(tmp_path, scores(0.1))])

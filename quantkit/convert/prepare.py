@@ -1,0 +1,58 @@
+"""Everything about a conversion that can be known to fail without torch: source, recipe, texts, imatrix, OUT.
+
+A mistake in the command is refused in a fraction of a second, and what was read for that is used by the conversion: the
+source stays open, the plan is made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.arch.base import ModelArch
+from quantkit.calibrate.dataset import TokenRows, token_rows
+from quantkit.convert.folder import refuse_taken, refuse_to_lose
+from quantkit.formats import open_source
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.plan.forecast import forecast_of
+from quantkit.plan.headers import headers_of
+from quantkit.plan.memory import Needs
+from quantkit.plan.plan import Plan
+from quantkit.plan.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that nothing known speaks against. ``source``: open; ``rows``: the calibration text as tokens, None
+    if data-free; ``base_dir``: where the recipe's relative files lie; ``restart``: discard an unfinished job and
+    replace an existing ``out``."""
+
+    source: Fp8Source
+    arch: ModelArch
+    plan: Plan
+    needs: Needs
+    rows: TokenRows | None
+    out: Path
+    base_dir: Path
+    restart: bool
+
+
+@contextmanager
+def prepared(
+    source: Path, recipe: Recipe, out: Path, *, base_dir: Path, memory_budget: int, restart: bool
+) -> Generator[Job]:
+    """Open the checkpoint in folder ``source`` and plan its conversion. ``memory_budget``: bytes to stay under.
+
+    Loads no torch and changes nothing on the disk. Raises what `forecast` raises, `CalibrationError` for unusable text,
+    `OutputError` if ``out`` exists, or is or holds what the conversion reads.
+    """
+    imatrix = () if recipe.imatrix is None else (base_dir / recipe.imatrix,)
+    refuse_to_lose(out, source, base_dir, *imatrix, Path.cwd(), Path("~").expanduser())
+    refuse_taken(out, restart=restart)
+    with open_source(source) as opened:
+        headers = headers_of(opened)
+        found = forecast_of(headers, recipe, base_dir=base_dir, memory_budget=memory_budget)
+        rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
+        yield Job(opened, headers.arch, found.plan, found.needs, rows, out, base_dir, restart)

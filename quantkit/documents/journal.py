@@ -1,0 +1,89 @@
+"""Lines of OUT.partial/journal.jsonl: what the job is, then what it has finished. Plain values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from quantkit.documents.values import Count, DocumentPart, Number
+
+
+class JobHeader(DocumentPart):
+    """The first line: what a resumed job must have in common with the killed one, so that its bytes are the same.
+
+    It is also the ``job`` of quantkit.json. Keys have spaces for underscores: "torch version". Every field has a
+    default, and unknown keys are kept, because other versions state more or less.
+    """
+
+    model_config = ConfigDict(
+        extra="allow", alias_generator=lambda name: name.replace("_", " "), populate_by_name=True
+    )  # fmt: skip
+
+    quantkit_version: str | None = None
+    """With a digest of the package's source files."""
+    torch_version: str | None = None
+    recipe: str | None = None
+    """sha256 of its JSON."""
+    source: str | None = None
+    """sha256 over headers and config of the source checkpoint."""
+    calibration_text: str | None = None
+    """sha256 of all token ids; null without calibration."""
+    imatrix: str | None = None
+    """sha256 of the imatrix file that the recipe names."""
+    device: str | None = None
+    threads: Count | None = None
+    memory_budget: Count | None = None
+    """Bytes."""
+
+    def facts(self) -> dict[str, object]:
+        """Key -> value of all that was stated, as in the file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A linear that an output quantised. ``output``: its number in the recipe; ``relative_loss``: squared error of its
+    output on the calibration text (without text: of its weights), relative; ``n_tokens``: calibration tokens that it
+    saw; ``fallback``: why it was not quantised as the recipe says, "" if it was."""
+
+    output: Count
+    name: str
+    relative_loss: Number
+    n_tokens: Count
+    fallback: str = ""
+
+
+class ExpertRecord(NamedTuple):
+    """What the router gave a routed expert: calibration tokens, the sum of their gate weights, and tokens borrowed from
+    other experts because there were too few. In a file a list of three numbers."""
+
+    n_tokens: Count
+    gate_weight: Number
+    borrowed: Count
+
+
+class OutsideEntry(DocumentPart):
+    """The tensors outside the decoder layers are written: embeddings, final norm, head."""
+
+    done: Literal["outside"] = "outside"
+    tensors: tuple[TensorRecord, ...]
+
+
+class LayerEntry(DocumentPart):
+    """A decoder layer is written to every output."""
+
+    done: Literal["layer"] = "layer"
+    layer: Count
+    saved: bool
+    """Whether the hidden states that leave it are on the disk."""
+    tensors: tuple[TensorRecord, ...]
+    experts: dict[str, tuple[ExpertRecord, ...]]
+    """By the name of the block of routed experts; empty without calibration."""
+
+
+JournalEntry = Annotated[OutsideEntry | LayerEntry, Field(discriminator="done")]
+"""A line after the first."""
+ENTRY: TypeAdapter[OutsideEntry | LayerEntry] = TypeAdapter(JournalEntry)
+"""Reads a `JournalEntry`."""

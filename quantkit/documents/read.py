@@ -1,0 +1,107 @@
+"""Documents from files. They may come from strangers and from other versions: whatever is wrong is refused in one
+line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, JsonValue, ValidationError
+
+from quantkit.documents.conversion import Conversion
+from quantkit.documents.evaluation import Evaluation
+from quantkit.documents.values import DocumentPart
+from quantkit.errors import OutputError
+from quantkit.formats.safetensors.header import printable
+
+CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
+MAX_BYTES = 256 * 2**20
+"""Of a document. DeepSeek V3's quantkit.json has 10 MB, its evaluation of ten thousand windows less than 30."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentFile:
+    """A document and the file it was read from. ``written``: when that file was last changed, UTC."""
+
+    path: Path
+    document: Conversion | Evaluation
+    written: datetime
+
+
+class _Kind(DocumentPart):
+    kind: JsonValue = None
+    quantkit: JsonValue = None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that a model refused, in one line: "tensors.lm_head.weight.n_tokens: Input should be ..."."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = printable(".".join(str(part)[:60] for part in first["loc"][:8]))
+    return f"{f'{place}: ' if place else ''}{first['msg'][:200]}"
+
+
+def read_documents(paths: Iterable[Path]) -> tuple[DocumentFile, ...]:
+    """The documents of output folders (their quantkit.json, or those of their subfolders when a conversion made
+    several outputs, and evaluation.json if one lies there) and of JSON files. Each once, in the order given.
+
+    Raises `OutputError` for a path that holds none and for a file that cannot be read as one.
+    """
+    files: dict[Path, Path] = {}
+    for path in paths:
+        for file in _files(path):
+            files.setdefault(file.resolve(), file)
+    return tuple(_read(file) for file in files.values())
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    if not path.is_dir():
+        raise OutputError(f"{path}: not found.", hint="Give output folders of `quantkit convert` or JSON documents.")
+    folders = [path] if (path / CONVERSION).is_file() else sorted(p for p in path.iterdir() if p.is_dir())
+    conversions = [folder / CONVERSION for folder in folders if (folder / CONVERSION).is_file()]
+    evaluations = [file for file in (path / EVALUATION,) if file.is_file()]
+    if not conversions and not evaluations:
+        raise OutputError(
+            f"{path}: holds no {CONVERSION}, nor do its subfolders, and no {EVALUATION}.",
+            hint="Give an output folder of `quantkit convert`, or the file that `quantkit evaluate -o` wrote.",
+        )
+    yield from (*conversions, *evaluations)
+
+
+def _read(path: Path) -> DocumentFile:
+    try:
+        status = path.stat()
+        if status.st_size > MAX_BYTES:
+            raise OutputError(f"{path}: {status.st_size:,} bytes, a report's documents have at most {MAX_BYTES:,}.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
+    kind = _parsed(path, content, _Kind)
+    if kind.kind == "quantkit evaluation":
+        document: Conversion | Evaluation = _parsed(path, content, Evaluation)
+    elif isinstance(kind.quantkit, str):
+        document = _parsed(path, content, Conversion)
+    else:
+        raise OutputError(
+            f"{path}: is neither a conversion's {CONVERSION} nor an evaluation.",
+            hint="`quantkit convert` and `quantkit evaluate -o FILE` write what a report is made of.",
+        )
+    return DocumentFile(path, document, datetime.fromtimestamp(status.st_mtime, timezone.utc))
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _parsed(path: Path, content: bytes, model: type[_Model]) -> _Model:
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise OutputError(
+            f"{path}: {first_problem(error)}.",
+            hint="The file is damaged, or was written by a version of quantkit that this one does not know.",
+        ) from error

@@ -1,0 +1,20 @@
+"""How llama.cpp's server is started on a model file."""
+
+from __future__ import annotations
+
+ALL_LAYERS = 99
+"""What people write for --n-gpu-layers to mean all."""
+
+
+def serve(file: str) -> str:
+    """``file``: the first one, if there are several."""
+    return f"llama-server -m {file}"
+
+
+def spread(n_layers: int, context: int, tensor_split: tuple[int, ...]) -> str:
+    """Options besides the file: all layers on GPUs, ``tensor_split`` the share of each, sequences of up to ``context``
+    tokens."""
+    words = ["-ngl", str(max(ALL_LAYERS, n_layers + 1)), "-c", str(context)]
+    if len(tensor_split) > 1:
+        words += ["-ts", ",".join(map(str, tensor_split))]
+    return " ".join(words)

@@ -1,0 +1,49 @@
+"""What transformers does not load of a compressed-tensors checkpoint, or loads wrongly. Observed in version 5.23."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from quantkit.formats.planned import PlannedTensor
+from quantkit.runtimes.linears import Check, Linears, by_scheme, line
+from quantkit.schemes import Float8Scheme, IntScheme, describe
+
+
+def notes(planned: Sequence[PlannedTensor]) -> list[str]:
+    """One line for each thing that it will not take, or takes only in part."""
+    linears = by_scheme(planned)
+    return [text for check in CHECKS for text in check(linears)]
+
+
+def zero_points(linears: Linears) -> Iterator[str]:
+    """They are read by vLLM alone."""
+    for use in linears.uses:
+        if isinstance(use.scheme, IntScheme) and not use.scheme.symmetric:
+            yield line(use.tensors, "transformers 5.23 cannot load zero points; vLLM can.")
+
+
+def float8_experts(linears: Linears) -> Iterator[str]:
+    """Blocks of routed experts; those of other linears load."""
+    for use in linears.uses:
+        if isinstance(use.scheme, Float8Scheme) and use.experts:
+            yield line(use.experts, "transformers 5.23 cannot load FP8 block routed experts; vLLM can.")
+
+
+def kept_experts(linears: Linears) -> Iterator[str]:
+    """Experts of a layer that is kept as a whole (MTP) are no matter: transformers does not load it."""
+    layers = {tensor.layer for use in linears.uses for tensor in use.tensors}
+    experts = [tensor for tensor in linears.kept if tensor.expert is not None and tensor.layer in layers]
+    if experts:
+        text = "transformers 5.23 loses unquantised routed experts beside quantised linears; vLLM loads them."
+        yield line(experts, text)
+
+
+def expert_schemes(linears: Linears) -> Iterator[str]:
+    """All routed experts are read as the first group that names experts says."""
+    found = [use for use in linears.uses if use.experts]
+    if len(found) > 1:
+        listed = ", ".join(describe(use.scheme) for use in found)
+        yield f"routed experts: {listed} by layer; transformers 5.23 reads all as one scheme, vLLM as they are."
+
+
+CHECKS: tuple[Check, ...] = (zero_points, float8_experts, kept_experts, expert_schemes)

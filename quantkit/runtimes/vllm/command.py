@@ -1,0 +1,26 @@
+"""How vLLM is started on a folder."""
+
+from __future__ import annotations
+
+MAX_SEQS, MAX_BATCHED_TOKENS = 16, 2048
+"""What the options here allow at once, and what `memory` allows for."""
+
+
+def serve(folder: str) -> str:
+    """With vLLM's own settings."""
+    return f"vllm serve {folder}"
+
+
+def serve_spread(
+    folder: str, tensor_parallel: int, partition: tuple[int, ...], context: int, utilization: float
+) -> str:
+    """Over GPUs: ``partition``, the decoder layers of each pipeline stage; sequences of up to ``context`` tokens."""
+    parts = [serve(folder)]
+    if len(partition) > 1:
+        parts.insert(0, f"VLLM_PP_LAYER_PARTITION={','.join(map(str, partition))}")
+        parts += ["--pipeline-parallel-size", str(len(partition))]
+    if tensor_parallel > 1:
+        parts += ["--tensor-parallel-size", str(tensor_parallel)]
+    parts += ["--max-num-seqs", str(MAX_SEQS), "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
+    parts += ["--max-model-len", str(context), "--gpu-memory-utilization", str(utilization)]
+    return " ".join(parts)

@@ -1,0 +1,80 @@
+"""quantkit.json: what is written, what is missing, what other versions may have; and the losses that a baseline
+keeps of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from quantkit.documents.baseline import ConversionLosses
+from quantkit.documents.conversion import Conversion, LinearRecord
+from quantkit.documents.journal import JobHeader
+from tests.report.jobs import conversion
+
+
+def document(**changes: Any) -> Conversion:
+    return Conversion.model_validate({**conversion(), **changes})
+
+
+def test_what_applies_is_written_in_the_models_order() -> None:
+    found = document()
+    assert json.loads(found.to_json()) == conversion()
+    assert list(json.loads(found.to_json())) == list(Conversion.model_fields)
+
+
+def test_a_missing_loss_is_not_one_that_was_no_number() -> None:
+    scheme = {"kind": "int", "bits": 4}
+    tensors = {"kept": {"scheme": scheme}, "lost": {"scheme": scheme, "relative_loss": None, "n_tokens": 3}}
+    found = document(tensors=tensors)
+    lost = found.tensors["lost"].relative_loss
+    assert found.tensors["kept"].relative_loss is None
+    assert lost is not None
+    assert math.isnan(lost)
+    assert json.loads(found.to_json())["tensors"] == tensors
+    assert LinearRecord(scheme=scheme, relative_loss=math.inf).model_dump(mode="json")["relative_loss"] is None
+
+
+def test_the_job_of_another_version_is_shown_as_it_is() -> None:
+    job = {"quantkit version": "9", "device": "cpu", "ranks": 8, "imatrix": None}
+    found = document(job=job)
+    assert found.job.facts() == job
+    assert found.job.quantkit_version == "9"
+    assert found.job.threads is None
+    assert JobHeader(memory_budget=5).facts() == {"memory budget": 5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tensor_bytes": 10**400},
+        {"job": {"threads": -1}},
+        {"job": []},
+        {"recipe": "int4"},
+        {"expert_tokens": {"-1": {}}},
+        {"expert_tokens": {"1": {"experts": [[1, 0.5, 0, 0]]}}},
+        {"tensors": {"a": {"scheme": None}}},
+        {"validation": {"problems": []}},
+    ],
+)
+def test_hostile_values_are_refused(changes: dict[str, Any]) -> None:
+    text = json.dumps({**conversion(), **changes})
+    with pytest.raises(ValidationError):
+        Conversion.model_validate_json(text)
+
+
+def test_a_baseline_keeps_losses_and_how_they_were_calibrated() -> None:
+    tensors = {
+        "a": {"scheme": {}, "relative_loss": 0.0123456},
+        "kept": {"scheme": {}},
+        "lost": {"scheme": {}, "relative_loss": None},
+    }
+    found = ConversionLosses.of(document(recipe={"calibration": {"data": ["x"], "seed": 3}}, tensors=tensors))
+    assert found.calibration == {"data": ["x"]}
+    assert list(found.losses) == ["a", "lost"]
+    assert found.losses["a"] == 0.01235
+    assert math.isnan(found.losses["lost"])
+    assert ConversionLosses.of(document(recipe={})).calibration is None

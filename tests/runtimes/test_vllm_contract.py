@@ -1,0 +1,125 @@
+"""What vLLM and transformers will not take of a plan is said before the work; what they take has no line."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from quantkit.arch import arch_of
+from quantkit.formats.planned import PlannedTensor
+from quantkit.runtimes import transformers
+from quantkit.runtimes.vllm.contract import notes, problems
+from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.tensors import Role, TensorInfo
+from tests.formats.test_compressed_tensors_config import INT4, INT8, RULES, V3, Rule, is_expert, plan
+from tests.tiny_models import tiny_config
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name not in ("chaos", "one linear")])
+def test_loadable_plans_have_no_problem(rule: str) -> None:
+    assert problems(plan(tiny_config(), RULES[rule])) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "scheme", "problem"),
+    [
+        (
+            "layers.0.mlp.up_proj",
+            INT8,
+            "model.layers.0.mlp: gate_proj int4 g128, up_proj int8 g128; vLLM joins them into gate_up_proj",
+        ),
+        (
+            "layers.1.mlp.shared_experts.gate_proj",
+            None,
+            "shared_experts: gate_proj unquantised, up_proj int4 g128; vLLM joins",
+        ),
+        (
+            "layers.2.self_attn.q_a_proj",
+            INT8,
+            "q_a_proj int8 g128, kv_a_proj_with_mqa int4 g128; vLLM joins them into fused_qkv_a_proj",
+        ),
+        (
+            "layers.1.mlp.experts.7.up_proj",
+            INT8,
+            "mlp: experts.0.gate_proj int4 g128, experts.7.up_proj int8 g128; all projections",
+        ),
+        ("layers.2.mlp.experts.3.down_proj", None, "experts.3.down_proj unquantised; all projections of all experts"),
+        ("layers.1.self_attn.o_proj", IntScheme(bits=3, symmetric=False), ""),
+    ],
+)
+def test_what_vllm_cannot_load_is_a_problem(changed: str, scheme: IntScheme | None, problem: str) -> None:
+    found = problems(plan(tiny_config(), lambda spec: scheme if spec.name == f"model.{changed}.weight" else INT4))
+    assert len(found) == (1 if problem else 0)
+    assert all(problem in line for line in found)
+
+
+def test_modules_without_a_quantisation_config_are_a_problem() -> None:
+    specs = {spec.name.removesuffix(".weight"): spec for spec in arch_of(tiny_config()).tensors()}
+    modules = ["model.layers.1.mlp.gate", "model.layers.3.mlp.gate", "model.embed_tokens", "lm_head"]
+    modules += [f"model.layers.3.{name}" for name in ("eh_proj", "embed_tokens", "shared_head.head")]
+    for module in modules:
+        spec = specs[module]
+        planned = [PlannedTensor(TensorInfo(spec.name, spec.shape, "BF16"), INT4, None, spec)]
+        assert problems(planned) == [
+            f"{module}: planned as int4 g128, but vLLM reads it only unquantised; keep it.",
+        ]
+
+
+def test_zero_points_must_fill_words() -> None:
+    planned = [PlannedTensor(TensorInfo("a.weight", (12, 128), "BF16"), IntScheme(symmetric=False), None)]
+    assert "a: 12 zero points of 4 bits do not fill whole 32-bit words" in problems(planned)[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "note"),
+    [
+        (lambda spec: IntScheme(bits=3), "(int3 g128): vLLM's Marlin kernels take 4 and 8 bits"),
+        (lambda spec: IntScheme(group_size=16), "(int4 g16): vLLM's Marlin kernels take group_size 32, 64, 128"),
+        (lambda spec: IntScheme(symmetric=False), "transformers 5.23 cannot load zero points"),
+        (lambda spec: IntScheme(scale_dtype="float32"), "vLLM rounds scales to the model's dtype"),
+        (lambda spec: INT8, "vLLM 0.24 takes 8-bit routed experts only with group_size null"),
+        (lambda spec: INT4, "128 inputs are 1 groups of 128, so vLLM can split experts over at most 1 GPUs"),
+        (lambda spec: Float8Scheme(), "vLLM rounds their inputs to FP8 too"),
+        (lambda spec: None if is_expert(spec) else INT4, "loses unquantised routed experts"),
+        (
+            lambda spec: (INT8 if spec.layer == 1 else INT4) if is_expert(spec) else INT4,
+            "reads all as one scheme",
+        ),
+    ],
+)
+def test_limits_of_runtimes_are_noted(rule: Rule, note: str) -> None:
+    assert any(note in line for line in notes(plan(tiny_config(), rule)))
+
+
+def test_a_plan_for_every_runtime_has_no_notes() -> None:
+    assert notes(plan(V3, lambda spec: None if spec.role is Role.MTP else INT4)) == []
+
+
+def test_checking_v3_is_quick() -> None:
+    planned = plan(V3, RULES["mtp kept"])
+    start = time.process_time()
+    assert problems(planned) == []
+    notes(planned)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_transformers_will_not_take_is_among_the_notes(name: str) -> None:
+    planned = plan(tiny_config(), RULES[name])
+    alone = transformers.notes(planned)
+    assert [line for line in notes(planned) if line in alone] == alone
+    assert all("transformers 5.23" in line for line in alone)
+
+
+def test_of_an_unknown_family_only_shapes_are_judged() -> None:
+    """Without a spec no module is taken for a router or an expert, whatever its name."""
+    names = ("a.mlp.gate", "a.experts.0.up_proj", "a.experts.1.up_proj")
+    schemes = (INT4, INT4, IntScheme(bits=3))
+    planned = [
+        PlannedTensor(TensorInfo(f"{name}.weight", (32, 128), "BF16"), scheme, None)
+        for name, scheme in zip(names, schemes, strict=True)
+    ]
+    assert problems(planned) == []
+    (line,) = notes(planned)
+    assert line.startswith("a.experts.1.up_proj (int3 g128): vLLM's Marlin kernels take 4 and 8 bits")
