@@ -261,7 +261,14 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
     at_once = setting.experts_at_once or share.experts_at_once(arch, inter)
     job = LayerJob(
         outputs=(OutputJob({spec.name: (SCHEME, method) for spec in linears}, sink),),
-        weights=LayerWeights(ahead, arch.parts(), carries_quantised=True, cache_bytes=share.cache, device=GPU),
+        weights=LayerWeights(
+            ahead,
+            arch.parts(),
+            carries_quantised=True,
+            cache_bytes=share.cache,
+            device=GPU,
+            narrow=machine_.scratch_dtype,
+        ),
         streams=streams,
         new_rows=lambda width: MemoryRows(setting.x.n_rows, LENGTH, width, GPU, machine_.scratch_dtype),
         deliver=lambda *made: deliveries.submit(partial(write, *made)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend, backend_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class InputMoments:
 
 def _add_squares(sums: Tensor, x: Tensor) -> None:
     """sums (in, in) += x^T x over tokens."""
-    if has_kernels(sums):
+    if backend_of(sums) is Backend.TRITON:
         from quantkit.kernels.triton.moments import add_squares_
 
         add_squares_(sums, x)
@@ -108,7 +108,7 @@ def _add_squares(sums: Tensor, x: Tensor) -> None:
 
 def _add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """sums (in, in) += left^T right over tokens."""
-    if has_kernels(sums):
+    if backend_of(sums) is Backend.TRITON:
         from quantkit.kernels.triton.moments import add_products_
 
         add_products_(sums, left, right)

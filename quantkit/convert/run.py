@@ -232,6 +232,7 @@ def _layer_job(
             carries_quantised=carries_quantised,
             cache_bytes=walk.share.cache,
             device=device,
+            narrow=walk.machine.scratch_dtype,
         ),
         streams=streams,
         new_rows=files.scratch,

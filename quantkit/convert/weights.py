@@ -1,6 +1,6 @@
 """The weights of one layer on demand: original ones from the source, carried ones as the first output stores them.
 
-The streams compute in float32; on a GPU with kernels, linears whose source is BF16 (or FP8, which decodes to it)
+The streams compute in float32; on a GPU with Triton, linears whose source is BF16 (or FP8, which decodes to it)
 compute in bfloat16, as runtimes do.
 """
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantkit.arch.base import LinearPart
 from quantkit.calibrate.weight_cache import WeightCache
-from quantkit.kernels.backend import has_kernels
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.tensors import TensorInfo
 
@@ -32,7 +31,7 @@ class LayerWeights:
     Dense linears are asked for once a batch of rows, so the latest of each stream are kept up to half of
     ``cache_bytes``.
     Quantised linears are held as stored and decoded when asked for; one that was quantised in ``parts`` is put
-    together.
+    together. ``narrow``: the dtype in which the streams compute with a source in BF16; with any other, in float32.
     """
 
     def __init__(
@@ -43,12 +42,13 @@ class LayerWeights:
         carries_quantised: bool,
         cache_bytes: int,
         device: torch.device,
+        narrow: torch.dtype,
     ) -> None:
         self.carries_quantised = carries_quantised
         self._parts = parts
         self._source = source
         self._device = device
-        self._keeps_bf16 = has_kernels(torch.empty(0, device=device))
+        self._narrow = narrow
         self._batches: dict[str, QuantizedBatch] = {}
         self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
         self._original = WeightCache(self._computed, cache_bytes // 2)
@@ -73,7 +73,7 @@ class LayerWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """In which the streams compute with this tensor."""
-        return torch.bfloat16 if self._keeps_bf16 and self._source.infos()[name].dtype == "BF16" else torch.float32
+        return self._narrow if self._source.infos()[name].dtype == "BF16" else torch.float32
 
     def original(self, name: str) -> Tensor:
         """The source's weight on the device."""

@@ -149,7 +149,12 @@ class Case:
         )
         self.streams = Streams(self.store(self.x), None if self.original is None else self.store(self.original))
         weights = LayerWeights(
-            self.sinks[0], {}, carries_quantised=self.carries_quantised, cache_bytes=300_000, device=CPU
+            self.sinks[0],
+            {},
+            carries_quantised=self.carries_quantised,
+            cache_bytes=300_000,
+            device=CPU,
+            narrow=torch.float32,
         )
         self.counter = 0
         return LayerJob(
