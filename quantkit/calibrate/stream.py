@@ -64,9 +64,13 @@ class ExpertTokens:
         return self.bounds[expert + 1] - self.bounds[expert]
 
 
-def expert_hidden(block: ExpertBlock, gate: Tensor, up: Tensor, h: Tensor) -> Tensor:
+Activate = Callable[[Tensor, Tensor], Tensor]
+"""See `ExpertBlock`."""
+
+
+def expert_hidden(activate: Activate, gate: Tensor, up: Tensor, h: Tensor) -> Tensor:
     """Input of an expert's down projection: gate, up (inter, hidden), h (tokens, hidden) -> (tokens, inter)."""
-    return block.activate(linear(h, gate), linear(h, up))
+    return activate(linear(h, gate), linear(h, up))
 
 
 def forward_layer(
@@ -128,10 +132,5 @@ def forward_expert(
     gate, up, down = (weights(names[expert]) for names in (block.gates, block.ups, block.downs))
     chunk = at_once(EXPERT_CHUNK, device)
     for part, share in zip(token.split(chunk), weight.split(chunk), strict=True):
-        hidden = expert_hidden(block, gate, up, h.gather(part).to(device))
-        add_expert_output(hidden, down, part, share, x)
-
-
-def add_expert_output(hidden: Tensor, down: Tensor, token: Tensor, share: Tensor, x: RowStore) -> None:
-    """Add hidden (n, inter) @ down^T, times the gate weights share (n,), to the residual of tokens (n,)."""
-    x.add(token, linear(hidden, down), share)
+        hidden = expert_hidden(block.activate, gate, up, h.gather(part).to(device))
+        x.add(part, linear(hidden, down), share)

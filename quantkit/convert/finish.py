@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from quantkit.calibrate.dataset import TokenRows, eval_windows
+from quantkit.convert.conversion import Conversion
 from quantkit.convert.events import (
     ExpertTokens,
     Finished,
@@ -26,7 +27,6 @@ from quantkit.convert.events import (
 )  # fmt: skip
 from quantkit.convert.folder import REPORT_NAME, OutputFolder
 from quantkit.convert.journal import Journal
-from quantkit.convert.walk import Walk
 from quantkit.documents.json_text import finite
 from quantkit.evaluate.compare import compare
 from quantkit.evaluate.scores import Scores, limits_exceeded
@@ -49,7 +49,7 @@ def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
 
 
 def finish(
-    walk: Walk, header: Mapping[str, object], rows: TokenRows | None, base_dir: Path, *, resumed: bool
+    walk: Conversion, header: Mapping[str, object], rows: TokenRows | None, base_dir: Path, *, resumed: bool
 ) -> Report:
     """Complete, validate and publish every output."""
     reports: list[OutputReport] = []
@@ -93,14 +93,14 @@ def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, st
     return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
 
 
-def _write_side_files(walk: Walk, output: OutputPlan, directory: Path) -> None:
+def _write_side_files(walk: Conversion, output: OutputPlan, directory: Path) -> None:
     dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
     output.target.write_side_files(
         directory, walk.source.directory, walk.source.config, output.planned, mtp=not dropped
     )
 
 
-def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
+def _validate(walk: Conversion, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
     """Score the files that were written, read back from the disk, against the source."""
     wanted = walk.plan.recipe.validation
     if wanted is None:
@@ -140,7 +140,7 @@ def _tensor_records(journal: Journal, output: int) -> dict[str, dict[str, object
 
 
 def _document(
-    walk: Walk,
+    walk: Conversion,
     output: OutputPlan,
     header: Mapping[str, object],
     rows: TokenRows | None,
@@ -179,7 +179,7 @@ def _document(
     }
 
 
-def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
+def _card(walk: Conversion, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
     recipe = walk.plan.recipe.model_dump(mode="json", exclude_none=True)
     measured: dict[str, str] = {}
     if result is not None:
@@ -207,7 +207,7 @@ def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationRes
 
 
 def _output_report(
-    walk: Walk, output: OutputPlan, records: Mapping[str, Mapping[str, object]], result: ValidationResult | None
+    walk: Conversion, output: OutputPlan, records: Mapping[str, Mapping[str, object]], result: ValidationResult | None
 ) -> OutputReport:
     several = len(walk.plan.outputs) > 1
     path = walk.folder.out / output.output.name if several else walk.folder.out

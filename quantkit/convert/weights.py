@@ -6,7 +6,7 @@ compute in bfloat16, as runtimes do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +23,7 @@ class WeightSource(Protocol):
 
     def infos(self) -> Mapping[str, TensorInfo]: ...
     def read(self, name: str) -> Tensor: ...
+    def expect(self, names: Sequence[str]) -> None: ...
 
 
 class LayerWeights:
@@ -47,7 +48,7 @@ class LayerWeights:
         self.carries_quantised = carries_quantised
         self._parts = parts
         self._source = source
-        self._device = device
+        self.device = device
         self._narrow = narrow
         self._batches: dict[str, QuantizedBatch] = {}
         self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
@@ -58,13 +59,17 @@ class LayerWeights:
         """Shape of a tensor, from the headers."""
         return self._source.infos()[name].shape
 
+    def expect(self, names: Sequence[str]) -> None:
+        """These tensors will be read next, in this order, by `from_source`."""
+        self._source.expect(names)
+
     def read(self, name: str) -> Tensor:
         """The source's weight, or a part (heads, out, in) of it, float32 on the device, not kept: for weights that are
         asked for once."""
         part = self._parts.get(name)
         if part is not None:
             return part.take(self.original(part.whole).float())
-        return self._source.read(name).to(self._device).float()
+        return self._source.read(name).to(self.device).float()
 
     def from_source(self, name: str) -> Tensor:
         """The source's weight in the dtype that the source shows (FP8 as bfloat16), wherever it lies, not kept."""
@@ -96,7 +101,7 @@ class LayerWeights:
             self._carried.forget()
 
     def _computed(self, name: str) -> Tensor:
-        return self._source.read(name).to(self._device, self.dtype(name))
+        return self._source.read(name).to(self.device, self.dtype(name))
 
     def _decoded(self, name: str) -> Tensor:
         if name in self._batches:

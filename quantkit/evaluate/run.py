@@ -35,7 +35,7 @@ from quantkit.evaluate.reference_file import (
 )
 from quantkit.evaluate.reference_scores import Recorder
 from quantkit.evaluate.statistics import result_of
-from quantkit.evaluate.stream import Walk, device_name
+from quantkit.evaluate.stream import EvaluationRun, device_name
 from quantkit.evaluate.validation import BF16_ROUNDING
 from quantkit.formats.source import read_config
 from quantkit.plan.machine import Machine, Timer
@@ -188,9 +188,9 @@ class _Job:
     def _open(self, stack: ExitStack, arch: ModelArch, tokenizer: str | None) -> list[Evaluated]:
         return [stack.enter_context(open_candidate(path, arch, tokenizer)) for path in self.candidates]
 
-    def _start(self, arch: ModelArch, tokens: Tensor, top: int) -> Walk:
+    def _start(self, arch: ModelArch, tokens: Tensor, top: int) -> EvaluationRun:
         self.on_event(EvaluationStarted(len(self.candidates), len(tokens), tokens.numel(), arch.n_layers))
-        return Walk(self.machine, arch, lambda layer: self.on_event(LayerPassed(layer, arch.n_layers)), top)
+        return EvaluationRun(self.machine, arch, lambda layer: self.on_event(LayerPassed(layer, arch.n_layers)), top)
 
     def _file_facts(self, path: Path, reference: ReferenceStatistics) -> ReferenceFile:
         record = reference.record

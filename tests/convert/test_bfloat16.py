@@ -12,7 +12,7 @@ import torch
 from quantkit.arch import arch_of
 from quantkit.arch.base import DenseBlock
 from quantkit.convert.events import TensorDone
-from quantkit.convert.experts import linears_of
+from quantkit.convert.layer import linears_of
 from quantkit.convert.weights import LayerWeights
 from quantkit.plan.machine import Machine
 from quantkit.plan.recipe import Recipe
