@@ -12,9 +12,10 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, InputGroup, Stage
 from quantkit.arch.ops import linear
+from quantkit.calibrate.chunk_sizes import row_slices
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.inputs import InputMoments, Inputs
-from quantkit.calibrate.stream import row_batches
+from quantkit.calibrate.inputs import InputMoments, Inputs, combined
+from quantkit.calibrate.stream import row_batches, sliced_batches
 from quantkit.convert.layer_job import LayerJob, LayerSink
 from quantkit.convert.outputs import (
     Importance,
@@ -67,7 +68,7 @@ def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink) -> None:
         if not (last or any(any_wanted(job.outputs, group.linears) for group in stage.groups)):
             continue
         moments = _moments_of_stage(job, stage, block.output, context if last else None)
-        for group, sums in zip(stage.groups, moments, strict=True):
+        for group, sums in zip(stage.groups, moments, strict=True) if moments else ():
             apply_group(job, quantize_group(group_task(job, group, sums.stats())), sink)
     weights, *_ = job.weights.by_stream(len(job.hidden.stores()))
     _add_output(weights(block.output), job.hidden.x, context)
@@ -98,28 +99,39 @@ def apply_group(job: LayerJob, result: GroupResult, sink: LayerSink) -> None:
 
 
 def _moments_of_stage(job: LayerJob, stage: Stage, output: str, context: RowStore | None) -> list[InputMoments]:
-    """The moments of each group's inputs over all rows. In the last stage ``context`` keeps what the output projection
-    reads of the calibrated stream, until that is quantised; the unquantised stream takes its own at once."""
+    """The moments of each group's inputs over all rows; none if no output wants them. In the last stage ``context``
+    keeps what the output projection reads of the calibrated stream, until that is quantised; the unquantised stream
+    takes its own at once."""
+    follows = len(job.hidden.stores()) == 2
+    original_output = job.weights.original(output) if context is not None and follows else None
+    slices = row_slices(job.hidden.x.n_rows)
+    return combined(_moments_of_rows(job, stage, rows, original_output, context) for rows in slices)
+
+
+def _moments_of_rows(
+    job: LayerJob, stage: Stage, rows: tuple[int, int], original_output: Tensor | None, context: RowStore | None
+) -> list[InputMoments]:
+    """The same for one slice of rows, its sums from zero on."""
     stores = job.hidden.stores()
-    original_output = job.weights.original(output) if context is not None and len(stores) == 2 else None
     needed = any(any_wanted(job.outputs, group.linears) for group in stage.groups)
     moments: list[InputMoments] = []
-    for start, stop in row_batches(job.hidden.x, job.device):
-        rows = [store.read(start, stop).to(job.device) for store in stores]
+    for start, stop in row_batches(job.hidden.x, job.device, rows):
+        x = [store.read(start, stop).to(job.device) for store in stores]
         own, *others = (
-            stage.inputs(weights, x) for weights, x in zip(job.weights.by_stream(len(stores)), rows, strict=True)
+            stage.inputs(weights, one) for weights, one in zip(job.weights.by_stream(len(stores)), x, strict=True)
         )
-        moments = moments or [
-            InputMoments.like(x, cross=bool(others), full=needs_inputs(job.outputs, group.linears))
-            for x, group in zip(own, stage.groups, strict=True)
-        ]
-        for number, sums in enumerate(moments if needed else ()):
+        if needed and not moments:
+            moments = [
+                InputMoments.like(inputs, cross=bool(others), full=needs_inputs(job.outputs, group.linears))
+                for inputs, group in zip(own, stage.groups, strict=True)
+            ]
+        for number, sums in enumerate(moments):
             sums.add(own[number], others[0][number] if others else None)
         if context is not None:
             context.write(start, own[0])
         if original_output is not None:
             (_, original) = stores
-            original.write(start, rows[1] + linear(others[0][0], original_output).view_as(rows[1]))
+            original.write(start, x[1] + linear(others[0][0], original_output).view_as(x[1]))
     return moments
 
 
@@ -129,6 +141,6 @@ def _in_matrices(weight: Tensor, count: int) -> Tensor:
 
 
 def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
-    for start, stop in row_batches(store, weight.device):
+    for start, stop in sliced_batches(store, weight.device):
         rows, inputs = (part.read(start, stop).to(weight.device) for part in (store, context))
         store.write(start, rows + linear(inputs, weight))
