@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,10 +30,11 @@ import synthetic
 import torch
 from torch import Tensor
 
+from quantkit.kernels.backend import Backend, using
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.quantizers.ldlq import polish as ldlq_polish
 from quantkit.quantizers.ldlq import sweep as ldlq_sweep
-from quantkit.schemes import IntScheme, affine_int
+from quantkit.schemes import IntScheme
 
 SCHEME = IntScheme(bits=4, group_size=128)
 SHAPES = {"gate of DeepSeek V3": (1, 2048, 7168), "eight small experts": (8, 256, 512)}
@@ -72,17 +73,6 @@ def main() -> None:
     )
 
 
-@contextmanager
-def only_torch() -> Generator[None]:
-    """As on a machine without compiled kernels."""
-    with (
-        patch.object(ldlq_sweep, "has_compiled", lambda tensor: False),
-        patch.object(ldlq_polish, "has_compiled", lambda tensor: False),
-        patch.object(affine_int, "_kernel", lambda *_: None),
-    ):
-        yield
-
-
 def correlated(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Weight (B, out, in) and Hessian (B, in, in) of twice as many tokens as columns: some directions in common, few
     channels 20 times as large, tokens of different size."""
@@ -117,7 +107,7 @@ def measure(name: str, shape: tuple[int, int, int], repeats: int) -> dict[str, A
         losses[kind] = float(ldlq_factor.row_loss(error, factor.hessian).double().sum())
 
     for _ in range(repeats):
-        with only_torch():
+        with using(Backend.TORCH):
             once("twin")
         once("kernels")
     row: dict[str, Any] = {"what": name, "shape": list(shape), "factor_s": round(factor_s, 3)}
@@ -191,7 +181,7 @@ def converted(kind: str, threads: int) -> float:
 def command_line(arguments: list[str], *, twin: bool) -> None:
     from quantkit.cli.app import main as quantkit
 
-    with patch.object(sys, "argv", ["quantkit", *arguments]), only_torch() if twin else nullcontext():
+    with patch.object(sys, "argv", ["quantkit", *arguments]), using(Backend.TORCH) if twin else nullcontext():
         quantkit()
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend
 from quantkit.schemes.ggml.fit import encode, fit, fit_in_torch
 from quantkit.schemes.ggml.layout import decode, pack
 from quantkit.schemes.ggml.measure import nearest_codes, shares
@@ -56,7 +56,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "what": (__doc__ or "").splitlines()[0],
         **machine(),
-        "kernels": has_kernels(torch.empty(0, device=DEVICE)),
+        "kernels": Backend.of(DEVICE) is Backend.TRITON,
         "experts of a batch": arguments.experts,
         "shapes": shapes,
         "repeats": arguments.repeats,

@@ -22,7 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +32,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend, backend_of, using
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.quantizers.ldlq import polish as ldlq_polish
 from quantkit.quantizers.ldlq import sweep as ldlq_sweep
@@ -103,7 +103,7 @@ def moments(inputs: list[Tensor]) -> Tensor:
     """(experts, in, in) float32 means of x x^T over tokens."""
     sums = torch.zeros(len(inputs), inputs[0].shape[1], inputs[0].shape[1], device=DEVICE)
     for one, x in zip(sums, inputs, strict=True):
-        if has_kernels(sums):
+        if backend_of(sums) is Backend.TRITON:
             from quantkit.kernels.triton.moments import add_squares_
 
             add_squares_(one, x, 1 / len(x))
@@ -117,7 +117,7 @@ def cross_moments(inputs: list[Tensor], originals: list[Tensor]) -> Tensor:
     sums = torch.empty(len(inputs), inputs[0].shape[1], inputs[0].shape[1], device=DEVICE)
     for one, x, original in zip(sums, inputs, originals, strict=True):
         drift = (original - x).T
-        if has_kernels(sums):
+        if backend_of(sums) is Backend.TRITON:
             one.copy_(torch.mm(drift, x, out_dtype=torch.float32))
         else:
             one.copy_(drift.float() @ x.float())
@@ -193,13 +193,6 @@ class Exact:
         raise AssertionError
 
 
-def plainly() -> Any:
-    stack = ExitStack()
-    for module in (ldlq_factor, ldlq_polish, ldlq_sweep):
-        stack.enter_context(patch.object(module, "has_kernels", lambda _: False))
-    return stack
-
-
 def loss(weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> float:
     error = weight.double() - (
         (codes.double() - 8).unflatten(-1, (scale.shape[-1], -1)) * scale.double()[..., None]
@@ -215,7 +208,7 @@ def quality(weight: Tensor, x: Tensor) -> dict[str, Any]:
     grid = SCHEME.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=POINTS, signed=True)
     codes = ldlq_sweep.sweep(grid, weight, factor)
     polished = ldlq_polish.polish(grid, weight, codes, factor.hessian, 2)
-    with plainly():
+    with using(Backend.TORCH):
         twin = ldlq_sweep.sweep(grid, weight, factor)
         twin_polished = ldlq_polish.polish(grid, weight, twin, factor.hessian, 2)
     exact = x.double().T @ x.double() / len(x)

@@ -5,11 +5,11 @@
 The layer (256 experts of 7168 x 2048, attention of 128 heads, shared expert) is written as a safetensors folder in FP8
 blocks: heavy-tailed random weights, a router whose bias is balanced as DeepSeek balances it. The hidden states are
 synthetic: correlated, with outlier channels and tokens of very different size. A layer's seconds go from the hidden
-states before it to the hidden states behind it and to the last packed byte in the output files; source and output lie
+states before it to the hidden states after it and to the last packed byte in the output files; source and output lie
 in memory (--folder), so a disk's time comes on top where it is slower than the computation.
 
 Cases: GPTQ int4 g128 with activation order and the weighted scale search (what the peers do); the same with the cross
-term (a second, unquantised stream goes along); and the default, which polishes too. Stage times come from a run of
+term (an unquantised stream goes along); and the default, which polishes too. Stage times come from a run of
 their own with a synchronisation around every stage; their sum is a little more than the layer's time.
 `--peers` runs gptqmodel's and llm-compressor's own functions on one of the experts in the same process
 (`benchmarks/peers/on_gpu.py`). `--scale 8` divides the sizes, to try the script anywhere with a GPU.
@@ -43,10 +43,11 @@ from quantkit.calibrate.stream import row_batches
 from quantkit.convert import dense, experts, layer
 from quantkit.convert import outputs as outputs_module
 from quantkit.convert.background import AheadSource, Deliveries, foreground
+from quantkit.convert.experts import ExpertOutputs
 from quantkit.convert.hidden import Streams
 from quantkit.convert.layer import quantize_layer
 from quantkit.convert.layer_job import LayerJob
-from quantkit.convert.outputs import OutputJob
+from quantkit.convert.outputs import Importance, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
 from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
@@ -54,7 +55,6 @@ from quantkit.formats.layouts.compressed_tensors import CompressedTensorsSink
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
 from quantkit.plan.machine import Machine
-from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.quantizers.gptq import Gptq
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.quantizers.ldlq import polish as ldlq_polish
@@ -208,11 +208,9 @@ class Stages:
             (dense, "_add_output", "dense: output"),
             (dense, "quantize_group", "dense: quantise (rest)"),
             (layer, "route", "route, pooled moments"),
-            (experts, "linears_of", "experts: read, decode FP8"),
+            (layer, "linears_of", "experts: read, decode FP8"),
             (experts, "_input_stats", "experts: moments of gate, up"),
             (experts, "_hidden", "experts: hidden, moments of down"),
-            (experts, "_carry_on", "experts: down, scatter"),
-            (experts, "forward_expert", "experts: original stream"),
             (outputs_module, "_quantized", "quantise (rest)"),
             (ldlq_factor, "factorize", "quantise: Cholesky"),
             (ldlq_factor, "towards_original", "quantise: targets of the cross term"),
@@ -224,7 +222,15 @@ class Stages:
         with ExitStack() as stack:
             for place, name, label in places:
                 stack.enter_context(patch.object(place, name, self.timed(label, getattr(place, name))))
+            stack.enter_context(patch.object(layer, "_add_outputs", self.add_outputs(layer._add_outputs)))
             yield
+
+    def add_outputs(self, function: Callable[[RowStore, ExpertOutputs], None]) -> Callable[..., None]:
+        """``function`` timed by stream: hidden units are kept in the calibrated stream only."""
+        calibrated, unquantised = (
+            self.timed(label, function) for label in ("experts: down, scatter", "experts: original stream")
+        )
+        return lambda store, outputs: (calibrated if outputs.hidden else unquantised)(store, outputs)
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,28 @@ class Setting:
     deliveries: Deliveries
 
 
+@dataclass(frozen=True)
+class Writer:
+    """Writes a layer's results on the thread that delivers, as a conversion does."""
+
+    sink: CompressedTensorsSink
+    deliveries: Deliveries
+    losses: list[float]
+
+    def begin(self, block: str, total: int) -> None: ...
+
+    def write(self, made: Quantised) -> None:
+        self.deliveries.submit(partial(self._write, made))
+
+    def write_importance(self, importance: Importance) -> None:
+        raise AssertionError(f"{importance.name}: no output wants it")
+
+    def _write(self, made: Quantised) -> None:
+        for tensor in made.batch.tensors(made.names, made.n_tokens):
+            self.sink.write(tensor)
+            self.losses.append(tensor.error.relative_loss)
+
+
 def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str, Any]:
     """Quantise the layer once, from fresh copies of the hidden states."""
     arch, machine_, ahead, deliveries = setting.arch, setting.machine, setting.ahead, setting.deliveries
@@ -247,47 +275,47 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
     shutil.rmtree(setting.out, ignore_errors=True)
     setting.out.mkdir()
     planned = [PlannedTensor(TensorInfo(spec.name, spec.shape, "BF16"), SCHEME, None) for spec in linears]
-    streams = Streams(_copy(setting.x), _copy(setting.original) if method.follows_original else None)
+    streams = Streams(
+        _copy(setting.x),
+        _copy(setting.original) if method.follows_original else None,
+        lambda width: MemoryRows(setting.x.n_rows, LENGTH, width, GPU, machine_.scratch_dtype),
+    )
     sink = CompressedTensorsSink.open(setting.out, planned)
-    losses: list[float] = []
-
-    def write(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
-        for tensor in batch.tensors(names, n_tokens):
-            sink.write(tensor)
-            losses.append(tensor.error.relative_loss)
-
+    writer = Writer(sink, deliveries, [])
     share = machine_.share(0)
     inter = next(spec.shape[0] for spec in linears if ".experts.0.gate" in spec.name)
     at_once = setting.experts_at_once or share.experts_at_once(arch, inter)
     job = LayerJob(
-        outputs=(OutputJob({spec.name: (SCHEME, method) for spec in linears}, sink),),
-        weights=LayerWeights(ahead, arch.parts(), carries_quantised=True, cache_bytes=share.cache, device=GPU),
+        outputs=(OutputChoice({spec.name: (SCHEME, method) for spec in linears}),),
+        weights=LayerWeights(
+            ahead,
+            arch.parts(),
+            carries_quantised=True,
+            cache_bytes=share.cache,
+            device=GPU,
+            narrow=machine_.scratch_dtype,
+        ),
         streams=streams,
-        new_rows=lambda width: MemoryRows(setting.x.n_rows, LENGTH, width, GPU, machine_.scratch_dtype),
-        deliver=lambda *made: deliveries.submit(partial(write, *made)),
-        on_stage=lambda stage, total: None,
-        device=GPU,
         experts_at_once=at_once,
         min_expert_tokens=256,
-        expect=ahead.expect,
     )
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with stages.watching() if stages is not None else ExitStack():
-        quantize_layer(job, arch.sublayers(0))
+        found = quantize_layer(job, arch.sublayers(0), writer)
         torch.cuda.synchronize()
         computed = time.perf_counter() - start
         deliveries.drain()
     seconds = time.perf_counter() - start
-    counts = [count.n_tokens for found in job.counts.values() for count in found]
+    counts = [count.n_tokens for of_block in found.values() for count in of_block]
     result = {
         "seconds": round(seconds, 3),
         "of them waiting for the last bytes": round(seconds - computed, 3),
         "peak bytes of GPU memory": torch.cuda.max_memory_allocated(),
         "experts at once": at_once,
         "tokens of an expert: least, median, most": [min(counts), int(statistics.median(counts)), max(counts)],
-        "mean relative loss": round(statistics.fmean(losses), 6),
+        "mean relative loss": round(statistics.fmean(writer.losses), 6),
         "bytes written": sum(path.stat().st_size for path in setting.out.iterdir()),
     }
     sink.close()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantkit.arch.rope import Rope
-from quantkit.kernels.backend import runs_kernels
+from quantkit.kernels.backend import Backend
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., n) / sqrt(mean(x^2) + eps) * weight (n,), arXiv 1910.07467: computed in float32, on a GPU given in the
     weight's dtype."""
-    if runs_kernels(x.device):
+    if Backend.of(x.device) is Backend.TRITON:
         from quantkit.kernels.triton import norm as norm_triton
 
         if x.shape[-1] <= norm_triton.WIDEST:
@@ -75,7 +75,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def rotate_heads_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """`rotate` in place: x (rows, tokens, heads, dim) of any float dtype, a slice of a contiguous tensor's last
     dimension; cos, sin (tokens, dim / 2) float32."""
-    if runs_kernels(x.device):
+    if Backend.of(x.device) is Backend.TRITON:
         from quantkit.kernels.triton import norm as norm_triton
 
         norm_triton.rotate_(x, cos, sin, interleaved)

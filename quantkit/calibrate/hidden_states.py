@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.errors import OutputError
 from quantkit.formats.safetensors.writer import disk_errors
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend, backend_of
 
 CPU = torch.device("cpu")
 _SAVED_BYTES = 64 * 2**20
@@ -96,7 +96,7 @@ class MemoryRows:
     def add(self, tokens: Tensor, values: Tensor, shares: Tensor) -> None:
         """See `RowStore.add`."""
         tokens, values, shares = (part.to(self.device) for part in (tokens, values, shares))
-        if has_kernels(self._data):
+        if backend_of(self._data) is Backend.TRITON:
             from quantkit.kernels.triton.scatter import add_rows_
 
             add_rows_(self._data, tokens, values, shares)

@@ -3,12 +3,13 @@ drifted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend, backend_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,16 @@ class InputMoments:
             assert original is not None
             _add_products(self._cross[matrix], original - x, x)
 
+    def plus(self, other: InputMoments) -> InputMoments:
+        """This with the sums of other tokens added to it, element by element in float32; ``other`` stays."""
+        assert self._full == other._full, "both whole, or both their diagonal"
+        assert (self._cross is None) == (other._cross is None), "both with the cross term, or neither"
+        self._n_tokens = [own + more for own, more in zip(self._n_tokens, other._n_tokens, strict=True)]
+        self._sums += other._sums
+        if self._cross is not None and other._cross is not None:
+            self._cross += other._cross
+        return self
+
     def stats(self) -> Inputs:
         """The means so far. The sums are handed over: call it once."""
         n_tokens = tuple(self._n_tokens)
@@ -95,9 +106,22 @@ class InputMoments:
         return InputStats(self._sums, self._cross, n_tokens) if self._full else InputImportance(self._sums, n_tokens)
 
 
+def combined(slices: Iterable[Sequence[InputMoments]]) -> list[InputMoments]:
+    """Totals of the sums of all slices of rows, added in their order: the same bits, whoever computed a slice.
+
+    Each slice has sums of one or more input groups. The first becomes the total; of the others only one needs to exist
+    at a time. A rank may hand its total to the next one, as the first of that one's slices.
+    """
+    total: list[InputMoments] = []
+    for sums in slices:
+        total = [one.plus(more) for one, more in zip(total, sums, strict=True)] if total else list(sums)
+        del sums  # before the next slice begins its own
+    return total
+
+
 def _add_squares(sums: Tensor, x: Tensor) -> None:
     """sums (in, in) += x^T x over tokens."""
-    if has_kernels(sums):
+    if backend_of(sums) is Backend.TRITON:
         from quantkit.kernels.triton.moments import add_squares_
 
         add_squares_(sums, x)
@@ -108,7 +132,7 @@ def _add_squares(sums: Tensor, x: Tensor) -> None:
 
 def _add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """sums (in, in) += left^T right over tokens."""
-    if has_kernels(sums):
+    if backend_of(sums) is Backend.TRITON:
         from quantkit.kernels.triton.moments import add_products_
 
         add_products_(sums, left, right)

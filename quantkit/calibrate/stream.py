@@ -15,18 +15,28 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, Sublayer
 from quantkit.arch.ops import linear
-from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, EXPERT_CHUNK, at_once
+from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, EXPERT_CHUNK, at_once, row_slices
 from quantkit.calibrate.hidden_states import CPU, RowStore
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
 
 
-def row_batches(store: RowStore, device: torch.device = CPU) -> Iterator[tuple[int, int]]:
-    """[start, stop) of each batch of rows that ``device`` computes at once, at least one row."""
+def row_batches(
+    store: RowStore, device: torch.device = CPU, rows: tuple[int, int] | None = None
+) -> Iterator[tuple[int, int]]:
+    """[start, stop) of each batch of rows that ``device`` computes at once, at least one row; of the rows [first, last)
+    or of all."""
+    first, last = rows or (0, store.n_rows)
     step = max(1, at_once(BATCH_TOKENS, device) // store.length)
-    for start in range(0, store.n_rows, step):
-        yield start, min(start + step, store.n_rows)
+    for start in range(first, last, step):
+        yield start, min(start + step, last)
+
+
+def sliced_batches(store: RowStore, device: torch.device) -> Iterator[tuple[int, int]]:
+    """`row_batches` of one slice of rows after the other: what a batch computes doesn't depend on who has the slice."""
+    for rows in row_slices(store.n_rows):
+        yield from row_batches(store, device, rows)
 
 
 def embed(embed_rows: Callable[[Tensor], Tensor], tokens: Tensor, store: RowStore) -> None:
@@ -64,9 +74,13 @@ class ExpertTokens:
         return self.bounds[expert + 1] - self.bounds[expert]
 
 
-def expert_hidden(block: ExpertBlock, gate: Tensor, up: Tensor, h: Tensor) -> Tensor:
+Activate = Callable[[Tensor, Tensor], Tensor]
+"""See `ExpertBlock`."""
+
+
+def expert_hidden(activate: Activate, gate: Tensor, up: Tensor, h: Tensor) -> Tensor:
     """Input of an expert's down projection: gate, up (inter, hidden), h (tokens, hidden) -> (tokens, inter)."""
-    return block.activate(linear(h, gate), linear(h, up))
+    return activate(linear(h, gate), linear(h, up))
 
 
 def forward_layer(
@@ -128,10 +142,5 @@ def forward_expert(
     gate, up, down = (weights(names[expert]) for names in (block.gates, block.ups, block.downs))
     chunk = at_once(EXPERT_CHUNK, device)
     for part, share in zip(token.split(chunk), weight.split(chunk), strict=True):
-        hidden = expert_hidden(block, gate, up, h.gather(part).to(device))
-        add_expert_output(hidden, down, part, share, x)
-
-
-def add_expert_output(hidden: Tensor, down: Tensor, token: Tensor, share: Tensor, x: RowStore) -> None:
-    """Add hidden (n, inter) @ down^T, times the gate weights share (n,), to the residual of tokens (n,)."""
-    x.add(token, linear(hidden, down), share)
+        hidden = expert_hidden(block.activate, gate, up, h.gather(part).to(device))
+        x.add(part, linear(hidden, down), share)

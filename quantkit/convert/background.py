@@ -27,6 +27,24 @@ MOST_WAITING = 4
 """Deliveries that may wait: what they hold is GPU memory."""
 
 
+class DirectSource:
+    """Weights that are read when they are asked for, in the processor's memory."""
+
+    def __init__(self, source: Fp8Source) -> None:
+        self._source = source
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """See `TensorSource.infos`."""
+        return self._source.infos()
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Nothing is read ahead."""
+
+    def read(self, name: str) -> Tensor:
+        """The decoded tensor. Raises `SourceError` as the source does."""
+        return self._source.read(name)
+
+
 class AheadSource:
     """Weights on the device that computes. Those that were announced are read ahead by threads; for a GPU into
     page-locked memory, copied, decoded and checked on streams of the threads' own."""

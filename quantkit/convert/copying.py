@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from quantkit.convert.conversion import Conversion
 from quantkit.convert.events import CopyDone
-from quantkit.convert.walk import Walk
 from quantkit.errors import SchemeError
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.decide import Action, Decision
@@ -15,11 +15,11 @@ from quantkit.plan.targets import Sink
 from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor
 
 
-def copy_kept(walk: Walk, layer: int | None) -> None:
+def copy_kept(conversion: Conversion, layer: int | None) -> None:
     """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them."""
-    source, parts = walk.source, walk.arch.parts()
+    source, parts = conversion.source, conversion.arch.parts()
     tensors = nbytes = 0
-    for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True):
+    for output, sink in zip(conversion.plan.outputs, conversion.sinks, strict=True):
         for name, decision in output.decisions.items():
             if decision.spec.layer != layer or decision.action is not Action.KEEP:
                 continue
@@ -32,17 +32,19 @@ def copy_kept(walk: Walk, layer: int | None) -> None:
                 _copy_rows(source, sink, name)
             tensors += 1
             nbytes += decision.source_nbytes
-    walk.on_event(CopyDone(tensors, nbytes))
+    conversion.on_event(CopyDone(tensors, nbytes))
 
 
-def quantize_tables(walk: Walk, layer: int | None) -> list[tuple[int, str, QuantError]]:
+def quantize_tables(conversion: Conversion, layer: int | None) -> list[tuple[int, str, QuantError]]:
     """Quantise the matrices of one layer (None: the vocabulary's) whose inputs are not calibrated, rows at a time ->
     output, name and error of each."""
     records: list[tuple[int, str, QuantError]] = []
-    for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
+    for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
         for name, decision in output.decisions.items():
             if decision.spec.layer == layer and decision.action is Action.QUANTIZE and decision.spec.table:
-                records.append((number, name, _quantize_rows(walk.source, sink, name, decision, walk.machine.device)))
+                records.append(
+                    (number, name, _quantize_rows(conversion.source, sink, name, decision, conversion.machine.device))
+                )
     return records
 
 

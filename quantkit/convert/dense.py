@@ -1,73 +1,138 @@
 """Dense blocks of a layer: stage by stage over batches of rows, each stage's statistics taken with the earlier stages'
-quantised weights."""
+quantised weights.
+
+The unit of work is one input group: `quantize_group` turns its statistics and weights into what the outputs store.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, InputGroup, Stage
 from quantkit.arch.ops import linear
+from quantkit.calibrate.chunk_sizes import row_slices
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.inputs import InputMoments, Inputs
-from quantkit.calibrate.stream import row_batches
-from quantkit.convert.layer_job import LayerJob
-from quantkit.convert.outputs import Linears, any_quantised, any_wanted, needs_inputs, quantize_linears
+from quantkit.calibrate.inputs import InputMoments, Inputs, combined
+from quantkit.calibrate.stream import row_batches, sliced_batches
+from quantkit.convert.layer_job import LayerJob, LayerSink
+from quantkit.convert.outputs import (
+    Importance,
+    Linears,
+    OutputChoice,
+    Quantised,
+    any_quantised,
+    any_wanted,
+    importance_of,
+    needs_inputs,
+    of_first_output,
+    quantize_linears,
+)
 
 
-def quantize_dense(job: LayerJob, block: DenseBlock) -> None:
+@dataclass(frozen=True, slots=True)
+class GroupTask:
+    """Linears that read the same. ``kept``: those whose original every output keeps, at most the importance of their
+    inputs is wanted; ``linears``: the others; ``stats``: what is known of their inputs, None: nothing. The statistics
+    are used up: their memory becomes that of the factor."""
+
+    linears: tuple[Linears, ...]
+    kept: tuple[str, ...]
+    stats: Inputs | None
+    outputs: tuple[OutputChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """What the outputs store of an input group."""
+
+    quantised: tuple[Quantised, ...]
+    importance: tuple[Importance, ...]
+
+
+def quantize_group(task: GroupTask) -> GroupResult:
+    """Quantise linears that read the same, for every output."""
+    importance: tuple[Importance, ...] = ()
+    if task.stats is not None:
+        importance = importance_of(task.outputs, task.linears, task.stats, task.kept)
+    made = quantize_linears(task.outputs, task.linears, task.stats) if task.linears else ()
+    return GroupResult(made, importance)
+
+
+def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink) -> None:
     """Quantise the block's linears stage by stage, and carry the streams through it."""
-    context = job.new_rows(job.weights.shape(block.output)[1])
+    context = job.hidden.new_rows(job.weights.shape(block.output)[1])
     for stage in block.stages:
         last = stage is block.stages[-1]
         if not (last or any(any_wanted(job.outputs, group.linears) for group in stage.groups)):
             continue
         moments = _moments_of_stage(job, stage, block.output, context if last else None)
-        for group, sums in zip(stage.groups, moments, strict=True):
-            quantize_group(job, group, sums.stats())
+        for group, sums in zip(stage.groups, moments, strict=True) if moments else ():
+            apply_group(job, quantize_group(group_task(job, group, sums.stats())), sink)
     weights, *_ = job.weights.by_stream(len(job.hidden.stores()))
     _add_output(weights(block.output), job.hidden.x, context)
     context.close()
     job.weights.forget()
 
 
+def group_task(job: LayerJob, group: InputGroup, stats: Inputs | None) -> GroupTask:
+    """The work on one input group, its weights read."""
+    batch = 1 if stats is None else len(stats.importance)
+    linears = tuple(
+        Linears((name,), _in_matrices(job.weights.read(name), batch))
+        for name in group.linears
+        if any_quantised(job.outputs, (name,))
+    )
+    quantised = {name for one in linears for name in one.names}
+    return GroupTask(linears, tuple(name for name in group.linears if name not in quantised), stats, job.outputs)
+
+
+def apply_group(job: LayerJob, result: GroupResult, sink: LayerSink) -> None:
+    """Hand the results over, and let the calibrated stream compute with those of the first output."""
+    for one in result.importance:
+        sink.write_importance(one)
+    for made in result.quantised:
+        sink.write(made)
+    for made in of_first_output(result.quantised):
+        job.weights.carry(made.names[0], made.batch)
+
+
 def _moments_of_stage(job: LayerJob, stage: Stage, output: str, context: RowStore | None) -> list[InputMoments]:
-    """The moments of each group's inputs over all rows. In the last stage ``context`` keeps what the output projection
-    reads of the calibrated stream, until that is quantised; the original stream takes its own at once."""
+    """The moments of each group's inputs over all rows; none if no output wants them. In the last stage ``context``
+    keeps what the output projection reads of the calibrated stream, until that is quantised; the unquantised stream
+    takes its own at once."""
+    follows = len(job.hidden.stores()) == 2
+    original_output = job.weights.original(output) if context is not None and follows else None
+    slices = row_slices(job.hidden.x.n_rows)
+    return combined(_moments_of_rows(job, stage, rows, original_output, context) for rows in slices)
+
+
+def _moments_of_rows(
+    job: LayerJob, stage: Stage, rows: tuple[int, int], original_output: Tensor | None, context: RowStore | None
+) -> list[InputMoments]:
+    """The same for one slice of rows, its sums from zero on."""
     stores = job.hidden.stores()
-    original_output = job.weights.original(output) if context is not None and len(stores) == 2 else None
     needed = any(any_wanted(job.outputs, group.linears) for group in stage.groups)
     moments: list[InputMoments] = []
-    for start, stop in row_batches(job.hidden.x, job.device):
-        rows = [store.read(start, stop).to(job.device) for store in stores]
+    for start, stop in row_batches(job.hidden.x, job.device, rows):
+        x = [store.read(start, stop).to(job.device) for store in stores]
         own, *others = (
-            stage.inputs(weights, x) for weights, x in zip(job.weights.by_stream(len(stores)), rows, strict=True)
+            stage.inputs(weights, one) for weights, one in zip(job.weights.by_stream(len(stores)), x, strict=True)
         )
-        moments = moments or [
-            InputMoments.like(x, cross=bool(others), full=needs_inputs(job.outputs, group.linears))
-            for x, group in zip(own, stage.groups, strict=True)
-        ]
-        for number, sums in enumerate(moments if needed else ()):
+        if needed and not moments:
+            moments = [
+                InputMoments.like(inputs, cross=bool(others), full=needs_inputs(job.outputs, group.linears))
+                for inputs, group in zip(own, stage.groups, strict=True)
+            ]
+        for number, sums in enumerate(moments):
             sums.add(own[number], others[0][number] if others else None)
         if context is not None:
             context.write(start, own[0])
         if original_output is not None:
             (_, original) = stores
-            original.write(start, rows[1] + linear(others[0][0], original_output).view_as(rows[1]))
+            original.write(start, x[1] + linear(others[0][0], original_output).view_as(x[1]))
     return moments
-
-
-def quantize_group(job: LayerJob, group: InputGroup, stats: Inputs | None) -> None:
-    """Quantise linears that read the same, and let the quantised stream compute with them."""
-    if stats is not None:
-        _note_importance(job, group.linears, stats)
-    names = tuple(name for name in group.linears if any_quantised(job.outputs, (name,)))
-    if not names:
-        return
-    batch = 1 if stats is None else len(stats.importance)
-    linears = tuple(Linears((name,), _in_matrices(job.weights.read(name), batch)) for name in names)
-    for name, result in zip(names, quantize_linears(job.outputs, linears, stats, job.deliver), strict=True):
-        if result is not None:
-            job.weights.carry(name, result)
 
 
 def _in_matrices(weight: Tensor, count: int) -> Tensor:
@@ -75,16 +140,7 @@ def _in_matrices(weight: Tensor, count: int) -> Tensor:
     return weight.reshape(count, -1, weight.shape[-1])
 
 
-def _note_importance(job: LayerJob, names: tuple[str, ...], stats: Inputs) -> None:
-    """Let the outputs that keep it know what the inputs of dense linears, or of one projection of some experts, are."""
-    if job.streams is None:
-        return
-    for output in job.outputs:
-        for name in filter(output.sink.wants_importance, names):
-            output.sink.write_importance(name, stats.importance, stats.n_tokens)
-
-
 def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
-    for start, stop in row_batches(store, weight.device):
+    for start, stop in sliced_batches(store, weight.device):
         rows, inputs = (part.read(start, stop).to(weight.device) for part in (store, context))
         store.write(start, rows + linear(inputs, weight))

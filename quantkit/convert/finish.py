@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from quantkit.calibrate.dataset import TokenRows, eval_windows
+from quantkit.convert.conversion import Conversion
 from quantkit.convert.events import (
     ExpertTokenStats,
     Finished,
@@ -22,10 +23,9 @@ from quantkit.convert.events import (
     ValidationProgress,
 )  # fmt: skip
 from quantkit.convert.folder import OutputFolder
-from quantkit.convert.walk import Walk
 from quantkit.documents.conversion import (
     CalibrationFile,
-    Conversion,
+    ConversionDocument,
     LinearRecord,
     StoredRole,
     ValidationResult,
@@ -56,7 +56,7 @@ def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
     return path
 
 
-def finish(walk: Walk, header: JobHeader, rows: TokenRows | None, base_dir: Path, *, resumed: bool) -> Report:
+def finish(walk: Conversion, header: JobHeader, rows: TokenRows | None, base_dir: Path, *, resumed: bool) -> Report:
     """Complete, validate and publish every output."""
     reports: list[OutputReport] = []
     for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
@@ -109,14 +109,14 @@ def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, st
     return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
 
 
-def _write_side_files(walk: Walk, output: OutputPlan, directory: Path) -> None:
+def _write_side_files(walk: Conversion, output: OutputPlan, directory: Path) -> None:
     dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
     output.target.write_side_files(
         directory, walk.source.directory, walk.source.config, output.planned, mtp=not dropped
     )
 
 
-def _validate(walk: Walk, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
+def _validate(walk: Conversion, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
     """Score the files that were written, read back from the disk, against the source."""
     wanted = walk.plan.recipe.validation
     if wanted is None:
@@ -144,16 +144,16 @@ def _result(output: OutputPlan, wanted: Validation, scores: ValidationScores) ->
 
 
 def _document(
-    walk: Walk,
+    walk: Conversion,
     output: OutputPlan,
     header: JobHeader,
     rows: TokenRows | None,
     records: Mapping[str, TensorRecord],
     hashes: Mapping[str, str],
     result: ValidationResult | None,
-) -> Conversion:
+) -> ConversionDocument:
     """quantkit.json."""
-    return Conversion(
+    return ConversionDocument(
         quantkit=__version__,
         job=header,
         recipe=walk.plan.recipe.model_dump(mode="json", exclude_none=True),
@@ -196,7 +196,7 @@ def _linear_record(scheme: Scheme, record: TensorRecord | None) -> LinearRecord:
     )
 
 
-def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
+def _card(walk: Conversion, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
     recipe = walk.plan.recipe.model_dump(mode="json", exclude_none=True)
     measured: dict[str, str] = {}
     if result is not None:
@@ -224,7 +224,7 @@ def _card(walk: Walk, output: OutputPlan, directory: Path, result: ValidationRes
 
 
 def _output_report(
-    walk: Walk, output: OutputPlan, records: Mapping[str, TensorRecord], result: ValidationResult | None
+    walk: Conversion, output: OutputPlan, records: Mapping[str, TensorRecord], result: ValidationResult | None
 ) -> OutputReport:
     several = len(walk.plan.outputs) > 1
     path = walk.folder.out / output.output.name if several else walk.folder.out

@@ -7,6 +7,7 @@ long has passed as the last saving took; an interrupted run then repeats the lay
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,12 @@ SAVING_PAUSE = 10
 @dataclass(frozen=True, slots=True)
 class Streams:
     """The hidden states at a layer's border. ``original``: the same tokens through the unquantised model, if a method
-    follows it."""
+    follows it. ``new_rows(width)``: makes a store for something else of all tokens, in memory or on disk, that lives
+    within one layer."""
 
     x: RowStore
     original: RowStore | None
+    new_rows: Callable[[int], RowStore]
 
     def stores(self) -> tuple[RowStore, ...]:
         """Both, or the one."""
@@ -67,11 +70,7 @@ class StreamFiles:
             tokens = torch.from_numpy(rows.tokens).long()
             for store in stores:
                 embed(lambda ids: source.read_rows(arch.embed, ids.tolist()).float(), tokens, store)
-        return Streams(stores[0], stores[1] if self._count > 1 else None)
-
-    def scratch(self, width: int) -> RowStore:
-        """A store for all tokens that lives within one layer."""
-        return self._stores.new(*self._shape, width, self._scratch_dtype)
+        return Streams(stores[0], stores[1] if self._count > 1 else None, self._scratch)
 
     def due(self) -> bool:
         """Whether the next border is to be saved."""
@@ -96,6 +95,9 @@ class StreamFiles:
         for path in sorted(self._folder.glob("layer-*-stream-*.f32")):
             if path not in kept:
                 path.unlink()
+
+    def _scratch(self, width: int) -> RowStore:
+        return self._stores.new(*self._shape, width, self._scratch_dtype)
 
     def _path(self, layer: int, number: int) -> Path:
         return self._folder / f"layer-{layer}-stream-{number}.f32"

@@ -1,21 +1,32 @@
-"""One decoder layer: calibrate, quantise, hand over and carry the hidden states on."""
+"""One decoder layer: calibrate, quantise, hand over, and carry the hidden states on.
+
+The work itself is `quantize_group` and `quantize_experts`, which change nothing. Here their tasks are made, and their
+results applied in the order of the tensors.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+import torch
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
-from quantkit.convert.dense import quantize_dense, quantize_group
-from quantkit.convert.experts import expert_batches, linears_of, quantize_experts, route
-from quantkit.convert.layer_job import LayerJob
-from quantkit.convert.outputs import any_quantised, quantize_linears
+from quantkit.calibrate.hidden_states import RowStore
+from quantkit.calibrate.imatrix_file import ImportanceFile
+from quantkit.convert.dense import GroupTask, apply_group, group_task, quantize_dense, quantize_group
+from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
+from quantkit.convert.layer_job import ExpertCounts, LayerJob, LayerSink
+from quantkit.convert.outputs import Linears, any_quantised
+from quantkit.convert.routing import Routes, route
 
 
-def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...]) -> None:
-    """Quantise and write every linear of the layer that some output quantises, and carry the streams through it in
-    place."""
+def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSink) -> dict[str, list[ExpertCounts]]:
+    """Quantise every linear of the layer that some output quantises, hand it to ``sink``, and carry the streams through
+    the layer in place. Returns what the router gave each expert, by block."""
     batches = _expert_weights(job, (block for sublayer in sublayers for block in sublayer))
-    job.expect([name for names, experts in batches for name in _chosen(names, experts)])
+    job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
+    counts: dict[str, list[ExpertCounts]] = {}
     for sublayer in sublayers:
         # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x
         # first.
@@ -24,29 +35,105 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...]) -> None:
         assert len(dense) <= 1, "a second dense block would read what the first has added"
         for block in dense:
             names = (name for stage in block.stages for group in stage.groups for name in group.linears)
-            job.on_stage(block.name, sum(name in job.outputs[0].methods for name in names))
-            quantize_dense(job, block)
+            sink.begin(block.name, sum(name in job.outputs[0].methods for name in names))
+            quantize_dense(job, block, sink)
         for block, routes in routed:
-            job.on_stage(block.name, 3 * block.n_experts)
-            quantize_experts(job, block, routes)
+            sink.begin(block.name, 3 * block.n_experts)
+            counts[block.name] = routes.counts()
+            for experts in expert_batches(job, block):
+                # Neither task nor result has a name here: both are free before the next batch is read.
+                _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts)), sink)
+            routes.close()
+    return counts
 
 
-def quantize_without_inputs(job: LayerJob, blocks: tuple[Block, ...]) -> None:
-    """The same for a data-free conversion: no hidden states, each linear alone."""
+def quantize_without_inputs(
+    job: LayerJob, blocks: tuple[Block, ...], sink: LayerSink, importance: ImportanceFile | None
+) -> None:
+    """Quantise every linear of the layer alone, without hidden states. ``importance``: an imatrix file that knows
+    something of their inputs."""
     batches = [
         (names, experts)
         for names, experts in _expert_weights(job, blocks)
         if any_quantised(job.outputs, _chosen(names, experts))
     ]
-    job.expect([name for names, experts in batches for name in _chosen(names, experts)])
+    job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
     for block in blocks:
         if isinstance(block, DenseBlock):
             for name in (name for stage in block.stages for group in stage.groups for name in group.linears):
-                quantize_group(job, InputGroup((name,)), job.importance((name,)))
+                stats = None if importance is None else importance.of((name,), job.device)
+                apply_group(job, quantize_group(group_task(job, InputGroup((name,)), stats)), sink)
             job.weights.forget()
     for names, experts in batches:
         linears = linears_of(job, names, experts)
-        quantize_linears(job.outputs, (linears,), job.importance(linears.names), job.deliver)
+        stats = None if importance is None else importance.of(linears.names, job.device)
+        for made in quantize_group(GroupTask((linears,), (), stats, job.outputs)).quantised:
+            sink.write(made)
+
+
+def expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ...]]:
+    """Experts that every output treats alike, at most ``experts_at_once`` together."""
+
+    def treatment(expert: int) -> tuple[object, ...]:
+        names = (block.gates[expert], block.ups[expert], block.downs[expert])
+        return tuple(output.methods.get(name) for output in job.outputs for name in names)
+
+    for _, alike in groupby(range(block.n_experts), key=treatment):
+        experts = tuple(alike)
+        for start in range(0, len(experts), job.experts_at_once):
+            yield experts[start : start + job.experts_at_once]
+
+
+def linears_of(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) -> Linears:
+    """One projection of some experts, (B, out, in): bfloat16 if the streams compute with all of them in it, else
+    float32."""
+    chosen = _chosen(names, experts)
+    wide = any(job.weights.dtype(name) == torch.float32 for name in chosen)
+    dtype = torch.float32 if wide else torch.bfloat16
+    weight = torch.empty(len(chosen), *job.weights.shape(chosen[0]), device=job.device, dtype=dtype)
+    for one, name in zip(weight, chosen, strict=True):
+        one.copy_(job.weights.from_source(name))
+    return Linears(chosen, weight)
+
+
+def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tuple[int, ...]) -> ExpertsTask:
+    gate, up, down = (linears_of(job, names, experts) for names in (block.gates, block.ups, block.downs))
+    return ExpertsTask(
+        gate=gate,
+        up=up,
+        down=down,
+        activate=block.activate,
+        outputs=job.outputs,
+        calibrated=routes.calibrated(experts),
+        unquantised=routes.unquantised(experts),
+        pooled=routes.pooled,
+        carries_quantised=job.weights.carries_quantised,
+    )
+
+
+def _apply_experts(job: LayerJob, result: ExpertsResult, sink: LayerSink) -> None:
+    """Carry the streams through a batch of experts, and hand over what the outputs store of them."""
+    _add_outputs(job.hidden.x, result.calibrated)
+    if result.unquantised is not None and job.hidden.original is not None:
+        _add_outputs(job.hidden.original, result.unquantised)
+    for one in result.importance:
+        sink.write_importance(one)
+    for made in result.quantised:
+        sink.write(made)
+
+
+def _add_outputs(store: RowStore, outputs: ExpertOutputs) -> None:
+    for change in outputs.changes():
+        store.add(change.tokens, change.values, change.shares)
+
+
+def linears_in(blocks: Iterable[Block]) -> Iterator[str]:
+    """Names of every linear of some blocks, of parts as well as of the linears that they belong to."""
+    for block in blocks:
+        if isinstance(block, ExpertBlock):
+            yield from (*block.gates, *block.ups, *block.downs)
+        else:
+            yield from (name for stage in block.stages for group in stage.groups for name in group.linears)
 
 
 def _expert_weights(job: LayerJob, blocks: Iterable[Block]) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:

@@ -1,20 +1,19 @@
-"""What quantising one decoder layer needs, in one place for its dense blocks and its routed experts."""
+"""What quantising one decoder layer needs, for its dense blocks and its routed experts alike, and who takes the
+results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.inputs import InputImportance
 from quantkit.convert.hidden import Streams
-from quantkit.convert.outputs import Deliver, OutputJob
+from quantkit.convert.outputs import Importance, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ExpertCounts:
     """What the router gave an expert: tokens, the sum of their gate weights, and tokens borrowed because there were too
     few."""
@@ -26,32 +25,39 @@ class ExpertCounts:
 
 @dataclass(frozen=True, slots=True)
 class LayerJob:
-    """Everything one layer needs. ``new_rows(width)`` makes a scratch store for all tokens, in memory or on disk.
+    """One layer. ``streams``: the hidden states, None in a data-free conversion. ``experts_at_once``: how many experts
+    of one shape are one batch. ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to
+    choosing them, for the statistics only."""
 
-    ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to choosing them, for the statistics
-    only.
-    ``deliver``: takes what was made to the sinks, now or later.
-    ``expect(names)``: hears which weights of routed experts will be read next.
-    ``streams`` is None in a data-free conversion. ``experts_at_once``: how many experts of one shape are one batch.
-    ``importance(names)``: what an imatrix file knows of the inputs of linears of one shape, on the device, for
-    conversions without streams.
-    """
-
-    outputs: tuple[OutputJob, ...]
+    outputs: tuple[OutputChoice, ...]
     weights: LayerWeights
     streams: Streams | None
-    new_rows: Callable[[int], RowStore]
-    deliver: Deliver
-    on_stage: Callable[[str, int], None]
-    device: torch.device
     experts_at_once: int
     min_expert_tokens: int
-    expect: Callable[[list[str]], None] = lambda names: None
-    importance: Callable[[tuple[str, ...]], InputImportance | None] = lambda names: None
-    counts: dict[str, list[ExpertCounts]] = field(default_factory=dict[str, list[ExpertCounts]])
+
+    @property
+    def device(self) -> torch.device:
+        """What computes."""
+        return self.weights.device
 
     @property
     def hidden(self) -> Streams:
         """The streams of a calibrated layer."""
         assert self.streams is not None, "a data-free layer has no hidden states"
         return self.streams
+
+
+class LayerSink(Protocol):
+    """Takes the results of one layer in the order of its tensors."""
+
+    def begin(self, block: str, total: int) -> None:
+        """A block begins, of which the first output will be given so many tensors."""
+        ...
+
+    def write(self, made: Quantised) -> None:
+        """What one output stores of some linears. May return before it is written."""
+        ...
+
+    def write_importance(self, importance: Importance) -> None:
+        """What the inputs of a linear are, for the outputs that keep it."""
+        ...

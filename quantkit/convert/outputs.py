@@ -1,8 +1,9 @@
-"""The outputs of one walk: which linears each quantises how, and where the results go."""
+"""How the outputs of one conversion store a layer's linears, and the pure function that quantises them for all of
+them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,22 +11,18 @@ from torch import Tensor
 
 from quantkit.calibrate.inputs import Inputs, InputStats
 from quantkit.errors import CalibrationError, SchemeError
-from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch, Quantizer
 from quantkit.schemes import ChosenScheme
 
-Deliver = Callable[[int, QuantizedBatch, tuple[str, ...], tuple[int, ...]], None]
-"""(number of the output, what was made, names of the linears, tokens that each saw) -> to the output's sink."""
-
 
 @dataclass(frozen=True, slots=True)
-class OutputJob:
-    """One output. ``methods``: how each quantised linear is to be stored and chosen; other tensors are kept or
-    dropped."""
+class OutputChoice:
+    """How one output stores the linears of a layer. ``methods``: scheme and method of each that it quantises, others it
+    keeps or drops; ``importance``: those of which it keeps the importance of their inputs."""
 
     methods: Mapping[str, tuple[ChosenScheme, Method]]
-    sink: Sink
+    importance: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +34,39 @@ class Linears:
     weight: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """What output number ``output`` stores of some `Linears`. ``n_tokens``: those that each saw."""
+
+    output: int
+    names: tuple[str, ...]
+    batch: QuantizedBatch
+    n_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """What the linear ``name`` reads: importance (B, in) float32, mean squares over ``n_tokens``; B = 1 or its
+    heads."""
+
+    name: str
+    importance: Tensor
+    n_tokens: tuple[int, ...]
+
+
 def quantize_linears(
-    outputs: tuple[OutputJob, ...],
+    outputs: tuple[OutputChoice, ...],
     group: tuple[Linears, ...],
     stats: Inputs | None,
-    deliver: Deliver,
     shrink: Callable[[Inputs, Method], Inputs] = lambda stats, method: stats,
-) -> tuple[QuantizedBatch | None, ...]:
-    """Quantise linears that the same inputs feed, for every output, and ``deliver`` them.
+) -> tuple[Quantised, ...]:
+    """Quantise linears that the same inputs feed, for every output.
 
-    The factor of a method is made once for the group. Returns what the first output made of each, None where it keeps
-    the original. ``shrink(stats, method)``: pulls the statistics of few tokens as the method asks for, in place; what
-    one method is given does not depend on the others. ``stats`` is overwritten.
+    The factor of a method is made once for the group. ``shrink(stats, method)``: pulls the statistics of few tokens as
+    the method asks for, in place; what one method is given does not depend on the others. ``stats`` is overwritten.
     """
-    first: list[QuantizedBatch | None] = [None] * len(group)
-    work: dict[Method, dict[tuple[int, ChosenScheme], list[int]]] = {}
-    for number, output in enumerate(outputs):
-        for position, linears in enumerate(group):
-            if linears.names[0] in output.methods:
-                scheme, method = output.methods[linears.names[0]]
-                work.setdefault(method, {}).setdefault((number, scheme), []).append(position)
+    made: list[Quantised] = []
+    work = _by_method(outputs, group)
     # Methods overwrite what they are given, the last one may: so the one with a factor comes last.
     methods = sorted(work, key=lambda method: method.needs_inputs)
     for method in methods:
@@ -65,18 +75,56 @@ def quantize_linears(
             quantize = method.quantizer(None if own is None else shrink(own, method))
         except CalibrationError as error:
             raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
-        for (number, scheme), positions in work[method].items():
-            alike = [group[position] for position in positions]
+        for (number, scheme), alike in work[method].items():
             try:
                 batches = _quantized(quantize, alike, scheme)
             except SchemeError as error:
                 raise SchemeError(f"{_largest(alike)}: {error.message}", hint=error.hint) from error
-            for position, linears, batch in zip(positions, alike, batches, strict=True):
-                deliver(number, batch, linears.names, (0,) * len(linears.names) if stats is None else stats.n_tokens)
-                if number == 0:
-                    first[position] = batch
+            for linears, batch in zip(alike, batches, strict=True):
+                n_tokens = (0,) * len(linears.names) if stats is None else stats.n_tokens
+                made.append(Quantised(number, linears.names, batch, n_tokens))
         del own, quantize  # a factor goes before the next is made
-    return tuple(first)
+    return tuple(made)
+
+
+def _by_method(
+    outputs: tuple[OutputChoice, ...], group: tuple[Linears, ...]
+) -> dict[Method, dict[tuple[int, ChosenScheme], list[Linears]]]:
+    """Method -> (number of the output, scheme) -> linears."""
+    work: dict[Method, dict[tuple[int, ChosenScheme], list[Linears]]] = {}
+    for number, output in enumerate(outputs):
+        for linears in group:
+            if linears.names[0] in output.methods:
+                scheme, method = output.methods[linears.names[0]]
+                work.setdefault(method, {}).setdefault((number, scheme), []).append(linears)
+    return work
+
+
+def of_first_output(made: tuple[Quantised, ...]) -> Iterator[Quantised]:
+    """What the first output stores: the calibrated stream computes with that."""
+    return (one for one in made if one.output == 0)
+
+
+def carried_weights(made: tuple[Quantised, ...], group: tuple[Linears, ...]) -> list[Tensor]:
+    """(B, out, in) of each linear: what the first output made of it, float32, or the original where it keeps that."""
+    batches = {one.names: one.batch for one in of_first_output(made)}
+    return [batches[linears.names].decode() if linears.names in batches else linears.weight for linears in group]
+
+
+def importance_of(
+    outputs: tuple[OutputChoice, ...], group: tuple[Linears, ...], stats: Inputs, kept: tuple[str, ...] = ()
+) -> tuple[Importance, ...]:
+    """What the linears of a group, and those of the same inputs that every output keeps, read: copies, for those of
+    which some output wants it."""
+    wanted = frozenset[str]().union(*(output.importance for output in outputs))
+    found: list[Importance] = []
+    for names in (*(linears.names for linears in group), *((name,) for name in kept)):
+        for number, name in enumerate(names):
+            # One name has all rows, its heads; of several names each has one.
+            rows = slice(None) if len(names) == 1 else slice(number, number + 1)
+            if name in wanted:
+                found.append(Importance(name, stats.importance[rows].clone(), stats.n_tokens[rows]))
+    return tuple(found)
 
 
 def _quantized(quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme) -> list[QuantizedBatch]:
@@ -116,17 +164,17 @@ def _copy(stats: Inputs | None) -> Inputs | None:
     return replace(stats, hessian=stats.hessian.clone(), cross=None if stats.cross is None else stats.cross.clone())
 
 
-def any_quantised(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:
+def any_quantised(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
     """Whether some output quantises one of these linears."""
     return any(name in output.methods for output in outputs for name in names)
 
 
-def any_wanted(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:
+def any_wanted(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
     """Whether some output quantises one of these linears, or keeps the importance of its inputs."""
-    return any_quantised(outputs, names) or any(o.sink.wants_importance(name) for o in outputs for name in names)
+    return any_quantised(outputs, names) or any(name in output.importance for output in outputs for name in names)
 
 
-def needs_inputs(outputs: tuple[OutputJob, ...], names: tuple[str, ...]) -> bool:
+def needs_inputs(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
     """Whether some output chooses the numbers of one of these linears with whole second moments of its inputs."""
     methods = (output.methods[name][1] for output in outputs for name in names if name in output.methods)
     return any(method.needs_inputs for method in methods)

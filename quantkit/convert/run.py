@@ -8,9 +8,8 @@ each synced and then recorded in the journal, then the files around the weights,
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,20 +17,21 @@ import torch
 from quantkit.arch.base import Block, ExpertBlock, ModelArch
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.convert.background import AheadSource, Deliveries, foreground
+from quantkit.convert.background import AheadSource, Deliveries, DirectSource, foreground
+from quantkit.convert.conversion import Conversion
 from quantkit.convert.copying import copy_kept, quantize_tables
-from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started, TensorDone
+from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started
 from quantkit.convert.fingerprint import job_header
 from quantkit.convert.finish import finish, result_folder
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
-from quantkit.convert.layer import quantize_layer, quantize_without_inputs
-from quantkit.convert.layer_job import LayerJob
-from quantkit.convert.outputs import Deliver, OutputJob
+from quantkit.convert.layer import linears_in, quantize_layer, quantize_without_inputs
+from quantkit.convert.layer_job import ExpertCounts, LayerJob
+from quantkit.convert.layer_writer import LayerWriter
+from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
-from quantkit.convert.walk import Walk
-from quantkit.convert.weights import LayerWeights
+from quantkit.convert.weights import LayerWeights, WeightSource
 from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.formats.fp8_source import Fp8Source
@@ -42,9 +42,7 @@ from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
-from quantkit.quantizers.batch import QuantizedBatch
-from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError, QuantizedTensor
-from quantkit.tensors import Role
+from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError
 
 
 def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
@@ -69,9 +67,22 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         for sink in sinks:
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores, machine.device, share.device_stores)
-        beside = _threads_beside(stack, opened, machine)
-        walk = Walk(
-            plan, arch, opened, machine, folder, journal, stores, share, sinks, importance, on_event, Timer(), *beside
+        weights, deliveries = _threads_beside(stack, opened, machine)
+        walk = Conversion(
+            plan,
+            arch,
+            opened,
+            machine,
+            folder,
+            journal,
+            stores,
+            share,
+            sinks,
+            importance,
+            on_event,
+            Timer(),
+            weights,
+            deliveries,
         )
         return _run(walk, rows, header, base_dir)
 
@@ -84,12 +95,10 @@ def _open_imatrix(stack: ExitStack, recipe: Recipe, arch: ModelArch, base_dir: P
     return importance
 
 
-def _threads_beside(
-    stack: ExitStack, source: Fp8Source, machine: Machine
-) -> tuple[AheadSource | None, Deliveries | None]:
-    """What reads ahead and what writes, where the computation leaves the processors free."""
+def _threads_beside(stack: ExitStack, source: Fp8Source, machine: Machine) -> tuple[WeightSource, Deliveries | None]:
+    """What reads weights and what writes: beside the computation, where that leaves the processors free."""
     if not _works_beside(machine):
-        return None, None
+        return DirectSource(source), None
     ahead, deliveries = AheadSource(source, machine.device), Deliveries(machine.device)
     stack.callback(ahead.close)
     stack.callback(deliveries.close)
@@ -101,7 +110,7 @@ def _works_beside(machine: Machine) -> bool:
     return machine.device.type == "cuda"
 
 
-def _run(walk: Walk, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
+def _run(walk: Conversion, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
     resumed = bool(walk.journal.entries)
     layers = _layers(walk.plan)
     _rewind(walk, calibrated=rows is not None)
@@ -134,14 +143,14 @@ def _run(walk: Walk, rows: TokenRows | None, header: JobHeader, base_dir: Path) 
     return finish(walk, header, rows, base_dir, resumed=resumed)
 
 
-def _scratch_dtype(walk: Walk) -> torch.dtype:
+def _scratch_dtype(walk: Conversion) -> torch.dtype:
     """Of what a block reads, kept for all tokens: float32 if some linears of the source compute in it anywhere."""
     infos = walk.source.infos()
     stored = {infos[spec.name].dtype for spec in walk.arch.tensors() if spec.linear and spec.name in infos}
     return walk.machine.scratch_dtype if stored == {"BF16"} else torch.float32
 
 
-def _rewind(walk: Walk, *, calibrated: bool) -> None:
+def _rewind(walk: Conversion, *, calibrated: bool) -> None:
     """Take back the layers behind the last saved border, unless all that need hidden states are done."""
     entries = walk.journal.entries
     layers = [entry.layer for entry in walk.journal.layers]
@@ -151,99 +160,60 @@ def _rewind(walk: Walk, *, calibrated: bool) -> None:
     walk.journal.rewind(max(kept, default=0))
 
 
-def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
+def _layer(walk: Conversion, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
     """Quantise one layer, bring it to the disk, and say so in the journal."""
     start = time.monotonic()
     sublayers = walk.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
-    records: list[TensorRecord] = []
-    job = _layer_job(walk, layer, streams, files, blocks, records)
+    job, writer = _layer_job(walk, layer, streams, blocks), LayerWriter(walk, layer)
+    counts: dict[str, list[ExpertCounts]] = {}
     _prefetch(walk, layer + 1)
     _prefetch(walk, layer + 2)
     with walk.timer.stage("layers" if streams is not None else "layers without calibration"):
         if streams is None:
-            quantize_without_inputs(job, blocks)
+            quantize_without_inputs(job, blocks, writer, walk.importance)
         else:
-            quantize_layer(job, sublayers)
+            counts = quantize_layer(job, sublayers, writer)
         if walk.deliveries is not None:
             walk.deliveries.drain()
     with walk.timer.stage("copy"):
         copy_kept(walk, layer)
-        records += _table_records(quantize_tables(walk, layer))
+        records = _table_records([*writer.tensors, *quantize_tables(walk, layer)])
     with walk.timer.stage("sync"):
         _sync(walk)
         # Nothing needs the hidden states behind the last decoder layer.
         saved = streams is not None and layer < walk.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
-        walk.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=_expert_records(job)))
+        experts = _expert_records(counts)
+        walk.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=experts))
         if saved:
             files.forget_before(layer)
     walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
 
 
-def _layer_job(
-    walk: Walk,
-    layer: int,
-    streams: Streams | None,
-    files: StreamFiles,
-    blocks: tuple[Block, ...],
-    records: list[TensorRecord],
-) -> LayerJob:
-    """What a layer needs of the walk. ``records``: see `_deliver`."""
-    device, calibration = walk.machine.device, walk.plan.recipe.calibration
-    carries_quantised = walk.plan.recipe.propagate == "quantized"
+def _layer_job(walk: Conversion, layer: int, streams: Streams | None, blocks: tuple[Block, ...]) -> LayerJob:
+    """What quantising a layer needs of the conversion."""
+    calibration = walk.plan.recipe.calibration
+    names = tuple(linears_in(blocks)) if streams is not None else ()
+    pairs = zip(walk.plan.outputs, walk.sinks, strict=True)
     return LayerJob(
         outputs=tuple(
-            OutputJob(_methods(output), sink) for output, sink in zip(walk.plan.outputs, walk.sinks, strict=True)
+            OutputChoice(_methods(output, layer), frozenset(filter(sink.wants_importance, names)))
+            for output, sink in pairs
         ),
         weights=LayerWeights(
-            walk.source if walk.ahead is None else walk.ahead,
+            walk.weights,
             walk.arch.parts(),
-            carries_quantised=carries_quantised,
+            carries_quantised=walk.plan.recipe.propagate == "quantized",
             cache_bytes=walk.share.cache,
-            device=device,
+            device=walk.machine.device,
+            narrow=walk.machine.scratch_dtype,
         ),
         streams=streams,
-        new_rows=files.scratch,
-        deliver=_deliver(walk, records),
-        on_stage=lambda stage, total: walk.on_event(StageStarted(stage, layer, total)),
-        device=device,
         experts_at_once=_experts_at_once(walk, blocks),
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
-        expect=(lambda names: None) if walk.ahead is None else walk.ahead.expect,
-        importance=(lambda names: None) if walk.importance is None else partial(walk.importance.of, device=device),
     )
-
-
-def _deliver(walk: Walk, records: list[TensorRecord]) -> Deliver:
-    """What writes quantised linears, at once or beside the computation. ``records`` fills with what the journal says of
-    each."""
-
-    def write(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
-        for tensor in batch.tensors(names, n_tokens):
-            walk.sinks[output].write(tensor)
-            records.append(_record(output, tensor.name, _told(walk, output, tensor)))
-            if output == 0:
-                nbytes = walk.plan.decision(tensor.name).source_nbytes
-                walk.on_event(TensorDone(tensor.name, tensor.error.relative_loss, nbytes))
-
-    deliveries = walk.deliveries
-    if deliveries is None:
-        return write
-
-    def later(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
-        deliveries.submit(partial(write, output, batch, names, n_tokens))
-
-    return later
-
-
-def _told(walk: Walk, output: int, tensor: QuantizedTensor) -> QuantError:
-    """The error of a linear, which also says if an imatrix file was to weigh it, but does not know it."""
-    mtp = walk.plan.outputs[output].decisions[tensor.name].spec.role is Role.MTP
-    if walk.importance is None or mtp or not walk.importance.lacks(tensor.name):
-        return tensor.error
-    return replace(tensor.error, fallback="not in the imatrix: all inputs count alike")
 
 
 def _record(output: int, name: str, error: QuantError) -> TensorRecord:
@@ -255,11 +225,11 @@ def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[TensorReco
     return [_record(*table) for table in tables]
 
 
-def _expert_records(job: LayerJob) -> dict[str, tuple[ExpertRecord, ...]]:
+def _expert_records(counts_by_block: Mapping[str, list[ExpertCounts]]) -> dict[str, tuple[ExpertRecord, ...]]:
     """What the journal says of each routed expert, by block."""
     return {
         name: tuple(ExpertRecord(count.n_tokens, count.gate_weight, count.borrowed) for count in counts)
-        for name, counts in job.counts.items()
+        for name, counts in counts_by_block.items()
     }
 
 
@@ -269,16 +239,19 @@ def _layers(plan: Plan) -> list[int]:
     return sorted({d.spec.layer for d in decisions if d.spec.layer is not None})
 
 
-def _methods(output: OutputPlan) -> dict[str, tuple[ChosenScheme, Method]]:
-    """Scheme and method of every linear that an output quantises."""
+def _methods(output: OutputPlan, layer: int) -> dict[str, tuple[ChosenScheme, Method]]:
+    """Scheme and method of every linear of a layer that an output quantises."""
     return {
         name: (decision.scheme, decision.method)
         for name, decision in output.decisions.items()
-        if decision.scheme is not None and not isinstance(decision.scheme, Float8Scheme) and decision.method is not None
+        if decision.spec.layer == layer
+        and decision.scheme is not None
+        and not isinstance(decision.scheme, Float8Scheme)
+        and decision.method is not None
     }
 
 
-def _experts_at_once(walk: Walk, blocks: tuple[Block, ...]) -> int:
+def _experts_at_once(walk: Conversion, blocks: tuple[Block, ...]) -> int:
     routed = [block for block in blocks if isinstance(block, ExpertBlock)]
     if not routed:
         return 1
@@ -286,14 +259,14 @@ def _experts_at_once(walk: Walk, blocks: tuple[Block, ...]) -> int:
     return walk.share.experts_at_once(walk.arch, inter)
 
 
-def _prefetch(walk: Walk, layer: int) -> None:
+def _prefetch(walk: Conversion, layer: int) -> None:
     """Let the kernel read the next layer's bytes while this one is computed."""
     decisions = walk.plan.outputs[0].decisions.values()
     names = dict.fromkeys(decision.spec.official for decision in decisions if decision.spec.layer == layer)
     walk.source.prefetch(list(names))
 
 
-def _sync(walk: Walk) -> None:
+def _sync(walk: Conversion) -> None:
     for sink in walk.sinks:
         sink.sync()
 

@@ -1,12 +1,12 @@
 """The weights of one layer on demand: original ones from the source, carried ones as the first output stores them.
 
-The streams compute in float32; on a GPU with kernels, linears whose source is BF16 (or FP8, which decodes to it)
+The streams compute in float32; on a GPU with Triton, linears whose source is BF16 (or FP8, which decodes to it)
 compute in bfloat16, as runtimes do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantkit.arch.base import LinearPart
 from quantkit.calibrate.weight_cache import WeightCache
-from quantkit.kernels.backend import has_kernels
 from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.tensors import TensorInfo
 
@@ -24,6 +23,7 @@ class WeightSource(Protocol):
 
     def infos(self) -> Mapping[str, TensorInfo]: ...
     def read(self, name: str) -> Tensor: ...
+    def expect(self, names: Sequence[str]) -> None: ...
 
 
 class LayerWeights:
@@ -32,7 +32,7 @@ class LayerWeights:
     Dense linears are asked for once a batch of rows, so the latest of each stream are kept up to half of
     ``cache_bytes``.
     Quantised linears are held as stored and decoded when asked for; one that was quantised in ``parts`` is put
-    together.
+    together. ``narrow``: the dtype in which the streams compute with a source in BF16; with any other, in float32.
     """
 
     def __init__(
@@ -43,12 +43,13 @@ class LayerWeights:
         carries_quantised: bool,
         cache_bytes: int,
         device: torch.device,
+        narrow: torch.dtype,
     ) -> None:
         self.carries_quantised = carries_quantised
         self._parts = parts
         self._source = source
-        self._device = device
-        self._keeps_bf16 = has_kernels(torch.empty(0, device=device))
+        self.device = device
+        self._narrow = narrow
         self._batches: dict[str, QuantizedBatch] = {}
         self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
         self._original = WeightCache(self._computed, cache_bytes // 2)
@@ -58,13 +59,17 @@ class LayerWeights:
         """Shape of a tensor, from the headers."""
         return self._source.infos()[name].shape
 
+    def expect(self, names: Sequence[str]) -> None:
+        """These tensors will be read next, in this order, by `from_source`."""
+        self._source.expect(names)
+
     def read(self, name: str) -> Tensor:
         """The source's weight, or a part (heads, out, in) of it, float32 on the device, not kept: for weights that are
         asked for once."""
         part = self._parts.get(name)
         if part is not None:
             return part.take(self.original(part.whole).float())
-        return self._source.read(name).to(self._device).float()
+        return self._source.read(name).to(self.device).float()
 
     def from_source(self, name: str) -> Tensor:
         """The source's weight in the dtype that the source shows (FP8 as bfloat16), wherever it lies, not kept."""
@@ -73,7 +78,7 @@ class LayerWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """In which the streams compute with this tensor."""
-        return torch.bfloat16 if self._keeps_bf16 and self._source.infos()[name].dtype == "BF16" else torch.float32
+        return self._narrow if self._source.infos()[name].dtype == "BF16" else torch.float32
 
     def original(self, name: str) -> Tensor:
         """The source's weight on the device."""
@@ -96,7 +101,7 @@ class LayerWeights:
             self._carried.forget()
 
     def _computed(self, name: str) -> Tensor:
-        return self._source.read(name).to(self._device, self.dtype(name))
+        return self._source.read(name).to(self.device, self.dtype(name))
 
     def _decoded(self, name: str) -> Tensor:
         if name in self._batches:

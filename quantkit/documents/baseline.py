@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from quantkit.documents.conversion import Conversion
+from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import Evaluation
 from quantkit.documents.json_text import json_text
 from quantkit.documents.values import DocumentPart, Number
@@ -22,7 +22,7 @@ class ConversionLosses(DocumentPart):
     """relative_loss of each linear, four significant digits; null for one that was no number."""
 
     @classmethod
-    def of(cls, conversion: Conversion) -> ConversionLosses:
+    def of(cls, conversion: ConversionDocument) -> ConversionLosses:
         """The losses in a quantkit.json."""
         calibration = conversion.recipe.get("calibration")
         settings = calibration if isinstance(calibration, dict) else None

@@ -93,7 +93,7 @@ class LinearRecord(DocumentPart):
     """Missing where there was none."""
 
 
-class Conversion(DocumentPart):
+class ConversionDocument(DocumentPart):
     """The whole document."""
 
     quantkit: str

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from quantkit.documents.conversion import Conversion
+from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import Evaluation
 from quantkit.documents.values import DocumentPart
 from quantkit.errors import OutputError
@@ -27,7 +27,7 @@ class DocumentFile:
     """A document and the file it was read from. ``written``: when that file was last changed, UTC."""
 
     path: Path
-    document: Conversion | Evaluation
+    document: ConversionDocument | Evaluation
     written: datetime
 
 
@@ -83,9 +83,9 @@ def _read(path: Path) -> DocumentFile:
         raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
     kind = _parsed(path, content, _Kind)
     if kind.kind == "quantkit evaluation":
-        document: Conversion | Evaluation = _parsed(path, content, Evaluation)
+        document: ConversionDocument | Evaluation = _parsed(path, content, Evaluation)
     elif isinstance(kind.quantkit, str):
-        document = _parsed(path, content, Conversion)
+        document = _parsed(path, content, ConversionDocument)
     else:
         raise OutputError(
             f"{path}: is neither a conversion's {CONVERSION} nor an evaluation.",

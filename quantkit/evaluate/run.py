@@ -33,7 +33,7 @@ from quantkit.evaluate.prepare import AgainstFile, AgainstFolder
 from quantkit.evaluate.reference_file import TOP, ReferenceStatistics, ReferenceWriter
 from quantkit.evaluate.reference_scores import Recorder
 from quantkit.evaluate.statistics import result_of
-from quantkit.evaluate.stream import Walk, device_name
+from quantkit.evaluate.stream import EvaluationRun, device_name
 from quantkit.evaluate.validation import BF16_ROUNDING
 from quantkit.formats.source import read_config
 from quantkit.plan.machine import Machine, Timer
@@ -107,9 +107,9 @@ class _Job:
         floor = record.noise_floor if self.noise_floor else None
         return self._document(record, floor, others, results, self._file_facts(reference))
 
-    def _start(self, arch: ModelArch, others: Sequence[Evaluated], tokens: Tensor, top: int) -> Walk:
+    def _start(self, arch: ModelArch, others: Sequence[Evaluated], tokens: Tensor, top: int) -> EvaluationRun:
         self.on_event(EvaluationStarted(len(others), len(tokens), tokens.numel(), arch.n_layers))
-        return Walk(self.machine, arch, lambda layer: self.on_event(LayerPassed(layer, arch.n_layers)), top)
+        return EvaluationRun(self.machine, arch, lambda layer: self.on_event(LayerPassed(layer, arch.n_layers)), top)
 
     def _file_facts(self, reference: ReferenceStatistics) -> ReferenceFile:
         record = reference.record

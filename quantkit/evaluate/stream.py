@@ -33,7 +33,7 @@ BYTES_PER_TOP_TOKEN = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class EvaluationRun:
     """``top``: most likely tokens of each position that are read or written, 0 for neither. ``on_layer``: the number of
     the layer (from 1) that all models have passed."""
 

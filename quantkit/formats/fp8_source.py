@@ -212,11 +212,11 @@ def decode_blocks(
     """
     import torch
 
-    from quantkit.kernels.backend import runs_kernels
+    from quantkit.kernels.backend import Backend
 
     n_rows, in_features = codes.shape
     block_rows, block_columns = block_size
-    if runs_kernels(codes.device):
+    if Backend.of(codes.device) is Backend.TRITON:
         from quantkit.kernels.triton import decode as decode_triton
 
         return decode_triton.decode_fp8_blocks(codes, scale, block_size, skipped_rows)

@@ -1,6 +1,6 @@
-"""Whether a tensor's work goes to the Triton kernels of this package, and the precision of the products around them.
+"""Which code does a tensor's work, and the precision of the products around the kernels.
 
-Every kernel has a twin in plain torch, which the CPU runs, GPUs without Triton too, and the tests compare with.
+Every kernel has a twin in plain torch: GPUs without Triton run it, and the tests compare with it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from shutil import which
@@ -32,16 +33,46 @@ def _has_wide_sums() -> bool:
     return "dtype" in torch.ops.aten.bmm.overloads()
 
 
-def has_kernels(tensor: Tensor) -> bool:
-    """Float32 on a GPU that `runs_kernels`; else torch does it."""
-    return tensor.dtype == torch.float32 and runs_kernels(tensor.device)
+class Backend(Enum):
+    """Code that computes: plain torch, the numba kernels for processors, or the Triton kernels for GPUs."""
+
+    TORCH = "torch"
+    NUMBA = "numba"
+    TRITON = "triton"
+
+    @classmethod
+    def of(cls, device: torch.device) -> Backend:
+        """What `using` asks for, else the fastest that runs on the device: Triton needs a GPU with tensor cores for
+        TF32 (Ampere or later) and a C compiler."""
+        return _forced[-1] if _forced else _fastest(device)
 
 
-def runs_kernels(device: torch.device) -> bool:
-    """A GPU with tensor cores for TF32 (Ampere or later), where Triton can compile."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return _has_triton() and _has_wide_sums() and torch.cuda.get_device_capability(device) >= (8, 0)
+def backend_of(tensor: Tensor) -> Backend:
+    """What computes with a tensor's numbers: the backend of its device for float32, torch for any other dtype."""
+    return Backend.of(tensor.device) if tensor.dtype == torch.float32 else Backend.TORCH
+
+
+_forced: list[Backend] = []
+
+
+@contextmanager
+def using(backend: Backend) -> Generator[None]:
+    """Let one backend compute everything in this process, in all of its threads: for tests and benchmarks, which
+    compare a kernel with its twin, or run Triton's kernels on a processor in Triton's interpreter."""
+    _forced.append(backend)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@cache
+def _fastest(device: torch.device) -> Backend:
+    if device.type == "cpu":
+        return Backend.NUMBA
+    if device.type != "cuda" or torch.version.hip is not None or not (_has_triton() and _has_wide_sums()):
+        return Backend.TORCH
+    return Backend.TRITON if torch.cuda.get_device_capability(device) >= (8, 0) else Backend.TORCH
 
 
 @contextmanager

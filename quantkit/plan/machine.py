@@ -18,7 +18,7 @@ import torch
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.hidden_states import CPU, FileRows, MemoryRows, RowStore
 from quantkit.errors import PlanError
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend
 from quantkit.plan.budget import check_device, default_budget
 from quantkit.quantizers.batch import DEVICE_SLICE_BYTES
 
@@ -83,13 +83,19 @@ class Machine:
         """cpu, or the GPU's model and whether compiled kernels run on it: another one may round a code differently."""
         if self.device.type != "cuda":
             return str(self.device)
-        kernels = has_kernels(torch.empty(1, device=self.device))
-        return f"{torch.cuda.get_device_name(self.device)}{' with Triton' if kernels else ''}"
+        kernels = " with Triton" if self.backend is Backend.TRITON else ""
+        return f"{torch.cuda.get_device_name(self.device)}{kernels}"
+
+    @property
+    def backend(self) -> Backend:
+        """The code that computes with float32 on the device."""
+        return Backend.of(self.device)
 
     @property
     def scratch_dtype(self) -> torch.dtype:
-        """Of what a block reads, kept for all tokens: bfloat16 where products are made in it."""
-        return torch.bfloat16 if has_kernels(torch.empty(0, device=self.device)) else torch.float32
+        """In which the streams compute with a source in BF16, and keep what a block reads: bfloat16 with Triton, as
+        runtimes do."""
+        return torch.bfloat16 if self.backend is Backend.TRITON else torch.float32
 
     @property
     def device_bytes(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quantkit.documents.conversion import Conversion, LinearRecord
+from quantkit.documents.conversion import ConversionDocument, LinearRecord
 from quantkit.documents.evaluation import Result
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.(.+)$")
@@ -80,7 +80,7 @@ class ErrorGrid:
     blind: tuple[int, ...]
 
 
-def error_grid(document: Conversion) -> ErrorGrid:
+def error_grid(document: ConversionDocument) -> ErrorGrid:
     """Of all linears that the conversion quantised."""
     members: dict[tuple[int | None, str], list[tuple[int | None, LinearRecord]]] = {}
     seen: set[int | None] = set()
@@ -132,7 +132,7 @@ def scheme_label(scheme: Mapping[str, object]) -> str:
             return "unknown"
 
 
-def worst(document: Conversion, amount: int) -> list[tuple[str, LinearRecord]]:
+def worst(document: ConversionDocument, amount: int) -> list[tuple[str, LinearRecord]]:
     """The linears with the largest loss, largest first."""
     known = [
         (linear.relative_loss, name, linear)
@@ -160,7 +160,7 @@ class ExpertGrid:
         return [count for row in self.tokens for count in row]
 
 
-def expert_grid(document: Conversion) -> ExpertGrid | None:
+def expert_grid(document: ConversionDocument) -> ExpertGrid | None:
     """None for a conversion without calibration or without routed experts. Blocks of a layer follow each other."""
     layers = sorted(layer for layer, blocks in document.expert_tokens.items() if any(blocks.values()))
     if not layers:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from quantkit.documents.conversion import Conversion, ValidationResult
+from quantkit.documents.conversion import ConversionDocument, ValidationResult
 from quantkit.documents.evaluation import Candidate, Evaluation, Result, Scores
 from quantkit.documents.read import DocumentFile
 from quantkit.documents.values import Mean
@@ -40,7 +40,7 @@ class LabelledConversion:
 
     label: str
     folder: Path
-    document: Conversion
+    document: ConversionDocument
     written: datetime
 
 
@@ -78,7 +78,7 @@ class Outcomes:
 
 def outcomes_of(found: Sequence[DocumentFile]) -> Outcomes:
     """Join conversions with the candidates of evaluations. Order: as given, conversions first."""
-    conversions = _conversions([f for f in found if isinstance(f.document, Conversion)])
+    conversions = _conversions([f for f in found if isinstance(f.document, ConversionDocument)])
     evaluations: list[LabelledEvaluation] = []
     scored: list[Outcome] = []
     for file in found:
@@ -121,7 +121,7 @@ def _conversions(found: Sequence[DocumentFile]) -> tuple[LabelledConversion, ...
     return tuple(
         LabelledConversion(label, folder, file.document, file.written)
         for label, folder, file in zip(labels, folders, found, strict=True)
-        if isinstance(file.document, Conversion)
+        if isinstance(file.document, ConversionDocument)
     )
 
 

@@ -91,9 +91,9 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, groups) -> weight (..., out, in) float32."""
-        from quantkit.kernels.backend import runs_kernels
+        from quantkit.kernels.backend import Backend
 
-        if runs_kernels(codes.device):
+        if Backend.of(codes.device) is Backend.TRITON:
             from quantkit.kernels.triton import decode as decode_triton
 
             return decode_triton.decode(codes, scale, 2.0 ** (self.bits - 1) if zero_point is None else zero_point)
@@ -190,17 +190,17 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
 
 def _kernel(weight: Tensor, importance: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """The compiled search for where these tensors are, or None: torch does it."""
-    from quantkit.kernels.backend import has_kernels
-    from quantkit.kernels.numba.threads import has_compiled
+    from quantkit.kernels.backend import Backend, backend_of
 
-    if has_kernels(weight):
+    backend = backend_of(weight)
+    if backend is Backend.TRITON:
         from quantkit.kernels.triton import scale_search as scale_search_triton
 
         return scale_search_triton.search
-    if has_compiled(weight) and has_compiled(importance):
-        from quantkit.kernels.numba import scale_search as int_search
+    if backend is Backend.NUMBA and backend_of(importance) is Backend.NUMBA:
+        from quantkit.kernels.numba import scale_search as scale_search_numba
 
-        return int_search.search
+        return scale_search_numba.search
     return None
 
 

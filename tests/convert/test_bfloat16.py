@@ -11,10 +11,10 @@ import torch
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import DenseBlock
-from quantkit.convert import weights
 from quantkit.convert.events import TensorDone
-from quantkit.convert.experts import linears_of
-from quantkit.plan import machine
+from quantkit.convert.layer import linears_of
+from quantkit.convert.weights import LayerWeights
+from quantkit.plan.machine import Machine
 from quantkit.plan.recipe import Recipe
 from quantkit.tensors import TensorInfo
 from tests.convert.gguf_jobs import GPTQ, gguf_output, gguf_recipe, wide_config
@@ -50,11 +50,10 @@ def test_calibration_in_bfloat16_ends_near_that_in_float32(
     write_text(tmp_path / "calibration.txt")
     exact = losses(tmp_path / "model", recipe, tmp_path / "exact")
     dtypes: set[torch.dtype] = set()
-    for module in (weights, machine):
-        monkeypatch.setattr(module, "has_kernels", lambda _: True)
-    dtype_of = weights.LayerWeights.dtype
+    monkeypatch.setattr(Machine, "scratch_dtype", torch.bfloat16)
+    dtype_of = LayerWeights.dtype
     monkeypatch.setattr(
-        weights.LayerWeights, "dtype", lambda self, tensor: (dtypes.add(dtype := dtype_of(self, tensor)), dtype)[1]
+        LayerWeights, "dtype", lambda self, tensor: (dtypes.add(dtype := dtype_of(self, tensor)), dtype)[1]
     )
     found = losses(tmp_path / "model", recipe, tmp_path / "narrow")
     assert torch.bfloat16 in dtypes
@@ -87,17 +86,15 @@ def test_a_source_that_is_not_bfloat16_is_computed_in_float32(
     write_model(tmp_path / "model", small_config(), dtype=dtype)
     write_text(tmp_path / "calibration.txt")
     exact = losses(tmp_path / "model", recipe, tmp_path / "exact")
-    for module in (weights, machine):
-        monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    monkeypatch.setattr(Machine, "scratch_dtype", torch.bfloat16)
     assert losses(tmp_path / "model", recipe, tmp_path / "again") == exact
 
 
 @pytest.mark.parametrize(("dtypes", "expected"), [(("BF16", "BF16"), torch.bfloat16), (("BF16", "F32"), torch.float32)])
 def test_experts_are_held_in_bfloat16_if_all_of_them_compute_in_it(
-    dtypes: tuple[str, str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtypes: tuple[str, str], expected: torch.dtype
 ) -> None:
     """What is quantised is what the source has, whatever the other experts are stored in."""
-    monkeypatch.setattr(weights, "has_kernels", lambda _: True)
     infos = {str(n): TensorInfo(str(n), (2, 3), dtype) for n, dtype in enumerate(dtypes)}
     stored = {
         name: torch.randn(2, 3, generator=torch.Generator().manual_seed(int(name))).to(
@@ -106,7 +103,9 @@ def test_experts_are_held_in_bfloat16_if_all_of_them_compute_in_it(
         for name, info in infos.items()
     }
     source = SimpleNamespace(infos=lambda: infos, read=stored.__getitem__)
-    layer = weights.LayerWeights(source, {}, carries_quantised=True, cache_bytes=0, device=torch.device("cpu"))
+    layer = LayerWeights(
+        source, {}, carries_quantised=True, cache_bytes=0, device=torch.device("cpu"), narrow=torch.bfloat16
+    )
     job: Any = SimpleNamespace(weights=layer, device=torch.device("cpu"))
     found = linears_of(job, ("0", "1"), (0, 1)).weight
     assert found.dtype == expected

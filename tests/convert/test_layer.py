@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
 from quantkit.calibrate.inputs import InputStats
 from quantkit.convert import dense as dense_module
 from quantkit.convert import experts as experts_module
+from quantkit.convert import layer as layer_module
 from quantkit.convert import outputs as outputs_module
+from quantkit.convert.experts import ExpertsResult, ExpertsTask
 from quantkit.convert.hidden import Streams
 from quantkit.convert.layer import quantize_layer, quantize_without_inputs
-from quantkit.convert.layer_job import LayerJob
-from quantkit.convert.outputs import Linears, OutputJob
+from quantkit.convert.layer_job import ExpertCounts, LayerJob
+from quantkit.convert.outputs import Importance, Linears, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
 from quantkit.quantizers import Gptq, Rtn
-from quantkit.quantizers.batch import QuantizedBatch
 from quantkit.schemes import IntScheme, QuantizedTensor
 from quantkit.tensors import TensorInfo
 from tests.convert.jobs import (
@@ -72,34 +73,22 @@ class Memory:
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.weights = weights
         self.written: dict[str, QuantizedTensor] = {}
+        self.expected: list[str] = []
+        self.was_read: list[str] = []
 
     def infos(self) -> dict[str, TensorInfo]:
         return {name: TensorInfo(name, tuple(w.shape), "F32") for name, w in self.weights.items()}
 
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        return self.weights[name] if rows is None else self.weights[name][slice(*rows)]
+    def read(self, name: str) -> Tensor:
+        self.was_read.append(name)
+        return self.weights[name]
 
-    def prefetch(self, names: list[str]) -> None: ...
+    def expect(self, names: Sequence[str]) -> None:
+        self.expected.extend(names)
 
-    def write(self, tensor: QuantizedTensor, start_row: int = 0) -> None:
+    def write(self, tensor: QuantizedTensor) -> None:
         assert tensor.name not in self.written, "written twice"
         self.written[tensor.name] = tensor
-
-    def write_kept(self, name: str, start_row: int, tensor: Tensor) -> None: ...
-
-    def wants_importance(self, name: str) -> bool:
-        return False
-
-    def write_importance(self, name: str, importance: Tensor, n_tokens: tuple[int, ...]) -> None: ...
-
-    def sync(self) -> None: ...
-
-    fresh = True
-
-    def finish(self) -> dict[str, str]:
-        return {}
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -113,6 +102,7 @@ class Case:
     unloved: tuple[int, ...] = ()
     experts_at_once: int = 3
     in_files: Path | None = None
+    importance: tuple[str, ...] = ()
     min_tokens: int = MIN_TOKENS
     config: dict[str, Any] = field(default_factory=small_config)
 
@@ -128,6 +118,9 @@ class Case:
         self.sublayers = self.arch.sublayers(self.layer)
         self.given: dict[str, InputStats] = {}
         self.order: list[str] = []
+        self.importances: dict[str, Importance] = {}
+        self.begun: list[tuple[str, int]] = []
+        self.counts: dict[str, list[ExpertCounts]] = {}
 
     @property
     def linears(self) -> list[str]:
@@ -144,30 +137,41 @@ class Case:
     def job(self) -> LayerJob:
         self.sinks = tuple(Memory(self.weights) for _ in self.outputs)
         outputs = tuple(
-            OutputJob(_methods(patterns, self.linears), sink)
-            for patterns, sink in zip(self.outputs, self.sinks, strict=True)
+            OutputChoice(_methods(patterns, self.linears), frozenset(self.importance)) for patterns in self.outputs
         )
-        self.streams = Streams(self.store(self.x), None if self.original is None else self.store(self.original))
+        self.streams = Streams(
+            self.store(self.x),
+            None if self.original is None else self.store(self.original),
+            lambda width: self.store(torch.zeros(ROWS, LENGTH, width)),
+        )
         weights = LayerWeights(
-            self.sinks[0], {}, carries_quantised=self.carries_quantised, cache_bytes=300_000, device=CPU
+            self.sinks[0],
+            {},
+            carries_quantised=self.carries_quantised,
+            cache_bytes=300_000,
+            device=CPU,
+            narrow=torch.float32,
         )
         self.counter = 0
         return LayerJob(
             outputs=outputs,
             weights=weights,
             streams=self.streams,
-            new_rows=lambda width: self.store(torch.zeros(ROWS, LENGTH, width)),
-            deliver=self.deliver,
-            on_stage=lambda stage, total: None,
-            device=CPU,
             experts_at_once=self.experts_at_once,
             min_expert_tokens=self.min_tokens,
         )
 
-    def deliver(self, output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:
-        for tensor in batch.tensors(names, n_tokens):
-            self.sinks[output].write(tensor)
-            self.order.append(f"{output} {tensor.name}")
+    def begin(self, block: str, total: int) -> None:
+        self.begun.append((block, total))
+
+    def write(self, made: Quantised) -> None:
+        for tensor in made.batch.tensors(made.names, made.n_tokens):
+            self.sinks[made.output].write(tensor)
+            self.order.append(f"{made.output} {tensor.name}")
+
+    def write_importance(self, importance: Importance) -> None:
+        assert importance.name not in self.importances, "written twice"
+        self.importances[importance.name] = importance
 
     def store(self, rows: Tensor) -> RowStore:
         made: RowStore = MemoryRows(*rows.shape)
@@ -181,7 +185,7 @@ class Case:
         """Run the layer, noting the statistics that each linear's method is given."""
         real = outputs_module.quantize_linears
 
-        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, deliver: Any, *shrink: Any) -> Any:
+        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, *shrink: Any) -> Any:
             assert stats is not None
             raw = stats
             for linears in group:
@@ -195,13 +199,13 @@ class Case:
                     assert torch.equal(linears.weight[i], self.weights[name])
                     cross = None if stats.cross is None else stats.cross[i : i + 1].clone()
                     self.given[name] = InputStats(stats.hessian[i : i + 1].clone(), cross, stats.n_tokens[i : i + 1])
-            return real(outputs, group, raw, deliver, *shrink)
+            return real(outputs, group, raw, *shrink)
 
         job = self.job()
         with monkeypatch.context() as patch:
             for module in (dense_module, experts_module):
                 patch.setattr(module, "quantize_linears", note)
-            quantize_layer(job, self.sublayers)
+            self.counts = quantize_layer(job, self.sublayers, self)
         return job
 
     def carried(self, name: str) -> Tensor:
@@ -272,14 +276,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_methods_are_given_what_the_plain_loop_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASES[name])
-    job = case.quantised(monkeypatch)
+    case.quantised(monkeypatch)
     assert_statistics(case)
     assert_streams(case)
     expected = case.expected().tokens
-    for block, counts in job.counts.items():
+    for block, counts in case.counts.items():
         assert [(c.n_tokens, c.borrowed) for c in counts] == [(len(own), len(lent)) for own, lent in expected[block]]
     if case.unloved:
-        (counts,) = job.counts.values()
+        (counts,) = case.counts.values()
         assert [counts[expert].n_tokens for expert in case.unloved] == [0] * len(case.unloved)
         assert [counts[expert].borrowed for expert in case.unloved] == [case.min_tokens] * len(case.unloved)
 
@@ -289,14 +293,15 @@ def test_hidden_units_that_are_not_kept_are_computed_again(kept: float, monkeypa
     whole, scarce = replace(CASES["moe layer"]), replace(CASES["moe layer"])
     whole.quantised(monkeypatch)
     found: list[bool] = []
-    carry_on = experts_module._carry_on
+    real = layer_module.quantize_experts
 
-    def noting(batch: Any, hidden: list[list[Tensor | None]], carried: Any) -> None:
-        found.extend(part is None for parts in hidden for part in parts)
-        carry_on(batch, hidden, carried)
+    def noting(task: ExpertsTask) -> ExpertsResult:
+        result = real(task)
+        found.extend(part is None for parts in result.calibrated.hidden for part in parts)
+        return result
 
     monkeypatch.setattr(experts_module, "KEPT_HIDDEN", kept)
-    monkeypatch.setattr(experts_module, "_carry_on", noting)
+    monkeypatch.setattr(layer_module, "quantize_experts", noting)
     scarce.quantised(monkeypatch)
     assert any(found)
     assert all(found) == (kept == 0)
@@ -322,7 +327,8 @@ def test_an_expert_that_nobody_chose_is_never_quantised_silently(
 
 def test_gate_weights_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASES["moe layer"])
-    (counts,) = case.quantised(monkeypatch).counts.values()
+    case.quantised(monkeypatch)
+    (counts,) = case.counts.values()
     # Two experts a token, weights normalised to a sum of one and then scaled.
     assert sum(c.n_tokens for c in counts) == 2 * ROWS * LENGTH
     scale = case.config["routed_scaling_factor"]
@@ -389,7 +395,7 @@ def test_without_inputs_every_linear_is_rounded_by_itself(layer: int) -> None:
     method = Rtn(grid=8)
     case = Case(layer=layer, outputs=({"*": (SCHEME, method)}, {"down_proj": (SCHEME, method)}))
     blocks = tuple(block for sublayer in case.sublayers for block in sublayer)
-    quantize_without_inputs(replace(case.job(), streams=None), blocks)
+    quantize_without_inputs(replace(case.job(), streams=None), blocks, case, None)
     assert set(case.sinks[0].written) == set(case.linears)
     assert set(case.sinks[1].written) == {name for name in case.linears if "down_proj" in name}
     for name, tensor in case.sinks[0].written.items():
@@ -399,36 +405,28 @@ def test_without_inputs_every_linear_is_rounded_by_itself(layer: int) -> None:
         assert tensor.error.n_tokens == 0
 
 
-def test_without_inputs_only_what_some_output_quantises_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_inputs_only_what_some_output_quantises_is_read() -> None:
     case = Case(outputs=({"up_proj": (SCHEME, Rtn(grid=4))}, {".experts.2.down": (SCHEME, Rtn(grid=4))}))
     blocks = tuple(block for sublayer in case.sublayers for block in sublayer)
-    expected: list[str] = []
-    job = replace(case.job(), streams=None, expect=expected.extend)
-    read, real = [], Memory.read
-    monkeypatch.setattr(Memory, "read", lambda self, name, *rows: (read.append(name), real(self, name, *rows))[1])
-    quantize_without_inputs(job, blocks)
+    quantize_without_inputs(replace(case.job(), streams=None), blocks, case, None)
+    read = case.sinks[0].was_read
     assert sorted(read) == sorted(name for sink in case.sinks for name in sink.written)
-    assert expected == [name for name in read if ".experts." in name]
+    assert case.sinks[0].expected == [name for name in read if ".experts." in name]
 
 
 @pytest.mark.parametrize("name", ["moe layer", "experts one at a time", "only attention"])
-def test_weights_of_experts_are_read_as_they_were_announced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_experts_are_read_as_they_were_announced(name: str) -> None:
     case = replace(CASES[name])
-    announced: list[str] = []
-    job = replace(case.job(), expect=announced.extend)
-    read, real = [], Memory.read
-    monkeypatch.setattr(Memory, "read", lambda self, name, *rows: (read.append(name), real(self, name, *rows))[1])
-    quantize_layer(job, case.sublayers)
-    assert announced == [name for name in read if ".experts." in name]
+    quantize_layer(case.job(), case.sublayers, case)
+    assert case.sinks[0].expected == [name for name in case.sinks[0].was_read if ".experts." in name]
 
 
 def test_every_block_is_announced_with_its_number_of_linears() -> None:
-    case, announced = Case(), []
-    job = replace(case.job(), on_stage=lambda stage, total: announced.append((stage, total)))
-    quantize_layer(job, case.sublayers)
+    case = Case()
+    quantize_layer(case.job(), case.sublayers, case)
     experts = next(b for sublayer in case.sublayers for b in sublayer if isinstance(b, ExpertBlock))
-    assert sum(total for _, total in announced) == len(case.linears) == len(case.order)
-    assert announced[-1] == ("experts", 3 * experts.n_experts)
+    assert sum(total for _, total in case.begun) == len(case.linears) == len(case.order)
+    assert case.begun[-1] == ("experts", 3 * experts.n_experts)
 
 
 # ------------------------------------------------------------------------------------------- the same, as whole jobs

@@ -11,19 +11,19 @@ import pytest
 from pydantic import ValidationError
 
 from quantkit.documents.baseline import ConversionLosses
-from quantkit.documents.conversion import Conversion, LinearRecord
+from quantkit.documents.conversion import ConversionDocument, LinearRecord
 from quantkit.documents.journal import JobHeader
 from tests.report.jobs import conversion
 
 
-def document(**changes: Any) -> Conversion:
-    return Conversion.model_validate({**conversion(), **changes})
+def document(**changes: Any) -> ConversionDocument:
+    return ConversionDocument.model_validate({**conversion(), **changes})
 
 
 def test_what_applies_is_written_in_the_models_order() -> None:
     found = document()
     assert json.loads(found.to_json()) == conversion()
-    assert list(json.loads(found.to_json())) == list(Conversion.model_fields)
+    assert list(json.loads(found.to_json())) == list(ConversionDocument.model_fields)
 
 
 def test_a_missing_loss_is_not_one_that_was_no_number() -> None:
@@ -63,7 +63,7 @@ def test_the_job_of_another_version_is_shown_as_it_is() -> None:
 def test_hostile_values_are_refused(changes: dict[str, Any]) -> None:
     text = json.dumps({**conversion(), **changes})
     with pytest.raises(ValidationError):
-        Conversion.model_validate_json(text)
+        ConversionDocument.model_validate_json(text)
 
 
 def test_a_baseline_keeps_losses_and_how_they_were_calibrated() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantkit.documents import read
-from quantkit.documents.conversion import Conversion
+from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import Evaluation
 from quantkit.documents.read import read_documents
 from quantkit.errors import OutputError
@@ -23,7 +23,12 @@ def test_folders_subfolders_and_files_are_read_once_in_order(tmp_path: Path) -> 
     (tmp_path / "several" / "notes").mkdir()
     found = read_documents([one.parent, tmp_path / "several", one, scored])
     assert [file.path for file in found] == [one, several[1], several[0], scored]
-    assert [type(file.document) for file in found] == [Conversion, Conversion, Conversion, Evaluation]
+    assert [type(file.document) for file in found] == [
+        ConversionDocument,
+        ConversionDocument,
+        ConversionDocument,
+        Evaluation,
+    ]
 
 
 def test_what_a_report_can_do_without_may_be_missing(tmp_path: Path) -> None:
@@ -31,7 +36,7 @@ def test_what_a_report_can_do_without_may_be_missing(tmp_path: Path) -> None:
     for key in ("source", "contents", "validation", "validated", "calibration", "expert_tokens", "sha256"):
         del document[key]
     (found,) = read_documents([written(tmp_path / "old", document)])
-    assert isinstance(found.document, Conversion)
+    assert isinstance(found.document, ConversionDocument)
     assert found.document.contents == ()
 
 
@@ -58,7 +63,7 @@ def test_unknown_keys_and_a_later_version_are_no_fault(tmp_path: Path) -> None:
     later["candidates"][0]["result"]["news"] = [1]
     converted = {**conversion(), "news": {}}
     found = read_documents([written(tmp_path, later, "e.json"), written(tmp_path / "c", converted)])
-    assert [type(file.document) for file in found] == [Evaluation, Conversion]
+    assert [type(file.document) for file in found] == [Evaluation, ConversionDocument]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 import quantkit
 from quantkit.documents.baseline import Baseline
-from quantkit.documents.conversion import Conversion
+from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import Evaluation
 
 FILES = Path(__file__).with_name("v0_1")
@@ -47,7 +47,7 @@ def test_report_says_the_same() -> None:
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_a_conversion_is_written_as_it_was(name: str) -> None:
     text = (FILES / f"{name}.json").read_text(encoding="utf-8")
-    assert Conversion.model_validate_json(text).to_json() == text
+    assert ConversionDocument.model_validate_json(text).to_json() == text
 
 
 def test_evaluation_and_baseline_are_written_as_they_were() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from quantkit.schemes.ggml import fit as ggml_fit
-from quantkit.schemes.ggml import layout as ggml_layout
+from quantkit.kernels.backend import Backend, using
 from quantkit.schemes.ggml.fit import encode, fit, fit_in_torch
 from quantkit.schemes.ggml.layout import decode, pack, unpack
 from quantkit.schemes.ggml.measure import nearest_codes
@@ -32,10 +30,7 @@ def _kernels() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    with (
-        patch.object(ggml_fit, "has_kernels", lambda _: True),
-        patch.object(ggml_layout, "has_kernels", lambda _: True),
-    ):
+    with using(Backend.TRITON):
         yield
 
 
@@ -158,7 +153,7 @@ def test_pack_writes_the_twins_bytes(kind: BlockType) -> None:
     d = d.exp2() if kind.name == "MXFP4" else d
     params = BlockParams(d, d + 3 if kind.offset else None, integers(kind.sub_scale), integers(kind.sub_min))
     blocks = pack(kind, codes, params)
-    with patch.object(ggml_layout, "has_kernels", lambda _: False):
+    with using(Backend.TORCH):
         assert torch.equal(blocks, pack(kind, codes, params))
     again, _ = unpack(kind, blocks)
     assert torch.equal(again, codes)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
-
 import pytest
 import torch
 from torch import Tensor
 
+from quantkit.kernels.backend import Backend, using
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.quantizers.ldlq import polish as ldlq_polish
 from quantkit.quantizers.ldlq import sweep as ldlq_sweep
@@ -36,17 +33,8 @@ def problem(in_features: int, n_tokens: int = 400) -> tuple[Tensor, Tensor]:
     return weight, hessian
 
 
-@contextmanager
-def without_kernels() -> Generator[None]:
-    """As on a GPU without Triton."""
-    with ExitStack() as stack:
-        for module in (ldlq_factor, ldlq_polish, ldlq_sweep):
-            stack.enter_context(patch.object(module, "has_kernels", lambda _: False))
-        yield
-
-
 def plainly(hessian: Tensor) -> ldlq_factor.Factor:
-    with without_kernels():
+    with using(Backend.TORCH):
         return ldlq_factor.factorize(hessian.clone(), 0.01, act_order=True)
 
 
@@ -59,7 +47,7 @@ def test_sweep_gives_the_twins_codes(scheme: IntScheme | GgmlScheme, in_features
     grid = scheme.grid(weight, hessian.diagonal(dim1=-2, dim2=-1), points=8, signed=True)
     loss = weight.new_zeros(weight.shape[:2])
     codes = sweep_triton.sweep(grid, weight, factor.layout, factor.lower, factor.pivots, loss)
-    with without_kernels():
+    with using(Backend.TORCH):
         twin = ldlq_sweep.sweep(grid, weight, factor)
     error = (weight - scheme.decode(**grid.stored(codes, grid.scale, grid.offset))).double()
     expected = ((error @ factor.hessian.double()) * error).sum(-1).float()
@@ -80,7 +68,7 @@ def test_polish_ends_where_its_twin_does(scheme: IntScheme | GgmlScheme, in_feat
     weight, hessian = problem(in_features)
     factor = plainly(hessian)
     grid = scheme.grid(weight, hessian.diagonal(dim1=-2, dim2=-1), points=8, signed=True)
-    with without_kernels():
+    with using(Backend.TORCH):
         codes = ldlq_sweep.sweep(grid, weight, factor)
         twin = ldlq_polish.polish(grid, weight, codes, factor.hessian, 1)
     moved = ldlq_polish.Polished(*polish_triton.polish(grid, weight, codes, factor.hessian, 1))
@@ -152,7 +140,7 @@ def test_scale_search_finds_scales_as_good_as_the_twins(
     importance = hessian.diagonal(dim1=-2, dim2=-1)
     scheme = IntScheme(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="float32")
     n_groups, points = scheme.n_groups(96), 20
-    with patch("quantkit.kernels.backend.has_kernels", lambda _: False):
+    with using(Backend.TORCH):
         twin, twin_zero = scheme.fit(weight, importance, grid=points, signed=signed)
     smallest = {2: 0.3, 3: 0.45, 4: 0.6, 8: 0.8}[bits]
     fractions = torch.linspace(smallest, 1.0, points).to(DEVICE)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit.kernels.backend import Backend, using
 from quantkit.schemes import IntScheme, affine_int
 
 ROWS, WIDTH, MATRICES = 37, 384, 2
@@ -31,17 +32,6 @@ def error(scheme: IntScheme, weight: Tensor, importance: Tensor | None, params: 
     return missed.unflatten(-1, (params[0].shape[-1], -1)).sum(-1)
 
 
-def no_kernel(weight: Tensor, importance: Tensor) -> None:
-    """What `affine_int` finds where nothing is compiled."""
-
-
-@pytest.fixture
-def twin(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """To be undone after the twin has run."""
-    monkeypatch.setattr(affine_int, "_kernel", no_kernel)
-    return monkeypatch
-
-
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("group_size", [None, 32, 64, 128])
 @pytest.mark.parametrize(
@@ -55,13 +45,13 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ],
 )
 def test_finds_what_the_twin_finds(
-    twin: pytest.MonkeyPatch, bits: int, symmetric: bool, signed: bool, group_size: int | None, weighted: bool
+    bits: int, symmetric: bool, signed: bool, group_size: int | None, weighted: bool
 ) -> None:
     scheme = IntScheme(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="float32")
     weight, importance = heavy_tailed(bits)
     used = importance if weighted else None
-    expected = scheme.fit(weight, used, signed=signed)
-    twin.undo()
+    with using(Backend.TORCH):
+        expected = scheme.fit(weight, used, signed=signed)
     found = scheme.fit(weight, used, signed=signed)
     assert found[0].shape == expected[0].shape
     assert found[0].dtype == expected[0].dtype
@@ -89,11 +79,11 @@ def test_threads_change_nothing() -> None:
     assert torch.equal(*found)
 
 
-def test_other_dtypes_keep_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes_keep_to_the_twin() -> None:
     weight, importance = heavy_tailed(1)
     before = IntScheme(bits=4).fit(weight.double(), importance.double())[0]
-    monkeypatch.setattr(affine_int, "_kernel", no_kernel)
-    assert torch.equal(IntScheme(bits=4).fit(weight.double(), importance.double())[0], before)
+    with using(Backend.TORCH):
+        assert torch.equal(IntScheme(bits=4).fit(weight.double(), importance.double())[0], before)
 
 
 def test_a_flat_matrix_and_strided_rows() -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from quantkit.documents.conversion import Conversion
+from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.read import read_documents
 from quantkit.report import figures, heat_maps
 from quantkit.report.build import report_of
@@ -72,7 +72,7 @@ def test_names_are_shown_and_not_read_as_markup(tmp_path: Path) -> None:
 
 
 def test_the_map_of_errors_has_gaps_where_there_is_no_linear() -> None:
-    grid = error_grid(Conversion.model_validate(conversion()))
+    grid = error_grid(ConversionDocument.model_validate(conversion()))
     (trace,) = cast("Any", heat_maps.errors(grid))["data"]
     assert trace["z"][0][-1] is None
     assert trace["z"][2][0] == pytest.approx(math.log10(3e-5))
@@ -80,7 +80,7 @@ def test_the_map_of_errors_has_gaps_where_there_is_no_linear() -> None:
 
 
 def test_unseen_experts_are_crosses_and_not_zeros() -> None:
-    grid = expert_grid(Conversion.model_validate(conversion()))
+    grid = expert_grid(ConversionDocument.model_validate(conversion()))
     assert grid is not None
     heat, crosses = cast("Any", heat_maps.tokens(grid))["data"]
     assert heat["z"][0][1] is None

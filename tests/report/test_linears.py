@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from quantkit.documents.conversion import Conversion
+from quantkit.documents.conversion import ConversionDocument
 from quantkit.report.linears import error_grid, expert_grid, place_of, scheme_label, worst
 from tests.report.jobs import conversion
 
@@ -30,7 +30,7 @@ def test_names_say_where_a_linear_sits(name: str, place: tuple[int | None, str, 
 
 
 def test_experts_of_a_layer_share_a_cell() -> None:
-    grid = error_grid(Conversion.model_validate(conversion(experts=10)))
+    grid = error_grid(ConversionDocument.model_validate(conversion(experts=10)))
     assert grid.layers == (0, 1, 2)
     assert grid.projections == ("attention q_a", "attention o", "shared up", "expert down")
     cell = grid.cells[2, "expert down"]
@@ -53,19 +53,19 @@ def test_layers_that_saw_no_text_are_known() -> None:
     for name, linear in document["tensors"].items():
         if "layers.2." in name:
             linear["n_tokens"] = 0
-    assert error_grid(Conversion.model_validate(document)).blind == (2,)
+    assert error_grid(ConversionDocument.model_validate(document)).blind == (2,)
 
 
 def test_linears_without_a_loss_are_left_out() -> None:
     document = conversion()
     document["tensors"] = {"model.layers.0.mlp.up_proj.weight": {"scheme": {"kind": "float8"}}}
-    grid = error_grid(Conversion.model_validate(document))
+    grid = error_grid(ConversionDocument.model_validate(document))
     assert not grid.cells
-    assert not worst(Conversion.model_validate(document), 3)
+    assert not worst(ConversionDocument.model_validate(document), 3)
 
 
 def test_the_worst_come_first_and_by_name_if_they_are_equal() -> None:
-    found = worst(Conversion.model_validate(conversion()), 3)
+    found = worst(ConversionDocument.model_validate(conversion()), 3)
     names = [name for name, _ in found]
     assert names[:2] == [f"model.layers.{layer}.mlp.experts.3.down_proj.weight" for layer in (1, 2)]
 
@@ -78,18 +78,18 @@ def test_schemes_have_short_names() -> None:
 
 
 def test_tokens_of_experts_by_layer() -> None:
-    grid = expert_grid(Conversion.model_validate(conversion()))
+    grid = expert_grid(ConversionDocument.model_validate(conversion()))
     assert grid is not None
     assert grid.layers == (1, 2)
     assert grid.tokens[0][1] == 0
     assert grid.borrowed == (1, 0)
     data_free = conversion()
     data_free["expert_tokens"] = {}
-    assert expert_grid(Conversion.model_validate(data_free)) is None
+    assert expert_grid(ConversionDocument.model_validate(data_free)) is None
 
 
 def test_a_model_as_large_as_deepseek_v3_takes_seconds() -> None:
-    document = Conversion.model_validate(conversion(layers=61, experts=768))
+    document = ConversionDocument.model_validate(conversion(layers=61, experts=768))
     assert len(document.tensors) > 46_000
     start = time.process_time()
     grid, experts = error_grid(document), expert_grid(document)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from quantkit.documents.baseline import Baseline, ConversionLosses
-from quantkit.documents.conversion import Conversion
+from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import SCHEMA_VERSIONS, Candidate, Evaluation, Windows
 from quantkit.documents.read import CONVERSION, MAX_BYTES, first_problem
 from quantkit.errors import EvaluationError
@@ -48,7 +48,7 @@ def read_losses(evaluation: Evaluation, base: Path) -> dict[str, ConversionLosse
         path = base / candidate.model.path
         file = (path if path.is_dir() else path.parent) / CONVERSION
         if file.is_file():
-            found[name] = ConversionLosses.of(_read(file, Conversion, "a record of a conversion"))
+            found[name] = ConversionLosses.of(_read(file, ConversionDocument, "a record of a conversion"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Whether a tensor's work goes to the compiled kernels for the processor, and how they share it among threads.
+"""How the kernels for processors share their work among threads.
 
 A tile is sixteen rows of one matrix. Tiles don't depend on each other: results are the same for any number of threads.
 """
@@ -9,9 +9,6 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 Run = Callable[[int, int], None]
 """run(first, last): tiles [first, last) of a batch, counted through all of its matrices."""
 Spread = Callable[[Run, int], None]
@@ -19,11 +16,6 @@ Spread = Callable[[Run, int], None]
 
 _PARTS = 2  # pieces of work for each thread: another program may hold one of them up
 _LEAST = 16  # tiles of a piece: handing over fewer takes longer than they do
-
-
-def has_compiled(tensor: Tensor) -> bool:
-    """Float32 in the processor's memory."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 @contextmanager

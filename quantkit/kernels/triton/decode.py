@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 _COLUMNS = 1024
 _ONE_COMPILES = threading.Lock()
@@ -42,10 +43,11 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
     given = isinstance(zero, Tensor)
     assert not given or zero.shape == scale.shape, "a zero point for each scale"
     if codes.numel():
-        _decode[(codes.numel() // in_features, triton.cdiv(in_features, _COLUMNS))](
-            codes, scale, zero.contiguous() if given else scale, result, 0.0 if given else zero,
-            in_features, n_groups, in_features // n_groups, ZEROS=given, COLUMNS=_COLUMNS, num_warps=4,
-        )  # fmt: skip
+        with device_of(codes):
+            _decode[(codes.numel() // in_features, triton.cdiv(in_features, _COLUMNS))](
+                codes, scale, zero.contiguous() if given else scale, result, 0.0 if given else zero,
+                in_features, n_groups, in_features // n_groups, ZEROS=given, COLUMNS=_COLUMNS, num_warps=4,
+            )  # fmt: skip
     return result
 
 
@@ -74,7 +76,7 @@ def decode_fp8_blocks(codes: Tensor, scale: Tensor, block_size: tuple[int, int],
     assert all(map(int.__ge__, scale.shape, needed)), f"scales {list(scale.shape)}, {list(needed)} were needed"
     result = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
     if codes.numel():
-        with _ONE_COMPILES:
+        with _ONE_COMPILES, device_of(codes):
             _decode_fp8[(n_rows, triton.cdiv(in_features, _COLUMNS))](
                 codes.contiguous().view(torch.uint8), scale.contiguous(), result,
                 in_features, scale.shape[1], *block_size, skipped_rows, COLUMNS=_COLUMNS, num_warps=4,

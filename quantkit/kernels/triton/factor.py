@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from quantkit.kernels.backend import tensor_float32
 
@@ -134,7 +135,8 @@ def permuted(matrix: Tensor, order: Tensor) -> Tensor:
     """Symmetric (B, n, n) float32 with rows and columns in ``order`` (B, n) int64, its lower triangle only."""
     result = torch.empty_like(matrix)
     n = matrix.shape[-1]
-    _permute[(n, len(matrix))](matrix, order.int(), result, n, COLUMNS=_COLUMNS, num_warps=4)
+    with device_of(matrix):
+        _permute[(n, len(matrix))](matrix, order.int(), result, n, COLUMNS=_COLUMNS, num_warps=4)
     return result
 
 
@@ -147,7 +149,8 @@ def factored(hessian: Tensor, layout: Tensor) -> tuple[Tensor, Tensor] | None:
         root = torch.diagonal(lower, dim1=-2, dim2=-1).clone()
         if root.isfinite().all():
             n = lower.shape[-1]
-            _scale_columns[(n, len(lower))](lower, root, n, COLUMNS=_COLUMNS, num_warps=4)
+            with device_of(lower):
+                _scale_columns[(n, len(lower))](lower, root, n, COLUMNS=_COLUMNS, num_warps=4)
             return lower, root.square_()
     return None
 
@@ -166,9 +169,10 @@ def cholesky_(matrix: Tensor, *, tf32: bool) -> None:
                 stop = min(start + _BLOCK, end)
                 if start > first:
                     _subtract_done(matrix, start, stop, first)
-                _factor_diagonal[(n_matrices,)](
-                    matrix, inverses, n, start, SIZE=_PART, PARTS=_BLOCK // _PART, num_warps=_WARPS
-                )
+                with device_of(matrix):
+                    _factor_diagonal[(n_matrices,)](
+                        matrix, inverses, n, start, SIZE=_PART, PARTS=_BLOCK // _PART, num_warps=_WARPS
+                    )
                 if stop < n:
                     below = matrix[:, stop:, start:stop]
                     below.copy_(below @ inverses.mT)

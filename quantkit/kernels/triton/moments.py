@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 _HEIGHT = 256
 _WIDTH = 128
@@ -69,7 +70,8 @@ def add_squares_(sums: Tensor, x: Tensor, weight: float = 1.0) -> None:
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     rows = triton.cdiv(width, _HEIGHT)
-    _add_squares[(_HEIGHT // _WIDTH * rows * (rows + 1) // 2,)](
-        x, sums, len(x), width, x.stride(0), sums.stride(0), weight,
-        HEIGHT=_HEIGHT, WIDTH=_WIDTH, TOKENS=_TOKENS, num_warps=8, num_stages=_STAGES,
-    )  # fmt: skip
+    with device_of(sums):
+        _add_squares[(_HEIGHT // _WIDTH * rows * (rows + 1) // 2,)](
+            x, sums, len(x), width, x.stride(0), sums.stride(0), weight,
+            HEIGHT=_HEIGHT, WIDTH=_WIDTH, TOKENS=_TOKENS, num_warps=8, num_stages=_STAGES,
+        )  # fmt: skip

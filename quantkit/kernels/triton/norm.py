@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 WIDEST = 16384
 """Elements of a row that a program holds at once."""
@@ -34,9 +35,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     if x.numel():
         columns = triton.next_power_of_2(width)
-        _rms_norm[(x.numel() // width,)](
-            x, weight, result, width, eps, COLUMNS=columns, num_warps=8 if columns > 2048 else 4
-        )
+        with device_of(x):
+            _rms_norm[(x.numel() // width,)](
+                x, weight, result, width, eps, COLUMNS=columns, num_warps=8 if columns > 2048 else 4
+            )
     return result
 
 
@@ -73,7 +75,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     assert x.stride(3) == 1, f"strides {x.stride()}"
     assert n_rows == 1 or x.stride(0) == n_tokens * x.stride(1), f"strides {x.stride()}"
     assert cos.shape == sin.shape == (n_tokens, dim // 2), f"angles {list(cos.shape)} for {list(x.shape)}"
-    _rotate[(n_rows * n_tokens, triton.cdiv(n_heads, _HEADS))](
-        x, cos, sin, n_tokens, n_heads, x.stride(1), x.stride(2), dim // 2,
-        INTERLEAVED=interleaved, HEADS=_HEADS, PAIRS=max(_PAIRS, triton.next_power_of_2(dim // 2)), num_warps=1,
-    )  # fmt: skip
+    with device_of(x):
+        _rotate[(n_rows * n_tokens, triton.cdiv(n_heads, _HEADS))](
+            x, cos, sin, n_tokens, n_heads, x.stride(1), x.stride(2), dim // 2,
+            INTERLEAVED=interleaved, HEADS=_HEADS, PAIRS=max(_PAIRS, triton.next_power_of_2(dim // 2)), num_warps=1,
+        )  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from quantkit.kernels.backend import FixedScales, narrow_product, tensor_float32
 from quantkit.kernels.triton.levels import inverse, nearest
@@ -220,12 +221,14 @@ def polish(grid: FixedScales, target: Tensor, codes: Tensor, hessian: Tensor, ro
     error, levels = (target.new_empty(target.mT.shape) for _ in range(2))
     moved = codes.new_empty(target.mT.shape)
     narrow = torch.empty_like(error, dtype=torch.bfloat16)
-    _begin[(triton.cdiv(target.shape[2], _TILE), triton.cdiv(target.shape[1], _TILE), len(target))](
-        target.contiguous(), codes.contiguous(), scales, zeros if isinstance(zeros, Tensor) else scales,
-        scales if offsets is None else offsets, scales if table is None else table, error, narrow, levels, moved,
-        0.0 if isinstance(zeros, Tensor) else zeros, target.shape[2], target.shape[1], scales.shape[1], size,
-        ZEROS=isinstance(zeros, Tensor), OFFSETS=offsets is not None, TABLE=table is not None, TILE=_TILE, num_warps=4,
-    )  # fmt: skip
+    with device_of(target):
+        _begin[(triton.cdiv(target.shape[2], _TILE), triton.cdiv(target.shape[1], _TILE), len(target))](
+            target.contiguous(), codes.contiguous(), scales, zeros if isinstance(zeros, Tensor) else scales,
+            scales if offsets is None else offsets, scales if table is None else table, error, narrow, levels, moved,
+            0.0 if isinstance(zeros, Tensor) else zeros, target.shape[2], target.shape[1], scales.shape[1], size,
+            ZEROS=isinstance(zeros, Tensor), OFFSETS=offsets is not None, TABLE=table is not None, TILE=_TILE,
+            num_warps=4,
+        )  # fmt: skip
     row_sums = hessian if offsets is None else _row_sums(hessian, size)
     work = _Descent(grid, error, levels, moved, scales, offsets, zeros, hessian, row_sums, narrow, hessian.bfloat16())
     with tensor_float32():
@@ -265,11 +268,12 @@ def _move_group(work: _Descent, gradient: Tensor, first: int, start: int, size: 
     sums = gradient.new_empty(n_matrices, 4, out_features)
     scale, step = work.scales[:, group], gradient.new_empty(n_matrices, out_features)
     dtype = None if work.offsets is not None else getattr(grid, "scale_dtype", None)
-    _measure[(triton.cdiv(out_features, _MEASURED), n_matrices)](
-        gradient, through, work.levels, sums, work.scales, step, 0.0 if dtype is None else torch.finfo(dtype).max,
-        in_features, out_features, work.scales.shape[1], width, start, size, start - first, group,
-        DTYPE=_TRITON[dtype] if dtype else None, ROWS=_MEASURED, num_warps=1,
-    )  # fmt: skip
+    with device_of(gradient):
+        _measure[(triton.cdiv(out_features, _MEASURED), n_matrices)](
+            gradient, through, work.levels, sums, work.scales, step, 0.0 if dtype is None else torch.finfo(dtype).max,
+            in_features, out_features, work.scales.shape[1], width, start, size, start - first, group,
+            DTYPE=_TRITON[dtype] if dtype else None, ROWS=_MEASURED, num_warps=1,
+        )  # fmt: skip
     curvature, slope, through_sum, gradient_sum = sums.unbind(1)
     if dtype is None:
         step = _step(scale, curvature, slope, partial(grid.nearest_scale, group))
@@ -281,14 +285,15 @@ def _move_group(work: _Descent, gradient: Tensor, first: int, start: int, size: 
         shift = _step(work.offsets[:, group], curvature, gradient_sum - step * through_sum, nearest_offset)
         work.offsets[:, group] += shift
     zeros = work.zero if isinstance(work.zero, Tensor) else work.scales
-    _move[(triton.cdiv(out_features, _ROWS), n_matrices)](
-        gradient, through, work.error, work.narrow_error, work.levels, work.codes, change, moves, work.hessian,
-        work.row_sums, work.scales, step, shift, zeros, work.scales if grid.table is None else grid.table,
-        0.0 if isinstance(work.zero, Tensor) else work.zero, float(grid.top),
-        in_features, out_features, work.scales.shape[1], width, start, size, start - first, group,
-        ZEROS=isinstance(work.zero, Tensor), OFFSETS=work.offsets is not None,
-        LEVELS=0 if grid.table is None else len(grid.table), SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
-    )  # fmt: skip
+    with device_of(gradient):
+        _move[(triton.cdiv(out_features, _ROWS), n_matrices)](
+            gradient, through, work.error, work.narrow_error, work.levels, work.codes, change, moves, work.hessian,
+            work.row_sums, work.scales, step, shift, zeros, work.scales if grid.table is None else grid.table,
+            0.0 if isinstance(work.zero, Tensor) else work.zero, float(grid.top),
+            in_features, out_features, work.scales.shape[1], width, start, size, start - first, group,
+            ZEROS=isinstance(work.zero, Tensor), OFFSETS=work.offsets is not None,
+            LEVELS=0 if grid.table is None else len(grid.table), SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
+        )  # fmt: skip
     return change
 
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from quantkit.kernels.backend import narrow_product
 
@@ -38,7 +39,8 @@ def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
         above = hessian[:, :stop, start:stop].bfloat16()
         above[:, start:] *= 0.5  # the block on the diagonal is whole: everything else counts twice
         product = narrow_product(rows[..., :stop], above)
-        _add_row_dots[(n_matrices * out_features,)](
-            product, rows, loss, in_features, start, stop - start, COLUMNS=_PANEL, num_warps=4
-        )
+        with device_of(error):
+            _add_row_dots[(n_matrices * out_features,)](
+                product, rows, loss, in_features, start, stop - start, COLUMNS=_PANEL, num_warps=4
+            )
     return loss

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from quantkit.kernels.triton.transpose import transposed
 
@@ -114,9 +115,10 @@ def search(
     n_matrices, out_features, in_features = weight.shape
     scale = weight.new_empty(n_matrices, n_groups, out_features)
     zero = scale if symmetric else torch.empty_like(scale)
-    _search[(triton.cdiv(out_features, _ROWS), n_groups, n_matrices)](
-        transposed(weight), importance.contiguous(), fractions, scale, zero,
-        in_features, out_features, n_groups, in_features // n_groups, float(2**bits - 1), len(fractions),
-        SYMMETRIC=symmetric, SIGNED=symmetric and signed, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=_WARPS,
-    )  # fmt: skip
+    with device_of(weight):
+        _search[(triton.cdiv(out_features, _ROWS), n_groups, n_matrices)](
+            transposed(weight), importance.contiguous(), fractions, scale, zero,
+            in_features, out_features, n_groups, in_features // n_groups, float(2**bits - 1), len(fractions),
+            SYMMETRIC=symmetric, SIGNED=symmetric and signed, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=_WARPS,
+        )  # fmt: skip
     return transposed(scale), None if symmetric else transposed(zero)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 _COLUMNS = 1024
 
@@ -27,4 +28,5 @@ def add_rows_(matrix: Tensor, rows: Tensor, values: Tensor, shares: Tensor) -> N
     if len(rows):
         width = matrix.shape[1]
         programs = len(rows), triton.cdiv(width, _COLUMNS)
-        _add_rows[programs](matrix, rows, values.contiguous(), shares, width, COLUMNS=_COLUMNS, num_warps=4)
+        with device_of(matrix):
+            _add_rows[programs](matrix, rows, values.contiguous(), shares, width, COLUMNS=_COLUMNS, num_warps=4)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from quantkit.kernels.backend import FixedScales, tensor_float32
 from quantkit.kernels.triton.levels import inverse, nearest
@@ -175,12 +176,13 @@ def _span(work: _Sweep, start: int, stop: int) -> None:
 def _round(work: _Sweep, start: int, stop: int) -> None:
     n_matrices, in_features, out_features = work.moved.shape
     table, zero, offset = work.grid.table, work.zero, work.offset
-    _round_block[(triton.cdiv(out_features, _ROWS), n_matrices)](
-        work.moved, work.error, work.codes, work.lower, work.pivots,
-        work.pivots if work.loss is None else work.loss, work.places, work.group, work.scale,
-        zero if isinstance(zero, Tensor) else work.scale, work.scale if offset is None else offset,
-        work.scale if table is None else table, 0.0 if isinstance(zero, Tensor) else zero, float(work.grid.top),
-        in_features, out_features, work.scale.shape[1], start, stop,
-        ZEROS=isinstance(zero, Tensor), OFFSETS=offset is not None, LEVELS=0 if table is None else len(table),
-        LOSS=work.loss is not None, SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
-    )  # fmt: skip
+    with device_of(work.moved):
+        _round_block[(triton.cdiv(out_features, _ROWS), n_matrices)](
+            work.moved, work.error, work.codes, work.lower, work.pivots,
+            work.pivots if work.loss is None else work.loss, work.places, work.group, work.scale,
+            zero if isinstance(zero, Tensor) else work.scale, work.scale if offset is None else offset,
+            work.scale if table is None else table, 0.0 if isinstance(zero, Tensor) else zero, float(work.grid.top),
+            in_features, out_features, work.scale.shape[1], start, stop,
+            ZEROS=isinstance(zero, Tensor), OFFSETS=offset is not None, LEVELS=0 if table is None else len(table),
+            LOSS=work.loss is not None, SUB=_SUB, ROWS=_ROWS, AT_ONCE=_AT_ONCE, num_warps=1,
+        )  # fmt: skip

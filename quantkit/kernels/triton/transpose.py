@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 _TILE = 64
 
@@ -61,7 +62,8 @@ def transposed(matrix: Tensor) -> Tensor:
     """(B, rows, columns) -> (B, columns, rows), contiguous."""
     matrix = matrix.contiguous()
     result = torch.empty_like(matrix.mT, memory_format=torch.contiguous_format)
-    _transpose[_programs(matrix)](matrix, result, *matrix.shape[1:], TILE=_TILE, num_warps=4)
+    with device_of(matrix):
+        _transpose[_programs(matrix)](matrix, result, *matrix.shape[1:], TILE=_TILE, num_warps=4)
     return result
 
 
@@ -82,7 +84,8 @@ def placed_twice(matrix: Tensor, layout: Tensor) -> tuple[Tensor, Tensor]:
 
 def _place_in(matrix: Tensor, layout: Tensor, result: Tensor, second: Tensor, *, twice: bool) -> None:
     matrix, rank = matrix.contiguous(), layout.argsort(-1).int()
-    _place[_programs(matrix)](matrix, rank, result, second, *matrix.shape[1:], TWICE=twice, TILE=_TILE, num_warps=4)
+    with device_of(matrix):
+        _place[_programs(matrix)](matrix, rank, result, second, *matrix.shape[1:], TWICE=twice, TILE=_TILE, num_warps=4)
 
 
 def add_placed(matrix: Tensor, layout: Tensor, added: Tensor, factor: float) -> Tensor:
@@ -90,5 +93,6 @@ def add_placed(matrix: Tensor, layout: Tensor, added: Tensor, factor: float) -> 
     makes them."""
     added = added.contiguous()
     result, rank = torch.empty_like(added), layout.argsort(-1).int()
-    _add_placed[_programs(added)](matrix, rank, added, result, *added.shape[1:], factor, TILE=_TILE, num_warps=4)
+    with device_of(added):
+        _add_placed[_programs(added)](matrix, rank, added, result, *added.shape[1:], factor, TILE=_TILE, num_warps=4)
     return result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
-from quantkit.kernels.backend import has_kernels, narrow_product
+from quantkit.kernels.backend import Backend, backend_of, narrow_product
 
 _PANEL = 512  # columns that a Cholesky or triangular solve handles at once
 
@@ -72,7 +72,7 @@ def _storage_order(diagonal: Tensor) -> Tensor:
 
 def _factored(hessian: Tensor, layout: Tensor) -> tuple[Tensor, Tensor] | None:
     """R and D of the Hessians in layout order; None if one is not positive definite."""
-    if has_kernels(hessian):
+    if backend_of(hessian) is Backend.TRITON:
         from quantkit.kernels.triton import factor as cholesky_triton
 
         return cholesky_triton.factored(hessian, layout)
@@ -119,7 +119,7 @@ def towards_original(weight: Tensor, cross: Tensor, factor: Factor, alpha: float
 
     weight (B, out, in); cross (B, in, in): mean of (x_original - x_quantised) x_quantised^T over the tokens.
     """
-    if has_kernels(weight):
+    if backend_of(weight) is Backend.TRITON:
         from quantkit.kernels.triton import solve as solve_triton
 
         moved = narrow_product(weight, cross)
@@ -148,7 +148,7 @@ def columns_in(matrix: Tensor, order: Tensor) -> Tensor:
 
 def row_loss(error: Tensor, hessian: Tensor) -> Tensor:
     """tr(E H E^T) by row: error (B, out, in), hessian (B, in, in) -> (B, out) float32."""
-    if has_kernels(error):
+    if backend_of(error) is Backend.TRITON:
         from quantkit.kernels.triton import row_loss as row_loss_triton
 
         return row_loss_triton.row_loss(error, hessian)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.backend import has_kernels
-from quantkit.kernels.numba.threads import has_compiled
+from quantkit.kernels.backend import Backend, backend_of
 from quantkit.quantizers.ldlq.levels import Levels, divisor
 from quantkit.schemes.grid import Grid
 
@@ -35,14 +34,15 @@ def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: i
 
     target (B, out, in) float32, codes uint8 the same, hessian (B, in, in) damped.
     """
-    if has_kernels(target):
+    backend = backend_of(target)
+    if backend is Backend.TRITON:
         from quantkit.kernels.triton import polish as polish_triton
 
         return Polished(*polish_triton.polish(grid, target, codes, hessian, rounds))
-    if has_compiled(target):
-        from quantkit.kernels.numba import polish as polish_leaf
+    if backend is Backend.NUMBA:
+        from quantkit.kernels.numba import polish as polish_numba
 
-        return Polished(*polish_leaf.polish(grid, target, codes, hessian, rounds))
+        return Polished(*polish_numba.polish(grid, target, codes, hessian, rounds))
     return polish_in_torch(grid, target, codes, hessian, rounds)
 
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.backend import has_kernels
-from quantkit.kernels.numba.threads import has_compiled
+from quantkit.kernels.backend import Backend, backend_of
 from quantkit.quantizers.ldlq.factor import Factor, columns_in
 from quantkit.quantizers.ldlq.levels import Levels, divisor
 from quantkit.schemes.grid import Grid
@@ -35,14 +34,15 @@ def sweep(grid: Grid, target: Tensor, factor: Factor, loss: Tensor | None = None
     target (B, out, in) float32 -> codes (B, out, in) uint8 in storage order. ``loss`` (B, out) float32: tr(E H E^T) of
     each row is added to it.
     """
-    if has_kernels(target):
+    backend = backend_of(target)
+    if backend is Backend.TRITON:
         from quantkit.kernels.triton import sweep as sweep_triton
 
         return sweep_triton.sweep(grid, target, factor.layout, factor.lower, factor.pivots, loss)
-    if has_compiled(target):
-        from quantkit.kernels.numba import sweep as sweep_leaf
+    if backend is Backend.NUMBA:
+        from quantkit.kernels.numba import sweep as sweep_numba
 
-        return sweep_leaf.sweep(grid, target, factor.layout, factor.lower, factor.pivots, loss)
+        return sweep_numba.sweep(grid, target, factor.layout, factor.lower, factor.pivots, loss)
     in_features = target.shape[-1]
     group = factor.layout.div(in_features // grid.scale.shape[-1], rounding_mode="floor")  # of each place
     columns = _Columns(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import SchemeError
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend, backend_of
 from quantkit.kernels.ggml_constants import HALF_MAX
 from quantkit.schemes.ggml.measure import matters, nearest_codes, shares
 from quantkit.schemes.ggml.symmetric import search
@@ -38,9 +38,10 @@ def fit(kind: BlockType, weight: Tensor, importance: Tensor | None = None) -> Bl
     each input), one for each matrix; None: all equal. Raises `SchemeError` for weights that are not finite or too large
     for float16 scales, and for an importance that is negative or not finite.
     """
-    if has_kernels(weight):
+    backend = backend_of(weight)
+    if backend is Backend.TRITON:
         return _fit_on_gpu(kind, weight, importance)
-    if weight.device.type != "cpu":
+    if backend is Backend.TORCH:
         return fit_in_torch(kind, weight, importance)
     from quantkit.kernels.numba.ggml.fit import fit_blocks
 
@@ -84,13 +85,14 @@ def fit_in_torch(kind: BlockType, weight: Tensor, importance: Tensor | None = No
 def encode(kind: BlockType, weight: Tensor, params: BlockParams) -> Tensor:
     """The nearest level for the stored scales. weight (..., out, in) float32 -> codes (..., out, in) uint8, indices of
     ``kind.levels``; 0 is as good as any in a group whose scale is 0."""
-    if has_kernels(weight):
+    backend = backend_of(weight)
+    if backend is Backend.TRITON:
         from quantkit.kernels.triton.ggml.fit import encode_blocks as encode_on_gpu
 
         levels = tuple(sorted(set(kind.levels)))
         mirrored = kind.levels[0] != levels[0]
         return encode_on_gpu(levels, weight.detach(), params.scale(), params.offset(), mirrored=mirrored)
-    if weight.device.type != "cpu":
+    if backend is Backend.TORCH:
         return nearest_codes(kind, weight, params)
     from quantkit.kernels.numba.ggml.fit import encode_blocks
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.backend import has_kernels
+from quantkit.kernels.backend import Backend
 from quantkit.schemes.ggml.types import BlockParams, BlockType
 
 CPU_SLICE = 1 << 20
@@ -117,7 +117,9 @@ def pack(kind: BlockType, codes: Tensor, params: BlockParams) -> Tensor:
     blocks = codes.new_empty(*codes.shape[:-1], kind.row_bytes(codes.shape[-1]))
     n = codes.numel() // kind.block
     flat_codes, flat_params, flat_blocks = codes.reshape(n, kind.block), _flat(kind, params, n), _view(kind, blocks)
-    for part in _slices(kind, n, codes.device, WRITTEN_SLICE if _has_kernels(codes) else DEVICE_SLICE):
+    for part in _slices(
+        kind, n, codes.device, WRITTEN_SLICE if Backend.of(codes.device) is Backend.TRITON else DEVICE_SLICE
+    ):
         _pack(kind, flat_codes[part], _rows(flat_params, part), flat_blocks[part])
     return blocks
 
@@ -254,7 +256,7 @@ def _read_planes(planes: tuple[Plane, ...], blocks: Tensor, numbers: Tensor) -> 
 def _write_planes(planes: tuple[Plane, ...], numbers: Tensor, blocks: Tensor) -> None:
     """The inverse of `_read_planes`."""
     numbers = numbers.contiguous()
-    if _has_kernels(blocks):
+    if Backend.of(blocks.device) is Backend.TRITON:
         from quantkit.kernels.triton.ggml.layout import write_plane
 
         for plane in planes:
@@ -270,10 +272,6 @@ def _write_planes(planes: tuple[Plane, ...], numbers: Tensor, blocks: Tensor) ->
             bits = (source[:, :, part] >> plane.shift).bitwise_and_(mask)
             packed |= bits.bitwise_left_shift_(part * plane.bits)
         blocks[:, plane.start : plane.start + plane.nbytes] = packed.view(torch.uint8).view(-1, plane.nbytes)
-
-
-def _has_kernels(values: Tensor) -> bool:
-    return has_kernels(values.new_empty(0, dtype=torch.float32))
 
 
 def _chunks(plane: Plane, stored: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 from quantkit.kernels.triton.ggml.offset import search_offset
 from quantkit.kernels.triton.ggml.power import search_power
@@ -57,17 +58,20 @@ def fit_blocks(
         shape = {"POINTS": len(shares), "GROUPS": block // group, **lanes}
         low_sub, high_sub = sub_scale or (0, 0)
         if powers_of_two:
-            search_power[grid](weight, importance, table, d, *sizes, LOW=levels[0], HIGH=levels[-1], **lanes)
+            with device_of(weight):
+                search_power[grid](weight, importance, table, d, *sizes, LOW=levels[0], HIGH=levels[-1], **lanes)
         elif dmin is not None:
-            search_offset[grid](
-                weight, importance, tried, d, dmin, sub, low, *sizes,
-                HIGH=levels[-1], MAX_SUB=high_sub, MAX_LOW=(sub_min or (0, 0))[1], **shape,
-            )  # fmt: skip
+            with device_of(weight):
+                search_offset[grid](
+                    weight, importance, tried, d, dmin, sub, low, *sizes,
+                    HIGH=levels[-1], MAX_SUB=high_sub, MAX_LOW=(sub_min or (0, 0))[1], **shape,
+                )  # fmt: skip
         else:
-            search_symmetric[grid](
-                weight, importance, tried, table, d, sub, *sizes, LOW=levels[0], HIGH=levels[-1],
-                TABLE=len(table) > 0, MIN_SUB=low_sub, MAX_SUB=high_sub, **shape,
-            )  # fmt: skip
+            with device_of(weight):
+                search_symmetric[grid](
+                    weight, importance, tried, table, d, sub, *sizes, LOW=levels[0], HIGH=levels[-1],
+                    TABLE=len(table) > 0, MIN_SUB=low_sub, MAX_SUB=high_sub, **shape,
+                )  # fmt: skip
     return d, dmin, sub if sub_scale else None, low if sub_min else None
 
 
@@ -122,10 +126,11 @@ def encode_blocks(
     middles = [(low + high) / 2 for low, high in zip(levels, levels[1:], strict=False)]
     bounds = torch.tensor(middles if not _uniform(levels) else [0.0], device=weight.device)
     scale = scale.contiguous()
-    _code[(triton.cdiv(weight.numel(), _CODED),)](
-        weight.contiguous(), scale, scale if offset is None else offset.contiguous(),
-        bounds, codes, weight.numel(), K=weight.shape[-1] // scale.shape[-1], LOW=float(levels[0]),
-        HIGH=float(levels[-1]), OFFSET=offset is not None, BOUNDS=0 if _uniform(levels) else len(middles),
-        MIRRORED=mirrored, SIZE=_CODED, num_warps=4,
-    )  # fmt: skip
+    with device_of(weight):
+        _code[(triton.cdiv(weight.numel(), _CODED),)](
+            weight.contiguous(), scale, scale if offset is None else offset.contiguous(),
+            bounds, codes, weight.numel(), K=weight.shape[-1] // scale.shape[-1], LOW=float(levels[0]),
+            HIGH=float(levels[-1]), OFFSET=offset is not None, BOUNDS=0 if _uniform(levels) else len(middles),
+            MIRRORED=mirrored, SIZE=_CODED, num_warps=4,
+        )  # fmt: skip
     return codes

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.cuda import device_of
 
 _BYTES = 1024  # of a program
 
@@ -33,7 +34,8 @@ def write_plane(numbers: Tensor, blocks: Tensor, *, start: int, nbytes: int, bit
     """One plane of numbers (n, count) uint8 into blocks (n, block bytes) uint8, both contiguous."""
     n_bytes = len(blocks) * nbytes
     if n_bytes:
-        _write[(triton.cdiv(n_bytes, _BYTES),)](
-            numbers, blocks, n_bytes, numbers.shape[1], blocks.shape[1],
-            START=start, WIDTH=nbytes, BITS=bits, RUN=run, SHIFT=shift, SIZE=_BYTES, num_warps=4,
-        )  # fmt: skip
+        with device_of(blocks):
+            _write[(triton.cdiv(n_bytes, _BYTES),)](
+                numbers, blocks, n_bytes, numbers.shape[1], blocks.shape[1],
+                START=start, WIDTH=nbytes, BITS=bits, RUN=run, SHIFT=shift, SIZE=_BYTES, num_warps=4,
+            )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit.kernels.backend import Backend, using
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.quantizers.ldlq import polish as ldlq_polish
 from quantkit.quantizers.ldlq import sweep as ldlq_sweep
@@ -20,21 +21,10 @@ from tests.quantizers import test_ldlq as textbook
 Result = TypeVar("Result")
 
 
-def nothing_compiled(tensor: Tensor) -> bool:
-    return False
-
-
-@pytest.fixture
-def by_twin(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Result]], Result]:
+def by_twin(call: Callable[[], Result]) -> Result:
     """What a call gives without the compiled kernels."""
-
-    def run(call: Callable[[], Result]) -> Result:
-        with monkeypatch.context() as patched:
-            for module in (ldlq_polish, ldlq_sweep):
-                patched.setattr(module, "has_compiled", nothing_compiled)
-            return call()
-
-    return run
+    with using(Backend.TORCH):
+        return call()
 
 
 def problem(out_features: int, in_features: int) -> tuple[Tensor, ldlq_factor.Factor]:
@@ -53,7 +43,6 @@ SHAPES = [(4, 32, True, 37, 288), (3, 96, False, 16, 288), (2, None, True, 5, 32
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric", "out_features", "in_features"), SHAPES)
 def test_integers_as_the_twin_chooses_them(
-    by_twin: Callable[[Callable[[], object]], object],
     bits: int,
     group_size: int | None,
     symmetric: bool,
@@ -62,20 +51,18 @@ def test_integers_as_the_twin_chooses_them(
 ) -> None:
     weight, factor = problem(out_features, in_features)
     scheme = IntScheme(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="float32")
-    compare(by_twin, int_grid(scheme, weight, factor), weight, factor)
+    compare(int_grid(scheme, weight, factor), weight, factor)
 
 
 @pytest.mark.parametrize("kind", textbook.BLOCK_TYPES)
-def test_blocks_as_the_twin_chooses_them(by_twin: Callable[[Callable[[], object]], object], kind: str) -> None:
+def test_blocks_as_the_twin_chooses_them(kind: str) -> None:
     weight, factor, grid = textbook.block_problem(kind)
-    compare(by_twin, grid, weight, factor)
+    compare(grid, weight, factor)
 
 
 @pytest.mark.parametrize("twin", [True, False])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "IQ4_NL"])
-def test_rows_of_a_single_block_can_be_stored(
-    by_twin: Callable[[Callable[[], object]], object], kind: str, twin: bool
-) -> None:
+def test_rows_of_a_single_block_can_be_stored(kind: str, twin: bool) -> None:
     weight, factor = problem(16, 32)
     scheme = GgmlScheme(type=kind)  # pyright: ignore[reportArgumentType]
     grid = scheme.grid(weight, factor.hessian.diagonal(dim1=-2, dim2=-1), points=0, signed=True)
@@ -90,9 +77,7 @@ def test_rows_of_a_single_block_can_be_stored(
     torch.testing.assert_close(found.loss, error, rtol=1e-3, atol=1e-6)
 
 
-def compare(
-    by_twin: Callable[[Callable[[], object]], object], grid: Grid, weight: Tensor, factor: ldlq_factor.Factor
-) -> None:
+def compare(grid: Grid, weight: Tensor, factor: ldlq_factor.Factor) -> None:
     """Equal but for rounding ties: those and what follows from them may differ in one row of 20."""
     scale, loss, twin_loss = grid.scale.clone(), torch.ones(weight.shape[:2]), torch.ones(weight.shape[:2])
     codes = ldlq_sweep.sweep(grid, weight, factor, loss)
@@ -136,19 +121,17 @@ def test_threads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-def test_the_twin_of_the_sweep_is_textbook_gptq(
-    by_twin: Callable[[Callable[[], object]], object], act_order: bool
-) -> None:
+def test_the_twin_of_the_sweep_is_textbook_gptq(act_order: bool) -> None:
     by_twin(lambda: textbook.test_sweep_gives_the_codes_of_textbook_gptq(4, 32, 400, act_order, True))
     by_twin(lambda: textbook.test_sweep_gives_the_codes_of_textbook_gptq(2, None, 400, act_order, False))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS", "MXFP4"])
-def test_the_twins_on_blocks(by_twin: Callable[[Callable[[], object]], object], kind: str) -> None:
+def test_the_twins_on_blocks(kind: str) -> None:
     by_twin(lambda: textbook.test_sweep_on_blocks_gives_the_values_of_textbook_gptq(kind, True))
     by_twin(lambda: textbook.test_polish_on_blocks_never_raises_the_loss_and_is_stored_as_it_is(kind))
 
 
-def test_the_twin_of_the_polish_ends_where_nothing_improves(by_twin: Callable[[Callable[[], object]], object]) -> None:
+def test_the_twin_of_the_polish_ends_where_nothing_improves() -> None:
     by_twin(lambda: textbook.test_polish_ends_where_no_single_code_or_scale_improves(False, 32))
     by_twin(lambda: textbook.test_the_sweep_knows_its_loss("Q4_K"))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.convert.background import AheadSource, Deliveries
+from quantkit.convert.background import Deliveries
 from quantkit.convert.events import OnEvent
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
+from quantkit.convert.weights import WeightSource
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.machine import Machine, Share, Stores, Timer
 from quantkit.plan.plan import Plan
@@ -17,10 +18,10 @@ from quantkit.plan.targets import Sink
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class Conversion:
     """``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
-    ``importance``: an imatrix file in place of calibration text. ``ahead``, ``deliveries``: reading and writing beside
-    a GPU."""
+    ``weights``: the source as layers read it, ahead of a GPU. ``importance``: an imatrix file in place of calibration
+    text. ``deliveries``: the thread that writes beside a GPU, None where writing waits."""
 
     plan: Plan
     arch: ModelArch
@@ -34,5 +35,5 @@ class Walk:
     importance: ImportanceFile | None
     on_event: OnEvent
     timer: Timer
-    ahead: AheadSource | None = None
-    deliveries: Deliveries | None = None
+    weights: WeightSource
+    deliveries: Deliveries | None
