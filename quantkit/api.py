@@ -263,9 +263,9 @@ def parse_budget(text: str) -> int:
 
 def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:
     """The recipe, and the folder that its relative paths count from."""
-    from quantkit.plan.recipe_file import load_recipe
+    from quantkit.plan.recipe import Recipe
 
-    loaded = load_recipe(recipe) if isinstance(recipe, Path | str) else recipe
+    loaded = Recipe.from_yaml(recipe) if isinstance(recipe, Path | str) else recipe
     return loaded, loaded.folder if base_dir is None else Path(base_dir)
 
 
