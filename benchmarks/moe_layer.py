@@ -49,8 +49,9 @@ from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import OutputJob
 from quantkit.convert.weights import LayerWeights
 from quantkit.formats import open_source
+from quantkit.formats.folder import FolderSink
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.formats.layouts.compressed_tensors import CompressedTensorsSink
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
 from quantkit.plan.machine import Machine
@@ -248,7 +249,7 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
     setting.out.mkdir()
     planned = [PlannedTensor(TensorInfo(spec.name, spec.shape, "BF16"), SCHEME, None) for spec in linears]
     streams = Streams(_copy(setting.x), _copy(setting.original) if method.follows_original else None)
-    sink = CompressedTensorsSink.open(setting.out, planned)
+    sink = FolderSink.open(COMPRESSED_TENSORS, setting.out, planned)
     losses: list[float] = []
 
     def write(output: int, batch: QuantizedBatch, names: tuple[str, ...], n_tokens: tuple[int, ...]) -> None:

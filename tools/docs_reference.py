@@ -101,7 +101,7 @@ def recipe_reference(schema: dict[str, Any]) -> str:
 TITLES = {
     "Recipe": "The file",
     "Calibration": "`calibration`",
-    "CompressedTensorsOutput": "`outputs[]` with `format: compressed-tensors`",
+    "FolderOutput": "`outputs[]` with `format: compressed-tensors`",
     "GgufOutput": "`outputs[]` with `format: gguf`",
     "Rule": "`outputs[].rules[]`",
     "IntScheme": "`scheme: {kind: int}`",

@@ -140,7 +140,7 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class CompressedTensorsOutput(_Output, frozen=True, extra="forbid"):
+class FolderOutput(_Output, frozen=True, extra="forbid"):
     """A folder of safetensors that vLLM and transformers load."""
 
     format: Literal["compressed-tensors"] = Field(description="Which bytes hold the result.")
@@ -207,7 +207,7 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
         return None if self.split_max_size is None else parse_size(self.split_max_size)
 
 
-Output = Annotated[CompressedTensorsOutput | GgufOutput, Field(discriminator="format")]
+Output = Annotated[FolderOutput | GgufOutput, Field(discriminator="format")]
 
 
 def _checked_size(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from quantkit.arch import arch_of
 from quantkit.errors import PlanError, SourceError
-from quantkit.formats.layouts.compressed_tensors import stored
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.safetensors.writer import layout_shards
 from quantkit.plan.decide import Action
 from quantkit.plan.headers import SourceHeaders, headers_from_arch, read_headers
@@ -87,7 +87,7 @@ def test_v3_source_sizes(v3: SourceHeaders) -> None:
 def test_planned_bytes_are_those_of_the_writer() -> None:
     headers = tiny_headers()
     (output,) = plan_of(headers, Recipe.from_yaml("nano-demo")).outputs
-    layout = layout_shards(stored(tensor) for tensor in output.planned)
+    layout = layout_shards(COMPRESSED_TENSORS.infos(tensor) for tensor in output.planned)
     assert layout.data_bytes == output.nbytes
 
 
