@@ -42,7 +42,7 @@ class PackedLinear(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that are stored of it."""
+        """Names of the tensors that store it, alone or with other linears."""
         ...
 
     @property
@@ -301,18 +301,21 @@ class FolderSource:
         return name
 
     def _decoded_infos(self) -> Iterator[TensorInfo]:
-        """In file order; a linear in the place of its first part."""
-        owners = {part: name for name, linear in self._linears.items() for part in linear.parts}
+        """In file order; a linear in the place of its first part. Linears may share parts, as stacked experts do."""
+        owners: dict[str, list[str]] = {}
+        for name, linear in self._linears.items():
+            for stored in linear.parts:
+                owners.setdefault(stored, []).append(name)
         seen: set[str] = set()
         for name, info in self.raw.infos().items():
-            owner = owners.get(name)
-            if owner is None:
+            if name not in owners:
                 if name in self._linears:
                     raise SourceError(f"{self.raw.path_of(name)}: {printable(name)} is stored packed and plain.")
                 yield info
-            elif owner not in seen:
-                seen.add(owner)
-                yield self._linears[owner].info
+            for owner in owners.get(name, ()):
+                if owner not in seen:
+                    seen.add(owner)
+                    yield self._linears[owner].info
 
 
 def object_of(where: str, key: str, value: object) -> Mapping[str, object]:

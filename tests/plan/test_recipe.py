@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import yaml
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from quantkit.errors import QuantkitError, RecipeError
-from quantkit.plan.recipe import Recipe, parse_size
+from quantkit.formats.layouts import LAYOUTS, READERS
+from quantkit.plan.recipe import FolderOutput, Recipe, parse_size
 from quantkit.plan.recipe_file import model_of, parse_model, recipe_path, schema_of, shipped_recipes
 
 GOOD = """\
@@ -203,6 +204,11 @@ def test_shipped_recipes_load_by_name() -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.from_yaml("nano-demmo")
     assert "nano-demo" in caught.value.hint
+
+
+def test_recipes_name_every_layout_that_can_be_written() -> None:
+    assert get_args(FolderOutput.model_fields["format"].annotation) == tuple(LAYOUTS)
+    assert all(layout.reader in READERS.values() for layout in LAYOUTS.values())
 
 
 def test_schema_names_every_key() -> None:

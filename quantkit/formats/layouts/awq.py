@@ -73,7 +73,7 @@ def _codes(words: Tensor, outputs: Tensor) -> Tensor:
     return codes if torch.equal(wanted, torch.arange(len(codes))) else codes[wanted]
 
 
-def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
+def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
     where = f"{raw.directory / 'config.json'}: quantization_config"
     for key in _LAYOUT_KEYS:
         layout = section.get(key, "gemm")
@@ -101,4 +101,4 @@ def _linear(raw: SafetensorsSource, module: str) -> _Awq:
     return _Awq(TensorInfo(f"{module}.weight", (n_out, n_in), "F32"), n_in // n_groups)
 
 
-AWQ = FolderReader("AWQ", _linears)
+AWQ = FolderReader("AWQ", _find)

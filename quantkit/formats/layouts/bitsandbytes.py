@@ -95,7 +95,7 @@ class _FourBit:
         return raw.read(f"{self.info.name}.nested_quant_map")[absmax.int()] * scales + self.nested.offset
 
 
-def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
+def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
     where = f"{raw.directory / 'config.json'}: quantization_config"
     if section.get("load_in_8bit") or not section.get("load_in_4bit", True):
         raise SourceError(f"{where} does not say load_in_4bit: only 4-bit bitsandbytes weights can be read.")
@@ -155,4 +155,4 @@ def _block(where: str, key: str, value: object) -> int:
     return value
 
 
-BITSANDBYTES = FolderReader("bitsandbytes", _linears)
+BITSANDBYTES = FolderReader("bitsandbytes", _find)

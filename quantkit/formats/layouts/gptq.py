@@ -90,7 +90,7 @@ class _Gptq:
         return None if plain else group
 
 
-def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
+def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
     where = f"{raw.directory / 'config.json'}: quantization_config"
     layout = section.get("checkpoint_format", section.get("format", "gptq"))
     offset = _STORED_LESS_ONE.get(layout) if isinstance(layout, str) else None
@@ -129,4 +129,4 @@ def _linear(raw: SafetensorsSource, module: str, bits: int, varied: bool, offset
     return _Gptq(info, own, n_groups, offset, has_groups)
 
 
-GPTQ = FolderReader("GPTQ", _linears)
+GPTQ = FolderReader("GPTQ", _find)
