@@ -73,7 +73,7 @@ def _none(planned: Sequence[PlannedTensor]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class FolderLayout:
     """How a folder stores quantised linears.
 
     ``check(name, shape, scheme)``: raises `SchemeError` unless a linear (out, in) in this scheme can be stored.
@@ -105,7 +105,7 @@ class FolderSink:
     come again; the bytes of the files do not depend on the order. Nothing is held in memory but the tensor being
     written."""
 
-    def __init__(self, layout: Layout, writer: ShardWriter, planned: Sequence[PlannedTensor]) -> None:
+    def __init__(self, layout: FolderLayout, writer: ShardWriter, planned: Sequence[PlannedTensor]) -> None:
         self._layout = layout
         self._writer = writer
         self._planned = {tensor.name: tensor for tensor in planned}
@@ -113,7 +113,11 @@ class FolderSink:
 
     @classmethod
     def open(
-        cls, layout: Layout, directory: Path, planned: Sequence[PlannedTensor], max_shard_bytes: int = MAX_SHARD_BYTES
+        cls,
+        layout: FolderLayout,
+        directory: Path,
+        planned: Sequence[PlannedTensor],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> FolderSink:
         """Create the shards in full size in ``directory``, or take up those of an interrupted job (`fresh` tells
         which).

@@ -1,8 +1,8 @@
 """Recipe files: YAML text -> a pydantic model, every fault with file, line, key, what was found and what is allowed.
 
-Which keys, unions and tags there are is read off the model (`loc`), so a new method, scheme or output changes nothing
-here. The YAML is composed into nodes first, because only nodes know their lines. A hostile file cannot cost much:
-size, depth and aliases are bounded before anything is built.
+Which keys there may be, and which parts of pydantic's locations are tags of unions, is read off the model (`_walk`),
+so a new method, scheme or output changes nothing here. The YAML is composed into nodes first, because only nodes know
+their lines. A hostile file cannot cost much: size, depth and aliases are bounded before anything is built.
 """
 
 from __future__ import annotations
@@ -256,9 +256,8 @@ def _walk(model: type[BaseModel], loc: Loc) -> Iterator[tuple[bool, Models]]:
     """For each part of loc: whether it is the tag of a union's member, and what the value that it leads to may be."""
     models: Models = (model,)
     for part in loc:
-        tagged = (
-            tuple(one for one in models if part in _literals(one)) if isinstance(part, str) and len(models) > 1 else ()
-        )
+        is_union = len(models) > 1 and isinstance(part, str)
+        tagged = tuple(one for one in models if is_union and part in _literals(one))
         if tagged:
             models = tagged
         elif isinstance(part, str):
@@ -301,7 +300,7 @@ def _found_needed(model: type[BaseModel], detail: ErrorDetails) -> str:
         return "found nothing, needed this key"
     if kind == "extra_forbidden":
         *parent, key = detail["loc"]
-        known = tuple(_models_at(model, tuple(parent))[0].model_fields)
+        known = tuple(key for one in _models_at(model, tuple(parent))[:1] for key in one.model_fields)
         guess = nearest(str(key), known)
         return (
             "found an unknown key, needed "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantkit.arch.base import ModelArch
 from quantkit.errors import SchemeError
-from quantkit.formats.folder import FolderSink, FolderSource, Layout
+from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import FolderOutput, Rule
 from quantkit.runtimes.vllm import contract
@@ -18,7 +18,7 @@ from quantkit.tensors import TensorSpec
 class FolderTarget:
     """A `Target`."""
 
-    def __init__(self, output: FolderOutput, layout: Layout, arch: ModelArch) -> None:
+    def __init__(self, output: FolderOutput, layout: FolderLayout, arch: ModelArch) -> None:
         self.label: str = layout.reader.label
         self.specs: tuple[TensorSpec, ...] = tuple(arch.tensors())
         self._output = output

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from quantkit.errors import OutputError, PlanError, SchemeError, SourceError
 from quantkit.formats import layouts
-from quantkit.formats.folder import FolderReader, FolderSink, FolderSource, Layout, PackedLinear, Rows, by_runs, part
+from quantkit.formats.folder import (
+    FolderLayout,
+    FolderReader,
+    FolderSink,
+    FolderSource,
+    PackedLinear,
+    Rows,
+    by_runs,
+    part,
+)
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.schemes import Float8Scheme, IntScheme, QuantError, QuantizedTensor, Scheme
@@ -87,7 +96,7 @@ def find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, 
     return linears
 
 
-TOY = Layout(FolderReader("toy", find), check, stored, pack, config, problems)
+TOY = FolderLayout(FolderReader("toy", find), check, stored, pack, config, problems)
 
 # --- what it is worth -------------------------------------------------------------------------------------------------
 

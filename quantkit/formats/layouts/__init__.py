@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.formats.folder import FolderReader, Layout
+from quantkit.formats.folder import FolderLayout, FolderReader
 from quantkit.formats.layouts.awq import AWQ
 from quantkit.formats.layouts.bitsandbytes import BITSANDBYTES
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.gptq import GPTQ
 
-LAYOUTS: Mapping[str, Layout] = {"compressed-tensors": COMPRESSED_TENSORS}
+LAYOUTS: Mapping[str, FolderLayout] = {"compressed-tensors": COMPRESSED_TENSORS}
 """What can be written, by the ``format`` of a recipe's output."""
 
 READERS: Mapping[str, FolderReader] = {

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 
 from quantkit.errors import SchemeError, SourceError
 from quantkit.formats.bitpack import WORD_BITS, n_words, pack, unpack
-from quantkit.formats.folder import FolderReader, Layout, PackedLinear, Rows, by_runs, object_of
+from quantkit.formats.folder import FolderLayout, FolderReader, PackedLinear, Rows, by_runs, object_of
 from quantkit.formats.layouts.compressed_tensors_config import ConfigGroup, Resolver, Targets, quantization_config
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.header import printable
@@ -281,6 +281,6 @@ def _strings(where: str, value: object) -> tuple[str, ...]:
     return tuple(cast("list[str]", items))
 
 
-COMPRESSED_TENSORS = Layout(
+COMPRESSED_TENSORS = FolderLayout(
     FolderReader("compressed-tensors", _find), check=_check, stored=_stored, pack=_pack, config=quantization_config
 )
