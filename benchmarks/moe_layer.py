@@ -50,8 +50,9 @@ from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import Importance, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
 from quantkit.formats import open_source
+from quantkit.formats.folder import FolderSink
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.formats.layouts.compressed_tensors import CompressedTensorsSink
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
 from quantkit.plan.machine import Machine
@@ -250,7 +251,7 @@ class Setting:
 class Writer:
     """Writes a layer's results on the thread that delivers, as a conversion does."""
 
-    sink: CompressedTensorsSink
+    sink: FolderSink
     deliveries: Deliveries
     losses: list[float]
 
@@ -280,7 +281,7 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
         _copy(setting.original) if method.follows_original else None,
         lambda width: MemoryRows(setting.x.n_rows, LENGTH, width, GPU, machine_.scratch_dtype),
     )
-    sink = CompressedTensorsSink.open(setting.out, planned)
+    sink = FolderSink.open(COMPRESSED_TENSORS, setting.out, planned)
     writer = Writer(sink, deliveries, [])
     share = machine_.share(0)
     inter = next(spec.shape[0] for spec in linears if ".experts.0.gate" in spec.name)

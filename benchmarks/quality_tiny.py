@@ -16,7 +16,8 @@ from pathlib import Path
 import yaml
 from safetensors.torch import save_file
 
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.folder import FolderSource
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "peers"))
@@ -68,7 +69,7 @@ def convert(scheme: str, tokens: int, work: Path) -> tuple[Path, dict[str, objec
 
 def decode(directory: Path, folder: Path) -> None:
     """Write every weight as a runtime computes with it, float32."""
-    with CompressedTensorsSource(directory) as source:
+    with FolderSource(directory, COMPRESSED_TENSORS.reader) as source:
         weights = {name: source.read(name).float() for name in source.infos()}
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")

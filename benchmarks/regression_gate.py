@@ -38,7 +38,7 @@ from quantkit.evaluate.check.run import check
 from quantkit.evaluate.check.statistics import paired
 from quantkit.evaluate.check.verdict import Limits
 from quantkit.formats.gguf.reader import GgufReader
-from quantkit.plan.recipe_file import load_recipe
+from quantkit.plan.recipe import Recipe
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.schemes import affine_int
 from quantkit.schemes.ggml import scheme as ggml
@@ -166,7 +166,7 @@ def run(work: Path, bug: str, seed: int) -> Path:
     if done.exists():
         return done
     shutil.rmtree(folder, ignore_errors=True)
-    recipe = load_recipe(RECIPE)
+    recipe = Recipe.from_yaml(RECIPE)
     assert recipe.calibration is not None
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"seed": seed})})
     start = time.perf_counter()

@@ -248,9 +248,9 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
 
 def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:
     """The recipe, and the folder that its relative paths count from."""
-    from quantkit.plan.recipe_file import load_recipe
+    from quantkit.plan.recipe import Recipe
 
-    loaded = load_recipe(recipe) if isinstance(recipe, Path | str) else recipe
+    loaded = Recipe.from_yaml(recipe) if isinstance(recipe, Path | str) else recipe
     return loaded, loaded.folder if base_dir is None else Path(base_dir)
 
 

@@ -35,9 +35,10 @@ V3 = ROOT / "examples" / "deepseek-v3-671b"
 
 def documents() -> Iterator[tuple[Path, str]]:
     """Every generated file with the text it should have."""
-    from quantkit.plan.recipe_file import recipe_schema
+    from quantkit.plan.recipe import Recipe
+    from quantkit.plan.recipe_file import schema_of
 
-    schema = recipe_schema()
+    schema = schema_of(Recipe)
     yield ROOT / "docs" / "recipe.schema.json", json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
     yield ROOT / "docs" / "reference" / "recipe.md", recipe_reference(schema)
     yield ROOT / "docs" / "reference" / "cli.md", cli_reference()
@@ -100,7 +101,7 @@ def recipe_reference(schema: dict[str, Any]) -> str:
 TITLES = {
     "Recipe": "The file",
     "Calibration": "`calibration`",
-    "CompressedTensorsOutput": "`outputs[]` with `format: compressed-tensors`",
+    "FolderOutput": "`outputs[]` with `format: compressed-tensors`",
     "GgufOutput": "`outputs[]` with `format: gguf`",
     "Rule": "`outputs[].rules[]`",
     "IntScheme": "`scheme: {kind: int}`",
@@ -158,10 +159,10 @@ def with_sizes(path: Path) -> str:
     """A recipe's text with the `# size:` and `# needs:` lines that a plan of DeepSeek V3 gives."""
     from quantkit.plan.memory import conversion_needs
     from quantkit.plan.plan import make_plan
-    from quantkit.plan.recipe_file import load_recipe
+    from quantkit.plan.recipe import Recipe
 
     headers = v3_headers()
-    plan = make_plan(load_recipe(path), headers.arch, headers.infos, headers.is_float8)
+    plan = make_plan(Recipe.from_yaml(path), headers.arch, headers.infos, headers.is_float8)
     output, needs = plan.outputs[0], conversion_needs(plan, headers.arch)
     size = f"{output.nbytes / 1e9:.2f} GB ({output.nbytes / 2**30:.2f} GiB), {output.bpw:.3f} bits per weight"
     ram = f"{needs.working_bytes / 1e9:.1f} GB of RAM"

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 from quantkit.arch import arch_of  # noqa: E402
 from quantkit.arch.forward import logits  # noqa: E402
 from quantkit.formats import open_source  # noqa: E402
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource  # noqa: E402
+from quantkit.formats.folder import FolderSource  # noqa: E402
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS  # noqa: E402
 from quantkit.schemes import Float8Scheme  # noqa: E402
 
 UNQUANTIZED = "bf16"
@@ -57,7 +58,7 @@ class Twin:
         config = json.loads((folder / "config.json").read_text())
         self.arch = arch_of(config)
         quantized = "quantization_config" in config
-        self.source = CompressedTensorsSource(folder) if quantized else open_source(folder)
+        self.source = FolderSource(folder, COMPRESSED_TENSORS.reader) if quantized else open_source(folder)
         self.changed = changed
         self.weights: dict[str, Tensor] = {}
         self.float8: set[int] = set()
@@ -67,7 +68,7 @@ class Twin:
         if name not in self.weights:
             weight = self.source.read(name).float()
             self.weights[name] = weight if self.changed is None else self.changed(name, weight)
-            if isinstance(self.source, CompressedTensorsSource) and isinstance(self.source.scheme(name), Float8Scheme):
+            if isinstance(self.source, FolderSource) and isinstance(self.source.scheme(name), Float8Scheme):
                 self.float8.add(storage(self.weights[name]))
         return self.weights[name]
 
@@ -114,7 +115,7 @@ def rounded_to_float8(x: Tensor) -> Tensor:
 
 def without_signs(folder: Path) -> Callable[[str, Tensor], Tensor]:
     """A reader that takes every scale as positive."""
-    source = CompressedTensorsSource(folder)
+    source = FolderSource(folder, COMPRESSED_TENSORS.reader)
 
     def changed(name: str, weight: Tensor) -> Tensor:
         scheme = source.scheme(name)
@@ -128,7 +129,7 @@ def without_signs(folder: Path) -> Callable[[str, Tensor], Tensor]:
 
 def with_moved_scales(folder: Path) -> Callable[[str, Tensor], Tensor]:
     """A reader that gives every FP8 block the scale of the block before it."""
-    source = CompressedTensorsSource(folder)
+    source = FolderSource(folder, COMPRESSED_TENSORS.reader)
 
     def changed(name: str, weight: Tensor) -> Tensor:
         if not isinstance(source.scheme(name), Float8Scheme):
@@ -163,7 +164,7 @@ def compare(directory: Path, run: str, record: dict[str, Any], prompts: Tensor, 
         "controls": {"unquantized": distance(theirs, noise.logprobs(prompts))},
         "kernels": [line for line in record["log"] if any(word in line for word in KERNELS)],
     }
-    if isinstance(twin.source, CompressedTensorsSource):
+    if isinstance(twin.source, FolderSource):
         scales = [twin.source.raw.read(name) for name in twin.source.raw.infos() if name.endswith("weight_scale")]
         row["negative_scales"] = round(sum((s < 0).sum().item() for s in scales) / sum(s.numel() for s in scales), 4)
         row["controls"]["signs_dropped"] = distance(theirs, Twin(folder, without_signs(folder)).logprobs(prompts))

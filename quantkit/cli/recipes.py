@@ -9,7 +9,8 @@ import typer
 from quantkit.cli.options import AsJson
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
-from quantkit.plan.recipe_file import load_recipe, recipe_path, recipe_schema, shipped_recipes
+from quantkit.plan.recipe import Recipe
+from quantkit.plan.recipe_file import recipe_path, schema_of, shipped_recipes
 from quantkit.text.tables import table
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
 def list_recipes(as_json: AsJson = False) -> None:
     """Name the shipped recipes; each can be given to -r by its name."""
     with refusals():
-        named = [(path.stem, load_recipe(path).description) for path in shipped_recipes()]
+        named = [(path.stem, Recipe.from_yaml(path).description) for path in shipped_recipes()]
     if as_json:
         show_json([{"name": name, "description": description} for name, description in named])
     elif named:
@@ -34,11 +35,11 @@ def list_recipes(as_json: AsJson = False) -> None:
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe, or a file.")]) -> None:
     """Print a recipe as it stands, after checking it: a starting point for your own."""
     with refusals():
-        load_recipe(name)
+        Recipe.from_yaml(name)
         typer.echo(recipe_path(name).read_text(encoding="utf-8-sig"), nl=False)
 
 
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors (docs/recipe.schema.json)."""
-    show_json(recipe_schema())
+    show_json(schema_of(Recipe))

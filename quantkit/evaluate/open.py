@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,15 +20,12 @@ from quantkit.arch.base import ModelArch
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.documents.evaluation import CheckpointFacts
 from quantkit.errors import ConfigError, QuantkitError, SourceError
-from quantkit.formats.folder import DecodedLinears
+from quantkit.formats.folder import FolderSource
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.gguf.header import GgufHeader, is_gguf
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.source import GgufSource
-from quantkit.formats.layouts.awq import open_awq
-from quantkit.formats.layouts.bitsandbytes import open_bitsandbytes
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
-from quantkit.formats.layouts.gptq import open_gptq
+from quantkit.formats.layouts import READERS
 from quantkit.formats.safetensors.header import open_regular, printable
 from quantkit.formats.source import open_source, quant_method, read_config
 from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
@@ -115,15 +112,14 @@ def _holds_model(path: Path) -> bool:
 def _open_folder(path: Path) -> Evaluated:
     config = read_config(path)
     method = quant_method(config)
-    if method not in (None, "fp8", *_QUANTISED):
+    if method not in (None, "fp8", *READERS):
         raise SourceError(f"{path}: is quantised as {printable(repr(method))}, which cannot be read.", hint=READABLE)
     try:
         arch = arch_of(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
-    if method is not None and method in _QUANTISED:
-        kind, opened = _QUANTISED[method]
-        source = opened(path)
+    if method is not None and method in READERS:
+        kind, source = READERS[method].label, FolderSource(path, READERS[method])
     else:
         source = open_source(path)
         kind = _stored_dtype(source, arch)
@@ -135,15 +131,6 @@ def _open_folder(path: Path) -> Evaluated:
         sum(info.nbytes for info in source.raw.infos().values()),
     )
     return Evaluated(arch, source, facts)
-
-
-_QUANTISED: Mapping[str, tuple[str, Callable[[Path], CompressedTensorsSource | DecodedLinears]]] = {
-    "compressed-tensors": ("compressed-tensors", CompressedTensorsSource),
-    "gptq": ("GPTQ", open_gptq),
-    "awq": ("AWQ", open_awq),
-    "bitsandbytes": ("bitsandbytes", open_bitsandbytes),
-}
-"""quant_method of config.json -> name of the format, how it is opened."""
 
 
 def _stored_dtype(source: Fp8Source, arch: ModelArch) -> str:

@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from pydantic import ValidationError
 
 from quantkit.arch import arch_of
 from quantkit.errors import ConfigError
-from quantkit.formats.layouts import compressed_tensors
+from quantkit.formats.layouts.compressed_tensors import SCALE_DTYPES
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
@@ -26,11 +26,8 @@ from quantkit.runtimes.vllm import contract
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 
-if TYPE_CHECKING:
-    pass
-
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
-_SCALE_DTYPES = {dtype: name for name, dtype in compressed_tensors.SCALE_DTYPES.items()}
+_SCALE_DTYPES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -9,7 +9,7 @@ from quantkit.errors import PlanError, SchemeError
 from quantkit.plan.recipe import Output, Rule
 from quantkit.plan.targets import Target
 from quantkit.quantizers import Gptq, Method, Rtn
-from quantkit.schemes import ChosenScheme, Float8Scheme, GgmlScheme, Scheme
+from quantkit.schemes import ChosenScheme, Float8Scheme, Scheme
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 
 LINES_PER_KIND = 5
@@ -132,7 +132,7 @@ def _check_decision(output: Output, decision: Decision, calibrated: bool, proble
         problems.add("float32 tensors", f"{where}: is float32 and loses its meaning in bf16.", "Give it keep: source.")
     if decision.action is not Action.QUANTIZE:
         return
-    if not (spec.linear or (spec.table and isinstance(decision.scheme, GgmlScheme))):
+    if not (spec.linear or (spec.table and decision.scheme is not None and decision.scheme.fits_tables)):
         problems.add(
             "tensors that cannot be quantised",
             f"{where}: role {spec.role.value}, shape {list(spec.shape)} is no linear and cannot be quantised.",

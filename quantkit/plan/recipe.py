@@ -1,12 +1,11 @@
 """A recipe: what is quantised how, with which text, into which outputs, and how good the result must be.
 
 Everything here is data: frozen models that refuse unknown keys and contradictions. `quantkit.plan.recipe_file`
-reads them from YAML; `quantkit.plan.plan` joins them with a checkpoint.
+reads such models from YAML; `quantkit.plan.plan` joins them with a checkpoint.
 """
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
 from quantkit.calibrate.dataset import Calibration
+from quantkit.plan.recipe_file import model_of, nearest, read_model, recipe_path, shipped_recipes
 from quantkit.quantizers import Method
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
 from quantkit.schemes import ChosenScheme
@@ -119,7 +119,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
             pattern = re.compile(fnmatch.translate(self.match))
             return lambda t: any(pattern.match(name) for name in ((t.name, t.part_of) if t.part_of else (t.name,)))
         if self.scheme is not None:
-            tables = self.scheme.kind == "ggml"
+            tables = self.scheme.fits_tables
             return lambda tensor: tensor.role in roles and (tensor.linear or (tables and tensor.table))
         return lambda tensor: tensor.role in roles
 
@@ -140,7 +140,7 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-class CompressedTensorsOutput(_Output, frozen=True, extra="forbid"):
+class FolderOutput(_Output, frozen=True, extra="forbid"):
     """A folder of safetensors that vLLM and transformers load."""
 
     format: Literal["compressed-tensors"] = Field(description="Which bytes hold the result.")
@@ -207,7 +207,7 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
         return None if self.split_max_size is None else parse_size(self.split_max_size)
 
 
-Output = Annotated[CompressedTensorsOutput | GgufOutput, Field(discriminator="format")]
+Output = Annotated[FolderOutput | GgufOutput, Field(discriminator="format")]
 
 
 def _checked_size(text: str) -> str:
@@ -277,23 +277,18 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def from_yaml(cls, path_or_name: Path | str) -> Recipe:
         """The recipe of a YAML file, or a shipped one by name. Raises `RecipeError`: for each fault a line with file,
         line, key, what was found and what is needed."""
-        from quantkit.plan.recipe_file import load_recipe
-
-        return load_recipe(path_or_name)
+        path = recipe_path(path_or_name)
+        return read_model(cls, path).within(path.parent)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], folder: Path | str = ".") -> Recipe:
         """The recipe in plain values, as a YAML file has them. ``folder``: where its relative paths count from. Raises
         `RecipeError` with a line for each fault."""
-        from quantkit.plan.recipe_file import recipe_of
-
-        return recipe_of(values).within(folder)
+        return model_of(cls, values).within(folder)
 
     @staticmethod
     def shipped() -> tuple[str, ...]:
         """Names of the recipes that come with quantkit."""
-        from quantkit.plan.recipe_file import shipped_recipes
-
         return tuple(path.stem for path in shipped_recipes())
 
     @property
@@ -326,13 +321,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 
 _ROLES = tuple(role.value for role in Role)
-
-
-def nearest(word: str, known: tuple[str, ...]) -> str | None:
-    """The known word that ``word`` was probably meant to be, whatever its case."""
-    folded = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(word.casefold(), tuple(folded), n=1, cutoff=0.5)
-    return folded[found[0]] if found else None
 
 
 def _one_of(word: str, known: tuple[str, ...]) -> str:

@@ -1,27 +1,24 @@
-"""Recipe files: YAML text -> `Recipe`, every fault with file, line, key, what was found and what is allowed.
+"""Recipe files: YAML text -> a pydantic model, every fault with file, line, key, what was found and what is allowed.
 
-The YAML is composed into nodes first, because only nodes know their lines. A hostile file cannot cost much: size,
-depth and aliases are bounded before anything is built.
+Which keys there may be, and which parts of pydantic's locations are tags of unions, is read off the model (`_walk`),
+so a new method, scheme or output changes nothing here. The YAML is composed into nodes first, because only nodes know
+their lines. A hostile file cannot cost much: size, depth and aliases are bounded before anything is built.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quantkit.calibrate.dataset import Calibration
 from quantkit.errors import RecipeError
-from quantkit.plan.recipe import CompressedTensorsOutput, GgufOutput, Recipe, Rule, Validation, nearest
-from quantkit.quantizers import Gptq, Rtn
-from quantkit.schemes import GgmlScheme, IntScheme
-from quantkit.tensors import Role
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
@@ -29,12 +26,12 @@ MAX_FAULTS = 20
 """Lines printed for one file; more are counted."""
 
 Loc = tuple[int | str, ...]
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_recipe(path_or_name: str | Path) -> Recipe:
-    """The recipe of a YAML file, or a shipped one by name. `RecipeError` holds one line for each fault of the file."""
-    path = recipe_path(path_or_name)
-    return parse_recipe(_read(path), _shown(path)).within(path.parent)
+def read_model(model: type[Model], path: Path) -> Model:
+    """What a YAML file says. `RecipeError` holds one line for each fault of the file."""
+    return parse_model(model, _read(path), _shown(path))
 
 
 def recipe_path(path_or_name: str | Path) -> Path:
@@ -63,34 +60,34 @@ def shipped_recipes() -> list[Path]:
     return []
 
 
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema of recipe files, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """JSON schema of the files that hold a model, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
 
 
-def parse_recipe(text: str, shown: str) -> Recipe:
-    """The recipe in YAML ``text``; ``shown`` is the file's name in messages."""
-    node = _compose(text, shown)
-    document = _Document(shown, node)
+def parse_model(model: type[Model], text: str, shown: str) -> Model:
+    """What YAML ``text`` says; ``shown`` is the file's name in messages. Raises `RecipeError` as `read_model`."""
+    node = _compose(model, text, shown)
+    document = _Document(model, shown, node)
     value = document.value()
     if not isinstance(value, dict):
         raise RecipeError(
-            f"{shown}:{_line(node)}: found {_kind(value)}, needed a mapping with the keys {_keys(Recipe)}."
+            f"{shown}:{_line(node)}: found {_kind(value)}, needed a mapping with the keys {_keys(model)}."
         )
     try:
-        return Recipe.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
         faults = [document.fault(detail) for detail in _details(error)]
         faults.sort(key=lambda fault: fault[0])
         raise _all_faults([text for _, text in faults]) from None
 
 
-def recipe_of(values: Mapping[str, object]) -> Recipe:
-    """The recipe in plain values, checked as a file is; faults are told by their keys alone."""
+def model_of(model: type[Model], values: Mapping[str, object]) -> Model:
+    """The same in plain values, checked as a file is; faults are told by their keys alone."""
     try:
-        return Recipe.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise _all_faults([_plain_fault(values, detail) for detail in _details(error)]) from None
+        raise _all_faults([_plain_fault(model, values, detail) for detail in _details(error)]) from None
 
 
 def _details(error: ValidationError) -> list[ErrorDetails]:
@@ -99,19 +96,19 @@ def _details(error: ValidationError) -> list[ErrorDetails]:
     return [detail for detail in found if detail["type"] != "too_short" or not detail["input"]]
 
 
-def _plain_fault(values: object, detail: ErrorDetails) -> str:
+def _plain_fault(model: type[BaseModel], values: object, detail: ErrorDetails) -> str:
     """One pydantic error by the keys that ``values`` has: its loc also holds union tags, which no key carries."""
     path: list[int | str] = []
-    loc = detail["loc"]
-    for place, part in enumerate(loc):
+    keys = _keys_of(model, detail["loc"])
+    for place, part in enumerate(keys):
         if isinstance(values, Mapping) and part in values:
             values = cast("Mapping[object, object]", values)[part]
         elif isinstance(values, list | tuple) and isinstance(part, int):
             values = cast("Sequence[object]", values)[part]
-        elif place < len(loc) - 1 or part in _TAGS:
+        elif place < len(keys) - 1:
             continue
         path.append(part)
-    return f"{_dotted(tuple(path)) or 'recipe'}: {_found_needed(detail, tuple(path))}."
+    return f"{_dotted(tuple(path)) or 'recipe'}: {_found_needed(model, detail)}."
 
 
 def _all_faults(lines: list[str]) -> RecipeError:
@@ -144,7 +141,7 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{shown}:{line}: found bytes that are not UTF-8, needed UTF-8 text.") from None
 
 
-def _compose(text: str, shown: str) -> yaml.Node:
+def _compose(model: type[BaseModel], text: str, shown: str) -> yaml.Node:
     """The node tree of one YAML document without aliases, tags of its own, or deep nesting."""
     depth = 0
     try:
@@ -170,7 +167,7 @@ def _compose(text: str, shown: str) -> yaml.Node:
     except yaml.YAMLError as error:
         raise RecipeError(f"{shown}:1: is not sound YAML: {str(error).splitlines()[0]}.") from None
     if node is None:
-        raise RecipeError(f"{shown}:1: found an empty file, needed a mapping with the keys {_keys(Recipe)}.")
+        raise RecipeError(f"{shown}:1: found an empty file, needed a mapping with the keys {_keys(model)}.")
     return node
 
 
@@ -179,8 +176,9 @@ _QUOTE = "A glob that begins with * must stand in quotes."
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """A composed recipe: its plain value, and the line of each key."""
+    """A composed file: its plain value, and the line of each key."""
 
+    model: type[BaseModel]
     shown: str
     root: yaml.Node
 
@@ -226,14 +224,14 @@ class _Document:
         """Line number and full text of one pydantic error."""
         path, line = self._resolve(detail["loc"])
         key = _dotted(path) or "recipe"
-        return line, f"{self.shown}:{line}: {key}: {_found_needed(detail, path)}."
+        return line, f"{self.shown}:{line}: {key}: {_found_needed(self.model, detail)}."
 
     def _resolve(self, loc: Loc) -> tuple[Loc, int]:
         """The path that exists in the file, and its line. Pydantic's loc also holds union tags ("gptq"), which no key
         carries."""
-        node, line = self.root, _line(self.root)
+        node, line, keys = self.root, _line(self.root), _keys_of(self.model, loc)
         path: list[int | str] = []
-        for place, part in enumerate(loc):
+        for place, part in enumerate(keys):
             if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
                 node = node.value[part]
                 line = _line(node)
@@ -243,25 +241,56 @@ class _Document:
                 if pair is not None:
                     line, node = _line(pair[0]), pair[1]
                     path.append(part)
-                elif place == len(loc) - 1 and part not in _TAGS:
+                elif place == len(keys) - 1:
                     path.append(part)  # a missing key: the line of the mapping it is missing from
         return tuple(path), line
 
 
-_METHODS: dict[str, type[BaseModel]] = {"rtn": Rtn, "gptq": Gptq}
-_SCHEMES: dict[str, type[BaseModel]] = {"int": IntScheme, "ggml": GgmlScheme}
-_OUTPUTS: dict[str, type[BaseModel]] = {"compressed-tensors": CompressedTensorsOutput, "gguf": GgufOutput}
-_UNIONS = {"method": _METHODS, "scheme": _SCHEMES, "outputs": _OUTPUTS}
-_TAGS = {*_METHODS, *_SCHEMES, *_OUTPUTS}
-_MODELS: dict[str, type[BaseModel]] = {
-    "": Recipe,
-    "calibration": Calibration,
-    "rules": Rule,
-    "validation": Validation,
-}
+# --- what the model admits at a place of pydantic's loc ---------------------------------------------------------------
+
+Models = tuple[type[BaseModel], ...]
+"""The models that a value may be: one, or the members of a union."""
 
 
-def _found_needed(detail: ErrorDetails, path: Loc) -> str:
+def _walk(model: type[BaseModel], loc: Loc) -> Iterator[tuple[bool, Models]]:
+    """For each part of loc: whether it is the tag of a union's member, and what the value that it leads to may be."""
+    models: Models = (model,)
+    for part in loc:
+        is_union = len(models) > 1 and isinstance(part, str)
+        tagged = tuple(one for one in models if is_union and part in _literals(one))
+        if tagged:
+            models = tagged
+        elif isinstance(part, str):
+            fields = [one.model_fields[part].annotation for one in models if part in one.model_fields]
+            models = tuple(inner for field in fields for inner in _models_in(field))
+        yield bool(tagged), models
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The models that an annotation names, inside whatever lists, unions and metadata."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _literals(model: type[BaseModel], key: str = "") -> tuple[object, ...]:
+    """Values of the model's literal fields, or of one of them: among them is the tag of a union's member."""
+    fields = [field.annotation for name, field in model.model_fields.items() if key in ("", name)]
+    return tuple(value for field in fields if get_origin(field) is Literal for value in get_args(field))
+
+
+def _keys_of(model: type[BaseModel], loc: Loc) -> Loc:
+    """loc without the tags of unions."""
+    return tuple(part for part, (is_tag, _) in zip(loc, _walk(model, loc), strict=True) if not is_tag)
+
+
+def _models_at(model: type[BaseModel], loc: Loc) -> Models:
+    """What the value at loc may be; () for one without keys of its own."""
+    return [models for _, models in _walk(model, loc)][-1] if loc else (model,)
+
+
+def _found_needed(model: type[BaseModel], detail: ErrorDetails) -> str:
     """``found X, needed Y`` for one pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
     found = f"found {_value(detail['input'])}"
@@ -270,8 +299,9 @@ def _found_needed(detail: ErrorDetails, path: Loc) -> str:
     if kind == "missing":
         return "found nothing, needed this key"
     if kind == "extra_forbidden":
-        known = _known_keys(path[:-1], detail["loc"])
-        guess = nearest(str(path[-1]), known)
+        *parent, key = detail["loc"]
+        known = tuple(key for one in _models_at(model, tuple(parent))[:1] for key in one.model_fields)
+        guess = nearest(str(key), known)
         return (
             "found an unknown key, needed "
             + (f"{guess} " if guess else "a known one ")
@@ -283,8 +313,9 @@ def _found_needed(detail: ErrorDetails, path: Loc) -> str:
         allowed = _allowed(context["expected_tags"], context["tag"])
         return f"found {_value(context['tag'])}, needed one of the allowed values {allowed}"
     if kind == "union_tag_not_found":
-        members = _UNIONS.get(next((part for part in reversed(path) if isinstance(part, str)), ""), _METHODS)
-        return f"found no key {context['discriminator']}, needed it (allowed: {', '.join(map(repr, members))})"
+        key = str(context["discriminator"]).strip("'")
+        members = [tag for one in _models_at(model, detail["loc"]) for tag in _literals(one, key)]
+        return f"found no key {key!r}, needed it (allowed: {', '.join(map(repr, members))})"
     if kind in _NEEDED:
         return f"{found}, needed {_NEEDED[kind]}"
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
@@ -308,14 +339,11 @@ _NEEDED = {
 }
 
 
-def _known_keys(parent: Loc, loc: Loc) -> tuple[str, ...]:
-    """Keys that the mapping at ``parent`` may hold."""
-    name = next((part for part in reversed(parent) if isinstance(part, str)), "")
-    if name in _UNIONS:
-        # The tag of the union's member stands in loc, which may hold tags of outer unions too: the last one counts.
-        tags = [str(part) for part in loc if part in _UNIONS[name]]
-        return tuple(_UNIONS[name][tags[-1] if tags else next(iter(_UNIONS[name]))].model_fields)
-    return tuple(_MODELS[name].model_fields) if name in _MODELS else tuple(role.value for role in Role)
+def nearest(word: str, known: tuple[str, ...]) -> str | None:
+    """The known word that ``word`` was probably meant to be, whatever its case."""
+    folded = {name.casefold(): name for name in known}
+    found = difflib.get_close_matches(word.casefold(), tuple(folded), n=1, cutoff=0.5)
+    return folded[found[0]] if found else None
 
 
 def _keys(model: type[BaseModel]) -> str:

@@ -1,6 +1,7 @@
 """The formats that a recipe's outputs may have, each as one `Target`: what a plan, a walk and a validation ask of it.
 
-A new format is one file with a class like these, one member of `recipe.Output`, and one line in `target_of`.
+Layouts of folders share one target (`target_folder`). A format of another kind is one file with a class like it, one
+member of `recipe.Output`, and one line in `target_of`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from quantkit.arch.base import ModelArch
 from quantkit.formats.planned import PlannedTensor
-from quantkit.plan.recipe import GgufOutput, Output, Recipe, Rule
+from quantkit.plan.recipe import Output, Recipe, Rule
 from quantkit.schemes import ChosenScheme
 from quantkit.tensors import TensorSpec
 
@@ -131,9 +132,10 @@ class Target(Protocol):
 
 def target_of(output: Output, recipe: Recipe, arch: ModelArch) -> Target:
     """The target of one output."""
-    from quantkit.plan.target_compressed_tensors import CompressedTensorsTarget
+    from quantkit.formats.layouts import LAYOUTS
+    from quantkit.plan.target_folder import FolderTarget
     from quantkit.plan.target_gguf import GgufTarget
 
-    if isinstance(output, GgufOutput):
+    if output.format == "gguf":
         return GgufTarget(output, recipe, arch)
-    return CompressedTensorsTarget(output, arch)
+    return FolderTarget(output, LAYOUTS[output.format], arch)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field
 
 from quantkit.quantizers.rtn import ScaleSearch, grid_points, weighting
-from quantkit.schemes import GgmlScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +128,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         if prepared.cross is not None:
             target = ldlq_factor.towards_original(weight, prepared.cross, factor, self.cross)
         importance = weighting(prepared.importance, self.scale_search)
-        if isinstance(scheme, GgmlScheme) and not scheme.has_grid:
+        if not scheme.has_grid:
             vectors = scheme.vector_grid(target, importance)
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
             return QuantizedRows(vectors.stored(), ldlq_factor.row_loss(error, factor.hessian), norm)

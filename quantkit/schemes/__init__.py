@@ -61,16 +61,7 @@ class QuantizedTensor:
 
 def describe(scheme: Scheme | None) -> str:
     """A scheme in a few words: "int4 g128", "int8 channel asymmetric", "fp8 block", "Q4_K", "unquantised"."""
-    match scheme:
-        case None:
-            return "unquantised"
-        case Float8Scheme():
-            return "fp8 block"
-        case GgmlScheme():
-            return scheme.type
-        case IntScheme():
-            group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
-            return f"int{scheme.bits} {group}" + ("" if scheme.symmetric else " asymmetric")
+    return "unquantised" if scheme is None else scheme.label
 
 
 __all__ = [

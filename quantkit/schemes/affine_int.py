@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantkit.schemes.grid import Stored
+    from quantkit.schemes.grid import Stored, VectorGrid
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -45,6 +45,17 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
     def has_grid(self) -> bool:
         """Whether single weights have levels of their own, so that a method can choose them one by one."""
         return True
+
+    @property
+    def fits_tables(self) -> bool:
+        """Whether formats also store matrices that no calibration input reaches in it (vocabulary, MTP)."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """ "int4 g128", "int8 channel asymmetric"."""
+        group = "channel" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits} {group}" + ("" if self.symmetric else " asymmetric")
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `SchemeError` unless a tensor of this shape (out_features, in_features) fits the grid."""
@@ -76,6 +87,10 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         """Fitted scales of weight (B, out, in) float32 under importance (B, in). ``points``, ``signed``: as ``grid``
         and ``signed`` of `fit`."""
         return IntGrid(self, *self.fit(weight, importance, grid=points, signed=signed))
+
+    def vector_grid(self, weight: Tensor, importance: Tensor | None) -> VectorGrid:
+        """There is none: `has_grid`."""
+        raise AssertionError(f"{self.label} codes weights one by one")
 
     def rounded(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> Stored:
         """Fitted scales and nearest codes of weight (B, out, in), as `decode` takes them."""
@@ -126,7 +141,7 @@ class IntGrid:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Any number of it but 0 can be a scale: kernels may round scales themselves, as `nearest_scale` does."""
+        """See `Grid.scale_dtype`."""
         return self.stored_scale.dtype
 
     @property

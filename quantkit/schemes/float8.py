@@ -22,6 +22,21 @@ class Float8Scheme(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["float8"] = "float8"
     block_size: tuple[int, int] = (128, 128)
 
+    @property
+    def has_grid(self) -> bool:
+        """No method chooses codes: the source's are kept."""
+        return False
+
+    @property
+    def fits_tables(self) -> bool:
+        """Tables are never FP8 in a source."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """What tables and messages call it."""
+        return "fp8 block"
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `SchemeError` unless the tensor is a matrix (out_features, in_features)."""
         if len(shape) != 2:

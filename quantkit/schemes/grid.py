@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     Stored = Mapping[str, Tensor]
@@ -23,6 +24,12 @@ class Grid(Protocol):
     @property
     def scale(self) -> Tensor:
         """(B, out, groups) float32, as a runtime computes with it; zero in groups that have no extent."""
+        ...
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """The dtype of which every number but 0 can be a scale, so that a kernel may round scales itself, as
+        `nearest_scale` does. None if only `nearest_scale` knows what can be stored."""
         ...
 
     @property

@@ -9,7 +9,8 @@ import torch
 
 from quantkit import convert
 from quantkit.convert.events import OnEvent, Report, ignore
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.folder import FolderSource
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.plan.recipe import Recipe
 from tests.tiny_models import tiny_config, write_checkpoint
 
@@ -106,5 +107,5 @@ def shards_of(folder: Path) -> dict[str, bytes]:
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a finished output as a runtime computes with it."""
-    with CompressedTensorsSource(folder) as source:
+    with FolderSource(folder, COMPRESSED_TENSORS.reader) as source:
         return {name: source.read(name) for name in source.infos()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantkit.plan.recipe import Recipe
-from quantkit.plan.recipe_file import parse_recipe
+from quantkit.plan.recipe_file import parse_model
 
 INT4 = "scheme: {kind: int, bits: 4, group_size: 128}, method: {kind: gptq}"
 KEEP_REST = '{match: "*", keep: source}'
@@ -18,4 +18,4 @@ def recipe_text(*rules: str, calibrated: bool = True) -> str:
 
 def recipe_of(*rules: str, calibrated: bool = True) -> Recipe:
     """The recipe of `recipe_text`."""
-    return parse_recipe(recipe_text(*rules, calibrated=calibrated), "test.yaml")
+    return parse_model(Recipe, recipe_text(*rules, calibrated=calibrated), "test.yaml")

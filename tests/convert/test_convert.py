@@ -20,7 +20,8 @@ from quantkit.convert.events import Event, Finished, LayerDone, Started, TensorD
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError, SourceError
 from quantkit.evaluate.compare import Model, compare
 from quantkit.evaluate.validation import summarise
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.folder import FolderSource
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.plan import machine as machine_module
 from quantkit.plan.headers import read_headers
 from quantkit.plan.memory import conversion_needs
@@ -82,7 +83,7 @@ def test_the_files_hold_what_the_report_says(place: Path, original: dict[str, to
     (output,) = report.outputs
     assert (output.path, report.validated, report.resumed, report.tokens) == (tmp_path / "out", True, False, 256)
     document = json.loads((tmp_path / "out" / "quantkit.json").read_text())
-    with CompressedTensorsSource(tmp_path / "out") as written:
+    with FolderSource(tmp_path / "out", COMPRESSED_TENSORS.reader) as written:
         names = list(written.infos())
         quantised = {name for name in names if isinstance(written.scheme(name), IntScheme)}
         for name in names:

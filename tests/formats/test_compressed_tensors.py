@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from quantkit.arch import arch_of
 from quantkit.errors import OutputError, SchemeError
 from quantkit.formats.bundle import write_config
-from quantkit.formats.layouts.compressed_tensors import CompressedTensorsSink, stored
+from quantkit.formats.folder import FolderSink, FolderSource
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.compressed_tensors_config import quantization_config
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme, QuantError, QuantizedTensor
 from quantkit.tensors import Role, TensorInfo, TensorSpec
@@ -74,7 +74,7 @@ def write_all(
     backwards: bool = False,
 ) -> dict[str, QuantizedTensor]:
     directory.mkdir(exist_ok=True)
-    sink = CompressedTensorsSink.open(directory, planned, max_shard_bytes)
+    sink = FolderSink.open(COMPRESSED_TENSORS, directory, planned, max_shard_bytes)
     quantized: dict[str, QuantizedTensor] = {}
     for tensor in reversed(planned) if backwards else planned:
         weight = weights[tensor.name]
@@ -218,7 +218,7 @@ def test_compressed_tensors_decodes_exactly_what_we_mean(name: str, tmp_path: Pa
     expected = quantized[info.name].decode()
     assert weight.dtype == torch.float32
     assert torch.equal(weight, expected)
-    source = CompressedTensorsSource(with_config(tmp_path, planned))
+    source = FolderSource(with_config(tmp_path, planned), COMPRESSED_TENSORS.reader)
     assert source.infos() == {info.name: TensorInfo(info.name, info.shape, "F32")}
     assert source.scheme(info.name) == scheme
     for rows in (None, (0, 192), (0, 1), (31, 33), (127, 130), (64, 128), (191, 192), (5, 5)):
@@ -237,7 +237,9 @@ def test_stored_names_and_bytes_are_those_in_the_file(tmp_path: Path) -> None:
     planned = plan(CONFIG, lambda spec: schemes[sum(map(ord, spec.name)) % 4])
     write_all(tmp_path, planned, random_weights(CONFIG), max_shard_bytes=10**9)
     found = {name: (tuple(t.shape), t.nbytes) for name, t in load_file(tmp_path / "model.safetensors").items()}
-    assert found == {info.name: (info.shape, info.nbytes) for tensor in planned for info in stored(tensor)}
+    assert found == {
+        info.name: (info.shape, info.nbytes) for tensor in planned for info in COMPRESSED_TENSORS.infos(tensor)
+    }
 
 
 def test_a_whole_checkpoint_comes_back_through_our_source(tmp_path: Path) -> None:
@@ -250,7 +252,7 @@ def test_a_whole_checkpoint_comes_back_through_our_source(tmp_path: Path) -> Non
 
     planned = plan(tiny_config(), rule)
     quantized = write_all(tmp_path, planned, weights)
-    with CompressedTensorsSource(with_config(tmp_path, planned)) as source:
+    with FolderSource(with_config(tmp_path, planned), COMPRESSED_TENSORS.reader) as source:
         assert set(source.infos()) == set(weights)
         source.prefetch(list(weights))
         for name, weight in weights.items():
@@ -272,13 +274,13 @@ def test_bytes_do_not_depend_on_order_or_interruption(tmp_path: Path) -> None:
     write_all(tmp_path / "b", planned, weights, backwards=True)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     (tmp_path / "c").mkdir()
-    first = CompressedTensorsSink.open(tmp_path / "c", planned, 300_000)
+    first = FolderSink.open(COMPRESSED_TENSORS, tmp_path / "c", planned, 300_000)
     assert first.fresh
     for tensor in planned[5:30]:
         if tensor.scheme:
             first.write(quantize(tensor.name, torch.ones(tensor.info.shape), tensor.scheme))  # overwritten later
     first.close()
-    assert not CompressedTensorsSink.open(tmp_path / "c", planned, 300_000).fresh
+    assert not FolderSink.open(COMPRESSED_TENSORS, tmp_path / "c", planned, 300_000).fresh
     write_all(tmp_path / "c", planned, weights)
     assert files(tmp_path / "a") == files(tmp_path / "c")
     assert len(files(tmp_path / "a")) > 3
@@ -286,7 +288,7 @@ def test_bytes_do_not_depend_on_order_or_interruption(tmp_path: Path) -> None:
 
 def test_finish_refuses_linears_that_were_never_written(tmp_path: Path) -> None:
     planned = plan(CONFIG, lambda spec: INT4)
-    sink = CompressedTensorsSink.open(tmp_path, planned)
+    sink = FolderSink.open(COMPRESSED_TENSORS, tmp_path, planned)
     with pytest.raises(
         OutputError, match=r"model\.layers\.0\.self_attn\.q_a_proj\.weight and \d+ other linears were never written"
     ):
@@ -295,7 +297,7 @@ def test_finish_refuses_linears_that_were_never_written(tmp_path: Path) -> None:
 
 def test_values_that_a_narrower_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     planned = [PlannedTensor(TensorInfo("norm.weight", (4,), "BF16"), None, "F16")]
-    sink = CompressedTensorsSink.open(tmp_path, planned)
+    sink = FolderSink.open(COMPRESSED_TENSORS, tmp_path, planned)
     sink.write_kept("norm.weight", 0, torch.tensor([1.0, -65504.0]))
     with pytest.raises(SchemeError, match=r"norm\.weight: 1 values are too large for F16"):
         sink.write_kept("norm.weight", 2, torch.tensor([1.0, 70000.0], dtype=torch.bfloat16))
@@ -305,7 +307,7 @@ def test_float8_scales_of_other_dtypes_become_float32(tmp_path: Path) -> None:
     planned = [PlannedTensor(TensorInfo("a.weight", (130, 128), "BF16"), Float8Scheme(), None)]
     tensor = quantize("a.weight", torch.randn(130, 128), Float8Scheme())
     scale = tensor.stored["scale"].to(torch.bfloat16)
-    sink = CompressedTensorsSink.open(tmp_path, planned)
+    sink = FolderSink.open(COMPRESSED_TENSORS, tmp_path, planned)
     sink.write(QuantizedTensor("a.weight", tensor.scheme, {**tensor.stored, "scale": scale}, tensor.error))
     sink.finish()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a.weight_scale"], scale.float())
@@ -316,7 +318,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     tensor = quantize("a.weight", torch.ones(8, 128), INT4)
     tensor.stored["scale"][3, 0] = torch.nan
     with pytest.raises(SchemeError, match=r"a\.weight: a scale is NaN or infinite"):
-        CompressedTensorsSink.open(tmp_path, planned).write(tensor)
+        FolderSink.open(COMPRESSED_TENSORS, tmp_path, planned).write(tensor)
 
 
 # --- what transformers cannot do --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.arch import arch_of
-from quantkit.formats.layouts.compressed_tensors import stored
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.compressed_tensors_config import find_targets, mistakes, quantization_config
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme
@@ -54,7 +54,7 @@ def is_expert(spec: TensorSpec) -> bool:
 
 
 def nbytes(planned: list[PlannedTensor]) -> int:
-    return sum(info.nbytes for tensor in planned for info in stored(tensor))
+    return sum(info.nbytes for tensor in planned for info in COMPRESSED_TENSORS.infos(tensor))
 
 
 RULES: dict[str, Rule] = {

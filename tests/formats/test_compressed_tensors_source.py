@@ -15,7 +15,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 
 from quantkit.errors import SourceError
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.folder import FolderSource
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.schemes import IntScheme
 
 SECTION: dict[str, Any] = {
@@ -57,7 +58,7 @@ def write(directory: Path, section: dict[str, Any], stored: dict[str, torch.Tens
 
 def test_a_checkpoint_of_another_tool(tmp_path: Path) -> None:
     stored = tensors()
-    source = CompressedTensorsSource(write(tmp_path, SECTION, stored))
+    source = FolderSource(write(tmp_path, SECTION, stored), COMPRESSED_TENSORS.reader)
     assert set(source.infos()) == {"a.weight", "norm.weight"}
     assert source.scheme("a.weight") == IntScheme(group_size=32)
     assert source.scheme("norm.weight") is None
@@ -70,7 +71,10 @@ def test_a_checkpoint_of_another_tool(tmp_path: Path) -> None:
 def test_weight_shape_is_not_needed_for_groups(tmp_path: Path) -> None:
     stored = tensors()
     del stored["a.weight_shape"]
-    assert CompressedTensorsSource(write(tmp_path, SECTION, stored)).infos()["a.weight"].shape == (40, 64)
+    assert FolderSource(write(tmp_path, SECTION, stored), COMPRESSED_TENSORS.reader).infos()["a.weight"].shape == (
+        40,
+        64,
+    )
 
 
 def test_channels_of_odd_width_need_weight_shape(tmp_path: Path) -> None:
@@ -82,7 +86,9 @@ def test_channels_of_odd_width_need_weight_shape(tmp_path: Path) -> None:
         "a.weight_scale": torch.ones(8, 1, dtype=torch.float16),
         "a.weight_shape": torch.tensor([8, 61]),
     }
-    assert torch.equal(CompressedTensorsSource(write(tmp_path, section, stored)).read("a.weight"), codes.float())
+    assert torch.equal(
+        FolderSource(write(tmp_path, section, stored), COMPRESSED_TENSORS.reader).read("a.weight"), codes.float()
+    )
 
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
@@ -140,7 +146,7 @@ def test_what_cannot_be_read_exactly_is_refused(fault: str, tmp_path: Path) -> N
     section, stored = copy.deepcopy(SECTION), tensors()
     change(section, stored)
     with pytest.raises(SourceError, match=message) as caught:
-        CompressedTensorsSource(write(tmp_path, section, stored))
+        FolderSource(write(tmp_path, section, stored), COMPRESSED_TENSORS.reader)
     assert "\n" not in caught.value.message
 
 
@@ -148,4 +154,4 @@ def test_an_unquantised_folder_is_refused(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SourceError, match="quantization_config is None, an object was needed"):
-        CompressedTensorsSource(tmp_path)
+        FolderSource(tmp_path, COMPRESSED_TENSORS.reader)

@@ -19,17 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.errors import SourceError
-from quantkit.formats.folder import DecodedLinears
-from quantkit.formats.layouts.awq import open_awq
-from quantkit.formats.layouts.bitsandbytes import open_bitsandbytes
-from quantkit.formats.layouts.gptq import open_gptq
+from quantkit.formats.folder import FolderSource
+from quantkit.formats.layouts import READERS
 
 GOLDEN = Path(__file__).parent / "golden"
-OPEN: dict[str, Callable[[Path], DecodedLinears]] = {
-    "gptq": open_gptq,
-    "awq": open_awq,
-    "bitsandbytes": open_bitsandbytes,
-}
+KINDS = ("gptq", "awq", "bitsandbytes")
 MODULE = "model.layers.1.mlp.experts.3.gate_proj"
 NAME = f"{MODULE}.weight"
 PLAIN = torch.arange(6).view(2, 3).to(torch.bfloat16)
@@ -37,7 +31,7 @@ PLAIN = torch.arange(6).view(2, 3).to(torch.bfloat16)
 
 def cases() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
-    for kind in OPEN:
+    for kind in KINDS:
         with safe_open(GOLDEN / f"{kind}.safetensors", "pt") as file:
             found += [(kind, case) for case in file.metadata()]
     return found
@@ -62,7 +56,7 @@ def write(folder: Path, section: dict[str, Any], stored: dict[str, Tensor]) -> P
 @pytest.mark.parametrize(("kind", "case"), cases())
 def test_decoded_as_by_its_own_package(kind: str, case: str, tmp_path: Path) -> None:
     section, stored, decoded = golden(kind, case)
-    with OPEN[kind](write(tmp_path, section, stored)) as source:
+    with FolderSource(write(tmp_path, section, stored), READERS[kind]) as source:
         assert set(source.infos()) == {NAME, "model.norm.weight"}
         info = source.infos()[NAME]
         weight = source.read(NAME)
@@ -82,7 +76,7 @@ def test_groups_follow_from_the_config_of_a_module_of_its_own(tmp_path: Path) ->
     """gptqmodel's "dynamic" rules give modules other bits and groups than the config's."""
     section, stored, decoded = golden("gptq", "w8_g32_sym_gptq")
     section.update(bits=4, group_size=128, dynamic={"+:.*gate_proj": {"bits": 8, "group_size": 32}})
-    with open_gptq(write(tmp_path, section, stored)) as source:
+    with FolderSource(write(tmp_path, section, stored), READERS["gptq"]) as source:
         assert torch.equal(source.read(NAME).half(), decoded)
 
 
@@ -90,7 +84,7 @@ def test_groups_follow_from_the_config_of_a_module_of_its_own(tmp_path: Path) ->
 def test_g_idx_may_be_absent(case: str, tmp_path: Path) -> None:
     section, stored, decoded = golden("gptq", case)
     del stored["g_idx"]
-    with open_gptq(write(tmp_path, section, stored)) as source:
+    with FolderSource(write(tmp_path, section, stored), READERS["gptq"]) as source:
         assert torch.equal(source.read(NAME).half(), decoded)
 
 
@@ -176,6 +170,9 @@ REFUSED: list[tuple[str, str, str, Damage]] = [
 def test_refused_in_one_line(kind: str, case: str, message: str, damage: Damage, tmp_path: Path) -> None:
     section, stored, _ = golden(kind, case)
     damage(section, stored)
-    with pytest.raises(SourceError, match=message) as refused, OPEN[kind](write(tmp_path, section, stored)) as source:
+    with (
+        pytest.raises(SourceError, match=message) as refused,
+        FolderSource(write(tmp_path, section, stored), READERS[kind]) as source,
+    ):
         source.read(NAME)
     assert "\n" not in str(refused.value)

@@ -17,7 +17,7 @@ from quantkit.plan.decide import Action
 from quantkit.plan.headers import SourceHeaders, read_headers
 from quantkit.plan.plan import Plan, make_plan
 from quantkit.plan.recipe import Recipe
-from quantkit.plan.recipe_file import parse_recipe
+from quantkit.plan.recipe_file import parse_model
 from quantkit.runtimes.llama_cpp.presets import PRESETS
 from quantkit.schemes import GgmlScheme
 from tests.plan.test_plan import ROOT, V3, tiny_headers
@@ -353,7 +353,7 @@ def test_block_types_do_not_go_into_compressed_tensors() -> None:
 )
 def test_outputs_that_contradict_themselves(output: str, said: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        parse_recipe(f"version: 1\noutputs:\n  - {{name: main, format: gguf, {output}}}\n", "test.yaml")
+        parse_model(Recipe, f"version: 1\noutputs:\n  - {{name: main, format: gguf, {output}}}\n", "test.yaml")
     assert caught.value.message.startswith("test.yaml:3: ")
     assert said in caught.value.message
     assert "\n" not in str(caught.value)
@@ -362,7 +362,7 @@ def test_outputs_that_contradict_themselves(output: str, said: str) -> None:
 def test_text_and_an_imatrix_exclude_each_other() -> None:
     text = "calibration: {data: [a.txt], tokens: 64, sequence_length: 32}\nimatrix: x.gguf\n"
     with pytest.raises(RecipeError, match=r"found calibration and imatrix, needed one of them \(or neither\)\."):
-        parse_recipe(f"version: 1\n{text}outputs: [{{name: a, format: gguf, preset: Q8_0}}]\n", "test.yaml")
+        parse_model(Recipe, f"version: 1\n{text}outputs: [{{name: a, format: gguf, preset: Q8_0}}]\n", "test.yaml")
 
 
 def test_a_model_that_llama_cpp_cannot_run_is_one_line() -> None:

@@ -13,14 +13,13 @@ import pytest
 
 from quantkit.arch import arch_of
 from quantkit.errors import PlanError, SourceError
-from quantkit.formats.layouts.compressed_tensors import stored
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.safetensors.writer import layout_shards
 from quantkit.plan.decide import Action
 from quantkit.plan.headers import SourceHeaders, headers_from_arch, read_headers
 from quantkit.plan.memory import check_free_disk, conversion_needs
 from quantkit.plan.plan import Plan, make_plan
 from quantkit.plan.recipe import Recipe
-from quantkit.plan.recipe_file import load_recipe
 from quantkit.runtimes.gpus import parse_gpus
 from quantkit.runtimes.vllm.memory import fit
 from quantkit.schemes import Float8Scheme
@@ -87,8 +86,8 @@ def test_v3_source_sizes(v3: SourceHeaders) -> None:
 
 def test_planned_bytes_are_those_of_the_writer() -> None:
     headers = tiny_headers()
-    (output,) = plan_of(headers, load_recipe("nano-demo")).outputs
-    layout = layout_shards(stored(tensor) for tensor in output.planned)
+    (output,) = plan_of(headers, Recipe.from_yaml("nano-demo")).outputs
+    layout = layout_shards(COMPRESSED_TENSORS.infos(tensor) for tensor in output.planned)
     assert layout.data_bytes == output.nbytes
 
 
@@ -254,7 +253,7 @@ def test_no_folder() -> None:
 
 
 def test_needs_of_v3(v3: SourceHeaders) -> None:
-    plan = plan_of(v3, load_recipe("deepseek-v3-w4a16-gptq"))
+    plan = plan_of(v3, Recipe.from_yaml("deepseek-v3-w4a16-gptq"))
     needs = conversion_needs(plan, v3.arch)
     terms = {term.what: term.nbytes for term in needs.working}
     assert terms["Hessian set"] % (18432**2 * 4) == 0
@@ -263,13 +262,13 @@ def test_needs_of_v3(v3: SourceHeaders) -> None:
     assert needs.hidden_states.nbytes == plan.recipe.calibration.tokens * (2 * 7168 + 18432) * 4
     assert needs.ram_bytes == needs.working_bytes + needs.hidden_states.nbytes
     assert needs.disk_bytes > plan.outputs[0].nbytes + needs.hidden_states.nbytes
-    data_free = plan_of(v3, load_recipe("deepseek-v3-w4a16-rtn"))
+    data_free = plan_of(v3, Recipe.from_yaml("deepseek-v3-w4a16-rtn"))
     assert conversion_needs(data_free, v3.arch).hidden_states is None
     assert conversion_needs(data_free, v3.arch).working_bytes < needs.working_bytes
 
 
 def test_text_passes_a_model_that_is_kept_too(v3: SourceHeaders) -> None:
-    calibrated = plan_of(v3, load_recipe("deepseek-v3-w4a16-gptq"))
+    calibrated = plan_of(v3, Recipe.from_yaml("deepseek-v3-w4a16-gptq"))
     kept = conversion_needs(plan_of(v3, recipe_of('{match: "role:mtp", drop: true}', KEEP_REST)), v3.arch)
     assert kept.hidden_states is not None
     assert kept.hidden_states.nbytes == 524288 * (7168 + 18432) * 4
@@ -287,7 +286,7 @@ def test_a_second_method_takes_a_hessian_of_its_own(v3: SourceHeaders) -> None:
 
 
 def test_free_disk(v3: SourceHeaders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_of(v3, load_recipe("deepseek-v3-w4a16-rtn"))
+    plan = plan_of(v3, Recipe.from_yaml("deepseek-v3-w4a16-rtn"))
     needs = conversion_needs(plan, v3.arch)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))

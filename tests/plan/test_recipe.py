@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field
 
 from quantkit.errors import QuantkitError, RecipeError
-from quantkit.plan.recipe import Recipe, parse_size
-from quantkit.plan.recipe_file import load_recipe, parse_recipe, recipe_path, recipe_schema, shipped_recipes
+from quantkit.formats.layouts import LAYOUTS, READERS
+from quantkit.plan.recipe import FolderOutput, Recipe, parse_size
+from quantkit.plan.recipe_file import model_of, parse_model, recipe_path, schema_of, shipped_recipes
 
 GOOD = """\
 version: 1
@@ -33,12 +36,12 @@ validation: {text: [builtin:eval], context: 512, max_perplexity_increase: 2%, ma
 def faults(text: str) -> list[str]:
     """The lines of the error that ``text`` causes."""
     with pytest.raises(RecipeError) as caught:
-        parse_recipe(text, "r.yaml")
+        parse_model(Recipe, text, "r.yaml")
     return caught.value.message.splitlines()
 
 
 def test_good_recipe() -> None:
-    recipe = parse_recipe(GOOD, "r.yaml")
+    recipe = parse_model(Recipe, GOOD, "r.yaml")
     (output,) = recipe.outputs
     assert output.max_shard_bytes == 5_000_000_000
     assert [rule.scheme.bits if rule.scheme else None for rule in output.rules] == [None, 4, 8]
@@ -166,7 +169,7 @@ def test_hostile_or_broken_yaml(text: str, said: str) -> None:
 
 def test_glob_without_quotes_gets_a_hint() -> None:
     with pytest.raises(RecipeError) as caught:
-        parse_recipe("version: 1\nmatch: *x\n", "r.yaml")
+        parse_model(Recipe, "version: 1\nmatch: *x\n", "r.yaml")
     assert "quotes" in caught.value.hint
 
 
@@ -178,33 +181,38 @@ def test_many_faults_are_counted() -> None:
 
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none.yaml: no such file"):
-        load_recipe(tmp_path / "none.yaml")
+        Recipe.from_yaml(tmp_path / "none.yaml")
     (tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
     with pytest.raises(RecipeError, match=r"found more than 1,048,576 bytes"):
-        load_recipe(tmp_path / "large.yaml")
+        Recipe.from_yaml(tmp_path / "large.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"version: 1\ndescription: \xe9\n")
     with pytest.raises(RecipeError, match=r"latin.yaml:2: found bytes that are not UTF-8"):
-        load_recipe(tmp_path / "latin.yaml")
+        Recipe.from_yaml(tmp_path / "latin.yaml")
     with pytest.raises(RecipeError, match=r"cannot be read"):
-        load_recipe(tmp_path)
+        Recipe.from_yaml(tmp_path)
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
-    assert load_recipe(tmp_path / "bom.yaml").version == 1
+    assert Recipe.from_yaml(tmp_path / "bom.yaml").version == 1
 
 
 def test_shipped_recipes_load_by_name() -> None:
     names = [path.stem for path in shipped_recipes()]
     assert {"deepseek-v3-w4a16-gptq", "deepseek-v3-w4a16-all-int4", "deepseek-v3-w4a16-rtn", "nano-demo"} <= set(names)
     for name in names:
-        assert load_recipe(name).description
+        assert Recipe.from_yaml(name).description
         first = recipe_path(name).read_text(encoding="utf-8").splitlines()[0]
         assert first == "# yaml-language-server: $schema=../docs/recipe.schema.json"
     with pytest.raises(RecipeError) as caught:
-        load_recipe("nano-demmo")
+        Recipe.from_yaml("nano-demmo")
     assert "nano-demo" in caught.value.hint
 
 
+def test_recipes_name_every_layout_that_can_be_written() -> None:
+    assert get_args(FolderOutput.model_fields["format"].annotation) == tuple(LAYOUTS)
+    assert all(layout.reader in READERS.values() for layout in LAYOUTS.values())
+
+
 def test_schema_names_every_key() -> None:
-    schema = recipe_schema()
+    schema = schema_of(Recipe)
     assert set(schema["properties"]) == set(Recipe.model_fields)
     percent = schema["$defs"]["Validation"]["properties"]["max_perplexity_increase"]
     assert {"type": "string"} in percent["anyOf"]
@@ -224,6 +232,59 @@ def test_bad_sizes(text: str) -> None:
         parse_size(text)
 
 
+class Round(BaseModel, extra="forbid"):
+    """A member of a union that recipe files know nothing of."""
+
+    kind: Literal["round"]
+    step: int = 1
+
+
+class Fold(BaseModel, extra="forbid"):
+    """Another one."""
+
+    kind: Literal["fold", "fold2"]
+    ratio: float = 0.5
+
+
+class Job(BaseModel, extra="forbid"):
+    """A file of another model."""
+
+    steps: tuple[Annotated[Round | Fold, Field(discriminator="kind")], ...]
+    last: Annotated[Round | Fold, Field(discriminator="kind")] | None = None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "steps: [{kind: fold2, ration: 1}]",
+            "j.yaml:1: steps[0].ration: found an unknown key, needed ratio (allowed: kind, ratio).",
+        ),
+        (
+            "steps: []\nlast: {kind: round, fold: 1}",
+            "j.yaml:2: last.fold: found an unknown key, needed a known one (allowed: kind, step).",
+        ),
+        (
+            "steps: [{step: 1}]",
+            "j.yaml:1: steps[0]: found no key 'kind', needed it (allowed: 'round', 'fold', 'fold2').",
+        ),
+        (
+            "steps: [{kind: flod}]",
+            "j.yaml:1: steps[0]: found 'flod', needed one of the allowed values (allowed: 'round', 'fold', 'fold2') "
+            "(did you mean fold?).",
+        ),
+        ("stepz: []", "j.yaml:1: stepz: found an unknown key, needed steps (allowed: steps, last)."),
+    ],
+)
+def test_faults_follow_from_the_model_alone(text: str, line: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_model(Job, text, "j.yaml")
+    assert line in caught.value.message.splitlines()
+    with pytest.raises(RecipeError) as caught:
+        model_of(Job, yaml.safe_load(text))
+    assert line.partition(": ")[2] in caught.value.message.splitlines()
+
+
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8)
 keys = st.sampled_from(["version", "outputs", "rules", "match", "keep", "scheme", "method", "kind", "validation"])
 values = st.recursive(
@@ -239,7 +300,7 @@ def test_any_document_gives_a_recipe_or_lines(value: Any) -> None:
     """JSON is YAML: whatever a file holds, the answer is a recipe or one line for each fault."""
     message = ""
     try:
-        parse_recipe(json.dumps(value), "r.yaml")
+        parse_model(Recipe, json.dumps(value), "r.yaml")
     except QuantkitError as error:
         message = error.message
     assert all(line.startswith(("r.yaml:", "... and ")) for line in message.splitlines())

@@ -1,4 +1,4 @@
-"""An AWQ checkpoint in the layout "gemm" (AutoAWQ, gptqmodel, llm-awq's exports) as a `TensorSource`.
+"""The layout "gemm" of AWQ checkpoints (AutoAWQ, gptqmodel, llm-awq's exports).
 
 Of a linear with weight (N, K) in G groups of K / G inputs a file holds, under the module's name,
 
@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import SourceError
-from quantkit.formats.folder import DecodedLinears, PackedLinear, Rows, from_groups, part, row_parts
+from quantkit.formats.folder import FolderReader, PackedLinear, Rows, from_groups, part, row_parts
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.tensors import TensorInfo
@@ -35,15 +34,11 @@ _SCALES = ("F16", "BF16", "F32")
 _LAYOUT_KEYS = ("version", "checkpoint_format", "format")
 
 
-def open_awq(directory: Path | str) -> DecodedLinears:
-    """Open a folder by its headers. Raises `SourceError` for another layout, and for parts that do not fit together."""
-    return DecodedLinears(directory, _linears)
-
-
 @dataclass(frozen=True, slots=True)
 class _Awq:
     info: TensorInfo
     group_size: int
+    scheme: None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -78,7 +73,7 @@ def _codes(words: Tensor, outputs: Tensor) -> Tensor:
     return codes if torch.equal(wanted, torch.arange(len(codes))) else codes[wanted]
 
 
-def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
+def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
     where = f"{raw.directory / 'config.json'}: quantization_config"
     for key in _LAYOUT_KEYS:
         layout = section.get(key, "gemm")
@@ -104,3 +99,6 @@ def _linear(raw: SafetensorsSource, module: str) -> _Awq:
             "inputs."
         )
     return _Awq(TensorInfo(f"{module}.weight", (n_out, n_in), "F32"), n_in // n_groups)
+
+
+AWQ = FolderReader("AWQ", _find)

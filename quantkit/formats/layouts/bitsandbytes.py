@@ -1,4 +1,4 @@
-"""A bitsandbytes checkpoint of 4 bits (NF4, FP4) as a `TensorSource`.
+"""The layout of bitsandbytes checkpoints of 4 bits (NF4, FP4).
 
 Of a linear with weight (N, K) a file holds, n = N * K and b blocks of ``blocksize`` consecutive weights (row by row),
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from quantkit.errors import SourceError
-from quantkit.formats.folder import DecodedLinears, PackedLinear, Rows, part, row_parts
+from quantkit.formats.folder import FolderReader, PackedLinear, Rows, by_runs, part, row_parts
 from quantkit.formats.safetensors.header import parse_json_object, printable
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.tensors import TensorInfo
@@ -33,12 +33,6 @@ KINDS = ("nf4", "fp4")
 _STATE = ".quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 4096
 _MAX_BLOCK = 2**20
-
-
-def open_bitsandbytes(directory: Path | str) -> DecodedLinears:
-    """Open a folder by its headers and the small states of its linears. Raises `SourceError` for 8 bits, and for parts
-    that do not fit together."""
-    return DecodedLinears(directory, _linears)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +47,7 @@ class _FourBit:
     state: str
     block: int
     nested: _Nested | None
+    scheme: None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -62,17 +57,14 @@ class _FourBit:
 
     def decode(self, raw: SafetensorsSource, rows: Rows) -> Tensor:
         """See `PackedLinear`. Only these rows are read."""
+        return by_runs(rows, self.info.shape[1], partial(self._rows, raw))
+
+    def _rows(self, raw: SafetensorsSource, start: int, stop: int) -> Tensor:
         import torch
 
-        n_out, n_in = self.info.shape
-        weight = torch.empty(rows.stop - rows.start if isinstance(rows, slice) else len(rows), n_in)
-        if isinstance(rows, slice):
-            for span in row_parts(rows):
-                weight[span] = self._run(raw, rows.start + span.start, rows.start + span.stop)
-        else:
-            for place, row in enumerate(rows):
-                assert 0 <= row < n_out, f"{self.info.name}: row {row} of {n_out}"
-                weight[place] = self._run(raw, row, row + 1)
+        weight = torch.empty(stop - start, self.info.shape[1])
+        for span in row_parts(slice(start, stop)):
+            weight[span] = self._run(raw, start + span.start, start + span.stop)
         return weight
 
     def _run(self, raw: SafetensorsSource, start: int, stop: int) -> Tensor:
@@ -103,7 +95,7 @@ class _FourBit:
         return raw.read(f"{self.info.name}.nested_quant_map")[absmax.int()] * scales + self.nested.offset
 
 
-def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
+def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
     where = f"{raw.directory / 'config.json'}: quantization_config"
     if section.get("load_in_8bit") or not section.get("load_in_4bit", True):
         raise SourceError(f"{where} does not say load_in_4bit: only 4-bit bitsandbytes weights can be read.")
@@ -161,3 +153,6 @@ def _block(where: str, key: str, value: object) -> int:
     if not isinstance(value, int) or value is True or not 2 <= value <= _MAX_BLOCK:
         raise SourceError(f"{where}: {key} is {printable(repr(value))}, 2 to {_MAX_BLOCK:,} was needed.")
     return value
+
+
+BITSANDBYTES = FolderReader("bitsandbytes", _find)

@@ -1,4 +1,4 @@
-"""A GPTQ checkpoint (AutoGPTQ, gptqmodel) as a `TensorSource`.
+"""The layout of GPTQ checkpoints (AutoGPTQ, gptqmodel).
 
 Of a linear with weight (N, K) in G groups a file holds, under the module's name,
 
@@ -17,12 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import SourceError
 from quantkit.formats.bitpack import WORD_BITS, n_words, unpack
-from quantkit.formats.folder import DecodedLinears, PackedLinear, Rows, from_groups, part, row_parts
+from quantkit.formats.folder import FolderReader, PackedLinear, Rows, from_groups, part, row_parts
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.tensors import TensorInfo
@@ -37,11 +36,6 @@ _STORED_LESS_ONE = {"gptq": 1, "gptq_v2": 0}
 _WORDS = ".qweight"
 
 
-def open_gptq(directory: Path | str) -> DecodedLinears:
-    """Open a folder by its headers. Raises `SourceError` for another layout, and for parts that do not fit together."""
-    return DecodedLinears(directory, _linears)
-
-
 @dataclass(frozen=True, slots=True)
 class _Gptq:
     """``has_groups``: g_idx is stored."""
@@ -51,6 +45,7 @@ class _Gptq:
     n_groups: int
     zero_offset: int
     has_groups: bool
+    scheme: None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -95,7 +90,7 @@ class _Gptq:
         return None if plain else group
 
 
-def _linears(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
+def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
     where = f"{raw.directory / 'config.json'}: quantization_config"
     layout = section.get("checkpoint_format", section.get("format", "gptq"))
     offset = _STORED_LESS_ONE.get(layout) if isinstance(layout, str) else None
@@ -132,3 +127,6 @@ def _linear(raw: SafetensorsSource, module: str, bits: int, varied: bool, offset
         raise SourceError(f"{where}: {n_groups:,} groups do not divide {n_in:,} inputs.")
     info = TensorInfo(f"{module}.weight", (n_out, n_in), "F32")
     return _Gptq(info, own, n_groups, offset, has_groups)
+
+
+GPTQ = FolderReader("GPTQ", _find)

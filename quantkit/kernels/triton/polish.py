@@ -267,7 +267,7 @@ def _move_group(work: _Descent, gradient: Tensor, first: int, start: int, size: 
     change, moves = torch.empty_like(through), torch.empty_like(through)
     sums = gradient.new_empty(n_matrices, 4, out_features)
     scale, step = work.scales[:, group], gradient.new_empty(n_matrices, out_features)
-    dtype = None if work.offsets is not None else getattr(grid, "scale_dtype", None)
+    dtype = None if work.offsets is not None else grid.scale_dtype
     with device_of(gradient):
         _measure[(triton.cdiv(out_features, _MEASURED), n_matrices)](
             gradient, through, work.levels, sums, work.scales, step, 0.0 if dtype is None else torch.finfo(dtype).max,

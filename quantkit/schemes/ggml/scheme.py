@@ -43,6 +43,16 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
         """Whether single weights have levels of their own, so that a method can choose them one by one."""
         return bool(self.block.levels)
 
+    @property
+    def fits_tables(self) -> bool:
+        """Blocks also store matrices that no calibration input reaches (vocabulary, MTP), as llama.cpp's files do."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """ggml's name of the type."""
+        return self.type
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise `SchemeError` unless rows of a tensor of this shape (..., in_features) are whole blocks."""
         if len(shape) < 2:
@@ -102,6 +112,11 @@ class BlockGrid:
     def scale(self) -> Tensor:
         """(B, out, groups) float32."""
         return self.params.scale()
+
+    @property
+    def scale_dtype(self) -> None:
+        """None: scales move in steps of their block's d."""
+        return None
 
     @property
     def offset(self) -> Tensor | None:

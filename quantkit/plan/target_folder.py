@@ -1,34 +1,28 @@
-"""compressed-tensors as a `Target`: official names, one folder of safetensors with the source's side files."""
+"""Every layout of a folder as a `Target`: official names, one folder of safetensors with the source's side files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quantkit.arch.base import ModelArch
 from quantkit.errors import SchemeError
-from quantkit.formats.layouts import compressed_tensors
-from quantkit.formats.layouts.compressed_tensors_config import quantization_config
+from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
-from quantkit.plan.recipe import CompressedTensorsOutput, Rule
+from quantkit.plan.recipe import FolderOutput, Rule
 from quantkit.runtimes.vllm import contract
-from quantkit.schemes import ChosenScheme, GgmlScheme, describe
+from quantkit.schemes import ChosenScheme
 from quantkit.tensors import TensorSpec
 
-if TYPE_CHECKING:
-    from quantkit.formats.layouts.compressed_tensors import CompressedTensorsSink
-    from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
 
-
-class CompressedTensorsTarget:
+class FolderTarget:
     """A `Target`."""
 
-    label: str = "compressed-tensors"
-
-    def __init__(self, output: CompressedTensorsOutput, arch: ModelArch) -> None:
+    def __init__(self, output: FolderOutput, layout: FolderLayout, arch: ModelArch) -> None:
+        self.label: str = layout.reader.label
         self.specs: tuple[TensorSpec, ...] = tuple(arch.tensors())
         self._output = output
+        self._layout = layout
 
     def omits(self, spec: TensorSpec) -> bool:
         """Nothing: rules say what is dropped."""
@@ -44,12 +38,8 @@ class CompressedTensorsTarget:
         return None
 
     def fitting(self, spec: TensorSpec, scheme: ChosenScheme) -> ChosenScheme:
-        """The scheme itself. Raises `SchemeError` for a block type of ggml."""
-        if isinstance(scheme, GgmlScheme):
-            raise SchemeError(
-                f"{spec.name}: compressed-tensors cannot store {describe(scheme)}.",
-                hint="Block types of ggml go into outputs of format: gguf.",
-            )
+        """The scheme itself. Raises `SchemeError` for one that the layout cannot store."""
+        self._layout.check(spec.name, spec.shape, scheme)
         return scheme
 
     def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:
@@ -57,12 +47,13 @@ class CompressedTensorsTarget:
         return dtype
 
     def nbytes(self, tensor: PlannedTensor) -> int:
-        """Codes, scales and shapes, or the tensor itself."""
-        return sum(info.nbytes for info in compressed_tensors.stored(tensor))
+        """What the layout stores, scales and the like included, or the tensor itself."""
+        return sum(info.nbytes for info in self._layout.infos(tensor))
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
-        """See `contract.problems`."""
-        return contract.problems(tensors)
+        """What the layout cannot store (FP8 weights that are kept) or say; and see `contract.problems`."""
+        refused = [line for tensor in tensors if (line := self._refusal(tensor))]
+        return [*refused, *self._layout.problems(tensors), *contract.problems(tensors)]
 
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """See `contract.notes`."""
@@ -71,9 +62,9 @@ class CompressedTensorsTarget:
     def check_source(self, source: Path) -> None:
         """Files are copied as they are."""
 
-    def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> CompressedTensorsSink:
-        """See `CompressedTensorsSink.open`."""
-        return compressed_tensors.CompressedTensorsSink.open(directory, tensors, self._output.max_shard_bytes)
+    def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> FolderSink:
+        """See `FolderSink.open`."""
+        return FolderSink.open(self._layout, directory, tensors, self._output.max_shard_bytes)
 
     def write_side_files(
         self, directory: Path, source: Path, config: Mapping[str, object], tensors: Sequence[PlannedTensor], mtp: bool
@@ -81,15 +72,21 @@ class CompressedTensorsTarget:
         """config.json with the new quantization_config, and copies of the tokenizer's and the licence's files."""
         from quantkit.formats.bundle import copy_side_files, write_config
 
-        write_config(directory, config, quantization_config(tensors), mtp_dropped=not mtp)
+        write_config(directory, config, self._layout.config(tensors), mtp_dropped=not mtp)
         copy_side_files(source, directory)
 
     def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
         """vLLM on the folder."""
         return (f"vllm serve {folder}",)
 
-    def open_written(self, directory: Path) -> CompressedTensorsSource:
-        """See `CompressedTensorsSource`."""
-        from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+    def open_written(self, directory: Path) -> FolderSource:
+        """See `FolderSource`."""
+        return FolderSource(directory, self._layout.reader)
 
-        return CompressedTensorsSource(directory)
+    def _refusal(self, tensor: PlannedTensor) -> str:
+        try:
+            if tensor.scheme is not None:
+                self._layout.check(tensor.name, tensor.info.shape, tensor.scheme)
+        except SchemeError as error:
+            return f"{error.message} {error.hint}".rstrip()
+        return ""
