@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit.calibrate.documents import TextFile, find_files, read_documents
+from quantkit.calibrate.repetition import repetition_warning
 from quantkit.calibrate.tokenizer import CheckpointTokenizer, load_tokenizer
 from quantkit.errors import CalibrationError
 
@@ -70,11 +71,15 @@ class FileProvenance:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenRows:
-    """tokens (n_rows, sequence_length) int32; the domain (file stem) of each row; one provenance entry per file."""
+    """tokens (n_rows, sequence_length) int32; the domain (file stem) of each row; one provenance entry per file.
+
+    `warnings`: one line for each thing that makes the rows doubtful, but not unusable.
+    """
 
     tokens: NDArray[np.int32]
     domains: tuple[str, ...]
     provenance: tuple[FileProvenance, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,16 +100,13 @@ def token_rows(settings: Calibration, checkpoint_dir: Path, base_dir: Path) -> T
     length = settings.sequence_length
     body = length - (tokenizer.bos_id is not None)
     available = [file.ids.size // body for file in files]
-    if sum(available) * length < settings.tokens:
-        raise CalibrationError(
-            f"calibration: {settings.tokens:,} tokens were asked for, the text holds {sum(available) * length:,} "
-            f"in whole rows of {length:,}.",
-            hint="Give more text, or lower `tokens` or `sequence_length`.",
-        )
+    _check_enough(settings, sum(available))
     counts = _round_robin(available, -(-settings.tokens // length))
     starts = [_stratified_starts(file, n_rows, body, settings.seed) for file, n_rows in zip(files, counts, strict=True)]
     order = sorted((turn, place) for place, n_rows in enumerate(counts) for turn in range(n_rows))
-    return _rows(files, [(place, starts[place][turn]) for turn, place in order], length, tokenizer.bos_id)
+    rows = _rows(files, [(place, starts[place][turn]) for turn, place in order], length, tokenizer.bos_id)
+    warning = repetition_warning(rows.tokens, tokenizer.tokenizer)
+    return rows if warning is None else replace(rows, warnings=(warning,))
 
 
 def eval_windows(
@@ -136,14 +138,63 @@ def eval_windows(
     for place, file in enumerate(files):
         n_chunks = (before + file.ids.size) // stride
         if n_chunks == 0:
-            raise CalibrationError(
-                f"{file.file.label}: holds {file.ids.size:,} tokens, one window needs {body:,}.",
-                hint="Give more text, or lower `context`.",
-            )
+            raise _too_short(file.file, file.ids.size, body)
         wanted = n_chunks if max_windows_per_file is None else min(max_windows_per_file, n_chunks)
         chunks = np.unique(np.linspace(0, n_chunks - 1, wanted).astype(np.int64))
         chosen.extend((place, int(chunk) * stride) for chunk in chunks)
     return _rows(files, chosen, context, tokenizer.bos_id)
+
+
+def check_text(data: Calibration | Sequence[str], checkpoint_dir: Path, base_dir: Path, context: int = 2) -> None:
+    """Raise the CalibrationError that `token_rows` would raise of ``data``, or `eval_windows` of files and ``context``.
+
+    Tokenises no more than is needed to know that there is enough text. Where the checkpoint has no tokenizer.json, only
+    the files themselves are checked.
+    """
+    calibration = data if isinstance(data, Calibration) else None
+    files = find_files(data.data if isinstance(data, Calibration) else data, base_dir)
+    if not (checkpoint_dir / "tokenizer.json").exists():
+        for file in files:
+            read_documents(file)
+        return
+    tokenizer = load_tokenizer(checkpoint_dir)
+    body = (context if calibration is None else calibration.sequence_length) - (tokenizer.bos_id is not None)
+    n_rows = 0
+    for file in files:
+        missing = 1 if calibration is None else -(-calibration.tokens // calibration.sequence_length) - n_rows
+        n_tokens = _count(file, tokenizer, max(missing, 1) * body)
+        if calibration is None and n_tokens < body:
+            raise _too_short(file, n_tokens, body)
+        n_rows += n_tokens // body
+    if calibration is not None:
+        _check_enough(calibration, n_rows)
+
+
+def _count(file: TextFile, tokenizer: CheckpointTokenizer, enough: int) -> int:
+    """Tokens of the file, or ``enough`` or more of them."""
+    n_tokens = 0
+    for ids in tokenizer.portions(file.label, read_documents(file)[1]):
+        n_tokens += ids.size
+        if n_tokens >= enough:
+            break
+    return n_tokens
+
+
+def _check_enough(settings: Calibration, n_rows: int) -> None:
+    length = settings.sequence_length
+    if n_rows * length < settings.tokens:
+        raise CalibrationError(
+            f"calibration: {settings.tokens:,} tokens were asked for, the text holds {n_rows * length:,} in whole rows "
+            f"of {length:,}.",
+            hint="Give more text, or lower `tokens` or `sequence_length`.",
+        )
+
+
+def _too_short(file: TextFile, n_tokens: int, needed: int) -> CalibrationError:
+    return CalibrationError(
+        f"{file.label}: holds {n_tokens:,} tokens, one window needs {needed:,}.",
+        hint="Give more text, or lower `context`.",
+    )
 
 
 def _tokenise(entries: Sequence[str], tokenizer: CheckpointTokenizer, base_dir: Path) -> list[_TokenisedFile]:

@@ -1,26 +1,36 @@
 """Names of text in a recipe -> files -> documents.
 
 Enters: entries such as `builtin:mixed`, `notes.txt`, `corpus/*.jsonl`. Leaves: for each file its sha256 and its
-documents, each of them a text or a chat (a list of messages). Nothing here knows a tokenizer.
+documents, each of them a text or a chat. Nothing here knows a tokenizer.
 
-    .txt      the whole file is one document
-    .jsonl    one JSON object a line: `messages` (list of {role, content, ...}) or `text` (string)
-    .parquet  a column `messages` or `text`; needs pyarrow
+    .txt      the whole file is one document, which is read when it is tokenised
+    .jsonl    one JSON object a line: `messages` with the keys of chats.py, or `text` (string)
+    .parquet  a column `text`, or `messages` and the columns beside it that chats.py knows; needs pyarrow
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, cast
 
+from quantkit.calibrate.chats import ChatDocument, chat_document, encodable
 from quantkit.errors import CalibrationError
+from quantkit.formats.safetensors.header import printable
+
+Update = Callable[[bytes], object]
+"""Takes the bytes of a file as they are read, for its sha256."""
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
 BUILTIN = "builtin:"
+MAX_EMPTY_CHATS = 0.1
+"""Share of a file's chats that may say nothing. They are left out; more of them mean that the text is elsewhere."""
+_BLOCK_BYTES = 1 << 20
+_CHAT_COLUMNS = ("messages", "tools", "documents", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +54,29 @@ class TextDocument:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatDocument:
-    """One conversation, to be rendered by the checkpoint's chat template."""
+class FileText:
+    """The text of a .txt file, which is known to be UTF-8, to be read when it is tokenised."""
 
     where: str
-    messages: Sequence[Mapping[str, Any]]
+    path: Path
+
+    def open(self) -> IO[str]:
+        """The file's characters, its line ends as they are, without a byte order mark."""
+        return self.path.open(encoding="utf-8-sig", newline="")
+
+    def samples(self, most: int, n_characters: int) -> list[str]:
+        """Up to ``most`` texts of at most ``n_characters``, evenly spread; the whole of a short file."""
+        n_bytes = self.path.stat().st_size
+        stride = max(4 * n_characters, n_bytes // most)
+        with self.path.open("rb") as handle:
+            texts: list[str] = []
+            for begin in range(0, n_bytes, stride):
+                handle.seek(begin)
+                texts.append(handle.read(4 * n_characters).decode("utf-8", errors="ignore"))
+        return [text.removeprefix("\ufeff")[:n_characters] for text in texts]
 
 
-Document = TextDocument | ChatDocument
+Document = TextDocument | FileText | ChatDocument
 
 
 def builtin_dir() -> Path:
@@ -80,21 +105,54 @@ def find_files(entries: Sequence[str], base_dir: Path) -> list[TextFile]:
 
 def read_documents(file: TextFile) -> tuple[str, list[Document]]:
     """(sha256 of the file, its documents). Raises CalibrationError with `file:line` where a line is to blame."""
+    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file.path.suffix.lower()]
+    digest = hashlib.sha256()
     try:
-        content = file.path.read_bytes()
+        with file.path.open("rb") as handle:
+            documents = list(read(file, handle, digest.update))
     except OSError as error:
         raise CalibrationError(f"{file.label}: cannot be read ({error.strerror}).") from error
-    if not content.strip():
-        raise CalibrationError(f"{file.label}: the file is empty.", hint="Remove it from the recipe.")
-    parse = {".txt": _parse_txt, ".jsonl": _parse_jsonl, ".parquet": _parse_parquet}[file.path.suffix.lower()]
-    documents = [document for document in parse(file.label, content) if not _is_blank(document)]
-    if not documents:
-        raise CalibrationError(f"{file.label}: holds no text.", hint="Remove it from the recipe.")
-    return hashlib.sha256(content).hexdigest(), documents
+    return digest.hexdigest(), _with_content(file.label, documents)
+
+
+def _with_content(label: str, documents: Sequence[Document]) -> list[Document]:
+    """The documents that say something. Raises CalibrationError: there are none, or too many chats are empty."""
+    chats = [document for document in documents if isinstance(document, ChatDocument)]
+    empty = [chat for chat in chats if chat.is_empty()]
+    if len(empty) > MAX_EMPTY_CHATS * len(chats):
+        raise CalibrationError(
+            f"{label}: {len(empty):,} of {len(chats):,} chats have no content at all, the first is {empty[0].where}.",
+            hint=f"Up to {MAX_EMPTY_CHATS:.0%} are left out. Is the text of the messages under another key?",
+        )
+    full = [document for document in documents if not _is_blank(document)]
+    if not full:
+        raise CalibrationError(f"{label}: holds no text.", hint="Remove it from the recipe.")
+    return full
+
+
+def samples_of(documents: Sequence[Document], most: int, n_characters: int) -> list[str]:
+    """Beginnings of up to ``most`` texts, evenly spread over the documents or, of one file of text, over the file."""
+    chosen = documents[:: -(-len(documents) // most)]
+    samples: list[str] = []
+    for document in chosen:
+        match document:
+            case TextDocument():
+                samples.append(document.text[:n_characters])
+            case FileText():
+                samples += document.samples(most // len(chosen), n_characters)
+            case ChatDocument():
+                samples.append(document.text()[:n_characters])
+    return samples
 
 
 def _is_blank(document: Document) -> bool:
+    if isinstance(document, ChatDocument):
+        return document.is_empty()
     return isinstance(document, TextDocument) and not document.text.strip()
+
+
+def _empty_file(label: str) -> CalibrationError:
+    return CalibrationError(f"{label}: the file is empty.", hint="Remove it from the recipe.")
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -105,11 +163,13 @@ def _builtin_files(entry: str) -> list[TextFile]:
     root = builtin_dir()
     names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     if name not in names:
-        raise CalibrationError(f"{entry}: no such built-in text.", hint=f"There are: {', '.join(names) or 'none'}.")
+        raise CalibrationError(
+            f"{printable(entry)}: no such built-in text.", hint=f"There are: {', '.join(names) or 'none'}."
+        )
     paths = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise CalibrationError(f"{entry}: the folder {root / name} holds no {', '.join(EXTENSIONS)} file.")
-    return [TextFile(f"{entry}/{path.name}", path) for path in paths]
+    return [_file(f"{entry}/{path.name}", path) for path in paths]
 
 
 def _named_files(entry: str, base_dir: Path) -> list[TextFile]:
@@ -117,15 +177,19 @@ def _named_files(entry: str, base_dir: Path) -> list[TextFile]:
         raise CalibrationError("A name among the text files is empty.")
     path = base_dir / Path(entry).expanduser()
     if path.exists() or not any(character in entry for character in "*?["):
-        return [_checked(TextFile(entry, path))]
+        return [_checked(_file(entry, path))]
     pattern = Path(entry).expanduser()
     # Path.glob takes no absolute pattern: search from the root of the file system instead.
     root = Path(pattern.anchor) if pattern.anchor else base_dir
     relative = str(pattern.relative_to(pattern.anchor)) if pattern.anchor else entry
     matches = sorted(match for match in root.glob(relative) if not match.is_dir())
     if not matches:
-        raise CalibrationError(f"{entry}: no file matches.", hint=f"Relative names count from {base_dir}.")
-    return [_checked(TextFile(_label(match, root, pattern), match)) for match in matches]
+        raise CalibrationError(f"{printable(entry)}: no file matches.", hint=f"Relative names count from {base_dir}.")
+    return [_checked(_file(_label(match, root, pattern), match)) for match in matches]
+
+
+def _file(label: str, path: Path) -> TextFile:
+    return TextFile(printable(label, limit=1000), path)
 
 
 def _label(match: Path, root: Path, pattern: Path) -> str:
@@ -146,81 +210,112 @@ def _checked(file: TextFile) -> TextFile:
 # ---------------------------------------------------------------------------------------------------------- formats
 
 
-def _decode(label: str, content: bytes) -> str:
+def _read_txt(file: TextFile, handle: IO[bytes], update: Update) -> Iterator[Document]:
+    """Check the file block by block; its text is read again when it is tokenised."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    n_bytes, blank = 0, True
+    while block := handle.read(_BLOCK_BYTES):
+        update(block)
+        n_bytes += len(block)
+        blank &= not _decode(file.label, decoder.decode, block, n_bytes).strip()
+    blank &= not _decode(file.label, lambda rest: decoder.decode(rest, final=True), b"", n_bytes).strip()
+    if blank:
+        raise _empty_file(file.label)
+    yield FileText(file.label, file.path)
+
+
+def _read_jsonl(file: TextFile, handle: IO[bytes], update: Update) -> Iterator[Document]:
+    # A binary file's lines end at "\n" alone: str.splitlines would also cut at U+2028, legal inside a JSON string.
+    n_bytes, blank = 0, True
+    for number, line in enumerate(handle, start=1):
+        update(line)
+        n_bytes += len(line)
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
+        text = _decode(file.label, lambda raw, encoding=encoding: raw.decode(encoding), line, n_bytes)
+        if text.strip():
+            blank = False
+            yield _document_of_line(f"{file.label}:{number}", text)
+    if blank:
+        raise _empty_file(file.label)
+
+
+def _decode(label: str, decode: Callable[[bytes], str], block: bytes, end: int) -> str:
+    """The text of a block of bytes that ends ``end`` bytes behind the file's first."""
     try:
-        return content.decode("utf-8-sig")
+        return decode(block)
     except UnicodeDecodeError as error:
-        found = f"byte 0x{content[error.start]:02x} at offset {error.start}"
+        found = f"byte 0x{error.object[error.start]:02x} at offset {end - len(error.object) + error.start}"
         raise CalibrationError(f"{label}: is not UTF-8 ({found}).", hint="Convert it: iconv -t UTF-8") from error
 
 
-def _parse_txt(label: str, content: bytes) -> Iterator[Document]:
-    yield TextDocument(label, _decode(label, content))
+def _document_of_line(where: str, line: str) -> Document:
+    try:
+        record: object = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where}: is not JSON ({printable(str(error))}).") from error
+    if not isinstance(record, dict):
+        found = type(record).__name__
+        raise CalibrationError(f"{where}: found {found}, needed an object with `text` or `messages`.")
+    return _document(where, cast("dict[str, object]", record))
 
 
-def _parse_jsonl(label: str, content: bytes) -> Iterator[Document]:
-    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which is legal inside a JSON string.
-    for number, line in enumerate(_decode(label, content).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{label}:{number}"
-        try:
-            record: object = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where}: is not JSON ({error}).") from error
-        if not isinstance(record, dict):
-            found = type(record).__name__
-            raise CalibrationError(f"{where}: found {found}, needed an object with `text` or `messages`.")
-        yield _document(where, cast("dict[str, object]", record))
-
-
-def _parse_parquet(label: str, content: bytes) -> Iterator[Document]:
+def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator[Document]:
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         hint = "Install pyarrow (the extra `parquet`)."
-        raise CalibrationError(f"{label}: reading .parquet needs pyarrow.", hint=hint) from error
+        raise CalibrationError(f"{file.label}: reading .parquet needs pyarrow.", hint=hint) from error
+    empty = True
+    while block := handle.read(_BLOCK_BYTES):
+        update(block)
+        empty = False
+    if empty:
+        raise _empty_file(file.label)
+    number = 0
     try:
-        file = parquet.ParquetFile(arrow.BufferReader(content))
-        names: list[str] = file.schema_arrow.names
-        column = next((name for name in ("messages", "text") if name in names), None)
-        if column is None:
-            raise CalibrationError(f"{label}: found columns {', '.join(names)}, needed `text` or `messages`.")
-        values: list[object] = file.read(columns=[column]).column(column).to_pylist()
+        with parquet.ParquetFile(file.path) as table:
+            columns = _columns(file.label, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _document(f"{file.label}: row {number}", _without_nulls(row))
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file.label}: a text behind row {number} is not UTF-8 ({error.reason}).") from error
     except (arrow.ArrowException, OSError) as error:
-        raise CalibrationError(f"{label}: is not readable as parquet ({str(error).splitlines()[0]}).") from error
-    for number, value in enumerate(values, start=1):
-        yield _document(f"{label}: row {number}", {column: value})
+        problem = printable(str(error).splitlines()[0])
+        raise CalibrationError(f"{file.label}: is not readable as parquet ({problem}).") from error
+
+
+def _columns(label: str, names: Sequence[str]) -> list[str]:
+    if "messages" in names:
+        return [name for name in _CHAT_COLUMNS if name in names]
+    if "text" in names:
+        return ["text"]
+    found = printable(", ".join(names))
+    raise CalibrationError(f"{label}: found columns {found}, needed `text` or `messages`.")
+
+
+def _without_nulls(row: Mapping[str, object]) -> dict[str, object]:
+    """The row as its JSON was: in a column all objects have the same keys, those that one lacks are null."""
+    return {key: _plain(value) for key, value in row.items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        entries = cast("dict[str, object]", value)
+        return {key: _plain(entry) for key, entry in entries.items() if entry is not None or key == "content"}
+    return [_plain(item) for item in cast("list[object]", value)] if isinstance(value, list) else value
 
 
 def _document(where: str, record: Mapping[str, object]) -> Document:
     """`messages` wins over `text`: a data set with both holds the text in some other model's template."""
     if "messages" in record:
-        return ChatDocument(where, _messages(where, record["messages"]))
+        return chat_document(where, record)
     if "text" not in record:
-        found = ", ".join(record) or "no key"
+        found = printable(", ".join(record)) or "no key"
         raise CalibrationError(f"{where}: found {found}, needed the key `text` or `messages`.")
     text = record["text"]
     if not isinstance(text, str):
         raise CalibrationError(f"{where}: `text` is {type(text).__name__}, needed a string.")
     return TextDocument(where, encodable(where, text))
-
-
-def _messages(where: str, value: object) -> list[Mapping[str, Any]]:
-    messages = cast("list[object]", value) if isinstance(value, list) else []
-    if not messages:
-        raise CalibrationError(f"{where}: `messages` must be a list of at least one message.")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(cast("dict[str, object]", message).get("role"), str):
-            raise CalibrationError(f"{where}: each message must be an object with `role` and `content`.")
-    return cast("list[Mapping[str, Any]]", messages)
-
-
-def encodable(where: str, text: str) -> str:
-    """``text`` if it can be UTF-8. Raises CalibrationError that begins with ``where``."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CalibrationError(f"{where}: holds half of a surrogate pair, which is no character.") from error
-    return text

@@ -11,23 +11,31 @@ token is `bos_token` of tokenizer_config.json, else `bos_token_id` of config.jso
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from quantkit.calibrate.chat_template import TemplateFailure, render_chats
-from quantkit.calibrate.documents import ChatDocument, Document, TextDocument, encodable
+from quantkit.calibrate.chats import ChatDocument, encodable
+from quantkit.calibrate.documents import Document, FileText, TextDocument, samples_of
+from quantkit.calibrate.pieces import WINDOW, TextReader, read_ids
+from quantkit.calibrate.round_trip import SAMPLE_CHARACTERS, SAMPLES, check_round_trip
 from quantkit.errors import CalibrationError
+from quantkit.formats.safetensors.header import printable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 BETWEEN_TEXTS = "\n\n"
-BATCH_CHARACTERS = 1 << 22  # an encoding keeps offsets and strings, some 100 bytes a token: encode in portions
+BATCH_CHARACTERS = 1 << 18  # an encoding keeps offsets and strings, some 250 bytes a token: encode in portions
+CHATS_AT_ONCE = 4096  # are rendered by one child process
+IDS_IN_MEMORY = 1 << 25  # bytes of a file's ids; more of them go to a temporary file
+MAX_VOCABULARY = 1 << 31  # ids are int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,53 +46,90 @@ class CheckpointTokenizer:
     bos_id: int | None
     vocab_size: int
     special_tokens: Mapping[str, str]
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
 
     def encode(self, label: str, documents: Sequence[Document]) -> NDArray[np.int32]:
         """Ids of a file's documents, one after another: (n_tokens,) int32.
 
         A text is followed by a blank line when another document comes after it. A chat is rendered by the chat
         template; the BOS that the template writes at its head is dropped, since a served model sees BOS only at
-        position 0. Raises CalibrationError: no or a failing template, ids outside the vocabulary.
+        position 0. Raises CalibrationError: no or a failing template, ids outside the vocabulary, a tokenizer that
+        loses text.
         """
         import numpy as np
 
-        texts = self._texts(documents)
-        pieces: list[NDArray[np.int32]] = []
-        for batch in _batches(texts):
-            encodings = self.tokenizer.encode_batch(batch, add_special_tokens=False)
-            pieces.extend(np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings)
-        ids = np.concatenate(pieces)
-        if ids.size and int(ids.max()) >= self.vocab_size:
-            raise CalibrationError(
-                f"{label}: tokenizer.json gives id {int(ids.max())}, but config.json has vocab_size {self.vocab_size}.",
-                hint="The tokenizer belongs to another model.",
-            )
-        return ids
+        with tempfile.SpooledTemporaryFile(max_size=IDS_IN_MEMORY) as spool:
+            for portion in self.portions(label, documents):
+                _write(label, spool, portion.astype(np.int32).tobytes())
+            n_bytes = spool.tell()
+            spool.seek(0)
+            ids = spool.read() if n_bytes <= IDS_IN_MEMORY else mmap(spool.fileno(), n_bytes, access=ACCESS_READ)
+        return np.frombuffer(ids, dtype=np.int32)
 
-    def _texts(self, documents: Sequence[Document]) -> list[str]:
-        chats = iter(self._render([document for document in documents if isinstance(document, ChatDocument)]))
-        texts = [next(chats) if isinstance(document, ChatDocument) else document.text for document in documents]
-        for place, document in enumerate(documents[:-1]):
-            if isinstance(document, TextDocument):
-                texts[place] += BETWEEN_TEXTS
-        return texts
+    def portions(self, label: str, documents: Sequence[Document]) -> Iterator[NDArray[np.int64]]:
+        """The ids of `encode`, (n,) int64 at a time, for readers that need not know all of them."""
+        check_round_trip(self.tokenizer, label, samples_of(documents, SAMPLES, SAMPLE_CHARACTERS))
+        for ids in self._encoded(documents):
+            if ids.size and int(ids.max()) >= self.vocab_size:
+                raise CalibrationError(
+                    f"{label}: tokenizer.json gives id {int(ids.max())}, but config.json has vocab_size "
+                    f"{self.vocab_size}.",
+                    hint="The tokenizer belongs to another model.",
+                )
+            yield ids
 
-    def _render(self, chats: Sequence[ChatDocument]) -> list[str]:
-        if not chats:
-            return []
-        if self.chat_template is None:
+    def _encoded(self, documents: Sequence[Document]) -> Iterator[NDArray[np.int64]]:
+        import numpy as np
+
+        for batch in _batches(self._texts(documents)):
+            if isinstance(batch, list):
+                encodings = self.tokenizer.encode_batch(batch, add_special_tokens=False)
+                yield from (np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
+            elif isinstance(batch, FileText):
+                with batch.open() as reader:
+                    yield from read_ids(self.tokenizer, reader)
+            else:
+                yield from read_ids(self.tokenizer, TextReader(batch))
+
+    def _texts(self, documents: Sequence[Document]) -> Iterator[str | FileText]:
+        chats = self._rendered([document for document in documents if isinstance(document, ChatDocument)])
+        for number, document in enumerate(documents, start=1):
+            match document:
+                case ChatDocument():
+                    yield next(chats)
+                case TextDocument():
+                    yield document.text + BETWEEN_TEXTS if number < len(documents) else document.text
+                case FileText():
+                    yield document
+
+    def _rendered(self, chats: Sequence[ChatDocument]) -> Iterator[str]:
+        if chats and "default" not in self.chat_templates:
             raise CalibrationError(
                 f"{chats[0].where}: holds chat messages, but the checkpoint has no chat template.",
                 hint="Add chat_template.jinja to the checkpoint, or give the data as `text`.",
             )
+        for begin in range(0, len(chats), CHATS_AT_ONCE):
+            yield from self._render(chats[begin : begin + CHATS_AT_ONCE])
+
+    def _render(self, chats: Sequence[ChatDocument]) -> list[str]:
         try:
-            texts = render_chats(self.chat_template, [chat.messages for chat in chats], self.special_tokens)
+            texts = render_chats(self.chat_templates, chats, self.special_tokens)
         except TemplateFailure as failure:
             where = chats[failure.index or 0].where
-            raise CalibrationError(f"{where}: the checkpoint's chat template failed: {failure}.") from failure
+            problem = printable(str(failure), 300)
+            raise CalibrationError(f"{where}: the checkpoint's chat template failed: {problem}.") from failure
         bos = self.special_tokens.get("bos_token", "")
         return [encodable(chat.where, text.removeprefix(bos)) for chat, text in zip(chats, texts, strict=True)]
+
+
+def _write(label: str, spool: IO[bytes], content: bytes) -> None:
+    try:
+        spool.write(content)
+    except OSError as error:
+        raise CalibrationError(
+            f"{label}: its token ids, 4 bytes each, find no room in {tempfile.gettempdir()} ({error.strerror}).",
+            hint="Set TMPDIR to a folder with more room.",
+        ) from error
 
 
 def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
@@ -92,16 +137,25 @@ def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
     tokenizer = _read_tokenizer(checkpoint_dir / "tokenizer.json")
     config = _read_json(checkpoint_dir / "config.json", required=True)
     tokenizer_config = _read_json(checkpoint_dir / "tokenizer_config.json", required=False)
-    special = {name: text for name in SPECIAL_TOKENS if (text := _token_text(tokenizer_config.get(name))) is not None}
+    special = {
+        name: text
+        for name, value in tokenizer_config.items()
+        if name.endswith("_token") and (text := _token_text(value)) is not None
+    }
     vocab_size = config.get("vocab_size")
     if type(vocab_size) is not int:
         raise CalibrationError(f"{checkpoint_dir / 'config.json'}: found vocab_size {vocab_size!r}, needed a number.")
+    if vocab_size > MAX_VOCABULARY:
+        raise CalibrationError(
+            f"{checkpoint_dir / 'config.json'}: found vocab_size {vocab_size:,}, at most {MAX_VOCABULARY:,} was needed."
+        )
     bos_id = _bos_id(tokenizer, tokenizer_config, config, special.get("bos_token"))
     if bos_id is not None and not 0 <= bos_id < vocab_size:
         raise CalibrationError(f"{checkpoint_dir}: BOS has id {bos_id}, but config.json has vocab_size {vocab_size}.")
     if bos_id is not None and "bos_token" not in special and (text := tokenizer.id_to_token(bos_id)):
         special["bos_token"] = text
-    return CheckpointTokenizer(tokenizer, bos_id, vocab_size, special, _chat_template(checkpoint_dir, tokenizer_config))
+    templates = _chat_templates(checkpoint_dir, tokenizer_config)
+    return CheckpointTokenizer(tokenizer, bos_id, vocab_size, special, templates)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -111,7 +165,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - the tokenizers package raises nothing narrower
-        raise CalibrationError(f"{path}: is no tokenizer ({str(error).splitlines()[0]}).") from error
+        raise CalibrationError(f"{path}: is no tokenizer ({printable(str(error))}).") from error
     # Both may be switched on inside tokenizer.json, and would cut or fill up every document.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -135,7 +189,7 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     try:
         content: object = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: is not JSON ({error}).") from error
+        raise CalibrationError(f"{path}: is not JSON ({printable(str(error))}).") from error
     if not isinstance(content, dict):
         raise CalibrationError(f"{path}: found {type(content).__name__}, needed a JSON object.")
     return cast("dict[str, Any]", content)
@@ -168,26 +222,32 @@ def _bos_id(
     return known
 
 
-def _chat_template(checkpoint_dir: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The file chat_template.jinja goes before tokenizer_config.json; of several named templates `default` counts."""
+def _chat_templates(checkpoint_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name, `default` for the only one. The file chat_template.jinja goes before tokenizer_config.json."""
     path = checkpoint_dir / "chat_template.jinja"
     if path.exists():
-        return _read_text(path)
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        named = [cast("dict[str, object]", item) for item in cast("list[object]", template) if isinstance(item, dict)]
-        template = next((item.get("template") for item in named if item.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+        more = sorted((checkpoint_dir / "additional_chat_templates").glob("*.jinja"))
+        return {"default": _read_text(path)} | {extra.stem: _read_text(extra) for extra in more}
+    given: object = tokenizer_config.get("chat_template")
+    items = cast("list[object]", given) if isinstance(given, list) else [{"name": "default", "template": given}]
+    named = [cast("dict[str, object]", item) for item in items if isinstance(item, dict)]
+    pairs = [(item.get("name"), item.get("template")) for item in named]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterator[str | FileText]) -> Iterator[list[str] | str | FileText]:
+    """Short texts in lists, which are tokenised at once; a long one alone."""
     batch: list[str] = []
     characters = 0
     for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
+        alone = isinstance(text, FileText) or len(text) > WINDOW
+        if batch and (alone or characters >= BATCH_CHARACTERS):
             yield batch
             batch, characters = [], 0
+        if isinstance(text, FileText) or alone:
+            yield text
+        else:
+            batch.append(text)
+            characters += len(text)
     if batch:
         yield batch

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.calibrate.documents import find_files
+from quantkit.calibrate.dataset import check_text
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.errors import CalibrationError
 from quantkit.plan.headers import SourceHeaders, read_headers
@@ -110,13 +110,13 @@ def forecast_of(
 
 
 def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:
-    """Raise `CalibrationError` if a file of the recipe's text is not there, or the tokenizer that cuts it."""
-    for name, text in (
-        ("Calibration", recipe.calibration and recipe.calibration.data),
-        ("Validation", recipe.validation and recipe.validation.text),
+    """Raise `CalibrationError` if the recipe's text is unusable or too short, or the tokenizer that cuts it missing."""
+    for name, text, context in (
+        ("Calibration", recipe.calibration, 2),
+        ("Validation", recipe.validation and recipe.validation.text, recipe.validation and recipe.validation.context),
     ):
         if text:
-            find_files(text, base_dir)
+            check_text(text, headers.directory, base_dir, context or 2)
             if headers.has_shards and not (headers.directory / "tokenizer.json").exists():
                 raise CalibrationError(
                     f"{headers.directory / 'tokenizer.json'}: no such file.",

@@ -14,64 +14,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from quantkit.calibrate import documents as documents_module
-from quantkit.calibrate.chat_template import TemplateFailure, render_chats
-from quantkit.calibrate.dataset import Calibration, TokenRows, eval_windows, token_rows
+from quantkit.calibrate.dataset import Calibration, eval_windows
 from quantkit.errors import CalibrationError
-
-BOS, EOS, USER, ASSISTANT = "<bos>", "<eos>", "<user>", "<assistant>"
-SPECIAL = (BOS, EOS, USER, ASSISTANT)
-N_IDS = 256 + len(SPECIAL)
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<user>' if message['role'] == 'user' else '<assistant>' }}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def write_checkpoint(folder: Path, *, vocab_size: int = N_IDS, **tokenizer_config: Any) -> Path:
-    """A byte-level tokenizer without merges: an ASCII text has one token a character, id = its byte's place."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    folder.mkdir(exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i + len(SPECIAL) for i, token in enumerate(alphabet)}
-    vocabulary |= {token: i for i, token in enumerate(SPECIAL)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer.enable_truncation(max_length=16)  # must be switched off by the reader
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "bos_token_id": 0}))
-    config = {"bos_token": BOS, "eos_token": {"content": EOS}, "add_bos_token": True, "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | tokenizer_config))
-    return folder
-
-
-def text_of(checkpoint: Path, tokens: np.ndarray) -> str:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+from tests.calibrate.byte_checkpoint import BOS, N_IDS, SPECIAL, numbered, rows_of, text_of, write, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-def rows_of(checkpoint: Path, base: Path, *data: str, tokens: int = 32, length: int = 8, seed: int = 0) -> TokenRows:
-    calibration = Calibration(data=data, tokens=tokens, sequence_length=length, seed=seed)
-    return token_rows(calibration, checkpoint, base)
-
-
-def write(path: Path, text: str) -> str:
-    path.write_bytes(text.encode())
-    return path.name
-
-
-def numbered(n_words: int, letter: str) -> str:
-    return "".join(f"{letter}{i:04d} " for i in range(n_words))
 
 
 # ---------------------------------------------------------------------------------------------------------- packing
@@ -256,8 +206,8 @@ BAD_FILES = {
     "list.jsonl": (b"[1]", "list.jsonl:1: found list, needed an object"),
     "key.jsonl": (b'{"body": "a", "id": 1}', "key.jsonl:1: found body, id, needed the key `text` or `messages`"),
     "number.jsonl": (b'{"text": 5}', "number.jsonl:1: `text` is int"),
-    "chat.jsonl": (b'{"messages": []}', "chat.jsonl:1: `messages` must be a list"),
-    "role.jsonl": (b'{"messages": [{"content": "a"}]}', "role.jsonl:1: each message must be"),
+    "chat.jsonl": (b'{"messages": []}', "chat.jsonl:1: messages is an empty list"),
+    "role.jsonl": (b'{"messages": [{"content": "a"}]}', "role.jsonl:1: messages.0..role is missing or null"),
     "half.jsonl": (b'{"text": "\\ud800"}', "half.jsonl:1: holds half of a surrogate pair"),
     "half_chat.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half_chat.jsonl:1: holds half"),
     "text.csv": (b"a,b", "text.csv: found .csv, can read .txt, .jsonl, .parquet"),
@@ -341,52 +291,6 @@ def test_chat_without_template(tmp_path: Path) -> None:
         CalibrationError, match="c.jsonl:1: holds chat messages, but the checkpoint has no chat template"
     ):
         rows_of(folder, tmp_path, name)
-
-
-# ---------------------------------------------------------------------------------------------------- chat templates
-
-CHAT = [{"role": "user", "content": "hi"}]
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% for %}", "TemplateSyntaxError .line 1."),
-        ("{{ messages[5].content }}", "UndefinedError"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-        ("{% for a in range(99999999) %}{% endfor %}", "OverflowError"),
-        ("{{ 'x' * 5000000 }}", "rendered 5,000,000 characters"),
-        ("{{ 'x' * 9999999999 }}", "more memory"),
-    ],
-)
-def test_bad_template_fails_with_a_reason(template: str, message: str) -> None:
-    with pytest.raises(TemplateFailure, match=message):
-        render_chats(template, [CHAT], {})
-
-
-def test_endless_template_is_stopped() -> None:
-    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(TemplateFailure, match="no end after 1 s of CPU time"):
-        render_chats(template, [CHAT], {}, cpu_seconds=1)
-
-
-def test_failure_names_the_chat(checkpoint: Path, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", chat_template="{{ messages[0].content + '' }}")
-    lines = [{"messages": [message]} for message in ({"role": "user", "content": "hi"}, {"role": "user"})]
-    name = write(tmp_path / "c.jsonl", "\n\n".join(json.dumps(line) for line in lines))
-    with pytest.raises(CalibrationError, match="c.jsonl:3: the checkpoint's chat template failed: UndefinedError"):
-        rows_of(folder, tmp_path, name)
-
-
-def test_what_published_templates_use() -> None:
-    template = (
-        "{%- for m in messages -%}\n    {%- if loop.index > 1 %}{% break %}{% endif -%}\n{{ m | tojson }}{% endfor %}"
-        "{{ strftime_now('%Y') }}{{ tools is none }}{{ add_generation_prompt }}"
-    )
-    assert render_chats(template, [[*CHAT, *CHAT]], {}) == ['{"role": "user", "content": "hi"}2025TrueFalse']
 
 
 # ------------------------------------------------------------------------------------------------------ eval windows

@@ -112,11 +112,16 @@ def test_refusals_are_lines_on_stderr(tmp_path: Path) -> None:
         assert "Traceback" not in result.stderr
 
 
+def copy_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((ROOT / "examples" / "nano-deepseek-v3" / name).read_bytes())
+
+
 def test_plan_text_and_json(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "source", tiny_config(num_nextn_predict_layers=0), fp8=True)
-    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    write_checkpoint(tmp_path / "source", tiny_config(num_nextn_predict_layers=0, vocab_size=1280), fp8=True)
+    copy_tokenizer(tmp_path / "source")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(recipe_text(f'{{match: "role:expert", {INT4}}}', KEEP_REST))
+    recipe.write_text(recipe_text(f'{{match: "role:expert", {INT4}}}', KEEP_REST).replace("524288", "8192"))
     words = ("plan", tmp_path / "source", "-r", recipe, "--gpus", "1xT4-16GB", "--context", "128")
     text = quantkit(*words)
     assert text.exit_code == 0
@@ -137,9 +142,9 @@ def test_plan_text_and_json(tmp_path: Path) -> None:
 
 
 def test_plan_refuses_what_convert_would_refuse(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "source", tiny_config(num_nextn_predict_layers=0), fp8=True)
+    write_checkpoint(tmp_path / "source", tiny_config(num_nextn_predict_layers=0, vocab_size=1280), fp8=True)
     recipe = tmp_path / "r.yaml"
-    text = recipe_text(f'{{match: "role:expert", {INT4}}}', KEEP_REST)
+    text = recipe_text(f'{{match: "role:expert", {INT4}}}', KEEP_REST).replace("524288", "8192")
     recipe.write_text(text)
     plan = ("plan", tmp_path / "source", "-r", recipe)
     dry = ("convert", *plan[1:], "-o", tmp_path / "out", "--dry-run")
@@ -151,7 +156,15 @@ def test_plan_refuses_what_convert_would_refuse(tmp_path: Path) -> None:
         return found.stderr
 
     assert "tokenizer.json: no such file" in refused()
-    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    copy_tokenizer(tmp_path / "source")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "short.txt").write_text("short")
+    recipe.write_text(text.replace("builtin:mixed", "latin.txt"))
+    assert "latin.txt: is not UTF-8 (byte 0xe9 at offset 3)" in refused()
+    recipe.write_text(text.replace("builtin:mixed", "short.txt"))
+    assert "the text holds 0 in whole rows" in refused()
+    recipe.write_text(text + "validation: {text: [short.txt], context: 64}\n")
+    assert "short.txt: holds 3 tokens, one window needs 63" in refused()
     recipe.write_text(text.replace("builtin:mixed", "builtin:mixd"))
     assert "builtin:mixd: no such built-in text" in refused()
     recipe.write_text(text)
