@@ -32,6 +32,11 @@ class InputStats:
         """(B, in) float32: mean square of each input, a view of the hessian's diagonal."""
         return self.hessian.diagonal(dim1=-2, dim2=-1)
 
+    def of(self, number: int) -> InputStats:
+        """One matrix of the batch, B = 1, a view."""
+        one = slice(number, number + 1)
+        return InputStats(self.hessian[one], None if self.cross is None else self.cross[one], self.n_tokens[one])
+
 
 @dataclass(frozen=True, slots=True)
 class InputImportance:
@@ -39,6 +44,11 @@ class InputImportance:
 
     importance: Tensor
     n_tokens: tuple[int, ...]
+
+    def of(self, number: int) -> InputImportance:
+        """One matrix of the batch, B = 1, a view."""
+        one = slice(number, number + 1)
+        return InputImportance(self.importance[one], self.n_tokens[one])
 
 
 Inputs = InputStats | InputImportance

@@ -3,6 +3,8 @@ in memory as a whole: kept ones, and matrices that a format stores in blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from quantkit.convert.conversion import Conversion
@@ -12,14 +14,17 @@ from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.memory import KEPT_CHUNK_BYTES
 from quantkit.plan.targets import Sink
+from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor
 
 
-def copy_kept(conversion: Conversion, layer: int | None) -> None:
-    """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them."""
+def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Folding] = ()) -> None:
+    """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them.
+    ``foldings``: by output, what its methods did to input channels; tensors that absorb it are written changed."""
     source, parts = conversion.source, conversion.arch.parts()
     tensors = nbytes = 0
-    for output, sink in zip(conversion.plan.outputs, conversion.sinks, strict=True):
+    for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
+        folding = foldings[number] if foldings else NO_FOLDING
         for name, decision in output.decisions.items():
             if decision.spec.layer != layer or decision.action is not Action.KEEP:
                 continue
@@ -27,7 +32,10 @@ def copy_kept(conversion: Conversion, layer: int | None) -> None:
                 codes, scale = source.read_float8(name)
                 sink.write(QuantizedTensor(name, decision.scheme, {"codes": codes, "scale": scale}, QuantError(0.0)))
             elif decision.spec.part_of is not None:
-                sink.write_kept(name, 0, parts[name].take(source.read(decision.spec.part_of)))
+                whole = decision.spec.part_of
+                sink.write_kept(name, 0, parts[name].take(folding.folded(whole, source.read(whole))))
+            elif folding.changes(name):
+                sink.write_kept(name, 0, folding.folded(name, source.read(name)))
             else:
                 _copy_rows(source, sink, name)
             tensors += 1

@@ -37,9 +37,8 @@ class LayerWriter:
 
     def write_importance(self, importance: Importance) -> None:
         """See `LayerSink.write_importance`."""
-        for sink in self._conversion.sinks:
-            if sink.wants_importance(importance.name):
-                sink.write_importance(importance.name, importance.importance, importance.n_tokens)
+        sink = self._conversion.sinks[importance.output]
+        sink.write_importance(importance.name, importance.importance, importance.n_tokens)
 
     def _write(self, made: Quantised) -> None:
         conversion = self._conversion

@@ -4,51 +4,83 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from quantkit.arch.base import Producer
 from quantkit.calibrate.inputs import Inputs, InputStats
 from quantkit.errors import CalibrationError, SchemeError
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.schemes import ChosenScheme
 
 
 @dataclass(frozen=True, slots=True)
 class OutputChoice:
     """How one output stores the linears of a layer. ``methods``: scheme and method of each that it quantises, others it
-    keeps or drops; ``importance``: those of which it keeps the importance of their inputs."""
+    keeps or drops; ``importance``: those of which it keeps the importance of their inputs; ``verbatim``: tensors whose
+    stored bytes it takes over, which nothing can be folded into; ``folding``: input channels that it rescales."""
 
     methods: Mapping[str, tuple[ChosenScheme, Method]]
     importance: frozenset[str] = frozenset()
+    verbatim: frozenset[str] = frozenset()
+    folding: Folding = NO_FOLDING
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
     """B linears of one shape that play the same part (one projection of B experts, or B = 1), with their weights (B,
-    out, in), float32 or bfloat16. One name for several matrices: the heads of a part."""
+    out, in), float32 or bfloat16. One name for several matrices: the heads of a part.
+
+    ``producers``: what makes the inputs of each, one for all, or () if nothing can absorb a rescaling of them.
+    ``folded``: by number of the output, the weights of a part, which is cut from the folded linear.
+    """
 
     names: tuple[str, ...]
     weight: Tensor
+    producers: tuple[Producer, ...] = ()
+    folded: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+    def as_stored(self, number: int, folding: Folding) -> Linears:
+        """The linears as an output has them before they are quantised: the same, or folded in float32."""
+        if number in self.folded:
+            return replace(self, weight=self.folded[number])
+        if len(self.names) != len(self.weight) or not any(map(folding.changes, self.names)):
+            return self
+        pairs = zip(self.names, self.weight, strict=True)
+        return replace(self, weight=torch.stack([folding.folded(name, weight).float() for name, weight in pairs]))
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """What output number ``output`` stores of some `Linears`. ``n_tokens``: those that each saw."""
+    """What output number ``output`` stores of some `Linears`. ``n_tokens``: those that each saw; ``folding``: what the
+    output did to the channels before."""
 
     output: int
     names: tuple[str, ...]
     batch: QuantizedBatch
     n_tokens: tuple[int, ...]
+    folding: Folding = NO_FOLDING
+
+    def decode(self) -> Tensor:
+        """(B, out, in) float32 in the source's channels: what the streams compute with. Not for parts, which are
+        unfolded as a whole."""
+        decoded = self.batch.decode()
+        if len(self.names) != len(decoded) or not any(map(self.folding.changes, self.names)):
+            return decoded
+        pairs = zip(self.names, decoded, strict=True)
+        return torch.stack([self.folding.unfolded(name, weight) for name, weight in pairs])
 
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """What the linear ``name`` reads: importance (B, in) float32, mean squares over ``n_tokens``; B = 1 or its
-    heads."""
+    """What the linear ``name`` of output number ``output`` reads: importance (B, in) float32, mean squares over
+    ``n_tokens``; B = 1 or its heads."""
 
+    output: int
     name: str
     importance: Tensor
     n_tokens: tuple[int, ...]
@@ -66,37 +98,51 @@ def quantize_linears(
     the method asks for, in place; what one method is given does not depend on the others. ``stats`` is overwritten.
     """
     made: list[Quantised] = []
-    work = _by_method(outputs, group)
+    work = _by_inputs(outputs, group)
     # Methods overwrite what they are given, the last one may: so the one with a factor comes last.
-    methods = sorted(work, key=lambda method: method.needs_inputs)
-    for method in methods:
-        own = stats if method == methods[-1] or not method.needs_inputs else _copy(stats)
+    order = sorted(work, key=lambda key: key.method.needs_inputs)
+    for key in order:
+        last = key == order[-1] or not key.method.needs_inputs
+        own = stats if last or stats is None else copied(stats)
+        folding = NO_FOLDING if key.folded is None else outputs[key.folded].folding
         try:
-            quantize = method.quantizer(None if own is None else shrink(own, method))
+            own = None if own is None else folding.inputs(group[0].producers, shrink(own, key.method))
+            quantize = key.method.quantizer(own)
         except CalibrationError as error:
             raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
-        for (number, scheme), alike in work[method].items():
+        for (number, scheme), linears in work[key].items():
+            alike = [one.as_stored(number, outputs[number].folding) for one in linears]
             try:
                 batches = _quantized(quantize, alike, scheme)
             except SchemeError as error:
                 raise SchemeError(f"{_largest(alike)}: {error.message}", hint=error.hint) from error
-            for linears, batch in zip(alike, batches, strict=True):
-                n_tokens = (0,) * len(linears.names) if stats is None else stats.n_tokens
-                made.append(Quantised(number, linears.names, batch, n_tokens))
+            for one, batch in zip(alike, batches, strict=True):
+                n_tokens = (0,) * len(one.names) if stats is None else stats.n_tokens
+                made.append(Quantised(number, one.names, batch, n_tokens, outputs[number].folding))
         del own, quantize  # a factor goes before the next is made
     return tuple(made)
 
 
-def _by_method(
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What shares a factor: a method, and the number of the output whose input channels are rescaled, if they are."""
+
+    method: Method
+    folded: int | None
+
+
+def _by_inputs(
     outputs: tuple[OutputChoice, ...], group: tuple[Linears, ...]
-) -> dict[Method, dict[tuple[int, ChosenScheme], list[Linears]]]:
-    """Method -> (number of the output, scheme) -> linears."""
-    work: dict[Method, dict[tuple[int, ChosenScheme], list[Linears]]] = {}
+) -> dict[_Prepared, dict[tuple[int, ChosenScheme], list[Linears]]]:
+    """What shares a factor -> (number of the output, scheme) -> linears."""
+    work: dict[_Prepared, dict[tuple[int, ChosenScheme], list[Linears]]] = {}
     for number, output in enumerate(outputs):
+        rescaled = any(map(output.folding.rescales, group[0].producers))
         for linears in group:
             if linears.names[0] in output.methods:
                 scheme, method = output.methods[linears.names[0]]
-                work.setdefault(method, {}).setdefault((number, scheme), []).append(linears)
+                key = _Prepared(method, number if rescaled else None)
+                work.setdefault(key, {}).setdefault((number, scheme), []).append(linears)
     return work
 
 
@@ -107,23 +153,24 @@ def of_first_output(made: tuple[Quantised, ...]) -> Iterator[Quantised]:
 
 def carried_weights(made: tuple[Quantised, ...], group: tuple[Linears, ...]) -> list[Tensor]:
     """(B, out, in) of each linear: what the first output made of it, float32, or the original where it keeps that."""
-    batches = {one.names: one.batch for one in of_first_output(made)}
-    return [batches[linears.names].decode() if linears.names in batches else linears.weight for linears in group]
+    carried = {one.names: one for one in of_first_output(made)}
+    return [carried[linears.names].decode() if linears.names in carried else linears.weight for linears in group]
 
 
 def importance_of(
     outputs: tuple[OutputChoice, ...], group: tuple[Linears, ...], stats: Inputs, kept: tuple[str, ...] = ()
 ) -> tuple[Importance, ...]:
-    """What the linears of a group, and those of the same inputs that every output keeps, read: copies, for those of
-    which some output wants it."""
-    wanted = frozenset[str]().union(*(output.importance for output in outputs))
+    """What the linears of a group, and those of the same inputs that every output keeps, read, for each output that
+    wants it: copies, in the channels of that output."""
     found: list[Importance] = []
-    for names in (*(linears.names for linears in group), *((name,) for name in kept)):
-        for number, name in enumerate(names):
-            # One name has all rows, its heads; of several names each has one.
-            rows = slice(None) if len(names) == 1 else slice(number, number + 1)
-            if name in wanted:
-                found.append(Importance(name, stats.importance[rows].clone(), stats.n_tokens[rows]))
+    for number, output in enumerate(outputs):
+        folded = output.folding.importance(group[0].producers if group else (), stats.importance)
+        for names in (*(linears.names for linears in group), *((name,) for name in kept)):
+            for place, name in enumerate(names):
+                # One name has all rows, its heads; of several names each has one.
+                rows = slice(None) if len(names) == 1 else slice(place, place + 1)
+                if name in output.importance:
+                    found.append(Importance(number, name, folded[rows].clone(), stats.n_tokens[rows]))
     return tuple(found)
 
 
@@ -158,7 +205,8 @@ def _largest(alike: list[Linears]) -> str:
     return max(sizes)[1]
 
 
-def _copy(stats: Inputs | None) -> Inputs | None:
+def copied(stats: Inputs) -> Inputs:
+    """The same statistics for a method that may overwrite them."""
     if not isinstance(stats, InputStats):
         return stats
     return replace(stats, hessian=stats.hessian.clone(), cross=None if stats.cross is None else stats.cross.clone())

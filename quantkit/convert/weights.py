@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.arch.base import LinearPart
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.quantizers.batch import QuantizedBatch
+from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.tensors import TensorInfo
 
 
@@ -52,6 +53,7 @@ class LayerWeights:
         self._narrow = narrow
         self._batches: dict[str, QuantizedBatch] = {}
         self._part_batches: dict[str, dict[str, QuantizedBatch]] = {}
+        self._folding = NO_FOLDING
         self._original = WeightCache(self._computed, cache_bytes // 2)
         self._carried = WeightCache(self._decoded, cache_bytes // 2)
 
@@ -63,12 +65,12 @@ class LayerWeights:
         """These tensors will be read next, in this order, by `from_source`."""
         self._source.expect(names)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, folding: Folding = NO_FOLDING) -> Tensor:
         """The source's weight, or a part (heads, out, in) of it, float32 on the device, not kept: for weights that are
-        asked for once."""
+        asked for once. A part is cut from the weight with ``folding``."""
         part = self._parts.get(name)
         if part is not None:
-            return part.take(self.original(part.whole).float())
+            return part.take(folding.folded(part.whole, self.original(part.whole).float()))
         return self._source.read(name).to(self.device).float()
 
     def from_source(self, name: str) -> Tensor:
@@ -89,10 +91,20 @@ class LayerWeights:
         known = name in self._batches or name in self._part_batches
         return self._carried(name) if known else self._original(name)
 
-    def carry(self, name: str, batch: QuantizedBatch) -> None:
-        """From now on the quantised stream computes with this linear, or with this part of one."""
+    def whole_of(self, name: str) -> str:
+        """Name of the linear that a part is a part of, or the name itself."""
+        return self._parts[name].whole if name in self._parts else name
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """A linear's name and those of its parts."""
+        return (name, *(part.name for part in self._parts.values() if part.whole == name))
+
+    def carry(self, name: str, batch: QuantizedBatch, folding: Folding = NO_FOLDING) -> None:
+        """From now on the quantised stream computes with this linear, or with this part of one. ``folding``: what was
+        done to the linear before, the same for all linears of a block; the stream computes without."""
         if not self.carries_quantised:
             return
+        self._folding = folding
         part = self._parts.get(name)
         if part is None:
             self._batches[name] = batch
@@ -105,11 +117,11 @@ class LayerWeights:
 
     def _decoded(self, name: str) -> Tensor:
         if name in self._batches:
-            return self._batches[name].decode()[0].to(self.dtype(name))
-        whole = self._original(name).clone()
+            return self._folding.unfolded(name, self._batches[name].decode()[0]).to(self.dtype(name))
+        whole = self._folding.folded(name, self._original(name).clone())
         for part, batch in self._part_batches[name].items():
             self._parts[part].put(whole, batch.decode().view(self._parts[part].shape))
-        return whole
+        return self._folding.unfolded(name, whole).to(self.dtype(name))
 
     def forget(self) -> None:
         """A block is done: free what was carried and kept for it."""

@@ -7,18 +7,39 @@ matter then lie on a finer part of the grid. What makes the inputs (a norm, or r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
-from quantkit.calibrate.inputs import InputImportance, InputStats
+import torch
+from torch import Tensor
+
+from quantkit.arch.base import Producer
+from quantkit.calibrate.inputs import InputImportance, Inputs
 from quantkit.errors import CalibrationError
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from quantkit.arch.base import Producer
-    from quantkit.calibrate.inputs import Inputs
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """The inputs that one producer makes, as a method sees them that may rescale them.
+
+    ``inputs``: their statistics over all tokens (of an expert's hidden units: over its own), B = 1; ``linears``: names
+    of the readers that will be quantised; ``weight(name)``: such a reader's weight (out, in) float32, not kept.
+    """
+
+    producer: Producer
+    inputs: Inputs
+    linears: tuple[str, ...]
+    weight: Callable[[str], Tensor]
+
+
+@runtime_checkable
+class RescalingMethod(Protocol):
+    """A method that rescales input channels before it chooses codes."""
+
+    def rescale(self, channels: Channels) -> Tensor | None:
+        """Factors (n,) float32, positive and finite, that the inputs are divided by; None: as they are."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +72,11 @@ class Folding:
         """Whether anything is rescaled."""
         return bool(self._factors)
 
+    def extended(self, rescaled: Iterable[Rescaled]) -> Folding:
+        """With more rescalings. Raises as the constructor."""
+        known = (Rescaled(producer, factors) for producer, factors in self._factors.items())
+        return Folding((*known, *rescaled))
+
     def changes(self, name: str) -> bool:
         """Whether a tensor of the source is stored changed."""
         return name in self._columns or name in self._producers
@@ -63,17 +89,34 @@ class Folding:
         """The inverse of `folded`: what a stream in the source's channels computes with."""
         return self._scaled(name, weight, inverse=True)
 
-    def inputs(self, producer: Producer | None, stats: Inputs) -> Inputs:
-        """Statistics of the inputs that ``producer`` makes, after the division: E[x x^T] -> E[x x^T] / (f f^T)."""
-        factors = None if producer is None else self._factors.get(producer)
-        if factors is None:
+    def rescales(self, producer: Producer) -> bool:
+        """Whether the inputs that ``producer`` makes are rescaled."""
+        return producer in self._factors
+
+    def importance(self, producers: Sequence[Producer], importance: Tensor) -> Tensor:
+        """Mean squares (B, in) of inputs after the division. ``producers``: of each matrix, or one for all."""
+        inverse = self._inverse(producers, importance)
+        return importance if inverse is None else importance * inverse.square()
+
+    def inputs(self, producers: Sequence[Producer], stats: Inputs) -> Inputs:
+        """Statistics of inputs after the division, E[x x^T] -> E[x x^T] / (f f^T), in place. ``producers``: of each
+        matrix, or one for all."""
+        inverse = self._inverse(producers, stats.importance)
+        if inverse is None:
             return stats
-        inverse = factors.reciprocal().to(stats.importance.device)
         if isinstance(stats, InputImportance):
             return replace(stats, importance=stats.importance * inverse.square())
-        outer = inverse.unsqueeze(-1) * inverse
-        cross = None if stats.cross is None else stats.cross * outer
-        return InputStats(stats.hessian * outer, cross, stats.n_tokens)
+        for sums in (stats.hessian, stats.cross):
+            if sums is not None:
+                sums.mul_(inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+        return stats
+
+    def _inverse(self, producers: Sequence[Producer], like: Tensor) -> Tensor | None:
+        """One over the factors, (B, in) or (1, in); None if none of these inputs is rescaled."""
+        if not any(map(self.rescales, producers)):
+            return None
+        ones = like.new_ones(like.shape[-1])
+        return torch.stack([self._factors.get(one, ones).to(like.device).reciprocal() for one in producers])
 
     def _scaled(self, name: str, weight: Tensor, *, inverse: bool) -> Tensor:
         columns, producer = self._columns.get(name), self._producers.get(name)
