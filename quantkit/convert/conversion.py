@@ -19,9 +19,12 @@ from quantkit.plan.targets import Sink
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
+    """Everything that is fixed or open from the first tensor of a conversion to the last.
+
+    ``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
     ``weights``: the source as layers read it, ahead of a GPU. ``importance``: an imatrix file in place of calibration
-    text. ``deliveries``: the thread that writes beside a GPU, None where writing waits."""
+    text. ``deliveries``: the thread that writes beside a GPU, None where writing waits.
+    """
 
     plan: Plan
     arch: ModelArch

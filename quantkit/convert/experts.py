@@ -141,7 +141,7 @@ class ExpertWeights:
 
     @property
     def nbytes(self) -> int:
-        """Of all experts."""
+        """Bytes of the weights of all experts."""
         return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
     def hidden(self, number: int, h: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The hidden states between layers: embedded at the start, saved at borders of layers, loaded again by a resumed run.
 
 Saving has its price: DeepSeek V3's two streams of 512 Ki tokens have 30 GB. A border is left out until ten times as
-long has passed as the last saving took; an interrupted run then repeats the layers behind the last saved border.
+long has passed as the last saving took; an interrupted run then repeats the layers after the last saved border.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantkit.formats.safetensors.writer import disk_errors, sync_directory
 from quantkit.plan.machine import Stores
 
 SAVING_PAUSE = 10
-"""Times the seconds of the last saving, to the next."""
+"""How many times as long as the last saving took passes before the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Streams:
     new_rows: Callable[[int], RowStore]
 
     def stores(self) -> tuple[RowStore, ...]:
-        """Both, or the one."""
+        """The calibrated stream and, if there is one, the unquantised one."""
         return (self.x,) if self.original is None else (self.x, self.original)
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class Streams:
 
 class StreamFiles:
     """Saves and loads the streams of one job in ``folder``. ``two``: an unquantised stream goes along;
-    ``scratch_dtype``: of the stores within a layer."""
+    ``scratch_dtype``: the dtype of stores that live within a layer."""
 
     def __init__(self, folder: Path, stores: Stores, *, two: bool, scratch_dtype: torch.dtype = torch.float32) -> None:
         self._folder = folder
@@ -58,7 +58,7 @@ class StreamFiles:
         self._pause_ends = 0.0
 
     def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, after: int | None) -> Streams:
-        """The streams behind layer ``after``, which `save` left, or the embeddings. Clears older scratch files."""
+        """The streams after layer ``after``, which `save` left, or the embeddings. Clears older scratch files."""
         for scratch in self._folder.glob("scratch-*"):
             scratch.unlink()
         self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
@@ -77,7 +77,7 @@ class StreamFiles:
         return time.monotonic() >= self._pause_ends
 
     def save(self, streams: Streams, layer: int) -> None:
-        """Bring the streams behind ``layer`` to the disk under their own name, complete or not at all."""
+        """Bring the streams after ``layer`` to the disk under their own name, complete or not at all."""
         start = time.monotonic()
         for number, store in enumerate(streams.stores()):
             path = self._path(layer, number)
@@ -90,7 +90,7 @@ class StreamFiles:
         self._pause_ends = now + SAVING_PAUSE * (now - start)
 
     def forget_before(self, layer: int) -> None:
-        """Remove what was saved behind earlier layers."""
+        """Remove what was saved after earlier layers."""
         kept = {self._path(layer, number) for number in range(self._count)}
         for path in sorted(self._folder.glob("layer-*-stream-*.f32")):
             if path not in kept:

@@ -14,7 +14,7 @@ import torch
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.convert.dense import GroupTask, apply_group, group_task, quantize_dense, quantize_group
+from quantkit.convert.dense import GroupResult, GroupTask, apply_group, group_task, quantize_dense, quantize_group
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
 from quantkit.convert.layer_job import ExpertCounts, LayerJob, LayerSink
 from quantkit.convert.outputs import Linears, any_quantised
@@ -67,8 +67,7 @@ def quantize_without_inputs(
     for names, experts in batches:
         linears = linears_of(job, names, experts)
         stats = None if importance is None else importance.of(linears.names, job.device)
-        for made in quantize_group(GroupTask((linears,), (), stats, job.outputs)).quantised:
-            sink.write(made)
+        _hand_over(quantize_group(GroupTask((linears,), (), stats, job.outputs)), sink)
 
 
 def expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ...]]:
@@ -116,6 +115,10 @@ def _apply_experts(job: LayerJob, result: ExpertsResult, sink: LayerSink) -> Non
     _add_outputs(job.hidden.x, result.calibrated)
     if result.unquantised is not None and job.hidden.original is not None:
         _add_outputs(job.hidden.original, result.unquantised)
+    _hand_over(result, sink)
+
+
+def _hand_over(result: GroupResult | ExpertsResult, sink: LayerSink) -> None:
     for one in result.importance:
         sink.write_importance(one)
     for made in result.quantised:
@@ -125,6 +128,7 @@ def _apply_experts(job: LayerJob, result: ExpertsResult, sink: LayerSink) -> Non
 def _add_outputs(store: RowStore, outputs: ExpertOutputs) -> None:
     for change in outputs.changes():
         store.add(change.tokens, change.values, change.shares)
+        del change  # before the next one is made
 
 
 def linears_in(blocks: Iterable[Block]) -> Iterator[str]:

@@ -151,7 +151,7 @@ def _scratch_dtype(walk: Conversion) -> torch.dtype:
 
 
 def _rewind(walk: Conversion, *, calibrated: bool) -> None:
-    """Take back the layers behind the last saved border, unless all that need hidden states are done."""
+    """Take back the layers after the last saved border, unless all that need hidden states are done."""
     entries = walk.journal.entries
     layers = [entry.layer for entry in walk.journal.layers]
     if not calibrated or walk.arch.n_layers - 1 in layers:
@@ -181,7 +181,7 @@ def _layer(walk: Conversion, layer: int, streams: Streams | None, files: StreamF
         records = _table_records([*writer.tensors, *quantize_tables(walk, layer)])
     with walk.timer.stage("sync"):
         _sync(walk)
-        # Nothing needs the hidden states behind the last decoder layer.
+        # Nothing needs the hidden states after the last decoder layer.
         saved = streams is not None and layer < walk.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 PRIORITY = -1
-"""Of streams that compute: their kernels go before those of threads that read and write, which have the default, 0."""
+"""The priority of CUDA streams that compute: their kernels go before those of threads that read and write, which have
+the default, 0."""
 
 
 @cache

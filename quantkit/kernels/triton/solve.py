@@ -10,7 +10,7 @@ from quantkit.kernels.backend import tensor_float32
 from quantkit.kernels.triton.transpose import add_placed, placed
 
 _BLOCK = 128  # the smallest that is inverted alone
-_LEAF = 512  # solved with one product
+_PANEL = 512  # solved with one product
 
 
 def add_times_inverse(
@@ -32,14 +32,14 @@ def add_times_inverse(
 
 
 def _inverses(lower: Tensor) -> list[Tensor]:
-    """Inverse of each unit lower triangular block of _LEAF on the diagonal, (B, 512, 512); the last may be smaller."""
-    whole = lower.shape[-1] // _LEAF
+    """Inverse of each unit lower triangular block of _PANEL on the diagonal, (B, 512, 512); the last may be smaller."""
+    whole = lower.shape[-1] // _PANEL
     size = _BLOCK
-    found = _inverse(_diagonal_blocks(lower, whole * _LEAF // _BLOCK, size))
-    while size < _LEAF:
+    found = _inverse(_diagonal_blocks(lower, whole * _PANEL // _BLOCK, size))
+    while size < _PANEL:
         found = _doubled(found, _diagonal_blocks(lower, found.shape[1] // 2, 2 * size)[..., size:, :size])
         size *= 2
-    rest = lower[:, whole * _LEAF :, whole * _LEAF :]
+    rest = lower[:, whole * _PANEL :, whole * _PANEL :]
     return [*found.unbind(1), *([_inverse(rest)] if rest.shape[-1] else [])]
 
 
@@ -64,13 +64,13 @@ def _doubled(inverses: Tensor, below: Tensor) -> Tensor:
 
 
 def _middle(start: int, stop: int) -> int:
-    return start + -(-(stop - start) // _LEAF) // 2 * _LEAF
+    return start + -(-(stop - start) // _PANEL) // 2 * _PANEL
 
 
 def _forward(rows: Tensor, solved: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
     """Solve R Z = rows for the rows [start, stop). Overwrites them; Z goes to ``solved``."""
-    if stop - start <= _LEAF:
-        torch.bmm(inverses[start // _LEAF], rows[:, start:stop], out=solved[:, start:stop])
+    if stop - start <= _PANEL:
+        torch.bmm(inverses[start // _PANEL], rows[:, start:stop], out=solved[:, start:stop])
         return
     middle = _middle(start, stop)
     _forward(rows, solved, lower, inverses, start, middle)
@@ -80,8 +80,8 @@ def _forward(rows: Tensor, solved: Tensor, lower: Tensor, inverses: list[Tensor]
 
 def _backward(rows: Tensor, solved: Tensor, lower: Tensor, inverses: list[Tensor], start: int, stop: int) -> None:
     """Solve R^T Z = rows for the rows [start, stop). Overwrites them; Z goes to ``solved``."""
-    if stop - start <= _LEAF:
-        torch.bmm(inverses[start // _LEAF].mT, rows[:, start:stop], out=solved[:, start:stop])
+    if stop - start <= _PANEL:
+        torch.bmm(inverses[start // _PANEL].mT, rows[:, start:stop], out=solved[:, start:stop])
         return
     middle = _middle(start, stop)
     _backward(rows, solved, lower, inverses, middle, stop)

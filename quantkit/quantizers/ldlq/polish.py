@@ -1,4 +1,5 @@
-"""The polish of `quantkit.quantizers.ldlq.sweep` in plain torch: the twin that its kernels are compared with."""
+"""Coordinate descent on the codes and scales that the sweep has chosen, and its twin in plain torch, with which the
+kernels are compared."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from quantkit.kernels.backend import Backend, backend_of
 from quantkit.quantizers.ldlq.levels import Levels, divisor
 from quantkit.schemes.grid import Grid
 
-_LEAF = 16  # codes moved one at a time; the rest of their group follows through a matrix product
+_AT_ONCE = 16  # codes moved one at a time; the rest of their group follows through a matrix product
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: i
 
 
 def polish_in_torch(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: int) -> Polished:
-    """See `quantkit.quantizers.ldlq.sweep.polish`."""
+    """`polish` in plain torch."""
     work = _Descent.of(grid, target, codes, hessian)
     for _ in range(rounds):
         for group in range(work.scales.shape[1]):
@@ -142,8 +143,8 @@ def _step_codes(work: _Descent, group: int, span: slice, gradient: Tensor) -> No
     inverse = 1 / divisor(scale)
     diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
     size = levels.shape[1]
-    for start in range(0, size, _LEAF):
-        stop = min(start + _LEAF, size)
+    for start in range(0, size, _AT_ONCE):
+        stop = min(start + _AT_ONCE, size)
         before = error[:, start:stop].clone()
         for column in range(start, stop):
             old = levels[:, column]

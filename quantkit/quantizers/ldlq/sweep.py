@@ -24,7 +24,7 @@ from quantkit.quantizers.ldlq.factor import Factor, columns_in
 from quantkit.quantizers.ldlq.levels import Levels, divisor
 from quantkit.schemes.grid import Grid
 
-_LEAF = 16  # columns rounded one at a time; wider spans go through matrix products
+_BLOCK = 16  # columns rounded one at a time; wider spans go through matrix products
 
 
 def sweep(grid: Grid, target: Tensor, factor: Factor, loss: Tensor | None = None) -> Tensor:
@@ -85,7 +85,7 @@ def _columns_of_groups(values: Tensor, group: Tensor) -> Tensor:
 
 def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> None:
     """Round columns [start, stop), the last first. Halving puts nearly all of the feedback into matrix products."""
-    if stop - start <= _LEAF:
+    if stop - start <= _BLOCK:
         for column in range(stop - 1, start - 1, -1):
             _round_column(columns, factor, column, start)
         return
@@ -98,7 +98,7 @@ def _sweep_span(columns: _Columns, factor: Factor, start: int, stop: int) -> Non
 
 
 def _round_column(columns: _Columns, factor: Factor, column: int, start: int) -> None:
-    """Round one column and push its error to the rest of its leaf, [start, column)."""
+    """Round one column and push its error to the rest of its block, [start, column)."""
     scale = columns.scale[:, column]
     zero = columns.zero[:, column] if isinstance(columns.zero, Tensor) else columns.zero
     wanted, error = columns.moved[:, column], columns.error[:, column]
