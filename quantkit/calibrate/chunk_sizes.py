@@ -13,6 +13,13 @@ BATCH_TOKENS = 2048
 EXPERT_CHUNK = 4096
 """Tokens of one expert gathered at once."""
 
+VOCAB_BLOCK = 8192
+"""Tokens of the vocabulary whose logits are computed at once."""
+POSITIONS = 1024
+"""Positions whose logits of one block exist at a time: 32 MiB."""
+SCORED_GROUP = 8192
+"""Positions whose most likely tokens are in memory at a time; the output matrix is read once for each such group."""
+
 DEVICE_TIMES = 8
 """A GPU takes so many times as many, or it would wait for launches."""
 

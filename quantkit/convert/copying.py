@@ -10,7 +10,7 @@ from quantkit.convert.walk import Walk
 from quantkit.errors import SchemeError
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.decide import Action, Decision
-from quantkit.plan.memory import KEPT_CHUNK_BYTES
+from quantkit.plan.phases import KEPT_CHUNK_BYTES
 from quantkit.plan.targets import Sink
 from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor
 

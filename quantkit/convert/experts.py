@@ -22,11 +22,8 @@ from quantkit.calibrate.inputs import InputMoments, Inputs, shrunk, shrunk_to_di
 from quantkit.calibrate.stream import ExpertTokens, add_expert_output, expert_hidden, forward_expert, row_batches
 from quantkit.convert.layer_job import ExpertCounts, LayerJob
 from quantkit.convert.outputs import Linears, any_wanted, needs_inputs, quantize_linears
+from quantkit.plan.phases import KEPT_HIDDEN
 from quantkit.quantizers.batch import QuantizedBatch
-
-KEPT_HIDDEN = 4
-"""What is kept of a batch's hidden units takes at most so many times the experts' own weights, about what sweeping gate
-and up took before. The rest (of an expert that nearly all tokens choose) is computed again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.preallocated import UNFINISHED, sha256_of
 from quantkit.formats.safetensors.writer import write_durably
 from quantkit.plan.decide import Action
-from quantkit.plan.machine import peak_rss_bytes
+from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Validation
 from quantkit.version import __version__
@@ -79,6 +79,7 @@ def finish(
         tokens=0 if rows is None else rows.tokens.size,
         expert_tokens=_expert_tokens(walk.journal),
         resumed=resumed,
+        peak_gpu_bytes=peak_gpu_bytes(walk.machine.device),
         validated=all(r.validation is None or r.validation.passed for r in reports),
     )
     walk.on_event(Finished(report))

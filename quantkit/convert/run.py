@@ -17,7 +17,7 @@ from typing import cast
 import torch
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import Block, ExpertBlock, ModelArch
+from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.convert.background import AheadSource, Deliveries, foreground
@@ -36,9 +36,10 @@ from quantkit.convert.weights import LayerWeights
 from quantkit.errors import OutputError
 from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
-from quantkit.plan.memory import INTERPRETER_BYTES, check_budget, check_free_disk, conversion_needs
+from quantkit.plan.memory import check_budget, check_free_disk, conversion_needs
 from quantkit.plan.plan import OutputPlan, Plan, make_plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.targets import Sink
@@ -81,7 +82,7 @@ def convert(
             output.target.check_source(opened.directory)
         needs = conversion_needs(plan, arch)
         check_budget(needs, machine.budget)
-        share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
+        share = share_of(needs, machine.hardware)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
         importance = _open_imatrix(stack, recipe, arch, base_dir)
         inputs = [opened.directory, base_dir, *([base_dir / recipe.imatrix] if recipe.imatrix is not None else [])]
@@ -184,7 +185,7 @@ def _layer(walk: Walk, layer: int, streams: Streams | None, files: StreamFiles, 
     sublayers = walk.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
     records: list[list[object]] = []
-    job = _layer_job(walk, layer, streams, files, blocks, records)
+    job = _layer_job(walk, layer, streams, files, records)
     _prefetch(walk, layer + 1)
     _prefetch(walk, layer + 2)
     with walk.timer.stage("layers" if streams is not None else "layers without calibration"):
@@ -216,7 +217,6 @@ def _layer_job(
     layer: int,
     streams: Streams | None,
     files: StreamFiles,
-    blocks: tuple[Block, ...],
     records: list[list[object]],
 ) -> LayerJob:
     """What a layer needs of the walk. ``records``: see `_deliver`."""
@@ -238,7 +238,7 @@ def _layer_job(
         deliver=_deliver(walk, records),
         on_stage=lambda stage, total: walk.on_event(StageStarted(stage, layer, total)),
         device=device,
-        experts_at_once=_experts_at_once(walk, blocks),
+        experts_at_once=walk.share.experts_at_once,
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
         expect=(lambda names: None) if walk.ahead is None else walk.ahead.expect,
         importance=(lambda names: None) if walk.importance is None else partial(walk.importance.of, device=device),
@@ -305,14 +305,6 @@ def _methods(output: OutputPlan) -> dict[str, tuple[ChosenScheme, Method]]:
         for name, decision in output.decisions.items()
         if decision.scheme is not None and not isinstance(decision.scheme, Float8Scheme) and decision.method is not None
     }
-
-
-def _experts_at_once(walk: Walk, blocks: tuple[Block, ...]) -> int:
-    routed = [block for block in blocks if isinstance(block, ExpertBlock)]
-    if not routed:
-        return 1
-    inter = walk.source.infos()[routed[0].gates[0]].shape[0]
-    return walk.share.experts_at_once(walk.arch, inter)
 
 
 def _prefetch(walk: Walk, layer: int) -> None:
