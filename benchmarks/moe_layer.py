@@ -55,7 +55,11 @@ from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
+from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.machine import Machine
+from quantkit.plan.memory import conversion_needs
+from quantkit.plan.plan import Plan, make_plan
+from quantkit.plan.recipe import Recipe
 from quantkit.quantizers.gptq import Gptq
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.quantizers.ldlq import polish as ldlq_polish
@@ -269,6 +273,24 @@ class Writer:
             self.losses.append(tensor.error.relative_loss)
 
 
+def planned_layer(source: Fp8Source, arch: ModelArch, method: Gptq, tokens: int) -> Plan:
+    """What `convert` would plan for this layer, whose memory it divides."""
+    linears = {
+        "match": "role:attention|shared_expert|expert",
+        "scheme": SCHEME.model_dump(),
+        "method": method.model_dump(),
+    }
+    rules = [linears, {"match": "*", "keep": "source"}]
+    recipe = Recipe.from_dict(
+        {
+            "version": 1,
+            "calibration": {"data": ["builtin:mixed"], "tokens": tokens, "sequence_length": LENGTH},
+            "outputs": [{"name": "w4a16", "format": "compressed-tensors", "rules": rules}],
+        }
+    )
+    return make_plan(recipe, arch, source.infos(), source.is_float8, source.block_size)
+
+
 def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str, Any]:
     """Quantise the layer once, from fresh copies of the hidden states."""
     arch, machine_, ahead, deliveries = setting.arch, setting.machine, setting.ahead, setting.deliveries
@@ -283,9 +305,9 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
     )
     sink = FolderSink.open(COMPRESSED_TENSORS, setting.out, planned)
     writer = Writer(sink, deliveries, [])
-    share = machine_.share(0)
-    inter = next(spec.shape[0] for spec in linears if ".experts.0.gate" in spec.name)
-    at_once = setting.experts_at_once or share.experts_at_once(arch, inter)
+    plan = planned_layer(setting.source, arch, method, setting.x.n_rows * LENGTH)
+    share = share_of(conversion_needs(plan, arch), machine_.hardware)
+    at_once = setting.experts_at_once or share.experts_at_once
     job = LayerJob(
         outputs=(OutputChoice({spec.name: (SCHEME, method) for spec in linears}),),
         weights=LayerWeights(

@@ -7,9 +7,9 @@ a recipe with several faults: one line each) and a hint. Recipes are given as fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from quantkit.errors import OutputError, PlanError
 
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from quantkit.inspect.gguf import GgufInspection
     from quantkit.inspect.imatrix import ImatrixInspection
     from quantkit.plan.forecast import Forecast
+    from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
     from quantkit.runtimes.gpus import Gpus
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 ProtocolName = Literal["windows", "llama.cpp"]
+Parsed = TypeVar("Parsed")
 
 
 def convert(
@@ -45,14 +47,15 @@ def convert(
     """Quantise the checkpoint in folder ``source`` by ``recipe`` into ``out``, layer by layer, and check the result.
 
     ``base_dir``: where the recipe's relative text files lie (default: the recipe file's folder); ``memory_budget``: to
-    stay within (default: 60 % of the machine's memory); ``jobs``: CPU threads; ``restart``: discard an unfinished job
-    and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: is told of each step,
-    such as `progress` makes.
+    stay within (default: 60 % of the memory that the process may use); ``jobs``: CPU threads; ``restart``: discard an
+    unfinished job and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: is told
+    of each step, such as `progress` makes.
 
     A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.
     """
     from quantkit.convert.prepare import prepared
-    from quantkit.plan.budget import budget_bytes, check_device, default_budget
+    from quantkit.plan.budget import budget_bytes, check_device
+    from quantkit.plan.hardware import default_budget
 
     check_device(device)
     loaded, folder = _recipe(recipe, base_dir)
@@ -83,26 +86,30 @@ def plan(
     gpus: Gpus | str | None = None,
     context: int | None = None,
     memory_budget: int | str | None = None,
+    convert_on: Gpu | str | None = None,
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
 
     ``source`` may hold only a config.json: then the official release of that config is planned. ``gpus``
     ("5xA100-80GB"): check whether vLLM (GGUF: llama.cpp) can serve a sequence of ``context`` tokens there (default:
-    32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. Loads no torch.
+    32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. ``convert_on``
+    ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). Loads no torch.
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = _recipe(recipe, base_dir)
     from quantkit.plan.budget import budget_bytes
     from quantkit.plan.forecast import forecast
+    from quantkit.plan.hardware import parse_gpu
     from quantkit.runtimes.gpus import parse_gpus
 
-    if isinstance(gpus, str):
-        try:
-            gpus = parse_gpus(gpus)
-        except ValueError as error:
-            raise PlanError(f"gpus: {error}.") from None
     return forecast(
-        Path(source), loaded, base_dir=folder, gpus=gpus, context=context, memory_budget=budget_bytes(memory_budget)
+        Path(source),
+        loaded,
+        base_dir=folder,
+        gpus=_parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
+        context=context,
+        memory_budget=budget_bytes(memory_budget),
+        convert_on=_parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
     )
 
 
@@ -252,6 +259,14 @@ def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[R
 
     loaded = Recipe.from_yaml(recipe) if isinstance(recipe, Path | str) else recipe
     return loaded, loaded.folder if base_dir is None else Path(base_dir)
+
+
+def _parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:
+    """Raises `PlanError` for a value that cannot be read."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise PlanError(f"{name}: {error}.") from None
 
 
 def _evaluation(evaluation: Evaluation | Path | str) -> Evaluation:

@@ -17,7 +17,16 @@ from typing import Any
 
 from results_markdown import device, facts, versions
 from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, reference_file, regression_gate, vllm_load
-from results_speed import cpu_gptq, ggml_encode, ggml_encode_gpu, gptq_expert, memory_growth, moe_layer, true_width
+from results_speed import (
+    cpu_gptq,
+    ggml_encode,
+    ggml_encode_gpu,
+    gptq_expert,
+    memory_growth,
+    memory_model,
+    moe_layer,
+    true_width,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,6 +61,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),
     ("Speed: GPTQ on a processor", "cpu_gptq", "benchmarks/cpu_gptq.py", cpu_gptq),
     ("Memory: does it grow with the layers?", "memory_growth", "benchmarks/memory_growth.py", memory_growth),
+    ("Memory: does convert take what plan says?", "memory_model", "benchmarks/memory_model.py", memory_model),
     ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),
     ("vLLM computes what was written", "vllm_load", "benchmarks/vllm", vllm_load),
     ("The regression gate", "regression_gate", "benchmarks/regression_gate.py", regression_gate),

@@ -233,6 +233,26 @@ def memory_growth(data: Document) -> str:
     return "\n".join([told, table(head, rows), growth, yaml_block(data.get("recipe"))])
 
 
+def memory_model(data: Document) -> str:
+    """Peaks of conversions beside what their plans said."""
+    rows = [
+        [
+            run["model"],
+            run["recipe"],
+            run["budget"],
+            number(run["experts_at_once"], 0),
+            gigabytes(run["planned_bytes"]),
+            gigabytes(run["measured_bytes"]),
+            number(run["ratio"], 3),
+        ]
+        for run in data["rows"]
+    ]
+    head = ("model", "recipe", "budget", "experts at once", "planned peak", "measured peak", "measured / planned")
+    least, most = data["bounds"]
+    told = run_facts(data, command="python benchmarks/memory_model.py, with other models by --models")
+    return "\n".join([told, table(head, rows), f"Allowed: {least} to {most} of the plan."])
+
+
 def true_width(data: Document) -> str:
     """Memory and time at V3's widths."""
     rows = [

@@ -17,6 +17,12 @@ EXPERT_CHUNK = 4096
 TOKEN_SLICES = 8
 """Slices of consecutive rows, each of which has a sum of its own. With 1, 2, 4 or 8 ranks, each of which takes some
 slices in a row, sums over all tokens have the same bits."""
+VOCAB_BLOCK = 8192
+"""Tokens of the vocabulary whose logits are computed at once."""
+POSITIONS = 1024
+"""Positions whose logits of one block exist at a time: 32 MiB."""
+SCORED_GROUP = 8192
+"""Positions whose most likely tokens are in memory at a time; the output matrix is read once for each such group."""
 
 DEVICE_TIMES = 8
 """A GPU takes so many times as many, or it would wait for launches."""

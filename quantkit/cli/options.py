@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from quantkit.plan.budget import parse_budget
+from quantkit.plan.hardware import Gpu, parse_gpu
 from quantkit.runtimes.gpus import Gpus, parse_gpus
 
 
@@ -36,6 +37,14 @@ def gpus(text: str) -> Gpus:
         raise typer.BadParameter(str(error)) from None
 
 
+def gpu(text: str) -> Gpu:
+    """`Gpu` of "H200-141GB"; for typer."""
+    try:
+        return parse_gpu(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Source = Annotated[
     Path,
     typer.Argument(
@@ -59,6 +68,15 @@ GpuOption = Annotated[
         help="Check whether vLLM (GGUF: llama.cpp) can serve the result there, e.g. 5xA100-80GB.",
     ),
 ]
+ConvertOn = Annotated[
+    Gpu | None,
+    typer.Option(
+        "--convert-on",
+        parser=gpu,
+        metavar="NAME-SIZEGB",
+        help="Show the memory of the conversion on this GPU, e.g. H200-141GB. Default: one of 80 GB.",
+    ),
+]
 Context = Annotated[
     int | None,
     typer.Option(
@@ -74,6 +92,6 @@ MemoryBudget = Annotated[
         "--memory-budget",
         parser=size,
         metavar="SIZE",
-        help="Memory to stay within, e.g. 20GiB. Default: 60 % of the machine's memory.",
+        help="Memory to stay within, e.g. 20GiB. Default: 60 % of the machine's memory, or of its container's.",
     ),
 ]

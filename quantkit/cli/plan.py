@@ -7,9 +7,10 @@ from pathlib import Path
 import typer
 
 from quantkit import api as commands
-from quantkit.cli.options import AsJson, Context, GpuOption, MemoryBudget, RecipeName, Source
+from quantkit.cli.options import AsJson, Context, ConvertOn, GpuOption, MemoryBudget, RecipeName, Source
 from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
+from quantkit.plan.hardware import Gpu
 from quantkit.runtimes.gpus import Gpus
 
 
@@ -19,6 +20,7 @@ def plan(
     gpus: GpuOption = None,
     context: Context = None,
     memory_budget: MemoryBudget = None,
+    convert_on: ConvertOn = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a conversion would give and need: bytes, bits per weight, memory, disk. Reads no weights.
@@ -26,7 +28,9 @@ def plan(
     SOURCE may hold only a config.json: then the official release of that config is planned.
     """
     with refusals():
-        show_plan(source, recipe, as_json, gpus=gpus, context=context, memory_budget=memory_budget)
+        show_plan(
+            source, recipe, as_json, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on
+        )
 
 
 def show_plan(
@@ -37,11 +41,14 @@ def show_plan(
     gpus: Gpus | None = None,
     context: int | None = None,
     memory_budget: int | None = None,
+    convert_on: Gpu | None = None,
 ) -> None:
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common."""
     from quantkit.text.forecast import forecast_document, forecast_text
 
-    found = commands.plan(source, recipe, gpus=gpus, context=context, memory_budget=memory_budget)
+    found = commands.plan(
+        source, recipe, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on
+    )
     if as_json:
         show_json(forecast_document(found, recipe))
     else:

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.kernels.backend import PRIORITY
+from quantkit.plan.phases import MOST_WAITING, READ_AHEAD_BYTES
 from quantkit.tensors import TensorInfo
 
 READERS = 4
 """Threads that read weights, each of which waits for its GPU work."""
-AHEAD_BYTES = 2 * 2**30
-"""What may wait on the GPU, decoded."""
-MOST_WAITING = 4
-"""Deliveries that may wait: what they hold is GPU memory."""
 
 
 class DirectSource:
@@ -93,7 +90,7 @@ class AheadSource:
             return self._source.read_on(name, self._device), _mark(self._device)
 
     def _advance(self) -> None:
-        while self._expected and self._bytes < AHEAD_BYTES:
+        while self._expected and self._bytes < READ_AHEAD_BYTES:
             name = self._expected.popleft()
             self._bytes += self._source.infos()[name].nbytes
             self._reading[name] = self._threads.submit(self._read_in_thread, name)

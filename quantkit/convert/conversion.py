@@ -12,7 +12,8 @@ from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
 from quantkit.convert.weights import WeightSource
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.plan.machine import Machine, Share, Stores, Timer
+from quantkit.plan.batch_sizes import Share
+from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.plan import Plan
 from quantkit.plan.targets import Sink
 

@@ -12,7 +12,7 @@ from quantkit.convert.events import CopyDone
 from quantkit.errors import SchemeError
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.decide import Action, Decision
-from quantkit.plan.memory import KEPT_CHUNK_BYTES
+from quantkit.plan.phases import KEPT_CHUNK_BYTES
 from quantkit.plan.targets import Sink
 from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor

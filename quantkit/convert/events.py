@@ -108,7 +108,7 @@ class OutputReport:
 @dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output passed its
-    recipe's limits."""
+    recipe's limits. ``peak_gpu_bytes``: the most that torch had allocated on the GPU, None without one."""
 
     outputs: tuple[OutputReport, ...]
     seconds: Mapping[str, float]
@@ -117,6 +117,7 @@ class Report:
     expert_tokens: ExpertTokenStats | None
     resumed: bool
     validated: bool
+    peak_gpu_bytes: int | None = None
 
     @property
     def total_seconds(self) -> float:

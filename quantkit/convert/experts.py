@@ -29,10 +29,7 @@ from quantkit.convert.outputs import (
     needs_inputs,
     quantize_linears,
 )
-
-KEPT_HIDDEN = 4
-"""What is kept of a batch's hidden units takes at most so many times the experts' own weights, about what sweeping gate
-and up took before. The rest (of an expert that nearly all tokens choose) is computed again."""
+from quantkit.plan.phases import KEPT_HIDDEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ from quantkit.formats.preallocated import UNFINISHED, sha256_of
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.writer import write_durably
 from quantkit.plan.decide import Action
-from quantkit.plan.machine import peak_rss_bytes
+from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Validation
 from quantkit.schemes import Scheme
@@ -83,6 +83,7 @@ def finish(walk: Conversion, header: JobHeader, rows: TokenRows | None, base_dir
         tokens=0 if rows is None else rows.tokens.size,
         expert_tokens=_expert_token_stats(walk.journal.layers),
         resumed=resumed,
+        peak_gpu_bytes=peak_gpu_bytes(walk.machine.device),
         validated=all(r.validation is None or r.validation.passed for r in reports),
     )
     walk.on_event(Finished(report))

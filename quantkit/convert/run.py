@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit.arch.base import Block, ExpertBlock, ModelArch
+from quantkit.arch.base import Block, ModelArch
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.convert.background import AheadSource, Deliveries, DirectSource, foreground
@@ -35,9 +35,10 @@ from quantkit.convert.weights import LayerWeights, WeightSource
 from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
-from quantkit.plan.memory import INTERPRETER_BYTES, check_free_disk
+from quantkit.plan.memory import check_free_disk
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.targets import Sink
@@ -55,7 +56,7 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
     recipe, rows, base_dir = plan.recipe, job.rows, job.base_dir
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
-        share = machine.share(needs.working_bytes - INTERPRETER_BYTES)
+        share = share_of(needs, machine.hardware)
         importance = _open_imatrix(stack, recipe, arch, base_dir)
         folder = stack.enter_context(OutputFolder(job.out, restart=job.restart))
         header = job_header(recipe, opened, rows, importance, machine)
@@ -211,7 +212,7 @@ def _layer_job(walk: Conversion, layer: int, streams: Streams | None, blocks: tu
             narrow=walk.machine.scratch_dtype,
         ),
         streams=streams,
-        experts_at_once=_experts_at_once(walk, blocks),
+        experts_at_once=walk.share.experts_at_once,
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
     )
 
@@ -249,14 +250,6 @@ def _methods(output: OutputPlan, layer: int) -> dict[str, tuple[ChosenScheme, Me
         and not isinstance(decision.scheme, Float8Scheme)
         and decision.method is not None
     }
-
-
-def _experts_at_once(walk: Conversion, blocks: tuple[Block, ...]) -> int:
-    routed = [block for block in blocks if isinstance(block, ExpertBlock)]
-    if not routed:
-        return 1
-    inter = walk.source.infos()[routed[0].gates[0]].shape[0]
-    return walk.share.experts_at_once(walk.arch, inter)
 
 
 def _prefetch(walk: Conversion, layer: int) -> None:

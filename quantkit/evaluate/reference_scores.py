@@ -18,17 +18,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.arch.base import ExpertBlock, ModelArch
+from quantkit.calibrate.chunk_sizes import POSITIONS, SCORED_GROUP, VOCAB_BLOCK
 from quantkit.evaluate.compare import Comparison, LayerScore, Model, NewRows, agreement, start_streams
 from quantkit.evaluate.reference_file import Positions, ReferenceStatistics, ReferenceWriter
-from quantkit.evaluate.token_scores import POSITIONS, VOCAB_BLOCK, Head, OnlineSoftmax, TokenScores
-
-GROUP = 8192
-"""Positions whose top tokens are in memory at a time; the output matrix is read once for each such group."""
+from quantkit.evaluate.token_scores import Head, OnlineSoftmax, TokenScores
 
 
 def _groups(n_windows: int, scored: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of the windows of each group, at least one."""
-    step = max(1, GROUP // scored)
+    step = max(1, SCORED_GROUP // scored)
     for start in range(0, n_windows, step):
         yield start, min(start + step, n_windows)
 

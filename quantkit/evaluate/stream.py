@@ -12,24 +12,16 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import ModelArch
-from quantkit.calibrate.chunk_sizes import BATCH_TOKENS
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.errors import PlanError
 from quantkit.evaluate.compare import Comparison, Model, NewRows, Recorder, compare_all
 from quantkit.evaluate.open import Evaluated, names_by_layer
 from quantkit.evaluate.reference_file import ReferenceStatistics
-from quantkit.evaluate.reference_scores import GROUP, compare_recorded
-from quantkit.evaluate.token_scores import POSITIONS, VOCAB_BLOCK
+from quantkit.evaluate.reference_scores import compare_recorded
 from quantkit.evaluate.validation import model_of, rounded_to_bf16
 from quantkit.plan.machine import Machine, Stores
-
-DECODING_COPIES = 4
-"""Of the largest matrix in float32: as stored, decoded, converted, and kept."""
-ACTIVATION_COPIES = 4
-BYTES_PER_TOKEN = 96
-"""Of a model: running sums of its logits, and experts chosen."""
-BYTES_PER_TOP_TOKEN = 40
-"""Of one of a position's most likely tokens, while a group of positions is in memory."""
+from quantkit.plan.memory import evaluation_needs, total
+from quantkit.plan.shapes import ModelSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +93,7 @@ class EvaluationRun:
 
     def _share(self, n_models: int, shape: tuple[int, int]) -> tuple[int, int]:
         """Bytes for hidden states in memory and for weights kept between batches, of what the budget leaves."""
-        arch = self.arch
-        linears = [spec for spec in arch.tensors() if spec.linear]
-        largest = max((spec.shape[0] * spec.shape[1] for spec in linears), default=0) * 4
-        widest = max((max(spec.shape) for spec in linears), default=0)
-        n_rows, length = shape
-        working = (
-            DECODING_COPIES * largest
-            + ACTIVATION_COPIES * 4 * max(BATCH_TOKENS, length) * widest
-            + n_models * VOCAB_BLOCK * arch.hidden_size * 4
-            + 6 * POSITIONS * VOCAB_BLOCK * 4
-            + n_models * n_rows * length * BYTES_PER_TOKEN
-            + min(n_rows * length, max(GROUP, length)) * self.top * BYTES_PER_TOP_TOKEN
-        )
+        working = total(evaluation_needs(ModelSizes.of(self.arch), n_models, shape, self.top))
         spare = self.machine.budget - working
         if spare < 0:
             budget, least = (f"{nbytes / 2**30:.2f} GiB" for nbytes in (self.machine.budget, working))

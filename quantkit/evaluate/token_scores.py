@@ -20,16 +20,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.arch.base import ModelArch
+from quantkit.calibrate.chunk_sizes import POSITIONS, VOCAB_BLOCK
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.stream import row_batches
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
-
-VOCAB_BLOCK = 8192
-"""Tokens of the vocabulary in one block."""
-POSITIONS = 1024
-"""Positions whose logits of one block exist at a time: 32 MiB."""
 
 
 @dataclass(frozen=True, slots=True)

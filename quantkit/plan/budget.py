@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from quantkit.errors import PlanError
 from quantkit.plan.recipe import parse_size
 
 DEVICES = ("auto", "cpu", "cuda")
 LEAST_BUDGET = 2**28
-DEFAULT_SHARE = 0.6
-"""Of the physical memory, when no budget is given."""
 
 
 def check_device(device: str) -> None:
@@ -36,10 +32,3 @@ def budget_bytes(size: int | str | None) -> int | None:
         return parse_budget(size if isinstance(size, str) else f"{size}B")
     except ValueError as error:
         raise PlanError(f"memory_budget: {error}.") from None
-
-
-def default_budget() -> int:
-    """Bytes to stay within if no budget is given, in whole GiB: the budget is part of the job that is resumed, and a
-    new kernel must not make it another one."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, round(physical * DEFAULT_SHARE / 2**30)) * 2**30

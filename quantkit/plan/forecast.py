@@ -9,8 +9,10 @@ from pathlib import Path
 from quantkit.calibrate.dataset import check_text
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.errors import CalibrationError
+from quantkit.plan.batch_sizes import Expected, expected
+from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
-from quantkit.plan.memory import Needs, check_budget, conversion_needs
+from quantkit.plan.memory import Needs, check_budget, conversion_needs, least_budget
 from quantkit.plan.plan import OutputPlan, Plan, make_plan
 from quantkit.plan.recipe import GgufOutput, Recipe
 from quantkit.runtimes.gpus import Gpus
@@ -19,6 +21,8 @@ from quantkit.runtimes.vllm.memory import Fit, fit
 
 CONTEXT = 32768
 """Tokens of a sequence that is to fit, if nothing else is said and the model is made for as many."""
+COMMON_GPU = Gpu("a GPU of 80 GB", 80 * 10**9)
+"""What a plan shows if no GPU is named."""
 OUT = "OUT"
 """Stands for the folder that a conversion will be given."""
 
@@ -38,12 +42,15 @@ class OutputFit:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Forecast:
-    """``plan``: what happens to every tensor, exact sizes; ``needs``: memory and disk of the conversion, estimates;
-    ``fits``: one for each output if GPUs were named."""
+    """``plan``: what happens to every tensor, exact sizes; ``needs``: the least memory and the disk of the conversion,
+    estimates; ``expected``: its peaks under the memory budget if a processor computes, and ``on_gpu`` if a GPU does;
+    None if the budget of this machine is too small. ``fits``: one for each output if GPUs were named."""
 
     source: SourceHeaders
     plan: Plan
     needs: Needs
+    expected: Expected | None
+    on_gpu: Expected | None
     fits: tuple[OutputFit, ...] | None = None
 
     @property
@@ -71,16 +78,26 @@ def forecast(
     gpus: Gpus | None = None,
     context: int | None = None,
     memory_budget: int | None = None,
+    convert_on: Gpu | None = None,
 ) -> Forecast:
     """Plan the conversion of a checkpoint folder, which may hold only a config.json: then the official release of it.
 
     ``base_dir``: where the recipe's relative files lie; ``gpus``: try to serve a sequence of ``context`` tokens there
-    (default: `CONTEXT`, or what the model is made for if that is less); ``memory_budget``: bytes to stay under.
+    (default: `CONTEXT`, or what the model is made for if that is less); ``memory_budget``: bytes to stay under
+    (default: `default_budget`, which may be less than the conversion needs); ``convert_on``: the GPU that would compute
+    the conversion (default: `COMMON_GPU`).
+
     Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source, `CalibrationError` for
     text that is not there.
     """
     return forecast_of(
-        read_headers(source), recipe, base_dir=base_dir, gpus=gpus, context=context, memory_budget=memory_budget
+        read_headers(source),
+        recipe,
+        base_dir=base_dir,
+        gpus=gpus,
+        context=context,
+        memory_budget=memory_budget,
+        convert_on=convert_on,
     )
 
 
@@ -92,6 +109,7 @@ def forecast_of(
     gpus: Gpus | None = None,
     context: int | None = None,
     memory_budget: int | None = None,
+    convert_on: Gpu | None = None,
 ) -> Forecast:
     """As `forecast`, of headers that are read already."""
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
@@ -106,7 +124,12 @@ def forecast_of(
         check_budget(needs, memory_budget)
     context = context or _usual_context(headers)
     fits = None if gpus is None else tuple(_fit(headers, plan, output, gpus, context) for output in plan.outputs)
-    return Forecast(headers, plan, needs, fits)
+    budget = memory_budget or default_budget()
+    on_cpu, on_gpu = (
+        expected(needs, Hardware(budget, gpu)) if budget >= least_budget(needs) else None
+        for gpu in (None, convert_on or COMMON_GPU)
+    )
+    return Forecast(headers, plan, needs, on_cpu, on_gpu, fits)
 
 
 def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:

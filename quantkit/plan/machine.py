@@ -1,5 +1,4 @@
-"""What the machine grants a conversion: device, memory budget, and what follows from it for stores and expert
-batches."""
+"""The machine that was found: its device and memory budget, and stores for hidden states in the places that it has."""
 
 from __future__ import annotations
 
@@ -15,48 +14,11 @@ from weakref import WeakSet
 
 import torch
 
-from quantkit.arch.base import ModelArch
 from quantkit.calibrate.hidden_states import CPU, FileRows, MemoryRows, RowStore
 from quantkit.errors import PlanError
 from quantkit.kernels.backend import Backend
-from quantkit.plan.budget import check_device, default_budget
-from quantkit.quantizers.batch import DEVICE_SLICE_BYTES
-
-DEVICE_SHARE = 0.6
-"""Of a GPU's memory, for hidden states, if the rest is at least `DEVICE_WORK_BYTES`."""
-DEVICE_WORK_BYTES = 24 * 10**9
-"""What quantising DeepSeek V3's experts takes on a GPU beside them."""
-DEVICE_EXPERTS_SHARE = 0.25
-"""Of a GPU's memory, for experts that are quantised as one batch."""
-DEVICE_CACHE_SHARE = 0.05
-"""Of a GPU's memory, for weights of dense linears."""
-MOST_EXPERTS = 32
-"""More experts at once gain nothing: a batch of this size fills the matrix products."""
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Bytes for hidden states in memory and on the GPU, for weights kept between batches of rows, and for the experts
-    beside the first that are quantised as one batch (on the GPU, if ``on_gpu``)."""
-
-    on_gpu: bool
-    stores: int
-    device_stores: int
-    cache: int
-    experts: int
-
-    def experts_at_once(self, arch: ModelArch, inter: int) -> int:
-        """Experts of one shape (inter, hidden) that are quantised as a batch."""
-        hidden = arch.hidden_size
-        # Hessian, cross term, factor, and what making them copies; originals, targets, sweep state, codes, results.
-        if self.on_gpu:
-            one_slice = DEVICE_SLICE_BYTES // (4 * 2 * hidden * inter)  # of gate and up together
-            fits = 1 + self.experts // (4 * (4 * hidden * hidden + 4 * 3 * hidden * inter))
-            return max(1, min(MOST_EXPERTS, one_slice, fits))
-        return min(MOST_EXPERTS, 1 + self.experts // (4 * (6 * hidden * hidden + 8 * 3 * hidden * inter)))
-
-
-_LEAST_CACHE = 64 * 2**20
+from quantkit.plan.budget import check_device
+from quantkit.plan.hardware import Gpu, Hardware, default_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +66,13 @@ class Machine:
             return 0
         return torch.cuda.get_device_properties(self.device).total_memory
 
-    def share(self, working_bytes: int) -> Share:
-        """Divide what the budget leaves beside ``working_bytes``, the least that the work needs."""
-        spare = self.budget - working_bytes
-        assert spare >= 0, f"a budget of {self.budget:,} bytes for {working_bytes:,}"
-        experts, cache = int(spare * 0.3), _LEAST_CACHE + int(spare * 0.15)
-        if self.device_bytes:
-            experts, cache = int(self.device_bytes * DEVICE_EXPERTS_SHARE), int(self.device_bytes * DEVICE_CACHE_SHARE)
-        on_device = max(0, min(int(self.device_bytes * DEVICE_SHARE), self.device_bytes - DEVICE_WORK_BYTES))
-        return Share(self.device_bytes > 0, int(spare * 0.5), on_device, cache, experts)
+    @property
+    def hardware(self) -> Hardware:
+        """The machine as `quantkit.plan.batch_sizes` knows it."""
+        if self.device.type != "cuda":
+            return Hardware(self.budget)
+        kernels = self.backend is Backend.TRITON
+        return Hardware(self.budget, Gpu(torch.cuda.get_device_name(self.device), self.device_bytes, kernels))
 
 
 class Stores:
@@ -140,6 +100,11 @@ def peak_rss_bytes() -> int:
     """Largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_bytes(device: torch.device) -> int | None:
+    """The most that torch has allocated on a GPU so far; None for a processor."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 class Timer:

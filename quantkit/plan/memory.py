@@ -1,50 +1,41 @@
-"""What a conversion needs of RAM, device memory and disk, as a sum of terms. Estimates, except for the output's bytes.
+"""What a conversion, or an evaluation, needs of RAM, GPU memory and disk, as sums of terms. Estimates, except for the
+output's bytes.
 
+    interpreter     Python, torch and its libraries, compiled kernels, the tokenizer
+    the work        the largest of the phases in `quantkit.plan.phases`, in RAM or on the GPU that computes
     hidden states   tokens * (streams * hidden + what a block keeps) * 4 B, in RAM, on the GPU or on disk; a block keeps
                     its output projection's inputs, routed experts those of each stream
     resume points   tokens * hidden * 4 B, for each stream, at the borders of two layers at most, on disk
-    Hessian set     in_features^2 * 4 B * HESSIAN_COPIES of a GPTQ linear
-    slices          rows are quantised in slices of bounded size (on a GPU in longer ones)
-    weight set      out_features * in_features * 4 B * WEIGHT_COPIES of the linears that are quantised together
-    passing         one batch of rows at the widest linear, and the largest weight on its way from the disk; never
-                    while something is quantised, so the larger of the two counts
-    kept chunk      tensors that are not quantised pass through in pieces
-    interpreter     Python, torch and libraries
 
-The widest linear of DeepSeek V3 is its dense layers' down_proj: one copy of its Hessian (18432^2) is 1.36 GB. There are
-two streams if some method follows the unquantised model beside the quantised one.
+There are two streams if some method follows the unquantised model beside the quantised one. How a memory budget divides
+them between RAM, GPU and disk is in `quantkit.plan.batch_sizes`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.arch.base import ModelArch
-from quantkit.calibrate.chunk_sizes import BATCH_TOKENS
-from quantkit.calibrate.dataset import Calibration
+from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, POSITIONS, SCORED_GROUP, VOCAB_BLOCK
 from quantkit.errors import PlanError
-from quantkit.plan.decide import Action, Decision
+from quantkit.plan.phases import ACTIVATION_COPIES, Phase, Place, Term, phases
 from quantkit.plan.plan import Plan
-from quantkit.quantizers.batch import SLICE_BYTES
-from quantkit.schemes import GgmlScheme
+from quantkit.plan.shapes import ModelSizes, Work
 from quantkit.tensors import Role
 
-HESSIAN_COPIES = 3
-"""The damped Hessian, its factor, and the cross term toward the unquantised stream. Codebooks need the factor in
-another order too, and a second method a Hessian and a cross term of its own."""
-WEIGHT_COPIES = 1.5
-"""Of each linear of a group: the float32 original, and codes and scales twice (in slices and joined)."""
-SLICE_BUFFERS = 6
-"""Methods take rows in slices, with about so many buffers of a slice's size."""
-KEPT_CHUNK_BYTES = 64 * 2**20
-INTERPRETER_BYTES = 400 * 10**6
-ACTIVATION_COPIES = 4
-"""Activations of one batch of rows: two projections and their product, and the other stream's."""
-READ_BYTES = 6
-"""Of a weight: as the source stores it, and in float32."""
+INTERPRETER_BYTES = 430 * 10**6
+"""Resident when the work is done and its tensors are freed: 230 MB for Python and torch, 85 MB for numba, 115 MB for
+the code of matrix products, compiled kernels, tokenizer and journal."""
+LEAST_CACHE = 64 * 2**20
+"""Weights of dense linears that are kept however small the budget is."""
+DECODING_COPIES = 4
+"""Of the largest matrix in float32: as stored, decoded, converted, and kept."""
+BYTES_PER_TOKEN = 96
+"""Of a model: running sums of its logits, and experts chosen."""
+BYTES_PER_TOP_TOKEN = 40
+"""Of one of a position's most likely tokens, while a group of positions is in memory."""
 HEADER_BYTES_PER_TENSOR = 140
 """Room in a safetensors header; V3's release uses 129."""
 STORED_PER_TENSOR = 3
@@ -53,27 +44,19 @@ JOURNAL_BYTES_PER_TENSOR = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """One reason to need memory. ``formula`` is how ``nbytes`` came about, for people."""
-
-    what: str
-    nbytes: int
-    formula: str
-
-
-@dataclass(frozen=True, slots=True)
 class Needs:
-    """What a conversion needs. Hidden states are a term of their own, because a memory budget moves them between RAM
-    and disk."""
+    """What a conversion needs for its ``work``. ``working``: of RAM, if the hidden states lie on disk and one expert is
+    quantised at a time. Hidden states are a term of their own: a memory budget moves them between RAM and disk."""
 
+    work: Work
     working: tuple[Term, ...]
     hidden_states: Term | None
     disk: tuple[Term, ...]
 
     @property
     def working_bytes(self) -> int:
-        """RAM (or device memory, without the interpreter) that no budget can avoid."""
-        return sum(term.nbytes for term in self.working)
+        """RAM that no budget can avoid, where the processor computes."""
+        return total(self.working)
 
     @property
     def ram_bytes(self) -> int:
@@ -83,13 +66,28 @@ class Needs:
     @property
     def disk_bytes(self) -> int:
         """Disk at the peak, hidden states there."""
-        return sum(term.nbytes for term in self.disk)
+        return total(self.disk)
+
+
+def total(terms: tuple[Term, ...]) -> int:
+    """Bytes of all terms."""
+    return sum(term.nbytes for term in terms)
+
+
+def interpreter() -> Term:
+    """What no budget counts."""
+    return Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries, kernels")
+
+
+def least_budget(needs: Needs) -> int:
+    """Bytes that a memory budget must have at least, the interpreter apart."""
+    return needs.working_bytes - INTERPRETER_BYTES
 
 
 def check_budget(needs: Needs, budget: int) -> None:
     """Raise `PlanError` if ``budget`` bytes, which the interpreter does not count against, are less than the work
     needs."""
-    least = needs.working_bytes - INTERPRETER_BYTES
+    least = least_budget(needs)
     if budget < least:
         largest = max(needs.working[1:], key=lambda term: term.nbytes)  # the first is the interpreter
         raise PlanError(
@@ -100,11 +98,46 @@ def check_budget(needs: Needs, budget: int) -> None:
 
 
 def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
-    """Terms of the peak of `convert` for this plan."""
-    quantized = [decision for output in plan.outputs for decision in _distinct(output.decisions.values())]
-    quantized = [decision for decision in quantized if decision.action is Action.QUANTIZE]
-    hidden = _hidden_states(plan, arch)
-    return Needs(_working(plan, arch, quantized), hidden, _disk(plan, arch, hidden))
+    """Terms of what `convert` needs at least for this plan."""
+    work = Work.of(plan, arch)
+    hidden = _hidden_states(work)
+    least = max(conversion_phases(work, Place.of(work, None), 1, LEAST_CACHE), key=lambda phase: phase.nbytes)
+    return Needs(work, (interpreter(), *least.terms), hidden, _disk(plan, work, hidden))
+
+
+def conversion_phases(work: Work, place: Place, experts: int, cache: int) -> tuple[Phase, ...]:
+    """All phases, validation included, with so many experts at once and ``cache`` bytes for weights."""
+    found = tuple(phases(work, place, experts, cache))
+    return found if work.windows is None else (*found, _validation(work, work.windows, cache // 2))
+
+
+def _validation(work: Work, windows: tuple[int, int], cache: int) -> Phase:
+    """Source and result side by side, when the streams are closed: only its own stores exist."""
+    layer = work.sizes.layer * 4
+    kept = Term("weight cache", 2 * min(cache, layer), f"2 x a layer's {layer:,} B, {cache:,} B at most")
+    stores = (windows[0] * windows[1] * work.hidden * 4,) * 3
+    return Phase("validation", (*evaluation_needs(work.sizes, 2, windows), kept), stores, streams_open=False)
+
+
+def evaluation_needs(sizes: ModelSizes, n_models: int, shape: tuple[int, int], top: int = 0) -> tuple[Term, ...]:
+    """Terms of RAM of models that run side by side over ``shape`` = (windows, tokens of one), beside their hidden
+    states and the weights that are kept. ``top``: most likely tokens of each position that are read or written."""
+    largest, widest = sizes.largest, sizes.longest
+    n_rows, length = shape
+    tokens, batch = n_rows * length, min(max(BATCH_TOKENS, length), n_rows * length)
+    block, head = min(VOCAB_BLOCK, sizes.vocabulary), sizes.hidden
+    listed = min(tokens, max(SCORED_GROUP, length)) * top
+    terms = (
+        Term("decoding", DECODING_COPIES * largest * 4, f"{DECODING_COPIES} x {largest:,} x 4 B"),
+        Term(
+            "activations", ACTIVATION_COPIES * 4 * batch * widest, f"{ACTIVATION_COPIES} x {batch:,} x {widest:,} x 4 B"
+        ),
+        Term("output matrix", n_models * block * head * 4, f"{n_models} x {block:,} x {head:,} x 4 B"),
+        Term("logits", 6 * POSITIONS * block * 4, f"6 x {POSITIONS:,} x {block:,} x 4 B"),
+        Term("scores", n_models * tokens * BYTES_PER_TOKEN, f"{n_models} x {tokens:,} x {BYTES_PER_TOKEN} B"),
+        Term("most likely tokens", listed * BYTES_PER_TOP_TOKEN, f"{listed:,} x {BYTES_PER_TOP_TOKEN} B"),
+    )
+    return tuple(term for term in terms if term.nbytes)
 
 
 def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 0) -> None:
@@ -123,121 +156,30 @@ def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 
     )
 
 
-def _distinct(decisions: Iterable[Decision]) -> list[Decision]:
-    """One decision for each shape, role and treatment: 46,000 tensors have a few dozen."""
-    seen: dict[tuple[object, ...], Decision] = {}
-    for decision in decisions:
-        spec = decision.spec
-        seen.setdefault((spec.shape, spec.role, decision.action, decision.scheme, decision.method), decision)
-    return list(seen.values())
-
-
-def _working(plan: Plan, arch: ModelArch, quantized: list[Decision]) -> tuple[Term, ...]:
-    terms = [Term("interpreter", INTERPRETER_BYTES, "Python, torch, libraries, kernels")]
-    methods = {d.method for output in plan.outputs for d in output.decisions.values() if _learns(d)}
-    copies = HESSIAN_COPIES + 2 * (len(methods) > 1)
-    # Linears that read the residual stream come in pairs; without text each comes alone.
-    paired = arch.hidden_size if plan.recipe.calibration else 0
-    phases = [_quantising(decision, paired, copies) for decision in quantized]
-    if plan.recipe.calibration:
-        phases.append(_collecting(plan, quantized))
-    terms += max(phases, key=lambda phase: sum(term.nbytes for term in phase), default=())
-    terms.append(Term("kept chunk", KEPT_CHUNK_BYTES, "64 MiB"))
-    return tuple(terms)
-
-
-def _learns(decision: Decision) -> bool:
-    """Whether a method takes whole second moments of the inputs."""
-    return decision.method is not None and decision.method.needs_inputs
-
-
-def _quantising(decision: Decision, paired: int, hessian_copies: int) -> tuple[Term, ...]:
-    """While one linear is quantised, or two with ``paired`` in_features. Tables come in pieces."""
-    heads, out_features, in_features = _matrices(decision)
-    if decision.spec.table:
-        return (Term("rows of a table", 4 * KEPT_CHUNK_BYTES, f"{decision.spec.name}: a piece in float32, and blocks"),)
-    name, pair = decision.spec.name, 2 if in_features == paired else 1
-    weight = Term(
-        "weight set",
-        int(pair * WEIGHT_COPIES * heads * out_features * in_features * 4),
-        f"{name}: {pair} x {heads * out_features:,} x {in_features:,} x 4 B x {WEIGHT_COPIES}",
-    )
-    slices = Term(
-        "slices",
-        SLICE_BUFFERS * min(SLICE_BYTES, heads * out_features * in_features * 4),
-        f"{SLICE_BUFFERS} buffers of {SLICE_BYTES // 2**20} MiB at most",
-    )
-    if not _learns(decision):
-        return weight, slices
-    copies = hessian_copies + (isinstance(decision.scheme, GgmlScheme) and not decision.scheme.has_grid)
-    formula = f"{name}: {heads} x {in_features:,}^2 x 4 B x {copies}"
-    return Term("Hessian set", heads * in_features**2 * 4 * copies, formula), weight, slices
-
-
-def _matrices(decision: Decision) -> tuple[int, int, int]:
-    """(heads, out, in) of a linear or of a part of one."""
-    shape = decision.spec.shape
-    return (shape[0], shape[1], shape[2]) if len(shape) == 3 else (1, shape[0], shape[1])
-
-
-def _collecting(plan: Plan, quantized: list[Decision]) -> tuple[Term, ...]:
-    """While a batch of rows passes, through kept linears too, and the moments of its inputs are added up."""
-    linears = [_matrices(decision) for decision in _dense_linears(plan)]
-    # One side of a part belongs to the heads; the other is the latent, which is not there once for each head.
-    widest = max(inputs if heads == 1 else heads * min(out, inputs) for heads, out, inputs in linears)
-    largest = max(heads * out * inputs for heads, out, inputs in linears)
-    calibration = plan.recipe.calibration
-    tokens = max(BATCH_TOKENS, calibration.sequence_length if calibration else 0)
-    gptq = max((d.spec.shape[-1] for d in quantized if _learns(d)), default=0)
-    formula = f"{tokens:,} tokens x {widest:,} x 4 B x {ACTIVATION_COPIES}"
-    return (
-        Term("activations", tokens * widest * 4 * ACTIVATION_COPIES, formula),
-        Term("weight", largest * READ_BYTES, f"{largest:,} x {READ_BYTES} B"),
-        Term("moments", gptq**2 * 4 * 2, f"{gptq:,}^2 x 4 B x 2"),
-    )
-
-
-def _hidden_states(plan: Plan, arch: ModelArch) -> Term | None:
+def _hidden_states(work: Work) -> Term | None:
     """The streams, and the widest scratch that a block keeps beside them: what its output projection reads in the
     calibrated stream; or what routed experts read in each, while the shared one passes."""
-    calibration = plan.recipe.calibration
-    if calibration is None:
+    if not work.tokens:
         return None
-    dense, streams = _dense_linears(plan), _streams(plan) * arch.hidden_size
-    widest = max(decision.spec.shape[-1] for decision in dense)
-    outputs = [d.spec for d in dense if d.spec.role is Role.SHARED_EXPERT and d.spec.shape[0] == arch.hidden_size]
-    shared = max((spec.shape[-1] for spec in outputs), default=0)
-    scratch = max(widest, streams + shared)
-    nbytes = _tokens(calibration) * (streams + scratch) * 4
-    formula = f"{_tokens(calibration):,} tokens x ({_streams(plan)} x {arch.hidden_size:,} + {scratch:,}) x 4 B"
+    streams = work.streams * work.hidden
+    shared = max((block.context for block in work.blocks if block.role is Role.SHARED_EXPERT), default=0)
+    routed = streams + shared if work.experts else 0
+    scratch = max(routed, *(block.context for block in work.blocks if block.role is not Role.MTP))
+    nbytes = work.tokens * (streams + scratch) * 4
+    formula = f"{work.tokens:,} tokens x ({work.streams} x {work.hidden:,} + {scratch:,}) x 4 B"
     return Term("hidden states", nbytes, formula)
 
 
-def _dense_linears(plan: Plan) -> list[Decision]:
-    decisions = plan.outputs[0].decisions.values()
-    dense = [d for d in decisions if d.spec.linear and d.spec.role not in (Role.EXPERT, Role.MTP)]
-    return _distinct(dense)
-
-
-def _tokens(calibration: Calibration) -> int:
-    """Whole rows are taken."""
-    return -(-calibration.tokens // calibration.sequence_length) * calibration.sequence_length
-
-
-def _streams(plan: Plan) -> int:
-    return 2 if plan.follows_original else 1
-
-
-def _disk(plan: Plan, arch: ModelArch, hidden: Term | None) -> tuple[Term, ...]:
+def _disk(plan: Plan, work: Work, hidden: Term | None) -> tuple[Term, ...]:
     terms: list[Term] = []
     for output in plan.outputs:
         overhead = STORED_PER_TENSOR * output.tensors * HEADER_BYTES_PER_TENSOR
         terms.append(Term(f"output {output.output.name}", output.nbytes + overhead, "tensor data and headers"))
         if beside := output.target.companion_bytes:
             terms.append(Term(f"imatrix of {output.output.name}", beside, "mean squares of all inputs"))
-    if hidden is not None and plan.recipe.calibration is not None:
+    if hidden is not None:
         # A killed run resumes from the last finished layer: its state must live until the next layer's is complete.
-        saved = _tokens(plan.recipe.calibration) * arch.hidden_size * 4 * _streams(plan)
+        saved = work.tokens * work.hidden * 4 * work.streams
         terms.append(Term("hidden states", hidden.nbytes, f"{hidden.formula} (if not in RAM)"))
         terms.append(Term("resume points", 2 * saved, f"2 x {saved / 1e9:.1f} GB, at the borders of two layers"))
     n_tensors = sum(output.tensors for output in plan.outputs)

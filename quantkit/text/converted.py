@@ -72,6 +72,7 @@ def report_document(report: Report) -> Mapping[str, object]:
         "tokens": report.tokens,
         "seconds": {**report.seconds, "total": report.total_seconds},
         "peak_rss_bytes": report.peak_rss_bytes,
+        "peak_gpu_bytes": report.peak_gpu_bytes,
         "expert_tokens": None
         if tokens is None
         else {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantkit.plan.batch_sizes import Expected
 from quantkit.plan.forecast import Forecast
 from quantkit.plan.memory import Needs
+from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
 from quantkit.text.fits import fit_document, fit_text
 from quantkit.text.tables import both_units, short_size, table
@@ -20,7 +22,7 @@ def forecast_text(found: Forecast) -> str:
         blocks.append(f"\noutput  {output.output.name}: {output.output.format}\n\n{_size_table(output)}")
         if fits is not None:
             blocks.append("\n" + fit_text(fits[number]))
-    blocks.append("\n" + _needs_text(found.needs))
+    blocks.append("\n" + _needs_text(found))
     if made.warnings:
         blocks.append("\n" + "\n".join(f"note: {warning}" for warning in made.warnings))
     return "\n".join(blocks)
@@ -39,20 +41,52 @@ def _size_row(role: str, what: str, size: RoleSize) -> tuple[str, ...]:
     return (role, what, f"{size.tensors:,}", f"{size.parameters:,}", *bytes_of)
 
 
-def _needs_text(needs: Needs) -> str:
-    lines = [f"needs   RAM {short_size(needs.working_bytes)}" + _with_hidden(needs)]
-    lines += [f"          {term.what}: {short_size(term.nbytes)} = {term.formula}" for term in needs.working]
+def _needs_text(found: Forecast) -> str:
+    """What the conversion needs at least, the peaks to be expected here and on a GPU, and disk."""
+    needs = found.needs
+    lines = [f"needs   RAM {short_size(needs.working_bytes)} at least" + _with_hidden(needs)]
+    if found.expected is None:
+        lines += _term_lines(needs.working)
+        lines.append("        this machine's default budget is less (see --memory-budget)")
+    else:
+        lines.append(f"        {_expected_line(found.expected)}")
+        lines += _term_lines(found.expected.ram)
+    if found.on_gpu is not None:
+        lines.append(f"        {_gpu_line(found.on_gpu)}")
+        lines += _term_lines(found.on_gpu.gpu)
     lines.append(f"        disk {short_size(needs.disk_bytes)}")
-    lines += [f"          {term.what}: {short_size(term.nbytes)} = {term.formula}" for term in needs.disk]
+    lines += _term_lines(needs.disk)
     return "\n".join(lines)
+
+
+def _term_lines(terms: tuple[Term, ...]) -> list[str]:
+    return [f"          {term.what}: {short_size(term.nbytes)} = {term.formula}" for term in terms]
 
 
 def _with_hidden(needs: Needs) -> str:
     if needs.hidden_states is None:
         return ""
+    return f"; hidden states take {short_size(needs.hidden_states.nbytes)} of RAM or disk (--memory-budget decides)"
+
+
+def _expected_line(expected: Expected) -> str:
+    budget = f"{expected.hardware.budget / 2**30:.2f}".rstrip("0").rstrip(".")
     return (
-        f", or {short_size(needs.ram_bytes)} with the hidden states in RAM instead of on disk (--memory-budget decides)"
+        f"on the processor, with a budget of {budget} GiB: peak {short_size(expected.ram_bytes)}, {_experts(expected)}"
     )
+
+
+def _gpu_line(expected: Expected) -> str:
+    gpu = expected.hardware.gpu
+    assert gpu is not None, "a forecast for a GPU names it"
+    fits = "" if expected.gpu_bytes <= gpu.nbytes else " (MORE THAN IT HAS)"
+    beside = f"and {short_size(expected.ram_bytes)} of RAM"
+    return f"on {gpu.name}: peak {short_size(expected.gpu_bytes)}{fits} {beside}, {_experts(expected)}"
+
+
+def _experts(expected: Expected) -> str:
+    count = expected.share.experts_at_once
+    return f"{count} expert{'s' if count > 1 else ''} at once (limited by: {expected.share.limited_by})"
 
 
 def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
@@ -76,10 +110,45 @@ def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
                 for where, terms in (("ram", needs.working), ("disk", needs.disk))
                 for term in terms
             ],
+            **_expected_document(found.expected),
+            "gpu": _gpu_document(found.on_gpu),
         },
         "fit": None if found.fits is None else [fit_document(each) for each in found.fits],
         "warnings": list(made.warnings),
     }
+
+
+def _expected_document(expected: Expected | None) -> Mapping[str, object]:
+    """On the processor, under the budget; nulls if the default budget is too small."""
+    share = None if expected is None else expected.share
+    return {
+        "memory_budget": None if expected is None else expected.hardware.budget,
+        "expected_ram_bytes": None if expected is None else expected.ram_bytes,
+        "expected_terms": [] if expected is None else _term_documents(expected.ram),
+        "hidden_states_in": [] if expected is None else list(expected.hidden_states),
+        "experts_at_once": None if share is None else share.experts_at_once,
+        "limited_by": None if share is None else share.limited_by,
+    }
+
+
+def _gpu_document(expected: Expected | None) -> Mapping[str, object] | None:
+    if expected is None or expected.hardware.gpu is None:
+        return None
+    gpu = expected.hardware.gpu
+    return {
+        "name": gpu.name,
+        "nbytes": gpu.nbytes,
+        "expected_bytes": expected.gpu_bytes,
+        "terms": _term_documents(expected.gpu),
+        "expected_ram_bytes": expected.ram_bytes,
+        "hidden_states_in": list(expected.hidden_states),
+        "experts_at_once": expected.share.experts_at_once,
+        "limited_by": expected.share.limited_by,
+    }
+
+
+def _term_documents(terms: tuple[Term, ...]) -> list[Mapping[str, object]]:
+    return [{"what": term.what, "nbytes": term.nbytes, "formula": term.formula} for term in terms]
 
 
 def _output_document(output: OutputPlan) -> Mapping[str, object]:

@@ -48,7 +48,7 @@ def test_what_was_announced_is_what_the_source_holds(
     ahead_bytes: int, device: torch.device, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order, out of order, never announced, and announced but never read."""
-    monkeypatch.setattr(background, "AHEAD_BYTES", ahead_bytes)
+    monkeypatch.setattr(background, "READ_AHEAD_BYTES", ahead_bytes)
     with open_source(model) as source:
         ahead, names = AheadSource(source, device), list(source.infos())
         assert ahead.infos() is source.infos()

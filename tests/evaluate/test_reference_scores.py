@@ -128,7 +128,7 @@ def test_scores_are_those_of_whole_logits(
 ) -> None:
     """However positions and vocabulary are cut."""
     if small:
-        monkeypatch.setattr(reference_scores, "GROUP", 25)
+        monkeypatch.setattr(reference_scores, "SCORED_GROUP", 25)
         monkeypatch.setattr(reference_scores, "POSITIONS", 7)
         monkeypatch.setattr(reference_scores, "VOCAB_BLOCK", 100)
     found = by_file(saved(tmp_path / "file", weights, tokens), damaged)
