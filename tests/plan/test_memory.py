@@ -20,7 +20,6 @@ from quantkit.plan.memory import Needs, conversion_needs, evaluation_needs, leas
 from quantkit.plan.phases import Place, phases
 from quantkit.plan.plan import Plan, make_plan
 from quantkit.plan.recipe import Recipe
-from quantkit.plan.recipe_file import load_recipe
 from quantkit.plan.shapes import ModelSizes
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +101,7 @@ def v3() -> Needs:
 
 def needs_of(recipe: str) -> Needs:
     headers = read_headers(V3)
-    plan = make_plan(load_recipe(recipe), headers.arch, headers.infos, headers.is_float8)
+    plan = make_plan(Recipe.from_yaml(recipe), headers.arch, headers.infos, headers.is_float8)
     return conversion_needs(plan, headers.arch)
 
 
