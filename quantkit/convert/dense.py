@@ -79,13 +79,23 @@ def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink) -> None:
 def group_task(job: LayerJob, group: InputGroup, stats: Inputs | None) -> GroupTask:
     """The work on one input group, its weights read."""
     batch = 1 if stats is None else len(stats.importance)
+    producers = () if group.producer is None else (group.producer,)
     linears = tuple(
-        Linears((name,), _in_matrices(job.weights.read(name), batch))
+        Linears((name,), _in_matrices(job.weights.read(name), batch), producers, _folded_part(job, name, batch))
         for name in group.linears
         if any_quantised(job.outputs, (name,))
     )
     quantised = {name for one in linears for name in one.names}
     return GroupTask(linears, tuple(name for name in group.linears if name not in quantised), stats, job.outputs)
+
+
+def _folded_part(job: LayerJob, name: str, batch: int) -> dict[int, Tensor]:
+    """By output, a part of a linear whose channels that output rescales; {} for what is no part."""
+    whole = job.weights.whole_of(name)
+    if whole == name:
+        return {}
+    changed = (number for number, output in enumerate(job.outputs) if output.folding.changes(whole))
+    return {n: _in_matrices(job.weights.read(name, job.outputs[n].folding), batch) for n in changed}
 
 
 def apply_group(job: LayerJob, result: GroupResult, sink: LayerSink) -> None:
@@ -95,7 +105,7 @@ def apply_group(job: LayerJob, result: GroupResult, sink: LayerSink) -> None:
     for made in result.quantised:
         sink.write(made)
     for made in of_first_output(result.quantised):
-        job.weights.carry(made.names[0], made.batch)
+        job.weights.carry(made.names[0], made.batch, made.folding)
 
 
 def _moments_of_stage(job: LayerJob, stage: Stage, output: str, context: RowStore | None) -> list[InputMoments]:

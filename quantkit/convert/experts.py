@@ -18,6 +18,7 @@ from quantkit.calibrate.chunk_sizes import EXPERT_CHUNK, at_once
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.inputs import InputMoments, Inputs, shrunk, shrunk_to_diagonal
 from quantkit.calibrate.stream import Activate, expert_hidden
+from quantkit.convert.folding import alone, rescale_hidden, rescaled_by, with_rescaled
 from quantkit.convert.outputs import (
     Importance,
     Linears,
@@ -30,6 +31,7 @@ from quantkit.convert.outputs import (
     quantize_linears,
 )
 from quantkit.plan.phases import KEPT_HIDDEN
+from quantkit.quantizers.rescaling import Rescaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ class ExpertsTask:
     model, None if no method follows it; its tokens are routed by themselves.
     pooled: moments of the block's inputs over all tokens, towards which those of few tokens are pulled.
     carries_quantised: whether the calibrated stream goes on with what the first output stores.
+
+    ``down.producers``: what makes the hidden units of each expert; methods may rescale these before gate and up are
+    quantised.
     """
 
     gate: Linears
@@ -118,11 +123,13 @@ class ExpertOutputs:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsResult:
-    """What quantising a batch of experts gave. ``quantised``: for every output; ``calibrated``, ``unquantised``: what
-    is added to the residual of either stream."""
+    """What quantising a batch of experts gave. ``quantised``: for every output; ``rescaled``: by output, the hidden
+    units whose channels its methods rescaled; ``calibrated``, ``unquantised``: what is added to the residual of either
+    stream."""
 
     quantised: tuple[Quantised, ...]
     importance: tuple[Importance, ...]
+    rescaled: tuple[tuple[Rescaled, ...], ...]
     calibrated: ExpertOutputs
     unquantised: ExpertOutputs | None
 
@@ -149,6 +156,9 @@ class ExpertWeights:
 def quantize_experts(task: ExpertsTask) -> ExpertsResult:
     """Quantise gate, up and down of some experts for every output."""
     original = carried = ExpertWeights(task.activate, task.gate.weight, task.up.weight, task.down.weight)
+    rescaled = _rescaled_hidden(task, original)
+    pairs = zip(task.outputs, rescaled, strict=True)
+    task = replace(task, outputs=tuple(with_rescaled(output, more) for output, more in pairs))
     made, importance = _quantize_gate_up(task)
     if task.carries_quantised:
         gate, up = carried_weights(made, (task.gate, task.up))
@@ -165,9 +175,27 @@ def quantize_experts(task: ExpertsTask) -> ExpertsResult:
     return ExpertsResult(
         made,
         importance,
+        rescaled,
         ExpertOutputs(carried, task.calibrated, hidden),
         None if task.unquantised is None else ExpertOutputs(original, task.unquantised),
     )
+
+
+def _rescaled_hidden(task: ExpertsTask, original: ExpertWeights) -> tuple[tuple[Rescaled, ...], ...]:
+    """Factors for the hidden units, by output, from what they are with unquantised gate and up."""
+    producers = task.down.producers
+    asked = [any(rescaled_by(output, one, alone) for one in producers) for output in task.outputs]
+    if not any(asked):
+        return ((),) * len(task.outputs)
+    moments = InputMoments(
+        task.down.weight.shape[-1], cross=False, device=task.device, matrices=len(producers), full=True
+    )
+    for number in range(len(producers)):
+        for own, _ in _gathered(task, number):
+            moments.add(original.hidden(number, own), None, number)
+    stats, weights = moments.stats(), dict(zip(task.down.names, task.down.weight, strict=True))
+    pairs = zip(task.outputs, asked, strict=True)
+    return tuple(rescale_hidden(output, producers, stats, weights.__getitem__) if ask else () for output, ask in pairs)
 
 
 _Made = tuple[tuple[Quantised, ...], tuple[Importance, ...]]

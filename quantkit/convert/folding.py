@@ -24,6 +24,11 @@ PartsOf = Callable[[str], tuple[str, ...]]
 """A linear's name -> it, and the names of its parts."""
 
 
+def alone(name: str) -> tuple[str, ...]:
+    """The linear without parts."""
+    return (name,)
+
+
 def rescaled_by(output: OutputChoice, producer: Producer, parts_of: PartsOf) -> RescalingMethod | None:
     """The method of an output that may rescale the inputs of a producer's readers, None if there is none.
 
@@ -45,6 +50,8 @@ def with_rescaled(output: OutputChoice, rescaled: Sequence[Rescaled]) -> OutputC
 def rescale_sublayer(job: LayerJob, sublayer: Sublayer) -> LayerJob:
     """Ask the methods for factors of everything that the sublayer's blocks read, but for experts' hidden units."""
     inputs = dict(_inputs_of(job, sublayer))
+    if not inputs:
+        return job
     outputs: list[OutputChoice] = []
     for output in job.outputs:
         rescaled: list[Rescaled] = []
@@ -76,9 +83,9 @@ def rescale_hidden(
     """Ask a method for factors of the hidden units of some experts. ``stats``: (B, inter), of each of them."""
     found: list[Rescaled] = []
     for number, producer in enumerate(producers):
-        method = rescaled_by(output, producer, lambda name: (name,))
+        method = rescaled_by(output, producer, alone)
         if method is not None:
-            found += _asked(method, output, producer, stats.of(number), lambda name: (name,), weight)
+            found += _asked(method, output, producer, stats.of(number), alone, weight)
     return tuple(found)
 
 
@@ -95,7 +102,6 @@ def _inputs_of(job: LayerJob, sublayer: Sublayer) -> Iterator[tuple[Producer, In
                 for producer, sums in zip(producers, moments, strict=True):
                     if producer is not None and producer in wanted:
                         yield producer, sums.stats()
-    job.weights.forget()
 
 
 def _stages(block: Block) -> tuple[Stage, ...]:

@@ -7,6 +7,7 @@ results applied in the order of the tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -16,18 +17,30 @@ from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.convert.dense import GroupResult, GroupTask, apply_group, group_task, quantize_dense, quantize_group
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
+from quantkit.convert.folding import rescale_sublayer, with_rescaled
 from quantkit.convert.layer_job import ExpertCounts, LayerJob, LayerSink
 from quantkit.convert.outputs import Linears, any_quantised
 from quantkit.convert.routing import Routes, route
+from quantkit.quantizers.rescaling import Folding
 
 
-def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSink) -> dict[str, list[ExpertCounts]]:
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """What is known of a layer beside its linears. ``counts``: what the router gave each expert, by block;
+    ``foldings``: by output, the input channels that its methods rescaled, which kept tensors absorb."""
+
+    counts: dict[str, list[ExpertCounts]]
+    foldings: tuple[Folding, ...]
+
+
+def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSink) -> LayerResult:
     """Quantise every linear of the layer that some output quantises, hand it to ``sink``, and carry the streams through
-    the layer in place. Returns what the router gave each expert, by block."""
+    the layer in place."""
     batches = _expert_weights(job, (block for sublayer in sublayers for block in sublayer))
     job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
     counts: dict[str, list[ExpertCounts]] = {}
     for sublayer in sublayers:
+        job = rescale_sublayer(job, sublayer)
         # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x
         # first.
         routed = [(block, route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
@@ -42,9 +55,9 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSi
             counts[block.name] = routes.counts()
             for experts in expert_batches(job, block):
                 # Neither task nor result has a name here: both are free before the next batch is read.
-                _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts)), sink)
+                job = _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts)), sink)
             routes.close()
-    return counts
+    return LayerResult(counts, tuple(output.folding for output in job.outputs))
 
 
 def quantize_without_inputs(
@@ -96,7 +109,10 @@ def linears_of(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) 
 
 
 def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tuple[int, ...]) -> ExpertsTask:
-    gate, up, down = (linears_of(job, names, experts) for names in (block.gates, block.ups, block.downs))
+    inputs = () if block.producer is None else (block.producer,)
+    hidden = tuple(block.down_producers[expert] for expert in experts) if block.down_producers else ()
+    gate, up = (replace(linears_of(job, names, experts), producers=inputs) for names in (block.gates, block.ups))
+    down = replace(linears_of(job, block.downs, experts), producers=hidden)
     return ExpertsTask(
         gate=gate,
         up=up,
@@ -110,12 +126,17 @@ def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tu
     )
 
 
-def _apply_experts(job: LayerJob, result: ExpertsResult, sink: LayerSink) -> None:
-    """Carry the streams through a batch of experts, and hand over what the outputs store of them."""
+def _apply_experts(job: LayerJob, result: ExpertsResult, sink: LayerSink) -> LayerJob:
+    """Carry the streams through a batch of experts, and hand over what the outputs store of them. Returns the job with
+    what was rescaled."""
     _add_outputs(job.hidden.x, result.calibrated)
     if result.unquantised is not None and job.hidden.original is not None:
         _add_outputs(job.hidden.original, result.unquantised)
     _hand_over(result, sink)
+    if not any(result.rescaled):
+        return job
+    pairs = zip(job.outputs, result.rescaled, strict=True)
+    return replace(job, outputs=tuple(with_rescaled(output, more) for output, more in pairs))
 
 
 def _hand_over(result: GroupResult | ExpertsResult, sink: LayerSink) -> None:

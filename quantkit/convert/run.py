@@ -26,7 +26,7 @@ from quantkit.convert.finish import finish, result_folder
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
-from quantkit.convert.layer import linears_in, quantize_layer, quantize_without_inputs
+from quantkit.convert.layer import LayerResult, linears_in, quantize_layer, quantize_without_inputs
 from quantkit.convert.layer_job import ExpertCounts, LayerJob
 from quantkit.convert.layer_writer import LayerWriter
 from quantkit.convert.outputs import OutputChoice
@@ -167,18 +167,18 @@ def _layer(walk: Conversion, layer: int, streams: Streams | None, files: StreamF
     sublayers = walk.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
     job, writer = _layer_job(walk, layer, streams, blocks), LayerWriter(walk, layer)
-    counts: dict[str, list[ExpertCounts]] = {}
+    result = LayerResult({}, ())
     _prefetch(walk, layer + 1)
     _prefetch(walk, layer + 2)
     with walk.timer.stage("layers" if streams is not None else "layers without calibration"):
         if streams is None:
             quantize_without_inputs(job, blocks, writer, walk.importance)
         else:
-            counts = quantize_layer(job, sublayers, writer)
+            result = quantize_layer(job, sublayers, writer)
         if walk.deliveries is not None:
             walk.deliveries.drain()
     with walk.timer.stage("copy"):
-        copy_kept(walk, layer)
+        copy_kept(walk, layer, result.foldings)
         records = _table_records([*writer.tensors, *quantize_tables(walk, layer)])
     with walk.timer.stage("sync"):
         _sync(walk)
@@ -186,7 +186,7 @@ def _layer(walk: Conversion, layer: int, streams: Streams | None, files: StreamF
         saved = streams is not None and layer < walk.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
-        experts = _expert_records(counts)
+        experts = _expert_records(result.counts)
         walk.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=experts))
         if saved:
             files.forget_before(layer)
@@ -200,7 +200,9 @@ def _layer_job(walk: Conversion, layer: int, streams: Streams | None, blocks: tu
     pairs = zip(walk.plan.outputs, walk.sinks, strict=True)
     return LayerJob(
         outputs=tuple(
-            OutputChoice(_methods(output, layer), frozenset(filter(sink.wants_importance, names)))
+            OutputChoice(
+                _methods(output, layer), frozenset(filter(sink.wants_importance, names)), _verbatim(output, layer)
+            )
             for output, sink in pairs
         ),
         weights=LayerWeights(
@@ -250,6 +252,12 @@ def _methods(output: OutputPlan, layer: int) -> dict[str, tuple[ChosenScheme, Me
         and not isinstance(decision.scheme, Float8Scheme)
         and decision.method is not None
     }
+
+
+def _verbatim(output: OutputPlan, layer: int) -> frozenset[str]:
+    """Tensors of a layer whose FP8 bytes an output takes over."""
+    decisions = (decision for decision in output.decisions.values() if decision.spec.layer == layer)
+    return frozenset(d.spec.official for d in decisions if d.action is Action.KEEP and d.scheme is not None)
 
 
 def _prefetch(walk: Conversion, layer: int) -> None:

@@ -205,7 +205,7 @@ class Case:
         with monkeypatch.context() as patch:
             for module in (dense_module, experts_module):
                 patch.setattr(module, "quantize_linears", note)
-            self.counts = quantize_layer(job, self.sublayers, self)
+            self.counts = quantize_layer(job, self.sublayers, self).counts
         return job
 
     def carried(self, name: str) -> Tensor:
