@@ -233,8 +233,6 @@ class ModelArch(Protocol):
     """Decoder layers that the main model runs (MTP layers not counted)."""
     hidden_size: int
     vocab_size: int
-    experts_per_token: int
-    """Routed experts that a token takes, 0 without any."""
     embed: str
     final_norm: str
     lm_head: str

@@ -37,7 +37,6 @@ class DeepseekV3:
         self.n_mtp_layers: int = self.config.num_nextn_predict_layers
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
-        self.experts_per_token: int = self.config.num_experts_per_tok
         self.lm_head: str = self.embed if self.config.tie_word_embeddings else "lm_head.weight"
 
     def tensors(self) -> Iterator[TensorSpec]:

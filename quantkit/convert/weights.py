@@ -48,6 +48,9 @@ class LayerWeights:
     ) -> None:
         self.carries_quantised = carries_quantised
         self._parts = parts
+        self._parts_of: dict[str, tuple[str, ...]] = {}
+        for part in parts.values():
+            self._parts_of[part.whole] = (*self._parts_of.get(part.whole, ()), part.name)
         self._source = source
         self.device = device
         self._narrow = narrow
@@ -97,7 +100,7 @@ class LayerWeights:
 
     def parts_of(self, name: str) -> tuple[str, ...]:
         """A linear's name and those of its parts."""
-        return (name, *(part.name for part in self._parts.values() if part.whole == name))
+        return (name, *self._parts_of.get(name, ()))
 
     def carry(self, name: str, batch: QuantizedBatch, folding: Folding = NO_FOLDING) -> None:
         """From now on the quantised stream computes with this linear, or with this part of one. ``folding``: what was

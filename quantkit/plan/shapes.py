@@ -105,7 +105,7 @@ class Work:
         taught = [] if calibration is None else [shape for role, shape in experts if role is not Role.MTP]
         return cls(
             hidden=arch.hidden_size,
-            top_k=arch.experts_per_token,
+            top_k=arch.serving().top_k,
             tokens=0 if calibration is None else tokens_of(calibration),
             length=0 if calibration is None else calibration.sequence_length,
             streams=streams_of(plan),

@@ -124,7 +124,7 @@ def test_a_group_gives_importance_of_what_every_output_keeps() -> None:
     outputs = (OutputChoice({"a": (scheme, method)}, frozenset({"kept"})), OutputChoice({}, frozenset({"a"})))
     stats = InputStats(hessian, None, (3,))
     result = quantize_group(GroupTask((Linears(("a",), weight),), ("kept", "dropped"), stats, outputs))
-    assert [one.name for one in result.importance] == ["a", "kept"]
+    assert [(one.output, one.name) for one in result.importance] == [(0, "kept"), (1, "a")]
     assert all(torch.equal(one.importance[0], torch.arange(64.0)) for one in result.importance)
     (made,) = result.quantised
     assert isinstance(made, Quantised)
