@@ -40,7 +40,7 @@ def _parts(n: int) -> Iterator[slice]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-class Recorder:
+class FileRecorder:
     """What `compare_all` hands over of the reference, on its way into a file."""
 
     def __init__(self, writer: ReferenceWriter) -> None:

@@ -15,12 +15,7 @@ from quantkit.documents.evaluation import Result
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.(.+)$")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,9})\.")
-_KINDS = (
-    ("self_attn.", "attention "),
-    ("mlp.experts.", "expert "),
-    ("mlp.shared_experts.", "shared "),
-    ("mlp.", "dense "),
-)
+_KINDS = (("self_attn.", "attention "), ("mlp.shared_experts.", "shared "), ("mlp.", "dense "))
 
 
 class LinearPlace(NamedTuple):
@@ -36,11 +31,11 @@ def place_of(name: str) -> LinearPlace:
     found = _LAYER.search(name)
     if found is None:
         return LinearPlace(None, _short(name.removeprefix("model.")), None)
-    rest = found[2]
-    expert = _EXPERT.search(rest)
+    layer, inside = int(found[1]), found[2]
+    expert = _EXPERT.search(inside)
     if expert is not None:
-        rest = _EXPERT.sub(lambda match: match[0].replace(match[1], ""), rest).replace("experts..", "experts.")
-    return LinearPlace(int(found[1]), _short(rest), None if expert is None else int(expert[1]))
+        return LinearPlace(layer, "expert " + _short(inside[expert.end() :]), int(expert[1]))
+    return LinearPlace(layer, _short(inside), None)
 
 
 def _short(name: str) -> str:

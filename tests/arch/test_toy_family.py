@@ -30,7 +30,8 @@ from quantkit.arch.base import (
 )
 from quantkit.arch.ops import linear, rms_norm
 from quantkit.errors import ConfigError, PlanError
-from quantkit.formats.layouts.compressed_tensors_source import CompressedTensorsSource
+from quantkit.formats.folder import FolderSource
+from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.plan.forecast import forecast
 from quantkit.runtimes.gpus import parse_gpus
 from quantkit.runtimes.vllm.memory import Fit
@@ -166,7 +167,7 @@ def test_it_is_converted(folder: Path, kind: str) -> None:
     rules = [{"match": "role:attention", **INT8}, int4("role:expert", kind)]
     run(folder, recipe_of(*rules, tokens=256 if kind == "gptq" else None), out)
     source = {name: tensor.float() for name, tensor in random_weights(CONFIG).items()}
-    with CompressedTensorsSource(out) as written:
+    with FolderSource(out, COMPRESSED_TENSORS.reader) as written:
         found = {name: written.read(name).float() for name in written.infos()}
     assert found.keys() == source.keys()
     for spec in Toy(CONFIG).tensors():
@@ -196,6 +197,6 @@ def test_it_fits_gpus_and_its_cache_is_divided(folder: Path) -> None:
     assert made.fits is not None
     found = made.fits[0].fit
     assert isinstance(found, Fit)
-    assert found.layout is not None
-    assert (found.layout.tensor_parallel, found.layout.context) == (2, 4096)
-    assert found.layout.kv_bytes_per_token == 2 * 2 * 128 * 2 // 2
+    assert found.placement is not None
+    assert (found.placement.tensor_parallel, found.placement.context) == (2, 4096)
+    assert found.placement.kv_bytes_per_token == 2 * 2 * 128 * 2 // 2
