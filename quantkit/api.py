@@ -46,7 +46,7 @@ def convert(
 
     ``base_dir``: where the recipe's relative text files lie (default: the recipe file's folder); ``memory_budget``: to
     stay within (default: 60 % of the machine's memory); ``jobs``: CPU threads; ``restart``: discard an unfinished job
-    and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: is told of each step,
+    and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: called with each step,
     such as `progress` makes.
 
     A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.
@@ -215,10 +215,10 @@ def report(
     from quantkit.documents.read import read_documents
     from quantkit.report.build import report_of
     from quantkit.report.markdown import markdown as markdown_of
-    from quantkit.report.outcomes import outcomes_of
+    from quantkit.report.scored import scored_checkpoints
 
     found = read_documents(_paths(documents))
-    contents = report_of(outcomes_of(found), title)
+    contents = report_of(scored_checkpoints(found), title)
     if out is not None:
         _check_place(Path(out))
         if Path(out).resolve() in (file.path.resolve() for file in found):

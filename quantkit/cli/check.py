@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit import api as commands
-from quantkit.cli.outcome import REFUSED, refusals, show_error
+from quantkit.cli.exit_codes import REFUSED, refusals, show_error
 from quantkit.errors import EvaluationError
 from quantkit.text.verdict import verdicts_text
 

@@ -10,8 +10,8 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.converted import next_text, program
+from quantkit.cli.exit_codes import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.options import AsJson, Device, DeviceOption, MemoryBudget, RecipeName, Source
-from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
 from quantkit.text.converted import report_document, report_text

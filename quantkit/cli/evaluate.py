@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from quantkit import api as commands
+from quantkit.cli.exit_codes import interruptible, refusals
 from quantkit.cli.options import AsJson, Device, DeviceOption, size
-from quantkit.cli.outcome import interruptible, refusals
 from quantkit.cli.render import show_json
 from quantkit.text.evaluation import evaluation_text
 from quantkit.text.progress import progress

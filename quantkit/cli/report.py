@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit import api as commands
-from quantkit.cli.outcome import refusals
+from quantkit.cli.exit_codes import refusals
 
 
 def report(

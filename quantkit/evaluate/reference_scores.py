@@ -51,7 +51,7 @@ class FileRecorder:
         self._writer.routings(layer, routings)
 
     def logits(self, head: Head, tokens: Tensor, first: int) -> None:
-        """Everything behind the last layer. tokens (n_rows, length); scored from position ``first`` on."""
+        """Everything after the last layer. tokens (n_rows, length); scored from position ``first`` on."""
         scored = self._writer.scored
         for start, stop in _groups(len(tokens), scored):
             inputs = head.final(start, stop, first)

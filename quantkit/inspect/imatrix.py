@@ -16,7 +16,7 @@ from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.gguf.imatrix import Imatrix
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.safetensors.header import printable
-from quantkit.inspect.holdings import counted
+from quantkit.inspect.storage import counted
 
 IMATRIX_NAME = "imatrix.gguf"
 

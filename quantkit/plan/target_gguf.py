@@ -53,7 +53,7 @@ class GgufTarget:
 
     @property
     def companion_bytes(self) -> int:
-        """Of imatrix.gguf."""
+        """Bytes of imatrix.gguf."""
         calibrated = self._recipe.calibration is not None and self._output.imatrix
         return sum(tensor.nbytes for entry in self._importance_entries() for tensor in entry.tensors()) * calibrated
 

@@ -57,7 +57,7 @@ def _llama_lines(found: LlamaFit) -> list[str]:
 
 
 def fit_document(found: OutputFit) -> Mapping[str, object]:
-    """For --json. Bytes a GPU: of the stages under vLLM, of every GPU under llama.cpp."""
+    """The fit of one output for --json. Bytes a GPU: of the stages under vLLM, of every GPU under llama.cpp."""
     fit_, command = found.fit, found.command
     document = _llama_document(fit_) if isinstance(fit_, LlamaFit) else _vllm_document(fit_)
     if command:

@@ -1,7 +1,7 @@
 """Where an evaluation got worse: the layer, the expert, the linear.
 
-Three kinds of evidence. The hidden error behind each layer, paired by windows. The error of each expert's tokens
-against that of its peers in the same layer: a damaged expert stands out there whichever step damaged it. And
+Three kinds of evidence. The error of the hidden state after each layer, paired by windows. The error of each expert's
+tokens against that of its peers in the same layer: a damaged expert stands out there whichever step damaged it. And
 relative_loss of each linear as the conversion itself reported it, which sees a weaker quantiser where scores do not
 yet.
 """
@@ -34,7 +34,8 @@ _EPSILON = 1e-7
 
 
 def layer_check(was: Windows, found: Windows, old: Sequence[Layer], new: Sequence[Layer], limits: Limits) -> Check:
-    """The hidden error behind each layer. A failure shows the first layer that is worse: later ones inherit it."""
+    """The error of the hidden state after each layer. A failure shows the first layer that is worse: later ones inherit
+    it."""
     sigmas = of_many(limits.sigmas, len(old))
     pairs = [paired(*values) for values in zip(was.layers, found.layers, strict=True)]
     spread = limits.layer_spread
@@ -44,10 +45,10 @@ def layer_check(was: Windows, found: Windows, old: Sequence[Layer], new: Sequenc
     shown = worse[0] if worse else closest
     detail = _agreement(old[shown], new[shown])
     if len(worse) > 1:
-        detail = "; ".join(filter(None, (f"worse behind {len(worse)} layers, first here", detail)))
+        detail = "; ".join(filter(None, (f"worse after {len(worse)} layers, first here", detail)))
     return Check(
         name="hidden error",
-        place=f"behind layer {old[shown].layer}",
+        place=f"after layer {old[shown].layer}",
         was=f"{math.sqrt(max(pairs[shown].was, 0)):.5f}",
         found=f"{math.sqrt(max(pairs[shown].found, 0)):.5f}",
         change=percent(_root_change(pairs[shown], pairs[shown].change)),
@@ -85,7 +86,7 @@ class _Growth:
 
     @property
     def ratio(self) -> float:
-        """Above 1: worse than luck."""
+        """The growth as a multiple of its limit: above 1 it is worse than chance."""
         return of_limit(self.excess, self.bound)
 
     @property
@@ -123,7 +124,7 @@ def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterato
 
 
 def _places_check(name: str, places: Sequence[_Growth]) -> Check:
-    """One line for all: the worst of those that are beyond luck, or the one that is nearest to it."""
+    """One line for all: the worst of those that are beyond chance, or the one that is nearest to its limit."""
     ranked = sorted(places, key=lambda place: -place.ratio)
     worse = [place for place in ranked if place.ratio > 1]
     shown = worse[0] if worse else ranked[0]

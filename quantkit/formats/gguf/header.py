@@ -23,7 +23,7 @@ from quantkit.formats.safetensors.header import open_regular, printable
 MAX_HEADER_BYTES = 200_000_000
 """V3's is about 5 MB, most of it the tokenizer."""
 MAX_ITEMS = 4_000_000
-"""Of all arrays of a file together. A vocabulary of 256k with scores, types and merges has about 1.3 M."""
+"""Most items of all arrays of a file together. A vocabulary of 256k with scores, types and merges has about 1.3 M."""
 MAX_TENSORS = 200_000
 MAX_KEYS = 65_536
 MAX_KEY_BYTES = 65_535

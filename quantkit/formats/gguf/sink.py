@@ -147,7 +147,7 @@ class GgufSink:
         return name in self._places and self._places[name].name in self._importance
 
     def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
-        """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: behind each row.
+        """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: tokens of each row.
 
         One row for a tensor of several heads: all of them read the same.
         """

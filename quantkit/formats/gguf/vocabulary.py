@@ -19,7 +19,7 @@ from quantkit.formats.gguf.values import Value, array, boolean, string, strings,
 
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 24
-"""Of the small files. The largest tokenizer.json of a released model is some 35 MB."""
+"""Largest of the small files that is read. The largest tokenizer.json of a released model is some 35 MB."""
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """enum llama_token_type."""
@@ -233,8 +233,8 @@ def _special_values(
 def _special_id(
     folder: Path, entry: str, settings: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int
 ) -> int | None:
-    """By the text in tokenizer_config.json (null: there is none), else by the number in config.json or
-    generation_config.json; of several the first."""
+    """Id of a special token: by its text in tokenizer_config.json (null: there is none), else by the number in
+    config.json or generation_config.json; the first of several."""
     if entry in settings:
         text = settings[entry]
         if isinstance(text, dict):
@@ -333,6 +333,6 @@ def _malformed(path: Path, fault: str) -> SourceError:
 
 
 def _shown(value: object) -> str:
-    """At most some 60 characters, in one line."""
+    """A value for a message: at most some 60 characters, in one line."""
     text = ascii(value) if not isinstance(value, (dict, list)) else type(cast("object", value)).__name__
     return text if len(text) <= 60 else text[:57] + "..."
