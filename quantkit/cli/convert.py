@@ -32,7 +32,7 @@ def convert(
     restart: Annotated[
         bool,
         typer.Option(
-            "--restart/--resume", help="Start anew and replace OUT; the default goes on where a killed run stopped."
+            "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
@@ -40,7 +40,7 @@ def convert(
 ) -> None:
     """Quantise a checkpoint by a recipe, layer by layer, and check the result against the original.
 
-    A killed run continues with the same command, and its files are the same bytes as those of an unbroken one.
+    A killed run resumes with the same command, and its files are byte for byte those of a run without interruption.
     """
     with refusals():
         if dry_run:

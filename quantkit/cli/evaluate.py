@@ -104,7 +104,7 @@ def evaluate(
     times: Times = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score checkpoints of any format against their reference: perplexity, KL divergence, what each layer does.
+    """Score checkpoints of any format against their reference: perplexity, KL divergence, errors by layer.
 
     All models go through the same text together, weights of one layer of one model at a time.
     """
