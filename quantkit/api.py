@@ -46,7 +46,7 @@ def convert(
 
     ``base_dir``: where the recipe's relative text files lie (default: the recipe file's folder); ``memory_budget``: to
     stay within (default: 60 % of the machine's memory); ``jobs``: CPU threads; ``restart``: discard an unfinished job
-    and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: called with each step,
+    and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: is told of each step,
     such as `progress` makes.
 
     A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.

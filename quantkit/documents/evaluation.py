@@ -190,7 +190,7 @@ class Evaluation(DocumentPart):
     def __repr__(self) -> str:
         """One line, without the thousands of numbers by window and layer."""
         scores = [(c.model.name, c.result.overall) for c in self.candidates]
-        each = [f"{name}: perplexity {o.perplexity.shown(4)}, mean KLD {_shown(o.kld)}" for name, o in scores]
+        each = [f"{name}: perplexity {o.perplexity.shown(4)}, mean KLD {_estimate(o.kld)}" for name, o in scores]
         return f"<Evaluation of {'; '.join(each) or 'no candidate'}; reference {self.reference.name}>"
 
     __str__ = __repr__
@@ -204,5 +204,5 @@ class Evaluation(DocumentPart):
         return json_text(self.document())
 
 
-def _shown(kld: Divergence) -> str:
+def _estimate(kld: Divergence) -> str:
     return estimate(kld.mean, kld.standard_error, 5)

@@ -1,6 +1,6 @@
 """What a GGUF model holds: metadata that matters, weights by role and type, and what is unusual about it. Headers only.
 
-Files of every architecture are listed by type; those of ``deepseek2`` by role too, and held against the tensors that
+Files of every architecture are listed by type; those of ``deepseek2`` by role too, and compared with the tensors that
 their own metadata describes.
 """
 

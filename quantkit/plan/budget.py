@@ -10,7 +10,7 @@ from quantkit.plan.recipe import parse_size
 DEVICES = ("auto", "cpu", "cuda")
 LEAST_BUDGET = 2**28
 DEFAULT_SHARE = 0.6
-"""Share of the physical memory that is the budget when none is given."""
+"""Of the physical memory, when no budget is given."""
 
 
 def check_device(device: str) -> None:

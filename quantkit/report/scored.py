@@ -17,7 +17,7 @@ from quantkit.documents.values import Mean
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A checkpoint against its reference, whoever measured. ``text``: the same for scores that can be compared, because
+    """Scores of a checkpoint against its reference. ``text``: the same for scores that can be compared, because
     the same tokens of the same reference were scored. ``quantiles``: (share of tokens with less, KLD in nats);
     ``lower_bound``: the true KLD is larger."""
 
@@ -56,7 +56,7 @@ class LabelledEvaluation:
 
 @dataclass(frozen=True, slots=True)
 class ScoredCheckpoint:
-    """A checkpoint: its size and, if somebody measured, its scores. A checkpoint that two evaluations scored on
+    """A checkpoint: its size and, if it was measured, its scores. A checkpoint that two evaluations scored on
     different text is listed twice."""
 
     label: str

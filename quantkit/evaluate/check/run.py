@@ -15,7 +15,7 @@ from quantkit.documents.baseline import Baseline, ConversionLosses
 from quantkit.documents.evaluation import Candidate, Evaluation
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.check.baseline import by_name, has_layers, windows_of
-from quantkit.evaluate.check.places import expert_check, layer_check, loss_checks
+from quantkit.evaluate.check.locate import expert_check, layer_check, loss_checks
 from quantkit.evaluate.check.statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check.verdict import Check, Limits, Verdict, percent
 from quantkit.formats.safetensors.header import printable

@@ -1,7 +1,7 @@
 """The header of a GGUF file, read as if an enemy had written it: no weights, no torch.
 
 What enters is a path; what leaves is the key-values and one `TensorEntry` per tensor, or a `SourceError` of one line.
-Every count and length is held against the bytes that are left in the file before anything is allocated; after that
+Every count and length is compared with the bytes that are left in the file before anything is allocated; after that
 every tensor is known to lie inside the file, to overlap no other and to be as long as its shape and type say.
 """
 
