@@ -9,7 +9,7 @@ states before it to the hidden states after it and to the last packed byte in th
 in memory (--folder), so a disk's time comes on top where it is slower than the computation.
 
 Cases: GPTQ int4 g128 with activation order and the weighted scale search (what the peers do); the same with the cross
-term (an unquantised stream goes along); and the default, which polishes too. Stage times come from a run of
+term (an unquantised stream goes along); and the default, which adds coordinate descent. Stage times come from a run of
 their own with a synchronisation around every stage; their sum is a little more than the layer's time.
 `--peers` runs gptqmodel's and llm-compressor's own functions on one of the experts in the same process
 (`benchmarks/peers/on_gpu.py`). `--scale 8` divides the sizes, to try the script anywhere with a GPU.

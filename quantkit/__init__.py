@@ -21,7 +21,7 @@ import quantkit.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from quantkit.api import check, convert, evaluate, inspect, plan, report, update_baseline
 from quantkit.errors import QuantkitError
-from quantkit.text.shown import document, text
+from quantkit.text.result import document, text
 from quantkit.version import __version__
 
 if TYPE_CHECKING:

@@ -222,10 +222,10 @@ def report(
     from quantkit.documents.read import read_documents
     from quantkit.report.build import report_of
     from quantkit.report.markdown import markdown as markdown_of
-    from quantkit.report.outcomes import outcomes_of
+    from quantkit.report.scored import scored_checkpoints
 
     found = read_documents(_paths(documents))
-    contents = report_of(outcomes_of(found), title)
+    contents = report_of(scored_checkpoints(found), title)
     if out is not None:
         _check_place(Path(out))
         if Path(out).resolve() in (file.path.resolve() for file in found):

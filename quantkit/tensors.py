@@ -132,7 +132,7 @@ def stacked_shape(shape: tuple[int, ...], expert: int | None, n_experts: int) ->
 
 
 class TensorSource(Protocol):
-    """A checkpoint whose tensors are known from headers alone. Bytes move only in `read` and `read_rows`.
+    """A checkpoint whose tensors are known from headers alone. Bytes move only in `read`.
 
     A source shows *decoded* tensors: an FP8-block weight appears as one BF16 tensor (its scale is not listed).
     """
@@ -153,7 +153,7 @@ class TensorSource(Protocol):
 
 
 class RowSource(TensorSource, Protocol):
-    """A source that reads single rows of a matrix."""
+    """A source that also reads single rows of a matrix: there bytes move in `read_rows`, too."""
 
     def read_rows(self, name: str, indices: list[int]) -> torch.Tensor:
         """Rows of the first dimension, in the order asked for."""

@@ -121,7 +121,7 @@ class DeepseekV3:
         return DeepseekV3Gguf(self.config)
 
     def serving(self) -> ServingSizes:
-        """With the latent and the rotated key in the cache, which all heads read."""
+        """Sizes with the latent and the rotated key in the KV cache, which all heads share."""
         c = self.config
         latent, rotated = c.kv_lora_rank, c.qk_rope_head_dim
         return ServingSizes(

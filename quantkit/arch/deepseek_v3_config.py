@@ -16,7 +16,8 @@ Size = Annotated[int, Field(gt=0, le=2**24)]
 Count = Annotated[int, Field(gt=0, le=2**16)]
 
 LATENT_NORM_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm whatever ``rms_norm_eps`` says, in the official code and in transformers."""
+"""Epsilon of q_a_layernorm and kv_a_layernorm, whatever ``rms_norm_eps`` says, in the official code and in
+transformers."""
 
 
 class DeepseekV3Config(BaseModel):

@@ -83,7 +83,7 @@ class Mlp:
 
     @classmethod
     def named(cls, prefix: str, names: MlpNames) -> Mlp:
-        """Of the MLP whose tensor names start with ``prefix`` ("model.layers.0.mlp.")."""
+        """The names of the MLP whose tensors start with ``prefix`` ("model.layers.0.mlp.")."""
         return cls(*(f"{prefix}{name}.weight" for name in (names.gate, names.up, names.down)))
 
 

@@ -24,7 +24,7 @@ def in_parts(arch: ModelArch) -> tuple[TensorSpec, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class GgufEntry:
     """One tensor of a GGUF file. ``shape`` in numpy's order; ``first``: the tensor that it holds, or the first of the
     experts that are stacked in it."""
 
@@ -39,9 +39,7 @@ class StoredTensor:
         return self.shape[0] if len(self.shape) == 3 else 1
 
 
-def stored_tensors(
-    specs: Iterable[TensorSpec], model: GgufModel, n_experts: int | None = None
-) -> dict[str, StoredTensor]:
+def stored_tensors(specs: Iterable[TensorSpec], model: GgufModel, n_experts: int | None = None) -> dict[str, GgufEntry]:
     """Tensors of a file by GGUF name, in order of first appearance. ``specs``: as of `in_parts`.
 
     ``n_experts``: of each stacked tensor, if it is not the number of experts among ``specs``.
@@ -53,8 +51,6 @@ def stored_tensors(
         first.setdefault(name, (spec, expert))
         experts[name] = experts.get(name, 0) + 1
     return {
-        name: StoredTensor(
-            name, stacked_shape(spec.shape, expert, n_experts or experts[name]), spec, expert is not None
-        )
+        name: GgufEntry(name, stacked_shape(spec.shape, expert, n_experts or experts[name]), spec, expert is not None)
         for name, (spec, expert) in first.items()
     }

@@ -57,7 +57,7 @@ class ImportanceFile:
 
     @property
     def sha256(self) -> str:
-        """Of the file, in hex."""
+        """sha256 of the file, in hex."""
         return sha256_of(self.imatrix.path)
 
     def lacks(self, name: str) -> bool:

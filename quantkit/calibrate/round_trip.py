@@ -76,7 +76,7 @@ def _characters(texts: Sequence[str]) -> Counter[str]:
 
 
 def _worst(before: Counter[str], after: Counter[str]) -> _Loss | None:
-    """Of the kinds of characters that are lost beyond what is tolerated, the one with most of them."""
+    """The most frequent kind of characters among those that lose more than is tolerated."""
     total: Counter[str] = Counter()
     lost: Counter[str] = Counter()
     for character, count in before.items():

@@ -37,7 +37,7 @@ def start(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Stream a Mixture-of-Experts checkpoint larger than memory through quantisation, and prove the result."""
+    """Stream a Mixture-of-Experts checkpoint larger than memory through quantisation, and measure the result."""
 
 
 app.command("convert")(convert.convert)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit import api as commands
-from quantkit.cli.outcome import REFUSED, refusals, show_error
+from quantkit.cli.exit_codes import REFUSED, refusals, show_error
 from quantkit.errors import EvaluationError
 from quantkit.text.verdict import verdicts_text
 
@@ -46,7 +46,7 @@ Sigmas = Annotated[
         min=1,
         max=20,
         metavar="N",
-        help="A difference within so many standard deviations (paired windows, and the seed) counts as noise.",
+        help="A difference of up to so many standard deviations (of paired windows, and of the seed) counts as noise.",
     ),
 ]
 Spread = Annotated[
@@ -68,13 +68,16 @@ MaxPerplexityIncrease = Annotated[
         "--max-perplexity-increase",
         parser=share,
         metavar="SHARE",
-        help="Also fail if the perplexity is so far above the reference's.",
+        help="Also fail if the perplexity exceeds the reference's by more than this share.",
     ),
 ]
 MaxSizeIncrease = Annotated[
     float,
     typer.Option(
-        "--max-size-increase", parser=share, metavar="SHARE", help="How much the tensors may grow over the baseline's."
+        "--max-size-increase",
+        parser=share,
+        metavar="SHARE",
+        help="Largest growth of the tensors' bytes over the baseline's.",
     ),
 ]
 Losses = Annotated[

@@ -10,8 +10,8 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.converted import next_text, program
+from quantkit.cli.exit_codes import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.options import AsJson, Device, DeviceOption, MemoryBudget, RecipeName, Source
-from quantkit.cli.outcome import REFUSED, interruptible, refusals, show_error
 from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
 from quantkit.text.converted import report_document, report_text
@@ -32,7 +32,7 @@ def convert(
     restart: Annotated[
         bool,
         typer.Option(
-            "--restart/--resume", help="Start anew and replace OUT; the default goes on where a killed run stopped."
+            "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
@@ -40,7 +40,7 @@ def convert(
 ) -> None:
     """Quantise a checkpoint by a recipe, layer by layer, and check the result against the original.
 
-    A killed run continues with the same command, and its files are the same bytes as those of an unbroken one.
+    A killed run resumes with the same command, and its files are byte for byte those of a run without interruption.
     """
     with refusals():
         if dry_run:

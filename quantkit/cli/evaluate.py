@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from quantkit import api as commands
+from quantkit.cli.exit_codes import interruptible, refusals
 from quantkit.cli.options import AsJson, Device, DeviceOption, size
-from quantkit.cli.outcome import interruptible, refusals
 from quantkit.cli.render import show_json
 from quantkit.text.evaluation import evaluation_text
 from quantkit.text.progress import progress
@@ -104,7 +104,7 @@ def evaluate(
     times: Times = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score checkpoints of any format against their reference: perplexity, KL divergence, what each layer does.
+    """Score checkpoints of any format against their reference: perplexity, KL divergence, errors by layer.
 
     All models go through the same text together, weights of one layer of one model at a time.
     """

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from quantkit import api as commands
+from quantkit.cli.exit_codes import refusals
 from quantkit.cli.options import AsJson
-from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
 from quantkit.text.inspection import inspection_document, inspection_text
 

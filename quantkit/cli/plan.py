@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 
 from quantkit import api as commands
+from quantkit.cli.exit_codes import refusals
 from quantkit.cli.options import AsJson, Context, ConvertOn, GpuOption, MemoryBudget, RecipeName, Source
-from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
 from quantkit.plan.hardware import Gpu
 from quantkit.runtimes.gpus import Gpus

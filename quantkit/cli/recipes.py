@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.exit_codes import refusals
 from quantkit.cli.options import AsJson
-from quantkit.cli.outcome import refusals
 from quantkit.cli.render import show_json
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.recipe_file import recipe_path, schema_of, shipped_recipes

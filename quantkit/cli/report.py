@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit import api as commands
-from quantkit.cli.outcome import refusals
+from quantkit.cli.exit_codes import refusals
 
 
 def report(
@@ -30,7 +30,7 @@ def report(
     ] = False,
     title: Annotated[str | None, typer.Option("--title", help="Heading. Default: what the checkpoints are.")] = None,
 ) -> None:
-    """Explain what conversions and evaluations found, in one HTML file that needs no network, or as markdown.
+    """Show what conversions did and evaluations measured, in one HTML file that needs no network, or as markdown.
 
     Sizes by role, loss of each layer and projection, tokens of each expert, divergence from the original, size against
     quality of several outputs, recipe, provenance. Only the JSON documents are read, not the weights.

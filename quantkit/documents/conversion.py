@@ -66,7 +66,7 @@ class StoredRole(DocumentPart):
     tensors: Count
     parameters: Count
     nbytes: Count
-    """Of tensor data, scales included."""
+    """Bytes of tensor data, scales included."""
 
 
 class CalibrationFile(DocumentPart):
@@ -117,7 +117,7 @@ class ConversionDocument(DocumentPart):
     """By layer and block of routed experts."""
     tensors: dict[str, LinearRecord]
     sha256: dict[str, str] = Field(default_factory=dict)
-    """Of each file of the checkpoint but this one and README.md."""
+    """sha256 (hex) of each file of the checkpoint but this one and README.md."""
 
     def to_json(self) -> str:
         """The file's text. What was left out when the document was made stays out."""

@@ -16,8 +16,8 @@ from quantkit.documents.json_text import json_text
 from quantkit.documents.values import Count, DocumentPart, Mean, Number, estimate
 
 SCHEMA_VERSIONS = (1, 2)
-"""Of the document: 2 has `Windows`, the domain of each window and errors by expert. Reports take what they know of a
-later one."""
+"""Versions of the document: 2 has `Windows`, the domain of each window and errors by expert. Reports take what they
+know of a later one."""
 HISTOGRAM_EDGES = tuple(10.0 ** (quarter / 4) for quarter in range(-28, 9))
 """Nats per token, 1e-7 to 100, four bins in each power of ten."""
 
@@ -45,7 +45,7 @@ class Scores(DocumentPart):
     reference_perplexity: Mean
     """exp of the mean loss; its error by the delta method."""
     perplexity: Mean
-    """Of the candidate."""
+    """Perplexity of the candidate."""
     log_ratio: Mean
     """ln(candidate's / reference's perplexity), paired: windows that both find hard do not widen its error."""
     kld: Divergence
@@ -56,7 +56,7 @@ class Scores(DocumentPart):
 
 
 class Layer(DocumentPart):
-    """A candidate behind one decoder layer, over all tokens of the windows."""
+    """A candidate's hidden states after one decoder layer, over all tokens of the windows."""
 
     layer: Count
     hidden_error: Number
@@ -70,15 +70,16 @@ class Layer(DocumentPart):
 
 
 class Windows(DocumentPart):
-    """Means over the tokens of each window, in the text's order, seven significant digits: what it takes to hold two
-    evaluations of the same text against each other in pairs."""
+    """Means over the tokens of each window, in the text's order, seven significant digits: enough to compare
+    two evaluations of the same text window by window."""
 
     loss: tuple[Number, ...]
-    """Of the candidate, nats per token."""
+    """Mean loss of the candidate, nats per token."""
     kld: tuple[Number, ...]
     same_top: tuple[Number, ...]
     layers: tuple[tuple[Number, ...], ...]
-    """Of each decoder layer the mean of |x' - x|^2 / |x|^2: the mean over windows is the square of ``hidden_error``."""
+    """For each decoder layer the mean of |x' - x|^2 / |x|^2: the mean over windows is the square of
+    ``hidden_error``."""
 
 
 class Result(DocumentPart):
@@ -153,7 +154,7 @@ class ReferenceFile(DocumentPart):
     path: str
     versions: dict[str, str] = Field(default_factory=dict)
     device: str = ""
-    """Of the run that wrote it."""
+    """Device of the run that wrote it."""
     top: Count
     """Most likely tokens of each position whose logits it holds."""
     mean_rest: Number = math.nan
@@ -176,12 +177,12 @@ class Evaluation(DocumentPart):
     protocol: ScoringProtocol
     text: tuple[EvaluationText, ...] = ()
     tokens_sha256: str = ""
-    """Of all windows' token ids (int32): the same for evaluations that can be compared."""
+    """sha256 (hex) of all windows' token ids (int32): the same for evaluations that can be compared."""
     reference: CheckpointFacts
     noise_floor: NoiseFloor | None = None
     candidates: tuple[Candidate, ...]
     window_domains: tuple[str, ...] = ()
-    """Of each window the domain it belongs to."""
+    """For each window the domain that it belongs to."""
     reference_file: ReferenceFile | None = None
     seconds: dict[str, float] | None = None
     """Wall seconds by stage, only if asked for: without them the same job gives the same bytes."""
@@ -189,7 +190,7 @@ class Evaluation(DocumentPart):
     def __repr__(self) -> str:
         """One line, without the thousands of numbers by window and layer."""
         scores = [(c.model.name, c.result.overall) for c in self.candidates]
-        each = [f"{name}: perplexity {o.perplexity.shown(4)}, mean KLD {_shown(o.kld)}" for name, o in scores]
+        each = [f"{name}: perplexity {o.perplexity.shown(4)}, mean KLD {_estimate(o.kld)}" for name, o in scores]
         return f"<Evaluation of {'; '.join(each) or 'no candidate'}; reference {self.reference.name}>"
 
     __str__ = __repr__
@@ -203,5 +204,5 @@ class Evaluation(DocumentPart):
         return json_text(self.document())
 
 
-def _shown(kld: Divergence) -> str:
+def _estimate(kld: Divergence) -> str:
     return estimate(kld.mean, kld.standard_error, 5)

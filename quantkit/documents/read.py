@@ -19,7 +19,8 @@ from quantkit.formats.safetensors.header import printable
 
 CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
 MAX_BYTES = 256 * 2**20
-"""Of a document. DeepSeek V3's quantkit.json has 10 MB, its evaluation of ten thousand windows less than 30."""
+"""Largest document that is read. DeepSeek V3's quantkit.json has 10 MB, its evaluation of ten thousand windows less
+than 30."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class ReferenceRecord(DocumentPart):
     config: dict[str, object]
     """Raw config.json."""
     tokenizer_sha256: str | None
-    """Of its tokenizer.json."""
+    """sha256 (hex) of the reference's tokenizer.json."""
     protocol: ScoringProtocol
     text: tuple[EvaluationText, ...]
     window_domains: tuple[str, ...]

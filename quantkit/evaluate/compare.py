@@ -1,8 +1,8 @@
 """Candidates against their reference, all streamed side by side through the same text.
 
 Weights of one layer (of one expert) at a time for each; hidden states in stores that may lie on disk. After each layer
-the candidates' hidden states and choices of experts are held against the reference's; after the last one `token_scores`
-takes the vocabulary in blocks.
+the candidates' hidden states and choices of experts are compared with the reference's; after the last one
+`token_scores` takes the vocabulary in blocks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class LayerScore:
-    """A candidate behind one layer. ``hidden_error``: root of the mean over tokens of |x' - x|^2 / |x|^2, x being the
+    """A candidate after one layer. ``hidden_error``: root of the mean over tokens of |x' - x|^2 / |x|^2, x being the
     hidden state; ``window_errors``: that mean, not its root, of each window; ``expert_errors``: the root over those
     tokens which the reference sends to each routed expert (NaN: to none), ``expert_tokens`` of them;
     ``router_agreement``: share of the reference's chosen experts that the candidate chose too. Without routed experts
@@ -72,14 +72,14 @@ class Comparison:
 
 
 class Recorder(Protocol):
-    """Somebody who wants to know what the reference does."""
+    """Takes what is to be kept of the reference while it is computed."""
 
     def routings(self, layer: int, routings: Sequence[Tensor]) -> None:
         """Experts chosen in a layer: indices (tokens, top_k) of each of its blocks."""
         ...
 
     def logits(self, head: Head, tokens: Tensor, first: int) -> None:
-        """The model behind its last layer, with tokens (n_rows, length), scored from position ``first`` on."""
+        """The model after its last layer, with tokens (n_rows, length), scored from position ``first`` on."""
         ...
 
 
@@ -106,7 +106,7 @@ class Stream:
                 self.x.write(start, self.model.at_border(self.x.read(start, stop)))
 
     def head(self) -> Head:
-        """What is left behind the last layer."""
+        """The model after its last layer."""
         return Head(self.arch, self.model.weights, self.model.head_rows, self.x, self.model.device)
 
 

@@ -1,4 +1,4 @@
-"""What a running evaluation tells whoever watches it."""
+"""Events of a running evaluation, for progress displays."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ OnEvaluation = Callable[[EvaluationEvent], None]
 
 
 def ignore(event: EvaluationEvent) -> None:
-    """Listens to nothing."""
+    """Do nothing with an event."""

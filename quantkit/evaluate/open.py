@@ -142,7 +142,7 @@ def _stored_dtype(source: Fp8Source, arch: ModelArch) -> str:
 
 
 def tokenizer_sha256(folder: Path) -> str | None:
-    """Of tokenizer.json, if it is there."""
+    """sha256 (hex) of the folder's tokenizer.json, None if there is none."""
     path = folder / _TOKENIZER
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 

@@ -214,7 +214,7 @@ def _reserve(fd: int, nbytes: int) -> None:
 
 
 def is_reference_file(path: Path) -> bool:
-    """By the metadata at its start."""
+    """Whether a file holds the statistics of a reference, by the metadata at its start."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -319,7 +319,7 @@ class ReferenceStatistics:
             raise self._refusal("its record names other windows than it holds")
 
     def _read(self, name: str, first: int, last: int | None) -> Tensor:
-        """All of a tensor (last None), or scored positions [first, last) of it, flat over the windows."""
+        """The whole of a tensor (last None), or scored positions [first, last) of it, flat over the windows."""
         import torch
 
         stored: StoredTensor = self._stored[name]

@@ -38,7 +38,7 @@ def _parts(n: int) -> Iterator[slice]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-class Recorder:
+class FileRecorder:
     """What `compare_all` hands over of the reference, on its way into a file."""
 
     def __init__(self, writer: ReferenceWriter) -> None:
@@ -49,7 +49,7 @@ class Recorder:
         self._writer.routings(layer, routings)
 
     def logits(self, head: Head, tokens: Tensor, first: int) -> None:
-        """Everything behind the last layer. tokens (n_rows, length); scored from position ``first`` on."""
+        """Everything after the last layer. tokens (n_rows, length); scored from position ``first`` on."""
         scored = self._writer.scored
         for start, stop in _groups(len(tokens), scored):
             inputs = head.final(start, stop, first)

@@ -31,7 +31,7 @@ from quantkit.evaluate.events import EvaluationStarted, LayerPassed, OnEvaluatio
 from quantkit.evaluate.open import Evaluated
 from quantkit.evaluate.prepare import AgainstFile, AgainstFolder
 from quantkit.evaluate.reference_file import TOP, ReferenceStatistics, ReferenceWriter
-from quantkit.evaluate.reference_scores import Recorder
+from quantkit.evaluate.reference_scores import FileRecorder
 from quantkit.evaluate.statistics import result_of
 from quantkit.evaluate.stream import EvaluationRun, device_name
 from quantkit.evaluate.validation import BF16_ROUNDING
@@ -88,7 +88,7 @@ class _Job:
                     tokens,
                     protocol.context - 1 - protocol.scored_per_window,
                     noise_floor=self.noise_floor,
-                    recorder=None if writer is None else Recorder(writer),
+                    recorder=None if writer is None else FileRecorder(writer),
                 )
             results = [result_of(comparison, opened.windows.domains) for comparison in found]
             floor = NoiseFloor(rounding=BF16_ROUNDING, result=results.pop(0)) if self.noise_floor else None

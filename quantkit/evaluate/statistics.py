@@ -48,7 +48,7 @@ def _rounded(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def scores_of(tokens: TokenScores) -> Scores:
-    """All windows of ``tokens``."""
+    """Scores over all windows of ``tokens``."""
     reference, candidate = tokens.reference_nll, tokens.candidate_nll
     change = ((-candidate).exp() - (-reference).exp()).square()
     return Scores(
@@ -110,6 +110,6 @@ def _exp(loss: Mean) -> Mean:
 
 
 def _root(square: Mean) -> Mean:
-    """By the delta method; a root of zero has no error."""
+    """Square root of a mean, its error by the delta method, which has none for zero: there the square's is kept."""
     root = math.sqrt(square.mean)
     return Mean(mean=root, standard_error=square.standard_error / (2 * root) if root else square.standard_error)

@@ -1,4 +1,4 @@
-"""Losses, KL divergence and first choices of candidates against their reference, from the hidden states behind the last
+"""Losses, KL divergence and first choices of candidates against their reference, from the hidden states after the last
 layer; the vocabulary in blocks, so that no token's logits exist as a whole.
 
 For each position, in one pass over the blocks:
@@ -39,14 +39,15 @@ class TokenScores:
     same_top: Tensor
 
     def rows(self, chosen: Sequence[int]) -> TokenScores:
-        """Of some rows only."""
+        """The scores of some rows."""
         index = torch.tensor(list(chosen), dtype=torch.int64)
         return TokenScores(self.reference_nll[index], self.candidate_nll[index], self.kld[index], self.same_top[index])
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A model behind its last layer: what is left to compute. Fields as of `compare.Model`; ``x``: hidden states."""
+    """A model's hidden states after its last layer, and what computes logits of them. Fields as of `compare.Model`;
+    ``x``: hidden states."""
 
     arch: ModelArch
     weights: Weights

@@ -78,7 +78,7 @@ def summarise(scores: TokenScores) -> ValidationScores:
 
 
 def _mean(values: Tensor) -> Mean:
-    """Of the windows' means."""
+    """Mean and standard error of the windows' means."""
     n = len(values)
     error = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
     return Mean(mean=float(values.mean()), standard_error=error)

@@ -37,7 +37,7 @@ class PackedLinear(Protocol):
 
     @property
     def info(self) -> TensorInfo:
-        """As it appears: official name, (out, in), F32."""
+        """The tensor as the source lists it: official name, (out, in), F32."""
         ...
 
     @property
@@ -305,7 +305,8 @@ class FolderSource:
         return name
 
     def _decoded_infos(self) -> Iterator[TensorInfo]:
-        """In file order; a linear in the place of its first part. Linears may share parts, as stacked experts do."""
+        """The tensors in file order, a linear at the position of its first part. Linears may share parts, as stacked
+        experts do."""
         owners: dict[str, list[str]] = {}
         for name, linear in self._linears.items():
             for stored in linear.parts:

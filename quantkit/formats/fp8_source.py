@@ -76,7 +76,7 @@ class Fp8Source:
         return name in self._float8
 
     def float8_infos(self, name: str) -> tuple[TensorInfo, TensorInfo]:
-        """The stored pair behind an FP8 weight: codes and scale."""
+        """The two tensors that store an FP8 weight: codes and scale."""
         stored = self.raw.infos()
         return stored[name], stored[name + SCALE_SUFFIX]
 
@@ -182,7 +182,7 @@ class Fp8Source:
         return "Only FP8 with block scales named weight_scale_inv (as in DeepSeek V3) can be read."
 
     def _check_owner(self, scale_name: str) -> None:
-        """Raise if a scale has no FP8 weight: the weight is lost, or it was decoded and the scale left behind."""
+        """Raise if a scale has no FP8 weight: the weight is lost, or it was decoded and the scale kept."""
         owner = scale_name.removesuffix(SCALE_SUFFIX)
         if owner in self._float8:
             return

@@ -30,7 +30,7 @@ _HASH_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ByteRange:
     """Where a tensor's data lies: ``nbytes`` bytes at byte ``offset`` of its file."""
 
     offset: int
@@ -43,7 +43,7 @@ class FileLayout:
 
     file: str
     header: bytes
-    places: Mapping[str, Place]
+    places: Mapping[str, ByteRange]
     nbytes: int
 
 
@@ -88,7 +88,7 @@ class PreallocatedFiles:
         self.directory = directory
         self.layout = layout
         self.fresh = fresh
-        self._places: dict[str, tuple[str, Place]] = {}
+        self._places: dict[str, tuple[str, ByteRange]] = {}
         for file in layout.files:
             for name, place in file.places.items():
                 assert name not in self._places, f"{name} is planned twice"

@@ -28,12 +28,12 @@ from quantkit.arch.deepseek_v3_gguf import (
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.reader import GgufReader
-from quantkit.inspect.holdings import counted
+from quantkit.inspect.storage import counted
 from quantkit.tensors import Role, TensorSpec
 
 PREFIX = f"{GGUF_ARCHITECTURE}."
 V3_EXPERTS = 256
-"""Of V3, V3.1 and R1, whose experts are chosen in groups; models without groups have other numbers."""
+"""Routed experts of V3, V3.1 and R1, whose experts are chosen in groups; models without groups have other numbers."""
 
 _FIXED: dict[str, object] = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -21,7 +21,7 @@ from quantkit.formats.layouts.compressed_tensors import SCALE_DTYPES
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
-from quantkit.inspect.holdings import UNKNOWN_ROLE, Holding, counted
+from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Role, TensorInfo, TensorSpec
@@ -40,7 +40,7 @@ class Inspection:
     quantization: str
     shards: int
     stored_tensors: int
-    holdings: tuple[Holding, ...]
+    holdings: tuple[StorageSummary, ...]
     unusual: tuple[str, ...]
 
     @property
@@ -96,7 +96,7 @@ def inspect_folder(directory: Path | str) -> Inspection:
     if any(tensor and tensor.scheme for tensor in planned.values()) and quant_method(config) == "compressed-tensors":
         known = [tensor for tensor in planned.values() if tensor is not None]
         unusual += contract.problems(known) + contract.notes(known)
-    holdings = _holdings(weights, planned, specs)
+    holdings = _storage(weights, planned, specs)
     return Inspection(directory, family, quant_method(config) or "", shards, len(infos), holdings, tuple(unusual))
 
 
@@ -238,9 +238,9 @@ def _compare_with_config(
         unusual.append(counted("tensors in float64", doubles))
 
 
-def _holdings(
+def _storage(
     weights: Mapping[str, _Weight], planned: Mapping[str, PlannedTensor | None], specs: Mapping[str, TensorSpec]
-) -> tuple[Holding, ...]:
+) -> tuple[StorageSummary, ...]:
     totals: dict[tuple[str, str], list[int]] = {}
     for name, weight in weights.items():
         tensor = planned[name]
@@ -255,6 +255,6 @@ def _holdings(
             total[place] += amount
     order = {role.value: place for place, role in enumerate(Role)}
     return tuple(
-        Holding(role, what, *total)
+        StorageSummary(role, what, *total)
         for (role, what), total in sorted(totals.items(), key=lambda item: order.get(item[0][0], len(order)))
     )

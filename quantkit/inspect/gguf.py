@@ -1,6 +1,6 @@
 """What a GGUF model holds: metadata that matters, weights by role and type, and what is unusual about it. Headers only.
 
-Files of every architecture are listed by type; those of ``deepseek2`` by role too, and held against the tensors that
+Files of every architecture are listed by type; those of ``deepseek2`` by role too, and compared with the tensors that
 their own metadata describes.
 """
 
@@ -17,8 +17,8 @@ from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.values import Scalar
 from quantkit.formats.safetensors.header import printable
 from quantkit.inspect import deepseek2 as deepseek2
-from quantkit.inspect.holdings import UNKNOWN_ROLE, Holding, counted
 from quantkit.inspect.imatrix import ImatrixBeside, ImatrixInspection, imatrix_beside, inspect_imatrix
+from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES, is_quantised
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.tensors import Role
@@ -87,7 +87,7 @@ class GgufInspection:
     settings: Mapping[str, Scalar]
     vocabulary: Vocabulary | None
     stored_tensors: int
-    holdings: tuple[Holding, ...]
+    holdings: tuple[StorageSummary, ...]
     imatrix: ImatrixBeside | None
     unusual: tuple[str, ...]
 
@@ -140,7 +140,7 @@ def _inspection(model: GgufReader) -> GgufInspection:
         settings=_settings(model, architecture),
         vocabulary=vocabulary,
         stored_tensors=len(model.tensors),
-        holdings=_holdings(model, architecture),
+        holdings=_storage(model, architecture),
         imatrix=imatrix,
         unusual=tuple(unusual),
     )
@@ -183,7 +183,7 @@ def _vocabulary(model: GgufReader) -> Vocabulary | None:
     return Vocabulary(found, _text(model, "tokenizer.ggml.pre"), count, isinstance(template, str)) if found else None
 
 
-def _holdings(model: GgufReader, architecture: str) -> tuple[Holding, ...]:
+def _storage(model: GgufReader, architecture: str) -> tuple[StorageSummary, ...]:
     """By role where the architecture is known, and by type; roles in their usual order, large types first."""
     totals: dict[tuple[str, str], list[int]] = {}
     for name, entry in model.tensors.items():
@@ -193,7 +193,7 @@ def _holdings(model: GgufReader, architecture: str) -> tuple[Holding, ...]:
             total[place] += amount
     order = {role.value: place for place, role in enumerate(Role)}
     ordered = sorted(totals.items(), key=lambda item: (order.get(item[0][0], len(order)), -item[1][2]))
-    return tuple(Holding(role, kind, *total) for (role, kind), total in ordered)
+    return tuple(StorageSummary(role, kind, *total) for (role, kind), total in ordered)
 
 
 # ------------------------------------------------------------------------------------------------------ what is unusual

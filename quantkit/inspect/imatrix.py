@@ -16,13 +16,13 @@ from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.gguf.imatrix import Imatrix
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.safetensors.header import printable
-from quantkit.inspect.holdings import counted
+from quantkit.inspect.storage import counted
 
 IMATRIX_NAME = "imatrix.gguf"
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertCounts:
+class ExpertTokenCounts:
     """Tokens over all routed experts of all layers. ``unseen``: those that saw none, such as "blk.3: 17"."""
 
     experts: int
@@ -43,7 +43,7 @@ class ImatrixInspection:
     weights: int
     values: int
     tokens: tuple[int, int] | None
-    experts: ExpertCounts | None
+    experts: ExpertTokenCounts | None
     unusual: tuple[str, ...]
 
 
@@ -96,12 +96,12 @@ def inspect_imatrix(path: Path) -> ImatrixInspection:
     return ImatrixInspection(path, datasets, chunks, weights, values, tokens, experts, tuple(unusual))
 
 
-def _expert_counts(by_layer: Mapping[str, list[int]]) -> ExpertCounts | None:
+def _expert_counts(by_layer: Mapping[str, list[int]]) -> ExpertTokenCounts | None:
     counts = [count for layer in by_layer.values() for count in layer]
     if not counts:
         return None
     unseen = [f"{layer}: {place}" for layer, own in by_layer.items() for place, count in enumerate(own) if not count]
-    return ExpertCounts(len(counts), min(counts), round(statistics.median(counts)), max(counts), tuple(unseen))
+    return ExpertTokenCounts(len(counts), min(counts), round(statistics.median(counts)), max(counts), tuple(unseen))
 
 
 def _printable(texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from quantkit.errors import SourceError
 from quantkit.formats.gguf.header import is_gguf
 from quantkit.inspect.folder import Inspection, inspect_folder
 from quantkit.inspect.gguf import GgufInspection, inspect_gguf
-from quantkit.inspect.holdings import NAMES_SHOWN
 from quantkit.inspect.imatrix import ImatrixInspection, inspect_imatrix
+from quantkit.inspect.storage import NAMES_SHOWN
 
 
 def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection:

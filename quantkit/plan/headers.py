@@ -70,7 +70,7 @@ def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[di
     """The decoded view that an official checkpoint of this config has, and which of its tensors are stored as FP8
     blocks.
 
-    BF16, F32 where the release stores F32, and FP8 behind the linears if ``quantization_config`` says fp8.
+    BF16, F32 where the release stores F32, and FP8 linears if ``quantization_config`` says fp8.
     """
     infos: dict[str, TensorInfo] = {}
     float8: set[str] = set()

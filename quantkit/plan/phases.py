@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, DEVICE_TIMES, EXPERT_CHUNK
 from quantkit.plan.decide import Decision
 from quantkit.plan.hardware import Gpu
-from quantkit.plan.shapes import DenseBlock, Experts, Work, matrices
+from quantkit.plan.shapes import DenseShape, Experts, Work, matrices
 from quantkit.quantizers import Gptq
 from quantkit.quantizers.batch import DEVICE_SLICE_BYTES, SLICE_BYTES
 from quantkit.schemes import GgmlScheme
@@ -139,7 +139,7 @@ def _table(decision: Decision) -> Phase:
 # --------------------------------------------------------------------------------------------------------- dense blocks
 
 
-def _dense_phases(work: Work, block: DenseBlock, place: Place, cache: int) -> Iterator[Phase]:
+def _dense_phases(work: Work, block: DenseShape, place: Place, cache: int) -> Iterator[Phase]:
     context = (work.tokens * block.context * place.width,) if work.tokens else ()
     # Shared and routed experts read the same, which the routed ones keep for later.
     routed = _routed_inputs(work, place) if block.role is Role.SHARED_EXPERT and work.experts else ()
@@ -156,14 +156,14 @@ def _routed_inputs(work: Work, place: Place) -> tuple[int, ...]:
     return (work.tokens * work.hidden * place.width,) * work.streams
 
 
-def _cached(block: DenseBlock, place: Place, cache: int, streams: int) -> tuple[Term, ...]:
+def _cached(block: DenseShape, place: Place, cache: int, streams: int) -> tuple[Term, ...]:
     """The original weights and those that the quantised stream computes with share the cache."""
     weights = place.width * block.parameters
     nbytes = sum(min(cache // 2, weights) for _ in range(2))
     return (Term("weight cache", nbytes, f"2 x the block's {weights:,} B, {cache // 2:,} B at most"),)
 
 
-def _collecting(work: Work, block: DenseBlock, place: Place) -> tuple[Term, ...]:
+def _collecting(work: Work, block: DenseShape, place: Place) -> tuple[Term, ...]:
     """While a batch of tokens passes, through kept linears too, and the moments of its inputs are added up."""
     tokens = min(work.tokens, max(place.times * BATCH_TOKENS, work.length))
     width, largest, widest = place.width, block.largest, block.widest

@@ -74,7 +74,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
         "{kind: ggml, type: Q4_K}.",
         json_schema_extra=_with_type_names,
     )
-    method: Method | None = Field(None, description="How the numbers are chosen; null: the output's method.")
+    method: Method | None = Field(None, description="How the codes are chosen; null: the output's method.")
 
     @field_validator("match")
     @classmethod
@@ -135,7 +135,7 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
     )
     method: Method | None = Field(
         None,
-        description="How numbers are chosen where a rule does not say; null: gptq with calibration text, else rtn. "
+        description="How the codes are chosen where a rule does not say; null: gptq with calibration text, else rtn. "
         "Tensors that no calibration input reaches take rtn.",
     )
 
@@ -253,7 +253,7 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
-    """A conversion, whole. The same recipe on the same checkpoint gives the same bytes."""
+    """A whole conversion. The same recipe on the same checkpoint gives the same bytes."""
 
     version: Literal[1] = Field(description="Version of the recipe's format.")
     description: str = Field("", max_length=2000, description="One line for people.")
@@ -264,7 +264,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         "recipe's folder.",
     )
     propagate: Literal["quantized", "original"] = Field(
-        "quantized", description="Whose weights carry the hidden states to the next layer (of the first output)."
+        "quantized",
+        description="Weights that the hidden states pass through: those of the first output, or the original ones.",
     )
     outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=32)] = Field(
         description="Checkpoints to write in one pass."

@@ -21,7 +21,7 @@ TEXT_BYTES_PER_TOKEN = 2
 
 
 @dataclass(frozen=True, slots=True)
-class DenseBlock:
+class DenseShape:
     """Attention, a dense MLP or a shared expert. ``context``: inputs of its output projection; ``parameters`` of all
     its linears; ``largest``: of the largest one; ``widest``: numbers of a token at the widest place; ``groups``:
     linears that read the same and that some output quantises, with a decision for each linear and output."""
@@ -87,7 +87,7 @@ class Work:
     streams: int
     methods: int
     bf16: bool
-    blocks: tuple[DenseBlock, ...]
+    blocks: tuple[DenseShape, ...]
     experts: tuple[Experts, ...]
     untaught: tuple[Experts, ...]
     tables: tuple[Decision, ...]
@@ -166,7 +166,7 @@ def _kept_bytes(decision: Decision) -> int:
     return max(decision.source_nbytes, TensorInfo(decision.spec.name, decision.spec.shape, decision.dtype).nbytes)
 
 
-def _blocks(decisions: list[Decision], *, calibrated: bool) -> Iterator[DenseBlock]:
+def _blocks(decisions: list[Decision], *, calibrated: bool) -> Iterator[DenseShape]:
     """Blocks that differ. MTP layers are rounded without calibration: their linears are groups of one."""
     layers: dict[tuple[int | None, Role], list[Decision]] = {}
     for decision in decisions:
@@ -181,7 +181,7 @@ def _blocks(decisions: list[Decision], *, calibrated: bool) -> Iterator[DenseBlo
             yield _block(role, members, together=calibrated and members[0].spec.role is not Role.MTP)
 
 
-def _block(role: Role, members: list[Decision], *, together: bool) -> DenseBlock:
+def _block(role: Role, members: list[Decision], *, together: bool) -> DenseShape:
     sizes = {d.spec.name: matrices(d) for d in members}
     outputs = [d.spec for d in members if d.spec.projection in (Projection.OUT, Projection.DOWN)]
     # A part counts where its whole is not there too.
@@ -191,7 +191,7 @@ def _block(role: Role, members: list[Decision], *, together: bool) -> DenseBlock
         if decision.action is Action.QUANTIZE:
             alike = decision.spec.shape[:-2], decision.spec.shape[-1]
             groups.setdefault(alike if together else decision.spec.name, []).append(decision)
-    return DenseBlock(
+    return DenseShape(
         role=role,
         context=max((spec.shape[-1] for spec in outputs), default=0),
         parameters=sum(counted.values()),

@@ -25,12 +25,12 @@ class FolderTarget:
         self._layout = layout
 
     def omits(self, spec: TensorSpec) -> bool:
-        """Nothing: rules say what is dropped."""
+        """False: only rules say what is dropped."""
         return False
 
     @property
     def companion_bytes(self) -> int:
-        """Only small files."""
+        """0: there are only small files."""
         return 0
 
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
@@ -43,7 +43,7 @@ class FolderTarget:
         return scheme
 
     def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:
-        """As asked."""
+        """The dtype that was asked for."""
         return dtype
 
     def nbytes(self, tensor: PlannedTensor) -> int:

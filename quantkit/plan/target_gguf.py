@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.arch.base import ModelArch
-from quantkit.arch.parts import StoredTensor, in_parts, stored_tensors
+from quantkit.arch.parts import GgufEntry, in_parts, stored_tensors
 from quantkit.errors import SchemeError
 from quantkit.formats.gguf import sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
@@ -53,7 +53,7 @@ class GgufTarget:
 
     @property
     def companion_bytes(self) -> int:
-        """Of imatrix.gguf."""
+        """Bytes of imatrix.gguf."""
         calibrated = self._recipe.calibration is not None and self._output.imatrix
         return sum(tensor.nbytes for entry in self._importance_entries() for tensor in entry.tensors()) * calibrated
 
@@ -158,7 +158,7 @@ class GgufTarget:
         return f"{name}-{self._output.name}"
 
     @cached_property
-    def _stored(self) -> dict[str, StoredTensor]:
+    def _stored(self) -> dict[str, GgufEntry]:
         """Tensors of the file by name, MTP layers included."""
         return stored_tensors(self.specs, self._model)
 

@@ -1,7 +1,9 @@
-"""The formats that a recipe's outputs may have, each as one `Target`: what a plan, a walk and a validation ask of it.
+"""The formats that a recipe's outputs may have, each as one `Target`: what planning, conversion and validation ask of
+it.
 
-Layouts of folders share one target (`target_folder`). A format of another kind is one file with a class like it, one
-member of `recipe.Output`, and one line in `target_of`.
+Layouts of folders share one target (`target_folder`). A format of another kind has a target in a file of its own, a
+member of `recipe.Output` and a line in `target_of`. Evaluation, inspection, fits on GPUs and the model card, which look
+at files of any origin, name it once more each.
 """
 
 from __future__ import annotations

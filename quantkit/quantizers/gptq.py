@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323) as LDLQ, with the parts that earned their place on a trained Mixture-of-Experts model:
+"""GPTQ (arXiv 2210.17323) as LDLQ, with the additions that improved a trained Mixture-of-Experts model:
 
 scales searched under diag(H) and signed; columns by falling diag(H) on static groups (nothing is permuted in the file);
 targets that follow the unquantised stream (`cross`); and coordinate descent over scales and codes after the sweep.
@@ -49,7 +49,7 @@ class PreparedInputs:
 
 
 class Gptq(BaseModel, frozen=True, extra="forbid"):
-    """Options of GPTQ. Each part of the stack is a switch, so that an ablation is one line of a recipe."""
+    """Options of GPTQ. Each addition can be switched off in a recipe."""
 
     kind: Literal["gptq"] = "gptq"
     damp_percent: float = Field(0.01, gt=0, le=1, description="Fraction of mean(diag H) added to the diagonal.")
@@ -64,10 +64,14 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
     )
     cross: float = Field(0.5, ge=0, le=1, description="How far targets follow the unquantised stream (0: plain GPTQ).")
     shrink: float = Field(
-        3.0, ge=0, description="Pull of an expert's gate/up Hessian to the layer's, in in_features tokens."
+        3.0,
+        ge=0,
+        description="Shrinkage of an expert's gate/up Hessian to the layer's, in tokens per input feature.",
     )
     down_shrink: float = Field(
-        1.0, ge=0, description="Pull of an expert's down Hessian to its diagonal, in in_features tokens."
+        1.0,
+        ge=0,
+        description="Shrinkage of an expert's down Hessian to its diagonal, in tokens per input feature.",
     )
 
     @property

@@ -1,16 +1,16 @@
-"""Outcomes -> the contents of a report."""
+"""ScoredCheckpoints -> the contents of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantkit.report import checkpoint, figures, numbers, provenance, quality
+from quantkit.report import conversion_sections, figures, numbers, provenance, quality
 from quantkit.report.contents import Card, Figure, Note, ReportPage, Section, Table
 from quantkit.report.linears import expert_grid
-from quantkit.report.outcomes import LabelledConversion, Outcome, Outcomes
+from quantkit.report.scored import LabelledConversion, ScoredCheckpoint, ScoredCheckpoints
 
 
-def report_of(found: Outcomes, title: str | None = None) -> ReportPage:
+def report_of(found: ScoredCheckpoints, title: str | None = None) -> ReportPage:
     """Sections in reading order: scores, then each checkpoint from the inside, then where it all comes from."""
     return ReportPage(
         title=title or _title(found),
@@ -22,26 +22,26 @@ def report_of(found: Outcomes, title: str | None = None) -> ReportPage:
     )
 
 
-def _title(found: Outcomes) -> str:
-    if len(found.outcomes) == 1:
-        return found.outcomes[0].label
-    return f"{numbers.counted(len(found.outcomes), 'checkpoint')} of {_source(found) or 'a model'}"
+def _title(found: ScoredCheckpoints) -> str:
+    if len(found.checkpoints) == 1:
+        return found.checkpoints[0].label
+    return f"{numbers.counted(len(found.checkpoints), 'checkpoint')} of {_source(found) or 'a model'}"
 
 
-def _source(found: Outcomes) -> str:
+def _source(found: ScoredCheckpoints) -> str:
     """What all checkpoints were made of; "" if that is not one model or not known."""
     names = {c.document.source for c in found.conversions} | {e.document.reference.name for e in found.evaluations}
     return names.pop() if len(names) == 1 else ""
 
 
-def _subtitle(found: Outcomes) -> str:
+def _subtitle(found: ScoredCheckpoints) -> str:
     source = _source(found)
     versions = sorted({c.document.quantkit for c in found.conversions})
     made = f"quantised by quantkit {', '.join(versions)}" if versions else "measured by quantkit"
-    return f"{source}, {made}" if source and len(found.outcomes) == 1 else made[0].upper() + made[1:]
+    return f"{source}, {made}" if source and len(found.checkpoints) == 1 else made[0].upper() + made[1:]
 
 
-def _warnings(found: Outcomes) -> list[Note]:
+def _warnings(found: ScoredCheckpoints) -> list[Note]:
     notes: list[Note] = []
     for converted in found.conversions:
         document = converted.document
@@ -49,7 +49,7 @@ def _warnings(found: Outcomes) -> list[Note]:
         if document.validated is False:
             why = "; ".join(problems) or "its scores exceed the limits of the recipe"
             notes.append(Note(f"{converted.label} did not pass the validation of its recipe: {why}.", warning=True))
-    if not any(outcome.score for outcome in found.outcomes):
+    if not any(checkpoint.score for checkpoint in found.checkpoints):
         notes.append(
             Note("Nothing was measured: run quantkit evaluate and give its JSON document to this report.", warning=True)
         )
@@ -59,18 +59,18 @@ def _warnings(found: Outcomes) -> list[Note]:
 # --------------------------------------------------------------------------------------------------------------- cards
 
 
-def _cards(found: Outcomes) -> tuple[Card, ...]:
-    if len(found.outcomes) == 1:
-        return tuple(_cards_of(found, found.outcomes[0]))
-    smallest = min(found.outcomes, key=lambda outcome: outcome.nbytes)
+def _cards(found: ScoredCheckpoints) -> tuple[Card, ...]:
+    if len(found.checkpoints) == 1:
+        return tuple(_cards_of(found, found.checkpoints[0]))
+    smallest = min(found.checkpoints, key=lambda checkpoint: checkpoint.nbytes)
     cards = [
-        Card("Checkpoints", f"{len(found.outcomes):,}", _measured(found.outcomes)),
+        Card("Checkpoints", f"{len(found.checkpoints):,}", _measured(found.checkpoints)),
         Card("Smallest", numbers.size(smallest.nbytes), f"{smallest.label}, {smallest.bpw:.3f} bits per weight"),
     ]
-    groups = quality.comparable(found.outcomes)
+    groups = quality.comparable(found.checkpoints)
     if groups:
         group = max(groups, key=len)
-        closest = min(group, key=lambda outcome: outcome.score.kld.mean if outcome.score else 0)
+        closest = min(group, key=lambda checkpoint: checkpoint.score.kld.mean if checkpoint.score else 0)
         assert closest.score is not None
         value, spread = numbers.parts(quality.kld_text(closest.score))
         cards.append(Card("Closest to the original", value, f"{closest.label}: mean KLD, nats per token", spread))
@@ -81,18 +81,18 @@ def _cards(found: Outcomes) -> tuple[Card, ...]:
     return tuple(cards)
 
 
-def _measured(outcomes: Sequence[Outcome]) -> str:
-    tokens = {outcome.score.tokens for outcome in outcomes if outcome.score is not None}
+def _measured(checkpoints: Sequence[ScoredCheckpoint]) -> str:
+    tokens = {checkpoint.score.tokens for checkpoint in checkpoints if checkpoint.score is not None}
     return f"measured on {max(tokens):,} tokens" if tokens else "not measured"
 
 
-def _cards_of(found: Outcomes, outcome: Outcome) -> list[Card]:
+def _cards_of(found: ScoredCheckpoints, checkpoint: ScoredCheckpoint) -> list[Card]:
     """Headline numbers of one checkpoint."""
     cards = [
-        Card("Size", numbers.size(outcome.nbytes), _size_note(found, outcome)),
-        Card("Bits per weight", f"{outcome.bpw:.3f}", _bits_note(outcome)),
+        Card("Size", numbers.size(checkpoint.nbytes), _size_note(found, checkpoint)),
+        Card("Bits per weight", f"{checkpoint.bpw:.3f}", _bits_note(checkpoint)),
     ]
-    score = outcome.score
+    score = checkpoint.score
     if score is not None:
         floor = next((e.document.noise_floor for e in found.evaluations if e.document.noise_floor), None)
         note = f"nats per token, {score.measured_by}"
@@ -113,19 +113,19 @@ def _cards_of(found: Outcomes, outcome: Outcome) -> list[Card]:
     return cards
 
 
-def _size_note(found: Outcomes, outcome: Outcome) -> str:
-    note = numbers.binary_size(outcome.nbytes)
+def _size_note(found: ScoredCheckpoints, checkpoint: ScoredCheckpoint) -> str:
+    note = numbers.binary_size(checkpoint.nbytes)
     for evaluated in found.evaluations:
         reference = evaluated.document.reference
         if reference.nbytes:
-            return f"{note}; {outcome.nbytes / reference.nbytes:.0%} of {reference.name}"
+            return f"{note}; {checkpoint.nbytes / reference.nbytes:.0%} of {reference.name}"
     return note
 
 
-def _bits_note(outcome: Outcome) -> str:
-    if outcome.conversion is None:
+def _bits_note(checkpoint: ScoredCheckpoint) -> str:
+    if checkpoint.conversion is None:
         return ""
-    rows = [row for row in outcome.conversion.document.contents if row.nbytes and row.parameters]
+    rows = [row for row in checkpoint.conversion.document.contents if row.nbytes and row.parameters]
     if not rows:
         return ""
     largest = max(rows, key=lambda row: row.parameters)
@@ -135,19 +135,19 @@ def _bits_note(outcome: Outcome) -> str:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-def _sections(found: Outcomes) -> list[Section]:
+def _sections(found: ScoredCheckpoints) -> list[Section]:
     sections: list[Section] = []
-    if len(found.outcomes) > 1:
+    if len(found.checkpoints) > 1:
         sections.append(quality.comparison(found))
     for evaluated in found.evaluations:
         group = evaluated.path.name if len(found.evaluations) > 1 else ""
         sections.append(quality.evaluation(evaluated, group))
-    if not found.evaluations and len(found.outcomes) == 1:
-        sections += _validation(found.outcomes[0])
+    if not found.evaluations and len(found.checkpoints) == 1:
+        sections += _validation(found.checkpoints[0])
     several = len(found.conversions) > 1
     if several:
         sections += _sizes(found.conversions)
-    results = {o.conversion.folder: o.result for o in reversed(found.outcomes) if o.conversion is not None}
+    results = {one.conversion.folder: one.result for one in reversed(found.checkpoints) if one.conversion is not None}
     shown: list[object] = []
     for converted in found.conversions:
         experts, recipe, text = (
@@ -156,7 +156,7 @@ def _sections(found: Outcomes) -> list[Section]:
             converted.document.calibration,
         )
         group = converted.label if several else ""
-        sections += checkpoint.sections(
+        sections += conversion_sections.sections(
             converted, results.get(converted.folder), group, experts=experts not in shown, recipe=recipe not in shown
         )
         sections.append(provenance.conversion(converted, group, text=text not in shown))
@@ -166,18 +166,20 @@ def _sections(found: Outcomes) -> list[Section]:
     return sections
 
 
-def _groups(found: Outcomes) -> dict[str, str]:
+def _groups(found: ScoredCheckpoints) -> dict[str, str]:
     """The headline numbers of each conversion in a line."""
     notes: dict[str, str] = {}
-    for outcome in found.outcomes:
-        score = "" if outcome.score is None else f", KLD {quality.kld_text(outcome.score)}"
-        notes.setdefault(outcome.label, f"{numbers.size(outcome.nbytes)}, {outcome.bpw:.3f} bits per weight{score}")
+    for checkpoint in found.checkpoints:
+        score = "" if checkpoint.score is None else f", KLD {quality.kld_text(checkpoint.score)}"
+        notes.setdefault(
+            checkpoint.label, f"{numbers.size(checkpoint.nbytes)}, {checkpoint.bpw:.3f} bits per weight{score}"
+        )
     return notes
 
 
-def _validation(outcome: Outcome) -> list[Section]:
+def _validation(checkpoint: ScoredCheckpoint) -> list[Section]:
     """What the conversion's own validation found."""
-    score = outcome.score
+    score = checkpoint.score
     if score is None:
         return []
     rows = (

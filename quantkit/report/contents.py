@@ -15,7 +15,7 @@ can change its theme; texts are escaped for the subset of HTML that plotly under
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A headline number. ``spread``: what is shown smaller behind it, such as "± 0.0011"."""
+    """A headline number. ``spread``: smaller text after it, such as "± 0.0011"."""
 
     label: str
     value: str

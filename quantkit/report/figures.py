@@ -11,7 +11,7 @@ from quantkit.documents.conversion import StoredRole
 from quantkit.documents.values import Mean
 from quantkit.report import numbers
 from quantkit.report.contents import Spec
-from quantkit.report.outcomes import Outcome
+from quantkit.report.scored import ScoredCheckpoint
 
 PALETTE = 8
 """Colours $c0 to $c7 of report.js; with as many symbols, so that no two series look the same."""
@@ -54,12 +54,12 @@ def text(value: str) -> str:
 
 
 def color(number: int) -> str:
-    """Of a series."""
+    """Colour of a series, by its number."""
     return f"$c{number % PALETTE}"
 
 
 def symbol(number: int) -> str:
-    """Of a series: of the second round of colours another one than of the first."""
+    """Symbol of a series, by its number: when colours repeat it is another one."""
     return SYMBOLS[(number + number // PALETTE) % len(SYMBOLS)]
 
 
@@ -72,11 +72,11 @@ def _log_safe(values: Iterable[float]) -> list[float | None]:
     return [value if math.isfinite(value) and value > 0 else None for value in values]
 
 
-def pareto(outcomes: Sequence[Outcome], best: Sequence[Outcome], floor: float | None) -> Spec:
+def pareto(checkpoints: Sequence[ScoredCheckpoint], best: Sequence[ScoredCheckpoint], floor: float | None) -> Spec:
     """Size against mean KLD with its standard error; the line joins ``best``, smallest first."""
-    unit, name = (1e9, "GB") if max(o.nbytes for o in outcomes) >= 1e9 else (1e6, "MB")
-    scored = [(o, o.score.kld) for o in outcomes if o.score is not None]
-    line = [(o.nbytes / unit, o.score.kld.mean) for o in best if o.score is not None]
+    unit, name = (1e9, "GB") if max(one.nbytes for one in checkpoints) >= 1e9 else (1e6, "MB")
+    scored = [(one, one.score.kld) for one in checkpoints if one.score is not None]
+    line = [(one.nbytes / unit, one.score.kld.mean) for one in best if one.score is not None]
     data: list[object] = [
         {
             "type": "scatter",
@@ -94,7 +94,7 @@ def pareto(outcomes: Sequence[Outcome], best: Sequence[Outcome], floor: float | 
         "xaxis": {
             "title": {"text": f"size in {name}"},
             "rangemode": "normal",
-            **_padded([o.nbytes / unit for o, _ in scored]),
+            **_padded([one.nbytes / unit for one, _ in scored]),
         },
         "yaxis": {**_log_axis(kld.mean for _, kld in scored), "title": {"text": "mean KLD, nats per token"}},
     }
@@ -105,46 +105,46 @@ def pareto(outcomes: Sequence[Outcome], best: Sequence[Outcome], floor: float | 
 
 
 def _pareto_points(
-    scored: Sequence[tuple[Outcome, Mean]], best: Sequence[Outcome], unit: float, unit_name: str
+    scored: Sequence[tuple[ScoredCheckpoint, Mean]], best: Sequence[ScoredCheckpoint], unit: float, unit_name: str
 ) -> Iterable[Mapping[str, object]]:
     places = _label_places(scored)
     for on_front in (True, False):
-        points = [(o, kld) for o, kld in scored if (o in best) == on_front]
+        points = [(one, kld) for one, kld in scored if (one in best) == on_front]
         if points:
             yield {
                 "type": "scatter",
                 "mode": "markers+text" if len(scored) <= LABELLED else "markers",
-                "x": [o.nbytes / unit for o, _ in points],
+                "x": [one.nbytes / unit for one, _ in points],
                 "y": _log_safe(kld.mean for _, kld in points),
                 "error_y": {
                     "type": "data",
                     "array": _finite(kld.standard_error for _, kld in points),
                     "thickness": 1.2,
                 },
-                "text": [text(o.label) for o, _ in points],
-                "textposition": [places[id(o)] for o, _ in points],
+                "text": [text(one.label) for one, _ in points],
+                "textposition": [places[id(one)] for one, _ in points],
                 "cliponaxis": False,
                 "marker": {
                     "size": 11,
                     "color": "$c0" if on_front else "$muted",
                     "symbol": "circle" if on_front else "circle-open",
                 },
-                "customdata": [[numbers.estimate(kld), f"{o.bpw:.3f}"] for o, kld in points],
+                "customdata": [[numbers.estimate(kld), f"{one.bpw:.3f}"] for one, kld in points],
                 "hovertemplate": f"<b>%{{text}}</b><br>%{{x:.2f}} {unit_name}, %{{customdata[1]}} bits per weight"
                 "<br>KLD %{customdata[0]}<extra></extra>",
             }
 
 
-def _label_places(scored: Sequence[tuple[Outcome, Mean]]) -> dict[int, str]:
+def _label_places(scored: Sequence[tuple[ScoredCheckpoint, Mean]]) -> dict[int, str]:
     """Where each point's name stands so that names do not cover each other on a plot some 600 pixels wide."""
-    xs = [o.nbytes for o, _ in scored]
+    xs = [one.nbytes for one, _ in scored]
     ys = [math.log10(kld.mean) if kld.mean > 0 else 0.0 for _, kld in scored]
     wide, high = max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
     points = [(450 * (x - min(xs)) / wide, 250 * (y - min(ys)) / high) for x, y in zip(xs, ys, strict=True)]
     taken = [(x - 8, x + 8, y - 8, y + 8) for x, y in points]
     places: dict[int, str] = {}
-    for (outcome, _), (x, y) in sorted(zip(scored, points, strict=True), key=lambda item: item[1]):
-        half = 3.5 * len(outcome.label)
+    for (checkpoint, _), (x, y) in sorted(zip(scored, points, strict=True), key=lambda item: item[1]):
+        half = 3.5 * len(checkpoint.label)
         boxes = {
             "top center": (x - half, x + half, y + 9, y + 24),
             "bottom center": (x - half, x + half, y - 24, y - 9),
@@ -153,7 +153,7 @@ def _label_places(scored: Sequence[tuple[Outcome, Mean]]) -> dict[int, str]:
         }
         place = min(boxes, key=lambda name: sum(_overlap(boxes[name], other) for other in taken))
         taken.append(boxes[place])
-        places[id(outcome)] = place
+        places[id(checkpoint)] = place
     return places
 
 

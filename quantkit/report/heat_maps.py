@@ -20,7 +20,7 @@ def errors(grid: ErrorGrid) -> Spec:
             "x": [figures.text(projection) for projection in grid.projections],
             "y": list(grid.layers),
             "z": [[None if cell is None else _log(cell.median) for cell in row] for row in cells],
-            "text": [["" if cell is None else _told(cell) for cell in row] for row in cells],
+            "text": [["" if cell is None else _hover_text(cell) for cell in row] for row in cells],
             "hoverongaps": False,
             "hovertemplate": "layer %{y}, %{x}<br>%{text}<extra></extra>",
             "xgap": 1,
@@ -37,8 +37,8 @@ def errors(grid: ErrorGrid) -> Spec:
     }
 
 
-def _told(cell: Cell) -> str:
-    """What hovering says of a cell of the map of errors."""
+def _hover_text(cell: Cell) -> str:
+    """The text of a cell of the map of errors when the pointer is on it."""
     median = f"{figures.text(cell.stored_as)}<br>median {numbers.percentage(cell.median)}"
     if cell.count == 1:
         return median
@@ -167,7 +167,7 @@ def log_ticks(found: Sequence[float], *, percent: bool) -> Mapping[str, object]:
 
 
 def _multiples(step: float, low: float, high: float) -> list[float]:
-    """Of ``step``, from ``low`` to ``high``; none if they are many more than a scale has room for."""
+    """Multiples of ``step`` from ``low`` to ``high``; none if they are many more than a scale has room for."""
     if not step or high / step > 2**53:
         return []
     first, last = math.floor(low / step), math.ceil(high / step)

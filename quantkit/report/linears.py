@@ -15,12 +15,7 @@ from quantkit.documents.evaluation import Result
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.(.+)$")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d{1,9})\.")
-_KINDS = (
-    ("self_attn.", "attention "),
-    ("mlp.experts.", "expert "),
-    ("mlp.shared_experts.", "shared "),
-    ("mlp.", "dense "),
-)
+_KINDS = (("self_attn.", "attention "), ("mlp.shared_experts.", "shared "), ("mlp.", "dense "))
 
 
 class LinearPlace(NamedTuple):
@@ -36,11 +31,11 @@ def place_of(name: str) -> LinearPlace:
     found = _LAYER.search(name)
     if found is None:
         return LinearPlace(None, _short(name.removeprefix("model.")), None)
-    rest = found[2]
-    expert = _EXPERT.search(rest)
+    layer, inside = int(found[1]), found[2]
+    expert = _EXPERT.search(inside)
     if expert is not None:
-        rest = _EXPERT.sub(lambda match: match[0].replace(match[1], ""), rest).replace("experts..", "experts.")
-    return LinearPlace(int(found[1]), _short(rest), None if expert is None else int(expert[1]))
+        return LinearPlace(layer, "expert " + _short(inside[expert.end() :]), int(expert[1]))
+    return LinearPlace(layer, _short(inside), None)
 
 
 def _short(name: str) -> str:
@@ -81,7 +76,7 @@ class ErrorGrid:
 
 
 def error_grid(document: ConversionDocument) -> ErrorGrid:
-    """Of all linears that the conversion quantised."""
+    """Cells for all linears that the conversion quantised."""
     members: dict[tuple[int | None, str], list[tuple[int | None, LinearRecord]]] = {}
     seen: set[int | None] = set()
     for name, linear in document.tensors.items():
@@ -156,12 +151,13 @@ class ExpertGrid:
 
     @property
     def counts(self) -> list[int]:
-        """Of all experts."""
+        """Tokens of all experts of all layers."""
         return [count for row in self.tokens for count in row]
 
 
 def expert_grid(document: ConversionDocument) -> ExpertGrid | None:
-    """None for a conversion without calibration or without routed experts. Blocks of a layer follow each other."""
+    """Tokens by layer and expert, None for a conversion without calibration or without routed experts. Blocks of a
+    layer follow each other."""
     layers = sorted(layer for layer, blocks in document.expert_tokens.items() if any(blocks.values()))
     if not layers:
         return None
@@ -175,7 +171,7 @@ def expert_grid(document: ConversionDocument) -> ExpertGrid | None:
 
 @dataclass(frozen=True, slots=True)
 class ExpertErrors:
-    """Behind one layer, for each routed expert: tokens of the evaluation's text that the reference sends to it, and the
+    """After one layer, for each routed expert: tokens of the evaluation's text that the reference sends to it, and the
     error of the hidden state over them; NaN without tokens."""
 
     layer: int
@@ -184,7 +180,7 @@ class ExpertErrors:
 
 
 def expert_errors(result: Result) -> tuple[ExpertErrors, ...]:
-    """Of the layers that have them; none in evaluations of version 1."""
+    """Errors of the layers that have them; none in evaluations of version 1."""
     return tuple(
         ExpertErrors(layer.layer, layer.expert_tokens, layer.expert_errors)
         for layer in result.layers

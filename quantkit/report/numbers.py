@@ -32,7 +32,7 @@ def parts(shown: str) -> tuple[str, str]:
 
 
 def decimals(value: float, significant: int) -> int:
-    """Digits behind the point that show so many significant ones, at most 9."""
+    """Digits after the point that show so many significant ones, at most 9."""
     if not math.isfinite(value) or value == 0:
         return significant
     return min(9, max(0, significant - 1 - math.floor(math.log10(abs(value)))))

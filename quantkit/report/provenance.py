@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from quantkit.report.contents import Block, Code, Section, Table
-from quantkit.report.outcomes import LabelledConversion, LabelledEvaluation
+from quantkit.report.scored import LabelledConversion, LabelledEvaluation
 
 
 def evaluations(evaluated: Sequence[LabelledEvaluation]) -> Section:
@@ -96,7 +96,8 @@ def _evaluation(evaluated: LabelledEvaluation) -> list[Block]:
 
 
 def evaluation_command(evaluated: LabelledEvaluation) -> str:
-    """With the paths that were given; ``--text`` as the files are called, which is not always how they were given."""
+    """The command that repeats an evaluation, with the paths that were given; ``--text`` as the files are called, which
+    is not always how they were given."""
     document, protocol = evaluated.document, evaluated.document.protocol
     candidates = [candidate.model.path for candidate in document.candidates]
     if document.reference_file is not None:  # it decides text and protocol

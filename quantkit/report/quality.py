@@ -10,15 +10,15 @@ from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Result, S
 from quantkit.documents.values import Mean
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Block, Figure, Note, Section, Table
-from quantkit.report.outcomes import LabelledEvaluation, Outcome, Outcomes, Score, front
+from quantkit.report.scored import LabelledEvaluation, Score, ScoredCheckpoint, ScoredCheckpoints, front
 
 FLOOR = "noise floor"
 
 
-def comparison(found: Outcomes) -> Section:
+def comparison(found: ScoredCheckpoints) -> Section:
     """Every checkpoint in a table, and size against KLD for those that can be compared."""
-    groups = comparable(found.outcomes)
-    best = {id(outcome) for group in groups for outcome in front(group)}
+    groups = comparable(found.checkpoints)
+    best = {id(checkpoint) for group in groups for checkpoint in front(group)}
     blocks: list[Block] = [_overview(found, best)]
     if len(groups) > 1:
         blocks.append(
@@ -32,26 +32,26 @@ def comparison(found: Outcomes) -> Section:
     return Section("comparison", "Size against quality", tuple(blocks))
 
 
-def comparable(outcomes: Sequence[Outcome]) -> tuple[tuple[Outcome, ...], ...]:
+def comparable(checkpoints: Sequence[ScoredCheckpoint]) -> tuple[tuple[ScoredCheckpoint, ...], ...]:
     """Scored checkpoints, those of the same text and reference together."""
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.score is not None:
-            groups.setdefault(outcome.score.text, []).append(outcome)
+    groups: dict[str, list[ScoredCheckpoint]] = {}
+    for checkpoint in checkpoints:
+        if checkpoint.score is not None:
+            groups.setdefault(checkpoint.score.text, []).append(checkpoint)
     return tuple(tuple(group) for group in groups.values())
 
 
-def _floor(found: Outcomes, group: Sequence[Outcome]) -> float | None:
+def _floor(found: ScoredCheckpoints, group: Sequence[ScoredCheckpoint]) -> float | None:
     """Mean KLD of the noise floor that was measured with a group."""
     for evaluated in found.evaluations:
         floor = evaluated.document.noise_floor
-        inside = any(o.result is c.result for o in group for c in evaluated.document.candidates)
+        inside = any(one.result is c.result for one in group for c in evaluated.document.candidates)
         if inside and floor is not None:
             return floor.result.overall.kld.mean
     return None
 
 
-def _overview(found: Outcomes, best: set[int]) -> Table:
+def _overview(found: ScoredCheckpoints, best: set[int]) -> Table:
     head = ("checkpoint", "size", "bits per weight", "mean KLD", "perplexity", "its change", "same top token", "best")
     rows: list[tuple[str, ...]] = []
     references: dict[str, tuple[str, ...]] = {}
@@ -61,16 +61,16 @@ def _overview(found: Outcomes, best: set[int]) -> Table:
         shown = numbers.estimate(ppl[0]) if ppl else "-"
         row = (f"{model.name} (reference)", numbers.size(model.nbytes), f"{model.bpw:.3f}", "0", shown, "", "", "")
         references.setdefault(str(row), row)
-    for outcome in found.outcomes:
-        mark = "●" if id(outcome) in best else ""
-        cells = ("-", "-", "-", "-") if outcome.score is None else scores_cells(outcome)
-        rows.append((outcome.label, numbers.size(outcome.nbytes), f"{outcome.bpw:.3f}", *cells, mark))
+    for checkpoint in found.checkpoints:
+        mark = "●" if id(checkpoint) in best else ""
+        cells = ("-", "-", "-", "-") if checkpoint.score is None else scores_cells(checkpoint)
+        rows.append((checkpoint.label, numbers.size(checkpoint.nbytes), f"{checkpoint.bpw:.3f}", *cells, mark))
     return Table(head, (*references.values(), *rows))
 
 
-def scores_cells(outcome: Outcome) -> tuple[str, str, str, str]:
+def scores_cells(checkpoint: ScoredCheckpoint) -> tuple[str, str, str, str]:
     """KLD, perplexity, its relative change, same top token."""
-    score = outcome.score
+    score = checkpoint.score
     assert score is not None
     return (
         kld_text(score),
@@ -93,14 +93,14 @@ def change(log_ratio: Mean) -> Mean:
     return Mean(mean=math.expm1(log_ratio.mean), standard_error=ratio * log_ratio.standard_error)
 
 
-def _pareto(group: Sequence[Outcome], floor: float | None) -> Figure:
+def _pareto(group: Sequence[ScoredCheckpoint], floor: float | None) -> Figure:
     best = front(group)
     rows = tuple(
-        (o.label, numbers.size(o.nbytes), f"{o.bpw:.3f}", kld_text(o.score), "yes" if o in best else "no")
-        for o in sorted(group, key=lambda outcome: outcome.nbytes)
-        if o.score is not None
+        (one.label, numbers.size(one.nbytes), f"{one.bpw:.3f}", kld_text(one.score), "yes" if one in best else "no")
+        for one in sorted(group, key=lambda checkpoint: checkpoint.nbytes)
+        if one.score is not None
     )
-    names = ", ".join(o.label for o in best)
+    names = ", ".join(one.label for one in best)
     return Figure(
         title="Size against KL divergence",
         how="Further left is smaller, further down is closer to the original. The line joins the checkpoints that no "
@@ -266,7 +266,7 @@ def _layers(series: Sequence[_Series]) -> list[Block]:
         blocks.append(
             Figure(
                 title="Error of the hidden state, layer by layer",
-                how="How far the residual stream is from the original's behind each layer, in percent of its length. "
+                how="How far the residual stream is from the original's after each layer, in percent of its length. "
                 "It grows with depth; a step up at one layer says that this layer is the one to give more bits.",
                 alt="A line for each checkpoint: relative error of the hidden state over the decoder layers.",
                 spec=figures.by_layer(states, "error, %", log=True),

@@ -21,7 +21,7 @@ class SizedOutput(Protocol):
 
     @property
     def planned(self) -> Sequence[PlannedTensor]:
-        """Its tensors, in official order, each with the family's spec."""
+        """The planned tensors, in official order, each with the family's spec."""
         ...
 
     def stored_bytes(self, tensor: PlannedTensor) -> int:

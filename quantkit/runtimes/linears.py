@@ -22,18 +22,18 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class Linears:
+class LinearsByScheme:
     """All linears of a plan: ``uses`` in order of the schemes' first appearance, ``kept`` what is not quantised."""
 
     uses: tuple[Use, ...]
     kept: Tensors
 
 
-Check = Callable[[Linears], Iterator[str]]
+Check = Callable[[LinearsByScheme], Iterator[str]]
 """Gives one line for each thing that a runtime will not take, or takes only in part."""
 
 
-def by_scheme(planned: Sequence[PlannedTensor]) -> Linears:
+def by_scheme(planned: Sequence[PlannedTensor]) -> LinearsByScheme:
     """Sort a plan's linears."""
     schemes, keys = numbered_schemes(tensor.scheme for tensor in planned)
     found: dict[int, Tensors] = {}
@@ -42,7 +42,7 @@ def by_scheme(planned: Sequence[PlannedTensor]) -> Linears:
             found.setdefault(key, []).append(tensor)
     kept = found.pop(KEPT, [])
     uses = (Use(schemes[key], own, [t for t in own if t.expert is not None]) for key, own in found.items())
-    return Linears(tuple(uses), kept)
+    return LinearsByScheme(tuple(uses), kept)
 
 
 def line(tensors: Tensors, text: str) -> str:

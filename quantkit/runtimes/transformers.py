@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from quantkit.formats.planned import PlannedTensor
-from quantkit.runtimes.linears import Check, Linears, by_scheme, line
+from quantkit.runtimes.linears import Check, LinearsByScheme, by_scheme, line
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 
 
@@ -15,21 +15,21 @@ def notes(planned: Sequence[PlannedTensor]) -> list[str]:
     return [text for check in CHECKS for text in check(linears)]
 
 
-def zero_points(linears: Linears) -> Iterator[str]:
+def zero_points(linears: LinearsByScheme) -> Iterator[str]:
     """They are read by vLLM alone."""
     for use in linears.uses:
         if isinstance(use.scheme, IntScheme) and not use.scheme.symmetric:
             yield line(use.tensors, "transformers 5.23 cannot load zero points; vLLM can.")
 
 
-def float8_experts(linears: Linears) -> Iterator[str]:
+def float8_experts(linears: LinearsByScheme) -> Iterator[str]:
     """Blocks of routed experts; those of other linears load."""
     for use in linears.uses:
         if isinstance(use.scheme, Float8Scheme) and use.experts:
             yield line(use.experts, "transformers 5.23 cannot load FP8 block routed experts; vLLM can.")
 
 
-def kept_experts(linears: Linears) -> Iterator[str]:
+def kept_experts(linears: LinearsByScheme) -> Iterator[str]:
     """Experts of a layer that is kept as a whole (MTP) are no matter: transformers does not load it."""
     layers = {tensor.layer for use in linears.uses for tensor in use.tensors}
     experts = [tensor for tensor in linears.kept if tensor.expert is not None and tensor.layer in layers]
@@ -38,7 +38,7 @@ def kept_experts(linears: Linears) -> Iterator[str]:
         yield line(experts, text)
 
 
-def expert_schemes(linears: Linears) -> Iterator[str]:
+def expert_schemes(linears: LinearsByScheme) -> Iterator[str]:
     """All routed experts are read as the first group that names experts says."""
     found = [use for use in linears.uses if use.experts]
     if len(found) > 1:

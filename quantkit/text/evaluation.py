@@ -80,7 +80,7 @@ def _domains(found: Evaluation, rows: Sequence[tuple[str, float | None, Result]]
 
 
 def _layers(rows: Sequence[tuple[str, float | None, Result]]) -> str:
-    """Of each model the relative error of the hidden state and the share of experts that are the same."""
+    """For each model the relative error of the hidden state and the share of experts that are the same."""
     head = ("layer: error, same experts", *(name for name, _, _ in rows))
     by_layer = zip(*(result.layers for _, _, result in rows), strict=True)
     return table(head, [(str(own[0].layer), *map(_layer, own)) for own in by_layer])

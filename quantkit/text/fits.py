@@ -24,18 +24,18 @@ def fit_text(found: OutputFit) -> str:
 
 def _vllm_lines(found: Fit) -> list[str]:
     lines = [f"  not {refused}" for refused in found.refused]
-    layout = found.layout
-    if layout is None:
+    placement = found.placement
+    if placement is None:
         return [*lines, "  does not fit: no way to spread the model over these GPUs."]
-    kv_bytes = layout.kv_bytes_per_token * layout.context
-    stages = "/".join(f"{weights / GIB:.1f}" for weights in layout.stage_weights)
+    kv_bytes = placement.kv_bytes_per_token * placement.context
+    stages = "/".join(f"{weights / GIB:.1f}" for weights in placement.stage_weights)
     lines.append(
-        f"  TP={layout.tensor_parallel} PP={len(layout.partition)}: weights {stages} GiB a GPU, "
-        f"runtime {layout.runtime_bytes / GIB:.1f} GiB, KV cache {kv_bytes / GIB:.2f} GiB "
-        f"for {layout.context:,} tokens; a GPU has {found.gpus.total_bytes / GIB:.1f} GiB"
+        f"  TP={placement.tensor_parallel} PP={len(placement.partition)}: weights {stages} GiB a GPU, "
+        f"runtime {placement.runtime_bytes / GIB:.1f} GiB, KV cache {kv_bytes / GIB:.2f} GiB "
+        f"for {placement.context:,} tokens; a GPU has {found.gpus.total_bytes / GIB:.1f} GiB"
     )
     if found.utilization is None:
-        needed, usable = layout.needed_bytes / GIB, max(UTILIZATIONS) * found.gpus.total_bytes / GIB
+        needed, usable = placement.needed_bytes / GIB, max(UTILIZATIONS) * found.gpus.total_bytes / GIB
         lines.append(f"  does not fit: {needed:.1f} GiB needed, {usable:.1f} GiB usable.")
     return lines
 
@@ -57,7 +57,7 @@ def _llama_lines(found: LlamaFit) -> list[str]:
 
 
 def fit_document(found: OutputFit) -> Mapping[str, object]:
-    """For --json. Bytes a GPU: of the stages under vLLM, of every GPU under llama.cpp."""
+    """The fit of one output for --json. Bytes a GPU: of the stages under vLLM, of every GPU under llama.cpp."""
     fit_, command = found.fit, found.command
     document = _llama_document(fit_) if isinstance(fit_, LlamaFit) else _vllm_document(fit_)
     if command:
@@ -66,20 +66,20 @@ def fit_document(found: OutputFit) -> Mapping[str, object]:
 
 
 def _vllm_document(found: Fit) -> dict[str, object]:
-    layout = found.layout
+    placement = found.placement
     document: dict[str, object] = {
         "runtime": "vllm",
         "gpus": str(found.gpus),
         "fits": found.utilization is not None,
         "refused": list(found.refused),
     }
-    if layout is not None:
+    if placement is not None:
         document |= {
-            "tensor_parallel": layout.tensor_parallel,
-            "layer_partition": list(layout.partition),
-            "weights_bytes": list(layout.stage_weights),
-            "needed_bytes": layout.needed_bytes,
-            "context": layout.context,
+            "tensor_parallel": placement.tensor_parallel,
+            "layer_partition": list(placement.partition),
+            "weights_bytes": list(placement.stage_weights),
+            "needed_bytes": placement.needed_bytes,
+            "context": placement.context,
         }
     if found.utilization is not None:
         document["utilization"] = found.utilization

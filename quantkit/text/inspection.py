@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from quantkit.inspect.folder import Inspection
 from quantkit.inspect.gguf import GgufInspection
-from quantkit.inspect.holdings import Holding
 from quantkit.inspect.imatrix import ImatrixBeside, ImatrixInspection
+from quantkit.inspect.storage import StorageSummary
 from quantkit.text.tables import both_units, table
 
 AnyInspection = Inspection | GgufInspection | ImatrixInspection
@@ -26,7 +26,7 @@ def inspection_text(found: AnyInspection) -> str:
 
 
 def inspection_document(found: AnyInspection) -> Mapping[str, object]:
-    """Sizes in bytes; ``format`` tells which document it is."""
+    """An inspection for --json. Sizes in bytes; ``format`` says which document it is."""
     if isinstance(found, Inspection):
         return _folder_document(found)
     return _gguf_document(found) if isinstance(found, GgufInspection) else _imatrix_document(found)
@@ -46,7 +46,7 @@ def _table(found: Inspection | GgufInspection, counted: str) -> str:
     rows = [
         (h.role, h.what, f"{h.weights:,}", f"{h.parameters:,}", f"{h.nbytes:,}", f"{h.bpw:.3f}") for h in found.holdings
     ]
-    weights = sum(holding.weights for holding in found.holdings)
+    weights = sum(one.weights for one in found.holdings)
     rows.append(("total", "", f"{weights:,}", f"{found.parameters:,}", f"{found.nbytes:,}", f"{found.bpw:.3f}"))
     return table(("role", "stored as", counted, "parameters", "bytes", "bpw"), rows, left=2, rule_before_last=True)
 
@@ -62,22 +62,22 @@ def _folder_document(found: Inspection) -> Mapping[str, object]:
         "parameters": found.parameters,
         "nbytes": found.nbytes,
         "bpw": round(found.bpw, 5),
-        "holdings": _holding_documents(found.holdings),
+        "holdings": _storage_documents(found.holdings),
         "unusual": list(found.unusual),
     }
 
 
-def _holding_documents(holdings: Sequence[Holding]) -> list[Mapping[str, object]]:
+def _storage_documents(summaries: Sequence[StorageSummary]) -> list[Mapping[str, object]]:
     return [
         {
-            "role": holding.role,
-            "stored_as": holding.what,
-            "weights": holding.weights,
-            "parameters": holding.parameters,
-            "nbytes": holding.nbytes,
-            "bpw": round(holding.bpw, 5),
+            "role": one.role,
+            "stored_as": one.what,
+            "weights": one.weights,
+            "parameters": one.parameters,
+            "nbytes": one.nbytes,
+            "bpw": round(one.bpw, 5),
         }
-        for holding in holdings
+        for one in summaries
     ]
 
 
@@ -171,7 +171,7 @@ def _gguf_document(found: GgufInspection) -> Mapping[str, object]:
         "parameters": found.parameters,
         "nbytes": found.nbytes,
         "bpw": round(found.bpw, 5),
-        "holdings": _holding_documents(found.holdings),
+        "holdings": _storage_documents(found.holdings),
         "imatrix": None if beside is None else {**_imatrix_heading(beside), "weights_in_model": beside.fitting},
         "unusual": list(found.unusual),
     }

@@ -9,7 +9,7 @@ from quantkit.text.tables import table
 
 
 def verdicts_text(verdicts: Sequence[Verdict]) -> str:
-    """A table for each candidate, its notes under it, and the outcome."""
+    """A table for each candidate, its notes under it, and how many checks failed."""
     blocks = [_verdict_text(verdict) for verdict in verdicts]
     failed = sum(len(verdict.regressions) for verdict in verdicts)
     total = sum(len(verdict.checks) for verdict in verdicts)

@@ -197,6 +197,6 @@ def test_it_fits_gpus_and_its_cache_is_divided(folder: Path) -> None:
     assert made.fits is not None
     found = made.fits[0].fit
     assert isinstance(found, Fit)
-    assert found.layout is not None
-    assert (found.layout.tensor_parallel, found.layout.context) == (2, 4096)
-    assert found.layout.kv_bytes_per_token == 2 * 2 * 128 * 2 // 2
+    assert found.placement is not None
+    assert (found.placement.tensor_parallel, found.placement.context) == (2, 4096)
+    assert found.placement.kv_bytes_per_token == 2 * 2 * 128 * 2 // 2

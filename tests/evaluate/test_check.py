@@ -129,7 +129,7 @@ def test_the_same_evaluation_passes_with_the_tightest_limits() -> None:
     [
         (Made(seed=2, kld=1.3), ["mean KLD"], "mean KLD got worse: 0.01"),
         (Made(seed=2, domains={"prose": 1.5}), ["KLD of a domain"], "KLD of a domain: prose got worse"),
-        (Made(seed=2, layer=(1, 1.5)), ["hidden error"], "behind layer 1 got worse"),
+        (Made(seed=2, layer=(1, 1.5)), ["hidden error"], "after layer 1 got worse"),
         (Made(seed=2, experts={(2, 7): 1.4}), ["error of an expert's tokens"], "layer 2 expert 7 got worse: 0.06"),
         (Made(seed=2, nbytes=1_002_000), ["size"], "size got worse: 1,000,000 bytes -> 1,002,000 (+0.2 %)"),
     ],
@@ -147,7 +147,7 @@ def test_later_layers_inherit_an_error() -> None:
     (line,) = [
         check.line for check in verdict(Made(seed=2, layer=(1, 1.5))).regressions if check.name == "hidden error"
     ]
-    assert "worse behind 2 layers, first here" in line
+    assert "worse after 2 layers, first here" in line
     assert "router agreement 97.00% -> 97.00%" in line
 
 

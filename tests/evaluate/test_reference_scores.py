@@ -25,7 +25,7 @@ from quantkit.errors import OutputError, SourceError
 from quantkit.evaluate import reference_scores
 from quantkit.evaluate.compare import Comparison, compare_all
 from quantkit.evaluate.reference_file import ReferenceStatistics, ReferenceWriter, is_reference_file
-from quantkit.evaluate.reference_scores import Recorder, compare_recorded
+from quantkit.evaluate.reference_scores import FileRecorder, compare_recorded
 from quantkit.formats.casting import bytes_of
 from tests.evaluate.test_compare import CONFIG, damaged, in_memory, model, plain_forward, tokens, weights
 
@@ -64,7 +64,7 @@ def record_of(tokens: Tensor, top: int = TOP) -> ReferenceRecord:
 
 def saved(path: Path, reference: Mapping[str, Tensor], tokens: Tensor, top: int = TOP) -> Path:
     with ReferenceWriter(path, record_of(tokens, top), tokens, ARCH.n_layers) as writer:
-        compare_all(ARCH, model(reference), (), tokens, in_memory, first_scored=FIRST, recorder=Recorder(writer))
+        compare_all(ARCH, model(reference), (), tokens, in_memory, first_scored=FIRST, recorder=FileRecorder(writer))
         writer.finish(None)
     return path
 

@@ -12,12 +12,12 @@ import pytest
 
 from quantkit.errors import OutputError
 from quantkit.formats import preallocated
-from quantkit.formats.preallocated import FileLayout, FilesLayout, Place, PreallocatedFiles, combined
+from quantkit.formats.preallocated import ByteRange, FileLayout, FilesLayout, PreallocatedFiles, combined
 
-ONE = FileLayout("m-1.x", b"HEAD", {"a": Place(8, 4), "b": Place(12, 8)}, 24)
-TWO = FileLayout("m-2.x", b"HEAD2", {"c": Place(5, 3)}, 8)
+ONE = FileLayout("m-1.x", b"HEAD", {"a": ByteRange(8, 4), "b": ByteRange(12, 8)}, 24)
+TWO = FileLayout("m-2.x", b"HEAD2", {"c": ByteRange(5, 3)}, 8)
 LAYOUT = FilesLayout((ONE, TWO), ("*.x*",), ("index.x",))
-OTHER = FilesLayout((FileLayout("beside.y", b"", {"d": Place(0, 2)}, 2),), ("*.y", "*.x*"))
+OTHER = FilesLayout((FileLayout("beside.y", b"", {"d": ByteRange(0, 2)}, 2),), ("*.y", "*.x*"))
 
 
 def test_what_is_not_written_is_zero(tmp_path: Path) -> None:
@@ -64,7 +64,9 @@ def test_layouts_go_together(tmp_path: Path) -> None:
 def test_threads_write_into_more_files_than_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A descriptor that is closed for another file's sake is in no other thread's hands."""
     monkeypatch.setattr(preallocated, "_MAX_OPEN", 2)
-    files = tuple(FileLayout(f"{i}.x", b"", {f"{i} {k}": Place(8 * k, 8) for k in range(50)}, 400) for i in range(8))
+    files = tuple(
+        FileLayout(f"{i}.x", b"", {f"{i} {k}": ByteRange(8 * k, 8) for k in range(50)}, 400) for i in range(8)
+    )
     writer = PreallocatedFiles.open(tmp_path, FilesLayout(files, ("*.x*",)))
 
     def fill(file: FileLayout) -> None:

@@ -312,11 +312,11 @@ def test_v3_fits(
     weights_gib: list[float],
 ) -> None:
     found = fit(linears.outputs[0], v3.arch, parse_gpus(gpus), 32768)
-    assert found.layout is not None
+    assert found.placement is not None
     assert found.utilization == 0.92
-    assert found.layout.tensor_parallel == tensor_parallel
-    assert found.layout.partition == partition
-    assert [round(nbytes / 2**30, 1) for nbytes in found.layout.stage_weights] == weights_gib
+    assert found.placement.tensor_parallel == tensor_parallel
+    assert found.placement.partition == partition
+    assert [round(nbytes / 2**30, 1) for nbytes in found.placement.stage_weights] == weights_gib
     command = found.command("OUT")
     assert ("VLLM_PP_LAYER_PARTITION=14,12,12,12,11 vllm serve OUT" in command) == (len(partition) > 1)
     assert "--max-model-len 32768" in command
@@ -337,8 +337,8 @@ def test_groups_must_not_be_cut_by_tensor_parallelism() -> None:
     plan = plan_of(headers, recipe_of(f'{{match: "role:expert", {INT4}}}', KEEP_REST))
     found = fit(plan.outputs[0], headers.arch, parse_gpus("2xT4-16GB"), 128)
     assert any("no multiple of group_size 128" in line for line in found.refused)
-    assert found.layout is not None
-    assert (found.layout.tensor_parallel, sum(found.layout.partition)) == (1, 3)
+    assert found.placement is not None
+    assert (found.placement.tensor_parallel, sum(found.placement.partition)) == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 
 from quantkit.documents.read import read_documents
 from quantkit.report.build import report_of
-from quantkit.report.outcomes import outcomes_of
 from quantkit.report.page import page
+from quantkit.report.scored import scored_checkpoints
 from tests.report.browser import Browser, Page, find_browser, started
 from tests.report.jobs import conversion, evaluation, written
 from tests.report.test_page import HOSTILE
@@ -46,7 +46,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     candidates = {str(large): (30, 0.01), str(paths[1]): (20, 0.02), HOSTILE: (10, 0.2)}
     scored = written(folder, evaluation(candidates), "evaluation.json")
     path = folder / "a report.html"
-    path.write_text(page(report_of(outcomes_of(read_documents([*paths, scored])))), encoding="utf-8")
+    path.write_text(page(report_of(scored_checkpoints(read_documents([*paths, scored])))), encoding="utf-8")
     return path
 
 

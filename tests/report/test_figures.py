@@ -15,7 +15,7 @@ from quantkit.report import figures, heat_maps
 from quantkit.report.build import report_of
 from quantkit.report.contents import Figure, ReportPage
 from quantkit.report.linears import error_grid, expert_grid
-from quantkit.report.outcomes import outcomes_of
+from quantkit.report.scored import scored_checkpoints
 from tests.report.jobs import conversion, evaluation, written
 
 
@@ -24,7 +24,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ReportPage:
     folder = tmp_path_factory.mktemp("outputs")
     paths = [written(folder / name, conversion(nbytes=size)).parent for name, size in (("a", 10), ("b", 20))]
     scored = written(folder, evaluation({str(paths[0]): (10, 0.1), str(paths[1]): (20, 0.0)}), "evaluation.json")
-    return report_of(outcomes_of(read_documents([*paths, scored])))
+    return report_of(scored_checkpoints(read_documents([*paths, scored])))
 
 
 def figure(report: ReportPage, title: str) -> Figure:
@@ -64,7 +64,7 @@ def test_checkpoints_come_in_colours_and_symbols_of_their_own() -> None:
 
 def test_names_are_shown_and_not_read_as_markup(tmp_path: Path) -> None:
     candidates = {"x/<b>bold<b>": (10, 0.1), "x/<a href='x'>b": (20, 0.2)}
-    found = report_of(outcomes_of(read_documents([written(tmp_path, evaluation(candidates), "e.json")])))
+    found = report_of(scored_checkpoints(read_documents([written(tmp_path, evaluation(candidates), "e.json")])))
     shown = json.dumps(spec(figure(found, "KL divergence by domain")))
     assert "&lt;" in shown
     assert "<b>" not in shown
@@ -123,7 +123,9 @@ def test_values_that_hardly_differ_have_few_ticks() -> None:
 
 def test_values_within_a_power_of_ten_have_ticks(tmp_path: Path) -> None:
     path = written(tmp_path, evaluation({"a": (100, 0.0145), "b": (60, 0.0181)}, floor=None), "e.json")
-    axis = spec(figure(report_of(outcomes_of(read_documents([path]))), "Size against KL divergence"))["layout"]["yaxis"]
+    axis = spec(figure(report_of(scored_checkpoints(read_documents([path]))), "Size against KL divergence"))["layout"][
+        "yaxis"
+    ]
     assert [
         label for tick, label in zip(axis["tickvals"], axis["ticktext"], strict=True) if 0.0145 < tick < 0.0181
     ] == [
@@ -134,13 +136,13 @@ def test_values_within_a_power_of_ten_have_ticks(tmp_path: Path) -> None:
 
 def test_a_noise_floor_beyond_all_measure_is_not_drawn(tmp_path: Path) -> None:
     path = written(tmp_path, evaluation({"a": (100, 0.01), "b": (60, 0.5)}, floor=math.inf), "e.json")
-    layout = spec(figure(report_of(outcomes_of(read_documents([path]))), "Size against KL divergence"))["layout"]
+    layout = spec(figure(report_of(scored_checkpoints(read_documents([path]))), "Size against KL divergence"))["layout"]
     assert "shapes" not in layout
 
 
 def test_names_of_points_avoid_each_other(tmp_path: Path) -> None:
     candidates = {"int4": (100, 0.010), "int4-rtn": (100, 0.012), "int8": (200, 0.001), "int3": (60, 0.5)}
-    found = report_of(outcomes_of(read_documents([written(tmp_path, evaluation(candidates), "e.json")])))
+    found = report_of(scored_checkpoints(read_documents([written(tmp_path, evaluation(candidates), "e.json")])))
     traces = spec(figure(found, "Size against KL divergence"))["data"][1:]
     places = {name: place for trace in traces for name, place in zip(trace["text"], trace["textposition"], strict=True)}
     assert places["int4"] != places["int4-rtn"]

@@ -11,14 +11,14 @@ from markdown_it import MarkdownIt
 from quantkit.documents.read import read_documents
 from quantkit.report.build import report_of
 from quantkit.report.markdown import escaped, markdown
-from quantkit.report.outcomes import outcomes_of
+from quantkit.report.scored import scored_checkpoints
 from tests.report.jobs import conversion, evaluation, written
 
 HOSTILE = "a|b\n# `x` <img src=x onerror=alert(1)> [l](javascript:alert(1)) ![i](http://x) **b** https://x.example"
 
 
 def text_of(*paths: Path, title: str | None = None) -> str:
-    return markdown(report_of(outcomes_of(read_documents(paths)), title))
+    return markdown(report_of(scored_checkpoints(read_documents(paths)), title))
 
 
 def test_one_checkpoint(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from quantkit.documents.read import read_documents
 from quantkit.report.build import report_of
-from quantkit.report.outcomes import outcomes_of
 from quantkit.report.page import page
+from quantkit.report.scored import scored_checkpoints
 from tests.report.jobs import conversion, evaluation, written
 
 HOSTILE = "</script><script>window.taken=1</script><img src=x onerror='window.taken=1'>\u2028\"'&amp;{{ 7 * 7 }}"
@@ -41,7 +41,7 @@ class Elements(HTMLParser):
 
 
 def page_of(*paths: Path, title: str | None = None) -> str:
-    return page(report_of(outcomes_of(read_documents(paths)), title))
+    return page(report_of(scored_checkpoints(read_documents(paths)), title))
 
 
 @pytest.fixture(scope="module")

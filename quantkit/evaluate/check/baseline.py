@@ -68,7 +68,7 @@ def by_name(evaluation: Evaluation) -> dict[str, Candidate]:
 
 
 def windows_of(candidate: Candidate) -> Windows:
-    """Its windows: `read_evaluation` and `read_baseline` made sure that there are some."""
+    """The candidate's windows: `read_evaluation` and `read_baseline` made sure that there are some."""
     windows = candidate.result.windows
     assert windows is not None
     return windows
@@ -119,7 +119,7 @@ def _kept(evaluation: Evaluation) -> str:
 
 
 def _experts(evaluation: Evaluation) -> tuple[int, ...]:
-    """Of each layer."""
+    """Number of routed experts of each layer."""
     return tuple(len(layer.expert_errors or ()) for layer in evaluation.candidates[0].result.layers)
 
 

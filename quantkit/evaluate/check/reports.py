@@ -36,7 +36,8 @@ def junit_xml(verdicts: Sequence[Verdict]) -> str:
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    """A heading with the outcome; for each candidate a table of its checks, those that failed on top."""
+    """A heading that says whether something got worse; for each candidate a table of its checks, those that failed on
+    top."""
     failed = sum(len(verdict.regressions) for verdict in verdicts)
     outcome = "nothing got worse" if not failed else f"{failed} regression{'s' if failed > 1 else ''}"
     blocks = [f"## quantkit check: {outcome}"]

@@ -1,4 +1,4 @@
-"""An evaluation against its baseline: what got worse, beyond noise and beyond a quantiser's luck.
+"""An evaluation against its baseline: what got worse, beyond noise and beyond what differs from seed to seed.
 
 Enters: evaluation.json's models, then and now, and the losses that the conversions reported. Leaves: one `Check` for
 each thing that was looked at. `statistics` says when a number is worse, `places` names layers, experts and linears.
@@ -15,7 +15,7 @@ from quantkit.documents.baseline import Baseline, ConversionLosses
 from quantkit.documents.evaluation import Candidate, Evaluation
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.check.baseline import by_name, has_layers, windows_of
-from quantkit.evaluate.check.places import expert_check, layer_check, loss_checks
+from quantkit.evaluate.check.locate import expert_check, layer_check, loss_checks
 from quantkit.evaluate.check.statistics import Paired, allowed, of_limit, of_many, paired
 from quantkit.evaluate.check.verdict import Check, Limits, Verdict, percent
 from quantkit.formats.safetensors.header import printable
@@ -172,8 +172,8 @@ def _domains(sides: _Sides, domains: Sequence[str], limits: Limits) -> Iterator[
     for domain, own in rows.items():
         pair = paired(*([values[row] for row in own] for values in (was, found)))
         if pair.windows > 1:
-            luck = (limits.spread * pair.was, limits.domain_spread * whole, limits.divergence_floor)
-            limit = allowed(pair, sigmas, math.hypot(*luck))
+            by_chance = (limits.spread * pair.was, limits.domain_spread * whole, limits.divergence_floor)
+            limit = allowed(pair, sigmas, math.hypot(*by_chance))
             checks.append(
                 (
                     of_limit(pair.change, limit),

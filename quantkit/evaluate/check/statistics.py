@@ -1,4 +1,5 @@
-"""When is a number worse than its baseline? Pairs of windows, their standard error, and the luck of a quantiser.
+"""When is a number worse than its baseline? Pairs of windows, their standard error, and how far conversions differ by
+chance.
 
 Two conversions by the same code but other calibration tokens differ in truth, not only in measurement. So with d the
 differences of the same n windows, b the baseline's mean, and r the relative spread of a conversion's true value from
@@ -6,10 +7,10 @@ seed to seed, the difference of two clean conversions has the variance
 
     SE(d)^2 + 2 (r b)^2          SE(d) = std(d) / sqrt(n)
 
-(twice, because the baseline had luck of its own). A difference beyond ``sigmas`` such deviations is a regression.
+(twice, because the baseline differs by chance, too). A difference beyond ``sigmas`` such deviations is a regression.
 Windows of one file are taken as independent.
 
-A bug widens the scatter of the pairs, too, and most where it hits a few windows only: it must not hide behind that. So
+A bug widens the scatter of the pairs, too, and most where it hits a few windows only: that must not excuse it. So
 SE(d) counts up to the baseline's own standard error over windows. Clean conversions stay far below: for them
 var(d) = 2 var(b) (1 - correlation), and they find the same windows hard, with correlations near one.
 """
@@ -48,14 +49,14 @@ def paired(was: Sequence[float], found: Sequence[float]) -> Paired:
 
 
 def of_limit(change: float, limit: float) -> float:
-    """For ranking: above 1 is worse than allowed, what is no number worst of all."""
+    """The change as a multiple of its limit, to rank checks: above 1 is worse than allowed; NaN ranks worst."""
     if not change <= limit:
         return change / limit if limit > 0 and math.isfinite(change) else math.inf
     return change / limit if limit > 0 else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of numbers that may be infinite or none, which `statistics` refuses."""
+    """Mean of numbers, infinity and NaN among them, which the module `statistics` refuses."""
     return sum(values) / len(values)
 
 

@@ -15,8 +15,8 @@ class Limits:
     """
 
     sigmas: float = 4.0
-    """Standard deviations of a difference that are still luck. Where m numbers of a kind are looked at, as many as keep
-    the chance of one false alarm among them."""
+    """Standard deviations of a difference that still count as chance. Where m numbers of a kind are looked at, as many
+    as keep the chance of one false alarm among them."""
     spread: float = 0.015
     """Relative standard deviation of the mean KLD from seed to seed, beyond the noise of the text."""
     size_increase: float = 0.001
@@ -29,21 +29,21 @@ class Limits:
     """Whether the losses in quantkit.json are compared."""
 
     domain_spread: float = 0.02
-    """Of one domain's KLD, as a share of the whole text's: few tokens that diverge far may lie in any domain. Comes on
-    top of ``spread``."""
+    """Spread of one domain's KLD, as a share of the whole text's: few tokens that diverge far may lie in any domain.
+    Comes on top of ``spread``."""
     loss_times: float = 2.0
     """Spread of the mean loss in nats: so many times ``spread`` of the mean KLD. A loss moves in proportion to the
     error, the KLD to its square."""
     layer_spread: float = 0.02
-    """Of a layer's squared hidden error, relative."""
+    """Relative spread of a layer's squared hidden error."""
     expert_spread: float = 0.01
-    """Of the error of one expert's tokens against its peers', relative."""
+    """Relative spread of the error of one expert's tokens against its peers'."""
     expert_tokens: float = 1.0
     """With n tokens the difference of that gets this / sqrt(n) from the choice of text."""
     kind_spread: float = 0.01
-    """Of the log loss that all linears of a kind have in common."""
+    """Spread of the log loss that all linears of a kind have in common."""
     member_spread: float = 0.03
-    """Of one linear's log loss against its kind's, as a rule: the mean over m linears has this / sqrt(m)."""
+    """Spread of one linear's log loss against its kind's, as a rule: the mean over m linears has this / sqrt(m)."""
     linear_spread: float = 0.07
     """The same of the linear that varies most: a few tokens can rule an expert's down projection."""
     divergence_floor: float = 2e-5
@@ -52,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at, as it is shown. ``place``: where it is worst or nearest to its limit; ``detail``:
+    """One thing that was compared, as text. ``place``: where it is worst or nearest to its limit; ``detail``:
     more than a table has room for; ``better``: beyond the same limit, on the other side."""
 
     name: str
@@ -88,7 +88,7 @@ class Verdict:
 
     @property
     def regressions(self) -> tuple[Check, ...]:
-        """Those that failed."""
+        """The checks that failed."""
         return tuple(check for check in self.checks if not check.passed)
 
     @property
@@ -97,7 +97,7 @@ class Verdict:
         return not self.regressions
 
     def __repr__(self) -> str:
-        """The outcome, and what got worse."""
+        """How many checks failed, and what got worse."""
         worse = "".join(f"; {check.line}" for check in self.regressions)
         return f"<Verdict {self.candidate}: {len(self.regressions)} of {len(self.checks)} checks failed{worse}>"
 

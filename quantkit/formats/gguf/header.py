@@ -1,7 +1,7 @@
 """The header of a GGUF file, read as if an enemy had written it: no weights, no torch.
 
 What enters is a path; what leaves is the key-values and one `TensorEntry` per tensor, or a `SourceError` of one line.
-Every count and length is held against the bytes that are left in the file before anything is allocated; after that
+Every count and length is compared with the bytes that are left in the file before anything is allocated; after that
 every tensor is known to lie inside the file, to overlap no other and to be as long as its shape and type say.
 """
 
@@ -23,7 +23,7 @@ from quantkit.formats.safetensors.header import open_regular, printable
 MAX_HEADER_BYTES = 200_000_000
 """V3's is about 5 MB, most of it the tokenizer."""
 MAX_ITEMS = 4_000_000
-"""Of all arrays of a file together. A vocabulary of 256k with scores, types and merges has about 1.3 M."""
+"""Most items of all arrays of a file together. A vocabulary of 256k with scores, types and merges has about 1.3 M."""
 MAX_TENSORS = 200_000
 MAX_KEYS = 65_536
 MAX_KEY_BYTES = 65_535

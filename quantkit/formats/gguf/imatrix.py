@@ -1,4 +1,4 @@
-"""imatrix files: for each weight the sum of squares of its inputs and how many tokens are behind it.
+"""imatrix files: for each weight the sum of squares of its inputs and the number of tokens.
 
 Written beside a model, through the same preallocated files, layer by layer in any order; and read, llama.cpp's own
 included, in its GGUF form and the older .dat form. Two F32 tensors a weight, ``<weight>.in_sum2`` and
@@ -47,7 +47,7 @@ class ImatrixEntry:
     experts: bool = False
 
     def tensors(self) -> tuple[GgufTensor, GgufTensor]:
-        """Its two tensors."""
+        """The two tensors that store the weight's importance: sums and counts."""
         if self.experts:
             sums, counts = (self.n_matrices, self.in_features), (self.n_matrices, 1)
         else:
@@ -77,7 +77,7 @@ def imatrix_layout(
 def imatrix_tensors(importance: NDArray[np.float32], n_tokens: Sequence[int]) -> dict[str, NDArray[np.float32]]:
     """What is stored of one dense weight, of all heads of a 3-D one, or of one expert: suffix -> values.
 
-    importance (B, in): mean squares; n_tokens: behind each row, the same for all heads. An expert's values lie at
+    importance (B, in): mean squares; n_tokens: tokens of each row, the same for all heads. An expert's values lie at
     ``expert * values.nbytes`` of its two tensors, all others at 0.
     """
     assert len(set(n_tokens)) == 1, "heads of one weight see the same tokens; experts are written one by one"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from quantkit.errors import PlanError
 from quantkit.formats.gguf.types import WRITABLE
 from quantkit.formats.gguf.values import Value, encode_key_values, encode_string, i32, u16, u32
-from quantkit.formats.preallocated import FileLayout, FilesLayout, Place
+from quantkit.formats.preallocated import ByteRange, FileLayout, FilesLayout
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -127,7 +127,8 @@ def _file(file: str, key_values: Mapping[str, Value], tensors: list[GgufTensor],
     header = counts + encode_key_values(key_values) + infos
     header += bytes(padded(len(header), alignment) - len(header))
     places = {
-        tensor.name: Place(len(header) + offset, tensor.nbytes) for tensor, offset in zip(tensors, offsets, strict=True)
+        tensor.name: ByteRange(len(header) + offset, tensor.nbytes)
+        for tensor, offset in zip(tensors, offsets, strict=True)
     }
     return FileLayout(file, header, places, len(header) + end)
 

@@ -60,7 +60,7 @@ def problems(planned: Iterable[PlannedTensor], stored_name: StoredName) -> list[
     """One line for each stacked tensor whose experts differ in type, and each tensor of a dtype that GGUF lacks."""
     lines: list[str] = []
     kinds: dict[str, tuple[str, str]] = {}
-    told: set[str] = set()
+    reported: set[str] = set()
     for tensor in planned:
         if tensor.scheme is not None and not isinstance(tensor.scheme, GgmlScheme):
             lines.append(f"{tensor.name}: is stored as FP8 in the source, which GGUF lacks; keep: bf16 decodes it.")
@@ -69,8 +69,8 @@ def problems(planned: Iterable[PlannedTensor], stored_name: StoredName) -> list[
         if place is None:
             continue
         kind, other = kind_of(tensor), kinds.setdefault(name, (kind_of(tensor), tensor.name))
-        if other[0] != kind and name not in told:
-            told.add(name)
+        if other[0] != kind and name not in reported:
+            reported.add(name)
             lines.append(f"{tensor.name}: planned as {kind}, but {other[1]} as {other[0]}; {name} holds one type.")
     return lines
 
@@ -147,7 +147,7 @@ class GgufSink:
         return name in self._places and self._places[name].name in self._importance
 
     def write_importance(self, name: str, importance: Tensor, n_tokens: Sequence[int]) -> None:
-        """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: behind each row.
+        """Fill the imatrix entries of a linear. importance (B, in) float32: mean squares; n_tokens: tokens of each row.
 
         One row for a tensor of several heads: all of them read the same.
         """

@@ -19,7 +19,7 @@ from quantkit.formats.gguf.values import Value, array, boolean, string, strings,
 
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 24
-"""Of the small files. The largest tokenizer.json of a released model is some 35 MB."""
+"""Largest of the small files that is read. The largest tokenizer.json of a released model is some 35 MB."""
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """enum llama_token_type."""
@@ -70,13 +70,13 @@ def _bpe_model(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     rules = pre_tokenizer(tokenizer)
     fault = ""
     if model.get("type", "BPE") != "BPE":
-        fault = f"model.type is {_shown(model['type'])}"
+        fault = f"model.type is {_excerpt(model['type'])}"
     elif not any(step[0] == "ByteLevel" for step in rules.steps):
         fault = "pre_tokenizer has no ByteLevel step"
     elif flag := next((key for key in ("byte_fallback", "fuse_unk", "dropout", "unk_token") if model.get(key)), None):
-        fault = f"model.{flag} is {_shown(model[flag])}"
+        fault = f"model.{flag} is {_excerpt(model[flag])}"
     elif affix := next((key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)), None):
-        fault = f"model.{affix} is {_shown(model[affix])}"
+        fault = f"model.{affix} is {_excerpt(model[affix])}"
     if fault:
         raise SourceError(
             f"{path}: {fault}, but GGUF files are written for byte-level BPE tokenizers only.",
@@ -89,22 +89,22 @@ def _token_ids(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
     entries = _mapping(path, model.get("vocab"), "model.vocab")
     for text, token in entries.items():
         if type(token) is not int or token < 0:
-            raise _malformed(path, f"model.vocab gives {_shown(text)} the id {_shown(token)}")
+            raise _malformed(path, f"model.vocab gives {_excerpt(text)} the id {_excerpt(token)}")
     return cast("dict[str, int]", entries)
 
 
 def _added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> list[_AddedToken]:
     entries = tokenizer.get("added_tokens") or []
     if not isinstance(entries, list):
-        raise _malformed(path, f"added_tokens is {_shown(entries)}")
+        raise _malformed(path, f"added_tokens is {_excerpt(entries)}")
     added: list[_AddedToken] = []
     for entry in cast("list[object]", entries):
         token = _mapping(path, entry, "an entry of added_tokens")
         text, number = token.get("content"), token.get("id")
         if not isinstance(text, str) or not text or type(number) is not int or number < 0:
-            raise _malformed(path, f"added_tokens holds {_shown(token)}")
+            raise _malformed(path, f"added_tokens holds {_excerpt(token)}")
         if flag := next((key for key in ("single_word", "lstrip", "rstrip") if token.get(key)), None):
-            raise SourceError(f"{path}: the added token {_shown(text)} has {flag}, which llama.cpp does not know.")
+            raise SourceError(f"{path}: the added token {_excerpt(text)} has {flag}, which llama.cpp does not know.")
         is_control = bool(token.get("special")) or _looks_special(text)
         added.append(_AddedToken(number, text, CONTROL if is_control else USER_DEFINED))
     return added
@@ -119,8 +119,8 @@ def _check_added_ids(path: Path, entries: Mapping[str, int], added: Sequence[_Ad
         if token.id != expected:
             raise _malformed(
                 path,
-                f"the added token {_shown(token.text)} has the id {_shown(token.id)}, but is the id {expected} to the "
-                "tokenizers library",
+                f"the added token {_excerpt(token.text)} has the id {_excerpt(token.id)}, but is the id {expected} to "
+                "the tokenizers library",
             )
         free = max(free, expected + 1)
 
@@ -141,11 +141,12 @@ def _tokens(
     for text, number, kind in pairs:
         if number >= vocab_size:
             raise SourceError(
-                f"{path}: gives {_shown(text)} the id {_shown(number)}, but config.json has vocab_size {vocab_size}.",
+                f"{path}: gives {_excerpt(text)} the id {_excerpt(number)}, but config.json has vocab_size "
+                f"{vocab_size}.",
                 hint="The tokenizer belongs to another model.",
             )
         if texts.setdefault(number, text) != text:
-            raise _malformed(path, f"the id {number} stands for {_shown(texts[number])} and for {_shown(text)}")
+            raise _malformed(path, f"the id {number} stands for {_excerpt(texts[number])} and for {_excerpt(text)}")
         types[number] = kind
     filled = [texts.get(number, f"[PAD{number}]") for number in range(vocab_size)]
     _check_texts(path, filled)
@@ -157,9 +158,9 @@ def _check_texts(path: Path, texts: Sequence[str]) -> None:
     seen: set[str] = set()
     for text in texts:
         if text in seen:
-            raise _malformed(path, f"{_shown(text)} has two ids")
+            raise _malformed(path, f"{_excerpt(text)} has two ids")
         if not text or "\0" in text or text.encode(errors="ignore").decode() != text:
-            raise _malformed(path, f"the token {_shown(text)} is empty or no text")
+            raise _malformed(path, f"the token {_excerpt(text)} is empty or no text")
         seen.add(text)
 
 
@@ -167,16 +168,16 @@ def _merges(path: Path, model: Mapping[str, Any], ids: Mapping[str, int]) -> lis
     """Pairs in order of rank, "a b". tokenizer.json has them as such strings, or, since 2024, as lists of two."""
     entries = model.get("merges")
     if not isinstance(entries, list):
-        raise _malformed(path, f"model.merges is {_shown(entries)}")
+        raise _malformed(path, f"model.merges is {_excerpt(entries)}")
     merges: list[str] = []
     for entry in cast("list[object]", entries):
         parts = entry.split(" ") if isinstance(entry, str) else entry
         pair = cast("list[object]", parts) if isinstance(parts, list) else []
         left, right = pair if len(pair) == 2 else (None, None)
         if not (isinstance(left, str) and isinstance(right, str) and {left, right, left + right} <= ids.keys()):
-            raise _malformed(path, f"model.merges holds {_shown(entry)}, needed two tokens that make a third")
+            raise _malformed(path, f"model.merges holds {_excerpt(entry)}, needed two tokens that make a third")
         if " " in left or " " in right:
-            raise _malformed(path, f"model.merges holds {_shown(entry)}, byte-level tokens have no spaces")
+            raise _malformed(path, f"model.merges holds {_excerpt(entry)}, byte-level tokens have no spaces")
         merges.append(f"{left} {right}")
     if len(set(merges)) != len(merges):
         raise _malformed(path, "model.merges holds a pair twice")
@@ -190,12 +191,12 @@ def _pre_name(path: Path, tokenizer: Mapping[str, Any], wanted: str | None) -> s
     options = ", ".join(PRE_TOKENIZERS)
     if wanted is not None:
         if wanted not in PRE_TOKENIZERS:
-            raise SourceError(f"pre: found {_shown(wanted)}, needed one of: {options}.")
+            raise SourceError(f"pre: found {_excerpt(wanted)}, needed one of: {options}.")
         return wanted
     found = pre_tokenizer(tokenizer)
     name = next((name for name, known in PRE_TOKENIZERS.items() if known == found), None)
     if name is None:
-        kinds = _shown(" ".join(str(step[0]) for step in (*found.normalizer, *found.steps)))
+        kinds = _excerpt(" ".join(str(step[0]) for step in (*found.normalizer, *found.steps)))
         raise SourceError(
             f"{path}: its normalizer and pre_tokenizer ({kinds}) are none that quantkit knows llama.cpp's name of.",
             hint=f"If you know it, set `pre:` in the recipe to one of: {options}.",
@@ -233,8 +234,8 @@ def _special_values(
 def _special_id(
     folder: Path, entry: str, settings: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int
 ) -> int | None:
-    """By the text in tokenizer_config.json (null: there is none), else by the number in config.json or
-    generation_config.json; of several the first."""
+    """Id of a special token: by its text in tokenizer_config.json (null: there is none), else by the number in
+    config.json or generation_config.json; the first of several."""
     if entry in settings:
         text = settings[entry]
         if isinstance(text, dict):
@@ -243,7 +244,7 @@ def _special_id(
             return None
         if not isinstance(text, str) or text not in ids:
             raise SourceError(
-                f"{folder / 'tokenizer_config.json'}: {entry} is {_shown(text)}, a token that tokenizer.json lacks."
+                f"{folder / 'tokenizer_config.json'}: {entry} is {_excerpt(text)}, a token that tokenizer.json lacks."
             )
         return ids[text]
     for path in (folder / "config.json", folder / "generation_config.json"):
@@ -253,7 +254,7 @@ def _special_id(
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < vocab_size:
-            raise SourceError(f"{path}: {entry}_id is {_shown(number)}, needed an id below {vocab_size}.")
+            raise SourceError(f"{path}: {entry}_id is {_excerpt(number)}, needed an id below {vocab_size}.")
         return number
     return None
 
@@ -324,7 +325,7 @@ def _read_text(path: Path, limit: int) -> str:
 
 def _mapping(path: Path, value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _malformed(path, f"{what} is {_shown(value)}, needed an object")
+        raise _malformed(path, f"{what} is {_excerpt(value)}, needed an object")
     return cast("dict[str, Any]", value)
 
 
@@ -332,7 +333,7 @@ def _malformed(path: Path, fault: str) -> SourceError:
     return SourceError(f"{path}: {fault}.", hint="Download the file again: it is damaged or was edited.")
 
 
-def _shown(value: object) -> str:
-    """At most some 60 characters, in one line."""
+def _excerpt(value: object) -> str:
+    """A value for a message: at most some 60 characters, in one line."""
     text = ascii(value) if not isinstance(value, (dict, list)) else type(cast("object", value)).__name__
     return text if len(text) <= 60 else text[:57] + "..."

@@ -186,8 +186,8 @@ def _packed_linear(raw: SafetensorsSource, name: str, scheme: Scheme | None) -> 
 
 
 def _in_features(raw: SafetensorsSource, name: str, scheme: IntScheme) -> int:
-    """From the scales of groups; rows of one scale need weight_shape (two numbers), since padding hides the true
-    width."""
+    """Inputs of a linear, from the number of its groups; rows of one scale need weight_shape (two numbers), since
+    padding hides the true width."""
     stored = raw.infos()
     if scheme.group_size is not None:
         return stored[f"{name}_scale"].shape[1] * scheme.group_size

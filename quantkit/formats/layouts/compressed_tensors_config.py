@@ -245,7 +245,8 @@ _FusedLeaves = dict[str, dict[str, set[str]]]
 
 
 def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
-    """Patterns by parent module and leaf names; layer numbers appear only where layers of one kind differ."""
+    """Patterns by parent module and the last parts of names; layer numbers appear only where layers of one kind
+    differ."""
     found = [(module, key, _place(module)) for module, key in linears.keys.items()]
     kept_layers = _kept_layers((key, place) for _, key, place in found if place)
     keys_of: dict[_Place, set[int]] = {}
@@ -321,7 +322,7 @@ def _place(module: str) -> _Place | None:
 
 
 def _template(module: str) -> str:
-    """Its name with * for numbers."""
+    """A module's name with * for numbers."""
     return _NUMBER.sub(".*", module)
 
 
@@ -334,7 +335,7 @@ def _fused_leaves(linears: _Linears) -> _FusedLeaves:
 
 
 def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _FusedLeaves) -> list[str]:
-    """One pattern for the leaves of one parent that have ``key`` in the same layers."""
+    """One pattern for the modules of one parent that have ``key`` in the same layers."""
     layers_of: dict[str, set[int]] = {}
     all_layers: dict[str, set[int]] = {}
     for (template, layer), found in uniform.items():

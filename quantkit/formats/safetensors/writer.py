@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.formats.preallocated import (
+    ByteRange,
     FileLayout,
     FilesLayout,
-    Place,
     PreallocatedFiles,
     disk_errors,
     sha256_of,
@@ -57,7 +57,7 @@ class Shard:
     def layout(self) -> FileLayout:
         """The file as `preallocated` makes it."""
         pairs = zip(self.tensors, self.offsets, strict=True)
-        places = {info.name: Place(offset, info.nbytes) for info, offset in pairs}
+        places = {info.name: ByteRange(offset, info.nbytes) for info, offset in pairs}
         return FileLayout(self.file, self.header, places, self.nbytes)
 
 

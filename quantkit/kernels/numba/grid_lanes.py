@@ -86,7 +86,7 @@ def store_codes(codes: NDArray[np.uint8], place: int, width: int, spare: Floats,
 
 @inlined
 def quotient(value: Any, scale: Any) -> Any:
-    """In units of a scale; a group without extent has scale 0, and any code will do."""
+    """The value in units of a scale; a group without extent has scale 0, and any code will do."""
     return where_less(splat(0.0), absolute(scale), value / scale, splat(0.0))
 
 

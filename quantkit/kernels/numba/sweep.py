@@ -89,7 +89,7 @@ def in_layout(matrix: Tensor, layout: Tensor) -> Tensor:
 
 
 def _sweep_span(work: _Sweep, start: int, stop: int) -> None:
-    """Round columns [start, stop), the last first, as the twin does it but for wider leaves."""
+    """Round columns [start, stop), the last first, as the twin does it, but with wider blocks of columns at the end."""
     if stop - start <= _BLOCK:
         _round_span(work, start, stop)
         return

@@ -156,7 +156,7 @@ def factored(hessian: Tensor, layout: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def cholesky_(matrix: Tensor, *, tf32: bool) -> None:
-    """Overwrite the lower triangle of (B, n, n) float32 with its Cholesky factor; NaN on the diagonal tells that a
+    """Overwrite the lower triangle of (B, n, n) float32 with its Cholesky factor; NaN on the diagonal says that a
     matrix was not positive definite. ``tf32``: for the matrix products, else float32."""
     n_matrices, n, _ = matrix.shape
     inverses = matrix.new_zeros(n_matrices, _BLOCK, _BLOCK)

@@ -83,7 +83,7 @@ class LlamaFit:
         return tuple(count + (place == last) for place, count in enumerate(self.layers))
 
     def options(self) -> str:
-        """What llama-server needs to be told besides the file."""
+        """Options of llama-server besides the file."""
         return command.spread(sum(self.layers), self.context, self.tensor_split)
 
 

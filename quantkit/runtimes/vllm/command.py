@@ -7,14 +7,15 @@ MAX_SEQS, MAX_BATCHED_TOKENS = 16, 2048
 
 
 def serve(folder: str) -> str:
-    """With vLLM's own settings."""
+    """The command that serves a folder with vLLM's own settings."""
     return f"vllm serve {folder}"
 
 
 def serve_spread(
     folder: str, tensor_parallel: int, partition: tuple[int, ...], context: int, utilization: float
 ) -> str:
-    """Over GPUs: ``partition``, the decoder layers of each pipeline stage; sequences of up to ``context`` tokens."""
+    """The command that serves a folder over several GPUs. ``partition``: decoder layers of each pipeline stage;
+    ``context``: tokens of the longest sequence."""
     parts = [serve(folder)]
     if len(partition) > 1:
         parts.insert(0, f"VLLM_PP_LAYER_PARTITION={','.join(map(str, partition))}")

@@ -13,7 +13,7 @@ from quantkit.formats.bitpack import WORD_BITS
 from quantkit.formats.layouts.compressed_tensors_config import KEPT, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes import transformers
-from quantkit.runtimes.linears import Check, Linears, Use, by_scheme, line
+from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, line
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Projection, Role
 
@@ -104,12 +104,12 @@ def _packed_zero_points(planned: Planned) -> Iterator[str]:
 # --- notes ------------------------------------------------------------------------------------------------------------
 
 
-def _integers(linears: Linears) -> Iterable[tuple[Use, IntScheme]]:
+def _integers(linears: LinearsByScheme) -> Iterable[tuple[Use, IntScheme]]:
     """Uses of integer schemes."""
     return ((use, use.scheme) for use in linears.uses if isinstance(use.scheme, IntScheme))
 
 
-def _note_bits(linears: Linears) -> Iterator[str]:
+def _note_bits(linears: LinearsByScheme) -> Iterator[str]:
     text = (
         "vLLM's Marlin kernels take 4 and 8 bits; other widths load in transformers, in vLLM at best by other kernels."
     )
@@ -118,27 +118,27 @@ def _note_bits(linears: Linears) -> Iterator[str]:
             yield line(use.tensors, text)
 
 
-def _note_group_size(linears: Linears) -> Iterator[str]:
+def _note_group_size(linears: LinearsByScheme) -> Iterator[str]:
     for use, scheme in _integers(linears):
         if scheme.group_size not in MARLIN_GROUP_SIZES:
             yield line(use.tensors, "vLLM's Marlin kernels take group_size 32, 64, 128 or null (one scale a row).")
 
 
-def _note_scale_dtype(linears: Linears) -> Iterator[str]:
+def _note_scale_dtype(linears: LinearsByScheme) -> Iterator[str]:
     text = "vLLM rounds scales to the model's dtype when it loads, but codes were chosen for float32 scales."
     for use, scheme in _integers(linears):
         if scheme.scale_dtype == "float32":
             yield line(use.tensors, text)
 
 
-def _note_int8_experts(linears: Linears) -> Iterator[str]:
+def _note_int8_experts(linears: LinearsByScheme) -> Iterator[str]:
     text = "vLLM 0.24 takes 8-bit routed experts only with group_size null (0.33 takes groups too)."
     for use, scheme in _integers(linears):
         if use.experts and scheme.bits == 8 and scheme.group_size:
             yield line(use.experts, text)
 
 
-def _note_expert_width(linears: Linears) -> Iterator[str]:
+def _note_expert_width(linears: LinearsByScheme) -> Iterator[str]:
     """Tensor parallelism cuts the input of the down projection; a group must not be cut."""
     for use, scheme in _integers(linears):
         down = next((t for t in use.experts if t.spec is not None and t.spec.projection is Projection.DOWN), None)
@@ -153,7 +153,7 @@ def _note_expert_width(linears: Linears) -> Iterator[str]:
             )
 
 
-def _note_float8(linears: Linears) -> Iterator[str]:
+def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
     text = "vLLM rounds their inputs to FP8 too (as DeepSeek serves them); GPUs without FP8 compute in 16 bits."
     for use in linears.uses:
         if isinstance(use.scheme, Float8Scheme):

@@ -29,7 +29,7 @@ _ROW_PARALLEL = (Projection.OUT, Projection.DOWN)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Placement:
     """One way to spread the model. Bytes are per GPU, of the fullest stage; ``partition``: decoder layers of each
     pipeline stage."""
 
@@ -48,39 +48,39 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The verdict. ``utilization``: the smallest of vLLM's settings that is enough; None: does not fit. ``layout``:
+    """The verdict. ``utilization``: the smallest of vLLM's settings that is enough; None: does not fit. ``placement``:
     None if none is legal."""
 
     gpus: Gpus
-    layout: Layout | None
+    placement: Placement | None
     utilization: float | None
     refused: tuple[str, ...]
 
     @property
     def spare_kv_tokens(self) -> int:
         """Tokens of KV cache beyond the one full context."""
-        if self.layout is None or self.utilization is None:
+        if self.placement is None or self.utilization is None:
             return 0
-        free = round(self.utilization * self.gpus.total_bytes) - self.layout.needed_bytes
-        return free // self.layout.kv_bytes_per_token
+        free = round(self.utilization * self.gpus.total_bytes) - self.placement.needed_bytes
+        return free // self.placement.kv_bytes_per_token
 
     def command(self, out: str) -> str:
-        """The vLLM command for this layout."""
-        assert self.layout is not None
+        """The vLLM command for this placement."""
+        assert self.placement is not None
         assert self.utilization is not None
-        layout = self.layout
-        return serve_spread(out, layout.tensor_parallel, layout.partition, layout.context, self.utilization)
+        placement = self.placement
+        return serve_spread(out, placement.tensor_parallel, placement.partition, placement.context, self.utilization)
 
 
 def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
-    """The first layout that fits, tensor parallelism preferred; else the one that comes nearest, with ``utilization``
-    None. Raises `PlanError` if the model is not made for ``context`` tokens.
+    """The first placement that fits, tensor parallelism preferred; else the one that comes nearest, with
+    ``utilization`` None. Raises `PlanError` if the model is not made for ``context`` tokens.
     """
     sizes, n_layers = arch.serving(), arch.n_layers
     check_context(sizes, context)
     weights = _Weights.of(plan, n_layers)
     refused: list[str] = []
-    layouts: list[Layout] = []
+    placements: list[Placement] = []
     for tensor_parallel in sorted((n for n in range(1, gpus.count + 1) if gpus.count % n == 0), reverse=True):
         stages = gpus.count // tensor_parallel
         problem = _tensor_parallel_problem(weights, sizes.heads, tensor_parallel)
@@ -89,12 +89,12 @@ def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
         if problem is not None:
             refused.append(f"TP={tensor_parallel} PP={stages}: {problem}")
             continue
-        layouts.append(_layout(weights, arch, tensor_parallel, stages, context))
+        placements.append(_place(weights, arch, tensor_parallel, stages, context))
     for utilization in UTILIZATIONS:
-        for layout in layouts:
-            if layout.needed_bytes <= utilization * gpus.total_bytes:
-                return Fit(gpus, layout, utilization, tuple(refused))
-    nearest = min(layouts, key=lambda layout: layout.needed_bytes, default=None)
+        for placement in placements:
+            if placement.needed_bytes <= utilization * gpus.total_bytes:
+                return Fit(gpus, placement, utilization, tuple(refused))
+    nearest = min(placements, key=lambda placement: placement.needed_bytes, default=None)
     return Fit(gpus, nearest, None, tuple(refused))
 
 
@@ -150,7 +150,7 @@ def _tensor_parallel_problem(weights: _Weights, heads: int, size: int) -> str | 
     return None
 
 
-def _layout(weights: _Weights, arch: ModelArch, tensor_parallel: int, stages: int, context: int) -> Layout:
+def _place(weights: _Weights, arch: ModelArch, tensor_parallel: int, stages: int, context: int) -> Placement:
     first, *layers, last = weights.on_one_rank(tensor_parallel)
     sizes = arch.serving()
     kv_per_layer = -(-sizes.kv_bytes_per_token // min(tensor_parallel, sizes.kv_heads))
@@ -160,7 +160,7 @@ def _layout(weights: _Weights, arch: ModelArch, tensor_parallel: int, stages: in
     on_stage[0] += first
     on_stage[-1] += last
     runtime = _runtime_bytes(sizes, arch.hidden_size, arch.vocab_size, tensor_parallel, context)
-    return Layout(tensor_parallel, partition, tuple(on_stage), runtime, kv_per_layer * max(partition), context)
+    return Placement(tensor_parallel, partition, tuple(on_stage), runtime, kv_per_layer * max(partition), context)
 
 
 def _runtime_bytes(sizes: ServingSizes, hidden: int, vocab: int, tensor_parallel: int, context: int) -> int:

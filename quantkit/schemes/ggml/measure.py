@@ -128,7 +128,7 @@ Choice = tuple["Tensor", ...]
 
 
 def better(new: Choice, old: Choice, tie: Tensor | float = 0.0) -> Choice:
-    """Of each block or group the choice with the smaller error, by more than ``tie`` if it is the new one."""
+    """For each block or group the choice with the smaller error, by more than ``tie`` if it is the new one."""
     better = new[0] + tie < old[0]
     return tuple(torch.where(better, a, b) for a, b in zip(new, old, strict=True))
 

@@ -43,7 +43,7 @@ FLIPS = 3
 """Weights of eight that are tried with the wrong sign, where there must be one (IQ3_XXS)."""
 HALF_MAX = np.float32(65504.0)
 LEAST_REACH = np.float32(1e-6)
-"""Of a group of zeros, beside the largest weight of the block: its scale has some size, too."""
+"""Size of a group of zeros, beside the largest weight of the block: its scale has some size, too."""
 LEAST_IMPORTANCE = np.float32(1e-10)
 """Beside the highest of the block: weights without any are stored sensibly where that costs the others nothing."""
 

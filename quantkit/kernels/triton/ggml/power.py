@@ -49,7 +49,7 @@ def search_power(
 
 @triton.jit
 def _exponent(value):
-    """Of the power of two just above |value|; 0 for 0."""
+    """Exponent of the power of two just above |value|; 0 for 0."""
     tiny = tl.abs(value) < 1e-30
     bits = (tl.abs(value) * tl.where(tiny, 2.0**64, 1.0)).to(tl.int32, bitcast=True)
     return tl.where(bits == 0, 0, (bits >> 23) - 126 - tl.where(tiny, 64, 0))

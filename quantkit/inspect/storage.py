@@ -1,4 +1,4 @@
-"""What every inspection has: weights by role and storage, and lists of names."""
+"""What every inspection reports: weights by role and by how they are stored, and lists of names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class StorageSummary:
     """Weights of one role that are stored the same way. ``nbytes``: with scales and shapes."""
 
     role: str

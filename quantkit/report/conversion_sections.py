@@ -13,7 +13,7 @@ from quantkit.documents.evaluation import Result
 from quantkit.report import figures, heat_maps, numbers
 from quantkit.report.contents import Block, Code, Figure, Note, Section, Table
 from quantkit.report.linears import Cell, ErrorGrid, ExpertGrid, error_grid, expert_errors, expert_grid, worst
-from quantkit.report.outcomes import LabelledConversion
+from quantkit.report.scored import LabelledConversion
 
 WORST = 10
 
@@ -225,7 +225,7 @@ def _expert_errors(result: Result | None) -> list[Block]:
             rows.append((str(layer.layer), *map(numbers.percentage, values), str(expert)))
     figure = Figure(
         title="Error of each expert's tokens",
-        how="The error of the hidden state behind a layer, over those tokens of the evaluation that the original sends "
+        how="The error of the hidden state after a layer, over those tokens of the evaluation that the original sends "
         "to the expert. An expert that stands out in its row was quantised worse than its neighbours.",
         alt=f"Heat map of {numbers.counted(len(layers), 'layer')}: error of the hidden state over each expert's "
         "tokens. The table has the least, median and largest of each layer.",

@@ -17,7 +17,7 @@ from quantkit.documents.values import Mean
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A checkpoint against its reference, whoever measured. ``text``: the same for scores that can be compared, because
+    """Scores of a checkpoint against its reference. ``text``: the same for scores that can be compared, because
     the same tokens of the same reference were scored. ``quantiles``: (share of tokens with less, KLD in nats);
     ``lower_bound``: the true KLD is larger."""
 
@@ -55,9 +55,9 @@ class LabelledEvaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """A checkpoint: its size and, if somebody measured, its scores. A checkpoint that two evaluations scored on
-    different text is two outcomes."""
+class ScoredCheckpoint:
+    """A checkpoint: its size and, if it was measured, its scores. A checkpoint that two evaluations scored on
+    different text is listed twice."""
 
     label: str
     nbytes: int
@@ -68,33 +68,33 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcomes:
-    """All that the documents tell, each checkpoint's scores beside it."""
+class ScoredCheckpoints:
+    """Everything that the documents say, each checkpoint's scores beside it."""
 
-    outcomes: tuple[Outcome, ...]
+    checkpoints: tuple[ScoredCheckpoint, ...]
     conversions: tuple[LabelledConversion, ...]
     evaluations: tuple[LabelledEvaluation, ...]
 
 
-def outcomes_of(found: Sequence[DocumentFile]) -> Outcomes:
+def scored_checkpoints(found: Sequence[DocumentFile]) -> ScoredCheckpoints:
     """Join conversions with the candidates of evaluations. Order: as given, conversions first."""
     conversions = _conversions([f for f in found if isinstance(f.document, ConversionDocument)])
     evaluations: list[LabelledEvaluation] = []
-    scored: list[Outcome] = []
+    scored: list[ScoredCheckpoint] = []
     for file in found:
         if isinstance(file.document, Evaluation):
             rows = [_candidate(file.document, candidate, conversions) for candidate in file.document.candidates]
             names = unique([(row.label, where) for row, where in rows])
-            outcomes = [replace(row, label=name) for (row, _), name in zip(rows, names, strict=True)]
+            checkpoints = [replace(row, label=name) for (row, _), name in zip(rows, names, strict=True)]
             evaluations.append(LabelledEvaluation(file.path, file.document, file.written, tuple(names)))
-            scored += outcomes
-    measured = {outcome.conversion.folder for outcome in scored if outcome.conversion is not None}
+            scored += checkpoints
+    measured = {checkpoint.conversion.folder for checkpoint in scored if checkpoint.conversion is not None}
     alone = [_own(conversion) for conversion in conversions if conversion.folder not in measured]
     order = {conversion.folder: number for number, conversion in enumerate(conversions)}
     rows = sorted(
         (*alone, *scored), key=lambda row: len(order) if row.conversion is None else order[row.conversion.folder]
     )
-    return Outcomes(tuple(rows), conversions, tuple(evaluations))
+    return ScoredCheckpoints(tuple(rows), conversions, tuple(evaluations))
 
 
 def unique(names: Sequence[tuple[str, Path]]) -> list[str]:
@@ -104,14 +104,14 @@ def unique(names: Sequence[tuple[str, Path]]) -> list[str]:
     return [name if longer.count(name) == 1 else str(where) for name, (_, where) in zip(longer, names, strict=True)]
 
 
-def front(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
-    """Outcomes that no other of the same text beats or equals in both size and mean KLD, smallest first."""
-    best, kept = math.inf, list[Outcome]()
-    scored = [(o.nbytes, o.score.kld.mean, o) for o in outcomes if o.score is not None]
-    for _, kld, outcome in sorted(scored, key=lambda row: row[:2]):
+def front(checkpoints: Iterable[ScoredCheckpoint]) -> tuple[ScoredCheckpoint, ...]:
+    """ScoredCheckpoints that no other of the same text beats or equals in both size and mean KLD, smallest first."""
+    best, kept = math.inf, list[ScoredCheckpoint]()
+    scored = [(one.nbytes, one.score.kld.mean, one) for one in checkpoints if one.score is not None]
+    for _, kld, checkpoint in sorted(scored, key=lambda row: row[:2]):
         if kld < best:
             best = kld
-            kept.append(outcome)
+            kept.append(checkpoint)
     return tuple(kept)
 
 
@@ -127,11 +127,11 @@ def _conversions(found: Sequence[DocumentFile]) -> tuple[LabelledConversion, ...
 
 def _candidate(
     evaluation: Evaluation, found: Candidate, conversions: Sequence[LabelledConversion]
-) -> tuple[Outcome, Path]:
-    """A candidate as an outcome, and where it was read from."""
+) -> tuple[ScoredCheckpoint, Path]:
+    """A candidate as a checkpoint, and where it was read from."""
     model, path = found.model, Path(found.model.path)
     conversion = next((c for c in conversions if _same(c, found)), None)
-    outcome = Outcome(
+    checkpoint = ScoredCheckpoint(
         model.name if conversion is None else conversion.label,
         model.nbytes,
         model.bpw if conversion is None else conversion.document.bpw,
@@ -139,7 +139,7 @@ def _candidate(
         found.result,
         conversion,
     )
-    return outcome, path
+    return checkpoint, path
 
 
 def _same(conversion: LabelledConversion, candidate: Candidate) -> bool:
@@ -151,11 +151,11 @@ def _same(conversion: LabelledConversion, candidate: Candidate) -> bool:
     return conversion.folder.name in (path.name, path.parent.name)
 
 
-def _own(conversion: LabelledConversion) -> Outcome:
+def _own(conversion: LabelledConversion) -> ScoredCheckpoint:
     """A conversion that no evaluation scored, with what its own validation found."""
     document = conversion.document
     score = None if document.validation is None else _validated(document.validation)
-    return Outcome(conversion.label, document.tensor_bytes, document.bpw, score, None, conversion)
+    return ScoredCheckpoint(conversion.label, document.tensor_bytes, document.bpw, score, None, conversion)
 
 
 def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:

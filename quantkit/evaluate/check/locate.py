@@ -1,7 +1,7 @@
 """Where an evaluation got worse: the layer, the expert, the linear.
 
-Three kinds of evidence. The hidden error behind each layer, paired by windows. The error of each expert's tokens
-against that of its peers in the same layer: a damaged expert stands out there whichever step damaged it. And
+Three kinds of evidence. The error of the hidden state after each layer, paired by windows. The error of each expert's
+tokens against that of its peers in the same layer: a damaged expert stands out there whichever step damaged it. And
 relative_loss of each linear as the conversion itself reported it, which sees a weaker quantiser where scores do not
 yet.
 """
@@ -34,24 +34,25 @@ _EPSILON = 1e-7
 
 
 def layer_check(was: Windows, found: Windows, old: Sequence[Layer], new: Sequence[Layer], limits: Limits) -> Check:
-    """The hidden error behind each layer. A failure shows the first layer that is worse: later ones inherit it."""
+    """The error of the hidden state after each layer. A failure shows the first layer that is worse: later ones inherit
+    it."""
     sigmas = of_many(limits.sigmas, len(old))
     pairs = [paired(*values) for values in zip(was.layers, found.layers, strict=True)]
     spread = limits.layer_spread
     bounds = [allowed(pair, sigmas, math.hypot(spread * pair.was, _EPSILON**2)) for pair in pairs]
     worse = [layer for layer, pair in enumerate(pairs) if not pair.change <= bounds[layer]]
     closest = max(range(len(pairs)), key=lambda layer: of_limit(pairs[layer].change, bounds[layer]))
-    shown = worse[0] if worse else closest
-    detail = _agreement(old[shown], new[shown])
+    layer = worse[0] if worse else closest
+    detail = _agreement(old[layer], new[layer])
     if len(worse) > 1:
-        detail = "; ".join(filter(None, (f"worse behind {len(worse)} layers, first here", detail)))
+        detail = "; ".join(filter(None, (f"worse after {len(worse)} layers, first here", detail)))
     return Check(
         name="hidden error",
-        place=f"behind layer {old[shown].layer}",
-        was=f"{math.sqrt(max(pairs[shown].was, 0)):.5f}",
-        found=f"{math.sqrt(max(pairs[shown].found, 0)):.5f}",
-        change=percent(_root_change(pairs[shown], pairs[shown].change)),
-        limit=percent(_root_change(pairs[shown], bounds[shown])),
+        place=f"after layer {old[layer].layer}",
+        was=f"{math.sqrt(max(pairs[layer].was, 0)):.5f}",
+        found=f"{math.sqrt(max(pairs[layer].found, 0)):.5f}",
+        change=percent(_root_change(pairs[layer], pairs[layer].change)),
+        limit=percent(_root_change(pairs[layer], bounds[layer])),
         passed=not worse,
         detail=detail,
     )
@@ -85,7 +86,7 @@ class _Growth:
 
     @property
     def ratio(self) -> float:
-        """Above 1: worse than luck."""
+        """The growth as a multiple of its limit: above 1 it is worse than chance."""
         return of_limit(self.excess, self.bound)
 
     @property
@@ -98,11 +99,11 @@ def expert_check(old: Sequence[Layer], new: Sequence[Layer], limits: Limits) -> 
     """The error of each routed expert's tokens, if both sides have it."""
     total = sum(len(layer.expert_errors or ()) for layer in old)
     sigmas = of_many(limits.sigmas, total)
-    places: list[_Growth] = []
+    growths: list[_Growth] = []
     for was, found in zip(old, new, strict=True):
-        places += _experts(was, found, limits, sigmas)
-    if places:
-        yield _places_check("error of an expert's tokens", places)
+        growths += _experts(was, found, limits, sigmas)
+    if growths:
+        yield _worst_check("error of an expert's tokens", growths)
 
 
 def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterator[_Growth]:
@@ -122,20 +123,20 @@ def _experts(was: Layer, found: Layer, limits: Limits, sigmas: float) -> Iterato
         yield _Growth(name, before[expert], after[expert], grown - middle, bound)
 
 
-def _places_check(name: str, places: Sequence[_Growth]) -> Check:
-    """One line for all: the worst of those that are beyond luck, or the one that is nearest to it."""
-    ranked = sorted(places, key=lambda place: -place.ratio)
-    worse = [place for place in ranked if place.ratio > 1]
-    shown = worse[0] if worse else ranked[0]
-    more = [f"{place.name} {place.change}" for place in worse[1:SHOWN]]
+def _worst_check(name: str, growths: Sequence[_Growth]) -> Check:
+    """One line for all: the worst of those that are beyond chance, or the one that is nearest to its limit."""
+    ranked = sorted(growths, key=lambda growth: -growth.ratio)
+    worse = [growth for growth in ranked if growth.ratio > 1]
+    worst = worse[0] if worse else ranked[0]
+    more = [f"{growth.name} {growth.change}" for growth in worse[1:SHOWN]]
     more += [f"{len(worse) - SHOWN} more"] if len(worse) > SHOWN else []
     return Check(
         name=name,
-        place=printable(shown.name),
-        was=f"{shown.was:.3g}",
-        found=f"{shown.found:.3g}",
-        change=shown.change,
-        limit=percent(math.expm1(min(shown.bound, 700.0))),
+        place=printable(worst.name),
+        was=f"{worst.was:.3g}",
+        found=f"{worst.found:.3g}",
+        change=worst.change,
+        limit=percent(math.expm1(min(worst.bound, 700.0))),
         passed=not worse,
         detail=printable(f"also {', '.join(more)}") if more else "",
     )
@@ -162,7 +163,7 @@ def loss_checks(was: ConversionLosses, found: ConversionLosses | None, limits: L
     growth = {name: math.log(found.losses[name]) - math.log(was.losses[name]) for name in common}
     by_kind = _kinds(kinds, growth, was, found, limits)
     single = _linears(kinds, growth, was, found, limits)
-    return [_places_check("loss of a kind of linear", by_kind), _places_check("loss of a linear", single)], notes
+    return [_worst_check("loss of a kind of linear", by_kind), _worst_check("loss of a linear", single)], notes
 
 
 def _kinds(
@@ -173,14 +174,14 @@ def _kinds(
     limits: Limits,
 ) -> list[_Growth]:
     sigmas = of_many(limits.sigmas, len(kinds))
-    places: list[_Growth] = []
+    growths: list[_Growth] = []
     for kind, names in kinds.items():
         spread = math.hypot(limits.kind_spread, limits.member_spread / math.sqrt(len(names)))
         before, after = (_geometric(side, names) for side in (was, found))
-        places.append(
+        growths.append(
             _Growth(kind, before, after, fmean(map(growth.__getitem__, names)), math.sqrt(2) * sigmas * spread)
         )
-    return places
+    return growths
 
 
 def _geometric(side: ConversionLosses, names: Sequence[str]) -> float:
@@ -196,7 +197,7 @@ def _linears(
 ) -> list[_Growth]:
     """Each against the median of its kind if that has enough peers, else against no change."""
     sigmas = of_many(limits.sigmas, len(growth))
-    places: list[_Growth] = []
+    growths: list[_Growth] = []
     for names in kinds.values():
         grown = [growth[name] for name in names]
         peers = len(names) >= PEERS
@@ -204,5 +205,5 @@ def _linears(
         own = math.sqrt(2) * (limits.linear_spread if peers else math.hypot(limits.linear_spread, limits.kind_spread))
         for name in names:
             bound = sigmas * math.hypot(own, UNEVEN * middle)
-            places.append(_Growth(name, was.losses[name], found.losses[name], growth[name] - middle, bound))
-    return places
+            growths.append(_Growth(name, was.losses[name], found.losses[name], growth[name] - middle, bound))
+    return growths
