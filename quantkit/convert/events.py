@@ -16,12 +16,14 @@ from quantkit.documents.conversion import ValidationResult
 @dataclass(frozen=True, slots=True)
 class Started:
     """The plan is made and work begins. ``total_bytes``: stored source bytes to be read; ``tokens``: calibration
-    tokens (0: data-free); ``layers_done``: layers that an earlier, killed run has finished already."""
+    tokens (0: data-free); ``layers_done``: layers that an earlier, killed run has finished already; ``warnings``: what
+    makes the calibration text doubtful."""
 
     total_layers: int
     total_bytes: int
     tokens: int
     layers_done: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,8 @@ def _run(walk: Conversion, rows: TokenRows | None, header: JobHeader, base_dir: 
     _rewind(walk, calibrated=rows is not None)
     done = {entry.layer for entry in walk.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
-    walk.on_event(Started(len(layers), walk.plan.source_bytes, n_tokens, len(done)))
+    warnings = () if rows is None else rows.warnings
+    walk.on_event(Started(len(layers), walk.plan.source_bytes, n_tokens, len(done), warnings))
     if not walk.journal.outside_done:
         with walk.timer.stage("copy"):
             walk.on_event(StageStarted("embeddings"))

@@ -198,4 +198,5 @@ def _start_line(event: Started | EvaluationStarted) -> str:
         return f"{candidates}, {event.windows:,} windows, {event.tokens:,} tokens"
     calibration = f"{event.tokens:,} calibration tokens" if event.tokens else "no calibration"
     resumed = f", resuming after layer {event.layers_done}" if event.layers_done else ""
-    return f"{event.total_layers} layers, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"
+    line = f"{event.total_layers} layers, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"
+    return "\n".join([line, *(f"note: {warning}" for warning in event.warnings)])

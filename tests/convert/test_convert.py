@@ -27,6 +27,7 @@ from quantkit.plan.headers import read_headers
 from quantkit.plan.memory import conversion_needs
 from quantkit.plan.plan import make_plan
 from quantkit.schemes import IntScheme
+from quantkit.text.progress import PlainProgress
 from tests import tiny_models
 from tests.convert.jobs import (
     BUDGET,
@@ -510,3 +511,13 @@ def test_a_disk_that_is_full_from_the_start(
             run(place / "model", recipe, tmp_path / "out")
     run(place / "model", recipe, tmp_path / "out")
     assert files_of(tmp_path / "out") == unbroken
+
+
+def test_text_that_repeats_itself_is_named_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "model")
+    (tmp_path / "calibration.txt").write_text("The same sentence stands here again and again. " * 2000)
+    with PlainProgress() as on_event:
+        run(tmp_path / "model", recipe_of(int4(kind="rtn"), tokens=8192), tmp_path / "out", on_event=on_event)
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert "8,192 calibration tokens" in first
+    assert second.startswith("note: ")
