@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.arch import arch_of, forward
+from quantkit.arch import arch_of
 from quantkit.arch.base import DenseBlock, ExpertBlock
 from quantkit.calibrate import stream
 from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
@@ -40,6 +40,7 @@ from tests.convert.jobs import (
     write_model,
     write_text,
 )
+from tests.oracles import forward
 from tests.oracles.layer import Result, Settings, expected_statistics
 from tests.tiny_models import random_weights
 
