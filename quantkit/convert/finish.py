@@ -38,9 +38,8 @@ from quantkit.evaluate.compare import compare
 from quantkit.evaluate.scores import limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
-from quantkit.formats.preallocated import UNFINISHED, sha256_of
+from quantkit.formats.preallocated import UNFINISHED, sha256_of, write_durably
 from quantkit.formats.safetensors.header import printable
-from quantkit.formats.safetensors.writer import write_durably
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
@@ -247,7 +246,7 @@ def _output_report(
 
 
 def _expert_token_stats(layers: Sequence[LayerEntry]) -> ExpertTokenStats | None:
-    """Of every routed expert of every layer; None for a data-free conversion."""
+    """How many tokens the routed experts of all layers saw; None for a data-free conversion."""
     experts = [expert for entry in layers for block in entry.experts.values() for expert in block]
     if not experts:
         return None
