@@ -8,7 +8,6 @@ each synced and then recorded in the journal, then the files around the weights,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,13 +25,13 @@ from quantkit.convert.finish import finish, result_folder
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
-from quantkit.convert.layer import LayerResult, linears_in, quantize_layer, quantize_without_inputs
-from quantkit.convert.layer_job import ExpertCounts, LayerJob
+from quantkit.convert.layer import LayerResult, quantize_layer, quantize_without_inputs
+from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.layer_writer import LayerWriter
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
 from quantkit.convert.weights import LayerWeights, WeightSource
-from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
+from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.batch_sizes import share_of
@@ -43,7 +42,7 @@ from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
-from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError
+from quantkit.schemes import ChosenScheme, QuantError
 
 
 def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
@@ -63,27 +62,27 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)
         if not journal.entries:
-            check_free_disk(plan, needs, folder.partial, folder.reserved_bytes)
+            check_free_disk(needs, folder.partial, folder.reserved_bytes)
         sinks = tuple(_open_sink(folder, output, plan, opened.directory, journal) for output in plan.outputs)
         for sink in sinks:
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores, machine.device, share.device_stores)
         weights, deliveries = _threads_beside(stack, opened, machine)
         conversion = Conversion(
-            plan,
-            arch,
-            opened,
-            machine,
-            folder,
-            journal,
-            stores,
-            share,
-            sinks,
-            importance,
-            on_event,
-            Timer(),
-            weights,
-            deliveries,
+            plan=plan,
+            arch=arch,
+            source=opened,
+            machine=machine,
+            folder=folder,
+            journal=journal,
+            stores=stores,
+            share=share,
+            sinks=sinks,
+            importance=importance,
+            on_event=on_event,
+            timer=Timer(),
+            weights=weights,
+            deliveries=deliveries,
         )
         return _run(conversion, rows, header, base_dir)
 
@@ -145,7 +144,8 @@ def _run(conversion: Conversion, rows: TokenRows | None, header: JobHeader, base
 
 
 def _scratch_dtype(conversion: Conversion) -> torch.dtype:
-    """Of what a block reads, kept for all tokens: float32 if some linears of the source compute in it anywhere."""
+    """The dtype in which a block's inputs are kept for all tokens: float32 unless all linears of the source are
+    BF16."""
     infos = conversion.source.infos()
     stored = {infos[spec.name].dtype for spec in conversion.arch.tensors() if spec.linear and spec.name in infos}
     return conversion.machine.scratch_dtype if stored == {"BF16"} else torch.float32
@@ -186,8 +186,7 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
         saved = streams is not None and layer < conversion.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
-        experts = _expert_records(result.counts)
-        conversion.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=experts))
+        conversion.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=result.experts))
         if saved:
             files.forget_before(layer)
     conversion.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
@@ -196,7 +195,7 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
 def _layer_job(conversion: Conversion, layer: int, streams: Streams | None, blocks: tuple[Block, ...]) -> LayerJob:
     """What quantising a layer needs of the conversion."""
     calibration = conversion.plan.recipe.calibration
-    names = tuple(linears_in(blocks)) if streams is not None else ()
+    names = tuple(name for block in blocks for name in block.linears) if streams is not None else ()
     pairs = zip(conversion.plan.outputs, conversion.sinks, strict=True)
     return LayerJob(
         outputs=tuple(
@@ -228,14 +227,6 @@ def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[TensorReco
     return [_record(*table) for table in tables]
 
 
-def _expert_records(counts_by_block: Mapping[str, list[ExpertCounts]]) -> dict[str, tuple[ExpertRecord, ...]]:
-    """What the journal says of each routed expert, by block."""
-    return {
-        name: tuple(ExpertRecord(count.n_tokens, count.gate_weight, count.borrowed) for count in counts)
-        for name, counts in counts_by_block.items()
-    }
-
-
 def _layers(plan: Plan) -> list[int]:
     """Every layer that some output writes, MTP layers included, in order."""
     decisions = [d for output in plan.outputs for d in output.decisions.values() if d.action is not Action.DROP]
@@ -245,12 +236,9 @@ def _layers(plan: Plan) -> list[int]:
 def _methods(output: OutputPlan, layer: int) -> dict[str, tuple[ChosenScheme, Method]]:
     """Scheme and method of every linear of a layer that an output quantises."""
     return {
-        name: (decision.scheme, decision.method)
+        name: decision.quantising
         for name, decision in output.decisions.items()
-        if decision.spec.layer == layer
-        and decision.scheme is not None
-        and not isinstance(decision.scheme, Float8Scheme)
-        and decision.method is not None
+        if decision.spec.layer == layer and decision.quantising is not None
     }
 
 
