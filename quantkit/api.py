@@ -148,13 +148,13 @@ def evaluate(
     Scores with standard errors, overall, by domain and by layer, are in ``candidates[i].result``; KLD in nats per
     token. Raises `QuantkitError`.
     """
-    if out is not None:
-        _check_place(Path(out))
     from quantkit.evaluate.events import ignore
     from quantkit.evaluate.prepare import Asked, prepared
-    from quantkit.formats.safetensors.writer import write_durably
+    from quantkit.formats.preallocated import check_place, write_durably
     from quantkit.plan.budget import budget_bytes, check_device
 
+    if out is not None:
+        check_place(Path(out))
     check_device(device)
     budget = budget_bytes(memory_budget)
     texts = [text] if isinstance(text, str) else text
@@ -220,6 +220,7 @@ def report(
     Returns the text, and writes it to ``out`` if that is given. The page needs no network. Raises `QuantkitError`.
     """
     from quantkit.documents.read import read_documents
+    from quantkit.formats.preallocated import check_place
     from quantkit.report.build import report_of
     from quantkit.report.markdown import markdown as markdown_of
     from quantkit.report.scored import scored_checkpoints
@@ -227,7 +228,7 @@ def report(
     found = read_documents(_paths(documents))
     contents = report_of(scored_checkpoints(found), title)
     if out is not None:
-        _check_place(Path(out))
+        check_place(Path(out))
         if Path(out).resolve() in (file.path.resolve() for file in found):
             raise OutputError(f"{out}: is a document that the report is made of.", hint="Give another file name.")
     if markdown:
@@ -279,8 +280,3 @@ def _evaluation(evaluation: Evaluation | Path | str) -> Evaluation:
 
 def _paths(paths: Path | str | Sequence[Path | str]) -> list[Path]:
     return [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
-
-
-def _check_place(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"{path}: is no place for a file.", hint="Give a file name in a folder that exists.")

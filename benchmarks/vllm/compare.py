@@ -2,7 +2,7 @@
 
     python benchmarks/vllm/compare.py DIR RESULTS.json [--out benchmarks/results/vllm_load.json]
 
-The twin of a case is `quantkit.arch.forward` in float32 over the decoded weights of the folder that vLLM loaded. vLLM
+The twin of a case is `tests.oracles.forward` in float32 over the decoded weights of the folder that vLLM loaded. vLLM
 computes in BF16, so the two differ even for weights that are not quantised (case ``bf16``): that is the noise floor.
 Controls show what a misread file would look like: the twin with the signs of all scales dropped, the twin whose FP8
 blocks have each other's scales, and the twin of the unquantised model.
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from quantkit.arch import arch_of  # noqa: E402
-from quantkit.arch.forward import logits  # noqa: E402
 from quantkit.formats import open_source  # noqa: E402
 from quantkit.formats.folder import FolderSource  # noqa: E402
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS  # noqa: E402
 from quantkit.schemes import Float8Scheme  # noqa: E402
+from tests.oracles.forward import logits  # noqa: E402
 
 UNQUANTIZED = "bf16"
 FP8_MAX = 448.0

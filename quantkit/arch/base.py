@@ -126,6 +126,11 @@ class DenseBlock:
     stages: tuple[Stage, ...]
 
     @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of every linear, and of every part of one, in the order in which data meets them."""
+        return tuple(name for stage in self.stages for group in stage.groups for name in group.linears)
+
+    @property
     def output(self) -> str:
         """Name of the output projection."""
         return self.stages[-1].groups[0].linears[0]
@@ -163,6 +168,11 @@ class ExpertBlock:
     downs: tuple[str, ...]
     producer: Producer | None = None
     down_producers: tuple[Producer, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of every linear, by projection."""
+        return (*self.gates, *self.ups, *self.downs)
 
     @property
     def n_experts(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import GgufModel, LinearPart, MlpNames, NormWeight, ServingSizes, Sublayer
+from quantkit.arch.base import DenseBlock, GgufModel, LinearPart, MlpNames, NormWeight, ServingSizes, Sublayer
 from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekV3Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
@@ -74,24 +74,12 @@ class DeepseekV3:
 
     def sublayers(self, layer: int) -> tuple[Sublayer, ...]:
         """Attention, then the dense MLP or the shared expert beside the routed ones. ``layer`` may be an MTP layer."""
-        from quantkit.arch import mla, moe
+        from quantkit.arch import moe
 
         assert 0 <= layer < self.n_layers + self.n_mtp_layers, f"layer {layer} of {self.n_layers}"
         c = self.config
         prefix = _prefix(layer)
-        attention = mla.attention_block(
-            prefix,
-            mla.MlaShape(
-                n_heads=c.num_attention_heads,
-                q_lora=c.q_lora_rank is not None,
-                kv_lora_rank=c.kv_lora_rank,
-                nope_dim=c.qk_nope_head_dim,
-                v_dim=c.v_head_dim,
-                rope=c.rope,
-                norm_eps=c.rms_norm_eps,
-                latent_eps=LATENT_NORM_EPS,
-            ),
-        )
+        attention = self._attention(prefix)
         norm = moe.Norm(f"{prefix}post_attention_layernorm.weight", c.rms_norm_eps)
         if self._is_dense(layer):
             mlp = moe.Mlp.named(f"{prefix}mlp.", MLP_NAMES)
@@ -113,6 +101,22 @@ class DeepseekV3:
             moe.mlp_block("shared_experts", shared, norm, producer),
             moe.expert_block("experts", routed, norm, router, producer),
         )
+
+    def _attention(self, prefix: str) -> DenseBlock:
+        from quantkit.arch import mla
+
+        c = self.config
+        shape = mla.MlaShape(
+            n_heads=c.num_attention_heads,
+            q_lora=c.q_lora_rank is not None,
+            kv_lora_rank=c.kv_lora_rank,
+            nope_dim=c.qk_nope_head_dim,
+            v_dim=c.v_head_dim,
+            rope=c.rope,
+            norm_eps=c.rms_norm_eps,
+            latent_eps=LATENT_NORM_EPS,
+        )
+        return mla.attention_block(prefix, shape)
 
     def gguf(self) -> GgufModel:
         """Architecture ``deepseek2`` of llama.cpp."""

@@ -240,7 +240,7 @@ def _read_jsonl(file: TextFile, handle: IO[bytes], update: Update) -> Iterator[D
 
 
 def _decode(label: str, decode: Callable[[bytes], str], block: bytes, end: int) -> str:
-    """The text of a block of bytes that ends ``end`` bytes behind the file's first."""
+    """The text of a block of bytes that ends ``end`` bytes into the file."""
     try:
         return decode(block)
     except UnicodeDecodeError as error:

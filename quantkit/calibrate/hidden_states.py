@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors.writer import disk_errors
+from quantkit.formats.preallocated import disk_errors
 from quantkit.kernels.backend import Backend, backend_of
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from quantkit.plan.decide import Action, Decision
 from quantkit.plan.phases import KEPT_CHUNK_BYTES
 from quantkit.plan.targets import Sink
 from quantkit.quantizers.rescaling import NO_FOLDING, Folding
-from quantkit.schemes import Float8Scheme, QuantError, QuantizedTensor
+from quantkit.schemes import QuantError, QuantizedTensor
 
 
 def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Folding] = ()) -> None:
@@ -28,7 +28,7 @@ def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Fold
         for name, decision in output.decisions.items():
             if decision.spec.layer != layer or decision.action is not Action.KEEP:
                 continue
-            if isinstance(decision.scheme, Float8Scheme):
+            if decision.scheme is not None:  # kept in it: FP8 blocks of the source
                 codes, scale = source.read_float8(name)
                 sink.write(QuantizedTensor(name, decision.scheme, {"codes": codes, "scale": scale}, QuantError(0.0)))
             elif decision.spec.part_of is not None:
@@ -57,15 +57,14 @@ def quantize_tables(conversion: Conversion, layer: int | None) -> list[tuple[int
 
 
 def _quantize_rows(source: Fp8Source, sink: Sink, name: str, decision: Decision, device: torch.device) -> QuantError:
-    assert decision.scheme is not None
-    assert decision.method is not None
-    assert not isinstance(decision.scheme, Float8Scheme)
-    quantize = decision.method.quantizer(None)
+    assert decision.quantising is not None, f"{name}: its decision has no method"
+    scheme, method = decision.quantising
+    quantize = method.quantizer(None)
     row, lost, total = 0, 0.0, 0.0
     for chunk in source.chunks(name, KEPT_CHUNK_BYTES // 2):  # a BF16 chunk is twice as large in float32
         weight = chunk.to(device).float().unsqueeze(0)
         try:
-            batch = quantize(weight, decision.scheme)
+            batch = quantize(weight, scheme)
         except SchemeError as error:
             raise SchemeError(f"{name}: {error.message}", hint=error.hint) from error
         (tensor,) = batch.tensors((name,), (0,))

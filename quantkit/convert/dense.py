@@ -16,7 +16,7 @@ from quantkit.calibrate.chunk_sizes import row_slices
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.inputs import InputMoments, Inputs, combined
 from quantkit.calibrate.stream import row_batches, sliced_batches
-from quantkit.convert.layer_job import LayerJob, LayerSink
+from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
 from quantkit.convert.outputs import (
     Importance,
     Linears,
@@ -100,10 +100,7 @@ def _folded_part(job: LayerJob, name: str, batch: int) -> dict[int, Tensor]:
 
 def apply_group(job: LayerJob, result: GroupResult, sink: LayerSink) -> None:
     """Hand the results over, and let the calibrated stream compute with those of the first output."""
-    for one in result.importance:
-        sink.write_importance(one)
-    for made in result.quantised:
-        sink.write(made)
+    hand_over(sink, result.quantised, result.importance)
     for made in of_first_output(result.quantised):
         job.weights.carry(made.names[0], made.batch, made.folding)
 
@@ -121,7 +118,8 @@ def _moments_of_stage(job: LayerJob, stage: Stage, output: str, context: RowStor
 def _moments_of_rows(
     job: LayerJob, stage: Stage, rows: tuple[int, int], original_output: Tensor | None, context: RowStore | None
 ) -> list[InputMoments]:
-    """The same for one slice of rows, its sums from zero on."""
+    """The moments of each group's inputs over one slice of rows, its sums from zero on; ``context`` and the unquantised
+    stream take their rows."""
     stores = job.hidden.stores()
     needed = any(any_wanted(job.outputs, group.linears) for group in stage.groups)
     moments: list[InputMoments] = []

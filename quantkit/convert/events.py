@@ -1,7 +1,7 @@
 """What a running conversion tells whoever watches it, and the report that it leaves.
 
 Events are plain values: the command line draws them as progress, a test collects them in a list. They carry no
-behaviour, and the walk never waits for their reader.
+behaviour, and the conversion never waits for their reader.
 """
 
 from __future__ import annotations

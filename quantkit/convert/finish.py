@@ -38,9 +38,8 @@ from quantkit.evaluate.compare import compare
 from quantkit.evaluate.scores import limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
-from quantkit.formats.preallocated import UNFINISHED, sha256_of
+from quantkit.formats.preallocated import UNFINISHED, sha256_of, write_durably
 from quantkit.formats.safetensors.header import printable
-from quantkit.formats.safetensors.writer import write_durably
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
@@ -56,37 +55,39 @@ def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
     return path
 
 
-def finish(walk: Conversion, header: JobHeader, rows: TokenRows | None, base_dir: Path, *, resumed: bool) -> Report:
+def finish(
+    conversion: Conversion, header: JobHeader, rows: TokenRows | None, base_dir: Path, *, resumed: bool
+) -> Report:
     """Complete, validate and publish every output."""
     reports: list[OutputReport] = []
-    for number, (output, sink) in enumerate(zip(walk.plan.outputs, walk.sinks, strict=True)):
-        directory = result_folder(walk.folder, walk.plan, output)
-        records = walk.journal.tensors_of(number)
-        _require_all(walk.folder, output, records)
-        with walk.timer.stage("files"):
-            walk.on_event(StageStarted("files"))
+    for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
+        directory = result_folder(conversion.folder, conversion.plan, output)
+        records = conversion.journal.tensors_of(number)
+        _require_all(conversion.folder, output, records)
+        with conversion.timer.stage("files"):
+            conversion.on_event(StageStarted("files"))
             hashes = sink.finish()
-            _write_side_files(walk, output, directory)
+            _write_side_files(conversion, output, directory)
             hashes = {**hashes, **_hashes_of_others(directory, hashes)}
-        with walk.timer.stage("validation"):
-            result = _validate(walk, output, directory, base_dir)
-        with walk.timer.stage("files"):
-            document = _document(walk, output, header, rows, records, hashes, result)
+        with conversion.timer.stage("validation"):
+            result = _validate(conversion, output, directory, base_dir)
+        with conversion.timer.stage("files"):
+            document = _document(conversion, output, header, rows, records, hashes, result)
             write_durably(directory / CONVERSION, document.to_json().encode())
-            write_model_card(directory, _card(walk, output, directory, result))
-        reports.append(_output_report(walk, output, records, result))
-    walk.folder.publish()
+            write_model_card(directory, _card(conversion, output, directory, result))
+        reports.append(_output_report(conversion, output, records, result))
+    conversion.folder.publish()
     report = Report(
         outputs=tuple(reports),
-        seconds=dict(walk.timer.seconds),
+        seconds=dict(conversion.timer.seconds),
         peak_rss_bytes=peak_rss_bytes(),
         tokens=0 if rows is None else rows.tokens.size,
-        expert_tokens=_expert_token_stats(walk.journal.layers),
+        expert_tokens=_expert_token_stats(conversion.journal.layers),
         resumed=resumed,
-        peak_gpu_bytes=peak_gpu_bytes(walk.machine.device),
+        peak_gpu_bytes=peak_gpu_bytes(conversion.machine.device),
         validated=all(r.validation is None or r.validation.passed for r in reports),
     )
-    walk.on_event(Finished(report))
+    conversion.on_event(Finished(report))
     return report
 
 
@@ -110,29 +111,31 @@ def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, st
     return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
 
 
-def _write_side_files(walk: Conversion, output: OutputPlan, directory: Path) -> None:
+def _write_side_files(conversion: Conversion, output: OutputPlan, directory: Path) -> None:
     dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
     output.target.write_side_files(
-        directory, walk.source.directory, walk.source.config, output.planned, mtp=not dropped
+        directory, conversion.source.directory, conversion.source.config, output.planned, mtp=not dropped
     )
 
 
-def _validate(walk: Conversion, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
+def _validate(conversion: Conversion, output: OutputPlan, directory: Path, base_dir: Path) -> ValidationResult | None:
     """Score the files that were written, read back from the disk, against the source."""
-    wanted = walk.plan.recipe.validation
+    wanted = conversion.plan.recipe.validation
     if wanted is None:
         return None
-    windows = eval_windows(wanted.text, wanted.context, walk.source.directory, base_dir, wanted.max_windows_per_file)
-    walk.on_event(StageStarted("validation", total=walk.arch.n_layers))
-    device, cache_bytes = walk.machine.device, walk.share.cache // 2
+    windows = eval_windows(
+        wanted.text, wanted.context, conversion.source.directory, base_dir, wanted.max_windows_per_file
+    )
+    conversion.on_event(StageStarted("validation", total=conversion.arch.n_layers))
+    device, cache_bytes = conversion.machine.device, conversion.share.cache // 2
     with output.target.open_written(directory) as written:
         scores = compare(
-            walk.arch,
-            model_of(walk.arch, walk.source, device, cache_bytes),
-            model_of(walk.arch, written, device, cache_bytes),
+            conversion.arch,
+            model_of(conversion.arch, conversion.source, device, cache_bytes),
+            model_of(conversion.arch, written, device, cache_bytes),
             torch.from_numpy(windows.tokens).long(),
-            walk.stores.new,
-            on_layer=lambda layer: walk.on_event(ValidationProgress(layer + 1, walk.arch.n_layers)),
+            conversion.stores.new,
+            on_layer=lambda layer: conversion.on_event(ValidationProgress(layer + 1, conversion.arch.n_layers)),
         )
     return _result(output, wanted, summarise(scores))
 
@@ -145,7 +148,7 @@ def _result(output: OutputPlan, wanted: Validation, scores: ValidationScores) ->
 
 
 def _document(
-    walk: Conversion,
+    conversion: Conversion,
     output: OutputPlan,
     header: JobHeader,
     rows: TokenRows | None,
@@ -157,8 +160,8 @@ def _document(
     return ConversionDocument(
         quantkit=__version__,
         job=header,
-        recipe=walk.plan.recipe.model_dump(mode="json", exclude_none=True),
-        source=walk.source.directory.resolve().name,
+        recipe=conversion.plan.recipe.model_dump(mode="json", exclude_none=True),
+        source=conversion.source.directory.resolve().name,
         output=output.output.name,
         validated=None if result is None else result.passed,
         validation=result,
@@ -175,7 +178,7 @@ def _document(
             for size in output.sizes
         ),
         calibration=() if rows is None else tuple(CalibrationFile(**asdict(entry)) for entry in rows.provenance),
-        expert_tokens={entry.layer: entry.experts for entry in walk.journal.layers if entry.experts},
+        expert_tokens={entry.layer: entry.experts for entry in conversion.journal.layers if entry.experts},
         tensors={
             tensor.name: _linear_record(tensor.scheme, records.get(tensor.name))
             for tensor in output.planned
@@ -197,8 +200,8 @@ def _linear_record(scheme: Scheme, record: TensorRecord | None) -> LinearRecord:
     )
 
 
-def _card(walk: Conversion, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
-    recipe = walk.plan.recipe.model_dump(mode="json", exclude_none=True)
+def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
+    recipe = conversion.plan.recipe.model_dump(mode="json", exclude_none=True)
     measured: dict[str, str] = {}
     if result is not None:
         scores = result.scores
@@ -210,7 +213,7 @@ def _card(walk: Conversion, output: OutputPlan, directory: Path, result: Validat
             "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
         }
     return CardFacts(
-        title=f"{walk.source.directory.resolve().name}-{output.output.name}",
+        title=f"{conversion.source.directory.resolve().name}-{output.output.name}",
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         parameters=output.parameters,
         nbytes=output.nbytes,
@@ -218,17 +221,17 @@ def _card(walk: Conversion, output: OutputPlan, directory: Path, result: Validat
         measured=measured,
         notes=tuple(output.target.notes(output.planned)),
         format=output.target.label,
-        serve=output.target.serve_commands(walk.source.directory, output.planned),
+        serve=output.target.serve_commands(conversion.source.directory, output.planned),
         version=__version__,
         validated=result is None or result.passed,
     )
 
 
 def _output_report(
-    walk: Conversion, output: OutputPlan, records: Mapping[str, TensorRecord], result: ValidationResult | None
+    conversion: Conversion, output: OutputPlan, records: Mapping[str, TensorRecord], result: ValidationResult | None
 ) -> OutputReport:
-    several = len(walk.plan.outputs) > 1
-    path = walk.folder.out / output.output.name if several else walk.folder.out
+    several = len(conversion.plan.outputs) > 1
+    path = conversion.folder.out / output.output.name if several else conversion.folder.out
     return OutputReport(
         name=output.output.name,
         path=path,
@@ -238,12 +241,12 @@ def _output_report(
         quantized=len(records),
         fallbacks=sum(bool(record.fallback) for record in records.values()),
         validation=result,
-        serve=output.target.serve_commands(walk.source.directory, output.planned, shlex.quote(str(path))),
+        serve=output.target.serve_commands(conversion.source.directory, output.planned, shlex.quote(str(path))),
     )
 
 
 def _expert_token_stats(layers: Sequence[LayerEntry]) -> ExpertTokenStats | None:
-    """Of every routed expert of every layer; None for a data-free conversion."""
+    """How many tokens the routed experts of all layers saw; None for a data-free conversion."""
     experts = [expert for entry in layers for block in entry.experts.values() for expert in block]
     if not experts:
         return None

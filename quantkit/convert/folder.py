@@ -20,7 +20,7 @@ from types import TracebackType
 
 from quantkit.documents.read import CONVERSION
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors.writer import disk_errors, sync_directory
+from quantkit.formats.preallocated import disk_errors, sync_directory
 
 _JOURNAL, _RESULT, _REPLACE = "journal.jsonl", "result", "replace"
 

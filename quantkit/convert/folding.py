@@ -105,7 +105,7 @@ def _inputs_of(job: LayerJob, sublayer: Sublayer) -> Iterator[tuple[Producer, In
 
 
 def _stages(block: Block) -> tuple[Stage, ...]:
-    """Of a dense block its own; of routed experts what they read, if nothing else says it."""
+    """The stages of a dense block; for routed experts one, whose inputs are what they read."""
     return block.stages if isinstance(block, DenseBlock) else (_expert_stage(block),)
 
 

@@ -18,7 +18,7 @@ from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.hidden_states import RowStore, load
 from quantkit.calibrate.stream import embed
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.formats.safetensors.writer import disk_errors, sync_directory
+from quantkit.formats.preallocated import disk_errors, sync_directory
 from quantkit.plan.machine import Stores
 
 SAVING_PAUSE = 10

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from quantkit.documents.journal import ENTRY, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors.writer import disk_errors
+from quantkit.formats.preallocated import disk_errors
 
 
 class Journal:

@@ -15,21 +15,22 @@ import torch
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.convert.dense import GroupResult, GroupTask, apply_group, group_task, quantize_dense, quantize_group
+from quantkit.convert.dense import GroupTask, apply_group, group_task, quantize_dense, quantize_group
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
 from quantkit.convert.folding import rescale_sublayer, with_rescaled
-from quantkit.convert.layer_job import ExpertCounts, LayerJob, LayerSink
+from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
 from quantkit.convert.outputs import Linears, any_quantised
 from quantkit.convert.routing import Routes, route
+from quantkit.documents.journal import ExpertRecord
 from quantkit.quantizers.rescaling import Folding
 
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """What is known of a layer beside its linears. ``counts``: what the router gave each expert, by block;
+    """What is known of a layer beside its linears. ``experts``: what the router gave each, by block;
     ``foldings``: by output, the input channels that its methods rescaled, which kept tensors absorb."""
 
-    counts: dict[str, list[ExpertCounts]]
+    experts: dict[str, tuple[ExpertRecord, ...]]
     foldings: tuple[Folding, ...]
 
 
@@ -38,7 +39,7 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSi
     the layer in place."""
     batches = _expert_weights(job, (block for sublayer in sublayers for block in sublayer))
     job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
-    counts: dict[str, list[ExpertCounts]] = {}
+    records: dict[str, tuple[ExpertRecord, ...]] = {}
     for sublayer in sublayers:
         job = rescale_sublayer(job, sublayer)
         # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x
@@ -47,17 +48,16 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSi
         dense = [block for block in sublayer if isinstance(block, DenseBlock)]
         assert len(dense) <= 1, "a second dense block would read what the first has added"
         for block in dense:
-            names = (name for stage in block.stages for group in stage.groups for name in group.linears)
-            sink.begin(block.name, sum(name in job.outputs[0].methods for name in names))
+            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
             quantize_dense(job, block, sink)
         for block, routes in routed:
             sink.begin(block.name, 3 * block.n_experts)
-            counts[block.name] = routes.counts()
+            records[block.name] = routes.counts()
             for experts in expert_batches(job, block):
                 # Neither task nor result has a name here: both are free before the next batch is read.
                 job = _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts)), sink)
             routes.close()
-    return LayerResult(counts, tuple(output.folding for output in job.outputs))
+    return LayerResult(records, tuple(output.folding for output in job.outputs))
 
 
 def quantize_without_inputs(
@@ -73,14 +73,15 @@ def quantize_without_inputs(
     job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
     for block in blocks:
         if isinstance(block, DenseBlock):
-            for name in (name for stage in block.stages for group in stage.groups for name in group.linears):
+            for name in block.linears:
                 stats = None if importance is None else importance.of((name,), job.device)
                 apply_group(job, quantize_group(group_task(job, InputGroup((name,)), stats)), sink)
             job.weights.forget()
     for names, experts in batches:
         linears = linears_of(job, names, experts)
         stats = None if importance is None else importance.of(linears.names, job.device)
-        _hand_over(quantize_group(GroupTask((linears,), (), stats, job.outputs)), sink)
+        result = quantize_group(GroupTask((linears,), (), stats, job.outputs))
+        hand_over(sink, result.quantised, result.importance)
 
 
 def expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ...]]:
@@ -130,7 +131,7 @@ def _apply_experts(job: LayerJob, result: ExpertsResult, sink: LayerSink) -> Lay
     """Hand over what the outputs store of a batch of experts, and carry the streams through it. Returns the job with
     what was rescaled."""
     # In this order packing on a GPU overlaps with the residual's change, not with the next batch: 2 % of a V3 layer.
-    _hand_over(result, sink)
+    hand_over(sink, result.quantised, result.importance)
     _add_outputs(job.hidden.x, result.calibrated)
     if result.unquantised is not None and job.hidden.original is not None:
         _add_outputs(job.hidden.original, result.unquantised)
@@ -140,26 +141,10 @@ def _apply_experts(job: LayerJob, result: ExpertsResult, sink: LayerSink) -> Lay
     return replace(job, outputs=tuple(with_rescaled(output, more) for output, more in pairs))
 
 
-def _hand_over(result: GroupResult | ExpertsResult, sink: LayerSink) -> None:
-    for one in result.importance:
-        sink.write_importance(one)
-    for made in result.quantised:
-        sink.write(made)
-
-
 def _add_outputs(store: RowStore, outputs: ExpertOutputs) -> None:
     for change in outputs.changes():
         store.add(change.tokens, change.values, change.shares)
         del change  # before the next one is made
-
-
-def linears_in(blocks: Iterable[Block]) -> Iterator[str]:
-    """Names of every linear of some blocks, of parts as well as of the linears that they belong to."""
-    for block in blocks:
-        if isinstance(block, ExpertBlock):
-            yield from (*block.gates, *block.ups, *block.downs)
-        else:
-            yield from (name for stage in block.stages for group in stage.groups for name in group.linears)
 
 
 def _expert_weights(job: LayerJob, blocks: Iterable[Block]) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:

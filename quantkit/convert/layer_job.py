@@ -3,6 +3,7 @@ results."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,16 +12,6 @@ import torch
 from quantkit.convert.hidden import Streams
 from quantkit.convert.outputs import Importance, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCounts:
-    """What the router gave an expert: tokens, the sum of their gate weights, and tokens borrowed because there were too
-    few."""
-
-    n_tokens: int
-    gate_weight: float
-    borrowed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +52,11 @@ class LayerSink(Protocol):
     def write_importance(self, importance: Importance) -> None:
         """What the inputs of a linear are, for the outputs that keep it."""
         ...
+
+
+def hand_over(sink: LayerSink, quantised: Iterable[Quantised], importance: Iterable[Importance]) -> None:
+    """Give a sink what some linears became."""
+    for one in importance:
+        sink.write_importance(one)
+    for made in quantised:
+        sink.write(made)

@@ -206,7 +206,7 @@ def _largest(alike: list[Linears]) -> str:
 
 
 def copied(stats: Inputs) -> Inputs:
-    """The same statistics for a method that may overwrite them."""
+    """A copy of statistics, for a method that may overwrite them."""
     if not isinstance(stats, InputStats):
         return stats
     return replace(stats, hessian=stats.hessian.clone(), cross=None if stats.cross is None else stats.cross.clone())

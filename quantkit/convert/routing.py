@@ -13,8 +13,9 @@ from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.inputs import InputMoments, Inputs, combined
 from quantkit.calibrate.stream import ExpertTokens, row_batches
 from quantkit.convert.experts import ExpertInputs, RoutedTokens
-from quantkit.convert.layer_job import ExpertCounts, LayerJob
+from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import needs_inputs
+from quantkit.documents.journal import ExpertRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,13 @@ class Routes:
         """The experts' tokens in the unquantised stream."""
         return self.streams[1].of_experts(experts) if len(self.streams) > 1 else None
 
-    def counts(self) -> list[ExpertCounts]:
+    def counts(self) -> tuple[ExpertRecord, ...]:
         """What each expert was given in the calibrated stream."""
         tokens = self.streams[0].tokens
-        return [
-            ExpertCounts(tokens.count(expert), float(tokens.of_expert(expert)[1].sum()), len(borrowed))
+        return tuple(
+            ExpertRecord(tokens.count(expert), float(tokens.of_expert(expert)[1].sum()), len(borrowed))
             for expert, borrowed in enumerate(self.borrowed)
-        ]
+        )
 
     def close(self) -> None:
         """Free the inputs."""

@@ -8,7 +8,6 @@ each synced and then recorded in the journal, then the files around the weights,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,13 +25,13 @@ from quantkit.convert.finish import finish, result_folder
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
-from quantkit.convert.layer import LayerResult, linears_in, quantize_layer, quantize_without_inputs
-from quantkit.convert.layer_job import ExpertCounts, LayerJob
+from quantkit.convert.layer import LayerResult, quantize_layer, quantize_without_inputs
+from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.layer_writer import LayerWriter
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
 from quantkit.convert.weights import LayerWeights, WeightSource
-from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
+from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.batch_sizes import share_of
@@ -43,7 +42,7 @@ from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
-from quantkit.schemes import ChosenScheme, Float8Scheme, QuantError
+from quantkit.schemes import ChosenScheme, QuantError
 
 
 def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
@@ -63,29 +62,29 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)
         if not journal.entries:
-            check_free_disk(plan, needs, folder.partial, folder.reserved_bytes)
+            check_free_disk(needs, folder.partial, folder.reserved_bytes)
         sinks = tuple(_open_sink(folder, output, plan, opened.directory, journal) for output in plan.outputs)
         for sink in sinks:
             stack.callback(sink.close)
         stores = Stores(folder.hidden, share.stores, machine.device, share.device_stores)
         weights, deliveries = _threads_beside(stack, opened, machine)
-        walk = Conversion(
-            plan,
-            arch,
-            opened,
-            machine,
-            folder,
-            journal,
-            stores,
-            share,
-            sinks,
-            importance,
-            on_event,
-            Timer(),
-            weights,
-            deliveries,
+        conversion = Conversion(
+            plan=plan,
+            arch=arch,
+            source=opened,
+            machine=machine,
+            folder=folder,
+            journal=journal,
+            stores=stores,
+            share=share,
+            sinks=sinks,
+            importance=importance,
+            on_event=on_event,
+            timer=Timer(),
+            weights=weights,
+            deliveries=deliveries,
         )
-        return _run(walk, rows, header, base_dir)
+        return _run(conversion, rows, header, base_dir)
 
 
 def _open_imatrix(stack: ExitStack, recipe: Recipe, arch: ModelArch, base_dir: Path) -> ImportanceFile | None:
@@ -111,94 +110,94 @@ def _works_beside(machine: Machine) -> bool:
     return machine.device.type == "cuda"
 
 
-def _run(walk: Conversion, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
-    resumed = bool(walk.journal.entries)
-    layers = _layers(walk.plan)
-    _rewind(walk, calibrated=rows is not None)
-    done = {entry.layer for entry in walk.journal.layers}
+def _run(conversion: Conversion, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
+    resumed = bool(conversion.journal.entries)
+    layers = _layers(conversion.plan)
+    _rewind(conversion, calibrated=rows is not None)
+    done = {entry.layer for entry in conversion.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
     warnings = () if rows is None else rows.warnings
-    walk.on_event(Started(len(layers), walk.plan.source_bytes, n_tokens, len(done), warnings))
-    if not walk.journal.outside_done:
-        with walk.timer.stage("copy"):
-            walk.on_event(StageStarted("embeddings"))
-            copy_kept(walk, None)
-            tables = _table_records(quantize_tables(walk, None))
-            _sync(walk)
-            walk.journal.append(OutsideEntry(tensors=tuple(tables)))
+    conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings))
+    if not conversion.journal.outside_done:
+        with conversion.timer.stage("copy"):
+            conversion.on_event(StageStarted("embeddings"))
+            copy_kept(conversion, None)
+            tables = _table_records(quantize_tables(conversion, None))
+            _sync(conversion)
+            conversion.journal.append(OutsideEntry(tensors=tuple(tables)))
     files = StreamFiles(
-        walk.folder.hidden,
-        walk.stores,
-        two=walk.plan.follows_original,
-        scratch_dtype=_scratch_dtype(walk),
+        conversion.folder.hidden,
+        conversion.stores,
+        two=conversion.plan.follows_original,
+        scratch_dtype=_scratch_dtype(conversion),
     )
-    with walk.timer.stage("embeddings"):
+    with conversion.timer.stage("embeddings"):
         streams = None
-        if rows is not None and any(layer < walk.arch.n_layers for layer in layers if layer not in done):
-            saved = [entry.layer for entry in walk.journal.layers if entry.saved]
-            streams = files.open(rows, walk.arch, walk.source, after=max(saved, default=None))
+        if rows is not None and any(layer < conversion.arch.n_layers for layer in layers if layer not in done):
+            saved = [entry.layer for entry in conversion.journal.layers if entry.saved]
+            streams = files.open(rows, conversion.arch, conversion.source, after=max(saved, default=None))
     for layer in layers:
         if layer not in done:
-            _layer(walk, layer, streams if layer < walk.arch.n_layers else None, files, n_tokens)
+            _layer(conversion, layer, streams if layer < conversion.arch.n_layers else None, files, n_tokens)
     if streams is not None:
         streams.close()
-    return finish(walk, header, rows, base_dir, resumed=resumed)
+    return finish(conversion, header, rows, base_dir, resumed=resumed)
 
 
-def _scratch_dtype(walk: Conversion) -> torch.dtype:
-    """Of what a block reads, kept for all tokens: float32 if some linears of the source compute in it anywhere."""
-    infos = walk.source.infos()
-    stored = {infos[spec.name].dtype for spec in walk.arch.tensors() if spec.linear and spec.name in infos}
-    return walk.machine.scratch_dtype if stored == {"BF16"} else torch.float32
+def _scratch_dtype(conversion: Conversion) -> torch.dtype:
+    """The dtype in which a block's inputs are kept for all tokens: float32 unless all linears of the source are
+    BF16."""
+    infos = conversion.source.infos()
+    stored = {infos[spec.name].dtype for spec in conversion.arch.tensors() if spec.linear and spec.name in infos}
+    return conversion.machine.scratch_dtype if stored == {"BF16"} else torch.float32
 
 
-def _rewind(walk: Conversion, *, calibrated: bool) -> None:
+def _rewind(conversion: Conversion, *, calibrated: bool) -> None:
     """Take back the layers after the last saved border, unless all that need hidden states are done."""
-    entries = walk.journal.entries
-    layers = [entry.layer for entry in walk.journal.layers]
-    if not calibrated or walk.arch.n_layers - 1 in layers:
+    entries = conversion.journal.entries
+    layers = [entry.layer for entry in conversion.journal.layers]
+    if not calibrated or conversion.arch.n_layers - 1 in layers:
         return
     kept = [number for number, entry in enumerate(entries, 1) if isinstance(entry, OutsideEntry) or entry.saved]
-    walk.journal.rewind(max(kept, default=0))
+    conversion.journal.rewind(max(kept, default=0))
 
 
-def _layer(walk: Conversion, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
+def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
     """Quantise one layer, bring it to the disk, and say so in the journal."""
     start = time.monotonic()
-    sublayers = walk.arch.sublayers(layer)
+    sublayers = conversion.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
-    job, writer = _layer_job(walk, layer, streams, blocks), LayerWriter(walk, layer)
+    job, writer = _layer_job(conversion, layer, streams, blocks), LayerWriter(conversion, layer)
     result = LayerResult({}, ())
-    _prefetch(walk, layer + 1)
-    _prefetch(walk, layer + 2)
-    with walk.timer.stage("layers" if streams is not None else "layers without calibration"):
+    _prefetch(conversion, layer + 1)
+    _prefetch(conversion, layer + 2)
+    with conversion.timer.stage("layers" if streams is not None else "layers without calibration"):
         if streams is None:
-            quantize_without_inputs(job, blocks, writer, walk.importance)
+            quantize_without_inputs(job, blocks, writer, conversion.importance)
         else:
             result = quantize_layer(job, sublayers, writer)
-        if walk.deliveries is not None:
-            walk.deliveries.drain()
-    with walk.timer.stage("copy"):
-        copy_kept(walk, layer, result.foldings)
-        records = _table_records([*writer.tensors, *quantize_tables(walk, layer)])
-    with walk.timer.stage("sync"):
-        _sync(walk)
+        if conversion.deliveries is not None:
+            conversion.deliveries.drain()
+    with conversion.timer.stage("copy"):
+        copy_kept(conversion, layer, result.foldings)
+        records = _table_records([*writer.tensors, *quantize_tables(conversion, layer)])
+    with conversion.timer.stage("sync"):
+        _sync(conversion)
         # Nothing needs the hidden states after the last decoder layer.
-        saved = streams is not None and layer < walk.arch.n_layers - 1 and files.due()
+        saved = streams is not None and layer < conversion.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
-        experts = _expert_records(result.counts)
-        walk.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=experts))
+        conversion.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=result.experts))
         if saved:
             files.forget_before(layer)
-    walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
+    conversion.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
 
 
-def _layer_job(walk: Conversion, layer: int, streams: Streams | None, blocks: tuple[Block, ...]) -> LayerJob:
+def _layer_job(conversion: Conversion, layer: int, streams: Streams | None, blocks: tuple[Block, ...]) -> LayerJob:
     """What quantising a layer needs of the conversion."""
-    calibration = walk.plan.recipe.calibration
-    names = tuple(linears_in(blocks)) if streams is not None else ()
-    pairs = zip(walk.plan.outputs, walk.sinks, strict=True)
+    calibration = conversion.plan.recipe.calibration
+    names = tuple(name for block in blocks for name in block.linears) if streams is not None else ()
+    pairs = zip(conversion.plan.outputs, conversion.sinks, strict=True)
     return LayerJob(
         outputs=tuple(
             OutputChoice(
@@ -207,15 +206,15 @@ def _layer_job(walk: Conversion, layer: int, streams: Streams | None, blocks: tu
             for output, sink in pairs
         ),
         weights=LayerWeights(
-            walk.weights,
-            walk.arch.parts(),
-            carries_quantised=walk.plan.recipe.propagate == "quantized",
-            cache_bytes=walk.share.cache,
-            device=walk.machine.device,
-            narrow=walk.machine.scratch_dtype,
+            conversion.weights,
+            conversion.arch.parts(),
+            carries_quantised=conversion.plan.recipe.propagate == "quantized",
+            cache_bytes=conversion.share.cache,
+            device=conversion.machine.device,
+            narrow=conversion.machine.scratch_dtype,
         ),
         streams=streams,
-        experts_at_once=walk.share.experts_at_once,
+        experts_at_once=conversion.share.experts_at_once,
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
     )
 
@@ -229,14 +228,6 @@ def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[TensorReco
     return [_record(*table) for table in tables]
 
 
-def _expert_records(counts_by_block: Mapping[str, list[ExpertCounts]]) -> dict[str, tuple[ExpertRecord, ...]]:
-    """What the journal says of each routed expert, by block."""
-    return {
-        name: tuple(ExpertRecord(count.n_tokens, count.gate_weight, count.borrowed) for count in counts)
-        for name, counts in counts_by_block.items()
-    }
-
-
 def _layers(plan: Plan) -> list[int]:
     """Every layer that some output writes, MTP layers included, in order."""
     decisions = [d for output in plan.outputs for d in output.decisions.values() if d.action is not Action.DROP]
@@ -246,12 +237,9 @@ def _layers(plan: Plan) -> list[int]:
 def _methods(output: OutputPlan, layer: int) -> dict[str, tuple[ChosenScheme, Method]]:
     """Scheme and method of every linear of a layer that an output quantises."""
     return {
-        name: (decision.scheme, decision.method)
+        name: decision.quantising
         for name, decision in output.decisions.items()
-        if decision.spec.layer == layer
-        and decision.scheme is not None
-        and not isinstance(decision.scheme, Float8Scheme)
-        and decision.method is not None
+        if decision.spec.layer == layer and decision.quantising is not None
     }
 
 
@@ -261,15 +249,15 @@ def _verbatim(output: OutputPlan, layer: int) -> frozenset[str]:
     return frozenset(d.spec.official for d in decisions if d.action is Action.KEEP and d.scheme is not None)
 
 
-def _prefetch(walk: Conversion, layer: int) -> None:
+def _prefetch(conversion: Conversion, layer: int) -> None:
     """Let the kernel read the next layer's bytes while this one is computed."""
-    decisions = walk.plan.outputs[0].decisions.values()
+    decisions = conversion.plan.outputs[0].decisions.values()
     names = dict.fromkeys(decision.spec.official for decision in decisions if decision.spec.layer == layer)
-    walk.source.prefetch(list(names))
+    conversion.source.prefetch(list(names))
 
 
-def _sync(walk: Conversion) -> None:
-    for sink in walk.sinks:
+def _sync(conversion: Conversion) -> None:
+    for sink in conversion.sinks:
         sink.sync()
 
 

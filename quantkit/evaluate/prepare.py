@@ -17,7 +17,8 @@ from quantkit.documents.evaluation import ScoringProtocol
 from quantkit.documents.reference import ReferenceRecord
 from quantkit.errors import CalibrationError, ConfigError, PlanError, SourceError
 from quantkit.evaluate.open import Evaluated, open_candidate, open_reference, tokenizer_sha256
-from quantkit.evaluate.reference_file import ReferenceStatistics, check_place, is_reference_file
+from quantkit.evaluate.reference_file import ReferenceStatistics, is_reference_file
+from quantkit.formats.preallocated import check_place
 
 DEFAULT_TEXT = ("builtin:eval",)
 DEFAULT_CONTEXT = 512

@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from quantkit.documents.evaluation import NoiseFloor
 from quantkit.documents.read import first_problem
 from quantkit.documents.reference import REFERENCE_KIND, ReferenceRecord
-from quantkit.errors import OutputError, SourceError
+from quantkit.errors import SourceError
 from quantkit.formats.casting import bytes_of
 from quantkit.formats.preallocated import disk_errors, sync_directory
 from quantkit.formats.safetensors.header import StoredTensor, printable, read_header
@@ -334,9 +334,3 @@ class ReferenceStatistics:
 
     def _refusal(self, problem: str, hint: str = _ANEW) -> SourceError:
         return SourceError(f"{printable(str(self.path))}: {problem}.", hint=hint)
-
-
-def check_place(path: Path) -> None:
-    """Raise `OutputError` unless a file can be made there."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"{path}: is no place for a file.", hint="Give a file name in a folder that exists.")

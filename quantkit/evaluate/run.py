@@ -80,9 +80,9 @@ class _Job:
             writer = None
             if opened.save is not None:
                 writer = stack.enter_context(ReferenceWriter(opened.save, record, tokens, original.arch.n_layers))
-            walk = self._start(original.arch, others, tokens, 0 if writer is None else record.top)
+            stream = self._start(original.arch, others, tokens, 0 if writer is None else record.top)
             with self.timer.stage("stream"):
-                found = walk.compare(
+                found = stream.compare(
                     original,
                     others,
                     tokens,
@@ -100,9 +100,9 @@ class _Job:
         """The reference is what an earlier run kept of it."""
         reference, others = opened.reference, opened.candidates
         record = reference.record
-        walk = self._start(opened.arch, others, reference.tokens, record.top)
+        stream = self._start(opened.arch, others, reference.tokens, record.top)
         with self.timer.stage("stream"):
-            found = walk.compare_recorded(reference, others)
+            found = stream.compare_recorded(reference, others)
         results = [result_of(comparison, record.window_domains) for comparison in found]
         floor = record.noise_floor if self.noise_floor else None
         return self._document(record, floor, others, results, self._file_facts(reference))

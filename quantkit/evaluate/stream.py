@@ -1,4 +1,4 @@
-"""The walk of `evaluate`: models through the layers side by side, in the memory that the budget leaves."""
+"""What `evaluate` computes: models through the layers side by side, in the memory that the budget leaves."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quantkit.errors import SourceError
 from quantkit.formats.model_card import CardFacts, model_card
-from quantkit.formats.safetensors.writer import write_durably
+from quantkit.formats.preallocated import write_durably
 
 __all__ = ["CardFacts", "copy_side_files", "model_card", "write_config", "write_model_card"]
 

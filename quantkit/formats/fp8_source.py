@@ -75,11 +75,6 @@ class Fp8Source:
         """Whether a tensor of `infos` is stored as FP8 with a block scale."""
         return name in self._float8
 
-    def float8_infos(self, name: str) -> tuple[TensorInfo, TensorInfo]:
-        """The two tensors that store an FP8 weight: codes and scale."""
-        stored = self.raw.infos()
-        return stored[name], stored[name + SCALE_SUFFIX]
-
     def read_on(self, name: str, device: torch.device) -> Tensor:
         """The tensor on a device, which decodes and checks it: the same values as `read` gives. For a GPU through
         page-locked memory and on the current stream, for which this waits. Thread-safe.

@@ -166,6 +166,12 @@ class PreallocatedFiles:
         return self._open[file]
 
 
+def check_place(path: Path) -> None:
+    """Raise `OutputError` unless a file can be made there."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"{path}: is no place for a file.", hint="Give a file name in a folder that exists.")
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a small file in one step: after a crash it holds the old bytes or the new ones. Raises `OutputError`."""
     new = path.with_name(path.name + UNFINISHED)

@@ -70,11 +70,6 @@ class ShardFiles:
     def __del__(self) -> None:
         self.close()
 
-    @property
-    def n_open(self) -> int:
-        """Descriptors held now."""
-        return len(self._open)
-
     def _open_unchanged(self, file: str) -> int:
         fd, size = open_regular(self._directory / file)
         if size != self._sizes[file]:

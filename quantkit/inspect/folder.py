@@ -93,11 +93,12 @@ def inspect_folder(directory: Path | str) -> Inspection:
     planned = {name: _planned(weight, specs.get(name), groups, unusual) for name, weight in weights.items()}
     _compare_with_family(specs, weights, planned, unusual)
     _compare_with_config(config, planned, infos, unusual)
-    if any(tensor and tensor.scheme for tensor in planned.values()) and quant_method(config) == "compressed-tensors":
+    method = quant_method(config) or ""
+    if method == contract.COMPRESSED_TENSORS and any(tensor and tensor.scheme for tensor in planned.values()):
         known = [tensor for tensor in planned.values() if tensor is not None]
-        unusual += contract.problems(known) + contract.notes(known)
+        unusual += contract.problems(known, method) + contract.notes(known, method)
     holdings = _storage(weights, planned, specs)
-    return Inspection(directory, family, quant_method(config) or "", shards, len(infos), holdings, tuple(unusual))
+    return Inspection(directory, family, method, shards, len(infos), holdings, tuple(unusual))
 
 
 def _config(directory: Path, unusual: list[str]) -> dict[str, object]:

@@ -14,16 +14,17 @@ from quantkit.plan.shapes import Work
 MOST_EXPERTS = 32
 """More experts at once gain nothing: a batch of this size fills the matrix products."""
 STORES_SHARE, EXPERTS_SHARE, CACHE_SHARE = 0.5, 0.3, 0.15
-"""Of what the budget leaves beside the least that the work needs: for hidden states, for experts beside the first, and
-for weights of dense linears."""
+"""Shares of what the budget leaves beside the least that the work needs: for hidden states, for experts beside the
+first, and for weights of dense linears."""
 DEVICE_ROOM = 0.92
-"""Of a GPU's memory: the rest is the CUDA context, and gaps between what torch has allocated."""
+"""The share of a GPU's memory that is planned with; the rest is the CUDA context, and gaps between what torch has
+allocated."""
 DEVICE_STORES_SHARE = 0.6
-"""Of a GPU's memory, for hidden states at most."""
+"""Hidden states take at most this share of a GPU's memory."""
 DEVICE_EXPERTS_SHARE = 0.4
-"""Of a GPU's memory, for experts quantised at once, unless dense linears take more anyway."""
+"""Experts quantised at once take at most this share of a GPU's memory, unless dense linears take more anyway."""
 DEVICE_CACHE_SHARE = 0.05
-"""Of a GPU's memory, for weights of dense linears."""
+"""Kept weights of dense linears take this share of a GPU's memory."""
 CUDA_BYTES = 10**9
 """RAM that the CUDA driver and its libraries take beside the interpreter."""
 

@@ -45,6 +45,13 @@ class Decision:
     method: Method | None = None
 
     @property
+    def quantising(self) -> tuple[ChosenScheme, Method] | None:
+        """Scheme and method of a tensor whose codes are chosen, None for others."""
+        if self.method is None or self.scheme is None or isinstance(self.scheme, Float8Scheme):
+            return None
+        return self.scheme, self.method
+
+    @property
     def source_nbytes(self) -> int:
         """Bytes of the decoded source tensor, or of the part of it that is meant."""
         return TensorInfo(self.spec.name, self.spec.shape, self.source_dtype).nbytes

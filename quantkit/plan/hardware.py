@@ -11,7 +11,7 @@ from pathlib import Path
 from quantkit.runtimes.gpus import parse_gpus
 
 DEFAULT_SHARE = 0.6
-"""Of the memory that this process may use, when no budget is given."""
+"""The share of the memory that this process may use which is the budget when none is given."""
 
 
 @dataclass(frozen=True, slots=True)

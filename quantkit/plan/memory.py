@@ -31,11 +31,11 @@ the code of matrix products, compiled kernels, tokenizer and journal."""
 LEAST_CACHE = 64 * 2**20
 """Weights of dense linears that are kept however small the budget is."""
 DECODING_COPIES = 4
-"""Of the largest matrix in float32: as stored, decoded, converted, and kept."""
+"""Float32 copies of the largest matrix: as stored, decoded, converted, and kept."""
 BYTES_PER_TOKEN = 96
-"""Of a model: running sums of its logits, and experts chosen."""
+"""Bytes that each model takes for a token: running sums of its logits, and experts chosen."""
 BYTES_PER_TOP_TOKEN = 40
-"""Of one of a position's most likely tokens, while a group of positions is in memory."""
+"""Bytes for one of a position's most likely tokens, while a group of positions is in memory."""
 HEADER_BYTES_PER_TENSOR = 140
 """Room in a safetensors header; V3's release uses 129."""
 STORED_PER_TENSOR = 3
@@ -140,7 +140,7 @@ def evaluation_needs(sizes: ModelSizes, n_models: int, shape: tuple[int, int], t
     return tuple(term for term in terms if term.nbytes)
 
 
-def check_free_disk(plan: Plan, needs: Needs, out: Path, already_written: int = 0) -> None:
+def check_free_disk(needs: Needs, out: Path, already_written: int = 0) -> None:
     """Raise `PlanError` unless the file system of ``out`` has room. ``already_written``: bytes that a resumed run has
     there already."""
     folder = out.absolute()

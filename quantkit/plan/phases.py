@@ -25,7 +25,6 @@ from quantkit.plan.hardware import Gpu
 from quantkit.plan.shapes import DenseShape, Experts, Work, matrices
 from quantkit.quantizers import Gptq
 from quantkit.quantizers.batch import DEVICE_SLICE_BYTES, SLICE_BYTES
-from quantkit.schemes import GgmlScheme
 from quantkit.tensors import Role
 
 KEPT_CHUNK_BYTES = 64 * 2**20
@@ -40,13 +39,14 @@ MOST_WAITING = 4
 ACTIVATION_COPIES = 4
 """Activations of one batch of tokens: two projections and their product, and the other stream's."""
 READ_BYTES = 6
-"""Of a weight that passes: as the source stores it, and in float32."""
+"""Bytes that a weight takes while it is read: as the source stores it, and in float32."""
 CODE_BYTES = 1.25
-"""Of a quantised weight before it is packed: a code, and its share of scales, offsets and losses."""
+"""Bytes that a quantised weight takes before it is packed: a code, and its share of scales, offsets and losses."""
 DECODE_COPIES = 3
 """Decoding a linear on a processor: codes in float32, their product with the scales, and the result."""
 ROUTING_BYTES = 40
-"""Of an expert that a token takes, in each stream: its number and gate weight, sorted by token and by expert."""
+"""Bytes for each expert that a token takes, in each stream: its number and gate weight, sorted by token and by
+expert."""
 POPULAR = 2
 """Some experts see so many times the mean of tokens."""
 RTN_BUFFERS, PLAIN_BUFFERS, CROSS_BUFFERS, POLISH_BUFFERS, CODEBOOK_BUFFERS = 4, 3, 1, 3, 3
@@ -144,7 +144,7 @@ def _dense_phases(work: Work, block: DenseShape, place: Place, cache: int) -> It
     # Shared and routed experts read the same, which the routed ones keep for later.
     routed = _routed_inputs(work, place) if block.role is Role.SHARED_EXPERT and work.experts else ()
     scratch = routed + context
-    kept = _cached(block, place, cache, work.streams) if work.tokens else ()
+    kept = _cached(block, place, cache) if work.tokens else ()
     if work.tokens:
         yield Phase(f"{block.role.value}: collecting", (*kept, *_collecting(work, block, place)), scratch)
     for group in block.groups:
@@ -156,10 +156,10 @@ def _routed_inputs(work: Work, place: Place) -> tuple[int, ...]:
     return (work.tokens * work.hidden * place.width,) * work.streams
 
 
-def _cached(block: DenseShape, place: Place, cache: int, streams: int) -> tuple[Term, ...]:
+def _cached(block: DenseShape, place: Place, cache: int) -> tuple[Term, ...]:
     """The original weights and those that the quantised stream computes with share the cache."""
     weights = place.width * block.parameters
-    nbytes = sum(min(cache // 2, weights) for _ in range(2))
+    nbytes = 2 * min(cache // 2, weights)
     return (Term("weight cache", nbytes, f"2 x the block's {weights:,} B, {cache // 2:,} B at most"),)
 
 
@@ -204,7 +204,7 @@ def _hessian_set(work: Work, group: tuple[Decision, ...]) -> tuple[Term, ...]:
 def hessian_copies(work: Work, learners: list[Decision]) -> int:
     """The damped Hessian and its factor; the cross term of a second stream; the factor in another order for a codebook;
     a Hessian and a cross term of its own for a second method."""
-    codebook = any(isinstance(d.scheme, GgmlScheme) and not d.scheme.has_grid for d in learners)
+    codebook = any(map(_in_vectors, learners))
     return 1 + work.streams + codebook + work.streams * (work.methods > 1)
 
 
@@ -213,10 +213,14 @@ def _learns(decision: Decision) -> bool:
     return decision.method is not None and decision.method.needs_inputs
 
 
+def _in_vectors(decision: Decision) -> bool:
+    """Whether codes stand for several weights at once."""
+    return decision.quantising is not None and not decision.quantising[0].has_grid
+
+
 def buffers_of(decision: Decision) -> int:
     """Buffers of a slice's size that the method works with, beside the weight."""
-    method, scheme = decision.method, decision.scheme
-    codebook = isinstance(scheme, GgmlScheme) and not scheme.has_grid
+    method, codebook = decision.method, _in_vectors(decision)
     if not isinstance(method, Gptq):
         return RTN_BUFFERS + CODEBOOK_BUFFERS * codebook
     more = CODEBOOK_BUFFERS if codebook else POLISH_BUFFERS * (method.polish > 0)
@@ -353,7 +357,7 @@ class _ExpertTerms:
 
     @property
     def _tokens(self) -> int:
-        """Of a popular expert."""
+        """Tokens that a popular expert sees."""
         return min(self.work.tokens, POPULAR * self.work.tokens * self.work.top_k // self.shape.count)
 
     def chunk(self, widths: int) -> Term:

@@ -189,6 +189,28 @@ def _plan_output(
     problems: Problems,
     warnings: list[str],
 ) -> OutputPlan:
+    decisions = _decisions(output, target, recipe, infos, float8, problems, warnings)
+    planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
+    if not problems.lines:
+        for line in target.problems(tuple(planned.values())):
+            problems.add("format problems", f"output {output.name}: {line}")
+    if problems.lines:
+        return OutputPlan(output, target, decisions, (), ())
+    warnings += [f"output {output.name}: {line}" for line in target.notes(tuple(planned.values()))]
+    return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
+
+
+def _decisions(
+    output: Output,
+    target: Target,
+    recipe: Recipe,
+    infos: Mapping[str, TensorInfo],
+    float8: Mapping[str, Float8Scheme],
+    problems: Problems,
+    warnings: list[str],
+) -> dict[str, Decision]:
+    """What the first rule that matches, or else the preset, says of each tensor; also judges rules that decide
+    nothing."""
     matchers = [rule.matcher() for rule in output.rules]
     used = [False] * len(output.rules)
     decide = Decider(output, target, recipe.calibration is not None, problems)
@@ -215,14 +237,7 @@ def _plan_output(
     for number, rule in enumerate(output.rules):
         if not used[number]:
             unused_rule(output, number + 1, rule, target, problems, warnings)
-    planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
-    if not problems.lines:
-        for line in target.problems(tuple(planned.values())):
-            problems.add("format problems", f"output {output.name}: {line}")
-    if problems.lines:
-        return OutputPlan(output, target, decisions, (), ())
-    warnings += [f"output {output.name}: {line}" for line in target.notes(tuple(planned.values()))]
-    return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
+    return decisions
 
 
 def _planned(decision: Decision) -> PlannedTensor:

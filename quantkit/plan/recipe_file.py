@@ -83,7 +83,7 @@ def parse_model(model: type[Model], text: str, shown: str) -> Model:
 
 
 def model_of(model: type[Model], values: Mapping[str, object]) -> Model:
-    """The same in plain values, checked as a file is; faults are told by their keys alone."""
+    """The model of plain values, checked as those of a file are; faults are named by their keys alone."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -17,7 +17,7 @@ from quantkit.plan.recipe import Validation
 from quantkit.tensors import Projection, Role, TensorInfo, TensorSpec
 
 TEXT_BYTES_PER_TOKEN = 2
-"""Of text, at least: what a file's tokens are estimated from."""
+"""Bytes of text that a token takes at least: a file's tokens are estimated from its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Of the linears of a model: parameters of the largest one, of all of the largest layer, and the longest side; and
-    what its output matrix has."""
+    """Sizes of a model. Parameters of its ``largest`` linear and of all linears of its largest ``layer``; the
+    ``longest`` side of a linear; ``hidden`` and ``vocabulary``: the sides of its output matrix."""
 
     largest: int
     layer: int

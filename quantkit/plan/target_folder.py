@@ -51,13 +51,13 @@ class FolderTarget:
         return sum(info.nbytes for info in self._layout.infos(tensor))
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
-        """What the layout cannot store (FP8 weights that are kept) or say; and see `contract.problems`."""
+        """What the layout cannot store (FP8 weights that are kept) or say, and what vLLM would not load."""
         refused = [line for tensor in tensors if (line := self._refusal(tensor))]
-        return [*refused, *self._layout.problems(tensors), *contract.problems(tensors)]
+        return [*refused, *self._layout.problems(tensors), *contract.problems(tensors, self._output.format)]
 
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
-        """See `contract.notes`."""
-        return contract.notes(tensors)
+        """What runtimes will not take of the layout, or take otherwise than asked."""
+        return contract.notes(tensors, self._output.format)
 
     def check_source(self, source: Path) -> None:
         """Files are copied as they are."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SLICE_BYTES = 128 * 2**20
 """Float32 bytes of the rows that are quantised at once; about six buffers of this size exist meanwhile."""
 DEVICE_SLICE_BYTES = 3 * 2**29
-"""The same on a GPU, where short slices cost launches."""
+"""Float32 bytes of the rows that a GPU quantises at once: there short slices cost launches."""
 
 
 def in_slices(weight: Tensor) -> tuple[Tensor, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Result, Scores
+from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Layer, Result, Scores
 from quantkit.documents.values import Mean
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Block, Figure, Note, Section, Table
@@ -245,22 +245,8 @@ def _domain_cells(scores: Scores) -> tuple[str, ...]:
 
 def _layers(series: Sequence[_Series]) -> list[Block]:
     """Error of the hidden state and agreement of the routers, if there are layers and routers."""
-    states = [
-        (
-            one.name,
-            [(x.layer, 100 * x.hidden_error) for x in one.result.layers if not math.isnan(x.hidden_error)],
-            one.floor,
-        )
-        for one in series
-    ]
-    routers = [
-        (
-            one.name,
-            [(x.layer, 100 * x.router_agreement) for x in one.result.layers if x.router_agreement is not None],
-            one.floor,
-        )
-        for one in series
-    ]
+    states = _by_layer(series, lambda layer: None if math.isnan(layer.hidden_error) else layer.hidden_error)
+    routers = _by_layer(series, lambda layer: layer.router_agreement)
     blocks: list[Block] = []
     if any(points for _, points, _ in states):
         blocks.append(
@@ -287,7 +273,20 @@ def _layers(series: Sequence[_Series]) -> list[Block]:
     return blocks
 
 
-def _layer_table(series: Sequence[tuple[str, Sequence[tuple[int, float]], bool]]) -> Table:
+_ByLayer = tuple[str, list[tuple[int, float]], bool]
+"""Name of a checkpoint, (layer, percent), and whether it is the noise floor."""
+
+
+def _by_layer(series: Sequence[_Series], share_of: Callable[[Layer], float | None]) -> list[_ByLayer]:
+    """What ``share_of`` says of each layer; layers of which it says None are left out."""
+    found: list[_ByLayer] = []
+    for one in series:
+        shares = ((layer.layer, share_of(layer)) for layer in one.result.layers)
+        found.append((one.name, [(layer, 100 * share) for layer, share in shares if share is not None], one.floor))
+    return found
+
+
+def _layer_table(series: Sequence[_ByLayer]) -> Table:
     layers = sorted({layer for _, points, _ in series for layer, _ in points})
     values = [dict(points) for _, points, _ in series]
     rows = tuple((str(x), *(numbers.percentage(row.get(x, math.nan) / 100) for row in values)) for x in layers)

@@ -105,7 +105,7 @@ def unique(names: Sequence[tuple[str, Path]]) -> list[str]:
 
 
 def front(checkpoints: Iterable[ScoredCheckpoint]) -> tuple[ScoredCheckpoint, ...]:
-    """ScoredCheckpoints that no other of the same text beats or equals in both size and mean KLD, smallest first."""
+    """Checkpoints that no other of the same text beats or equals in both size and mean KLD, smallest first."""
     best, kept = math.inf, list[ScoredCheckpoint]()
     scored = [(one.nbytes, one.score.kld.mean, one) for one in checkpoints if one.score is not None]
     for _, kld, checkpoint in sorted(scored, key=lambda row: row[:2]):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantkit.arch import arch_of, forward, mla
+from quantkit.arch import arch_of, mla
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, Stage
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.moe import GroupedSigmoidRouter
 from quantkit.arch.ops import rms_norm
 from tests.arch.test_deepseek_v3 import ROOT
+from tests.oracles import forward
 from tests.tiny_models import random_weights, tiny_config
 
 Lookup = Callable[[str], torch.Tensor]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from quantkit.arch import ARCHS, arch_of
-from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch
+from quantkit.arch.base import DenseBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.errors import ConfigError
 from quantkit.tensors import Role
@@ -127,11 +127,8 @@ def linears_of_blocks(arch: ModelArch, n_layers: int) -> list[str]:
     names: list[str] = []
     for layer in range(n_layers):
         for block in (block for sublayer in arch.sublayers(layer) for block in sublayer):
-            if isinstance(block, ExpertBlock):
-                names += [*block.gates, *block.ups, *block.downs]
-            else:
-                assert isinstance(block, DenseBlock)
-                names += [name for stage in block.stages for group in stage.groups for name in group.linears]
+            names += block.linears
+            if isinstance(block, DenseBlock):
                 assert [group.linears for group in block.stages[-1].groups] == [(block.output,)]
     return names
 

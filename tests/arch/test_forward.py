@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from quantkit.arch import arch_of, forward
+from quantkit.arch import arch_of
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from tests.arch.test_deepseek_v3 import CHECKPOINTS
+from tests.oracles import forward
 from tests.tiny_models import YARN, decode_fp8_blocks, random_weights, tiny_config, write_checkpoint, write_shards
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from torch.nn.functional import embedding, linear
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, LinearRows, NormWeight, Producer
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.forward import forward_layer, logits
+from tests.oracles.forward import forward_layer, logits
 from tests.tiny_models import random_weights, tiny_config
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.arch import arch_of, forward
+from quantkit.arch import arch_of
 from quantkit.calibrate import stream
 from quantkit.calibrate.hidden_states import FileRows, MemoryRows
 from quantkit.calibrate.stream import ExpertTokens, embed, forward_layer, row_batches
+from tests.oracles import forward
 from tests.tiny_models import random_weights, tiny_config
 
 N_ROWS, LENGTH = 5, 12

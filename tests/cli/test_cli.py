@@ -241,7 +241,7 @@ def test_inspect(tmp_path: Path) -> None:
     assert "model-00002-of-000003.safetensors" in broken.stderr
 
 
-# --- convert, with the walk replaced
+# --- convert, with the conversion replaced
 
 
 def report(problems: tuple[str, ...] = ()) -> Report:
@@ -278,7 +278,7 @@ def report(problems: tuple[str, ...] = ()) -> Report:
 
 
 @pytest.fixture
-def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
+def converts_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
     """Replace the conversion by a function; returns what it was called with."""
 
     def replace_by(result: Any) -> dict[str, Any]:
@@ -308,11 +308,11 @@ def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Any]]:
     return replace_by
 
 
-Walk = Callable[[Any], dict[str, Any]]
+ConvertsTo = Callable[[Any], dict[str, Any]]
 
 
-def test_convert_reports(walk: Walk, tmp_path: Path) -> None:
-    called = walk(report())
+def test_convert_reports(converts_to: ConvertsTo, tmp_path: Path) -> None:
+    called = converts_to(report())
     options = ("--memory-budget", "2GiB", "--jobs", "2", "--device", "cpu")
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out", *options)
     assert result.exit_code == 0
@@ -335,8 +335,8 @@ def test_convert_reports(walk: Walk, tmp_path: Path) -> None:
     assert progress[-1] == "validation: layer 2/2"
 
 
-def test_convert_json_is_one_document(walk: Walk, tmp_path: Path) -> None:
-    walk(report())
+def test_convert_json_is_one_document(converts_to: ConvertsTo, tmp_path: Path) -> None:
+    converts_to(report())
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out", "--json", "--restart")
     document = json.loads(result.stdout)
     assert document["outputs"][0]["validation"]["mean_kl"] == {"mean": 0.0123, "standard_error": 0.0011}
@@ -344,31 +344,31 @@ def test_convert_json_is_one_document(walk: Walk, tmp_path: Path) -> None:
     assert document["seconds"]["total"] == 15.5
 
 
-def test_convert_over_its_limits_is_1(walk: Walk, tmp_path: Path) -> None:
-    walk(report(("mean KL divergence is 0.01230, the recipe allows 0.01000",)))
+def test_convert_over_its_limits_is_1(converts_to: ConvertsTo, tmp_path: Path) -> None:
+    converts_to(report(("mean KL divergence is 0.01230, the recipe allows 0.01000",)))
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert "EXCEEDED" in result.stdout
     assert "error: out: mean KL divergence is 0.01230, the recipe allows 0.01000" in result.stderr.splitlines()
 
 
-def test_convert_refused_is_1(walk: Walk, tmp_path: Path) -> None:
-    walk(OutputError("out: exists already.", hint="Choose another -o."))
+def test_convert_refused_is_1(converts_to: ConvertsTo, tmp_path: Path) -> None:
+    converts_to(OutputError("out: exists already.", hint="Choose another -o."))
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-2:] == ["error: out: exists already.", "hint: Choose another -o."]
 
 
-def test_convert_interrupted_is_130(walk: Walk, tmp_path: Path) -> None:
-    walk(KeyboardInterrupt())
+def test_convert_interrupted_is_130(converts_to: ConvertsTo, tmp_path: Path) -> None:
+    converts_to(KeyboardInterrupt())
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out put")
     assert result.exit_code == 130
     resume = f"quantkit convert {V3} -r nano-demo -o '{tmp_path}/out put'"
     assert result.stderr.splitlines()[-1] == f"interrupted. Resume with: {resume}"
 
 
-def test_our_own_bugs_keep_their_traceback(walk: Walk, tmp_path: Path) -> None:
-    walk(ZeroDivisionError("bug"))
+def test_our_own_bugs_keep_their_traceback(converts_to: ConvertsTo, tmp_path: Path) -> None:
+    converts_to(ZeroDivisionError("bug"))
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out")
     assert isinstance(result.exception, ZeroDivisionError)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import NormWeight
-from quantkit.arch.forward import logits
 from quantkit.calibrate.inputs import InputMoments, InputStats
 from quantkit.convert import run as run_module
 from quantkit.errors import CalibrationError
@@ -28,6 +27,7 @@ from quantkit.schemes import IntScheme, QuantizedTensor, Scheme
 from quantkit.tensors import TensorInfo
 from tests.convert.gguf_jobs import gguf_output, gguf_recipe, wide_config
 from tests.convert.jobs import LINEARS, decoded, files_of, int4, recipe_of, run, small_config, write_model, write_text
+from tests.oracles.forward import logits
 
 
 def powers_of_two(producer: str, width: int) -> Tensor:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.arch import arch_of, forward
-from quantkit.arch.base import DenseBlock, ExpertBlock
+from quantkit.arch import arch_of
+from quantkit.arch.base import ExpertBlock
 from quantkit.calibrate import stream
 from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
 from quantkit.calibrate.inputs import InputStats
@@ -23,9 +23,10 @@ from quantkit.convert import outputs as outputs_module
 from quantkit.convert.experts import ExpertsResult, ExpertsTask
 from quantkit.convert.hidden import Streams
 from quantkit.convert.layer import quantize_layer, quantize_without_inputs
-from quantkit.convert.layer_job import ExpertCounts, LayerJob
+from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import Importance, Linears, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
+from quantkit.documents.journal import ExpertRecord
 from quantkit.quantizers import Gptq, Rtn
 from quantkit.schemes import IntScheme, QuantizedTensor
 from quantkit.tensors import TensorInfo
@@ -40,6 +41,7 @@ from tests.convert.jobs import (
     write_model,
     write_text,
 )
+from tests.oracles import forward
 from tests.oracles.layer import Result, Settings, expected_statistics
 from tests.tiny_models import random_weights
 
@@ -120,18 +122,12 @@ class Case:
         self.order: list[str] = []
         self.importances: dict[str, Importance] = {}
         self.begun: list[tuple[str, int]] = []
-        self.counts: dict[str, list[ExpertCounts]] = {}
+        self.experts: dict[str, tuple[ExpertRecord, ...]] = {}
 
     @property
     def linears(self) -> list[str]:
         """Every linear of the layer in the order of the data."""
-        names: list[str] = []
-        for sublayer in self.sublayers:
-            for block in sublayer:
-                if isinstance(block, DenseBlock):
-                    names += [name for stage in block.stages for group in stage.groups for name in group.linears]
-                else:
-                    names += [*block.gates, *block.ups, *block.downs]
+        names = [name for sublayer in self.sublayers for block in sublayer for name in block.linears]
         return [name for name in names if name not in self.arch.parts()]
 
     def job(self) -> LayerJob:
@@ -205,7 +201,7 @@ class Case:
         with monkeypatch.context() as patch:
             for module in (dense_module, experts_module):
                 patch.setattr(module, "quantize_linears", note)
-            self.counts = quantize_layer(job, self.sublayers, self).counts
+            self.experts = quantize_layer(job, self.sublayers, self).experts
         return job
 
     def carried(self, name: str) -> Tensor:
@@ -280,10 +276,10 @@ def test_methods_are_given_what_the_plain_loop_gives(name: str, monkeypatch: pyt
     assert_statistics(case)
     assert_streams(case)
     expected = case.expected().tokens
-    for block, counts in case.counts.items():
+    for block, counts in case.experts.items():
         assert [(c.n_tokens, c.borrowed) for c in counts] == [(len(own), len(lent)) for own, lent in expected[block]]
     if case.unloved:
-        (counts,) = case.counts.values()
+        (counts,) = case.experts.values()
         assert [counts[expert].n_tokens for expert in case.unloved] == [0] * len(case.unloved)
         assert [counts[expert].borrowed for expert in case.unloved] == [case.min_tokens] * len(case.unloved)
 
@@ -328,7 +324,7 @@ def test_an_expert_that_nobody_chose_is_never_quantised_silently(
 def test_gate_weights_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASES["moe layer"])
     case.quantised(monkeypatch)
-    (counts,) = case.counts.values()
+    (counts,) = case.experts.values()
     # Two experts a token, weights normalised to a sum of one and then scaled.
     assert sum(c.n_tokens for c in counts) == 2 * ROWS * LENGTH
     scale = case.config["routed_scaling_factor"]

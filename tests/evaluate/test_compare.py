@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock
-from quantkit.arch.forward import block_output
 from quantkit.calibrate import stream
 from quantkit.calibrate.hidden_states import FileRows, MemoryRows, RowStore
 from quantkit.evaluate import token_scores as token_scores_module
@@ -22,6 +21,7 @@ from quantkit.evaluate.compare import Model, compare, compare_all
 from quantkit.evaluate.token_scores import TokenScores
 from quantkit.evaluate.validation import model_of, rounded_to_bf16, summarise
 from quantkit.formats import open_source
+from tests.oracles.forward import block_output
 from tests.tiny_models import random_weights, tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")

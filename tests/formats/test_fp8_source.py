@@ -94,10 +94,6 @@ def test_stored_pair_comes_back_exactly(tmp_path: Path) -> None:
     codes, scale = source.read_float8(NAME)
     assert torch.equal(codes.view(torch.uint8), tensors[NAME].view(torch.uint8))
     assert torch.equal(scale, tensors[SCALE])
-    assert [(info.dtype, info.shape) for info in source.float8_infos(NAME)] == [
-        ("F8_E4M3", (200, 300)),
-        ("F32", (2, 3)),
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])

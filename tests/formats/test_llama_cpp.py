@@ -27,10 +27,10 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_gguf import key_values
-from quantkit.arch.forward import block_output, logits
 from quantkit.plan.recipe import Recipe
 from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
 from tests.oracles import gguf_reader, gguf_writer
+from tests.oracles.forward import block_output, logits
 from tests.oracles.llama_cpp import CacheType, LlamaError, LlamaModel, render_chat
 from tests.tiny_models import YARN, random_weights, tiny_config
 

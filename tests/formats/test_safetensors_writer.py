@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from quantkit.errors import OutputError
 from quantkit.formats import preallocated
+from quantkit.formats.preallocated import write_durably
 from quantkit.formats.safetensors.header import INDEX_NAME, read_header
-from quantkit.formats.safetensors.writer import ShardWriter, layout_shards, write_durably
+from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
 from quantkit.tensors import DTYPES, TensorInfo
 
 GROUPS = [

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from quantkit.arch import arch_of, forward
+from quantkit.arch import arch_of
 from quantkit.arch.base import DenseBlock, ExpertBlock
+from tests.oracles import forward
 
 Weights = Callable[[str], Tensor]
 Sums = dict[str, tuple[Tensor, list[int]]]

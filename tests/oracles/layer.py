@@ -1,8 +1,8 @@
 """What a calibrated layer must hand to its methods, in plain float64 loops over tokens and experts.
 
 Who is routed where, and what a dense stage reads, comes from the family's blocks, which have tests of their own.
-Everything that the walk adds is done again here: which stream a statistic is taken in, with whose weights, over which
-tokens, borrowed ones included; the shrinkage; and that gate and up share what they read.
+Everything that a conversion adds is done again here: which stream a statistic is taken in, with whose weights, over
+which tokens, borrowed ones included; the shrinkage; and that gate and up share what they read.
 """
 
 from __future__ import annotations

@@ -291,8 +291,8 @@ def test_free_disk(v3: SourceHeaders, tmp_path: Path, monkeypatch: pytest.Monkey
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     with pytest.raises(PlanError, match=r"needs 366.4 GB of disk, .* has 1.0 GB free"):
-        check_free_disk(plan, needs, tmp_path / "a" / "b")
-    check_free_disk(plan, needs, tmp_path, already_written=needs.disk_bytes)
+        check_free_disk(needs, tmp_path / "a" / "b")
+    check_free_disk(needs, tmp_path, already_written=needs.disk_bytes)
 
 
 @pytest.mark.parametrize(

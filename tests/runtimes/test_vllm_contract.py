@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 
 from quantkit.arch import arch_of
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes import transformers
-from quantkit.runtimes.vllm.contract import notes, problems
+from quantkit.runtimes.vllm import contract
+from quantkit.runtimes.vllm.contract import COMPRESSED_TENSORS
 from quantkit.schemes import Float8Scheme, IntScheme
 from quantkit.tensors import Role, TensorInfo
 from tests.formats.test_compressed_tensors_config import INT4, INT8, RULES, V3, Rule, is_expert, plan
 from tests.tiny_models import tiny_config
+
+problems = partial(contract.problems, layout=COMPRESSED_TENSORS)
+notes = partial(contract.notes, layout=COMPRESSED_TENSORS)
 
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name not in ("chaos", "one linear")])
@@ -69,6 +74,19 @@ def test_modules_without_a_quantisation_config_are_a_problem() -> None:
 def test_zero_points_must_fill_words() -> None:
     planned = [PlannedTensor(TensorInfo("a.weight", (12, 128), "BF16"), IntScheme(symmetric=False), None)]
     assert "a: 12 zero points of 4 bits do not fill whole 32-bit words" in problems(planned)[0]
+
+
+def test_other_layouts_have_the_modules_of_vllm_but_not_the_packing_of_compressed_tensors() -> None:
+    specs = {spec.name: spec for spec in arch_of(tiny_config()).tensors()}
+    head = specs["lm_head.weight"]
+    scheme = IntScheme(symmetric=False)
+    planned = [
+        PlannedTensor(TensorInfo("a.weight", (12, 128), "BF16"), scheme, None),
+        PlannedTensor(TensorInfo(head.name, head.shape, "BF16"), scheme, None, head),
+    ]
+    assert [line.partition(":")[0] for line in contract.problems(planned, "toy")] == ["lm_head"]
+    assert notes(planned) != []
+    assert contract.notes(planned, "toy") == []
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Limits:
     member_spread: float = 0.03
     """Spread of one linear's log loss against its kind's, as a rule: the mean over m linears has this / sqrt(m)."""
     linear_spread: float = 0.07
-    """The same of the linear that varies most: a few tokens can rule an expert's down projection."""
+    """Spread of the log loss of the linear that varies most: a few tokens can rule an expert's down projection."""
     divergence_floor: float = 2e-5
     """Nats per token: what rounding in another order (threads, processors) may do."""
 

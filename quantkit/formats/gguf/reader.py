@@ -78,7 +78,8 @@ class GgufReader:
         return torch.from_numpy(self.read_array(name, start, nbytes))
 
     def read_array(self, name: str, start: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
-        """The same as a numpy array, without torch. Raises `SourceError` if the file was changed or cut meanwhile."""
+        """Bytes of a tensor's data, as `read` gives them, as a numpy array, without torch. Raises `SourceError` if
+        the file was changed or cut meanwhile."""
         import numpy as np
 
         entry = self.tensors[name]

@@ -1,6 +1,6 @@
 """Every tensor type that a GGUF file may name: its number, and how many bytes a run of weights takes. Plain data.
 
-quantkit writes `PLAIN` and the block types of `schemes.ggml_types`; the rest is known so that foreign files can be
+quantkit writes `PLAIN` and the block types of `schemes.ggml.types`; the rest is known so that foreign files can be
 listed and measured. Source: enum ggml_type of ggml/include/ggml.h, block structs of ggml/src/ggml-common.h.
 """
 

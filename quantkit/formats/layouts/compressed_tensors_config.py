@@ -240,7 +240,7 @@ def _fused_modules(linears: _Linears) -> list[tuple[str, int]]:
 
 _Place = tuple[str, int]
 """(module name with * for numbers, number of the layer)"""
-_FusedLeaves = dict[str, dict[str, set[str]]]
+_FusedParts = dict[str, dict[str, set[str]]]
 """Name of a parent with * for numbers -> last part of a fused module's name -> those of its parts."""
 
 
@@ -259,7 +259,7 @@ def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
         if place is None or place in mixed:
             named.setdefault(key, []).append(module)
     uniform = {place: next(iter(keys)) for place, keys in keys_of.items() if place not in mixed}
-    fused = _fused_leaves(linears)
+    fused = _fused_parts(linears)
 
     ignore = _layer_patterns(kept_layers) + _patterns(KEPT, uniform, mixed, fused) + named.get(KEPT, [])
     ignored = tuple(dict.fromkeys([ALWAYS_IGNORED, *ignore]))
@@ -326,15 +326,15 @@ def _template(module: str) -> str:
     return _NUMBER.sub(".*", module)
 
 
-def _fused_leaves(linears: _Linears) -> _FusedLeaves:
-    found: _FusedLeaves = {}
+def _fused_parts(linears: _Linears) -> _FusedParts:
+    found: _FusedParts = {}
     for fused, parts in linears.fused.items():
-        template, _, leaf = _template(fused).rpartition(".")
-        found.setdefault(template, {})[leaf] = {part.rpartition(".")[2] for part in parts}
+        template, _, last = _template(fused).rpartition(".")
+        found.setdefault(template, {})[last] = {part.rpartition(".")[2] for part in parts}
     return found
 
 
-def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _FusedLeaves) -> list[str]:
+def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _FusedParts) -> list[str]:
     """One pattern for the modules of one parent that have ``key`` in the same layers."""
     layers_of: dict[str, set[int]] = {}
     all_layers: dict[str, set[int]] = {}
@@ -344,30 +344,30 @@ def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _
             layers_of.setdefault(template, set()).add(layer)
     for template, layer in mixed:
         all_layers.setdefault(template, set()).add(layer)
-    leaves: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    endings: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for template, layers in layers_of.items():
-        parent, _, leaf = template.rpartition(".")
+        parent, _, last = template.rpartition(".")
         where = () if layers == all_layers[template] else tuple(sorted(layers))
-        leaves.setdefault((parent, where), []).append(leaf)
+        endings.setdefault((parent, where), []).append(last)
     if key != KEPT:
-        for (parent, _), names in leaves.items():
+        for (parent, _), names in endings.items():
             names += [module for module, parts in fused.get(parent, {}).items() if parts <= set(names)]
-    return [_pattern(parent, layers, names, ignored=key == KEPT) for (parent, layers), names in leaves.items()]
+    return [_pattern(parent, layers, names, ignored=key == KEPT) for (parent, layers), names in endings.items()]
 
 
-def _pattern(parent: str, layers: tuple[int, ...], leaves: list[str], *, ignored: bool) -> str:
-    """``parent`` with * for numbers; ``layers`` () for all."""
-    head, _, inner = parent.partition(".*")  # "model.layers", ".mlp.experts.*" or "" for a leaf of the layer itself
+def _pattern(parent: str, layers: tuple[int, ...], endings: list[str], *, ignored: bool) -> str:
+    """``parent`` with * for numbers; ``endings``: the last parts of its modules' names; ``layers`` () for all."""
+    head, _, inner = parent.partition(".*")  # "model.layers", ".mlp.experts.*" or "" for a module of the layer itself
     start = ".*"
     if layers:
         start += f"\\.{re.escape(head.rpartition('.')[2])}\\.{_alternatives([str(layer) for layer in layers])}"
     elif not inner:
         start += f"\\.{re.escape(head.rpartition('.')[2])}\\.\\d+"
-    leaf = _alternatives([re.escape(name) for name in leaves])
+    ending = _alternatives([re.escape(name) for name in endings])
     if inner.endswith(".*") and ignored:
         # vLLM may ask for the block of experts under its own name.
-        return f"re:{start}{_escaped(inner.removesuffix('.*'))}(\\.\\d+\\.{leaf})?$"
-    return f"re:{start}{_escaped(inner)}\\.{leaf}$"
+        return f"re:{start}{_escaped(inner.removesuffix('.*'))}(\\.\\d+\\.{ending})?$"
+    return f"re:{start}{_escaped(inner)}\\.{ending}$"
 
 
 def _escaped(template: str) -> str:

@@ -17,26 +17,11 @@ from quantkit.formats.preallocated import (
     FileLayout,
     FilesLayout,
     PreallocatedFiles,
-    disk_errors,
     sha256_of,
-    sync_directory,
     write_durably,
 )
 from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.tensors import DTYPES, TensorInfo
-
-# The last four are names of `preallocated`, kept here for callers that import them from this module.
-__all__ = [
-    "MAX_SHARD_BYTES",
-    "Shard",
-    "ShardLayout",
-    "ShardWriter",
-    "disk_errors",
-    "layout_shards",
-    "sha256_of",
-    "sync_directory",
-    "write_durably",
-]
 
 MAX_SHARD_BYTES = 5_000_000_000
 _ALIGNMENT = 8

@@ -1,4 +1,5 @@
-"""What vLLM demands of a compressed-tensors checkpoint, checked on the plan, before any work.
+"""What vLLM demands of a quantised folder, checked on the plan, before any work: of its modules in any layout, and of
+compressed-tensors.
 
 `problems`: it would not load, or would be read wrongly without a word. `notes`: loads, but not everywhere; what
 transformers will not take of the folder is among them. Each line names the module, what is planned and what is needed.
@@ -7,7 +8,7 @@ Observed in vLLM 0.24 and 0.33.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from quantkit.formats.bitpack import WORD_BITS
 from quantkit.formats.layouts.compressed_tensors_config import KEPT, is_module, numbered_schemes
@@ -17,6 +18,8 @@ from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, li
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Projection, Role
 
+COMPRESSED_TENSORS = "compressed-tensors"
+"""The layout that was observed."""
 MARLIN_GROUP_SIZES = (None, 32, 64, 128)
 MARLIN_BITS = (4, 8)
 WIDE_TENSOR_PARALLEL = 8
@@ -28,8 +31,8 @@ Planned = list[tuple[PlannedTensor, int]]
 """Planned tensors, each with a number that stands for its scheme."""
 
 
-def problems(planned: Sequence[PlannedTensor]) -> list[str]:
-    """One line for each fault that makes the checkpoint unloadable or wrong; [] if there is none."""
+def problems(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
+    """One line for each fault that makes a checkpoint in this layout unloadable or wrong; [] if there is none."""
     _, keys = numbered_schemes(tensor.scheme for tensor in planned)
     found = [(t, key) for t, key in zip(planned, keys, strict=True) if key != KEPT or is_module(t)]
     experts = [(tensor, key) for tensor, key in found if tensor.expert is not None]
@@ -38,14 +41,14 @@ def problems(planned: Sequence[PlannedTensor]) -> list[str]:
         *_plain_modules(others),
         *_split_fused(others),
         *_mixed_experts(experts),
-        *_packed_zero_points([*others, *experts]),
+        *(text for check in _PROBLEMS_OF.get(layout, ()) for text in check([*others, *experts])),
     ]
 
 
-def notes(planned: Sequence[PlannedTensor]) -> list[str]:
-    """One line for each thing that vLLM or transformers will not take, or take only in part."""
+def notes(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
+    """One line for each thing that vLLM or transformers will not take of this layout, or take only in part."""
     linears = by_scheme(planned)
-    return [text for check in _NOTES for text in check(linears)]
+    return [text for check in _NOTES_OF.get(layout, ()) for text in check(linears)]
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
@@ -99,6 +102,12 @@ def _packed_zero_points(planned: Planned) -> Iterator[str]:
                 f"{tensor.module}: {tensor.info.shape[0]} zero points of {scheme.bits} bits do not fill whole 32-bit "
                 "words, which vLLM needs; take symmetric: true or keep it."
             )
+
+
+_PROBLEMS_OF: Mapping[str, tuple[Callable[[Planned], Iterator[str]], ...]] = {
+    COMPRESSED_TENSORS: (_packed_zero_points,)
+}
+"""What vLLM demands of one layout beyond what its modules demand of all."""
 
 
 # --- notes ------------------------------------------------------------------------------------------------------------
@@ -160,15 +169,17 @@ def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.tensors, text)
 
 
-_NOTES: tuple[Check, ...] = (
-    _note_bits,
-    _note_group_size,
-    transformers.zero_points,
-    _note_scale_dtype,
-    _note_int8_experts,
-    _note_expert_width,
-    _note_float8,
-    transformers.float8_experts,
-    transformers.kept_experts,
-    transformers.expert_schemes,
-)
+_NOTES_OF: Mapping[str, tuple[Check, ...]] = {
+    COMPRESSED_TENSORS: (
+        _note_bits,
+        _note_group_size,
+        transformers.zero_points,
+        _note_scale_dtype,
+        _note_int8_experts,
+        _note_expert_width,
+        _note_float8,
+        transformers.float8_experts,
+        transformers.kept_experts,
+        transformers.expert_schemes,
+    ),
+}

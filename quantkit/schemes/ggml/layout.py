@@ -22,9 +22,10 @@ from quantkit.schemes.ggml.types import BlockParams, BlockType
 CPU_SLICE = 1 << 20
 """Weights treated at a time: a slice stays in the caches through all its passes. Smaller ones were slower."""
 DEVICE_SLICE = 1 << 24
-"""The same on an accelerator, where a pass must be long: 64 MiB of float32."""
+"""Weights in a slice on an accelerator, where a pass must be long: 64 MiB of float32."""
 WRITTEN_SLICE = 1 << 28
-"""The same where a kernel writes planes, without temporary copies: checks wait for the accelerator once a slice."""
+"""Weights in a slice where a kernel writes planes, without temporary copies: checks wait for the accelerator once a
+slice."""
 SIGN = 0x80
 """Turns a two's complement byte into an unsigned one, 128 higher."""
 E8M0_BITS_0 = 0x00200000

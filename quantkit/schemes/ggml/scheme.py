@@ -1,7 +1,7 @@
 """Block types of ggml as a scheme: Q8_0, Q4_0, Q4_K, IQ4_XS... what llama.cpp computes with.
 
-This file joins the parts: the table of types (`ggml_types`), the search for scales (`ggml_fit`), the bits
-(`ggml_layout`) and the types with a codebook (`ggml_codebook`). A quantised matrix is its blocks, (out, row bytes)
+This file joins the parts: the table of types (`types`), the search for scales (`fit`), the bits
+(`layout`) and the types with a codebook (`codebook`). A quantised matrix is its blocks, (out, row bytes)
 uint8.
 """
 

@@ -1,7 +1,5 @@
-"""The reference forward pass: any family, one layer or the whole model, from the same blocks that calibration uses.
-
-Plain and unchunked; for tests and small models. What is large streams through the pipeline instead.
-"""
+"""The forward pass of any family, one layer or the whole model, from the same blocks that conversions use: plain, not
+chunked, everything in memory."""
 
 from __future__ import annotations
 
