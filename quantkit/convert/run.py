@@ -23,6 +23,7 @@ from quantkit.convert.copying import copy_kept, quantize_tables
 from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started
 from quantkit.convert.fingerprint import job_header
 from quantkit.convert.finish import finish, result_folder
+from quantkit.convert.finished import report_finished
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
@@ -58,8 +59,11 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         stack.enter_context(foreground(machine.device))
         share = share_of(needs, machine.hardware)
         importance = _open_imatrix(stack, recipe, arch, base_dir)
-        folder = stack.enter_context(OutputFolder(job.out, restart=job.restart))
+        names = [output.output.name for output in plan.outputs]
+        folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
         header = job_header(recipe, opened, rows, importance, machine)
+        if folder.finished:
+            return report_finished(job, folder, header, on_event)
         journal = Journal(folder.journal, header)
         stack.callback(journal.close)
         if not journal.entries:

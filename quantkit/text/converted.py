@@ -11,7 +11,10 @@ from quantkit.text.tables import both_units, duration, short_size, table
 
 def report_text(report: Report) -> str:
     """Tables of quality and size, times."""
-    return "\n\n".join([*map(_output_text, report.outputs), _run_text(report)])
+    before = (
+        ["finished already: what an earlier run left of its work folder is removed."] if report.finished_before else []
+    )
+    return "\n\n".join([*before, *map(_output_text, report.outputs), _run_text(report)])
 
 
 def _output_text(output: OutputReport) -> str:

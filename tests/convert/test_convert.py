@@ -290,22 +290,25 @@ def test_a_single_window_leaves_valid_json(place: Path, tmp_path: Path) -> None:
 
 def test_an_existing_out_is_refused_untouched_and_replaced_only_at_the_end(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("mine")
-    (out / "quantkit.json").write_text("{}")  # a result
+    run(place / "model", data_free(), out)
+    before = files_of(tmp_path)
     with pytest.raises(OutputError, match="exists already"):
         run(place / "model", data_free(), out)
-    assert files_of(tmp_path) == {"out/precious": b"mine", "out/quantkit.json": b"{}"}
+    assert files_of(tmp_path) == before
+    old = (out / "config.json").stat().st_ino
     seen: list[bool] = []
     run(
         place / "model",
         data_free(),
         out,
         restart=True,
-        on_event=lambda event: seen.append((out / "precious").exists()) if not isinstance(event, Finished) else None,
+        on_event=lambda event: (
+            seen.append((out / "config.json").stat().st_ino == old) if not isinstance(event, Finished) else None
+        ),
     )
     assert all(seen)
-    assert not (out / "precious").exists()
+    assert (out / "config.json").stat().st_ino != old
+    assert files_of(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
