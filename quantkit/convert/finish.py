@@ -66,7 +66,7 @@ def finish(walk: Conversion, header: JobHeader, rows: TokenRows | None, base_dir
         _require_all(walk.folder, output, records)
         with walk.timer.stage("files"):
             walk.on_event(StageStarted("files"))
-            hashes = sink.finish()
+            hashes = sink.finish(walk.journal.steps_of(number))
             _write_side_files(walk, output, directory)
             hashes = {**hashes, **_hashes_of_others(directory, hashes)}
         with walk.timer.stage("validation"):

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from quantkit.documents.journal import ENTRY, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.safetensors.writer import disk_errors
 
 
@@ -69,6 +70,10 @@ class Journal:
         entries = sorted(self.entries, key=lambda entry: isinstance(entry, LayerEntry))
         return {record.name: record for entry in entries for record in entry.tensors if record.output == output}
 
+    def steps_of(self, output: int) -> dict[str, tuple[WrittenRange, ...]]:
+        """What each finished step wrote into the files of an output, by the step's name."""
+        return {_name(entry): entry.written[output] for entry in self.entries if output < len(entry.written)}
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -79,6 +84,10 @@ class Journal:
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
+
+
+def _name(entry: OutsideEntry | LayerEntry) -> str:
+    return f"layer {entry.layer}" if isinstance(entry, LayerEntry) else "what lies outside the layers"
 
 
 def _line(line: JobHeader | OutsideEntry | LayerEntry) -> bytes:

@@ -35,6 +35,7 @@ from quantkit.convert.prepare import Job
 from quantkit.convert.weights import LayerWeights, WeightSource
 from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
@@ -128,7 +129,7 @@ def _run(walk: Conversion, rows: TokenRows | None, header: JobHeader, base_dir: 
             copy_kept(walk, None)
             tables = _table_records(quantize_tables(walk, None))
             _sync(walk)
-            walk.journal.append(OutsideEntry(tensors=tuple(tables)))
+            walk.journal.append(OutsideEntry(tensors=tuple(tables), written=_written(walk)))
     files = StreamFiles(
         walk.folder.hidden,
         walk.stores,
@@ -191,7 +192,9 @@ def _layer(walk: Conversion, layer: int, streams: Streams | None, files: StreamF
         if streams is not None and saved:
             files.save(streams, layer)
         experts = _expert_records(result.counts)
-        walk.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=experts))
+        walk.journal.append(
+            LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=experts, written=_written(walk))
+        )
         if saved:
             files.forget_before(layer)
     walk.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
@@ -274,6 +277,10 @@ def _prefetch(walk: Conversion, layer: int) -> None:
 def _sync(walk: Conversion) -> None:
     for sink in walk.sinks:
         sink.sync()
+
+
+def _written(walk: Conversion) -> tuple[tuple[WrittenRange, ...], ...]:
+    return tuple(sink.written() for sink in walk.sinks)
 
 
 def _open_sink(folder: OutputFolder, output: OutputPlan, plan: Plan, source: Path, journal: Journal) -> Sink:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from quantkit.documents.values import Count, DocumentPart, Number
+from quantkit.formats.checksums import WrittenRange
 
 
 class JobHeader(DocumentPart):
@@ -69,6 +70,8 @@ class OutsideEntry(DocumentPart):
 
     done: Literal["outside"] = "outside"
     tensors: tuple[TensorRecord, ...]
+    written: tuple[tuple[WrittenRange, ...], ...] = ()
+    """For each output: which bytes of its files, and their checksums."""
 
 
 class LayerEntry(DocumentPart):
@@ -81,6 +84,8 @@ class LayerEntry(DocumentPart):
     tensors: tuple[TensorRecord, ...]
     experts: dict[str, tuple[ExpertRecord, ...]]
     """By the name of the block of routed experts; empty without calibration."""
+    written: tuple[tuple[WrittenRange, ...], ...] = ()
+    """As in `OutsideEntry`."""
 
 
 JournalEntry = Annotated[OutsideEntry | LayerEntry, Field(discriminator="done")]

@@ -4,6 +4,7 @@ there. (What a crash, a full disk and links do is tested through safetensors in 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from quantkit.errors import OutputError
 from quantkit.formats import preallocated
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.preallocated import ByteRange, FileLayout, FilesLayout, PreallocatedFiles, combined
 
 ONE = FileLayout("m-1.x", b"HEAD", {"a": ByteRange(8, 4), "b": ByteRange(12, 8)}, 24)
@@ -31,6 +33,32 @@ def test_what_is_not_written_is_zero(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
     again = PreallocatedFiles.open(tmp_path, LAYOUT)
     assert (again.fresh, again.read("c")) == (False, b"xyz")
+
+
+def test_what_was_written_is_told_once_and_checked_at_the_end(tmp_path: Path) -> None:
+    writer = PreallocatedFiles.open(tmp_path, LAYOUT)
+    writer.write("b", 4, b"5678")
+    writer.write("a", 0, b"....")
+    writer.write("a", 0, b"abcd")  # again: the last one counts
+    writer.write("b", 0, b"1234")
+    writer.write("b", 8, b"")
+    first = writer.written()
+    assert first == (WrittenRange(0, 8, 12, zlib.crc32(b"abcd12345678")),)
+    assert writer.written() == ()
+    writer.write("c", 1, b"yz")
+    steps = {"layer 0": first, "layer 1": writer.written()}
+    assert steps["layer 1"] == (WrittenRange(1, 6, 2, zlib.crc32(b"yz")),)
+    assert writer.sha256(steps) == writer.sha256()
+    for place, step in ((8, "layer 0"), (19, "layer 0")):
+        with (tmp_path / "m-1.x").open("r+b") as file:
+            file.seek(place)
+            old = file.read(1)
+            file.seek(place)
+            file.write(bytes([old[0] ^ 4]))
+        with pytest.raises(OutputError, match=rf"m-1\.x: {step} is not as it was written, .* bytes 8 to 20\."):
+            writer.sha256(steps)
+    with pytest.raises(OutputError, match=r"m-2\.x: layer 1 is not as it was written"):
+        writer.sha256({"layer 1": (WrittenRange(1, 6, 9, zlib.crc32(b"yz")),)})  # behind the file's end
 
 
 def test_writes_stay_in_their_place(tmp_path: Path) -> None:
