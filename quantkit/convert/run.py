@@ -21,7 +21,7 @@ from quantkit.convert.background import AheadSource, Deliveries, DirectSource, f
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.copying import copy_kept, quantize_tables
 from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started
-from quantkit.convert.fingerprint import job_header
+from quantkit.convert.fingerprint import journal_header
 from quantkit.convert.finish import finish, result_folder
 from quantkit.convert.finished import report_finished
 from quantkit.convert.folder import OutputFolder
@@ -62,10 +62,11 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         importance = _open_imatrix(stack, recipe, arch, base_dir)
         names = [output.output.name for output in plan.outputs]
         folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
-        header = job_header(recipe, opened, rows, importance, machine)
+        first = journal_header(recipe, opened, rows, importance, machine)
+        header = first.job
         if folder.finished:
             return report_finished(job, folder, header, on_event)
-        journal = Journal(folder.journal, header)
+        journal = Journal(folder.journal, first, opened.directory)
         stack.callback(journal.close)
         if not journal.entries:
             check_free_disk(plan, needs, folder.partial, folder.reserved_bytes)

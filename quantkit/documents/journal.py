@@ -29,6 +29,8 @@ class JobHeader(DocumentPart):
     """sha256 of its JSON."""
     source: str | None = None
     """sha256 over headers and config of the source checkpoint."""
+    tokenizer: str | None = None
+    """sha256 over the tokenizer's files and the chat template."""
     calibration_text: str | None = None
     """sha256 of all token ids; null without calibration."""
     imatrix: str | None = None
@@ -41,6 +43,28 @@ class JobHeader(DocumentPart):
     def facts(self) -> dict[str, object]:
         """Key -> value of all that was stated, as in the file."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class FileState(NamedTuple):
+    """By what a changed file is known without reading it. In a file a list of four numbers."""
+
+    nbytes: int
+    modified_ns: int
+    changed_ns: int
+    """Of content, owner, permissions or links: a time that no program can set."""
+    inode: int
+
+
+class JournalHeader(JobHeader):
+    """The first line of a journal: the job, and the state of its source's shards. That is this machine's matter, and
+    not in quantkit.json."""
+
+    source_files: dict[str, FileState] = Field(default_factory=dict)
+
+    @property
+    def job(self) -> JobHeader:
+        """The job alone."""
+        return JobHeader.model_validate(self.model_dump(exclude={"source_files"}, exclude_unset=True))
 
 
 @dataclass(frozen=True, slots=True)

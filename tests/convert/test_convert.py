@@ -384,6 +384,39 @@ def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: P
     assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
 
 
+def rewritten(path: Path) -> None:
+    """Other bytes, but the size and the times that a program can set are the old ones."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-8:] = bytes(8)
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", ["rewritten", "touched", "replaced", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_source_that_changed_since_the_stop_is_refused_by_name(change: str, place: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(place / "model", source)
+    with pytest.raises(Stop):
+        run(source, data_free(), tmp_path / "out", on_event=stop_after(0))
+    before = files_of(tmp_path / "out.partial")
+    shard = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    said = rf"{shard.name} changed since this job began\. .*--restart"
+    if change == "rewritten":
+        rewritten(shard)
+    elif change == "touched":
+        shard.touch()
+    elif change == "replaced":
+        shutil.copy2(shard, tmp_path / "copy")
+        (tmp_path / "copy").rename(shard)
+    else:
+        (source / change).write_text('{"bos_token": "<bos>"}')
+        said = r"out\.partial: holds an unfinished job with another tokenizer\. .*--restart"
+    with pytest.raises(OutputError, match=said) as refused:
+        run(source, data_free(), tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert files_of(tmp_path / "out.partial") == before
+
+
 def _changed(place: Path, tmp_path: Path) -> Path:
     """The same checkpoint with one norm epsilon in config.json changed."""
     shutil.copytree(place / "model", tmp_path / "changed")
