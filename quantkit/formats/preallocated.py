@@ -17,13 +17,14 @@ import threading
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from quantkit.errors import OutputError
 from quantkit.formats.checksums import WrittenRange, merged, written_range
+from quantkit.formats.sizes import short_size
 
 UNFINISHED = ".new"
 """Behind the name of a file that is being made."""
@@ -279,8 +280,8 @@ def _check_file(path: Path, layout: FileLayout) -> None:
 
 def _create(directory: Path, files: list[FileLayout]) -> None:
     """Reserve all space before renaming the first file, so that a full disk is found before any work."""
-    for file in files:
-        (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
+    with disk_errors(directory):
+        _remove_unfinished(directory, files)
     needed, free = sum(file.nbytes for file in files), _free_bytes(directory)
     if needed > free:
         raise _disk_full(directory, needed, free)
@@ -288,8 +289,8 @@ def _create(directory: Path, files: list[FileLayout]) -> None:
         for file in files:
             _reserve(directory / (file.file + UNFINISHED), file)
     except OSError as error:
-        for file in files:
-            (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
+        with suppress(OSError):  # what cannot be removed now is removed by the next run
+            _remove_unfinished(directory, files)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(directory, needed, _free_bytes(directory)) from error
         raise OutputError(f"{directory}: cannot be written ({error.strerror}).") from error
@@ -298,6 +299,11 @@ def _create(directory: Path, files: list[FileLayout]) -> None:
         for file in files:
             (directory / (file.file + UNFINISHED)).rename(directory / file.file)
         sync_directory(directory)
+
+
+def _remove_unfinished(directory: Path, files: list[FileLayout]) -> None:
+    for file in files:
+        (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
 
 
 def _reserve(path: Path, layout: FileLayout) -> None:
@@ -330,8 +336,8 @@ def _free_bytes(directory: Path) -> int:
 
 def _disk_full(directory: Path, needed: int, free: int) -> OutputError:
     return OutputError(
-        f"{directory}: the output needs {needed:,} bytes ({needed / 1e9:.1f} GB), "
-        f"the disk has {free:,} ({free / 1e9:.1f} GB) free.",
+        f"{directory}: the output needs {needed:,} bytes ({short_size(needed)}), "
+        f"the disk has {free:,} ({short_size(free)}) free.",
         hint="Free space, or choose a folder on another disk.",
     )
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from quantkit.convert.events import OutputReport, Report
 from quantkit.documents.conversion import ValidationResult
-from quantkit.text.tables import both_units, duration, short_size, table
+from quantkit.formats.sizes import short_size
+from quantkit.text.tables import both_units, duration, table
 
 
 def report_text(report: Report) -> str:

@@ -23,6 +23,7 @@ from quantkit.evaluate.validation import summarise
 from quantkit.formats.folder import FolderSource
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.plan import machine as machine_module
+from quantkit.plan.forecast import forecast
 from quantkit.plan.headers import read_headers
 from quantkit.plan.memory import conversion_needs
 from quantkit.plan.plan import make_plan
@@ -310,6 +311,21 @@ def test_an_existing_out_is_refused_untouched_and_replaced_only_at_the_end(place
     assert (out / "config.json").stat().st_ino != old
     assert files_of(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_disk_forecast_counts_every_file(place: Path, tmp_path: Path) -> None:
+    """Weights are few here, so what lies beside them shows."""
+    recipe, seen = data_free(), []
+    expected = forecast(place / "model", recipe, base_dir=place).needs.disk_bytes
+
+    def count(event: Event) -> None:
+        files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+        seen.append(sum(files))
+
+    run(place / "model", recipe, tmp_path / "out", on_event=count)
+    assert max(seen) <= expected
+    beside = sum(path.stat().st_size for path in (place / "model").glob("tokenizer*"))
+    assert 0 < beside < expected
 
 
 def test_a_second_process_is_refused_while_the_first_lives(place: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ there. (What a crash, a full disk and links do is tested through safetensors in 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import zlib
 from array import array
@@ -106,3 +107,12 @@ def test_threads_write_into_more_files_than_stay_open(tmp_path: Path, monkeypatc
     writer.sync()
     for file in files:
         assert (tmp_path / file.file).read_bytes() == b"".join(name.encode().ljust(8) for name in file.places)
+
+
+def test_a_left_over_file_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlink(path: Path, **options: bool) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(OutputError, match=r"cannot be read or written \(Input/output error\)\.$"):
+        PreallocatedFiles.open(tmp_path, LAYOUT)
