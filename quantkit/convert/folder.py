@@ -49,15 +49,13 @@ class OutputFolder:
         self.partial = _partial(out)
         self._outputs = tuple(outputs)
         self._lock = self._locked()
-        self.finished = False
-        with disk_errors(self.partial):
-            if restart:
-                self._clear()
-                self._replace.touch()
-            else:
-                self.finished = _exists(out) and not self.result.exists()
-            for folder in () if self.finished else (self.result, self.hidden):
-                folder.mkdir(exist_ok=True)
+        self.finished = not restart and _exists(out) and not self.result.exists()
+        try:
+            with disk_errors(self.partial):
+                self._begin(restart=restart)
+        except OutputError:
+            self.close()
+            raise
 
     @property
     def result(self) -> Path:
@@ -119,6 +117,14 @@ class OutputFolder:
     @property
     def _replaced(self) -> Path:
         return self.partial / _REPLACED
+
+    def _begin(self, *, restart: bool) -> None:
+        if restart:
+            self._clear()
+            self._replace.touch()
+        for folder in () if self.finished else (self.result, self.hidden):
+            folder.mkdir(exist_ok=True)
+        sync_directory(self.partial)
 
     def _locked(self) -> int:
         """Descriptor of the lock file of this folder, which exists from now on."""

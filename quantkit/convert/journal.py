@@ -16,7 +16,7 @@ from quantkit.documents.journal import ENTRY, JournalHeader, LayerEntry, Outside
 from quantkit.errors import OutputError
 from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.safetensors.header import printable
-from quantkit.formats.safetensors.writer import disk_errors
+from quantkit.formats.safetensors.writer import disk_errors, sync_directory
 
 
 class Journal:
@@ -37,6 +37,8 @@ class Journal:
             return
         try:
             self._append(header)
+            with disk_errors(path):
+                sync_directory(path.parent)
         except OutputError:
             self._file.close()
             raise

@@ -12,10 +12,11 @@ from quantkit.text.tables import both_units, duration, table
 
 def report_text(report: Report) -> str:
     """Tables of quality and size, times."""
-    before = (
-        ["finished already: what an earlier run left of its work folder is removed."] if report.finished_before else []
-    )
-    return "\n\n".join([*before, *map(_output_text, report.outputs), _run_text(report)])
+    outputs = list(map(_output_text, report.outputs))
+    if report.finished_before:
+        said = "finished already: what an earlier run left of its work folder is removed."
+        return "\n\n".join([said, *outputs])
+    return "\n\n".join([*outputs, _run_text(report)])
 
 
 def _output_text(output: OutputReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -373,6 +374,17 @@ def test_an_out_that_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> No
     with taken(out, restart=False) as folder:
         folder.publish()
     assert (out / "weights").read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_laid_out_is_unlocked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "sync_directory", full)
+        with pytest.raises(OutputError, match="the disk is full"):
+            taken(tmp_path / "out", restart=False)
+    taken(tmp_path / "out", restart=False).close()
 
 
 @pytest.mark.parametrize("name", [".", "", "..", "/"])
