@@ -110,7 +110,8 @@ class OutputReport:
 @dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output passed its
-    recipe's limits. ``peak_gpu_bytes``: the most that torch had allocated on the GPU, None without one."""
+    recipe's limits. ``peak_gpu_bytes``: the most that torch had allocated on the GPU, None without one.
+    ``finished_before``: an earlier process did all of it, and was stopped while it tidied up."""
 
     outputs: tuple[OutputReport, ...]
     seconds: Mapping[str, float]
@@ -120,6 +121,7 @@ class Report:
     resumed: bool
     validated: bool
     peak_gpu_bytes: int | None = None
+    finished_before: bool = False
 
     @property
     def total_seconds(self) -> float:

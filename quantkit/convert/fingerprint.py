@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.documents.journal import JobHeader
+from quantkit.documents.journal import FileState, JournalHeader
+from quantkit.errors import SourceError
+from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.safetensors.reader import read_small
 from quantkit.plan.machine import Machine
 from quantkit.plan.recipe import Recipe
 from quantkit.version import __version__
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
-class Fingerprinted(Protocol):
-    """A source that can name its content."""
 
-    def fingerprint(self) -> str:
-        """Hex digest of headers and config."""
-        ...
-
-
-def job_header(
-    recipe: Recipe, source: Fingerprinted, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
-) -> JobHeader:
+def journal_header(
+    recipe: Recipe, source: Fp8Source, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
+) -> JournalHeader:
     """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other
     way."""
-    return JobHeader(
+    return JournalHeader(
         quantkit_version=f"{__version__}, sources {_sources()[:12]}",
         torch_version=torch.__version__,
         recipe=sha256_of_text(recipe.model_dump_json()),
         source=source.fingerprint(),
+        tokenizer=_tokenizer(source.directory),
         calibration_text=None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
         imatrix=None if importance is None else importance.sha256,
         device=machine.device_name,
         threads=torch.get_num_threads(),
         memory_budget=machine.budget,
+        source_files={file: _state(source.directory / file) for file in source.raw.files},
     )
+
+
+def _tokenizer(directory: Path) -> str:
+    """Hex digest of the files that turn text into tokens and go along with the weights."""
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        content = read_small(directory / name) if os.path.lexists(directory / name) else b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _state(path: Path) -> FileState:
+    """Raises `SourceError` if the file is gone."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
+    return FileState(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _sources() -> str:

@@ -31,14 +31,14 @@ from quantkit.documents.conversion import (
     ValidationResult,
     ValidationScores,
 )
-from quantkit.documents.journal import JobHeader, LayerEntry, TensorRecord
+from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, TensorRecord
 from quantkit.documents.read import CONVERSION
 from quantkit.errors import OutputError
 from quantkit.evaluate.compare import compare
 from quantkit.evaluate.scores import limits_exceeded
 from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
-from quantkit.formats.preallocated import UNFINISHED, sha256_of, write_durably
+from quantkit.formats.preallocated import UNFINISHED, disk_errors, sha256_of, write_durably
 from quantkit.formats.safetensors.header import printable
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
@@ -51,7 +51,8 @@ from quantkit.version import __version__
 def result_folder(folder: OutputFolder, plan: Plan, output: OutputPlan) -> Path:
     """Where an output is written: the result itself, or a folder of it when there are several."""
     path = folder.result if len(plan.outputs) == 1 else folder.result / output.output.name
-    path.mkdir(exist_ok=True)
+    with disk_errors(path):
+        path.mkdir(exist_ok=True)
     return path
 
 
@@ -66,7 +67,7 @@ def finish(
         _require_all(conversion.folder, output, records)
         with conversion.timer.stage("files"):
             conversion.on_event(StageStarted("files"))
-            hashes = sink.finish()
+            hashes = sink.finish(conversion.journal.steps_of(number))
             _write_side_files(conversion, output, directory)
             hashes = {**hashes, **_hashes_of_others(directory, hashes)}
         with conversion.timer.stage("validation"):
@@ -82,7 +83,7 @@ def finish(
         seconds=dict(conversion.timer.seconds),
         peak_rss_bytes=peak_rss_bytes(),
         tokens=0 if rows is None else rows.tokens.size,
-        expert_tokens=_expert_token_stats(conversion.journal.layers),
+        expert_tokens=expert_token_stats(_experts(conversion.journal.layers)),
         resumed=resumed,
         peak_gpu_bytes=peak_gpu_bytes(conversion.machine.device),
         validated=all(r.validation is None or r.validation.passed for r in reports),
@@ -106,7 +107,8 @@ def _require_all(folder: OutputFolder, output: OutputPlan, records: Mapping[str,
 def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, str]:
     """sha256 (hex) of the config and tokenizer files: of all that the report, which holds them, does not come after."""
     others = {CONVERSION, "README.md", *known}
-    names = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
+    with disk_errors(directory):
+        names = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
     # A file that a killed process left half written is replaced in a moment.
     return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
 
@@ -245,9 +247,13 @@ def _output_report(
     )
 
 
-def _expert_token_stats(layers: Sequence[LayerEntry]) -> ExpertTokenStats | None:
-    """How many tokens the routed experts of all layers saw; None for a data-free conversion."""
-    experts = [expert for entry in layers for block in entry.experts.values() for expert in block]
+def _experts(layers: Sequence[LayerEntry]) -> list[ExpertRecord]:
+    """Every routed expert of every layer; none in a data-free conversion."""
+    return [expert for entry in layers for block in entry.experts.values() for expert in block]
+
+
+def expert_token_stats(experts: Sequence[ExpertRecord]) -> ExpertTokenStats | None:
+    """Tokens over these experts; None if there are none."""
     if not experts:
         return None
     counts = [expert.n_tokens for expert in experts]

@@ -3,10 +3,12 @@ name.
 
 OUT.partial/lock            held by the living process (flock: the kernel lets go of it however the process dies)
 OUT.partial/journal.jsonl   what is done
-OUT.partial/replace         present if this job was begun with leave to replace an existing OUT
+OUT.partial/replace         present if the job of the journal was begun with leave to replace an existing OUT
 OUT.partial/hidden/         hidden states at the last layer border
-OUT.partial/result/         becomes OUT
+OUT.partial/result/         becomes OUT; gone when it did
 OUT.partial/replaced        the older OUT on its way out
+
+When OUT.partial is emptied, the leave to replace goes first: what is left of it never replaces anything.
 """
 
 from __future__ import annotations
@@ -15,32 +17,45 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from quantkit.documents.read import CONVERSION
+from quantkit.convert.replaceable import refuse_foreign, results_of
 from quantkit.errors import OutputError
 from quantkit.formats.preallocated import disk_errors, sync_directory
+from quantkit.formats.safetensors.header import printable
 
-_JOURNAL, _RESULT, _REPLACE = "journal.jsonl", "result", "replace"
+_JOURNAL, _RESULT, _REPLACE, _REPLACED, _HIDDEN, _LOCK = (
+    "journal.jsonl", "result", "replace", "replaced", "hidden", "lock"
+)  # fmt: skip
+_EMPTIED = (_REPLACE, _REPLACED, _RESULT, _HIDDEN, _JOURNAL)
+"""In this order, so that a folder that is half emptied has no leave to replace."""
 
 
 class OutputFolder:
-    """The partial folder of one output path, locked for this process."""
+    """The partial folder of one output path, locked for this process.
 
-    def __init__(self, out: Path, *, restart: bool) -> None:
-        """Create or take up ``OUT.partial``. Raises `OutputError` if OUT exists (unless ``restart``, and it is a result
-        or empty) or another process works on it."""
-        refuse_taken(out, restart=restart)
+    ``finished``: OUT is complete, and an earlier process was stopped while it removed OUT.partial. Then nothing else is
+    made here: see `discard`.
+    """
+
+    def __init__(self, out: Path, outputs: Sequence[str], *, restart: bool) -> None:
+        """Create or take up ``OUT.partial`` of a job with these outputs. Raises `OutputError` as `refuse_taken` does,
+        or if another process works on it."""
+        refuse_taken(out, outputs, restart=restart)
         self.out = out
         self.partial = _partial(out)
+        self._outputs = tuple(outputs)
         self._lock = self._locked()
-        with disk_errors(self.partial):
-            if restart:
-                self._clear()
-                self._replace.touch()
-            for folder in (self.result, self.hidden):
-                folder.mkdir(exist_ok=True)
+        self.finished = not restart and _exists(out) and not self.result.exists()
+        try:
+            with disk_errors(self.partial):
+                self._begin(restart=restart)
+        except OutputError:
+            self.close()
+            raise
 
     @property
     def result(self) -> Path:
@@ -50,7 +65,7 @@ class OutputFolder:
     @property
     def hidden(self) -> Path:
         """Hidden states at the last finished layer, and scratch."""
-        return self.partial / "hidden"
+        return self.partial / _HIDDEN
 
     @property
     def journal(self) -> Path:
@@ -60,18 +75,28 @@ class OutputFolder:
     @property
     def reserved_bytes(self) -> int:
         """Disk that the result takes already."""
-        return sum(path.stat().st_blocks * 512 for path in self.result.rglob("*") if path.is_file())
+        with disk_errors(self.result):
+            return sum(path.stat().st_blocks * 512 for path in self.result.rglob("*") if path.is_file())
 
     def publish(self) -> None:
         """Give the result its final name. An older OUT is replaced only now."""
+        if self._replace.exists() and _exists(self.out):
+            refuse_foreign(self.out, self._outputs)
         with disk_errors(self.out):
             if self._replace.exists() and _exists(self.out):
                 _remove(self._replaced)
                 self.out.rename(self._replaced)
             self.result.rename(self.out)
             sync_directory(self.out.parent)
-        # OUT is complete. What cannot be removed now, or after a kill, does no harm.
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove OUT.partial when OUT is complete. What cannot be removed now, or after a kill, does no harm: the same
+        command removes it."""
+        with suppress(OSError):
+            for name in _EMPTIED:
+                _remove(self.partial / name)
+            shutil.rmtree(self.partial)
 
     def close(self) -> None:
         """Let another process take it up."""
@@ -91,20 +116,28 @@ class OutputFolder:
 
     @property
     def _replaced(self) -> Path:
-        return self.partial / "replaced"
+        return self.partial / _REPLACED
+
+    def _begin(self, *, restart: bool) -> None:
+        if restart:
+            self._clear()
+            self._replace.touch()
+        for folder in () if self.finished else (self.result, self.hidden):
+            folder.mkdir(exist_ok=True)
+        sync_directory(self.partial)
 
     def _locked(self) -> int:
         """Descriptor of the lock file of this folder, which exists from now on."""
         while True:
             try:
                 self.partial.mkdir(parents=True, exist_ok=True)
-                lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
                 raise OutputError(
                     f"{self.partial}: cannot be created: {error.strerror}.", hint="Choose another -o."
                 ) from error
             self._take_lock(lock)
-            if _is_file_of(lock, self.partial / "lock"):
+            if _is_file_of(lock, self.partial / _LOCK):
                 return lock
             os.close(lock)  # its last holder finished, and removed the folder, between our open and our lock
 
@@ -120,11 +153,12 @@ class OutputFolder:
             ) from None
 
     def _clear(self) -> None:
-        # The journal goes first: without it a folder that is half cleared is nobody's unfinished job.
-        self.journal.unlink(missing_ok=True)
-        for entry in self.partial.iterdir():
-            if entry.name != "lock":
-                _remove(entry)
+        if self._replaced.exists() and not _exists(self.out):
+            self._replaced.rename(self.out)  # a kill came between the two renames of `publish`
+        _remove(self._replace)
+        sync_directory(self.partial)
+        for name in _EMPTIED:
+            _remove(self.partial / name)
 
 
 def refuse_to_lose(out: Path, *kept: Path) -> None:
@@ -136,23 +170,64 @@ def refuse_to_lose(out: Path, *kept: Path) -> None:
             )
 
 
-def refuse_taken(out: Path, *, restart: bool) -> None:
-    """Raise `OutputError` if no job may begin, or go on, at OUT: it names no folder, or stands there already (unless
-    ``restart``, and it is a result or empty). Touches nothing."""
+def refuse_taken(out: Path, outputs: Sequence[str], *, restart: bool) -> None:
+    """Raise `OutputError` if no job with these outputs may begin, or go on, at OUT. Touches nothing.
+
+    OUT must name a new folder. One that stands there may be replaced if ``restart``, or if the unfinished job was begun
+    so, and it is empty or what a job with the same outputs made. A finished OUT beside what is left of its OUT.partial
+    is let pass: whether it is this job's is known when the job is.
+    """
     if out.name in ("", ".."):
         raise OutputError(f"{out}: names no new folder.", hint="Give the folder a name, -o NAME.")
-    if not _exists(out):
-        return
     partial = _partial(out)
-    # A restarted job may replace OUT, also after it was killed and taken up again.
-    published = (partial / _JOURNAL).exists() and not (partial / _RESULT).exists()
-    if not restart and (published or not (partial / _REPLACE).exists()):
-        raise OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")
-    if restart and not _is_result(out):
+    with disk_errors(out):
+        _refuse_links(out, partial)
+        _refuse_foreign_partial(partial)
+        if not _exists(out):
+            return
+        may_replace = restart or _may_replace(partial)
+    if may_replace:
+        refuse_foreign(out, outputs)
+    elif not partial.exists() or (partial / _RESULT).exists() or not results_of(out, outputs):
+        raise exists_already(out)
+
+
+def exists_already(out: Path) -> OutputError:
+    """What is said of an OUT that may not be replaced."""
+    return OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")
+
+
+def _refuse_links(out: Path, partial: Path) -> None:
+    """The rename at the end must stay on one file system, and must not put a folder in the place of a link."""
+    for path in (out, partial, partial / _RESULT):
+        if path.is_symlink():
+            raise OutputError(
+                f"{path}: is a link to {path.readlink()}, a folder was needed.",
+                hint="Give the folder itself, -o FOLDER: work and result stay on its disk.",
+            )
+    if partial.is_dir() and partial.stat().st_dev != partial.parent.stat().st_dev:
         raise OutputError(
-            f"{out}: is no folder that quantkit made, and --restart would delete it.",
-            hint="Choose another -o, or remove it yourself.",
+            f"{partial}: is on another file system than {partial.parent}, where the result gets its name.",
+            hint="Choose an -o on the file system that has the space.",
         )
+
+
+def _refuse_foreign_partial(partial: Path) -> None:
+    """OUT.partial is emptied at the end: it may hold only what a job puts there."""
+    known = {_LOCK, *_EMPTIED}
+    strangers = sorted(path.name for path in partial.iterdir() if path.name not in known) if partial.is_dir() else []
+    if strangers:
+        raise OutputError(
+            f"{partial}: holds {printable(strangers[0])}, which quantkit did not make.", hint="Choose another -o."
+        )
+
+
+def _may_replace(partial: Path) -> bool:
+    """Whether a job was begun here with leave to replace OUT, and is not finished."""
+    if not (partial / _REPLACE).exists() or not (partial / _RESULT).exists() or not (partial / _JOURNAL).exists():
+        return False
+    with (partial / _JOURNAL).open("rb") as journal:
+        return journal.readline().endswith(b"\n")
 
 
 def _partial(out: Path) -> Path:
@@ -162,16 +237,6 @@ def _partial(out: Path) -> Path:
 def _exists(path: Path) -> bool:
     """Whether the name is taken, be it by a link that leads nowhere."""
     return os.path.lexists(path)
-
-
-def _is_result(out: Path) -> bool:
-    """Whether a folder is a result: of one output, or a folder for each of several. So is one without anything, and a
-    link, of which only the name goes."""
-    if out.is_symlink():
-        return True
-    if not out.is_dir():
-        return False
-    return (out / CONVERSION).is_file() or all((entry / CONVERSION).is_file() for entry in out.iterdir())
 
 
 def _is_file_of(fd: int, path: Path) -> bool:

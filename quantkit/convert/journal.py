@@ -12,21 +12,23 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quantkit.documents.journal import ENTRY, JobHeader, LayerEntry, OutsideEntry, TensorRecord
+from quantkit.documents.journal import ENTRY, JournalHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
-from quantkit.formats.preallocated import disk_errors
+from quantkit.formats.checksums import WrittenRange
+from quantkit.formats.preallocated import disk_errors, sync_directory
+from quantkit.formats.safetensors.header import printable
 
 
 class Journal:
     """An append-only file of entries. ``entries`` holds those after the header."""
 
-    def __init__(self, path: Path, header: JobHeader) -> None:
-        """Start a journal, or take one up. Raises `OutputError` if it belongs to another job, naming every
-        difference."""
+    def __init__(self, path: Path, header: JournalHeader, source: Path) -> None:
+        """Start a journal, or take one up. Raises `OutputError` if it belongs to another job, naming every difference,
+        or if a shard of the checkpoint in folder ``source`` changed since it was begun."""
         self._path = path
         found, self.entries, size = _read(path)
         if found is not None:
-            _refuse_other_job(path, found, header)
+            _refuse_other_job(path, found, header, source)
         with disk_errors(path):
             # Unbuffered: what a full disk refused must not be written again when the file is closed.
             self._file = path.open("wb" if found is None else "r+b", buffering=0)
@@ -35,6 +37,8 @@ class Journal:
             return
         try:
             self._append(header)
+            with disk_errors(path):
+                sync_directory(path.parent)
         except OutputError:
             self._file.close()
             raise
@@ -69,11 +73,15 @@ class Journal:
         entries = sorted(self.entries, key=lambda entry: isinstance(entry, LayerEntry))
         return {record.name: record for entry in entries for record in entry.tensors if record.output == output}
 
+    def steps_of(self, output: int) -> dict[str, tuple[WrittenRange, ...]]:
+        """What each finished step wrote into the files of an output, by the step's name."""
+        return {_name(entry): entry.written[output] for entry in self.entries if output < len(entry.written)}
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _append(self, line: JobHeader | OutsideEntry | LayerEntry) -> None:
+    def _append(self, line: JournalHeader | OutsideEntry | LayerEntry) -> None:
         with disk_errors(self._path):
             rest = memoryview(_line(line))
             while rest:
@@ -81,11 +89,15 @@ class Journal:
             os.fsync(self._file.fileno())
 
 
-def _line(line: JobHeader | OutsideEntry | LayerEntry) -> bytes:
+def _name(entry: OutsideEntry | LayerEntry) -> str:
+    return f"layer {entry.layer}" if isinstance(entry, LayerEntry) else "what lies outside the layers"
+
+
+def _line(line: JournalHeader | OutsideEntry | LayerEntry) -> bytes:
     return line.model_dump_json(by_alias=True).encode() + b"\n"
 
 
-def _read(path: Path) -> tuple[JobHeader | None, list[OutsideEntry | LayerEntry], int]:
+def _read(path: Path) -> tuple[JournalHeader | None, list[OutsideEntry | LayerEntry], int]:
     """The header (None: there is none), every entry up to the first line that is none, and the bytes of all these
     lines."""
     if not path.exists():
@@ -104,10 +116,10 @@ def _read(path: Path) -> tuple[JobHeader | None, list[OutsideEntry | LayerEntry]
     return header, entries, 0 if header is None else size
 
 
-def _header(path: Path, line: bytes) -> JobHeader | None:
+def _header(path: Path, line: bytes) -> JournalHeader | None:
     """None for a line that a kill has torn: then nothing else is finished."""
     try:
-        return JobHeader.model_validate_json(line) if line.endswith(b"\n") else None
+        return JournalHeader.model_validate_json(line) if line.endswith(b"\n") else None
     except ValidationError as error:
         if any(problem["type"] == "json_invalid" for problem in error.errors()):
             return None
@@ -126,15 +138,31 @@ def _entry(line: bytes) -> OutsideEntry | LayerEntry | None:
     return entry if _line(entry) == line else None
 
 
-def _refuse_other_job(path: Path, found: JobHeader, wanted: JobHeader) -> None:
-    was = found.facts()
+def _refuse_other_job(path: Path, found: JournalHeader, wanted: JournalHeader, source: Path) -> None:
+    was, changed = found.job.facts(), _changed_files(found, wanted, source)
     different = [
         f"{key} ({was.get(key)}, now {value})" if isinstance(value, int) else key
-        for key, value in wanted.facts().items()
+        for key, value in wanted.job.facts().items()
         if was.get(key) != value
     ]
     if different:
         raise OutputError(
-            f"{path.parent}: holds an unfinished job with another {', '.join(different)}.",
+            f"{path.parent}: holds an unfinished job with another {', '.join(different)}."
+            f"{f' {changed}.' if changed else ''}",
             hint="Finish it with the same command and files, or begin anew with --restart.",
         )
+    if changed:
+        raise OutputError(
+            f"{changed}.",
+            hint="Finished layers may be of other weights, and a copy counts as changed: begin anew with --restart.",
+        )
+
+
+def _changed_files(found: JournalHeader, wanted: JournalHeader, source: Path) -> str:
+    """Which shards are not the files that they were, "" if all are."""
+    was, now = found.source_files, wanted.source_files
+    changed = sorted(file for file in was.keys() | now.keys() if was.get(file) != now.get(file))
+    if not changed:
+        return ""
+    others = f" and {len(changed) - 1:,} others" if len(changed) > 1 else ""
+    return f"{source / printable(changed[0])}{others} changed since this job began"

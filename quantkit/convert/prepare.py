@@ -50,7 +50,7 @@ def prepared(
     """
     imatrix = () if recipe.imatrix is None else (base_dir / recipe.imatrix,)
     refuse_to_lose(out, source, base_dir, *imatrix, Path.cwd(), Path("~").expanduser())
-    refuse_taken(out, restart=restart)
+    refuse_taken(out, [output.name for output in recipe.outputs], restart=restart)
     with open_source(source) as opened:
         headers = headers_of(opened)
         found = forecast_of(headers, recipe, base_dir=base_dir, memory_budget=memory_budget)

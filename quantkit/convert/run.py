@@ -20,8 +20,9 @@ from quantkit.convert.background import AheadSource, Deliveries, DirectSource, f
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.copying import copy_kept, quantize_tables
 from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started
-from quantkit.convert.fingerprint import job_header
+from quantkit.convert.fingerprint import journal_header
 from quantkit.convert.finish import finish, result_folder
+from quantkit.convert.finished import report_finished
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
@@ -33,6 +34,7 @@ from quantkit.convert.prepare import Job
 from quantkit.convert.weights import LayerWeights, WeightSource
 from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
@@ -57,9 +59,13 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         stack.enter_context(foreground(machine.device))
         share = share_of(needs, machine.hardware)
         importance = _open_imatrix(stack, recipe, arch, base_dir)
-        folder = stack.enter_context(OutputFolder(job.out, restart=job.restart))
-        header = job_header(recipe, opened, rows, importance, machine)
-        journal = Journal(folder.journal, header)
+        names = [output.output.name for output in plan.outputs]
+        folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
+        first = journal_header(recipe, opened, rows, importance, machine)
+        header = first.job
+        if folder.finished:
+            return report_finished(job, folder, header, on_event)
+        journal = Journal(folder.journal, first, opened.directory)
         stack.callback(journal.close)
         if not journal.entries:
             check_free_disk(needs, folder.partial, folder.reserved_bytes)
@@ -124,7 +130,7 @@ def _run(conversion: Conversion, rows: TokenRows | None, header: JobHeader, base
             copy_kept(conversion, None)
             tables = _table_records(quantize_tables(conversion, None))
             _sync(conversion)
-            conversion.journal.append(OutsideEntry(tensors=tuple(tables)))
+            conversion.journal.append(OutsideEntry(tensors=tuple(tables), written=_written(conversion)))
     files = StreamFiles(
         conversion.folder.hidden,
         conversion.stores,
@@ -187,7 +193,12 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
         saved = streams is not None and layer < conversion.arch.n_layers - 1 and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
-        conversion.journal.append(LayerEntry(layer=layer, saved=saved, tensors=tuple(records), experts=result.experts))
+
+        conversion.journal.append(
+            LayerEntry(
+                layer=layer, saved=saved, tensors=tuple(records), experts=result.experts, written=_written(conversion)
+            )
+        )
         if saved:
             files.forget_before(layer)
     conversion.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
@@ -259,6 +270,10 @@ def _prefetch(conversion: Conversion, layer: int) -> None:
 def _sync(conversion: Conversion) -> None:
     for sink in conversion.sinks:
         sink.sync()
+
+
+def _written(conversion: Conversion) -> tuple[tuple[WrittenRange, ...], ...]:
+    return tuple(sink.written() for sink in conversion.sinks)
 
 
 def _open_sink(folder: OutputFolder, output: OutputPlan, plan: Plan, source: Path, journal: Journal) -> Sink:

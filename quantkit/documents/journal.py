@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from quantkit.documents.values import Count, DocumentPart, Number
+from quantkit.formats.checksums import WrittenRange
 
 
 class JobHeader(DocumentPart):
@@ -28,6 +29,8 @@ class JobHeader(DocumentPart):
     """sha256 of its JSON."""
     source: str | None = None
     """sha256 over headers and config of the source checkpoint."""
+    tokenizer: str | None = None
+    """sha256 over the tokenizer's files and the chat template."""
     calibration_text: str | None = None
     """sha256 of all token ids; null without calibration."""
     imatrix: str | None = None
@@ -40,6 +43,28 @@ class JobHeader(DocumentPart):
     def facts(self) -> dict[str, object]:
         """Key -> value of all that was stated, as in the file."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class FileState(NamedTuple):
+    """By what a changed file is known without reading it. In a file a list of four numbers."""
+
+    nbytes: int
+    modified_ns: int
+    changed_ns: int
+    """Of content, owner, permissions or links: a time that no program can set."""
+    inode: int
+
+
+class JournalHeader(JobHeader):
+    """The first line of a journal: the job, and the state of its source's shards. That is this machine's matter, and
+    not in quantkit.json."""
+
+    source_files: dict[str, FileState] = Field(default_factory=dict)
+
+    @property
+    def job(self) -> JobHeader:
+        """The job alone."""
+        return JobHeader.model_validate(self.model_dump(exclude={"source_files"}, exclude_unset=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +94,8 @@ class OutsideEntry(DocumentPart):
 
     done: Literal["outside"] = "outside"
     tensors: tuple[TensorRecord, ...]
+    written: tuple[tuple[WrittenRange, ...], ...] = ()
+    """For each output: which bytes of its files, and their checksums."""
 
 
 class LayerEntry(DocumentPart):
@@ -81,6 +108,8 @@ class LayerEntry(DocumentPart):
     tensors: tuple[TensorRecord, ...]
     experts: dict[str, tuple[ExpertRecord, ...]]
     """By the name of the block of routed experts; empty without calibration."""
+    written: tuple[tuple[WrittenRange, ...], ...] = ()
+    """As in `OutsideEntry`."""
 
 
 JournalEntry = Annotated[OutsideEntry | LayerEntry, Field(discriminator="done")]

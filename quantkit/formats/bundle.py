@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from quantkit.errors import SourceError
@@ -76,6 +77,17 @@ def copy_side_files(source_directory: Path, directory: Path, patterns: tuple[str
     for name in names:
         write_durably(directory / name, _read_side_file(source_directory, name))
     return names
+
+
+def side_file_bytes(source_directory: Path) -> int:
+    """Size of what `copy_side_files` would copy. Files that cannot be copied count nothing: that is refused
+    elsewhere."""
+    total = 0
+    with suppress(OSError):
+        for path in source_directory.iterdir():
+            if _is_side_file(path.name, SIDE_FILES) and path.is_file():
+                total += path.stat().st_size
+    return total
 
 
 def _is_side_file(name: str, patterns: tuple[str, ...]) -> bool:

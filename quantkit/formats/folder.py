@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from quantkit.errors import OutputError, SchemeError, SourceError
 from quantkit.formats.casting import bytes_of, cast_to
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.planned import PlannedTensor
+from quantkit.formats.preallocated import Steps
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource, row_ranges
 from quantkit.formats.safetensors.writer import MAX_SHARD_BYTES, ShardWriter, layout_shards
@@ -179,14 +181,19 @@ class FolderSink:
         """Return when everything written so far is on the disk."""
         self._writer.sync()
 
-    def finish(self) -> dict[str, str]:
+    def written(self) -> tuple[WrittenRange, ...]:
+        """What was written since this was asked last."""
+        return self._writer.written()
+
+    def finish(self, steps: Steps | None = None) -> dict[str, str]:
         """Write the index (if there are several shards or not, runtimes read both), sync, and return file name ->
         sha256 (hex).
 
-        Raises `OutputError` if a quantised linear of the plan was never written.
+        Raises `OutputError` if a quantised linear of the plan was never written, or the shards no longer hold what
+        ``steps`` wrote.
         """
         self._refuse_unwritten()
-        return self._writer.finish()
+        return self._writer.finish(steps)
 
     def close(self) -> None:
         """Sync and give the file descriptors back, without finishing: an interrupted job."""

@@ -14,13 +14,17 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Generator, Mapping
+import zlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from quantkit.errors import OutputError
+from quantkit.formats.checksums import WrittenRange, merged, written_range
+from quantkit.formats.sizes import short_size
 
 UNFINISHED = ".new"
 """Behind the name of a file that is being made."""
@@ -45,6 +49,10 @@ class FileLayout:
     header: bytes
     places: Mapping[str, ByteRange]
     nbytes: int
+
+
+Steps = Mapping[str, Sequence[WrittenRange]]
+"""What was written in each step of a job, by the step's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,8 @@ class PreallocatedFiles:
         self.layout = layout
         self.fresh = fresh
         self._places: dict[str, tuple[str, ByteRange]] = {}
+        self._numbers = {file.file: number for number, file in enumerate(layout.files)}
+        self._written: dict[tuple[str, int], WrittenRange] = {}
         for file in layout.files:
             for name, place in file.places.items():
                 assert name not in self._places, f"{name} is planned twice"
@@ -127,8 +137,11 @@ class PreallocatedFiles:
         assert 0 <= start <= start + len(rest) <= place.nbytes, (
             f"{name}: {len(rest)} bytes at {start} of {place.nbytes}"
         )
+        written = written_range(self._numbers[file], place.offset + start, rest)
         with self._lock, disk_errors(self.directory / file):
-            fd, at = self._descriptor(file), place.offset + start
+            if rest.nbytes:
+                self._written[file, written.start] = written
+            fd, at = self._descriptor(file), written.start
             while rest:
                 written = os.pwrite(fd, rest, at)
                 at, rest = at + written, rest[written:]
@@ -138,6 +151,13 @@ class PreallocatedFiles:
         file, place = self._places[name]
         with self._lock, disk_errors(self.directory / file):
             return os.pread(self._descriptor(file), place.nbytes, place.offset)
+
+    def written(self) -> tuple[WrittenRange, ...]:
+        """What was written since this was asked last, with its checksums."""
+        with self._lock:
+            found = merged(self._written.values())
+            self._written.clear()
+        return found
 
     def sync(self) -> None:
         """Return when everything written is on the disk."""
@@ -150,12 +170,21 @@ class PreallocatedFiles:
                     finally:
                         os.close(fd)
 
-    def sha256(self) -> dict[str, str]:
-        """Sync, then file name -> sha256 (hex) of every file of the layout."""
+    def sha256(self, steps: Steps | None = None) -> dict[str, str]:
+        """Sync, then file name -> sha256 (hex) of every file of the layout.
+
+        Raises `OutputError` naming the step if a file no longer holds what ``steps`` wrote into it.
+        """
         self.sync()
         names = [file.file for file in self.layout.files]
+        checks: dict[int, list[_Check]] = {number: [] for number in range(len(names))}
+        for step, ranges in (steps or {}).items():
+            for item in ranges:
+                checks.setdefault(item.file, []).append((item.start, item.nbytes, item.crc32, step))
+        paths = [self.directory / name for name in names]
+        ordered = [sorted(checks[number]) for number in range(len(names))]
         with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:
-            return dict(zip(names, pool.map(sha256_of, [self.directory / name for name in names]), strict=True))
+            return dict(zip(names, pool.map(_checked_sha256, paths, ordered), strict=True))
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
@@ -186,11 +215,43 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a file."""
+    return _checked_sha256(path, ())
+
+
+_Check = tuple[int, int, int, str]
+"""Start, bytes and CRC-32 of a range, and the step that wrote it."""
+
+
+def _checked_sha256(path: Path, checks: Iterable[_Check]) -> str:
+    """sha256 (hex) of a file, and on the way the checksums of ranges, sorted by their start."""
     digest = hashlib.sha256()
     with disk_errors(path), path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        for start, nbytes, wanted, step in checks:
+            for chunk in _chunks(file, start - file.tell()):
+                digest.update(chunk)
+            found = 0
+            for chunk in _chunks(file, nbytes):
+                digest.update(chunk)
+                found = zlib.crc32(chunk, found)
+            if found != wanted or file.tell() != start + nbytes:
+                raise OutputError(
+                    f"{path}: {step} is not as it was written, somewhere in bytes {start:,} to {start + nbytes:,}.",
+                    hint="Another program or the disk changed it: start again with --restart.",
+                )
+        for chunk in _chunks(file, None):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _chunks(file: BinaryIO, nbytes: int | None) -> Generator[bytes]:
+    """The next bytes, or all that follow if None; fewer where the file ends."""
+    rest = nbytes
+    while rest is None or rest > 0:
+        chunk = file.read(_CHUNK_BYTES if rest is None else min(rest, _CHUNK_BYTES))
+        if not chunk:
+            return
+        rest = None if rest is None else rest - len(chunk)
+        yield chunk
 
 
 def _refuse_foreign(directory: Path, layout: FilesLayout) -> None:
@@ -225,8 +286,8 @@ def _check_file(path: Path, layout: FileLayout) -> None:
 
 def _create(directory: Path, files: list[FileLayout]) -> None:
     """Reserve all space before renaming the first file, so that a full disk is found before any work."""
-    for file in files:
-        (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
+    with disk_errors(directory):
+        _remove_unfinished(directory, files)
     needed, free = sum(file.nbytes for file in files), _free_bytes(directory)
     if needed > free:
         raise _disk_full(directory, needed, free)
@@ -234,8 +295,8 @@ def _create(directory: Path, files: list[FileLayout]) -> None:
         for file in files:
             _reserve(directory / (file.file + UNFINISHED), file)
     except OSError as error:
-        for file in files:
-            (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
+        with suppress(OSError):  # what cannot be removed now is removed by the next run
+            _remove_unfinished(directory, files)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(directory, needed, _free_bytes(directory)) from error
         raise OutputError(f"{directory}: cannot be written ({error.strerror}).") from error
@@ -244,6 +305,11 @@ def _create(directory: Path, files: list[FileLayout]) -> None:
         for file in files:
             (directory / (file.file + UNFINISHED)).rename(directory / file.file)
         sync_directory(directory)
+
+
+def _remove_unfinished(directory: Path, files: list[FileLayout]) -> None:
+    for file in files:
+        (directory / (file.file + UNFINISHED)).unlink(missing_ok=True)
 
 
 def _reserve(path: Path, layout: FileLayout) -> None:
@@ -276,8 +342,8 @@ def _free_bytes(directory: Path) -> int:
 
 def _disk_full(directory: Path, needed: int, free: int) -> OutputError:
     return OutputError(
-        f"{directory}: the output needs {needed:,} bytes ({needed / 1e9:.1f} GB), "
-        f"the disk has {free:,} ({free / 1e9:.1f} GB) free.",
+        f"{directory}: the output needs {needed:,} bytes ({short_size(needed)}), "
+        f"the disk has {free:,} ({short_size(free)}) free.",
         hint="Free space, or choose a folder on another disk.",
     )
 

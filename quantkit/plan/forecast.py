@@ -9,6 +9,8 @@ from pathlib import Path
 from quantkit.calibrate.dataset import check_text
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.errors import CalibrationError
+from quantkit.formats.bundle import side_file_bytes
+from quantkit.formats.sizes import short_size
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
@@ -66,7 +68,7 @@ class Forecast:
     def __repr__(self) -> str:
         """Sizes and needs in one line."""
         sizes = ", ".join(f"{o.output.name}: {o.nbytes:,} bytes, {o.bpw:.3f} bpw" for o in self.outputs)
-        needs = f"RAM {self.needs.working_bytes / 1e9:.1f} GB, disk {self.needs.disk_bytes / 1e9:.1f} GB"
+        needs = f"RAM {short_size(self.needs.working_bytes)}, disk {short_size(self.needs.disk_bytes)}"
         return f"<Forecast {sizes}; needs {needs}>"
 
 
@@ -119,7 +121,7 @@ def forecast_of(
     _find_text(recipe, headers, base_dir)
     if recipe.imatrix is not None:
         ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()
-    needs = conversion_needs(plan, headers.arch)
+    needs = conversion_needs(plan, headers.arch, side_file_bytes(headers.directory))
     if memory_budget is not None:
         check_budget(needs, memory_budget)
     context = context or _usual_context(headers)

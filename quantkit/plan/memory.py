@@ -20,6 +20,7 @@ from pathlib import Path
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, POSITIONS, SCORED_GROUP, VOCAB_BLOCK
 from quantkit.errors import PlanError
+from quantkit.formats.sizes import short_size
 from quantkit.plan.phases import ACTIVATION_COPIES, Phase, Place, Term, phases
 from quantkit.plan.plan import Plan
 from quantkit.plan.shapes import ModelSizes, Work
@@ -41,6 +42,10 @@ HEADER_BYTES_PER_TENSOR = 140
 STORED_PER_TENSOR = 3
 """A linear on an integer grid is stored as codes, scales and shape."""
 JOURNAL_BYTES_PER_TENSOR = 200
+DESCRIPTION_BYTES = 65_536
+"""Of config.json, README.md and what quantkit.json says of the whole."""
+DESCRIPTION_BYTES_PER_TENSOR = 600
+"""250 in quantkit.json, 100 in an index for each of `STORED_PER_TENSOR`; the rest for long names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +102,13 @@ def check_budget(needs: Needs, budget: int) -> None:
         )
 
 
-def conversion_needs(plan: Plan, arch: ModelArch) -> Needs:
-    """Terms of what `convert` needs at least for this plan."""
+def conversion_needs(plan: Plan, arch: ModelArch, side_files: int = 0) -> Needs:
+    """Terms of what `convert` needs at least for this plan. ``side_files``: bytes beside the source's weights that go
+    along."""
     work = Work.of(plan, arch)
     hidden = _hidden_states(work)
     least = max(conversion_phases(work, Place.of(work, None), 1, LEAST_CACHE), key=lambda phase: phase.nbytes)
-    return Needs(work, (interpreter(), *least.terms), hidden, _disk(plan, work, hidden))
+    return Needs(work, (interpreter(), *least.terms), hidden, _disk(plan, work, hidden, side_files))
 
 
 def conversion_phases(work: Work, place: Place, experts: int, cache: int) -> tuple[Phase, ...]:
@@ -151,7 +157,7 @@ def check_free_disk(needs: Needs, out: Path, already_written: int = 0) -> None:
     if free >= needed:
         return
     raise PlanError(
-        f"{out}: needs {needed / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free.",
+        f"{out}: needs {short_size(needed)} of disk, {folder} has {short_size(free)} free.",
         hint="Choose another place with -o" + (", or fewer calibration tokens." if needs.hidden_states else "."),
     )
 
@@ -170,7 +176,7 @@ def _hidden_states(work: Work) -> Term | None:
     return Term("hidden states", nbytes, formula)
 
 
-def _disk(plan: Plan, work: Work, hidden: Term | None) -> tuple[Term, ...]:
+def _disk(plan: Plan, work: Work, hidden: Term | None, side_files: int) -> tuple[Term, ...]:
     terms: list[Term] = []
     for output in plan.outputs:
         overhead = STORED_PER_TENSOR * output.tensors * HEADER_BYTES_PER_TENSOR
@@ -181,8 +187,13 @@ def _disk(plan: Plan, work: Work, hidden: Term | None) -> tuple[Term, ...]:
         # A killed run resumes from the last finished layer: its state must live until the next layer's is complete.
         saved = work.tokens * work.hidden * 4 * work.streams
         terms.append(Term("hidden states", hidden.nbytes, f"{hidden.formula} (if not in RAM)"))
-        terms.append(Term("resume points", 2 * saved, f"2 x {saved / 1e9:.1f} GB, at the borders of two layers"))
-    n_tensors = sum(output.tensors for output in plan.outputs)
+        terms.append(Term("resume points", 2 * saved, f"2 x {short_size(saved)}, at the borders of two layers"))
+    n_tensors, n_outputs = sum(output.tensors for output in plan.outputs), len(plan.outputs)
+    described = n_outputs * DESCRIPTION_BYTES + n_tensors * DESCRIPTION_BYTES_PER_TENSOR
+    formula = f"{DESCRIPTION_BYTES:,} B + {n_tensors:,} tensors x {DESCRIPTION_BYTES_PER_TENSOR} B"
+    terms.append(Term("quantkit.json, config and index", described, formula))
+    if side_files:
+        terms.append(Term("side files", n_outputs * side_files, f"{n_outputs} x tokenizer, licence and the like"))
     terms.append(
         Term("journal", n_tensors * JOURNAL_BYTES_PER_TENSOR, f"{n_tensors:,} tensors x {JOURNAL_BYTES_PER_TENSOR} B")
     )

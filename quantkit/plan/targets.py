@@ -22,6 +22,8 @@ from quantkit.tensors import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.formats.checksums import WrittenRange
+    from quantkit.formats.preallocated import Steps
     from quantkit.schemes import QuantizedTensor
     from quantkit.tensors import RowSource
 
@@ -56,8 +58,13 @@ class Sink(Protocol):
         """Bring what was written to the disk."""
         ...
 
-    def finish(self) -> dict[str, str]:
-        """Complete the files -> file name -> sha256 (hex)."""
+    def written(self) -> tuple[WrittenRange, ...]:
+        """What was written since this was asked last, with its checksums."""
+        ...
+
+    def finish(self, steps: Steps | None = None) -> dict[str, str]:
+        """Complete the files -> file name -> sha256 (hex). Raises `OutputError` naming the step if they no longer hold
+        what ``steps`` wrote."""
         ...
 
     def close(self) -> None:

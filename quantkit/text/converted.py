@@ -6,12 +6,17 @@ from collections.abc import Mapping
 
 from quantkit.convert.events import OutputReport, Report
 from quantkit.documents.conversion import ValidationResult
-from quantkit.text.tables import both_units, duration, short_size, table
+from quantkit.formats.sizes import short_size
+from quantkit.text.tables import both_units, duration, table
 
 
 def report_text(report: Report) -> str:
     """Tables of quality and size, times."""
-    return "\n\n".join([*map(_output_text, report.outputs), _run_text(report)])
+    outputs = list(map(_output_text, report.outputs))
+    if report.finished_before:
+        said = "finished already: what an earlier run left of its work folder is removed."
+        return "\n\n".join([said, *outputs])
+    return "\n\n".join([*outputs, _run_text(report)])
 
 
 def _output_text(output: OutputReport) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantkit.formats.sizes import short_size
 from quantkit.plan.forecast import OutputFit
 from quantkit.runtimes.llama_cpp.memory import UBATCH, LlamaFit
 from quantkit.runtimes.vllm.memory import UTILIZATIONS, Fit
-from quantkit.text.tables import GIB, short_size
+from quantkit.text.tables import GIB
 
 
 def fit_text(found: OutputFit) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantkit.formats.sizes import short_size
 from quantkit.plan.batch_sizes import Expected
 from quantkit.plan.forecast import Forecast
 from quantkit.plan.memory import Needs
 from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
 from quantkit.text.fits import fit_document, fit_text
-from quantkit.text.tables import both_units, short_size, table
+from quantkit.text.tables import both_units, table
 
 
 def forecast_text(found: Forecast) -> str:

@@ -14,11 +14,6 @@ def both_units(nbytes: int) -> str:
     return f"{nbytes / GB:.2f} GB ({nbytes / GIB:.2f} GiB)"
 
 
-def short_size(nbytes: int) -> str:
-    """ "38.8 GB" or "64.0 MB"."""
-    return f"{nbytes / GB:.1f} GB" if nbytes >= GB else f"{nbytes / 1e6:.1f} MB"
-
-
 def duration(seconds: float) -> str:
     """ "48 s", "12 min", "3 h 20 min"."""
     if seconds < 120:

@@ -23,6 +23,7 @@ from quantkit.evaluate.validation import summarise
 from quantkit.formats.folder import FolderSource
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.plan import machine as machine_module
+from quantkit.plan.forecast import forecast
 from quantkit.plan.headers import read_headers
 from quantkit.plan.memory import conversion_needs
 from quantkit.plan.plan import make_plan
@@ -291,23 +292,41 @@ def test_a_single_window_leaves_valid_json(place: Path, tmp_path: Path) -> None:
 
 def test_an_existing_out_is_refused_untouched_and_replaced_only_at_the_end(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("mine")
-    (out / "quantkit.json").write_text("{}")  # a result
+    run(place / "model", data_free(), out)
+    before = files_of(tmp_path)
     with pytest.raises(OutputError, match="exists already"):
         run(place / "model", data_free(), out)
-    assert files_of(tmp_path) == {"out/precious": b"mine", "out/quantkit.json": b"{}"}
+    assert files_of(tmp_path) == before
+    old = (out / "config.json").stat().st_ino
     seen: list[bool] = []
     run(
         place / "model",
         data_free(),
         out,
         restart=True,
-        on_event=lambda event: seen.append((out / "precious").exists()) if not isinstance(event, Finished) else None,
+        on_event=lambda event: (
+            seen.append((out / "config.json").stat().st_ino == old) if not isinstance(event, Finished) else None
+        ),
     )
     assert all(seen)
-    assert not (out / "precious").exists()
+    assert (out / "config.json").stat().st_ino != old
+    assert files_of(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_disk_forecast_counts_every_file(place: Path, tmp_path: Path) -> None:
+    """Weights are few here, so what lies beside them shows."""
+    recipe, seen = data_free(), []
+    expected = forecast(place / "model", recipe, base_dir=place).needs.disk_bytes
+
+    def count(event: Event) -> None:
+        files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+        seen.append(sum(files))
+
+    run(place / "model", recipe, tmp_path / "out", on_event=count)
+    assert max(seen) <= expected
+    beside = sum(path.stat().st_size for path in (place / "model").glob("tokenizer*"))
+    assert 0 < beside < expected
 
 
 def test_a_second_process_is_refused_while_the_first_lives(place: Path, tmp_path: Path) -> None:
@@ -380,6 +399,39 @@ def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: P
     assert report.resumed
     run(place / "model", recipe, tmp_path / "unbroken")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
+
+
+def rewritten(path: Path) -> None:
+    """Other bytes, but the size and the times that a program can set are the old ones."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-8:] = bytes(8)
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", ["rewritten", "touched", "replaced", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_source_that_changed_since_the_stop_is_refused_by_name(change: str, place: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(place / "model", source)
+    with pytest.raises(Stop):
+        run(source, data_free(), tmp_path / "out", on_event=stop_after(0))
+    before = files_of(tmp_path / "out.partial")
+    shard = max(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    said = rf"{shard.name} changed since this job began\. .*--restart"
+    if change == "rewritten":
+        rewritten(shard)
+    elif change == "touched":
+        shard.touch()
+    elif change == "replaced":
+        shutil.copy2(shard, tmp_path / "copy")
+        (tmp_path / "copy").rename(shard)
+    else:
+        (source / change).write_text('{"bos_token": "<bos>"}')
+        said = r"out\.partial: holds an unfinished job with another tokenizer\. .*--restart"
+    with pytest.raises(OutputError, match=said) as refused:
+        run(source, data_free(), tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert files_of(tmp_path / "out.partial") == before
 
 
 def _changed(place: Path, tmp_path: Path) -> Path:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from quantkit.convert import journal as journal_module
 from quantkit.convert.journal import Journal
-from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, OutsideEntry, TensorRecord
+from quantkit.documents.journal import ExpertRecord, FileState, JournalHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.plan.memory import JOURNAL_BYTES_PER_TENSOR
 
-HEADER = JobHeader(quantkit_version="1", recipe="abc", threads=2)
+SOURCE = Path("checkpoint")
+HEADER = JournalHeader(quantkit_version="1", recipe="abc", threads=2)
 ENTRIES: list[OutsideEntry | LayerEntry] = [
     OutsideEntry(tensors=(TensorRecord(1, "head", 0.25, 0),)),
     LayerEntry(layer=0, saved=True, tensors=(TensorRecord(0, "näme", 0.1, 3),), experts={}),
@@ -33,7 +34,7 @@ ENTRIES: list[OutsideEntry | LayerEntry] = [
 
 
 def written(path: Path, entries: list[OutsideEntry | LayerEntry] = ENTRIES) -> bytes:
-    journal = Journal(path, HEADER)
+    journal = Journal(path, HEADER, SOURCE)
     for entry in entries:
         journal.append(entry)
     journal.close()
@@ -42,7 +43,7 @@ def written(path: Path, entries: list[OutsideEntry | LayerEntry] = ENTRIES) -> b
 
 def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
     content = written(tmp_path / "j")
-    journal = Journal(tmp_path / "j", HEADER)
+    journal = Journal(tmp_path / "j", HEADER, SOURCE)
     assert journal.entries == ENTRIES
     assert journal.layers == ENTRIES[1:]
     assert journal.outside_done
@@ -64,7 +65,7 @@ def test_lines_are_json_with_a_name_for_each_value(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_comes_back_as_none(tmp_path: Path) -> None:
     (lost,) = [LayerEntry(layer=0, saved=False, tensors=(TensorRecord(0, "a", math.nan, 1),), experts={})]
     written(tmp_path / "j", [lost])
-    journal = Journal(tmp_path / "j", HEADER)
+    journal = Journal(tmp_path / "j", HEADER, SOURCE)
     journal.close()
     assert math.isnan(journal.tensors_of(0)["a"].relative_loss)
 
@@ -90,7 +91,7 @@ def test_a_journal_cut_or_torn_anywhere_keeps_its_whole_lines(
     cut = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:cut] + data.draw(st.sampled_from([b"", b"\0" * 9, b'{"done":"layer"', b"\xff\n{}\n"])))
     whole = content[:cut].count(b"\n")
-    journal = Journal(path, HEADER)
+    journal = Journal(path, HEADER, SOURCE)
     assert journal.entries == ENTRIES[: max(whole - 1, 0)]
     for entry in ENTRIES[len(journal.entries) :]:
         journal.append(entry)
@@ -119,7 +120,7 @@ def test_a_line_that_is_no_entry_ends_the_journal(line: str, tmp_path: Path) -> 
     path = tmp_path / "j"
     first, *lines = written(path).splitlines(keepends=True)
     path.write_bytes(b"".join([first, lines[0], line.encode() + b"\n", *lines[1:]]))
-    journal = Journal(path, HEADER)
+    journal = Journal(path, HEADER, SOURCE)
     journal.close()
     assert journal.entries == ENTRIES[:1]
     assert path.read_bytes() == first + lines[0]
@@ -127,7 +128,7 @@ def test_a_line_that_is_no_entry_ends_the_journal(line: str, tmp_path: Path) -> 
 
 def test_the_last_entries_are_taken_back(tmp_path: Path) -> None:
     content = written(tmp_path / "j")
-    journal = Journal(tmp_path / "j", HEADER)
+    journal = Journal(tmp_path / "j", HEADER, SOURCE)
     journal.rewind(1)
     assert journal.entries == ENTRIES[:1]
     for entry in ENTRIES[1:]:
@@ -139,17 +140,35 @@ def test_the_last_entries_are_taken_back(tmp_path: Path) -> None:
 def test_another_job_is_refused_and_every_difference_named(tmp_path: Path) -> None:
     content = written(tmp_path / "j")
     with pytest.raises(OutputError, match=r"another recipe, threads \(2, now 1\)\. .*--restart"):
-        Journal(tmp_path / "j", HEADER.model_copy(update={"recipe": "other", "threads": 1}))
+        Journal(tmp_path / "j", HEADER.model_copy(update={"recipe": "other", "threads": 1}), SOURCE)
     with pytest.raises(OutputError, match="another source"):
-        Journal(tmp_path / "j", JobHeader(quantkit_version="1", recipe="abc", threads=2, source="new key"))
+        Journal(tmp_path / "j", JournalHeader(quantkit_version="1", recipe="abc", threads=2, source="new key"), SOURCE)
     assert (tmp_path / "j").read_bytes() == content
+
+
+def test_a_shard_that_changed_is_named(tmp_path: Path) -> None:
+    files = {f"model-{number}.safetensors": FileState(100, 5, 6, number) for number in range(3)}
+    header = HEADER.model_copy(update={"source_files": files})
+    Journal(tmp_path / "j", header, SOURCE).close()
+    Journal(tmp_path / "j", header, SOURCE).close()
+    one, two = "model-1.safetensors", "model-2.safetensors"
+    for state in (FileState(101, 5, 6, 1), FileState(100, 6, 6, 1), FileState(100, 5, 7, 1), FileState(100, 5, 6, 9)):
+        changed = HEADER.model_copy(update={"source_files": {**files, one: state}})
+        with pytest.raises(OutputError, match=rf"^checkpoint/{one} changed since this job began\. .*--restart"):
+            Journal(tmp_path / "j", changed, SOURCE)
+    fewer = HEADER.model_copy(update={"source_files": {"model-0.safetensors": files["model-0.safetensors"]}})
+    with pytest.raises(OutputError, match=rf"{one} and 1 others changed since this job began"):
+        Journal(tmp_path / "j", fewer, SOURCE)
+    both = fewer.model_copy(update={"source": "other", "source_files": {**files, two: FileState(1, 5, 6, 2)}})
+    with pytest.raises(OutputError, match=rf"another source\. checkpoint/{two} changed since this job began\. Finish"):
+        Journal(tmp_path / "j", both, SOURCE)
 
 
 @pytest.mark.parametrize("first", ["{}", "[]", '{"threads":"many"}', '{"quantkit version":"0.0","outputs":3}'])
 def test_a_first_line_of_another_kind_is_another_job(first: str, tmp_path: Path) -> None:
     (tmp_path / "j").write_text(f"{first}\n")
     with pytest.raises(OutputError, match="holds an unfinished job") as refused:
-        Journal(tmp_path / "j", HEADER)
+        Journal(tmp_path / "j", HEADER, SOURCE)
     assert "\n" not in str(refused.value)
     assert (tmp_path / "j").read_text() == f"{first}\n"
 
@@ -160,7 +179,7 @@ def test_a_full_disk_is_one_line_and_the_step_is_done_again(
 ) -> None:
     path = tmp_path / "j"
     written(path, ENTRIES[:1])
-    journal = Journal(path, HEADER)
+    journal = Journal(path, HEADER, SOURCE)
 
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -175,6 +194,6 @@ def test_a_full_disk_is_one_line_and_the_step_is_done_again(
             journal.append(ENTRIES[1])
         journal.close()
     assert journal.entries == ENTRIES[:1]
-    again = Journal(path, HEADER)
+    again = Journal(path, HEADER, SOURCE)
     assert again.entries in (ENTRIES[:1], ENTRIES[:2])  # a line whose fsync failed may be there
     again.close()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ import pytest
 import yaml
 
 from quantkit.convert import hidden as hidden_module
-from quantkit.convert.events import Event, LayerDone, StageStarted, Started, ValidationProgress
+from quantkit.convert.events import Event, Finished, LayerDone, OutputReport, StageStarted, Started, ValidationProgress
+from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
 from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry
+from quantkit.errors import OutputError
 from quantkit.plan.recipe import Recipe
+from quantkit.text.converted import report_text
 from tests.convert.jobs import INT4_RTN, files_of, int4, recipe_of, run, small_config, write_model, write_text
 
 pytestmark = [
@@ -127,6 +130,11 @@ class Job:
     files: dict[str, bytes]
     operations: tuple[str, ...]
 
+    @property
+    def published(self) -> int:
+        """The operation that gives the result its name."""
+        return max(number for number, operation in enumerate(self.operations) if operation.endswith(": rename other"))
+
     def run(self, out: Path, watcher: Operations | None = None) -> None:
         """Run, or take up, the job to its end."""
         if watcher is None:
@@ -194,16 +202,18 @@ def test_killed_once_at_each_kind_of_operation(stage: str, job: Job, tmp_path: P
             points.setdefault(operation, []).append(number)
     for operation, numbers in points.items():
         out = tmp_path / "out"
-        job.killed(out, draw.choice(numbers), within=True)
-        assert not out.exists() or operation.endswith(("rmtree other", "fsync other"))
+        point = draw.choice(numbers)
+        job.killed(out, point, within=True)
+        assert out.exists() == (point > job.published)
         finish(job, out, operation)
         shutil.rmtree(out)
 
 
 def finish(job: Job, out: Path, where: str) -> None:
-    """Start the same job again. Killed after its result got its name, it is complete."""
-    if not out.exists():
+    """Start the same job again. Killed after its result got its name, it is complete, and OUT.partial goes."""
+    if not out.exists() or out.with_name("out.partial").exists():
         job.run(out)
+    assert not out.with_name("out.partial").exists()
     found = files_of(out)
     different = [name for name in found.keys() | job.files.keys() if found.get(name) != job.files.get(name)]
     assert not different, where
@@ -257,8 +267,10 @@ def test_killed_again_and_again_at_random(turn: int, job: Job, tmp_path: Path) -
 
 def test_a_restarted_job_that_was_killed_goes_on_and_replaces(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "quantkit.json").write_text("old")
+    for name, content in job.files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    (out / "main" / "config.json").write_bytes(b"old")
     child = os.fork()
     if child == 0:
         try:
@@ -268,9 +280,44 @@ def test_a_restarted_job_that_was_killed_goes_on_and_replaces(job: Job, tmp_path
         finally:
             os._exit(1)
     os.waitpid(child, 0)
-    assert files_of(out) == {"quantkit.json": b"old"}
+    assert files_of(out) == {**job.files, "main/config.json": b"old"}
     job.run(out)
     assert files_of(out) == job.files
+
+
+def without_paths(output: OutputReport) -> OutputReport:
+    return replace(output, path=Path(), serve=tuple(command.split()[0] for command in output.serve))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_killed_while_the_work_folder_is_removed_it_is_finished_already(
+    restart: bool, job: Job, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if restart:
+        job.run(out)
+    child = os.fork()
+    if child == 0:
+        try:
+            pytest.MonkeyPatch().setattr(OutputFolder, "discard", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            run(job.source, RECIPE, out, restart=restart)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    other = RECIPE.model_copy(update={"validation": None})
+    with pytest.raises(OutputError, match=r"out: exists already\. .*--restart"):
+        run(job.source, other, out)
+    told: list[Event] = []
+    report = run(job.source, RECIPE, out, on_event=told.append)
+    assert told == [Finished(report)]
+    assert report.finished_before
+    assert report_text(report).startswith("finished already")
+    assert files_of(out) == job.files
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    whole = run(job.source, RECIPE, tmp_path / "whole")
+    assert (*map(without_paths, report.outputs),) == (*map(without_paths, whole.outputs),)
+    assert (report.validated, report.tokens, report.expert_tokens) == (True, whole.tokens, whole.expert_tokens)
 
 
 # --------------------------------------------------------------------------------------------------- the command

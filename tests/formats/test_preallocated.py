@@ -3,7 +3,9 @@ there. (What a crash, a full disk and links do is tested through safetensors in 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from quantkit.errors import OutputError
 from quantkit.formats import preallocated
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.preallocated import ByteRange, FileLayout, FilesLayout, PreallocatedFiles, combined
 
 ONE = FileLayout("m-1.x", b"HEAD", {"a": ByteRange(8, 4), "b": ByteRange(12, 8)}, 24)
@@ -31,6 +34,32 @@ def test_what_is_not_written_is_zero(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
     again = PreallocatedFiles.open(tmp_path, LAYOUT)
     assert (again.fresh, again.read("c")) == (False, b"xyz")
+
+
+def test_what_was_written_is_told_once_and_checked_at_the_end(tmp_path: Path) -> None:
+    writer = PreallocatedFiles.open(tmp_path, LAYOUT)
+    writer.write("b", 4, b"5678")
+    writer.write("a", 0, b"....")
+    writer.write("a", 0, b"abcd")  # again: the last one counts
+    writer.write("b", 0, b"1234")
+    writer.write("b", 8, b"")
+    first = writer.written()
+    assert first == (WrittenRange(0, 8, 12, zlib.crc32(b"abcd12345678")),)
+    assert writer.written() == ()
+    writer.write("c", 1, b"yz")
+    steps = {"layer 0": first, "layer 1": writer.written()}
+    assert steps["layer 1"] == (WrittenRange(1, 6, 2, zlib.crc32(b"yz")),)
+    assert writer.sha256(steps) == writer.sha256()
+    for place, step in ((8, "layer 0"), (19, "layer 0")):
+        with (tmp_path / "m-1.x").open("r+b") as file:
+            file.seek(place)
+            old = file.read(1)
+            file.seek(place)
+            file.write(bytes([old[0] ^ 4]))
+        with pytest.raises(OutputError, match=rf"m-1\.x: {step} is not as it was written, .* bytes 8 to 20\."):
+            writer.sha256(steps)
+    with pytest.raises(OutputError, match=r"m-2\.x: layer 1 is not as it was written"):
+        writer.sha256({"layer 1": (WrittenRange(1, 6, 9, zlib.crc32(b"yz")),)})  # behind the file's end
 
 
 def test_writes_stay_in_their_place(tmp_path: Path) -> None:
@@ -78,3 +107,12 @@ def test_threads_write_into_more_files_than_stay_open(tmp_path: Path, monkeypatc
     writer.sync()
     for file in files:
         assert (tmp_path / file.file).read_bytes() == b"".join(name.encode().ljust(8) for name in file.places)
+
+
+def test_a_left_over_file_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlink(path: Path, **options: bool) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(OutputError, match=r"cannot be read or written \(Input/output error\)\.$"):
+        PreallocatedFiles.open(tmp_path, LAYOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,7 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.errors import SourceError
 from quantkit.formats.safetensors.header import parse_json_object
-from quantkit.formats.safetensors.reader import SafetensorsSource, read_header, read_index, require_finite, row_ranges
+from quantkit.formats.safetensors.reader import (
+    SafetensorsSource,
+    read_header,
+    read_index,
+    read_small,
+    require_finite,
+    row_ranges,
+)
 from quantkit.tensors import DTYPES, TensorInfo
 from tests.formats.shards import assert_one_line, write_checkpoint, write_index
 
@@ -328,3 +336,21 @@ def test_json_numbers_of_many_digits_stay_text() -> None:
         "a": 1234567890123456789,
         "b": "99999999999999999999",
     }
+
+
+def test_an_index_that_cannot_be_read_to_its_end_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    class Broken:
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def read(self, _: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdopen", lambda fd, mode: (os.close(fd), Broken())[1])
+    with pytest.raises(SourceError, match=r"config\.json: cannot be read \(Input/output error\)\.$"):
+        read_small(tmp_path / "config.json")

@@ -292,6 +292,9 @@ def test_free_disk(v3: SourceHeaders, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     with pytest.raises(PlanError, match=r"needs 366.4 GB of disk, .* has 1.0 GB free"):
         check_free_disk(needs, tmp_path / "a" / "b")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4321))
+    with pytest.raises(PlanError, match=r"needs 12\.3 MB of disk, .* has 4\.3 kB free"):
+        check_free_disk(needs, tmp_path, already_written=needs.disk_bytes - 12_300_000)
     check_free_disk(needs, tmp_path, already_written=needs.disk_bytes)
 
 

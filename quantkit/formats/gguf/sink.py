@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.formats.casting import bytes_of, cast_to
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_tensors
 from quantkit.formats.gguf.layout import GgufTensor
 from quantkit.formats.planned import PlannedTensor
-from quantkit.formats.preallocated import FilesLayout, PreallocatedFiles
+from quantkit.formats.preallocated import FilesLayout, PreallocatedFiles, Steps
 from quantkit.schemes import GgmlScheme
 from quantkit.tensors import stacked_shape
 
@@ -161,10 +162,14 @@ class GgufSink:
         """Return when everything written so far is on the disk."""
         self._files.sync()
 
-    def finish(self) -> dict[str, str]:
-        """Sync, and return file name -> sha256 (hex)."""
-        self._files.sync()
-        return self._files.sha256()
+    def written(self) -> tuple[WrittenRange, ...]:
+        """What was written since this was asked last."""
+        return self._files.written()
+
+    def finish(self, steps: Steps | None = None) -> dict[str, str]:
+        """Sync, and return file name -> sha256 (hex). Raises `OutputError` if the files no longer hold what ``steps``
+        wrote."""
+        return self._files.sha256(steps)
 
     def close(self) -> None:
         """Sync and give the file descriptors back, without finishing: an interrupted job."""

@@ -71,6 +71,11 @@ class SafetensorsSource:
         """Every tensor by name, as stored, in file order."""
         return self._infos
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the shards, sorted."""
+        return tuple(sorted(header.file for header in self._headers))
+
     def stored(self, name: str) -> StoredTensor:
         """Shard and byte range of one tensor. Raises `SourceError` if there is no such tensor."""
         try:
@@ -163,7 +168,7 @@ class SafetensorsSource:
             with self._files.borrow(header.file) as fd:
                 for quarter in (1, 2, 3):
                     at = header.data_start + (header.size - header.data_start) * quarter // 4
-                    digest.update(hashlib.sha256(os.pread(fd, _SAMPLE_BYTES, at)).digest())
+                    digest.update(hashlib.sha256(self._sample(header.file, fd, at)).digest())
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -175,6 +180,12 @@ class SafetensorsSource:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _sample(self, file: str, fd: int, at: int) -> bytes:
+        try:
+            return os.pread(fd, _SAMPLE_BYTES, at)
+        except OSError as error:
+            raise SourceError(f"{self.directory / file}: cannot be read ({error.strerror}).") from error
 
     def _read_range(self, stored: StoredTensor, rows: tuple[int, int], *, pinned: bool = False) -> Tensor:
         import torch
@@ -243,7 +254,10 @@ def read_small(path: Path) -> bytes:
     with os.fdopen(fd, "rb") as file:
         if size > MAX_JSON_BYTES:
             raise SourceError(f"{path}: has {size:,} bytes, at most {MAX_JSON_BYTES:,} are allowed.")
-        return file.read(MAX_JSON_BYTES)
+        try:
+            return file.read(MAX_JSON_BYTES)
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def row_ranges(info: TensorInfo, max_bytes: int) -> Iterator[tuple[int, int]]:

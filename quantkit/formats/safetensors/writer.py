@@ -12,11 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.preallocated import (
     ByteRange,
     FileLayout,
     FilesLayout,
     PreallocatedFiles,
+    Steps,
     sha256_of,
     write_durably,
 )
@@ -146,10 +148,15 @@ class ShardWriter:
         """Return when everything written is on the disk."""
         self._files.sync()
 
-    def finish(self) -> dict[str, str]:
-        """Sync, write the index, and return file name -> sha256 (hex) of the shards and the index."""
+    def written(self) -> tuple[WrittenRange, ...]:
+        """What was written since this was asked last."""
+        return self._files.written()
+
+    def finish(self, steps: Steps | None = None) -> dict[str, str]:
+        """Sync, write the index, and return file name -> sha256 (hex) of the shards and the index. Raises `OutputError`
+        if the shards no longer hold what ``steps`` wrote."""
         self.sync()
         weight_map = {info.name: shard.file for shard in self._layout.shards for info in shard.tensors}
         index = {"metadata": {"total_size": self._layout.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_durably(self.directory / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
-        return {**self._files.sha256(), INDEX_NAME: sha256_of(self.directory / INDEX_NAME)}
+        return {**self._files.sha256(steps), INDEX_NAME: sha256_of(self.directory / INDEX_NAME)}
