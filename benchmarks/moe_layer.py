@@ -331,7 +331,7 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
         computed = time.perf_counter() - start
         deliveries.drain()
     seconds = time.perf_counter() - start
-    counts = [count.n_tokens for of_block in found.counts.values() for count in of_block]
+    counts = [count.n_tokens for of_block in found.experts.values() for count in of_block]
     result = {
         "seconds": round(seconds, 3),
         "of them waiting for the last bytes": round(seconds - computed, 3),
