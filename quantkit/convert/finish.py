@@ -41,6 +41,7 @@ from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.preallocated import UNFINISHED, sha256_of
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.writer import write_durably
+from quantkit.formats.source import checkpoint_name
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
@@ -158,7 +159,7 @@ def _document(
         quantkit=__version__,
         job=header,
         recipe=walk.plan.recipe.model_dump(mode="json", exclude_none=True),
-        source=walk.source.directory.resolve().name,
+        source=checkpoint_name(walk.source.directory),
         output=output.output.name,
         validated=None if result is None else result.passed,
         validation=result,
@@ -210,7 +211,7 @@ def _card(walk: Conversion, output: OutputPlan, directory: Path, result: Validat
             "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
         }
     return CardFacts(
-        title=f"{walk.source.directory.resolve().name}-{output.output.name}",
+        title=f"{checkpoint_name(walk.source.directory)}-{output.output.name}",
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         parameters=output.parameters,
         nbytes=output.nbytes,

@@ -3,7 +3,8 @@ No weight is read, no torch loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit.calibrate.dataset import check_text
@@ -113,7 +114,8 @@ def forecast_of(
 ) -> Forecast:
     """As `forecast`, of headers that are read already."""
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
-    if headers.has_shards or (headers.directory / "tokenizer.json").exists():
+    plan = replace(plan, warnings=(*headers.notes, *plan.warnings))
+    if headers.has_shards or os.path.lexists(headers.directory / "tokenizer.json"):
         for output in plan.outputs:
             output.target.check_source(headers.directory)
     _find_text(recipe, headers, base_dir)

@@ -25,6 +25,8 @@ INDEX_NAME = "model.safetensors.index.json"
 """Beside the shards of a folder: which of them holds what."""
 MAX_HEADER_BYTES = 100_000_000
 """Same limit as the reference implementation. V3's largest header is about 0.1 MB."""
+LFS_START = b"version https://git-lfs"
+"""How the text file begins that git-lfs leaves in the place of a large one."""
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**60
 """Bound on the product of the non-zero dimensions: keeps sizes and strides inside int64, even of an empty tensor."""
@@ -69,8 +71,9 @@ def read_shard(path: Path) -> ShardHeader:
     """Header of one shard with size and digest. Raises `SourceError` as `read_header` does."""
     fd, size = open_regular(path)
     try:
-        prefix = os.pread(fd, 8, 0)
-        length = _header_length(path, prefix, size)
+        start = os.pread(fd, 64, 0)
+        prefix = start[:8]
+        length = _header_length(path, start, size)
         raw = os.pread(fd, length, 8)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -157,14 +160,25 @@ def _short_int(digits: str) -> int | str:
     return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
-def _header_length(path: Path, prefix: bytes, size: int) -> int:
-    if prefix == b"version ":
+def first_word(raw: bytes) -> str:
+    """The first word of a file that is text, at most 20 characters, "" for a file that does not begin with text."""
+    start = raw[:64].lstrip()[:20]
+    word = start.split()[0] if start.split() else b""
+    return word.decode() if word.isascii() and word.decode().isprintable() else ""
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    prefix = start[:8]
+    if start.startswith(LFS_START[:8]):
         raise SourceError(
             f"{path}: is a git-lfs pointer, not the weights.", hint="Run `git lfs pull` in the checkpoint's folder."
         )
     if len(prefix) < 8:
         raise SourceError(f"{path}: truncated, {size} bytes are too few for a safetensors file.")
     length = int.from_bytes(prefix, "little")
+    if prefix.isascii() and prefix.decode().replace("\n", " ").isprintable() and (word := first_word(start)):
+        # As a number, eight characters of text are a header of a quintillion bytes.
+        raise SourceError(f"{path}: is no safetensors file (begins with {word!r}).", hint="Fetch it again.")
     if length > MAX_HEADER_BYTES:
         raise SourceError(f"{path}: claims a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed.")
     if length > size - 8:

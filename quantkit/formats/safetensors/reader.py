@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +43,7 @@ MAX_JSON_BYTES = 200_000_000
 MAX_SHARDS = 10_000
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _SAMPLE_BYTES = 4096
+_COMPARED_BYTES = 2**24
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # First 7-bit code that is not a number: e4m3 has NaN only at 0x7F; e5m2 has infinity at 0x7C and NaN above it.
 _FIRST_NON_FINITE_CODE = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
@@ -70,6 +72,26 @@ class SafetensorsSource:
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, as stored, in file order."""
         return self._infos
+
+    def share(self, copies: Mapping[str, str]) -> None:
+        """Show tensors under further names: name -> a tensor that is here. Nothing is read."""
+        for name, original in copies.items():
+            stored = self._stored[original]
+            info = TensorInfo(name, stored.info.shape, stored.info.dtype)
+            self._stored[name] = replace(stored, info=info)
+            self._infos[name] = info
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes. Reads them in pieces until they differ."""
+        first, second = self.stored(name), self.stored(other)
+        if (first.info.shape, first.info.dtype) != (second.info.shape, second.info.dtype):
+            return False
+        with self._files.borrow(first.file) as fd, self._files.borrow(second.file) as other_fd:
+            for done in range(0, first.info.nbytes, _COMPARED_BYTES):
+                count = min(_COMPARED_BYTES, first.info.nbytes - done)
+                if os.pread(fd, count, first.start + done) != os.pread(other_fd, count, second.start + done):
+                    return False
+        return True
 
     def stored(self, name: str) -> StoredTensor:
         """Shard and byte range of one tensor. Raises `SourceError` if there is no such tensor."""
