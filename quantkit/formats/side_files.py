@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors.header import LFS_START, first_word, open_regular, printable
+from quantkit.formats.safetensors.header import LFS_START, check_json_size, first_word, open_regular, printable
 from quantkit.formats.safetensors.writer import write_durably
 
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
@@ -82,8 +82,10 @@ def _has_chat_template(source_directory: Path) -> bool:
     path = source_directory / "tokenizer_config.json"
     if not path.is_file():
         return False
+    raw = _read_side_file(path)
+    check_json_size(raw, str(path))
     try:
-        settings: object = json.loads(_read_side_file(path))
+        settings: object = json.loads(raw)
     except (ValueError, RecursionError):
         return False  # `check_side_files` says what is wrong with it
     return isinstance(settings, dict) and bool(cast("Mapping[str, object]", settings).get("chat_template"))
@@ -125,6 +127,7 @@ def _read_side_file(path: Path) -> bytes:
 
 
 def _check_json(path: Path, raw: bytes) -> None:
+    check_json_size(raw, str(path))
     try:
         json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -31,6 +31,11 @@ MAX_DIMS = 8
 MAX_ELEMENTS = 2**60
 """Bound on the product of the non-zero dimensions: keeps sizes and strides inside int64, even of an empty tensor."""
 MAX_DIGITS = 19
+MAX_JSON_PARTS = 3_000_000
+"""Commas, colons and opening brackets of a JSON text that is parsed: bounds the objects that it becomes, which take
+fifty times the memory of their text. V3's index has 0.2 M, all its tensors in one header would have 1.1 M."""
+MAX_UNICODE_BYTES = 32_000_000
+"""Of a JSON text that is not all ASCII: one character beyond the basic plane makes four bytes of every one."""
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -112,11 +117,13 @@ def open_regular(path: Path) -> tuple[int, int]:
 
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
-    """One JSON object, each key once at every depth. Raises `SourceError` that starts with ``where``.
+    """One JSON object, each key once at every depth. Raises `SourceError` that starts with ``where``, before it takes
+    more than a few hundred MB or seconds.
 
     Integers of more than `MAX_DIGITS` digits arrive as text: nothing here needs them, and converting them takes
     quadratic time.
     """
+    check_json_size(raw, where)
     try:
         parsed: object = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_pairs, parse_int=_short_int)
     except RecursionError as error:
@@ -126,6 +133,18 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
     if not isinstance(parsed, dict):
         raise SourceError(f"{where}: holds a JSON {type(parsed).__name__}, an object was needed.")
     return cast("dict[str, object]", parsed)
+
+
+def check_json_size(raw: bytes, where: str, limit: int = MAX_JSON_PARTS) -> None:
+    """Refuse a JSON text that would become more objects than anything real needs: `SourceError`. Those inside strings
+    count too."""
+    parts = sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))
+    if parts > limit:
+        raise SourceError(f"{where}: its JSON has {parts:,} values and keys, at most {limit:,} are read.")
+    if len(raw) > MAX_UNICODE_BYTES and not raw.isascii():
+        raise SourceError(
+            f"{where}: {len(raw):,} bytes of JSON that is not ASCII, at most {MAX_UNICODE_BYTES:,} are read."
+        )
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["SafetensorsSource", "StoredTensor", "read_header", "read_index", "require_finite"]
 
 SINGLE_NAME = "model.safetensors"
-MAX_JSON_BYTES = 200_000_000
+MAX_JSON_BYTES = 50_000_000
 """Bound on an index or a config that is read whole. V3's index has about 9 MB."""
 MAX_SHARDS = 10_000
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
