@@ -242,6 +242,10 @@ class GgufModel(Protocol):
         """What llama.cpp computes slightly otherwise, one line each."""
         ...
 
+    def server_flags(self) -> tuple[str, ...]:
+        """Words of a command line without which llama.cpp computes this model wrongly, () if it needs none."""
+        ...
+
 
 class ModelArch(Protocol):
     """One model family bound to one config.json."""

@@ -153,7 +153,7 @@ class GgufTarget:
         """llama.cpp's server on the first file."""
         stored = sink.stacked_tensors(tensors, self._model.stored_name)
         first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
-        return (serve(first if folder == "." else f"{folder}/{first}"),)
+        return (serve(first if folder == "." else f"{folder}/{first}", self._model.server_flags()),)
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""
