@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantkit.calibrate.dataset import check_text
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, SourceError
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
@@ -113,6 +113,13 @@ def forecast_of(
     convert_on: Gpu | None = None,
 ) -> Forecast:
     """As `forecast`, of headers that are read already."""
+    if headers.zeros and not recipe.allow_zeros:
+        more = f"\n... and {len(headers.zeros) - 5:,} more shards." if len(headers.zeros) > 5 else ""
+        raise SourceError(
+            "\n".join(headers.zeros[:5]) + more,
+            hint="Interrupted downloads end so: fetch the shards again. If the model is so, set allow_zeros: true in "
+            "the recipe.",
+        )
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
     plan = replace(plan, warnings=(*headers.notes, *plan.warnings))
     if headers.has_shards or os.path.lexists(headers.directory / "tokenizer.json"):

@@ -14,6 +14,7 @@ from quantkit.errors import PlanError, SourceError
 from quantkit.formats.fp8_source import SCALE_SUFFIX, Fp8Source
 from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.formats.safetensors.reader import read_index
+from quantkit.formats.safetensors.zero_tail import zero_tails
 from quantkit.formats.side_files import folder_notes
 from quantkit.formats.source import DEFAULT_BLOCK_SIZE, float8_block_size, open_source, quant_method, read_config
 from quantkit.tensors import Role, TensorInfo
@@ -25,7 +26,7 @@ IsFloat8 = Callable[[str], bool]
 class SourceHeaders:
     """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name, in blocks of ``block_size``.
     ``has_shards``: False if all was derived from config.json. ``notes``: what is unusual about the folder, a line
-    each."""
+    each; ``zeros``: shards that end in rows of zeros, a line each."""
 
     directory: Path
     config: Mapping[str, object]
@@ -35,6 +36,7 @@ class SourceHeaders:
     has_shards: bool
     block_size: tuple[int, int] = DEFAULT_BLOCK_SIZE
     notes: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
 
 
 def read_headers(directory: Path | str) -> SourceHeaders:
@@ -72,7 +74,15 @@ def headers_of(source: Fp8Source) -> SourceHeaders:
     _check_tied(source, arch)
     notes = (*_share_copies(source, arch), *folder_notes(source.directory))
     return SourceHeaders(
-        source.directory, source.config, arch, source.infos(), source.is_float8, True, source.block_size, notes
+        source.directory,
+        source.config,
+        arch,
+        source.infos(),
+        source.is_float8,
+        True,
+        source.block_size,
+        notes,
+        zero_tails(source.directory, source.raw.headers),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from quantkit.errors import PlanError, QuantkitError, SourceError
 from quantkit.formats.source import checkpoint_name, hub_repository
@@ -153,3 +154,34 @@ def test_names_from_a_hub_cache(tmp_path: Path) -> None:
     assert checkpoint_name(snapshot) == "Deep-V3--x"
     assert hub_repository(tmp_path) is None
     assert checkpoint_name(tmp_path) == tmp_path.name
+
+
+def test_shards_that_end_in_zeros_are_refused_unless_allowed(tmp_path: Path) -> None:
+    source = model(tmp_path / "m")
+    planned(source, DROP_MTP)
+    shard = sorted(source.glob("*.safetensors"))[0]
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.truncate(size - 40_000)
+        file.truncate(size)
+    with pytest.raises(SourceError, match=r"00001.*rows hold only zeros, up to the end of the file") as caught:
+        planned(source, DROP_MTP)
+    assert "allow_zeros: true" in caught.value.hint
+    assert forecast(source, recipe_of(DROP_MTP, INT4, tokens=None, allow_zeros=True)).outputs
+
+
+def test_a_vector_of_zeros_and_some_padded_rows_are_no_fault(tmp_path: Path) -> None:
+    def zeros(tensors: dict[str, torch.Tensor]) -> None:
+        table = tensors["model.embed_tokens.weight"]
+        table[-int(0.01 * len(table)) :] = 0
+
+    source = model(tmp_path / "m")
+    tensors = {name: tensor for name, tensor in random_weights(small_config()).items() if "embed" not in name}
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    zeros(whole := random_weights(small_config()))
+    save_file({"model.embed_tokens.weight": whole["model.embed_tokens.weight"]}, source / "model-1.safetensors")
+    tensors["model.layers.1.mlp.gate.e_score_correction_bias"].zero_()
+    save_file(tensors, source / "model-2.safetensors")
+    (source / "model.safetensors.index.json").unlink()
+    assert planned(source, DROP_MTP).outputs

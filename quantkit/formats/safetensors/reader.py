@@ -69,6 +69,11 @@ class SafetensorsSource:
         self._infos = {name: stored.info for name, stored in self._stored.items()}
         self._files = ShardFiles(self.directory, {header.file: header.size for header in self._headers})
 
+    @property
+    def headers(self) -> Sequence[ShardHeader]:
+        """What each shard says about itself."""
+        return self._headers
+
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, as stored, in file order."""
         return self._infos
