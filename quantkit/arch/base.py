@@ -10,7 +10,7 @@ checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from quantkit.tensors import TensorSpec
@@ -214,6 +214,23 @@ class ServingSizes:
     max_positions: int
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointVariants:
+    """How published checkpoints of a family differ from the tensors that the family lists, without being another model.
+
+    ``derived``: globs of stored buffers whose values follow from config.json. ``copies``: tensor -> the tensor of the
+    main model that it repeats, which a checkpoint may leave out. ``tied``: tensor that the family does not list -> the
+    one that takes its place; a checkpoint may hold it if both are equal. ``mtp_marker``: ending of a name that only MTP
+    layers have, "" if the family has none. ``foreign``: glob -> the architecture that has such tensors, for messages.
+    """
+
+    derived: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict[str, str])
+    tied: Mapping[str, str] = field(default_factory=dict[str, str])
+    mtp_marker: str = ""
+    foreign: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
 class GgufModel(Protocol):
     """What llama.cpp calls a model and its tensors."""
 
@@ -235,6 +252,10 @@ class GgufModel(Protocol):
         """What llama.cpp computes slightly otherwise, one line each."""
         ...
 
+    def server_flags(self) -> tuple[str, ...]:
+        """Words of a command line without which llama.cpp computes this model wrongly, () if it needs none."""
+        ...
+
 
 class ModelArch(Protocol):
     """One model family bound to one config.json."""
@@ -252,6 +273,10 @@ class ModelArch(Protocol):
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of an official checkpoint, MTP layers included, in layer order."""
+        ...
+
+    def variants(self) -> CheckpointVariants:
+        """How published checkpoints differ from `tensors`."""
         ...
 
     def parts(self) -> Mapping[str, LinearPart]:

@@ -11,7 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import DenseBlock, GgufModel, LinearPart, MlpNames, NormWeight, ServingSizes, Sublayer
+from quantkit.arch.base import (
+    CheckpointVariants,
+    DenseBlock,
+    GgufModel,
+    LinearPart,
+    MlpNames,
+    NormWeight,
+    ServingSizes,
+    Sublayer,
+)
 from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekV3Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
@@ -50,6 +59,21 @@ class DeepseekV3:
             yield TensorSpec(self.lm_head, table, Role.LM_HEAD, table=True)
         for layer in range(self.n_layers, self.n_layers + self.n_mtp_layers):
             yield from self._mtp_tensors(layer)
+
+    def variants(self) -> CheckpointVariants:
+        """Rotary buffers (Kimi, Moonlight), MTP layers without copies of embedding and head, a head beside tied
+        embeddings; and what V3.2 adds."""
+        copies: dict[str, str] = {}
+        for layer in range(self.n_layers, self.n_layers + self.n_mtp_layers):
+            copies[f"{_prefix(layer)}embed_tokens.weight"] = self.embed
+            copies[f"{_prefix(layer)}shared_head.head.weight"] = self.lm_head
+        return CheckpointVariants(
+            derived=("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached"),
+            copies=copies,
+            tied={"lm_head.weight": self.embed} if self.lm_head == self.embed else {},
+            mtp_marker=".eh_proj.weight",
+            foreign={"*.self_attn.indexer.*": "DeepSeek V3.2 (sparse attention)"},
+        )
 
     def parts(self) -> Mapping[str, LinearPart]:
         """kv_b_proj of each layer as its key part, ``:k``, and its value part, ``:v``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -62,7 +62,7 @@ class DeepseekV3Config(BaseModel):
     def of(cls, config: Mapping[str, object]) -> DeepseekV3Config:
         """The checked entries of a raw config.json; `ConfigError` with every fault in one line."""
         try:
-            return cls.model_validate({**config, **rope_entries(config)})
+            return cls.model_validate(_whole({**config, **rope_entries(config)}))
         except ValidationError as error:
             raise _config_error(error) from None
 
@@ -112,6 +112,13 @@ class DeepseekV3Config(BaseModel):
             max_positions=self.max_position_embeddings,
             yarn=self.rope_scaling,
         )
+
+
+def _whole(value: object) -> object:
+    """The same with 512.0 as 512 at every depth: some libraries write whole numbers so. Fields of floats take both."""
+    if isinstance(value, dict):
+        return {key: _whole(entry) for key, entry in cast("dict[str, object]", value).items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _contradiction(text: str) -> PydanticCustomError:

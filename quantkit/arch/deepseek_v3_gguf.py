@@ -163,17 +163,27 @@ def differences(config: DeepseekV3Config) -> tuple[str, ...]:
             f"llama.cpp norms the attention latents with rms_norm_eps {config.rms_norm_eps:g}, the official code with "
             f"{_LATENT_EPS:g}."
         )
-    yarn = config.rope_scaling
-    if yarn is not None:
+    flags = server_flags(config)
+    if flags:
         fast, slow = _YARN_BETAS
-        default = yarn.model_copy(update={"beta_fast": fast, "beta_slow": slow})
-        if config.rope.yarn_ramp(yarn) != config.rope.yarn_ramp(default):
-            # The keys are written, but deepseek2.cpp does not read them: seen in logits, October 2026.
-            lines.append(
-                f"llama.cpp takes beta_fast {fast:g} and beta_slow {slow:g} for {GGUF_ARCHITECTURE} whatever the file "
-                f"says: start it with --yarn-beta-fast {yarn.beta_fast:g} --yarn-beta-slow {yarn.beta_slow:g}."
-            )
+        lines.append(
+            f"llama.cpp takes beta_fast {fast:g} and beta_slow {slow:g} for {GGUF_ARCHITECTURE} whatever the file "
+            f"says: start it with {' '.join(flags)}."
+        )
     return tuple(lines)
+
+
+def server_flags(config: DeepseekV3Config) -> tuple[str, ...]:
+    """Yarn's ramp, where it is not the one that llama.cpp assumes."""
+    yarn = config.rope_scaling
+    if yarn is None:
+        return ()
+    fast, slow = _YARN_BETAS
+    default = yarn.model_copy(update={"beta_fast": fast, "beta_slow": slow})
+    if config.rope.yarn_ramp(yarn) == config.rope.yarn_ramp(default):
+        return ()
+    # The keys are written, but deepseek2.cpp does not read them: seen in logits, October 2026.
+    return "--yarn-beta-fast", f"{yarn.beta_fast:g}", "--yarn-beta-slow", f"{yarn.beta_slow:g}"
 
 
 def _expert_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
@@ -281,3 +291,7 @@ class DeepseekV3Gguf:
     def differences(self) -> tuple[str, ...]:
         """See `differences`."""
         return differences(self.config)
+
+    def server_flags(self) -> tuple[str, ...]:
+        """See `server_flags`."""
+        return server_flags(self.config)

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from quantkit.calibrate.chats import ChatDocument, chat_document, encodable
 from quantkit.errors import CalibrationError
@@ -30,6 +30,10 @@ BUILTIN = "builtin:"
 MAX_EMPTY_CHATS = 0.1
 """Share of a file's chats that may say nothing. They are left out; more of them mean that the text is elsewhere."""
 _BLOCK_BYTES = 1 << 20
+_MAX_EXPANSION = 100
+"""Bytes of text, and of what a row takes in memory, for each byte of a parquet file: repeated texts are stored once."""
+_SMALL_TEXT = 32_000_000
+_ROW_BYTES = 200
 _CHAT_COLUMNS = ("messages", "tools", "documents", "chat_template_kwargs")
 
 
@@ -273,18 +277,49 @@ def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator
     if empty:
         raise _empty_file(file.label)
     number = 0
+    left = most = max(_SMALL_TEXT, _MAX_EXPANSION * file.path.stat().st_size)
     try:
-        with parquet.ParquetFile(file.path) as table:
-            columns = _columns(file.label, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
+        columns = _columns(file.label, parquet.read_schema(file.path).names)
+        texts = columns == ["text"]
+        # Read as a dictionary, a repeated text stays one object until its row is asked for.
+        with parquet.ParquetFile(file.path, read_dictionary=columns if texts else None) as table:
+            if any(size > most for size in _column_sizes(table.metadata)):
+                raise _expands(file.label, most)
+            for batch in table.iter_batches(batch_size=1024 if texts else 8, columns=columns):
+                for place in range(batch.num_rows):
+                    row = {name: batch.column(name)[place].as_py() for name in columns}
                     number += 1
+                    left -= _ROW_BYTES + _n_characters(row)
+                    if left < 0:
+                        raise _expands(file.label, most)
                     yield _document(f"{file.label}: row {number}", _without_nulls(row))
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{file.label}: a text behind row {number} is not UTF-8 ({error.reason}).") from error
     except (arrow.ArrowException, OSError) as error:
         problem = printable(str(error).splitlines()[0])
         raise CalibrationError(f"{file.label}: is not readable as parquet ({problem}).") from error
+
+
+def _column_sizes(metadata: Any) -> Iterator[int]:
+    """Bytes that each chunk of a column has without compression, as the file says."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        yield from (group.column(place).total_uncompressed_size for place in range(group.num_columns))
+
+
+def _n_characters(value: object) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, dict):
+        return sum(map(_n_characters, cast("dict[str, object]", value).values()))
+    if isinstance(value, list):
+        return sum(map(_n_characters, cast("list[object]", value)))
+    return len(value) if isinstance(value, str) else 0
+
+
+def _expands(label: str, most: int) -> CalibrationError:
+    return CalibrationError(
+        f"{label}: holds more than {most:,} bytes of text and rows, over {_MAX_EXPANSION} times its own size.",
+        hint="Such a file is damaged, or made to fill the memory. Convert it to .jsonl if it is neither.",
+    )
 
 
 def _columns(label: str, names: Sequence[str]) -> list[str]:

@@ -40,6 +40,7 @@ from quantkit.evaluate.validation import model_of, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.preallocated import UNFINISHED, disk_errors, sha256_of, write_durably
 from quantkit.formats.safetensors.header import printable
+from quantkit.formats.source import checkpoint_name
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
@@ -163,7 +164,7 @@ def _document(
         quantkit=__version__,
         job=header,
         recipe=conversion.plan.recipe.model_dump(mode="json", exclude_none=True),
-        source=conversion.source.directory.resolve().name,
+        source=checkpoint_name(conversion.source.directory),
         output=output.output.name,
         validated=None if result is None else result.passed,
         validation=result,
@@ -215,7 +216,7 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
             "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
         }
     return CardFacts(
-        title=f"{conversion.source.directory.resolve().name}-{output.output.name}",
+        title=f"{checkpoint_name(conversion.source.directory)}-{output.output.name}",
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         parameters=output.parameters,
         nbytes=output.nbytes,

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -109,7 +110,7 @@ def quantize_linears(
             own = None if own is None else folding.inputs(group[0].producers, shrink(own, key.method))
             quantize = key.method.quantizer(own)
         except CalibrationError as error:
-            raise CalibrationError(f"{group[0].names[0]}: {error.message}", hint=error.hint) from error
+            raise CalibrationError(f"{_overflowing(group[0], own)}: {error.message}", hint=error.hint) from error
         for (number, scheme), linears in work[key].items():
             alike = [one.as_stored(number, outputs[number].folding) for one in linears]
             try:
@@ -202,7 +203,15 @@ def _largest(alike: list[Linears]) -> str:
     """Name of the linear with the largest weight: what a scheme cannot hold is too large."""
     # One name for several matrices (the heads of a part) is the name of all of them.
     sizes = [(float(one.weight[i].abs().max()), name) for one in alike for i, name in enumerate(one.names)]
-    return max(sizes)[1]
+    return max(sizes, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])[1]
+
+
+def _overflowing(linears: Linears, stats: Inputs | None) -> str:
+    """Name of the linear whose inputs are not finite, or the first one."""
+    if stats is None or len(linears.names) != len(stats.importance):
+        return linears.names[0]  # one name for several matrices
+    finite = stats.importance.isfinite().all(-1).tolist()
+    return next((name for name, good in zip(linears.names, finite, strict=True) if not good), linears.names[0])
 
 
 def copied(stats: Inputs) -> Inputs:

@@ -261,9 +261,13 @@ def _verbatim(output: OutputPlan, layer: int) -> frozenset[str]:
 
 
 def _prefetch(conversion: Conversion, layer: int) -> None:
-    """Let the kernel read the next layer's bytes while this one is computed."""
-    decisions = conversion.plan.outputs[0].decisions.values()
-    names = dict.fromkeys(decision.spec.official for decision in decisions if decision.spec.layer == layer)
+    """Let the kernel read the next layer's bytes while this one is computed, of what some output stores."""
+    decisions = (decision for output in conversion.plan.outputs for decision in output.decisions.values())
+    names = dict.fromkeys(
+        decision.spec.official
+        for decision in decisions
+        if decision.spec.layer == layer and decision.action is not Action.DROP
+    )
     conversion.source.prefetch(list(names))
 
 

@@ -15,12 +15,15 @@ from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import Evaluation
 from quantkit.documents.values import DocumentPart
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors.header import printable
+from quantkit.formats.safetensors.header import check_json_size, printable
 
 CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 128 * 2**20
 """Largest document that is read. DeepSeek V3's quantkit.json has 10 MB, its evaluation of ten thousand windows less
 than 30."""
+
+MAX_JSON_PARTS = 4_000_000
+"""Values and keys of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ def _read(path: Path) -> DocumentFile:
         content = path.read_bytes()
     except OSError as error:
         raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
+    check_json_size(content, str(path), MAX_JSON_PARTS)
     kind = _parsed(path, content, _Kind)
     if kind.kind == "quantkit evaluation":
         document: ConversionDocument | Evaluation = _parsed(path, content, Evaluation)

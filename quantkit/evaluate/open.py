@@ -27,7 +27,7 @@ from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.layouts import READERS
 from quantkit.formats.safetensors.header import open_regular, printable
-from quantkit.formats.source import open_source, quant_method, read_config
+from quantkit.formats.source import checkpoint_name, open_source, quant_method, read_config
 from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
 
 READABLE = (
@@ -228,7 +228,7 @@ def _facts(
     path: Path, kind: str, fingerprint: str, infos: Iterable[TensorInfo], nbytes: int, notes: Iterable[str] = ()
 ) -> CheckpointFacts:
     return CheckpointFacts(
-        name=path.resolve().name,
+        name=checkpoint_name(path),
         path=str(path),
         format=kind,
         fingerprint=fingerprint,

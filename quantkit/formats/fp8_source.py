@@ -71,6 +71,12 @@ class Fp8Source:
         """Every tensor by name, decoded (FP8 as BF16, no scales), in file order."""
         return self._infos
 
+    def share(self, copies: Mapping[str, str]) -> None:
+        """Show tensors that are not FP8 under further names: name -> a tensor of `infos`. Nothing is read."""
+        assert not self._float8.intersection(copies.values())
+        self.raw.share(copies)
+        self._infos |= {name: self.raw.infos()[name] for name in copies}
+
     def is_float8(self, name: str) -> bool:
         """Whether a tensor of `infos` is stored as FP8 with a block scale."""
         return name in self._float8

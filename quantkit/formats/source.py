@@ -6,6 +6,7 @@ is already quantised to few bits is refused; reading those back is the business 
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -42,7 +43,22 @@ def open_source(path: Path | str) -> Fp8Source:
 def read_config(directory: Path) -> dict[str, object]:
     """The raw config.json of a folder. Raises `SourceError` if it is missing, not JSON, or not an object."""
     path = directory / "config.json"
-    return parse_json_object(read_small(path), str(path))
+    return parse_json_object(read_small(path).removeprefix(BOM_UTF8), str(path))
+
+
+def hub_repository(directory: Path) -> str | None:
+    """``ORG/NAME`` of a folder inside the hub's cache, ``models--ORG--NAME/snapshots/COMMIT``; None of any other."""
+    folder = directory.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/", 1)
+
+
+def checkpoint_name(directory: Path) -> str:
+    """What to call a checkpoint: its folder's name, or the repository's if the folder is named by a commit."""
+    repository = hub_repository(directory)
+    return directory.resolve().name if repository is None else repository.rpartition("/")[2]
 
 
 def quant_method(config: Mapping[str, object]) -> str | None:

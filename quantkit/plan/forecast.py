@@ -3,13 +3,14 @@ No weight is read, no torch loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit.calibrate.dataset import check_text
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.errors import CalibrationError
-from quantkit.formats.bundle import side_file_bytes
+from quantkit.errors import CalibrationError, SourceError
+from quantkit.formats.side_files import side_file_bytes
 from quantkit.formats.sizes import short_size
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
@@ -114,8 +115,16 @@ def forecast_of(
     convert_on: Gpu | None = None,
 ) -> Forecast:
     """As `forecast`, of headers that are read already."""
+    if headers.zeros and not recipe.allow_zeros:
+        more = f"\n... and {len(headers.zeros) - 5:,} more shards." if len(headers.zeros) > 5 else ""
+        raise SourceError(
+            "\n".join(headers.zeros[:5]) + more,
+            hint="Interrupted downloads end so: fetch the shards again. If the model is so, set allow_zeros: true in "
+            "the recipe.",
+        )
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
-    if headers.has_shards or (headers.directory / "tokenizer.json").exists():
+    plan = replace(plan, warnings=(*headers.notes, *plan.warnings))
+    if headers.has_shards or os.path.lexists(headers.directory / "tokenizer.json"):
         for output in plan.outputs:
             output.target.check_source(headers.directory)
     _find_text(recipe, headers, base_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from quantkit.arch import arch_of
@@ -13,8 +14,10 @@ from quantkit.errors import PlanError, SourceError
 from quantkit.formats.fp8_source import SCALE_SUFFIX, Fp8Source
 from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.formats.safetensors.reader import read_index
+from quantkit.formats.safetensors.zero_tail import zero_tails
+from quantkit.formats.side_files import folder_notes
 from quantkit.formats.source import DEFAULT_BLOCK_SIZE, float8_block_size, open_source, quant_method, read_config
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo
 
 IsFloat8 = Callable[[str], bool]
 
@@ -22,7 +25,8 @@ IsFloat8 = Callable[[str], bool]
 @dataclass(frozen=True, slots=True)
 class SourceHeaders:
     """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name, in blocks of ``block_size``.
-    ``has_shards``: False if all was derived from config.json."""
+    ``has_shards``: False if all was derived from config.json. ``notes``: what is unusual about the folder, a line
+    each; ``zeros``: shards that end in rows of zeros, a line each."""
 
     directory: Path
     config: Mapping[str, object]
@@ -31,6 +35,8 @@ class SourceHeaders:
     is_float8: IsFloat8
     has_shards: bool
     block_size: tuple[int, int] = DEFAULT_BLOCK_SIZE
+    notes: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
 
 
 def read_headers(directory: Path | str) -> SourceHeaders:
@@ -49,20 +55,34 @@ def read_headers(directory: Path | str) -> SourceHeaders:
         with open_source(directory) as source:
             return headers_of(source)
     config = read_config(directory)
+    block_size = float8_block_size(directory, config) or DEFAULT_BLOCK_SIZE
     arch = arch_of(config)
     infos, is_float8 = headers_from_arch(arch, config)
     if (directory / INDEX_NAME).exists():
-        _check_index(directory, infos, is_float8)
-    says_float8 = quant_method(config) == "fp8"
-    block_size = float8_block_size(directory, config) if says_float8 else None
-    return SourceHeaders(directory, config, arch, infos, is_float8, False, block_size or DEFAULT_BLOCK_SIZE)
+        _check_index(directory, arch, infos, is_float8)
+    return SourceHeaders(directory, config, arch, infos, is_float8, False, block_size)
 
 
 def headers_of(source: Fp8Source) -> SourceHeaders:
-    """Headers of an open checkpoint. Raises `ConfigError` for an architecture that is not known."""
+    """Headers of an open checkpoint, which from then on shows the main model's tensors where MTP layers lack their
+    copies of them.
+
+    Raises `ConfigError` for an architecture that is not known, `SourceError` for a head that contradicts tied
+    embeddings.
+    """
     arch = arch_of(source.config)
+    _check_tied(source, arch)
+    notes = (*_share_copies(source, arch), *folder_notes(source.directory))
     return SourceHeaders(
-        source.directory, source.config, arch, source.infos(), source.is_float8, True, source.block_size
+        source.directory,
+        source.config,
+        arch,
+        source.infos(),
+        source.is_float8,
+        True,
+        source.block_size,
+        notes,
+        zero_tails(source.directory, source.raw.headers),
     )
 
 
@@ -82,9 +102,34 @@ def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[di
     return infos, float8.__contains__
 
 
-def _check_index(directory: Path, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> None:
+def _check_tied(source: Fp8Source, arch: ModelArch) -> None:
+    """A head beside tied embeddings may be there if it is the embedding, byte for byte."""
+    infos = source.infos()
+    for name, original in arch.variants().tied.items():
+        if name in infos and original in infos and not source.raw.equal(name, original):
+            raise SourceError(
+                f"{source.raw.path_of(name)}: {name} differs from {original}, but config.json says that the embeddings "
+                "are tied.",
+                hint='If the model has a head of its own, set "tie_word_embeddings": false in config.json.',
+            )
+
+
+def _share_copies(source: Fp8Source, arch: ModelArch) -> tuple[str, ...]:
+    """Show copies that MTP layers leave out -> a note about it. An MTP layer of which nothing is there stays absent."""
+    infos = source.infos()
+    present = {spec.layer for spec in arch.tensors() if spec.role is Role.MTP and spec.name in infos}
+    lacking = {spec.name for spec in arch.tensors() if spec.layer in present and spec.name not in infos}
+    copies = arch.variants().copies
+    shared = {name: original for name, original in copies.items() if name in lacking and original in infos}
+    source.share(shared)
+    return tuple(f"{name}: not in the source, taken from {original}." for name, original in shared.items())
+
+
+def _check_index(directory: Path, arch: ModelArch, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> None:
+    variants = arch.variants()
     needed = set(infos) | {name + SCALE_SUFFIX for name in infos if is_float8(name)}
-    listed = set(read_index(directory))
+    listed = {name for name in read_index(directory) if not any(fnmatchcase(name, glob) for glob in variants.derived)}
+    listed |= set(variants.copies)
     if listed == needed:
         return
     missing, unexpected = sorted(needed - listed), sorted(listed - needed)

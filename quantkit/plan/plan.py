@@ -7,7 +7,7 @@ All that can be known to fail is refused here, in one `PlanError` that lists eve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantkit.arch.base import ModelArch
@@ -15,12 +15,10 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.decide import Action, Decider, Decision, Problems, unused_rule
 from quantkit.plan.headers import IsFloat8
 from quantkit.plan.recipe import Output, Recipe
+from quantkit.plan.source_tensors import SourceTensors, match_source
 from quantkit.plan.targets import Target, target_of
 from quantkit.schemes import Float8Scheme, describe
-from quantkit.tensors import Role, TensorInfo, TensorSpec
-
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-"""What a decoded tensor may be stored in."""
+from quantkit.tensors import Role, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +126,18 @@ def make_plan(
     """
     problems, warnings = Problems(), list[str]()
     specs = tuple(arch.tensors())
-    _check_source(specs, infos, problems)
+    source = match_source(arch, specs, infos, problems)
+    warnings += source.notes
     problems.raise_if_any()
     blocks = Float8Scheme(block_size=block_size)
     float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
     outputs = tuple(
-        _plan_output(output, target_of(output, recipe, arch), recipe, infos, float8, problems, warnings)
+        _plan_output(output, target_of(output, recipe, arch), recipe, source, float8, problems, warnings)
         for output in recipe.outputs
     )
     problems.raise_if_any()
-    source_bytes = sum(source_nbytes(infos[spec.name], float8.get(spec.name)) for spec in specs)
+    stored = [spec.name for spec in specs if spec.name in infos]
+    source_bytes = sum(source_nbytes(infos[name], float8.get(name)) for name in stored)
     return Plan(recipe, outputs, source_bytes, tuple(warnings))
 
 
@@ -149,47 +149,16 @@ def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:
     return info.numel + 4 * rows * columns
 
 
-def _check_source(specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: Problems) -> None:
-    """The source must hold the family's tensors, all of them and nothing else."""
-    known: set[str] = set()
-    for spec in specs:
-        known.add(spec.name)
-        info = infos.get(spec.name)
-        if info is None:
-            hint = _MTP_HINT if spec.role is Role.MTP else "Fetch the missing shards, or compare config.json."
-            problems.add("missing tensors", f"{spec.name}: missing from the source, needed {list(spec.shape)}.", hint)
-        elif info.shape != spec.shape:
-            problems.add(
-                "wrong shapes",
-                f"{spec.name}: found shape {list(info.shape)}, needed {list(spec.shape)} by config.json.",
-                "config.json belongs to another checkpoint.",
-            )
-        elif info.dtype not in FLOAT_DTYPES:
-            problems.add(
-                "wrong dtypes", f"{spec.name}: found dtype {info.dtype}, needed one of {', '.join(FLOAT_DTYPES)}."
-            )
-    for name in infos:
-        if name not in known:
-            problems.add(
-                "unexpected tensors",
-                f"{name}: found in the source, but this architecture has no such tensor.",
-                "If it is a whole extra layer, compare num_hidden_layers and num_nextn_predict_layers in config.json.",
-            )
-
-
-_MTP_HINT = 'A checkpoint without its MTP layer says so: set "num_nextn_predict_layers": 0 in config.json.'
-
-
 def _plan_output(
     output: Output,
     target: Target,
     recipe: Recipe,
-    infos: Mapping[str, TensorInfo],
+    source: SourceTensors,
     float8: Mapping[str, Float8Scheme],
     problems: Problems,
     warnings: list[str],
 ) -> OutputPlan:
-    decisions = _decisions(output, target, recipe, infos, float8, problems, warnings)
+    decisions = _decisions(output, target, recipe, source, float8, problems, warnings)
     planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
     if not problems.lines:
         for line in target.problems(tuple(planned.values())):
@@ -204,7 +173,7 @@ def _decisions(
     output: Output,
     target: Target,
     recipe: Recipe,
-    infos: Mapping[str, TensorInfo],
+    source: SourceTensors,
     float8: Mapping[str, Float8Scheme],
     problems: Problems,
     warnings: list[str],
@@ -217,7 +186,7 @@ def _decisions(
     decisions: dict[str, Decision] = {}
     for spec in target.specs:
         if target.omits(spec):
-            dtype = infos[spec.official].dtype
+            dtype = source.infos[spec.official].dtype
             decisions[spec.name] = Decision(spec, Action.DROP, 0, dtype, dtype)
             continue
         number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
@@ -233,7 +202,8 @@ def _decisions(
         if number is not None:
             used[number] = True
         place = 0 if number is None else number + 1
-        decisions[spec.name] = decide(spec, place, rule, infos[spec.official].dtype, float8.get(spec.official))
+        decisions[spec.name] = decide(spec, place, rule, source.infos[spec.official].dtype, float8.get(spec.official))
+    source.refuse_kept(decisions.values(), problems)
     for number, rule in enumerate(output.rules):
         if not used[number]:
             unused_rule(output, number + 1, rule, target, problems, warnings)

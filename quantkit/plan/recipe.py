@@ -263,6 +263,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="An imatrix file of llama.cpp for this model, in place of calibration text; relative to the "
         "recipe's folder.",
     )
+    allow_zeros: bool = Field(
+        False, description="Take shards whose last matrix ends in rows of zeros, as interrupted downloads leave them."
+    )
     propagate: Literal["quantized", "original"] = Field(
         "quantized",
         description="Weights that the hidden states pass through: those of the first output, or the original ones.",

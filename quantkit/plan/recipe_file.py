@@ -19,9 +19,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from quantkit.errors import RecipeError
+from quantkit.plan.yaml_text import compose, construct
 
-MAX_BYTES = 2**20
-MAX_DEPTH = 20
+MAX_BYTES = 2**16
 MAX_FAULTS = 20
 """Lines printed for one file; more are counted."""
 
@@ -124,6 +124,8 @@ def _all_faults(lines: list[str]) -> RecipeError:
 def _read(path: Path) -> str:
     shown = _shown(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
+            raise RecipeError(f"{shown}: is not a regular file, needed a YAML file.")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -142,36 +144,10 @@ def _read(path: Path) -> str:
 
 
 def _compose(model: type[BaseModel], text: str, shown: str) -> yaml.Node:
-    """The node tree of one YAML document without aliases, tags of its own, or deep nesting."""
-    depth = 0
-    try:
-        # The event stream is walked iteratively, so that nesting is known before the recursive composer runs.
-        for event in yaml.parse(text, yaml.SafeLoader):
-            line = event.start_mark.line + 1
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError(
-                    f"{shown}:{line}: found a YAML anchor or alias, needed the value itself.", hint=_QUOTE
-                )
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-                if depth > MAX_DEPTH:
-                    raise RecipeError(f"{shown}:{line}: found more than {MAX_DEPTH} nested levels, needed a recipe.")
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-        node = cast("yaml.Node | None", yaml.compose(text, yaml.SafeLoader))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError(
-            f"{shown}:{mark.line + 1 if mark else 1}: is not sound YAML: {error.problem or error.context}."
-        ) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{shown}:1: is not sound YAML: {str(error).splitlines()[0]}.") from None
+    node = compose(text, shown)
     if node is None:
         raise RecipeError(f"{shown}:1: found an empty file, needed a mapping with the keys {_keys(model)}.")
     return node
-
-
-_QUOTE = "A glob that begins with * must stand in quotes."
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,20 +159,12 @@ class _Document:
     root: yaml.Node
 
     def value(self) -> object:
-        """Dicts, lists and scalars as `yaml.safe_load` gives them; `RecipeError` for duplicate keys and keys that are
+        """Dicts, lists and scalars as `construct` gives them; `RecipeError` for duplicate keys and keys that are
         no text."""
         duplicates = [fault for _, fault in sorted(self._duplicates(self.root, ()))]
         if duplicates:
             raise _all_faults(duplicates)
-        loader = yaml.SafeLoader("")
-        try:
-            return cast("object", loader.construct_document(self.root))
-        except (yaml.MarkedYAMLError, ValueError, OverflowError) as error:
-            mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-            problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
-            raise RecipeError(f"{self.shown}:{mark.line + 1 if mark else 1}: is not sound YAML: {problem}.") from None
-        finally:
-            loader.dispose()
+        return construct(self.root, self.shown)
 
     def _duplicates(self, node: yaml.Node, path: Loc) -> Iterator[tuple[int, str]]:
         if isinstance(node, yaml.SequenceNode):

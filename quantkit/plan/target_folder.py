@@ -60,7 +60,10 @@ class FolderTarget:
         return contract.notes(tensors, self._output.format)
 
     def check_source(self, source: Path) -> None:
-        """Files are copied as they are."""
+        """See `check_side_files`."""
+        from quantkit.formats.side_files import check_side_files
+
+        check_side_files(source)
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> FolderSink:
         """See `FolderSink.open`."""
@@ -70,7 +73,8 @@ class FolderTarget:
         self, directory: Path, source: Path, config: Mapping[str, object], tensors: Sequence[PlannedTensor], mtp: bool
     ) -> None:
         """config.json with the new quantization_config, and copies of the tokenizer's and the licence's files."""
-        from quantkit.formats.bundle import copy_side_files, write_config
+        from quantkit.formats.bundle import write_config
+        from quantkit.formats.side_files import copy_side_files
 
         write_config(directory, config, self._layout.config(tensors), mtp_dropped=not mtp)
         copy_side_files(source, directory)

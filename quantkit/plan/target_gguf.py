@@ -18,6 +18,7 @@ from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
 from quantkit.formats.gguf.layout import layout_gguf
 from quantkit.formats.gguf.values import Value, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
+from quantkit.formats.source import checkpoint_name
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
 from quantkit.runtimes.llama_cpp import contract, presets
 from quantkit.runtimes.llama_cpp.command import serve
@@ -107,9 +108,11 @@ class GgufTarget:
         return [*replaced, *contract.notes(self._model)]
 
     def check_source(self, source: Path) -> None:
-        """Raise `SourceError` for a tokenizer that llama.cpp does not know."""
+        """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied."""
         from quantkit.formats.gguf.vocabulary import vocabulary
+        from quantkit.formats.side_files import LICENCE_FILES, check_side_files
 
+        check_side_files(source, (*LICENCE_FILES, "*.json"))
         vocabulary(source, self._arch.vocab_size, pre=self._output.pre)
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> sink.GgufSink:
@@ -135,7 +138,7 @@ class GgufTarget:
         self, directory: Path, source: Path, config: Mapping[str, object], tensors: Sequence[PlannedTensor], mtp: bool
     ) -> None:
         """The licence: all else is inside the file."""
-        from quantkit.formats.bundle import LICENCE_FILES, copy_side_files
+        from quantkit.formats.side_files import LICENCE_FILES, copy_side_files
 
         copy_side_files(source, directory, LICENCE_FILES)
 
@@ -150,11 +153,11 @@ class GgufTarget:
         """llama.cpp's server on the first file."""
         stored = sink.stacked_tensors(tensors, self._model.stored_name)
         first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
-        return (serve(first if folder == "." else f"{folder}/{first}"),)
+        return (serve(first if folder == "." else f"{folder}/{first}", self._model.server_flags()),)
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name)[:MAX_STEM].strip("-.") or "model"
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint_name(source))[:MAX_STEM].strip("-.") or "model"
         return f"{name}-{self._output.name}"
 
     @cached_property
@@ -182,7 +185,7 @@ class GgufTarget:
         model = self._model.key_values(mtp=self._mtp_stored(tensors))
         return {
             **{key: _value(value) for key, value in model.items()},
-            "general.name": string(source.resolve().name),
+            "general.name": string(checkpoint_name(source)),
             "general.file_type": u32(self._file_type(tensors)),
             "general.quantization_version": u32(QUANTIZATION_VERSION),
             **vocabulary(source, self._arch.vocab_size, pre=self._output.pre),

@@ -181,10 +181,12 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
     Scales come back rounded to ``scale_dtype``, so that codes are chosen for the scale that will be served.
 
     weight (..., out, in) float32; importance (..., in) float32, the mean square of each input, or None for equal
-    weights.
+    weights. Raises `SchemeError` for a weight that no float16 scale reaches.
     """
     import torch
 
+    if scheme.scale_dtype == "float16":
+        _check_reach(scheme, weight)
     n_groups = scheme.n_groups(weight.shape[-1])
     if importance is None:
         importance = torch.ones(weight.shape[-1], device=weight.device)
@@ -201,6 +203,26 @@ def fit(scheme: IntScheme, weight: Tensor, importance: Tensor | None, *, grid: i
     if scheme.symmetric:
         return scale, None
     return scale, zero.view(grouped.shape[:-1]).to(torch.uint8)
+
+
+def _check_reach(scheme: IntScheme, weight: Tensor) -> None:
+    """Larger weights than the highest code times the largest float16 would be cut to that without a word."""
+    import torch
+
+    if not weight.numel():
+        return
+    lowest, highest = torch.aminmax(weight, dim=-1)
+    codes = 2 ** (scheme.bits - 1) if scheme.symmetric else 2**scheme.bits - 1
+    span = torch.maximum(-lowest, highest) if scheme.symmetric else highest.clamp(min=0) - lowest.clamp(max=0)
+    limit = codes * torch.finfo(torch.float16).max
+    wrong = ~(span <= limit)  # NaN is wrong, too
+    if bool(wrong.any()):
+        row = tuple(wrong.nonzero()[0].tolist())
+        raise SchemeError(
+            f"row {', '.join(map(str, row))}: no float16 scale of {scheme.label} fits its weights, which reach from "
+            f"{float(lowest[row]):g} to {float(highest[row]):g} (needed: at most {limit:g}).",
+            hint="Repair the checkpoint, take scale_dtype: bfloat16, or keep this tensor.",
+        )
 
 
 def _kernel(weight: Tensor, importance: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import quantkit.arch
 from quantkit.arch import moe
 from quantkit.arch.base import (
+    CheckpointVariants,
     DenseBlock,
     GgufModel,
     InputGroup,
@@ -95,6 +96,9 @@ class Toy:
             for name, (projection, shape) in shapes.items():
                 full = f"{prefix}experts.{expert}.{name}.weight"
                 yield TensorSpec(full, shape, Role.EXPERT, layer, expert, projection, linear=True)
+
+    def variants(self) -> CheckpointVariants:
+        return CheckpointVariants()
 
     def parts(self) -> Mapping[str, LinearPart]:
         return {}

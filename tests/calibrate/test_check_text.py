@@ -114,7 +114,7 @@ def test_parquet_that_is_not_utf8_is_one_line(checkpoint: Path, tmp_path: Path) 
     raw = arrow.array([b"fine", b"caf\xe9"], type=arrow.binary())
     text = arrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
     parquet.write_table(arrow.table({"text": text}), tmp_path / "t.parquet")
-    with pytest.raises(CalibrationError, match=r"t.parquet: a text behind row 0 is not UTF-8"):
+    with pytest.raises(CalibrationError, match=r"t.parquet: a text behind row 1 is not UTF-8"):
         check_text(["t.parquet"], checkpoint, tmp_path)
 
 
@@ -181,3 +181,13 @@ def test_the_built_in_texts_get_none(checkpoint: Path, tmp_path: Path, name: str
     data = str(builtin_dir() / "mixed" / f"{name}.*")
     rows = token_rows(calibration(data, tokens=24_576, length=256), checkpoint, tmp_path)
     assert rows.warnings == ()
+
+
+@pytest.mark.parametrize("rows", [(3000, 1_000_000), (2_000_000, 1)])
+def test_parquet_that_grows_in_memory_is_refused(checkpoint: Path, tmp_path: Path, rows: tuple[int, int]) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    count, length = rows
+    column = arrow.DictionaryArray.from_arrays(arrow.array([0] * count, arrow.int32()), ["a" * length])
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "t.parquet", compression="zstd", store_schema=False)
+    with pytest.raises(CalibrationError, match=r"t.parquet: holds more than 32,000,000 bytes of text"):
+        check_text(["t.parquet"], checkpoint, tmp_path)

@@ -14,8 +14,9 @@ from quantkit.convert.dense import GroupTask, quantize_group
 from quantkit.convert.experts import ExpertsResult, ExpertsTask, quantize_experts
 from quantkit.convert.layer import _apply_experts, _experts_task, expert_batches
 from quantkit.convert.layer_job import LayerJob
-from quantkit.convert.outputs import Linears, OutputChoice, Quantised
+from quantkit.convert.outputs import Linears, OutputChoice, Quantised, quantize_linears
 from quantkit.convert.routing import route
+from quantkit.errors import CalibrationError
 from quantkit.quantizers import Rtn
 from quantkit.schemes import IntScheme
 from tests.convert.test_layer import GPTQ, SCHEME, Case
@@ -130,3 +131,13 @@ def test_a_group_gives_importance_of_what_every_output_keeps() -> None:
     assert isinstance(made, Quantised)
     assert (made.output, made.names, made.n_tokens) == (0, ("a",), (3,))
     assert torch.equal(made.batch.decode(), method.quantizer(stats)(weight, scheme).decode())
+
+
+def test_inputs_that_overflow_are_told_with_their_expert() -> None:
+    """One expert's hidden units overflow when squared: the error names that expert, not the first of the batch."""
+    names = ("a.0.down", "a.1.down", "a.2.down")
+    hessian = torch.eye(64).repeat(3, 1, 1)
+    hessian[1, 5, 5] = torch.inf
+    outputs = (OutputChoice(dict.fromkeys(names, (SCHEME, GPTQ))),)
+    with pytest.raises(CalibrationError, match=r"^a\.1\.down: the inputs of these linears overflow"):
+        quantize_linears(outputs, (Linears(names, torch.ones(3, 8, 64)),), InputStats(hessian, None, (4, 4, 4)))

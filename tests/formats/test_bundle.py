@@ -1,17 +1,13 @@
-"""config.json as the source has it, side files without surprises, and a model card whose numbers add up."""
+"""config.json as the source has it, and a model card whose numbers add up."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import pytest
 import yaml
 
-from quantkit.errors import SourceError
-from quantkit.formats import bundle
-from quantkit.formats.bundle import CardFacts, copy_side_files, model_card, write_config, write_model_card
+from quantkit.formats.bundle import CardFacts, model_card, write_config, write_model_card
 
 SOURCE_CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -49,84 +45,6 @@ def test_config_says_when_the_mtp_layers_are_gone(tmp_path: Path) -> None:
     assert read_config(tmp_path)["num_nextn_predict_layers"] == 0
     write_config(tmp_path, {"a": 1}, {}, mtp_dropped=True)
     assert read_config(tmp_path) == {"a": 1}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
-
-
-def test_side_files_go_along_and_weights_do_not(source: Path, out: Path) -> None:
-    wanted = [
-        "LICENSE-MODEL",
-        "chat_template.jinja",
-        "configuration_deepseek.py",
-        "generation_config.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-    ]
-    unwanted = [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.bin",
-        "x.gguf",
-        "a.exe",
-    ]
-    for name in wanted + unwanted:
-        (source / name).write_text(name)
-    (source / "tokenizer_folder").mkdir()
-    assert copy_side_files(source, out) == wanted
-    assert {path.name: path.read_text() for path in out.iterdir()} == {name: name for name in wanted}
-
-
-def test_links_out_of_the_folder_are_refused(source: Path, out: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    (source / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(SourceError, match=r"tokenizer\.json: is a link that leads out of the checkpoint's folder"):
-        copy_side_files(source, out)
-    assert not list(out.iterdir())
-
-
-def test_links_of_a_hub_cache_are_followed(tmp_path: Path, out: Path) -> None:
-    snapshot = tmp_path / "models--x--y" / "snapshots" / "abc"
-    blobs = tmp_path / "models--x--y" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    (blobs / "123").write_text("{}")
-    (snapshot / "tokenizer.json").symlink_to(Path("../../blobs/123"))
-    assert copy_side_files(snapshot, out) == ["tokenizer.json"]
-    assert not (out / "tokenizer.json").is_symlink()
-
-
-def test_pipes_dangling_links_and_huge_files_are_refused(
-    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo(source / "tokenizer.json")
-    with pytest.raises(SourceError, match=r"tokenizer\.json: is no regular file"):
-        copy_side_files(source, out)
-    (source / "tokenizer.json").unlink()
-    (source / "tokenizer.json").symlink_to(source / "gone")
-    with pytest.raises(SourceError, match=r"tokenizer\.json: cannot be read"):
-        copy_side_files(source, out)
-    (source / "tokenizer.json").unlink()
-    (source / "tokenizer.json").write_text("12345")
-    monkeypatch.setattr(bundle, "MAX_SIDE_FILE_BYTES", 4)
-    with pytest.raises(SourceError, match=r"has 5 bytes, at most 4 are copied"):
-        copy_side_files(source, out)
 
 
 FACTS = CardFacts(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quantkit.errors import SourceError
 from quantkit.formats.gguf import values as v
-from quantkit.formats.gguf.header import MAX_HEADER_BYTES, read_gguf_header
+from quantkit.formats.gguf.header import MAX_HEADER_BYTES, MAX_STRING_BYTES, read_gguf_header
 from quantkit.formats.gguf.imatrix import Imatrix, ImatrixEntry, imatrix_layout
 from quantkit.formats.gguf.layout import GgufTensor, layout_gguf
 from quantkit.formats.gguf.reader import GgufReader
@@ -180,11 +180,20 @@ def test_bombs_allocate_little(tmp_path: Path) -> None:
     path.write_bytes(made(bomb, 1))
     os.truncate(path, 3 * MAX_HEADER_BYTES)
     tracemalloc.start()
-    with pytest.raises(SourceError, match="header longer than the 200,000,000 bytes that are allowed"):
+    with pytest.raises(SourceError, match="header longer than the 64,000,000 bytes that are allowed"):
         read_gguf_header(path)
     many = struct.pack("<IIQ", 9, 0, 2_500_000)
     refused(path, made(text("a") + many + bytes(2_500_000) + text("b") + many, 2), "b claims 2,500,000 items")
     assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
+
+
+def test_long_texts_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    long = b"x" * MAX_STRING_BYTES + "\U0001f600".encode()
+    value = struct.pack("<IQ", 8, len(long)) + long
+    tracemalloc.start()
+    refused(tmp_path / "m.gguf", made(text("k") + value, 1), "the value of k is a text of 16,000,004 bytes")
+    assert tracemalloc.get_traced_memory()[1] < 100_000_000
     tracemalloc.stop()
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors.header import MAX_HEADER_BYTES, read_header
+from quantkit.formats.safetensors.header import MAX_HEADER_BYTES, MAX_JSON_PARTS, MAX_UNICODE_BYTES, read_header
 from tests.formats.shards import assert_one_line, entry, write_bytes
 
 GOOD = entry("F32", [2, 3], 0, 24)
@@ -122,6 +122,33 @@ def test_length_bombs_allocate_nothing(tmp_path: Path, length: int) -> None:
     refused(path, f"{length:,} bytes")
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("item", ["[],", "{},", "1,", '"",'])
+def test_json_of_many_values_is_refused_before_it_is_parsed(tmp_path: Path, item: str) -> None:
+    text = '{"a":[' + item * MAX_JSON_PARTS + "0]}"
+    tracemalloc.start()
+    refused(write_bytes(tmp_path / "a.safetensors", text), "values and keys, at most 3,000,000 are read")
+    assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    tracemalloc.stop()
+
+
+def test_one_rare_character_cannot_make_long_json_four_times_as_long(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "a.safetensors", '{"a":"' + "x" * MAX_UNICODE_BYTES + '\U0001f600"}')
+    refused(path, "of JSON that is not ASCII")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"<!DOCTYPE html><html><title>429</title></html>", "'<!DOCTYPE'"),
+        (b'{"error": "Repository not found"}', "'{\"error\":'"),
+        (b"Entry not found", "'Entry'"),
+    ],
+)
+def test_an_error_page_in_the_place_of_a_shard_is_named(tmp_path: Path, content: bytes, word: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    refused(tmp_path / "a.safetensors", f"is no safetensors file (begins with {word})", "Fetch it again")
 
 
 def test_a_sparse_file_cannot_carry_a_bomb(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from quantkit.plan.recipe_file import parse_model
 from quantkit.runtimes.llama_cpp.presets import PRESETS
 from quantkit.schemes import GgmlScheme
 from tests.plan.test_plan import ROOT, V3, tiny_headers
+from tests.tiny_models import YARN
 
 TEXT = {"data": ["builtin:mixed"], "tokens": 524_288, "sequence_length": 2048}
 KEEP_BF16 = {"match": "*", "keep": "bf16"}
@@ -382,3 +383,11 @@ def test_a_model_that_llama_cpp_cannot_run_is_one_line() -> None:
 def test_files_are_named_after_the_folder(folder: str, file: str) -> None:
     (output,) = plan_of(tiny_headers(), recipe_of(preset="Q8_0")).outputs
     assert output.target.serve_commands(Path(folder), output.planned) == (f"llama-server -m {file}",)
+
+
+def test_printed_commands_have_the_flags_that_the_notes_ask_for() -> None:
+    yarn = {**YARN, "beta_fast": 1.0}
+    (output,) = plan_of(tiny_headers(rope_scaling=yarn), recipe_of(preset="Q8_0")).outputs
+    (command,) = output.target.serve_commands(Path("kimi"), output.planned)
+    assert command == "llama-server -m kimi-main.gguf --yarn-beta-fast 1 --yarn-beta-slow 1"
+    assert any("--yarn-beta-fast 1 --yarn-beta-slow 1" in note for note in output.target.notes(output.planned))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -154,10 +155,12 @@ def test_output_names_differ() -> None:
         ("a: &x [1]\nb: *x\n", "r.yaml:1: found a YAML anchor or alias"),
         ("outputs:\n  - {match: *.down_proj, keep: bf16}\n", "r.yaml:2: "),
         ("x: " + "[" * 500, "r.yaml:1: found more than 20 nested levels"),
-        ("x: !!python/object/apply:os.system [ls]\n", "r.yaml:1: is not sound YAML"),
+        ("x: !!python/object/apply:os.system [ls]\n", "r.yaml:1: found a YAML tag, needed the plain value"),
+        ('version: !!int ""\n', "r.yaml:1: found a YAML tag"),
+        ("version: !!bool maybe\n", "r.yaml:1: found a YAML tag"),
+        ("version: !!timestamp x\n", "r.yaml:1: found a YAML tag"),
         ("1: 2\n", "r.yaml:1: recipe: found a key that is not text"),
         ("? [a]\n: 2\n", "r.yaml:1: recipe: found a key that is not text"),
-        ("x: 2020-99-99\n", "is not sound YAML"),
         ("version: \x00\n", "is not sound YAML"),
         ("a: 1\n---\nb: 2\n", "is not sound YAML"),
     ],
@@ -165,6 +168,31 @@ def test_output_names_differ() -> None:
 def test_hostile_or_broken_yaml(text: str, said: str) -> None:
     (line,) = faults(text)
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("1" + ":1" * 30_000, "'1:1:1"),
+        ("0x" + "F" * 5_000, "'0xFFF"),
+        ("9" * 5_000, "'999"),
+        ("2026-11-30", "'2026-11-30'"),
+        ("017", "'017'"),
+        ("no", "'no'"),
+        ("-2", "-2"),
+        ("1e3", "1000.0"),
+        ("1.5", "1.5"),
+        ("~", "null"),
+    ],
+)
+def test_plain_values_are_those_of_json(value: str, found: str) -> None:
+    assert any(f"r.yaml:1: version: found {found}" in line for line in faults(f"version: {value}\n"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="is not a regular file"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
 
 
 def test_glob_without_quotes_gets_a_hint() -> None:
@@ -182,8 +210,8 @@ def test_many_faults_are_counted() -> None:
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none.yaml: no such file"):
         Recipe.from_yaml(tmp_path / "none.yaml")
-    (tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
-    with pytest.raises(RecipeError, match=r"found more than 1,048,576 bytes"):
+    (tmp_path / "large.yaml").write_bytes(b"#" * (2**16 + 1))
+    with pytest.raises(RecipeError, match=r"found more than 65,536 bytes"):
         Recipe.from_yaml(tmp_path / "large.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"version: 1\ndescription: \xe9\n")
     with pytest.raises(RecipeError, match=r"latin.yaml:2: found bytes that are not UTF-8"):

@@ -105,7 +105,7 @@ def test_zero_constant_denormal_and_huge_rows(scheme: IntScheme, dtype: str) -> 
     assert bool((decoded[3].abs() <= 1e-30).all())
     torch.testing.assert_close(decoded[1], rows[1], rtol=0.01, atol=0)
     torch.testing.assert_close(decoded[2], rows[2], rtol=0.01, atol=0)
-    huge = round_trip(scheme, torch.full((1, 64), 1e30))
+    huge = round_trip(scheme, torch.full((1, 64), 1e5 if dtype == "float16" else 1e30))
     assert bool(huge.isfinite().all())
 
 
@@ -144,3 +144,17 @@ def test_refusals_name_the_tensor() -> None:
 def test_json_round_trip(scheme: IntScheme) -> None:
     adapter: TypeAdapter[IntScheme] = TypeAdapter(Scheme)
     assert adapter.validate_json(scheme.model_dump_json()) == scheme
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("grid", [0, 20])
+def test_weights_that_no_float16_scale_reaches_are_refused(symmetric: bool, grid: int) -> None:
+    scheme = IntScheme(bits=4, group_size=32, symmetric=symmetric, scale_dtype="float16")
+    weight = torch.ones(1, 4, 64)
+    weight[0, 2, 40] = 3e7
+    with pytest.raises(SchemeError, match=r"row 0, 2: no float16 scale of int4 g32.* fits .* reach from 1 to 3e\+07"):
+        scheme.fit(weight, grid=grid)
+    weight[0, 2, 40] = -1e5
+    decoded = scheme.decode(*scheme.rounded(weight, None, points=grid, signed=True).values())
+    assert decoded[0, 2, 40] == pytest.approx(-1e5, rel=0.07)
+    scheme.model_copy(update={"scale_dtype": "bfloat16"}).fit(weight * 300, grid=grid)

@@ -20,10 +20,12 @@ from quantkit.formats.gguf.types import TYPES_BY_ID
 from quantkit.formats.gguf.values import ARRAY_ID, NUMBERS, STRING_ID, Scalar, Value
 from quantkit.formats.safetensors.header import open_regular, printable
 
-MAX_HEADER_BYTES = 200_000_000
+MAX_HEADER_BYTES = 64_000_000
 """V3's is about 5 MB, most of it the tokenizer."""
 MAX_ITEMS = 4_000_000
 """Most items of all arrays of a file together. A vocabulary of 256k with scores, types and merges has about 1.3 M."""
+MAX_STRING_BYTES = 16_000_000
+"""Longest string. A chat template has some 10 kB; one emoji makes four bytes of every character."""
 MAX_TENSORS = 200_000
 MAX_KEYS = 65_536
 MAX_KEY_BYTES = 65_535
@@ -151,7 +153,11 @@ class _Cursor:
             if stop > end:
                 self._at = at
                 self._load(8, what)
-                self._load(8 + _U64.unpack_from(self._buffer, self._at)[0], what)
+                length = _U64.unpack_from(self._buffer, self._at)[0]
+                self.need(8 + length, what)
+                if length > MAX_STRING_BYTES:
+                    raise self.error(f"{what} is a text of {length:,} bytes, at most {MAX_STRING_BYTES:,} are read")
+                self._load(8 + length, what)
                 buffer, at, end = self._buffer, self._at, len(self._buffer)
                 stop = at + 8 + _U64.unpack_from(buffer, at)[0]
             items.append(buffer[at + 8 : stop].decode("utf-8", "replace"))

@@ -61,13 +61,16 @@ class DatImatrix:
         if not 1 <= n_weights <= MAX_WEIGHTS:
             self._refuse(f"its first number, {n_weights:,}, counts no weights")
         for number in range(1, n_weights + 1):
-            length = self._i32(fd, at)
+            # One read for all: a file of 200,000 weights would take a million.
+            head = os.pread(fd, 4 + MAX_NAME_BYTES + 8, at)
+            length = struct.unpack_from("<i", head)[0] if len(head) >= 4 else self._ends()
             if not 1 <= length <= MAX_NAME_BYTES:
                 self._refuse(f"the name of weight {number} has a length of {length:,}")
-            name = self._name(self._take(fd, at + 4, length))
-            at += 4 + length
-            chunks, count = self._i32(fd, at), self._i32(fd, at + 4)
-            at += 8
+            if len(head) < 12 + length:
+                self._ends()
+            name = self._name(head[4 : 4 + length])
+            chunks, count = struct.unpack_from("<ii", head, 4 + length)
+            at += 12 + length
             if chunks < 0 or count < 1:
                 self._refuse(f"{name} has {count:,} values of {chunks:,} chunks")
             if 4 * count > self._size - at:
@@ -99,9 +102,10 @@ class DatImatrix:
 
     def _take(self, fd: int, at: int, nbytes: int) -> bytes:
         data = os.pread(fd, nbytes, at)
-        if len(data) < nbytes:
-            self._refuse(f"it ends at byte {self._size:,}, inside its table")
-        return data
+        return data if len(data) == nbytes else self._ends()
+
+    def _ends(self) -> NoReturn:
+        self._refuse(f"it ends at byte {self._size:,}, inside its table")
 
     def _refuse(self, problem: str) -> NoReturn:
         raise SourceError(f"{self._path}: is no imatrix, neither a GGUF nor a sound .dat file: {problem}.")

@@ -25,10 +25,17 @@ INDEX_NAME = "model.safetensors.index.json"
 """Beside the shards of a folder: which of them holds what."""
 MAX_HEADER_BYTES = 100_000_000
 """Same limit as the reference implementation. V3's largest header is about 0.1 MB."""
+LFS_START = b"version https://git-lfs"
+"""How the text file begins that git-lfs leaves in the place of a large one."""
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**60
 """Bound on the product of the non-zero dimensions: keeps sizes and strides inside int64, even of an empty tensor."""
 MAX_DIGITS = 19
+MAX_JSON_PARTS = 3_000_000
+"""Commas, colons and opening brackets of a JSON text that is parsed: bounds the objects that it becomes, which take
+fifty times the memory of their text. V3's index has 0.2 M, all its tensors in one header would have 1.1 M."""
+MAX_UNICODE_BYTES = 32_000_000
+"""Of a JSON text that is not all ASCII: one character beyond the basic plane makes four bytes of every one."""
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -69,8 +76,9 @@ def read_shard(path: Path) -> ShardHeader:
     """Header of one shard with size and digest. Raises `SourceError` as `read_header` does."""
     fd, size = open_regular(path)
     try:
-        prefix = os.pread(fd, 8, 0)
-        length = _header_length(path, prefix, size)
+        start = os.pread(fd, 64, 0)
+        prefix = start[:8]
+        length = _header_length(path, start, size)
         raw = os.pread(fd, length, 8)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -109,11 +117,13 @@ def open_regular(path: Path) -> tuple[int, int]:
 
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
-    """One JSON object, each key once at every depth. Raises `SourceError` that starts with ``where``.
+    """One JSON object, each key once at every depth. Raises `SourceError` that starts with ``where``, before it takes
+    more than a few hundred MB or seconds.
 
     Integers of more than `MAX_DIGITS` digits arrive as text: nothing here needs them, and converting them takes
     quadratic time.
     """
+    check_json_size(raw, where)
     try:
         parsed: object = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_pairs, parse_int=_short_int)
     except RecursionError as error:
@@ -123,6 +133,18 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
     if not isinstance(parsed, dict):
         raise SourceError(f"{where}: holds a JSON {type(parsed).__name__}, an object was needed.")
     return cast("dict[str, object]", parsed)
+
+
+def check_json_size(raw: bytes, where: str, limit: int = MAX_JSON_PARTS) -> None:
+    """Refuse a JSON text that would become more objects than anything real needs: `SourceError`. Those inside strings
+    count too."""
+    parts = sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))
+    if parts > limit:
+        raise SourceError(f"{where}: its JSON has {parts:,} values and keys, at most {limit:,} are read.")
+    if len(raw) > MAX_UNICODE_BYTES and not raw.isascii():
+        raise SourceError(
+            f"{where}: {len(raw):,} bytes of JSON that is not ASCII, at most {MAX_UNICODE_BYTES:,} are read."
+        )
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -157,14 +179,25 @@ def _short_int(digits: str) -> int | str:
     return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
-def _header_length(path: Path, prefix: bytes, size: int) -> int:
-    if prefix == b"version ":
+def first_word(raw: bytes) -> str:
+    """The first word of a file that is text, at most 20 characters, "" for a file that does not begin with text."""
+    start = raw[:64].lstrip()[:20]
+    word = start.split()[0] if start.split() else b""
+    return word.decode() if word.isascii() and word.decode().isprintable() else ""
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    prefix = start[:8]
+    if start.startswith(LFS_START[:8]):
         raise SourceError(
             f"{path}: is a git-lfs pointer, not the weights.", hint="Run `git lfs pull` in the checkpoint's folder."
         )
     if len(prefix) < 8:
         raise SourceError(f"{path}: truncated, {size} bytes are too few for a safetensors file.")
     length = int.from_bytes(prefix, "little")
+    if prefix.isascii() and prefix.decode().replace("\n", " ").isprintable() and (word := first_word(start)):
+        # As a number, eight characters of text are a header of a quintillion bytes.
+        raise SourceError(f"{path}: is no safetensors file (begins with {word!r}).", hint="Fetch it again.")
     if length > MAX_HEADER_BYTES:
         raise SourceError(f"{path}: claims a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed.")
     if length > size - 8:

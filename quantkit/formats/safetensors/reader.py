@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,11 +38,12 @@ if TYPE_CHECKING:
 __all__ = ["SafetensorsSource", "StoredTensor", "read_header", "read_index", "require_finite"]
 
 SINGLE_NAME = "model.safetensors"
-MAX_JSON_BYTES = 200_000_000
+MAX_JSON_BYTES = 50_000_000
 """Bound on an index or a config that is read whole. V3's index has about 9 MB."""
 MAX_SHARDS = 10_000
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _SAMPLE_BYTES = 4096
+_COMPARED_BYTES = 2**24
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # First 7-bit code that is not a number: e4m3 has NaN only at 0x7F; e5m2 has infinity at 0x7C and NaN above it.
 _FIRST_NON_FINITE_CODE = {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
@@ -65,7 +67,12 @@ class SafetensorsSource:
         self._stored = everything if weight_map is None else _listed(self.directory, weight_map, everything)
         self.unlisted = tuple(name for name in everything if name not in self._stored)
         self._infos = {name: stored.info for name, stored in self._stored.items()}
-        self._files = ShardFiles(self.directory, {header.file: header.size for header in self._headers})
+        self._shard_files = ShardFiles(self.directory, {header.file: header.size for header in self._headers})
+
+    @property
+    def headers(self) -> Sequence[ShardHeader]:
+        """What each shard says about itself."""
+        return self._headers
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, as stored, in file order."""
@@ -75,6 +82,26 @@ class SafetensorsSource:
     def files(self) -> tuple[str, ...]:
         """Names of the shards, sorted."""
         return tuple(sorted(header.file for header in self._headers))
+
+    def share(self, copies: Mapping[str, str]) -> None:
+        """Show tensors under further names: name -> a tensor that is here. Nothing is read."""
+        for name, original in copies.items():
+            stored = self._stored[original]
+            info = TensorInfo(name, stored.info.shape, stored.info.dtype)
+            self._stored[name] = replace(stored, info=info)
+            self._infos[name] = info
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes. Reads them in pieces until they differ."""
+        first, second = self.stored(name), self.stored(other)
+        if (first.info.shape, first.info.dtype) != (second.info.shape, second.info.dtype):
+            return False
+        with self._shard_files.borrow(first.file) as fd, self._shard_files.borrow(second.file) as other_fd:
+            for done in range(0, first.info.nbytes, _COMPARED_BYTES):
+                count = min(_COMPARED_BYTES, first.info.nbytes - done)
+                if os.pread(fd, count, first.start + done) != os.pread(other_fd, count, second.start + done):
+                    return False
+        return True
 
     def stored(self, name: str) -> StoredTensor:
         """Shard and byte range of one tensor. Raises `SourceError` if there is no such tensor."""
@@ -124,7 +151,7 @@ class SafetensorsSource:
             asked = distinct[0] if distinct[0] < 0 else distinct[-1]
             raise SourceError(f"{where}: has {_n_rows(stored.info):,} rows; row {asked:,} was asked for.")
         table = torch.empty((len(distinct), *stored.info.shape[1:]), dtype=_torch_dtype(stored.info))
-        with self._files.borrow(stored.file) as fd:
+        with self._shard_files.borrow(stored.file) as fd:
             for at, first, n_rows in _runs(distinct):
                 read_into(fd, table[at : at + n_rows], stored.start + first * _row_bytes(stored.info), where)
         require_finite(name, str(self.path_of(name)), table)
@@ -148,7 +175,7 @@ class SafetensorsSource:
         for stored in map(self.stored, names):
             by_file.setdefault(stored.file, []).append(stored)
         for file, tensors in by_file.items():
-            with self._files.borrow(file) as fd:
+            with self._shard_files.borrow(file) as fd:
                 for stored in sorted(tensors, key=lambda tensor: tensor.start):
                     advise_willneed(fd, stored.start, stored.info.nbytes)
 
@@ -165,7 +192,7 @@ class SafetensorsSource:
             digest.update(hashlib.sha256(read_small(path) if path.exists() else b"").digest())
         for header in sorted(self._headers, key=lambda header: header.file):
             digest.update(hashlib.sha256(f"{header.file}\0{header.size}".encode()).digest() + header.digest)
-            with self._files.borrow(header.file) as fd:
+            with self._shard_files.borrow(header.file) as fd:
                 for quarter in (1, 2, 3):
                     at = header.data_start + (header.size - header.data_start) * quarter // 4
                     digest.update(hashlib.sha256(self._sample(header.file, fd, at)).digest())
@@ -173,7 +200,7 @@ class SafetensorsSource:
 
     def close(self) -> None:
         """Give the file descriptors back. A later read opens them again."""
-        self._files.close()
+        self._shard_files.close()
 
     def __enter__(self) -> SafetensorsSource:
         return self
@@ -194,7 +221,7 @@ class SafetensorsSource:
         assert 0 <= start <= stop <= _n_rows(stored.info), f"{stored.info.name}: rows {rows} of {_n_rows(stored.info)}"
         shape = (stop - start, *stored.info.shape[1:])
         tensor = torch.empty(shape, dtype=_torch_dtype(stored.info), pin_memory=pinned)
-        with self._files.borrow(stored.file) as fd:
+        with self._shard_files.borrow(stored.file) as fd:
             where = f"{self.directory / stored.file}: {stored.info.name}"
             read_into(fd, tensor, stored.start + start * _row_bytes(stored.info), where)
         return tensor

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 ALL_LAYERS = 99
 """What people write for --n-gpu-layers to mean all."""
 
 
-def serve(file: str) -> str:
-    """``file``: the first one, if there are several."""
-    return f"llama-server -m {file}"
+def serve(file: str, flags: Sequence[str] = ()) -> str:
+    """``file``: the first one, if there are several; ``flags``: what the model needs beside it
+    (`GgufModel.server_flags`)."""
+    return " ".join(("llama-server", "-m", file, *flags))
 
 
 def spread(n_layers: int, context: int, tensor_split: tuple[int, ...]) -> str:

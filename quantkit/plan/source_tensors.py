@@ -1,0 +1,143 @@
+"""What a source holds against what the family lists: which tensors are missing, which belong to something else, and
+which differences are none.
+
+Published checkpoints carry buffers that follow from config.json, MTP layers that it does not mention, or none although
+it does. What no output keeps is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from quantkit.arch.base import CheckpointVariants, ModelArch
+from quantkit.plan.decide import Action, Decision, Problems
+from quantkit.tensors import Role, TensorInfo, TensorSpec
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""What a decoded tensor may be stored in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a tensor of the source cannot be used: its kind for counting, the line, a hint."""
+
+    kind: str
+    line: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensors:
+    """``infos``: every tensor that the family lists, those that are absent as BF16; ``faults``: what is wrong with
+    tensors of MTP layers, by name, which matters only if they are kept; ``notes``: what is left out, a line each."""
+
+    infos: Mapping[str, TensorInfo]
+    faults: Mapping[str, Fault]
+    notes: tuple[str, ...]
+
+    def refuse_kept(self, decisions: Iterable[Decision], problems: Problems) -> None:
+        """Add the faults of tensors that an output keeps or quantises."""
+        for decision in decisions:
+            fault = self.faults.get(decision.spec.official)
+            if fault is not None and decision.action is not Action.DROP:
+                problems.add(fault.kind, fault.line, fault.hint)
+
+
+def match_source(
+    arch: ModelArch, specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: Problems
+) -> SourceTensors:
+    """Compare the decoded tensors of a source with those of its family. What is wrong whatever the outputs are goes to
+    ``problems``."""
+    used: dict[str, TensorInfo] = {}
+    faults: dict[str, Fault] = {}
+    for spec in specs:
+        info = infos.get(spec.name)
+        fault = _fault(spec, info, arch)
+        if fault is not None and spec.role is Role.MTP:
+            faults[spec.name] = fault
+        elif fault is not None:
+            problems.add(fault.kind, fault.line, fault.hint)
+        used[spec.name] = info or TensorInfo(spec.name, spec.shape, "BF16")
+    unknown = [name for name in infos if name not in used]
+    notes = _leave_out(arch.variants(), unknown, used, problems)
+    absent = [name for name in faults if name not in infos]
+    if absent:
+        notes.append(f"{_counted(absent)} of MTP layers: not in the source. Outputs that drop them need none.")
+    return SourceTensors(used, faults, tuple(notes))
+
+
+def _fault(spec: TensorSpec, info: TensorInfo | None, arch: ModelArch) -> Fault | None:
+    if info is None:
+        return Fault(
+            "missing tensors",
+            f"{spec.name}: missing from the source, needed {list(spec.shape)}.",
+            _missing_hint(spec, arch),
+        )
+    if info.shape != spec.shape:
+        return Fault(
+            "wrong shapes",
+            f"{spec.name}: found shape {list(info.shape)}, needed {list(spec.shape)} by config.json.",
+            "config.json belongs to another checkpoint.",
+        )
+    if info.dtype not in FLOAT_DTYPES:
+        return Fault("wrong dtypes", f"{spec.name}: found dtype {info.dtype}, needed one of {', '.join(FLOAT_DTYPES)}.")
+    return None
+
+
+def _missing_hint(spec: TensorSpec, arch: ModelArch) -> str:
+    if spec.role is Role.MTP:
+        return 'Drop the MTP layer in every output (role:mtp), or set "num_nextn_predict_layers": 0 in config.json.'
+    if spec.name == arch.lm_head:
+        return 'A checkpoint whose head is its embedding says so: "tie_word_embeddings": true in config.json.'
+    return "Fetch the missing shards, or compare config.json."
+
+
+def _leave_out(
+    variants: CheckpointVariants, unknown: list[str], known: Mapping[str, TensorInfo], problems: Problems
+) -> list[str]:
+    """Sort tensors that the family does not list: a note for what may be left out, a problem for the rest."""
+    derived = [name for name in unknown if _matches(name, variants.derived)]
+    tied = [name for name in unknown if name in variants.tied]
+    undeclared = _undeclared_mtp(variants, unknown, known)
+    for name in sorted(set(unknown) - {*derived, *tied, *undeclared}):
+        problems.add(
+            "unexpected tensors",
+            f"{name}: found in the source, but this architecture has no such tensor.",
+            _unexpected_hint(name, variants),
+        )
+    notes = [f"{name}: left out, it equals {variants.tied[name]} as tie_word_embeddings says." for name in tied]
+    if derived:
+        notes.append(f"{_counted(derived)}: left out, the values follow from config.json.")
+    if undeclared:
+        notes.append(
+            f"{_counted(undeclared)}: left out, an MTP layer that config.json does not declare. To keep it, set "
+            "num_nextn_predict_layers there."
+        )
+    return notes
+
+
+def _undeclared_mtp(
+    variants: CheckpointVariants, unknown: list[str], known: Mapping[str, TensorInfo]
+) -> tuple[str, ...]:
+    """Tensors of whole layers beyond those that config.json counts, each with what only MTP layers have."""
+    marker = variants.mtp_marker
+    layers = {name.removesuffix(marker) + "." for name in unknown if marker and name.endswith(marker)}
+    extra = tuple(layer for layer in layers if not any(name.startswith(layer) for name in known))
+    return tuple(name for name in unknown if extra and name.startswith(extra))
+
+
+def _unexpected_hint(name: str, variants: CheckpointVariants) -> str:
+    for pattern, architecture in variants.foreign.items():
+        if fnmatchcase(name, pattern):
+            return f"Such tensors belong to {architecture}, which quantkit does not know."
+    return "If it is a whole extra layer, compare num_hidden_layers and num_nextn_predict_layers in config.json."
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _counted(names: list[str] | tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names):,} tensors such as {names[0]}"
