@@ -45,6 +45,7 @@ from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Validation
+from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Scheme
 from quantkit.version import __version__
 
@@ -216,7 +217,7 @@ def _card(walk: Conversion, output: OutputPlan, directory: Path, result: Validat
         nbytes=output.nbytes,
         contents=tuple((s.role.value, s.what, s.parameters, s.nbytes) for s in output.sizes),
         measured=measured,
-        notes=tuple(output.target.notes(output.planned)),
+        notes=(*output.target.notes(output.planned), *text_notes(walk.plan.recipe, walk.arch)),
         format=output.target.label,
         serve=output.target.serve_commands(walk.source.directory, output.planned),
         version=__version__,

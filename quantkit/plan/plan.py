@@ -16,6 +16,7 @@ from quantkit.plan.decide import Action, Decider, Decision, Problems, unused_rul
 from quantkit.plan.headers import IsFloat8
 from quantkit.plan.recipe import Output, Recipe
 from quantkit.plan.targets import Target, target_of
+from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Float8Scheme, describe
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 
@@ -137,6 +138,7 @@ def make_plan(
         for output in recipe.outputs
     )
     problems.raise_if_any()
+    warnings += text_notes(recipe, arch)
     source_bytes = sum(source_nbytes(infos[spec.name], float8.get(spec.name)) for spec in specs)
     return Plan(recipe, outputs, source_bytes, tuple(warnings))
 
