@@ -94,16 +94,17 @@ def convert(
                 restart=restart,
                 on_event=on_event,
             )
+    _show(source, report, as_json)
+
+
+def _show(source: Path, report: Report, as_json: bool) -> None:
+    """Print the report; end with 1 if a limit is exceeded."""
     if as_json:
         show_json(report_document(report))
     else:
-        typer.echo(f"{report_text(report)}\n\n{next_text(report)}")
-    if not report.validated:
-        _show_problems(report)
-        raise typer.Exit(REFUSED)
-
-
-def _show_problems(report: Report) -> None:
+        typer.echo(f"{report_text(report)}\n\n{next_text(source, report)}")
+    if report.validated is not False:
+        return
     for output in report.outputs:
         for problem in output.validation.problems if output.validation else ():
             show_error(f"{output.path}: {problem}")
@@ -111,6 +112,7 @@ def _show_problems(report: Report) -> None:
         "the result is kept but marked as not validated.",
         "Use more bits or more calibration text, or raise the recipe's limits.",
     )
+    raise typer.Exit(REFUSED)
 
 
 def _resume_command(source: Path, recipe: Sequence[str], out: Path) -> str:

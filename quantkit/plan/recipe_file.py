@@ -53,7 +53,7 @@ def recipe_path(path_or_name: str | Path) -> Path:
 
 
 def _calibrated_first(word: str, shipped: Mapping[str, Path]) -> list[str]:
-    """The shipped recipes that are most like a name, at most two: the one that is all but the same first, then calibrated ones."""
+    """At most two shipped recipes with names like this: one that is all but the same first, then calibrated ones."""
     close = difflib.get_close_matches(word.casefold(), tuple(shipped), n=3, cutoff=0.5)
     close += [name for name in shipped if word and word.casefold() in name and name not in close]
     misspelt = difflib.get_close_matches(word.casefold(), close, n=1, cutoff=0.94)
