@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from quantkit.documents.conversion import ValidationResult, ValidationScores
 from quantkit.documents.values import Mean
 from quantkit.errors import OutputError
 from quantkit.plan.recipe import Recipe
+from quantkit.version import __version__
 from tests.convert.recipes import INT4, KEEP_REST, recipe_text
 from tests.inspect.gguf_files import tiny_file, write_file
 from tests.tiny_models import tiny_config, write_checkpoint
@@ -414,4 +414,5 @@ def test_closed_pipe_is_quiet() -> None:
 
 def test_version() -> None:
     done = quantkit("--version")
-    assert (done.exit_code, done.stdout) == (0, f"quantkit {version('quantkit')}\n")
+    assert (done.exit_code, done.stdout) == (0, f"quantkit {__version__}\n")
+    assert f'\nversion = "{__version__}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
