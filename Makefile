@@ -40,7 +40,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests
 
 # Rooms whose tests need no compiled kernels and no whole conversion.
-FAST := arch documents inspect report runtimes schemes plan/test_recipe.py plan/test_gguf_plan.py test_structure.py
+FAST := arch documents inspect report runtimes schemes plan/test_recipe.py test_structure.py
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(FAST:%=tests/%)
