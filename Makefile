@@ -6,12 +6,13 @@ INSTALLED := .venv/.installed
 # A thread that waits sleeps instead of spinning: on a machine with other work spinning costs several times the run.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo gate test check format
+.PHONY: help install demo gate test test-fast check format
 
 help:
 	@echo "make demo     quantise the small model of this repository and measure the result (a minute)"
 	@echo "make gate     hold what this code makes of the small model against tests/baselines (a minute)"
 	@echo "make test     run the tests (some minutes, offline)"
+	@echo "make test-fast  the tests of all that is not a whole conversion (a minute)"
 	@echo "make check    formatting, lint, types, import order, spelling"
 	@echo "make format   reformat the code"
 	@echo "make install  only make .venv; PYTHON=python3.12 picks the interpreter, PIP_ARGS=... goes to pip"
@@ -37,6 +38,12 @@ gate: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests
+
+# Rooms whose tests need no compiled kernels and no whole conversion.
+FAST := arch documents inspect report runtimes schemes plan/test_recipe.py test_structure.py
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(FAST:%=tests/%)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check --quiet .

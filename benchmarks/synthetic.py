@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.version import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 TOKENIZER_FROM = ROOT / "examples" / "nano-deepseek-v3"
@@ -128,7 +130,7 @@ def machine() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
-        "quantkit": importlib.metadata.version("quantkit"),
+        "quantkit": __version__,
     }
 
 

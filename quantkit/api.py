@@ -113,6 +113,27 @@ def plan(
     )
 
 
+def recipe_for(
+    source: Path | str,
+    *,
+    scheme: str | None = None,
+    preset: str | None = None,
+    group_size: int | None = None,
+    method: str | None = None,
+    data: str | Sequence[str] = (),
+    tokens: int | None = None,
+) -> Recipe:
+    """The recipe that ``scheme`` ("w4a16", for vLLM) or ``preset`` ("Q4_K_M", for llama.cpp) stands for on a model.
+
+    ``group_size``: of a scheme, -1 for one scale a row; ``method``: "gptq" (default) or "rtn"; ``data``: calibration
+    text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. Raises `QuantkitError`.
+    """
+    from quantkit.plan.shorthand import Shorthand, shorthand_recipe
+
+    text = (data,) if isinstance(data, str) else tuple(data)
+    return shorthand_recipe(Path(source), Shorthand(scheme, preset, group_size, method, text, tokens))
+
+
 def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection:
     """What a folder of safetensors, a GGUF model or an imatrix file holds: storage by role, bits per weight, and what
     is unusual. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for damaged files."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "",
     "convert",
+    "quantize",
     "plan",
     "inspect",
     "evaluate",

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report
+from quantkit.cli.options import ManyFiles
 from quantkit.version import __version__
 
 app = typer.Typer(
@@ -40,8 +41,9 @@ def start(
     """Stream a Mixture-of-Experts checkpoint larger than memory through quantisation, and measure the result."""
 
 
-app.command("convert")(convert.convert)
-app.command("plan")(plan.plan)
+for name in ("convert", "quantize"):
+    app.command(name, cls=ManyFiles)(convert.convert)
+app.command("plan", cls=ManyFiles)(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("evaluate")(evaluate.evaluate)
 app.command("check")(check.check)

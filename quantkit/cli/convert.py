@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,20 +12,45 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.converted import next_text, program
-from quantkit.cli.exit_codes import REFUSED, interruptible, refusals, show_error
-from quantkit.cli.options import AsJson, Device, DeviceOption, MemoryBudget, RecipeName, Source
+from quantkit.cli.exit_codes import REFUSED, interruptible, missing_option, refusals, show_error
+from quantkit.cli.options import (
+    AsJson,
+    Data,
+    Device,
+    DeviceOption,
+    GroupSize,
+    MemoryBudget,
+    MethodName,
+    PresetName,
+    PrintRecipe,
+    RecipeName,
+    SchemeName,
+    Source,
+    Tokens,
+    chosen_recipe,
+)
 from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
+from quantkit.convert.events import Report
+from quantkit.plan.shorthand import Shorthand, recipe_yaml
 from quantkit.text.converted import report_document, report_text
 from quantkit.text.progress import progress
 
 
 def convert(
     source: Source,
-    recipe: RecipeName,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder to create. Work goes on in OUT.partial until it is complete.")
-    ],
+        Path | None,
+        typer.Option("--out", "-o", help="Folder to create. Work goes on in OUT.partial until it is complete."),
+    ] = None,
+    recipe: RecipeName = None,
+    scheme: SchemeName = None,
+    preset: PresetName = None,
+    group_size: GroupSize = None,
+    method: MethodName = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
     jobs: Annotated[
@@ -38,18 +65,28 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantise a checkpoint by a recipe, layer by layer, and check the result against the original.
+    """Quantise a checkpoint, layer by layer, and compare the result with the original.
+
+    What is made: --scheme (vLLM, transformers), --preset (llama.cpp) or a --recipe. `quantkit quantize` is the same.
 
     A killed run resumes with the same command, and its files are byte for byte those of a run without interruption.
     """
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens)
     with refusals():
-        if dry_run:
-            show_plan(source, recipe, as_json, memory_budget=memory_budget)
+        chosen = chosen_recipe(source, recipe, shorthand)
+        if print_recipe:
+            typer.echo(recipe_yaml(chosen), nl=False)
             return
-        with interruptible(lambda: f"Resume with: {_resume_command(source, recipe, out)}"), progress() as on_event:
+        if dry_run:
+            show_plan(source, chosen, recipe or shorthand.what, as_json, memory_budget=memory_budget)
+            return
+        if out is None:
+            missing_option("'--out' / '-o'")
+        options = shorthand.words if recipe is None else ("-r", recipe)
+        with interruptible(lambda: f"Resume with: {_resume_command(source, options, out)}"), progress() as on_event:
             report = commands.convert(
                 source,
-                recipe,
+                chosen,
                 out,
                 device=device.value,
                 memory_budget=memory_budget,
@@ -57,24 +94,29 @@ def convert(
                 restart=restart,
                 on_event=on_event,
             )
+    _show(source, report, as_json)
+
+
+def _show(source: Path, report: Report, as_json: bool) -> None:
+    """Print the report; end with 1 if a limit is exceeded."""
     if as_json:
         show_json(report_document(report))
     else:
-        typer.echo(f"{report_text(report)}\n\n{next_text(report)}")
-    if not report.validated:
-        for output in report.outputs:
-            for problem in output.validation.problems if output.validation else ():
-                show_error(f"{output.path}: {problem}")
-        show_error(
-            "the result is kept but marked as not validated.",
-            "Use more bits or more calibration text, or raise the recipe's limits.",
-        )
-        raise typer.Exit(REFUSED)
+        typer.echo(f"{report_text(report)}\n\n{next_text(source, report)}")
+    if report.validated is not False:
+        return
+    for output in report.outputs:
+        for problem in output.validation.problems if output.validation else ():
+            show_error(f"{output.path}: {problem}")
+    show_error(
+        "the result is kept but marked as not validated.",
+        "Use more bits or more calibration text, or raise the recipe's limits.",
+    )
+    raise typer.Exit(REFUSED)
 
 
-def _resume_command(source: Path, recipe: str, out: Path) -> str:
-    """The command that goes on, with this run's other options but never with --restart."""
-    import shlex
-
-    words = sys.argv[1:] if sys.argv[1:2] == ["convert"] else ["convert", str(source), "-r", recipe, "-o", str(out)]
+def _resume_command(source: Path, recipe: Sequence[str], out: Path) -> str:
+    """The command that goes on, with this run's other options but never with --restart. ``recipe``: its options."""
+    typed = sys.argv[1:2] in (["convert"], ["quantize"])
+    words = sys.argv[1:] if typed else ["convert", str(source), *recipe, "-o", str(out)]
     return f"{program()} {shlex.join(word for word in words if word != '--restart')}"

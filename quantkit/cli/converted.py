@@ -13,22 +13,22 @@ _RUNTIMES = {"vllm": "vLLM", "llama-server": "llama.cpp"}
 """By the program that serves."""
 
 
-def next_text(report: Report) -> str:
-    """Commands that can be pasted into the shell this one was typed in."""
-    first = report.outputs[0].path
-    command, path = program(), shlex.quote(str(first))
-    folder = path if len(report.outputs) == 1 else shlex.quote(str(first.parent))
+def next_text(source: Path, report: Report) -> str:
+    """Commands that can be pasted into the shell this one was typed in. ``source``: what was converted."""
+    paths = [output.path for output in report.outputs]
+    folder = paths[0] if len(paths) == 1 else paths[0].parent
+    scores = f"{folder}.evaluation.json"
+    evaluate = shlex.join([str(source), *map(str, paths), "-o", scores])
+    page = shlex.join([str(folder), scores, "-o", f"{folder}.html"])
     lines = [
         ("next:", ""),
-        (f"  {command} inspect {path}", "what the checkpoint holds"),
-        (f"  cat {path}/README.md", "its model card; quantkit.json beside it has every tensor"),
-        (f"  {command} report {folder}", "one HTML page: sizes, losses by layer, tokens by expert"),
-        (f"  {command} recipes list", "other recipes, each a name for -r"),
+        (f"  cat {shlex.quote(str(paths[0] / 'README.md'))}", "the model card; quantkit.json has every tensor"),
+        (f"  {program()} evaluate {evaluate}", "against the original, by domain and layer"),
+        (f"  {program()} report {page}", "all of it on one HTML page"),
     ]
     serve = [line for output in report.outputs for line in output.serve]
     lines += [(f"  {line}", f"on a machine with {_RUNTIMES.get(line.split()[0], 'its runtime')}") for line in serve]
-    width = max(len(line) for line, _ in lines)
-    return "\n".join(f"{line.ljust(width)}  # {why}" if why else line for line, why in lines)
+    return "\n".join(f"{line}  # {why}" if why else line for line, why in lines)
 
 
 def program() -> str:

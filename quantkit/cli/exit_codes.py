@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 import typer
 
 from quantkit.errors import QuantkitError
 
 REFUSED = 1
+USAGE = 2
 INTERRUPTED = 130
 
 
@@ -48,6 +50,12 @@ def show_error(message: str, hint: str = "") -> None:
         typer.echo(f"error: {line}", err=True)
     if hint:
         typer.echo(f"hint: {hint}", err=True)
+
+
+def missing_option(named: str) -> NoReturn:
+    """End as for a required option that was not given."""
+    show_error(f"Missing option {named}.", "See --help.")
+    raise typer.Exit(USAGE)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from quantkit.cli.exit_codes import missing_option
+from quantkit.errors import RecipeError
 from quantkit.plan.budget import parse_budget
 from quantkit.plan.hardware import Gpu, parse_gpu
+from quantkit.plan.recipe import Recipe
+from quantkit.plan.shorthand import Shorthand, parse_count, shorthand_recipe
 from quantkit.runtimes.gpus import Gpus, parse_gpus
 
 
@@ -45,6 +51,55 @@ def gpu(text: str) -> Gpu:
         raise typer.BadParameter(str(error)) from None
 
 
+def count(text: str) -> int:
+    """131072 of "128Ki"; for typer."""
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def chosen_recipe(source: Path, recipe: str | None, shorthand: Shorthand) -> Recipe:
+    """The recipe of a file or of the options that stand for one. Raises `RecipeError`, and typer's error of usage if
+    neither is given."""
+    if recipe is not None and shorthand.given:
+        raise RecipeError(
+            f"found --recipe and {shorthand.first}, needed a recipe or options that stand for one; options with "
+            "--print-recipe write a recipe to be edited."
+        )
+    if recipe is not None:
+        return Recipe.from_yaml(recipe)
+    if shorthand.scheme is None and shorthand.preset is None:
+        missing_option("'--scheme', '--preset' or '--recipe' / '-r'")
+    return shorthand_recipe(source, shorthand)
+
+
+class ManyFiles(TyperCommand):
+    """A command whose --data takes all words up to the next option: shells write globs so."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See `spread`."""
+        valued = {name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts}
+        return super().parse_args(ctx, spread(args, valued))
+
+
+def spread(args: Sequence[str], valued: Container[str]) -> list[str]:
+    """``SOURCE --data A B`` as ``SOURCE --data A --data B``. ``valued``: options that take a word."""
+    words: list[str] = []
+    source = is_value = in_data = False
+    for word in args:
+        if is_value:
+            is_value = False
+        elif word.startswith("-"):
+            is_value, in_data = word in valued, word == "--data"
+        elif in_data and source:
+            words.append("--data")
+        else:
+            source = True
+        words.append(word)
+    return words
+
+
 Source = Annotated[
     Path,
     typer.Argument(
@@ -52,10 +107,59 @@ Source = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--recipe", "-r", help="A recipe file (YAML), or the name of a shipped one (`quantkit recipes list`)."
+        "--recipe",
+        "-r",
+        help="A recipe file (YAML), or the name of a shipped one (`quantkit recipes list`), in place of --scheme or "
+        "--preset.",
     ),
+]
+SchemeName = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        metavar="wNa16",
+        help="For vLLM and transformers. w4a16: routed experts int4, other linears int8, groups of 128; a dense model "
+        "is int4 throughout. w3a16: experts int3. w8a16: all int8. With -all (w4a16-all): all linears as narrow as "
+        "the experts. With -g32: groups of 32.",
+    ),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="For llama.cpp: a mix of llama-quantize, such as Q4_K_M, in GGUF."),
+]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", metavar="N", help="Of --scheme. -1: one scale a row. Default: 128.")
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="gptq|rtn",
+        help="gptq (calibrated, the default) or rtn (round to nearest; data-free without --data).",
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE...",
+        help="Calibration text: .txt, .jsonl, .parquet, globs, or `builtin:NAME`. Default: builtin:mixed.",
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens",
+        parser=count,
+        metavar="N",
+        help="Calibration tokens, e.g. 131072, 512Ki, 64k, 1e5. Default: 131072; with --data and more than 64 experts "
+        "524288.",
+    ),
+]
+PrintRecipe = Annotated[
+    bool, typer.Option("--print-recipe", help="Print the recipe that the options stand for (YAML), and do no work.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]

@@ -8,15 +8,40 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.exit_codes import refusals
-from quantkit.cli.options import AsJson, Context, ConvertOn, GpuOption, MemoryBudget, RecipeName, Source
+from quantkit.cli.options import (
+    AsJson,
+    Context,
+    ConvertOn,
+    Data,
+    GpuOption,
+    GroupSize,
+    MemoryBudget,
+    MethodName,
+    PresetName,
+    PrintRecipe,
+    RecipeName,
+    SchemeName,
+    Source,
+    Tokens,
+    chosen_recipe,
+)
 from quantkit.cli.render import show_json
 from quantkit.plan.hardware import Gpu
+from quantkit.plan.recipe import Recipe
+from quantkit.plan.shorthand import Shorthand, recipe_yaml
 from quantkit.runtimes.gpus import Gpus
 
 
 def plan(
     source: Source,
-    recipe: RecipeName,
+    recipe: RecipeName = None,
+    scheme: SchemeName = None,
+    preset: PresetName = None,
+    group_size: GroupSize = None,
+    method: MethodName = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    print_recipe: PrintRecipe = False,
     gpus: GpuOption = None,
     context: Context = None,
     memory_budget: MemoryBudget = None,
@@ -27,15 +52,28 @@ def plan(
 
     SOURCE may hold only a config.json: then the official release of that config is planned.
     """
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens)
     with refusals():
+        chosen = chosen_recipe(source, recipe, shorthand)
+        if print_recipe:
+            typer.echo(recipe_yaml(chosen), nl=False)
+            return
         show_plan(
-            source, recipe, as_json, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on
+            source,
+            chosen,
+            recipe or shorthand.what,
+            as_json,
+            gpus=gpus,
+            context=context,
+            memory_budget=memory_budget,
+            convert_on=convert_on,
         )
 
 
 def show_plan(
     source: Path,
-    recipe: str,
+    recipe: Recipe,
+    name: str,
     as_json: bool,
     *,
     gpus: Gpus | None = None,
@@ -43,13 +81,13 @@ def show_plan(
     memory_budget: int | None = None,
     convert_on: Gpu | None = None,
 ) -> None:
-    """Make the plan and print it; what `plan` and `convert --dry-run` have in common."""
+    """Make the plan and print it; what `plan` and `convert --dry-run` have in common. ``name``: the recipe as given."""
     from quantkit.text.forecast import forecast_document, forecast_text
 
     found = commands.plan(
         source, recipe, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on
     )
     if as_json:
-        show_json(forecast_document(found, recipe))
+        show_json(forecast_document(found, name))
     else:
         typer.echo(forecast_text(found))

@@ -109,9 +109,9 @@ class OutputReport:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Report:
-    """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output passed its
-    recipe's limits. ``peak_gpu_bytes``: the most that torch had allocated on the GPU, None without one.
-    ``finished_before``: an earlier process did all of it, and was stopped while it tidied up."""
+    """What a conversion did. ``seconds`` by stage, in the order of the work; ``validated``: every output keeps
+    the recipe's limits, None if there are none. ``peak_gpu_bytes``: the most that torch had allocated on the GPU, None
+    without one. ``finished_before``: an earlier process did all of it, and was stopped while it tidied up."""
 
     outputs: tuple[OutputReport, ...]
     seconds: Mapping[str, float]
@@ -119,7 +119,7 @@ class Report:
     tokens: int
     expert_tokens: ExpertTokenStats | None
     resumed: bool
-    validated: bool
+    validated: bool | None
     peak_gpu_bytes: int | None = None
     finished_before: bool = False
 
@@ -131,7 +131,7 @@ class Report:
     def __repr__(self) -> str:
         """The outputs in one line."""
         outputs = "; ".join(map(_outline, self.outputs))
-        return f"<Report {outputs}; {self.total_seconds:.0f} s{'' if self.validated else '; NOT VALIDATED'}>"
+        return f"<Report {outputs}; {self.total_seconds:.0f} s{'; NOT VALIDATED' if self.validated is False else ''}>"
 
 
 def _outline(output: OutputReport) -> str:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
+from pydantic import JsonValue
 
-from quantkit.calibrate.dataset import TokenRows, eval_windows
+from quantkit.calibrate.dataset import FileProvenance, TokenRows, eval_windows
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.events import (
     ExpertTokenStats,
@@ -32,6 +34,7 @@ from quantkit.documents.conversion import (
     ValidationScores,
 )
 from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, TensorRecord
+from quantkit.documents.portable import without_folder, without_folders
 from quantkit.documents.read import CONVERSION
 from quantkit.errors import OutputError
 from quantkit.evaluate.compare import compare
@@ -41,10 +44,12 @@ from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.preallocated import UNFINISHED, disk_errors, sha256_of, write_durably
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.source import checkpoint_name
+from quantkit.formats.source_card import source_card
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Validation
+from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Scheme
 from quantkit.version import __version__
 
@@ -87,10 +92,16 @@ def finish(
         expert_tokens=expert_token_stats(_experts(conversion.journal.layers)),
         resumed=resumed,
         peak_gpu_bytes=peak_gpu_bytes(conversion.machine.device),
-        validated=all(r.validation is None or r.validation.passed for r in reports),
+        validated=_validated(reports),
     )
     conversion.on_event(Finished(report))
     return report
+
+
+def _validated(reports: Sequence[OutputReport]) -> bool | None:
+    """Whether all outputs keep their limits, None if there are none."""
+    passed = [report.validation.passed for report in reports if report.validation is not None]
+    return None if all(each is None for each in passed) else False not in passed
 
 
 def _require_all(folder: OutputFolder, output: OutputPlan, records: Mapping[str, TensorRecord]) -> None:
@@ -147,7 +158,7 @@ def _result(output: OutputPlan, wanted: Validation, scores: ValidationScores) ->
     problems = limits_exceeded(
         scores, max_perplexity_increase=wanted.max_perplexity_increase, max_mean_kl=wanted.max_mean_kl
     )
-    return ValidationResult(output=output.output.name, scores=scores, problems=problems)
+    return ValidationResult(output=output.output.name, scores=scores, problems=problems, limits=wanted.has_limits)
 
 
 def _document(
@@ -163,7 +174,7 @@ def _document(
     return ConversionDocument(
         quantkit=__version__,
         job=header,
-        recipe=conversion.plan.recipe.model_dump(mode="json", exclude_none=True),
+        recipe=_recipe(conversion),
         source=checkpoint_name(conversion.source.directory),
         output=output.output.name,
         validated=None if result is None else result.passed,
@@ -180,7 +191,7 @@ def _document(
             )
             for size in output.sizes
         ),
-        calibration=() if rows is None else tuple(CalibrationFile(**asdict(entry)) for entry in rows.provenance),
+        calibration=() if rows is None else tuple(map(_calibration_file, rows.provenance)),
         expert_tokens={entry.layer: entry.experts for entry in conversion.journal.layers if entry.experts},
         tensors={
             tensor.name: _linear_record(tensor.scheme, records.get(tensor.name))
@@ -189,6 +200,17 @@ def _document(
         },
         sha256=dict(hashes),
     )
+
+
+def _recipe(conversion: Conversion) -> dict[str, JsonValue]:
+    """The recipe in plain values, without the folders of this machine."""
+    return cast(
+        "dict[str, JsonValue]", without_folders(conversion.plan.recipe.model_dump(mode="json", exclude_none=True))
+    )
+
+
+def _calibration_file(provenance: FileProvenance) -> CalibrationFile:
+    return CalibrationFile(**asdict(replace(provenance, file=without_folder(provenance.file))))
 
 
 def _linear_record(scheme: Scheme, record: TensorRecord | None) -> LinearRecord:
@@ -204,7 +226,7 @@ def _linear_record(scheme: Scheme, record: TensorRecord | None) -> LinearRecord:
 
 
 def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:
-    recipe = conversion.plan.recipe.model_dump(mode="json", exclude_none=True)
+    source = source_card(conversion.source.directory, conversion.source.config)
     measured: dict[str, str] = {}
     if result is not None:
         scores = result.scores
@@ -214,19 +236,22 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
             "mean KL divergence": f"{scores.mean_kl.shown(5)} nats per token",
             "same most likely token": scores.top1.percent(),
             "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
+            "limits of the recipe": {True: "met", False: "exceeded", None: "no limits set"}[result.passed],
         }
     return CardFacts(
         title=f"{checkpoint_name(conversion.source.directory)}-{output.output.name}",
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        recipe=yaml.safe_dump(_recipe(conversion), sort_keys=False, allow_unicode=True),
         parameters=output.parameters,
         nbytes=output.nbytes,
         contents=tuple((s.role.value, s.what, s.parameters, s.nbytes) for s in output.sizes),
         measured=measured,
-        notes=tuple(output.target.notes(output.planned)),
+        notes=(*output.target.notes(output.planned), *text_notes(conversion.plan.recipe, conversion.arch)),
         format=output.target.label,
         serve=output.target.serve_commands(conversion.source.directory, output.planned),
         version=__version__,
-        validated=result is None or result.passed,
+        base_model=source.base_model,
+        license=source.license,
+        validated=result is None or result.passed is not False,
     )
 
 

@@ -50,11 +50,13 @@ class ValidationResult(DocumentPart):
     scores: ValidationScores
     problems: tuple[str, ...] = ()
     """One line for each limit of the recipe that the scores exceed."""
+    limits: bool | None = None
+    """Whether the recipe sets limits; null in documents of quantkit 0.1, which did not say."""
 
     @property
-    def passed(self) -> bool:
-        """True if no limit is exceeded."""
-        return not self.problems
+    def passed(self) -> bool | None:
+        """True if no limit is exceeded, None if there is none."""
+        return None if self.limits is False else not self.problems
 
 
 class StoredRole(DocumentPart):
@@ -106,7 +108,7 @@ class ConversionDocument(DocumentPart):
     output: str
     """Name of the output in the recipe."""
     validated: bool | None = None
-    """Whether it keeps the recipe's limits; null if nothing was measured."""
+    """Whether it keeps the recipe's limits; null if there are none or nothing was measured."""
     validation: ValidationResult | None = None
     tensor_bytes: Count
     bpw: Number

@@ -63,21 +63,44 @@ class Problems:
 
     lines: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     hints: dict[str, None] = field(default_factory=dict[str, None])
+    rules: dict[tuple[str, str], _FaultyRule] = field(default_factory=dict[tuple[str, str], "_FaultyRule"])
+    """By output and rule, as messages name them."""
 
     def add(self, kind: str, line: str, hint: str = "") -> None:
         self.lines.setdefault(kind, []).append(line)
         if hint:
             self.hints[hint] = None
 
+    def add_for_rule(self, where: tuple[str, str], tensor: str, kind: str, line: str, hint: str = "") -> None:
+        """A fault of one tensor that a rule causes: all tensors of the rule make one line."""
+        if where not in self.rules:
+            self.add(kind, line, hint)
+            self.rules[where] = _FaultyRule(kind, len(self.lines[kind]) - 1)
+        self.rules[where].tensors.add(tensor)
+
     def raise_if_any(self) -> None:
         if not self.lines:
             return
+        for rule in self.rules.values():
+            more = len(rule.tensors) - 1
+            if more:
+                line = self.lines[rule.kind][rule.place].rstrip(".")
+                self.lines[rule.kind][rule.place] = f"{line} (and {more:,} more tensor{'s' * (more > 1)} of this rule)."
         shown: list[str] = []
         for kind, lines in self.lines.items():
             shown += lines[:LINES_PER_KIND]
             if len(lines) > LINES_PER_KIND:
                 shown.append(f"... and {len(lines) - LINES_PER_KIND:,} more: {kind}.")
         raise PlanError("\n".join(shown), hint=" ".join(list(self.hints)[:3]))
+
+
+@dataclass(slots=True)
+class _FaultyRule:
+    """Where the line of a rule is in `Problems.lines`, and the tensors that it stands for."""
+
+    kind: str
+    place: int
+    tensors: set[str] = field(default_factory=set[str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +114,29 @@ class Decider:
 
     def __call__(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
         decision = self._decide(spec, number, rule, dtype, float8)
-        _check_decision(self.output, decision, self.calibrated, self.problems)
+        _check_decision(self.output, rule, decision, self.calibrated, self.problems)
         return decision
 
     def _decide(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
         if rule.drop:
             return Decision(spec, Action.DROP, number, dtype, dtype)
         if rule.scheme is not None:
-            scheme = self._fitting(spec, rule.scheme)
+            scheme = self._fitting(spec, number, rule.scheme)
             return Decision(spec, Action.QUANTIZE, number, dtype, dtype, scheme, self._method(spec, rule))
         if rule.keep == "source" and float8 is not None:
             return Decision(spec, Action.KEEP, number, dtype, dtype, float8)
         kept = dtype if rule.keep in (None, "source") else rule.keep.upper()
         return Decision(spec, Action.KEEP, number, dtype, self.target.kept_dtype(spec, kept))
 
-    def _fitting(self, spec: TensorSpec, scheme: ChosenScheme) -> ChosenScheme:
+    def _fitting(self, spec: TensorSpec, number: int, scheme: ChosenScheme) -> ChosenScheme:
         try:
             fitting = self.target.fitting(spec, scheme)
             fitting.check(spec.name, spec.shape)
         except SchemeError as error:
-            self.problems.add("schemes that do not fit", f"output {self.output.name}: {error.message}", error.hint)
+            if _quantisable(spec, scheme):
+                line = f"output {self.output.name}: {error.message}"
+                where = (self.output.name, _named(number))
+                self.problems.add_for_rule(where, spec.name, "schemes that do not fit", line, error.hint)
             return scheme
         return fitting
 
@@ -125,46 +151,54 @@ class Decider:
         return wanted if usable or not wanted.needs_inputs else _RTN
 
 
-def _check_decision(output: Output, decision: Decision, calibrated: bool, problems: Problems) -> None:
+def _check_decision(output: Output, rule: Rule, decision: Decision, calibrated: bool, problems: Problems) -> None:
     """What a rule asks of a tensor must make sense for it."""
     spec = decision.spec
-    rule = f"rule {decision.rule}" if decision.rule else "preset"
-    where = f"output {output.name}: {spec.name} ({rule})"
+    cause = (output.name, _named(decision.rule))
+    where = f"output {output.name}: {spec.name} ({cause[1]})"
     if decision.action is Action.DROP and spec.role is not Role.MTP:
-        problems.add(
-            "tensors that cannot be dropped",
-            f"{where}: role {spec.role.value} cannot be dropped, only mtp tensors can.",
-        )
+        line = f"{where}: role {spec.role.value} cannot be dropped, only mtp tensors can."
+        problems.add_for_rule(cause, spec.name, "tensors that cannot be dropped", line)
     if decision.action is Action.KEEP and spec.float32 and decision.source_dtype == "F32" and decision.dtype != "F32":
-        problems.add("float32 tensors", f"{where}: is float32 and loses its meaning in bf16.", "Give it keep: source.")
+        line = f"{where}: is float32 and loses its meaning in bf16."
+        problems.add_for_rule(cause, spec.name, "float32 tensors", line, "Give it keep: source.")
     if decision.action is not Action.QUANTIZE:
         return
-    if not (spec.linear or (spec.table and decision.scheme is not None and decision.scheme.fits_tables)):
-        problems.add(
-            "tensors that cannot be quantised",
-            f"{where}: role {spec.role.value}, shape {list(spec.shape)} is no linear and cannot be quantised.",
-            "Put a rule with keep: source before it.",
-        )
-        return
-    if decision.method is not None and decision.method.needs_inputs:
-        _check_inputs(where, spec, decision.method.kind, calibrated, problems)
+    if not _quantisable(spec, decision.scheme):
+        line = f"{where}: role {spec.role.value}, shape {list(spec.shape)} is no linear and cannot be quantised."
+        hint = "Put a rule with keep: source before it." if rule.roles else _GLOB_HINT
+        problems.add_for_rule(cause, spec.name, "tensors that cannot be quantised", line, hint)
+    elif decision.method is not None and decision.method.needs_inputs:
+        fault = _missing_inputs(spec, decision.method.kind, calibrated)
+        if fault is not None:
+            kind, found, hint = fault
+            problems.add_for_rule(cause, spec.name, kind, f"{where}: {found}", hint)
 
 
-def _check_inputs(where: str, spec: TensorSpec, method: str, calibrated: bool, problems: Problems) -> None:
-    """A method that learns from inputs needs text, and a layer that the text passes."""
+_GLOB_HINT = (
+    'Name roles in place of the glob, "role:expert|attention|shared_expert|mlp", and let later rules take the rest: '
+    '{match: "role:mtp", drop: true}, {match: "*", keep: source}.'
+)
+
+
+def _named(rule: int) -> str:
+    return f"rule {rule}" if rule else "preset"
+
+
+def _quantisable(spec: TensorSpec, scheme: Scheme | None) -> bool:
+    return spec.linear or (spec.table and scheme is not None and scheme.fits_tables)
+
+
+def _missing_inputs(spec: TensorSpec, method: str, calibrated: bool) -> tuple[str, str, str] | None:
+    """Kind of fault, what was found, and a hint, where a method that learns from inputs gets none; else None."""
     if not calibrated:
-        problems.add(
-            f"{method} without calibration",
-            f"{where}: {method} needs calibration text.",
-            "Add calibration:, or use method: {kind: rtn}.",
-        )
-    elif spec.role is Role.MTP or spec.table:
+        hint = "Add calibration:, or use method: {kind: rtn}."
+        return f"{method} without calibration", f"{method} needs calibration text.", hint
+    if spec.role is Role.MTP or spec.table:
         what = "MTP layers see" if spec.role is Role.MTP else "this tensor sees"
-        problems.add(
-            f"{method} without inputs",
-            f"{where}: {what} no calibration tokens.",
-            f"Use method: {{kind: rtn}} for role:{spec.role.value}.",
-        )
+        hint = f"Use method: {{kind: rtn}} for role:{spec.role.value}."
+        return f"{method} without inputs", f"{what} no calibration tokens.", hint
+    return None
 
 
 def unused_rule(

@@ -17,6 +17,7 @@ from quantkit.plan.headers import IsFloat8
 from quantkit.plan.recipe import Output, Recipe
 from quantkit.plan.source_tensors import SourceTensors, match_source
 from quantkit.plan.targets import Target, target_of
+from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Float8Scheme, describe
 from quantkit.tensors import Role, TensorInfo
 
@@ -136,6 +137,7 @@ def make_plan(
         for output in recipe.outputs
     )
     problems.raise_if_any()
+    warnings += text_notes(recipe, arch)
     stored = [spec.name for spec in specs if spec.name in infos]
     source_bytes = sum(source_nbytes(infos[name], float8.get(name)) for name in stored)
     return Plan(recipe, outputs, source_bytes, tuple(warnings))

@@ -241,6 +241,11 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
         None, ge=0, allow_inf_nan=False, description="Largest mean KL divergence in nats per token; null: no limit."
     )
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether a result can fail: without limits scores are measured and nothing is promised."""
+        return self.max_perplexity_increase is not None or self.max_mean_kl is not None
+
     @field_validator("max_perplexity_increase", mode="before")
     @classmethod
     def _percent(cls, value: object) -> object:

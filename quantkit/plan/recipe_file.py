@@ -44,11 +44,21 @@ def recipe_path(path_or_name: str | Path) -> Path:
     shipped = {file.stem: file for file in shipped_recipes()}
     if path.name in shipped:
         return shipped[path.name]
-    guess = nearest(path.name, tuple(shipped))
+    guesses = _calibrated_first(path.name, shipped)
+    known = f"Did you mean {' or '.join(guesses)}?" if guesses else f"Shipped: {', '.join(shipped) or 'none'}."
     raise RecipeError(
         f"recipe {str(path_or_name)[:80]!r}: found neither a file nor a shipped recipe of that name.",
-        hint=f"Did you mean {guess}?" if guess else f"Shipped: {', '.join(shipped) or 'none'}.",
+        hint=f"{known} Without a recipe: --scheme w4a16, or --preset Q4_K_M.",
     )
+
+
+def _calibrated_first(word: str, shipped: Mapping[str, Path]) -> list[str]:
+    """At most two shipped recipes with names like this: one that is all but the same first, then calibrated ones."""
+    close = difflib.get_close_matches(word.casefold(), tuple(shipped), n=3, cutoff=0.5)
+    close += [name for name in shipped if word and word.casefold() in name and name not in close]
+    misspelt = difflib.get_close_matches(word.casefold(), close, n=1, cutoff=0.94)
+    calibrated = [name for name in close if "calibration:" in shipped[name].read_text(encoding="utf-8")]
+    return list(dict.fromkeys([*misspelt, *calibrated, *close]))[:2]
 
 
 def shipped_recipes() -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from quantkit.documents.portable import without_folder
 from quantkit.report.contents import Block, Code, Section, Table
 from quantkit.report.scored import LabelledConversion, LabelledEvaluation
 
@@ -35,7 +36,7 @@ def conversion(converted: LabelledConversion, group: str, *, text: bool) -> Sect
     ]
     if document.calibration and text:
         files = tuple(
-            (file.file, f"{file.documents:,}", f"{file.tokens:,}", f"{file.rows:,}", file.sha256)
+            (without_folder(file.file), f"{file.documents:,}", f"{file.tokens:,}", f"{file.rows:,}", file.sha256)
             for file in document.calibration
         )
         head = ("calibration text", "documents", "tokens", "rows taken", "sha256")
@@ -67,7 +68,11 @@ def _evaluation(evaluated: LabelledEvaluation) -> list[Block]:
         ("its date", f"{evaluated.written:%Y-%m-%d %H:%M} UTC"),
         ("reference", f"{document.reference.name} ({document.reference.format})"),
         ("its fingerprint", document.reference.fingerprint),
-        *([] if file is None else [("its statistics", f"{file.path}: {file.top:,} tokens of each position")]),
+        *(
+            []
+            if file is None
+            else [("its statistics", f"{without_folder(file.path)}: {file.top:,} tokens of each position")]
+        ),
         *((name, version) for name, version in document.versions.items()),
         ("device", document.device),
         ("arithmetic", document.arithmetic),
@@ -86,7 +91,9 @@ def _evaluation(evaluated: LabelledEvaluation) -> list[Block]:
         )
         for label, candidate in zip(evaluated.labels, document.candidates, strict=True)
     )
-    texts = tuple((text.file, f"{text.tokens:,}", f"{text.windows:,}", text.sha256) for text in document.text)
+    texts = tuple(
+        (without_folder(text.file), f"{text.tokens:,}", f"{text.windows:,}", text.sha256) for text in document.text
+    )
     return [
         Table(("", ""), tuple(rows), left=2, title=f"Evaluation {evaluated.path.name}"),
         Table(("candidate", "format", "bytes", "fingerprint", "notes"), models, left=2, long=True),
@@ -96,15 +103,15 @@ def _evaluation(evaluated: LabelledEvaluation) -> list[Block]:
 
 
 def evaluation_command(evaluated: LabelledEvaluation) -> str:
-    """The command that repeats an evaluation, with the paths that were given; ``--text`` as the files are called, which
-    is not always how they were given."""
+    """The command that repeats an evaluation, with the relative paths that were given, the names of absolute ones, and
+    ``--text`` as the files are called, which is not always how they were given."""
     document, protocol = evaluated.document, evaluated.document.protocol
-    candidates = [candidate.model.path for candidate in document.candidates]
+    candidates = [without_folder(candidate.model.path) for candidate in document.candidates]
     if document.reference_file is not None:  # it decides text and protocol
-        words = ["quantkit", "evaluate", document.reference_file.path, *candidates]
+        words = ["quantkit", "evaluate", without_folder(document.reference_file.path), *candidates]
     else:
-        words = ["quantkit", "evaluate", document.reference.path, *candidates]
-        for text in dict.fromkeys(_given(text.file) for text in document.text):
+        words = ["quantkit", "evaluate", without_folder(document.reference.path), *candidates]
+        for text in dict.fromkeys(without_folder(_given(text.file)) for text in document.text):
             words += ["--text", text]
         words += ["--context", str(protocol.context), "--protocol", protocol.name]
         if protocol.max_windows_per_file is not None:

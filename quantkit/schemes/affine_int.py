@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from quantkit.errors import SchemeError
 
@@ -34,12 +34,20 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["int"] = "int"
     bits: int = Field(4, ge=2, le=8, description="Bits of one code, 2 to 8.")
     group_size: int | None = Field(
-        128, ge=8, description="Weights along in_features that share a scale; null: one scale a row."
+        128,
+        ge=8,
+        description="Weights along in_features that share a scale; null or -1: one scale a row.",
+        json_schema_extra={"anyOf": [{"minimum": 8, "type": "integer"}, {"enum": [-1]}, {"type": "null"}]},
     )
     symmetric: bool = Field(True, description="No zero point is stored; the grid is centred on code 2**(bits-1).")
     scale_dtype: ScaleDtype = Field(
         "bfloat16", description="Dtype of the stored scales: the dtype that will be served."
     )
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _whole_row(cls, value: object) -> object:
+        return None if value == -1 else value
 
     @property
     def has_grid(self) -> bool:

@@ -43,7 +43,7 @@ def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
         ("KL divergence, median / 99th percentile", f"{scores.median_kl:.5f} / {scores.p99_kl:.5f} nats"),
         ("same most likely token", scores.top1.percent()),
         ("measured on", f"{scores.tokens:,} tokens in {scores.windows:,} windows"),
-        ("limits of the recipe", "met" if result.passed else "EXCEEDED"),
+        ("limits of the recipe", {True: "met", False: "EXCEEDED", None: "no limits set"}[result.passed]),
     ]
 
 

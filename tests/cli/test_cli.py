@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from quantkit.convert.events import (
 from quantkit.documents.conversion import ValidationResult, ValidationScores
 from quantkit.documents.values import Mean
 from quantkit.errors import OutputError
+from quantkit.plan.recipe import Recipe
+from quantkit.version import __version__
 from tests.convert.recipes import INT4, KEEP_REST, recipe_text
 from tests.inspect.gguf_files import tiny_file, write_file
 from tests.tiny_models import tiny_config, write_checkpoint
@@ -317,7 +318,7 @@ def test_convert_reports(converts_to: ConvertsTo, tmp_path: Path) -> None:
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out", *options)
     assert result.exit_code == 0
     assert (called["memory_budget"], called["jobs"], called["device"], called["restart"]) == (2**31, 2, "cpu", False)
-    assert called["recipe"] == "nano-demo"
+    assert called["recipe"] == Recipe.from_yaml("nano-demo")
     for said in (
         "10.0000 ± 0.5000",
         "0.01230 ± 0.00110 nats",
@@ -327,7 +328,12 @@ def test_convert_reports(converts_to: ConvertsTo, tmp_path: Path) -> None:
         "900.0 MB",
     ):
         assert said in result.stdout, said
-    assert "next:" in result.stdout
+    following = [line.split("  #")[0].strip() for line in result.stdout.partition("next:\n")[2].splitlines()]
+    assert following == [
+        "cat out/README.md",
+        f"quantkit evaluate {V3} out -o out.evaluation.json",
+        "quantkit report out out.evaluation.json -o out.html",
+    ]
     progress = result.stderr.splitlines()
     assert progress[0] == "2 layers, 1.00 GB to read, 32,768 calibration tokens"
     assert progress[1].startswith("layer 1/2  16,384 tokens/s")
@@ -408,4 +414,5 @@ def test_closed_pipe_is_quiet() -> None:
 
 def test_version() -> None:
     done = quantkit("--version")
-    assert (done.exit_code, done.stdout) == (0, f"quantkit {version('quantkit')}\n")
+    assert (done.exit_code, done.stdout) == (0, f"quantkit {__version__}\n")
+    assert f'\nversion = "{__version__}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

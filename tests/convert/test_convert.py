@@ -28,6 +28,7 @@ from quantkit.plan.headers import read_headers
 from quantkit.plan.memory import conversion_needs
 from quantkit.plan.plan import make_plan
 from quantkit.schemes import IntScheme
+from quantkit.text.converted import report_text
 from quantkit.text.progress import PlainProgress
 from tests import tiny_models
 from tests.convert.jobs import (
@@ -259,6 +260,23 @@ def test_a_nano_model_keeps_its_quality(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- validation
+
+
+def test_without_limits_nothing_is_kept_or_exceeded(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_bytes((place / "eval.txt").read_bytes())
+    validation = {"text": [str(tmp_path / "own.txt")], "context": 32, "max_windows_per_file": 2}
+    report = run(place / "model", data_free(validation=validation), tmp_path / "out")
+    assert report.validated is None
+    assert "no limits set" in report_text(report)
+    text = (tmp_path / "out" / "quantkit.json").read_text()
+    assert json.loads(text)["validated"] is None
+    assert json.loads(text)["validation"]["limits"] is False
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| limits of the recipe | no limits set |" in card
+    assert "Not validated" not in card
+    # The text's folder is this machine's business.
+    assert str(tmp_path) not in text + card
+    assert "own.txt" in card
 
 
 def test_a_result_beyond_its_limits_is_kept_and_marked(place: Path, tmp_path: Path) -> None:

@@ -182,6 +182,14 @@ def test_every_problem_of_the_source_at_once() -> None:
     assert len(lines) == 9
 
 
+def test_all_faults_of_a_rule_are_one_line() -> None:
+    found = refusal(tiny_headers(), recipe_of(f'{{match: "*", {INT4}}}'))
+    (line,) = found.message.splitlines()
+    assert line.startswith("output w4a16: model.embed_tokens.weight (rule 1): role embed,"), line
+    assert line.endswith("more tensors of this rule).")
+    assert found.hint.startswith("Name roles in place of the glob")
+
+
 def test_missing_mtp_has_a_hint() -> None:
     headers = tiny_headers()
     infos = {name: info for name, info in headers.infos.items() if not name.startswith("model.layers.3.")}
@@ -194,20 +202,20 @@ def test_missing_mtp_has_a_hint() -> None:
         ((f'{{match: "role:expert", {INT4}}}',), "model.embed_tokens.weight (role embed): no rule matches it."),
         (
             (f'{{match: "*", {INT4}}}',),
-            "model.embed_tokens.weight (rule 1): role embed, shape [256, 128] is no linear and cannot be quantised.",
+            "model.embed_tokens.weight (rule 1): role embed, shape [256, 128] is no linear and cannot be quantised",
         ),
         (
             (f'{{match: "role:norm", {INT4}}}', KEEP_REST),
-            "model.layers.0.input_layernorm.weight (role norm) is no linear and cannot be quantised.",
+            "model.layers.0.input_layernorm.weight (role norm) is no linear and cannot be quantised",
         ),
-        (('{match: "role:norm", drop: true}', KEEP_REST), "role norm cannot be dropped, only mtp tensors can."),
+        (('{match: "role:norm", drop: true}', KEEP_REST), "role norm cannot be dropped, only mtp tensors can"),
         (('{match: "*.o_proj", keep: bf16}', KEEP_REST), "rule 1 (*.o_proj): matches no tensor."),
         (
             (f'{{match: "role:attention", {INT4}}}'.replace("128", "96"), KEEP_REST),
-            "model.layers.0.self_attn.q_a_proj.weight: in_features 128 is not a multiple of group_size 96.",
+            "model.layers.0.self_attn.q_a_proj.weight: in_features 128 is not a multiple of group_size 96",
         ),
-        ((f'{{match: "role:mtp", {INT4}}}', KEEP_REST), "MTP layers see no calibration tokens."),
-        (('{match: "*", keep: bf16}',), "e_score_correction_bias (rule 1): is float32 and loses its meaning in bf16."),
+        ((f'{{match: "role:mtp", {INT4}}}', KEEP_REST), "MTP layers see no calibration tokens"),
+        (('{match: "*", keep: bf16}',), "e_score_correction_bias (rule 1): is float32 and loses its meaning in bf16"),
         (
             (f'{{match: "model.layers.1.*.experts.5.up_proj.weight", {INT4}}}', KEEP_REST),
             "all projections of all experts of a layer need one scheme.",
@@ -226,7 +234,7 @@ def test_refused_rules(rules: tuple[str, ...], said: str) -> None:
 
 def test_gptq_needs_calibration() -> None:
     error = refusal(tiny_headers(), recipe_of(f'{{match: "role:expert", {INT4}}}', KEEP_REST, calibrated=False))
-    assert "gptq needs calibration text." in error.message
+    assert "gptq needs calibration text (and 71 more tensors of this rule)." in error.message
     assert "rtn" in error.hint
 
 

@@ -332,3 +332,17 @@ def test_any_document_gives_a_recipe_or_lines(value: Any) -> None:
     except QuantkitError as error:
         message = error.message
     assert all(line.startswith(("r.yaml:", "... and ")) for line in message.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("deepseek-v3-w4a16", "deepseek-v3-w4a16-gptq"),
+        ("deepseek-v3-w4a16-rtm", "deepseek-v3-w4a16-rtn"),
+        ("deepseek-v3", "deepseek-v3-w4a16-gptq"),
+    ],
+)
+def test_a_wrong_name_leads_to_a_calibrated_recipe(name: str, first: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        Recipe.from_yaml(name)
+    assert refused.value.hint.startswith(f"Did you mean {first}")

@@ -1,0 +1,286 @@
+"""A recipe from a few words: ``--scheme w4a16`` or ``--preset Q4_K_M``, with text and method if need be.
+
+What the words mean is fixed by the model: routed experts are told from other linears, MTP layers are left out, and only
+roles that the model has get a rule. The result is an ordinary `Recipe`; `recipe_yaml` writes it down. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from quantkit.arch import arch_of
+from quantkit.arch.base import ModelArch
+from quantkit.errors import RecipeError
+from quantkit.formats.source import read_config
+from quantkit.plan.recipe import Recipe
+from quantkit.plan.recipe_file import nearest
+from quantkit.plan.text_notes import MANY_EXPERTS, TOKENS_OF_MANY_EXPERTS, routed_experts
+from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
+from quantkit.tensors import Role
+
+MIXED = "builtin:mixed"
+"""Calibration text that comes with quantkit."""
+TOKENS = 131072
+"""Calibration tokens if nothing is said, but for text of one's own and many experts."""
+SEQUENCE_LENGTH, WINDOW = 2048, 512
+SPLIT_SIZE = "50GB"
+"""Largest file of a GGUF output: what model hubs take."""
+METHODS = ("gptq", "rtn")
+SCHEMES = ("w4a16", "w3a16", "w2a16", "w5a16", "w6a16", "w8a16")
+"""Names that messages show; each bit width from 2 to 8 has one."""
+
+_SCHEME = re.compile(r"w([2-8])a16(-all)?(?:-g(\d{1,6})|(-channel))?(-all)?")
+_PRESETS = {
+    **{re.sub(r"[^a-z0-9]", "", preset.lower()): preset for preset in FILE_TYPES},
+    **{"q3k": "Q3_K_M", "q4k": "Q4_K_M", "q5k": "Q5_K_M"},
+}
+"""Presets without case and punctuation, and llama-quantize's short names of three of them."""
+_LINEARS = (Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT, Role.EXPERT)
+_OTHERS = (Role.NORM, Role.ROUTER, Role.EMBED, Role.LM_HEAD)
+_COUNT = re.compile(r"(\d{1,15}(?:\.\d{1,6})?(?:e\d{1,2})?)([kmg]i?)?", re.ASCII | re.IGNORECASE)
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_FOREIGN = {
+    ("4bit", "int4", "w4"): ("a width alone", "--scheme w4a16"),
+    ("8bit", "int8", "w8"): ("a width alone", "--scheme w8a16"),
+    ("3bit", "int3", "w3"): ("a width alone", "--scheme w3a16"),
+    ("2bit", "int2", "w2"): ("a width alone", "--scheme w2a16"),
+    ("gptq", "autogptq", "gptqmodel", "marlin"): ("a method, the default one", "--scheme w4a16 --method gptq"),
+    ("autoround",): ("another tool's method, which is not implemented", "--scheme w4a16"),
+    ("awq", "autoawq"): ("AWQ, which is not implemented yet", "--scheme w4a16"),
+    ("rtn",): ("a method", "--scheme w4a16 --method rtn"),
+    ("nf4", "bnb", "bitsandbytes", "bnb4bit"): ("bitsandbytes NF4, which is not written", "--scheme w4a16"),
+    ("fp4", "nvfp4", "mxfp4a16", "nvfp4a16", "w4a4"): ("a 4-bit float format, which is not written", "--scheme w4a16"),
+    ("mxfp4",): ("MXFP4, which only a recipe's rules write, to GGUF", "--scheme w4a16"),
+    ("fp8", "w8a8", "fp8dynamic", "fp8block"): ("8-bit activations, which are not written", "--scheme w8a16"),
+    ("w4a8", "w4afp8"): ("8-bit activations, which are not written", "--scheme w4a16"),
+    ("w4a16asym",): ("an asymmetric grid, which only a recipe's rules give (symmetric: false)", "--scheme w4a16"),
+    ("hqq", "exl2", "exl3", "eetq", "aqlm", "quip", "spqr"): ("a format that is not written", "--scheme w4a16"),
+    ("gguf", "llamacpp"): ("a file format for many mixes of types", "--preset Q4_K_M"),
+}
+"""What other tools call their schemes, without case and punctuation: what that is, and the nearest thing here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shorthand:
+    """Options that stand for a recipe. One of ``scheme`` ("w4a16-g32") and ``preset`` ("Q4_K_M") says what is stored;
+    ``group_size`` of a scheme: -1 is one scale a row; ``data``, ``tokens``: calibration text and how much of it;
+    ``method``: "gptq", "rtn", None for gptq."""
+
+    scheme: str | None = None
+    preset: str | None = None
+    group_size: int | None = None
+    method: str | None = None
+    data: tuple[str, ...] = ()
+    tokens: int | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any option is."""
+        return self != Shorthand()
+
+    @property
+    def what(self) -> str:
+        """The options that say what is stored and how codes are chosen, as they are typed."""
+        named = {
+            "--scheme": self.scheme,
+            "--preset": self.preset,
+            "--group-size": self.group_size,
+            "--method": self.method,
+        }
+        return " ".join(f"{option} {value}" for option, value in named.items() if value is not None)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All options as words of a command line."""
+        text = [word for name in self.data for word in ("--data", name)]
+        tokens = [] if self.tokens is None else ["--tokens", str(self.tokens)]
+        return (*self.what.split(), *text, *tokens)
+
+    @property
+    def first(self) -> str:
+        """An option that is given, for messages."""
+        return self.words[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Widths:
+    """Bits of the routed experts and of the other linears; ``group_size`` None is one scale a row."""
+
+    experts: int
+    others: int
+    group_size: int | None
+
+    @property
+    def name(self) -> str:
+        """ "w4a16", "w3a16-all-g32", "w4a16-channel"."""
+        group = {None: "-channel", 128: ""}.get(self.group_size, f"-g{self.group_size}")
+        return f"w{self.experts}a16{'-all' if self.experts == self.others != 8 else ''}{group}"
+
+
+def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
+    """The recipe that the options stand for on this model. Reads config.json only.
+
+    Raises `RecipeError`, in one line, for options that are unknown or contradict each other, `SourceError` and
+    `ConfigError` for a folder without a config.json that is known.
+    """
+    stored = _stored(options)
+    arch = arch_of(read_config(source))
+    if isinstance(stored, _Widths):
+        rules = _rules(stored, {spec.role for spec in arch.tensors()})
+        output: dict[str, object] = {"name": stored.name, "format": "compressed-tensors", "rules": rules}
+    else:
+        output = {"name": stored, "format": "gguf", "preset": stored, "split_max_size": SPLIT_SIZE}
+    if options.method is not None:
+        output["method"] = {"kind": options.method}
+    window = min(WINDOW, arch.serving().max_positions)
+    values: dict[str, object] = {
+        "version": 1,
+        "description": f"What {options.what} stands for",
+        "outputs": [output],
+        "validation": {"text": ["builtin:eval"], "context": window, "max_windows_per_file": 16},
+    }
+    if options.method != "rtn" or options.data or options.tokens:
+        values["calibration"] = _calibration(options, arch)
+    return Recipe.from_dict(values)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """YAML that loads as an equal recipe. Relative files in it count from the file's folder."""
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    order = [key for key in Recipe.model_fields if key in values]
+    ordered = {key: values[key] for key in order}
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def parse_count(text: str) -> int:
+    """131072 of "131072", "131,072", "128Ki"; 64000 of "64k"; 100000 of "1e5". Raises `ValueError` with what was found
+    and what is allowed."""
+    found = _COUNT.fullmatch(text.strip().replace(",", "").replace("_", ""))
+    if found is None:
+        raise ValueError(f"found {text[:40]!r}, needed a number such as 131072, 64k, 128Ki or 1e5")
+    count = float(found[1]) * _FACTORS[(found[2] or "").lower()]
+    if count != int(count) or not 1 <= count <= 10**12:
+        raise ValueError(f"found {text[:40]!r}, needed a whole number from 1 to 1e12")
+    return int(count)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _rules(widths: _Widths, roles: set[Role]) -> list[Mapping[str, object]]:
+    """MTP is dropped, what is no linear kept, and each width has one rule."""
+    expert_bits = widths.experts if Role.EXPERT in roles else None
+    other_bits = widths.others if expert_bits is not None else widths.experts
+    rules: list[Mapping[str, object]] = [{"match": "role:mtp", "drop": True}] if Role.MTP in roles else []
+    rules.append({"match": _match(_OTHERS, roles), "keep": "source"})
+    by_bits: dict[int, list[Role]] = {}
+    for role in reversed(_LINEARS):
+        bits = expert_bits if role is Role.EXPERT else other_bits
+        if role in roles and bits is not None:
+            by_bits.setdefault(bits, []).append(role)
+    for bits, quantised in by_bits.items():
+        scheme = {"kind": "int", "bits": bits, "group_size": widths.group_size}
+        rules.append({"match": _match(tuple(quantised), roles), "scheme": scheme})
+    return rules
+
+
+def _match(wanted: Sequence[Role], roles: set[Role]) -> str:
+    return "role:" + "|".join(role.value for role in wanted if role in roles)
+
+
+def _calibration(options: Shorthand, arch: ModelArch) -> Mapping[str, object]:
+    many = routed_experts(arch) > MANY_EXPERTS
+    usual = TOKENS_OF_MANY_EXPERTS if options.data and many else TOKENS
+    length = min(SEQUENCE_LENGTH, arch.serving().max_positions)
+    return {
+        "data": list(options.data or (MIXED,)),
+        "tokens": options.tokens or usual,
+        "sequence_length": length,
+    }
+
+
+def _stored(options: Shorthand) -> _Widths | str:
+    """Widths of a scheme, or the name of a preset. Raises `RecipeError`."""
+    if options.scheme is not None and options.preset is not None:
+        raise RecipeError("found --scheme and --preset, needed one of them.")
+    if options.method is not None and options.method not in METHODS:
+        raise RecipeError(_foreign_method(options.method))
+    if options.scheme is not None:
+        return _widths(options.scheme, options.group_size)
+    if options.preset is None:
+        raise RecipeError("found neither --scheme nor --preset, needed one of them, such as --scheme w4a16.")
+    if options.group_size is not None:
+        raise RecipeError("--group-size: belongs to --scheme; the block types of a preset have sizes of their own.")
+    return _preset(options.preset)
+
+
+def _widths(scheme: str, group_size: int | None) -> _Widths:
+    found = _SCHEME.fullmatch(scheme.lower().replace("_", "-"))
+    if found is None:
+        raise RecipeError(f"--scheme {_shown(scheme)}: {_no_scheme(scheme)}")
+    named = int(found[3]) if found[3] else -1 if found[4] else None
+    if named is not None and group_size is not None and named != group_size:
+        raise RecipeError(f"--scheme {scheme} and --group-size {group_size}: name two group sizes, needed one.")
+    size = next((size for size in (named, group_size) if size is not None), 128)
+    if size != -1 and size < 8:
+        raise RecipeError(f"--group-size: found {size}, needed -1 (one scale a row) or at least 8, such as 128.")
+    bits = int(found[1])
+    return _Widths(bits, bits if found[2] or found[5] else 8, None if size == -1 else size)
+
+
+def _preset(name: str) -> str:
+    """The preset's name as llama-quantize writes it."""
+    found = _PRESETS.get(_plain(name))
+    if found is not None:
+        return found
+    if _SCHEME.fullmatch(name.lower().replace("_", "-")):
+        raise RecipeError(f"--preset {_shown(name)}: is a scheme; take --scheme {name.lower()}.")
+    guess = nearest(name, tuple(FILE_TYPES))
+    said = _foreign(name) or f"is no preset, needed one of {', '.join(FILE_TYPES)}"
+    raise RecipeError(f"--preset {_shown(name)}: {said}{f' (did you mean {guess}?)' if guess else ''}.")
+
+
+def _no_scheme(name: str) -> str:
+    """What an unknown scheme is called here, in one sentence."""
+    preset = _PRESETS.get(_plain(name))
+    if preset is not None:
+        return f"is a mix of llama-quantize; take --preset {preset}, which writes GGUF."
+    said = _foreign(name)
+    if said:
+        return f"{said}."
+    return (
+        f"is no scheme, needed one of {', '.join(SCHEMES)}, each also with -all (every linear as narrow as "
+        "the experts) and -gN (group size)."
+    )
+
+
+def _foreign(name: str) -> str:
+    """What another tool's name stands for and the nearest thing here, "" for an unknown name."""
+    for names, (what, instead) in _FOREIGN.items():
+        if _plain(name) in names:
+            return f"is {what}; the nearest here is {instead}"
+    return ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _foreign_method(method: str) -> str:
+    plain, shown = _plain(method), f"--method {_shown(method)}"
+    if plain in ("awq", "autoawq"):
+        return f"{shown}: AWQ is not implemented yet; the nearest here is --method gptq."
+    if plain in ("autogptq", "gptqmodel", "autoround", "gptaq", "ldlq", "obq", "optq"):
+        return f"{shown}: is another tool's name; the nearest here is --method gptq."
+    if plain in ("roundtonearest", "nearest", "minmax", "datafree", "none"):
+        return f"{shown}: is called --method rtn here (round to nearest, data-free)."
+    return f"{shown}: is no method, needed gptq (calibrated) or rtn (round to nearest, data-free)."
+
+
+def _shown(text: str) -> str:
+    return text[:40] if text.isprintable() else ascii(text[:40])

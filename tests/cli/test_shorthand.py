@@ -1,0 +1,96 @@
+"""Conversions without a recipe file, as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from quantkit.cli.app import app
+from quantkit.cli.options import spread
+from quantkit.plan.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent.parent
+NANO = ROOT / "examples" / "nano-deepseek-v3"
+V3 = ROOT / "examples" / "deepseek-v3-671b"
+
+
+def quantkit(*words: object) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(app, [str(word) for word in words], prog_name="quantkit")
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "plan"])
+def test_print_recipe_does_no_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = quantkit(command, V3, "--scheme", "w4a16", "--group-size", "-1", "--tokens", "64k", "--print-recipe")
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "r.yaml").write_text(result.stdout)
+    recipe = Recipe.from_yaml("r.yaml")
+    assert recipe.calibration is not None
+    assert recipe.calibration.tokens == 64000
+    planned = quantkit("plan", V3, "-r", "r.yaml", "--json")
+    shorthand = quantkit("plan", V3, "--scheme", "w4a16", "--group-size", "-1", "--tokens", "64k", "--json")
+    assert planned.exit_code == shorthand.exit_code == 0
+    assert {**json.loads(planned.stdout), "recipe": ""} == {**json.loads(shorthand.stdout), "recipe": ""}
+    assert json.loads(shorthand.stdout)["recipe"] == "--scheme w4a16 --group-size -1"
+
+
+@pytest.mark.parametrize(
+    ("words", "spread_words"),
+    [
+        ("S --data a b c -o x", "S --data a --data b --data c -o x"),
+        ("S -o x --data a b", "S -o x --data a --data b"),
+        ("S -o x --data a --data b c --tokens 5", "S -o x --data a --data b --data c --tokens 5"),
+        ("--data a S -o x", "--data a S -o x"),
+        ("S --dry-run --data a b", "S --dry-run --data a --data b"),
+        ("S --group-size -1 T", "S --group-size -1 T"),
+    ],
+)
+def test_data_takes_all_words_up_to_the_next_option(words: str, spread_words: str) -> None:
+    assert spread(words.split(), {"--data", "-o", "--tokens", "--group-size"}) == spread_words.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--scheme", "nf4"), 1, "error: --scheme nf4: is bitsandbytes NF4, which is not written"),
+        (("--scheme", "w4a16", "-r", "nano-demo"), 1, "error: found --recipe and --scheme"),
+        (("--data", "a.txt", "-r", "nano-demo"), 1, "error: found --recipe and --data"),
+        (("--tokens", "5", "-r", "nano-demo"), 1, "error: found --recipe and --tokens"),
+        (("--scheme", "w4a16", "--data", "none.txt", "more.txt"), 1, "none.txt"),
+        (("--method", "gptq"), 2, "Missing option"),
+        (("--scheme", "w4a16", "--tokens", "many"), 2, "needed a number such as"),
+        (("--scheme", "w4a16", "--group-size", "many"), 2, "--group-size"),
+    ],
+    ids=str,
+)
+def test_refusals_are_one_line(words: tuple[str, ...], code: int, said: str) -> None:
+    result = quantkit("plan", NANO, *words)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert result.stdout == ""
+    assert sum(line.startswith("error:") for line in result.stderr.splitlines()) <= 1
+
+
+def test_convert_needs_a_folder_to_write() -> None:
+    result = quantkit("convert", NANO, "--scheme", "w4a16")
+    assert result.exit_code == 2
+    assert "Missing option '--out' / '-o'" in result.stderr
+
+
+def test_a_scheme_converts(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("a", "b"):
+        (text / f"{name}.txt").write_bytes((ROOT / "calibration_data" / "eval" / "techdoc.txt").read_bytes()[:60_000])
+    out = tmp_path / "out"
+    files = sorted(text.glob("*.txt"))
+    result = quantkit("quantize", NANO, "--scheme", "w4a16", "--data", *files, "--tokens", "4Ki", "-o", out)
+    assert result.exit_code == 0, result.output
+    document = json.loads((out / "quantkit.json").read_text())
+    assert [entry["rows"] for entry in document["calibration"]] == [1, 1]
+    assert {size["stored_as"] for size in document["contents"]} >= {"int4 g128 gptq", "int8 g128 gptq", "dropped"}
