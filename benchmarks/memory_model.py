@@ -60,7 +60,9 @@ def measure(source: Path, recipe: Path, budget: str, device: str, folder: Path) 
     """One conversion beside its plan."""
     options = ["--memory-budget", budget] if budget else []
     forecast = plan(source, recipe, memory_budget=budget or None)
-    run = synthetic.convert(source, recipe, folder / "out", "--restart", "--device", device, *options)
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    run = synthetic.convert(source, recipe, out, "--device", device, *options)
     report = run["report"]
     row = {
         "model": source.name,
