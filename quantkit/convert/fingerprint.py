@@ -31,12 +31,11 @@ _TOKENIZER_FILES = (
 def journal_header(
     recipe: Recipe, source: Fp8Source, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
 ) -> JournalHeader:
-    """The journal's first line. Device, threads and budget are in it: sums in another order may round a code the other
-    way."""
+    """The journal's first line. Device and threads are in it: sums in another order may round a code the other way."""
     return JournalHeader(
         quantkit_version=f"{__version__}, sources {_sources()[:12]}",
         torch_version=torch.__version__,
-        recipe=sha256_of_text(recipe.model_dump_json()),
+        recipe=sha256_of_text(recipe.model_dump_json(exclude={"validation"})),
         source=source.fingerprint(),
         tokenizer=_tokenizer(source.directory),
         calibration_text=None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -48,7 +48,7 @@ from quantkit.formats.source_card import source_card
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
-from quantkit.plan.recipe import Validation
+from quantkit.plan.recipe import Recipe, Validation
 from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Scheme
 from quantkit.version import __version__
@@ -92,16 +92,18 @@ def finish(
         expert_tokens=expert_token_stats(_experts(conversion.journal.layers)),
         resumed=resumed,
         peak_gpu_bytes=peak_gpu_bytes(conversion.machine.device),
-        validated=_validated(reports),
+        validated=validated_as_a_whole(
+            None if report.validation is None else report.validation.passed for report in reports
+        ),
     )
     conversion.on_event(Finished(report))
     return report
 
 
-def _validated(reports: Sequence[OutputReport]) -> bool | None:
-    """Whether all outputs keep their limits, None if there are none."""
-    passed = [report.validation.passed for report in reports if report.validation is not None]
-    return None if all(each is None for each in passed) else False not in passed
+def validated_as_a_whole(passed: Iterable[bool | None]) -> bool | None:
+    """Whether all outputs keep their limits, None if there are none. ``passed``: the same for each output."""
+    limited = [each for each in passed if each is not None]
+    return all(limited) if limited else None
 
 
 def _require_all(folder: OutputFolder, output: OutputPlan, records: Mapping[str, TensorRecord]) -> None:
@@ -174,7 +176,7 @@ def _document(
     return ConversionDocument(
         quantkit=__version__,
         job=header,
-        recipe=_recipe(conversion),
+        recipe=recipe_values(conversion.plan.recipe),
         source=checkpoint_name(conversion.source.directory),
         output=output.output.name,
         validated=None if result is None else result.passed,
@@ -202,11 +204,9 @@ def _document(
     )
 
 
-def _recipe(conversion: Conversion) -> dict[str, JsonValue]:
+def recipe_values(recipe: Recipe) -> dict[str, JsonValue]:
     """The recipe in plain values, without the folders of this machine."""
-    return cast(
-        "dict[str, JsonValue]", without_folders(conversion.plan.recipe.model_dump(mode="json", exclude_none=True))
-    )
+    return cast("dict[str, JsonValue]", without_folders(recipe.model_dump(mode="json", exclude_none=True)))
 
 
 def _calibration_file(provenance: FileProvenance) -> CalibrationFile:
@@ -240,7 +240,7 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
         }
     return CardFacts(
         title=f"{checkpoint_name(conversion.source.directory)}-{output.output.name}",
-        recipe=yaml.safe_dump(_recipe(conversion), sort_keys=False, allow_unicode=True),
+        recipe=yaml.safe_dump(recipe_values(conversion.plan.recipe), sort_keys=False, allow_unicode=True),
         parameters=output.parameters,
         nbytes=output.nbytes,
         contents=tuple((s.role.value, s.what, s.parameters, s.nbytes) for s in output.sizes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from quantkit.convert.events import Finished, OnEvent, OutputReport, Report
-from quantkit.convert.finish import expert_token_stats
+from quantkit.convert.finish import expert_token_stats, recipe_values, validated_as_a_whole
 from quantkit.convert.folder import OutputFolder, exists_already
 from quantkit.convert.prepare import Job
 from quantkit.convert.replaceable import results_of
@@ -21,7 +21,7 @@ def report_finished(job: Job, folder: OutputFolder, header: JobHeader, on_event:
     job's: then it only exists already."""
     outputs = job.plan.outputs
     documents = results_of(job.out, [output.output.name for output in outputs])
-    if not documents or any(document.job.facts() != header.facts() for document in documents):
+    if not documents or not all(_is_of(document, job, header) for document in documents):
         raise exists_already(job.out)
     folder.discard()
     experts = [
@@ -34,11 +34,16 @@ def report_finished(job: Job, folder: OutputFolder, header: JobHeader, on_event:
         tokens=0 if job.rows is None else job.rows.tokens.size,
         expert_tokens=expert_token_stats(experts),
         resumed=True,
-        validated=all(document.validated is not False for document in documents),
+        validated=validated_as_a_whole(document.validated for document in documents),
         finished_before=True,
     )
     on_event(Finished(report))
     return report
+
+
+def _is_of(document: ConversionDocument, job: Job, header: JobHeader) -> bool:
+    """Whether this job wrote the result, and validated it as its recipe says."""
+    return document.job.facts() == header.facts() and document.recipe == recipe_values(job.plan.recipe)
 
 
 def _output(job: Job, output: OutputPlan, document: ConversionDocument) -> OutputReport:

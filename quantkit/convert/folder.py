@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -182,6 +183,7 @@ def refuse_taken(out: Path, outputs: Sequence[str], *, restart: bool) -> None:
     partial = _partial(out)
     with disk_errors(out):
         _refuse_links(out, partial)
+        _refuse_mount_point(out)
         _refuse_foreign_partial(partial)
         if not _exists(out):
             return
@@ -210,6 +212,26 @@ def _refuse_links(out: Path, partial: Path) -> None:
             f"{partial}: is on another file system than {partial.parent}, where the result gets its name.",
             hint="Choose an -o on the file system that has the space.",
         )
+
+
+def _refuse_mount_point(out: Path) -> None:
+    """A folder that a container was given cannot be replaced by a rename, and its neighbours lie on another disk."""
+    if _is_mount_point(out):
+        raise OutputError(
+            f"{out}: is a mount point, which no finished result can replace.",
+            hint=f"Choose a folder in it, -o {shlex.quote(str(out / 'NAME'))}.",
+        )
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Also of a folder of the same file system, where `os.path.ismount` sees nothing (mountinfo: proc(5))."""
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return False  # not Linux
+    return str(path.resolve()).replace(" ", r"\040") in {mount.split()[4] for mount in mounts}
 
 
 def _refuse_foreign_partial(partial: Path) -> None:

@@ -26,7 +26,7 @@ class JobHeader(DocumentPart):
     """With a digest of the package's source files."""
     torch_version: str | None = None
     recipe: str | None = None
-    """sha256 of its JSON."""
+    """sha256 of its JSON, but for ``validation``, which changes no byte of the weights."""
     source: str | None = None
     """sha256 over headers and config of the source checkpoint."""
     tokenizer: str | None = None
@@ -38,11 +38,11 @@ class JobHeader(DocumentPart):
     device: str | None = None
     threads: Count | None = None
     memory_budget: Count | None = None
-    """Bytes."""
+    """Bytes. Moves work between RAM and disk, and changes no byte of the result."""
 
     def facts(self) -> dict[str, object]:
-        """Key -> value of all that was stated, as in the file."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        """Key -> value of all that was stated and that the result's bytes follow from, as in the file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"memory_budget"})
 
 
 class FileState(NamedTuple):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from quantkit.arch import arch_of
 from quantkit.calibrate.hidden_states import MemoryRows
 from quantkit.convert.events import Event, Finished, LayerDone, Started, TensorDone
+from quantkit.convert.finish import validated_as_a_whole
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError, SourceError
 from quantkit.evaluate.compare import Model, compare
 from quantkit.evaluate.validation import summarise
@@ -27,6 +28,7 @@ from quantkit.plan.forecast import forecast
 from quantkit.plan.headers import read_headers
 from quantkit.plan.memory import conversion_needs
 from quantkit.plan.plan import make_plan
+from quantkit.plan.recipe import Validation
 from quantkit.schemes import IntScheme
 from quantkit.text.converted import report_text
 from quantkit.text.progress import PlainProgress
@@ -405,7 +407,6 @@ def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: P
     other = recipe_of(int4("role:expert", kind="rtn"), tokens=None)
     for changes, name in (
         ({"recipe": other}, "recipe"),
-        ({"memory_budget": BUDGET + 1}, rf"memory budget \({BUDGET}, now {BUDGET + 1}\)"),
         ({"source": _changed(place, tmp_path)}, "source"),
     ):
         job = {"source": place / "model", "recipe": recipe, **changes}
@@ -417,6 +418,51 @@ def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: P
     assert report.resumed
     run(place / "model", recipe, tmp_path / "unbroken")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
+
+
+def test_validation_and_memory_budget_may_change_on_resume(place: Path, tmp_path: Path) -> None:
+    """Neither changes a byte of the weights: an error that the end reports must not cost the layers."""
+    recipe = data_free()
+    with pytest.raises(Stop):
+        run(place / "model", recipe, tmp_path / "out", on_event=stop_after(0))
+    text = tmp_path / "held-out.txt"
+    text.write_text("The river ran past the old mill and into the sea. " * 40)
+    scored = recipe.model_copy(update={"validation": Validation(text=(str(text),), context=64)})
+    layers: list[int] = []
+    report = run(
+        place / "model",
+        scored,
+        tmp_path / "out",
+        memory_budget=BUDGET * 2,
+        on_event=lambda event: layers.append(event.layer) if isinstance(event, LayerDone) else None,
+    )
+    assert report.resumed
+    assert 0 not in layers
+    assert report.outputs[0].validation is not None
+    unbroken = run(place / "model", recipe, tmp_path / "unbroken")
+    assert shards_of(report.outputs[0].path) == shards_of(unbroken.outputs[0].path)
+
+
+def test_a_mount_point_is_refused_as_output(tmp_path: Path, place: Path) -> None:
+    mounted = Path("/dev/shm")
+    if not mounted.is_mount():
+        pytest.skip("/dev/shm is no mount point here")
+    before = sorted(mounted.iterdir())
+    for restart in (True, False):
+        with pytest.raises(OutputError, match="is a mount point.*-o /dev/shm/NAME"):
+            run(place / "model", data_free(), mounted, restart=restart)
+    assert sorted(mounted.iterdir()) == before
+    assert not mounted.with_name("shm.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("passed", "whole"),
+    [((None, None), None), ((True, None), True), ((True, True), True), ((True, False), False), ((None, False), False)],
+)
+def test_validated_means_that_all_limits_are_kept_and_that_there_are_some(
+    passed: tuple[bool | None, ...], whole: bool | None
+) -> None:
+    assert validated_as_a_whole(passed) is whole
 
 
 def rewritten(path: Path) -> None:
