@@ -19,7 +19,8 @@ import quantkit.inspect  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.plan  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from quantkit.api import check, convert, evaluate, inspect, plan, recipe_for, report, update_baseline
+import quantkit.verify  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from quantkit.api import check, convert, evaluate, inspect, plan, recipe_for, report, update_baseline, verify
 from quantkit.errors import QuantkitError
 from quantkit.text.result import document, text
 from quantkit.version import __version__
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from quantkit.plan.plan import Plan
     from quantkit.plan.recipe import Recipe
     from quantkit.text.progress import progress
+    from quantkit.verify.verification import Verification
 
 __all__ = [
     "Evaluation",
@@ -51,6 +53,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Verdict",
+    "Verification",
     "__version__",
     "check",
     "convert",
@@ -63,6 +66,7 @@ __all__ = [
     "report",
     "text",
     "update_baseline",
+    "verify",
 ]
 
 _MODULES = {
@@ -78,6 +82,7 @@ _MODULES = {
     "Recipe": "plan.recipe",
     "Report": "convert.events",
     "Verdict": "evaluate.check.verdict",
+    "Verification": "verify.verification",
     "progress": "text.progress",
 }
 """Where the names are that cost time to import."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
     from quantkit.runtimes.gpus import Gpus
+    from quantkit.verify.verification import Verification
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 ProtocolName = Literal["windows", "llama.cpp"]
@@ -140,6 +141,32 @@ def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection
     from quantkit.inspect.path import inspect_path
 
     return inspect_path(Path(path))
+
+
+def verify(
+    path: Path | str,
+    *,
+    runtimes: str | Sequence[str] | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    source: Path | str | None = None,
+    sample: int = 16,
+    hashes: bool = True,
+) -> Verification:
+    """Hold a finished checkpoint against what runtimes need: names, shapes, dtypes and config, then its bytes.
+
+    ``runtimes``: of "vllm", "transformers", "sglang" (folders of safetensors) and "llama.cpp" (GGUF), default: vllm and
+    transformers, or llama.cpp. ``tensor_parallel``, ``pipeline_parallel``: over how many GPUs the model is to be cut.
+    ``sample``: linears that are decoded, and compared with those of the folder ``source`` if it is given. ``hashes``:
+    compare every file with quantkit.json's sha256.
+
+    A fault is no error: see ``passed`` and ``findings``. Raises `QuantkitError` for what is damaged or not known.
+    """
+    from quantkit.verify.run import Parallel, Scope, verify_path
+
+    names = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes or ())
+    parallel = Parallel(tensor_parallel, pipeline_parallel)
+    return verify_path(Path(path), Scope(names, parallel, hashes, sample, None if source is None else Path(source)))
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report
+from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report, verify
 from quantkit.cli.options import ManyFiles
 from quantkit.version import __version__
 
@@ -45,6 +45,7 @@ for name in ("convert", "quantize"):
     app.command(name, cls=ManyFiles)(convert.convert)
 app.command("plan", cls=ManyFiles)(plan.plan)
 app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
 app.command("evaluate")(evaluate.evaluate)
 app.command("check")(check.check)
 app.command("report")(report.report)

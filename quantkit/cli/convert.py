@@ -103,7 +103,16 @@ def _show(source: Path, report: Report, as_json: bool) -> None:
         show_json(report_document(report))
     else:
         typer.echo(f"{report_text(report)}\n\n{next_text(source, report)}")
+    faults = [(output, fault) for output in report.outputs for fault in output.faults]
+    for output, fault in faults:
+        show_error(f"{output.path}: {fault}")
+    if faults:
+        show_error(
+            "runtimes would not load the result: this is a bug of quantkit.", "Please report it with these lines."
+        )
     if report.validated is not False:
+        if faults:
+            raise typer.Exit(REFUSED)
         return
     for output in report.outputs:
         for problem in output.validation.problems if output.validation else ():

@@ -94,7 +94,8 @@ class ExpertTokenStats:
 @dataclass(frozen=True, slots=True)
 class OutputReport:
     """One finished checkpoint. ``nbytes``: tensor data; ``bpw``: stored bits per weight of the whole checkpoint;
-    ``serve``: shell lines that serve it."""
+    ``serve``: shell lines that serve it; ``faults``: what `quantkit.verify` finds in headers and config, nothing
+    unless something went wrong."""
 
     name: str
     path: Path
@@ -105,6 +106,7 @@ class OutputReport:
     fallbacks: int
     validation: ValidationResult | None = None
     serve: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -51,6 +51,8 @@ from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe, Validation
 from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Scheme
+from quantkit.verify.run import Scope, verify_path
+from quantkit.verify.verification import Verification
 from quantkit.version import __version__
 
 
@@ -82,7 +84,9 @@ def finish(
             document = _document(conversion, output, header, rows, records, hashes, result)
             write_durably(directory / CONVERSION, document.to_json().encode())
             write_model_card(directory, _card(conversion, output, directory, result))
-        reports.append(_output_report(conversion, output, records, result))
+        with conversion.timer.stage("files"):
+            found = verify_path(directory, Scope(hashes=False))
+        reports.append(_output_report(conversion, output, records, result, found))
     conversion.folder.publish()
     report = Report(
         outputs=tuple(reports),
@@ -256,7 +260,11 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
 
 
 def _output_report(
-    conversion: Conversion, output: OutputPlan, records: Mapping[str, TensorRecord], result: ValidationResult | None
+    conversion: Conversion,
+    output: OutputPlan,
+    records: Mapping[str, TensorRecord],
+    result: ValidationResult | None,
+    verified: Verification,
 ) -> OutputReport:
     several = len(conversion.plan.outputs) > 1
     path = conversion.folder.out / output.output.name if several else conversion.folder.out
@@ -270,6 +278,7 @@ def _output_report(
         fallbacks=sum(bool(record.fallback) for record in records.values()),
         validation=result,
         serve=output.target.serve_commands(conversion.source.directory, output.planned, shlex.quote(str(path))),
+        faults=tuple(finding.text for finding in verified.faults),
     )
 
 

@@ -76,7 +76,7 @@ def folder_notes(source_directory: Path) -> tuple[str, ...]:
     names = {path.name for path in entries}
     if not names.intersection(TOKENIZERS):
         notes.append("The source has no tokenizer files: outputs have none, runtimes cannot serve text from them.")
-    elif not _has_chat_template(source_directory):
+    elif not has_chat_template(source_directory):
         notes.append("The source has no chat template: outputs have none, runtimes refuse chats or guess the format.")
     folders = [path.name for path in entries if path.is_dir() and not path.name.startswith(".")]
     if folders:
@@ -86,7 +86,8 @@ def folder_notes(source_directory: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _has_chat_template(source_directory: Path) -> bool:
+def has_chat_template(source_directory: Path) -> bool:
+    """Whether the folder has one, in a file of its own or in tokenizer_config.json."""
     if any((source_directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     path = source_directory / "tokenizer_config.json"

@@ -22,6 +22,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
+from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Role, TensorInfo, TensorSpec
@@ -96,7 +97,8 @@ def inspect_folder(directory: Path | str) -> Inspection:
     method = quant_method(config) or ""
     if method == contract.COMPRESSED_TENSORS and any(tensor and tensor.scheme for tensor in planned.values()):
         known = [tensor for tensor in planned.values() if tensor is not None]
-        unusual += contract.problems(known, method) + contract.notes(known, method)
+        unusual += contract.problems(known, method)
+        unusual += contract.notes(known, method) + transformers.notes(known, method)
     holdings = _storage(weights, planned, specs)
     return Inspection(directory, family, method, shards, len(infos), holdings, tuple(unusual))
 

@@ -10,6 +10,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import FolderOutput, Rule
+from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import ChosenScheme
 from quantkit.tensors import TensorSpec
@@ -57,7 +58,8 @@ class FolderTarget:
 
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """What runtimes will not take of the layout, or take otherwise than asked."""
-        return contract.notes(tensors, self._output.format)
+        layout = self._output.format
+        return [*contract.notes(tensors, layout), *transformers.notes(tensors, layout)]
 
     def check_source(self, source: Path) -> None:
         """See `check_side_files`."""

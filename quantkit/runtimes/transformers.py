@@ -1,18 +1,18 @@
-"""What transformers does not load of a compressed-tensors checkpoint, or loads wrongly. Observed in version 5.23."""
+"""What transformers does not load of a quantised folder, or loads wrongly. Observed in version 5.23."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, by_scheme, line
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 
 
-def notes(planned: Sequence[PlannedTensor]) -> list[str]:
-    """One line for each thing that it will not take, or takes only in part."""
+def notes(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
+    """One line for each thing that it will not take of this layout, or takes only in part."""
     linears = by_scheme(planned)
-    return [text for check in CHECKS for text in check(linears)]
+    return [text for check in _NOTES_OF.get(layout, ()) for text in check(linears)]
 
 
 def zero_points(linears: LinearsByScheme) -> Iterator[str]:
@@ -46,4 +46,6 @@ def expert_schemes(linears: LinearsByScheme) -> Iterator[str]:
         yield f"routed experts: {listed} by layer; transformers 5.23 reads all as one scheme, vLLM as they are."
 
 
-CHECKS: tuple[Check, ...] = (zero_points, float8_experts, kept_experts, expert_schemes)
+_NOTES_OF: Mapping[str, tuple[Check, ...]] = {
+    "compressed-tensors": (zero_points, float8_experts, kept_experts, expert_schemes)
+}

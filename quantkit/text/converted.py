@@ -28,6 +28,7 @@ def _output_text(output: OutputReport) -> str:
         ("size", both_units(output.nbytes)),
         ("quantised tensors", f"{output.quantized:,} of {output.tensors:,}"),
     ]
+    rows.append(("headers and config, for runtimes", "FAULTY" if output.faults else "sound"))
     if output.fallbacks:
         rows.append(("linears that fell back to a weaker method", f"{output.fallbacks:,} (see quantkit.json)"))
     return table((output.name, str(output.path)), rows)

@@ -131,11 +131,7 @@ def _read_float8(raw: SafetensorsSource, name: str, scheme: Float8Scheme, start:
 
 
 def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
-    where = str(raw.directory / "config.json")
-    try:
-        resolver = Resolver(_targets(where, section))
-    except re.error as error:
-        raise SourceError(f"{where}: a target or ignore pattern is malformed ({error}).") from error
+    resolver = resolver_of(str(raw.directory / "config.json"), section)
     stored = raw.infos()
     linears: dict[str, PackedLinear] = {}
     for name, info in stored.items():
@@ -224,8 +220,17 @@ def _is_part(name: str, stored: Mapping[str, TensorInfo]) -> bool:
     return False
 
 
+def resolver_of(where: str, section: Mapping[str, object]) -> Resolver:
+    """What a quantization_config says of each module. ``where``: the file, for messages. Raises `SourceError` for
+    schemes that quantkit has not, and for patterns that are none."""
+    try:
+        return Resolver(_targets(where, section))
+    except re.error as error:
+        raise SourceError(f"{where}: a target or ignore pattern is malformed ({error}).") from error
+
+
 def _targets(where: str, section: Mapping[str, object]) -> Targets:
-    """Groups and ignore list of a quantization_config. Raises `SourceError` for schemes that quantkit has not."""
+    """Groups and ignore list."""
     if section.get("quant_method") != "compressed-tensors":
         raise SourceError(
             f"{where}: quant_method is {printable(repr(section.get('quant_method')))}, compressed-tensors was needed."

@@ -184,6 +184,7 @@ class Resolver:
     """Answers, as the readers do, which scheme a module has."""
 
     def __init__(self, targets: Targets) -> None:
+        self.targets = targets
         self.groups = targets.groups
         self._ignore = _Patterns(targets.ignore)
         self._patterns = [_Patterns(group.targets) for group in targets.groups]

@@ -1,8 +1,8 @@
 """What vLLM demands of a quantised folder, checked on the plan, before any work: of its modules in any layout, and of
 compressed-tensors.
 
-`problems`: it would not load, or would be read wrongly without a word. `notes`: loads, but not everywhere; what
-transformers will not take of the folder is among them. Each line names the module, what is planned and what is needed.
+`problems`: it would not load, or would be read wrongly without a word. `notes`: loads, but not everywhere. Each line
+names the module, what is planned and what is needed.
 Observed in vLLM 0.24 and 0.33.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from quantkit.formats.bitpack import WORD_BITS
 from quantkit.formats.layouts.compressed_tensors_config import KEPT, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
-from quantkit.runtimes import transformers
 from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, line
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Projection, Role
@@ -46,7 +45,7 @@ def problems(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
 
 
 def notes(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
-    """One line for each thing that vLLM or transformers will not take of this layout, or take only in part."""
+    """One line for each thing that vLLM will not take of this layout, or take only in part."""
     linears = by_scheme(planned)
     return [text for check in _NOTES_OF.get(layout, ()) for text in check(linears)]
 
@@ -173,13 +172,9 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     COMPRESSED_TENSORS: (
         _note_bits,
         _note_group_size,
-        transformers.zero_points,
         _note_scale_dtype,
         _note_int8_experts,
         _note_expert_width,
         _note_float8,
-        transformers.float8_experts,
-        transformers.kept_experts,
-        transformers.expert_schemes,
     ),
 }

@@ -9,11 +9,12 @@ parallelism, under tensor parallelism only if it has heads (a latent has none).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from quantkit.arch.base import ModelArch, ServingSizes
+from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.gpus import GIB, Gpus, SizedOutput, check_context, partition_layers
 from quantkit.runtimes.vllm.command import MAX_BATCHED_TOKENS, MAX_SEQS, serve_spread
 from quantkit.schemes import IntScheme
@@ -83,7 +84,7 @@ def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
     placements: list[Placement] = []
     for tensor_parallel in sorted((n for n in range(1, gpus.count + 1) if gpus.count % n == 0), reverse=True):
         stages = gpus.count // tensor_parallel
-        problem = _tensor_parallel_problem(weights, sizes.heads, tensor_parallel)
+        problem = _cut_problem(weights.cuts, sizes.heads, tensor_parallel)
         if problem is None and stages > n_layers:
             problem = f"{stages} pipeline stages for {n_layers} layers"
         if problem is not None:
@@ -126,9 +127,7 @@ class _Weights:
             (whole if _is_replicated(spec) else divided)[place] += measured[key]
             if spec.projection is Projection.KV_B:
                 divided[place] += spec.shape[0] * spec.shape[1] * 2
-            if spec.projection in _ROW_PARALLEL:
-                group = scheme.group_size if isinstance(scheme, IntScheme) and scheme.group_size else 1
-                cuts.setdefault((spec.shape[1], group), spec.name)
+            _add_cut(cuts, tensor)
         return cls(whole, divided, cuts)
 
     def on_one_rank(self, tensor_parallel: int) -> list[int]:
@@ -140,11 +139,26 @@ def _is_replicated(spec: TensorSpec) -> bool:
     return spec.replicated or spec.role in (Role.NORM, Role.ROUTER)
 
 
-def _tensor_parallel_problem(weights: _Weights, heads: int, size: int) -> str | None:
-    """Why the model cannot be cut into ``size`` tensor-parallel ranks, None if it can."""
+def tensor_parallel_problem(planned: Iterable[PlannedTensor], heads: int, size: int) -> str | None:
+    """Why the tensors of a model with so many attention heads cannot be cut into ``size`` tensor-parallel ranks, None
+    if they can."""
+    cuts: dict[tuple[int, int], str] = {}
+    for tensor in planned:
+        _add_cut(cuts, tensor)
+    return _cut_problem(cuts, heads, size)
+
+
+def _add_cut(cuts: dict[tuple[int, int], str], tensor: PlannedTensor) -> None:
+    spec, scheme = tensor.spec, tensor.scheme
+    if spec is not None and spec.projection in _ROW_PARALLEL:
+        group = scheme.group_size if isinstance(scheme, IntScheme) and scheme.group_size else 1
+        cuts.setdefault((spec.shape[1], group), spec.name)
+
+
+def _cut_problem(cuts: Mapping[tuple[int, int], str], heads: int, size: int) -> str | None:
     if heads % size:
         return f"{heads} attention heads are not divisible by {size}"
-    for (in_features, group), name in weights.cuts.items():
+    for (in_features, group), name in cuts.items():
         if in_features % size or in_features // size % group:
             return f"{name}: {in_features} inputs over {size} ranks are no multiple of group_size {group}"
     return None

@@ -1,0 +1,54 @@
+"""llama.cpp's load contract, held against a GGUF model's header: what it asserts when it loads the file, and what it
+computes otherwise without a word if it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE
+from quantkit.errors import ConfigError
+from quantkit.formats.gguf.header import is_gguf
+from quantkit.formats.gguf.reader import GgufReader
+from quantkit.inspect import deepseek2
+from quantkit.inspect.gguf import inspect_gguf
+from quantkit.inspect.imatrix import ImatrixInspection
+
+LLAMA_CPP = "llama.cpp"
+
+
+def holds_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder with one and without safetensors."""
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.suffix == ".gguf" or (path.is_file() and is_gguf(path))
+
+
+def read_gguf(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+    """Faults, notes, and the number of tensors. Raises `SourceError` for a damaged file, `ConfigError` for an imatrix
+    and for another architecture than deepseek2."""
+    found = inspect_gguf(path)
+    if isinstance(found, ImatrixInspection):
+        raise ConfigError(f"{path}: is an imatrix, not a model.")
+    if found.architecture != GGUF_ARCHITECTURE:
+        raise ConfigError(
+            f"{found.path}: general.architecture is {found.architecture or 'missing'}, of which only the storage is "
+            f"known; {GGUF_ARCHITECTURE} can be verified.",
+            hint="See what it holds: quantkit inspect.",
+        )
+    with GgufReader(path) as model:
+        faults = (*deepseek2.oddities(model), *_row_faults(model))
+    return faults, tuple(line for line in found.unusual if line not in faults), found.stored_tensors
+
+
+def _row_faults(model: GgufReader) -> Iterator[str]:
+    """Sizes that llama.cpp's graph asserts."""
+    experts, used = (model.get(f"{deepseek2.PREFIX}{key}") for key in ("expert_count", "expert_used_count"))
+    groups, kept = (model.get(f"{deepseek2.PREFIX}expert_group_{key}") for key in ("count", "used_count"))
+    if isinstance(experts, int) and isinstance(used, int) and not 0 < used <= experts:
+        yield f"{deepseek2.PREFIX}expert_used_count is {used}, of {experts} experts: llama.cpp ends with an assertion."
+    if isinstance(experts, int) and isinstance(groups, int) and groups > 1:
+        if groups >= experts or experts % groups:
+            yield f"{deepseek2.PREFIX}expert_group_count is {groups}, which does not divide {experts} experts."
+        if not isinstance(kept, int) or not 0 < kept < groups:
+            yield f"{deepseek2.PREFIX}expert_group_used_count is {kept}, 1 to {groups - 1} was needed."

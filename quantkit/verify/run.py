@@ -1,0 +1,131 @@
+"""`verify_path`: what a runtime needs of a finished checkpoint, held against what lies on the disk.
+
+Headers and config.json first, which takes seconds for DeepSeek V3; then, if wanted, every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quantkit.arch.base import ModelArch
+from quantkit.errors import PlanError
+from quantkit.formats.safetensors.header import printable
+from quantkit.verify import completeness, surroundings, transformers, vllm
+from quantkit.verify.checkpoint import Checkpoint, open_checkpoint
+from quantkit.verify.contents import hash_files
+from quantkit.verify.gguf import LLAMA_CPP, holds_gguf, read_gguf
+from quantkit.verify.verification import ANY, Contents, Finding, Verification
+
+VLLM, TRANSFORMERS, SGLANG = "vllm", "transformers", "sglang"
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Over how many GPUs a runtime cuts tensors, and layers."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FolderContract:
+    """What a runtime demands of a folder of safetensors beyond its being whole: one line for each fault, and for each
+    thing that it takes otherwise than one may expect."""
+
+    faults: Callable[[Checkpoint, Parallel], Iterable[str]]
+    notes: Callable[[Checkpoint], Iterable[str]]
+
+
+_VLLM = FolderContract(lambda found, cut: vllm.faults(found, cut.tensor, cut.pipeline), vllm.notes)
+CONTRACTS: Mapping[str, FolderContract] = {
+    VLLM: _VLLM,
+    TRANSFORMERS: FolderContract(lambda found, cut: transformers.faults(found), transformers.notes),
+    SGLANG: FolderContract(_VLLM.faults, lambda found: ()),
+}
+"""By runtime. SGLang's loaders of these layouts began as vLLM's; none of it was tried there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """``runtimes``: of `RUNTIMES`, () for those that read the format; ``hashes``: whether every file is read and
+    compared with quantkit.json; ``sample``: linears to be decoded; ``source``: the original's folder, or None."""
+
+    runtimes: tuple[str, ...] = ()
+    parallel: Parallel = Parallel()
+    hashes: bool = True
+    sample: int = 0
+    source: Path | None = None
+
+
+def verify_path(path: Path, scope: Scope) -> Verification:
+    """A folder of safetensors, a GGUF file or a folder with one.
+
+    Raises `SourceError` for what is damaged, `ConfigError` for an architecture that is not known, `PlanError` for a
+    runtime that does not read the format.
+    """
+    if holds_gguf(path):
+        return _verify_gguf(path, scope)
+    runtimes = _chosen(path, scope.runtimes, tuple(CONTRACTS), (VLLM, TRANSFORMERS))
+    with open_checkpoint(path) as found:
+        findings = [*_of_all(found), *_of_runtimes(found, runtimes, scope.parallel)]
+        n_tensors, method, arch = len(found.planned), found.method, found.arch
+    contents = Contents()
+    if scope.hashes:
+        contents = _hashed(path, findings)
+    if scope.sample and not any(finding.fault for finding in findings):
+        contents = _sampled(path, arch, scope, contents, findings)
+    return Verification(path, method, runtimes, n_tensors, tuple(findings), contents)
+
+
+def _verify_gguf(path: Path, scope: Scope) -> Verification:
+    runtimes = _chosen(path, scope.runtimes, (LLAMA_CPP,), (LLAMA_CPP,))
+    faults, notes, n_tensors = read_gguf(path)
+    findings = [*(Finding(LLAMA_CPP, True, text) for text in faults)]
+    findings += [Finding(LLAMA_CPP, False, text) for text in notes]
+    folder = path if path.is_dir() else path.parent
+    contents = _hashed(folder, findings) if scope.hashes else Contents()
+    return Verification(path, "GGUF", runtimes, n_tensors, tuple(findings), contents)
+
+
+def _chosen(
+    path: Path, wanted: tuple[str, ...], possible: tuple[str, ...], default: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The runtimes to be scope. Raises `PlanError` for one that does not read such files."""
+    unfit = [name for name in wanted if name not in possible]
+    if unfit:
+        known = f"runtimes that read it: {', '.join(possible)}"
+        raise PlanError(f"{path}: {printable(unfit[0])} does not read it; {known}.", hint="Leave out --runtime.")
+    return wanted or default
+
+
+def _hashed(path: Path, findings: list[Finding]) -> Contents:
+    hashed = hash_files(path)
+    findings += [Finding(ANY, True, text) for text in hashed.faults]
+    if not hashed.recorded:
+        findings.append(Finding(ANY, False, "no quantkit.json with checksums: the bytes were not compared."))
+    return Contents(hashed=hashed.files, hashed_bytes=hashed.nbytes)
+
+
+def _sampled(path: Path, arch: ModelArch, scope: Scope, contents: Contents, findings: list[Finding]) -> Contents:
+    from quantkit.verify.sample import decode_sample
+
+    sampled = decode_sample(path, arch, scope.sample, scope.source)
+    findings += [Finding(ANY, True, text) for text in sampled.faults]
+    return replace(contents, decoded=sampled.decoded, compared=sampled.compared)
+
+
+def _of_all(found: Checkpoint) -> Iterator[Finding]:
+    for text in (*completeness.faults(found), *surroundings.faults(found.directory)):
+        yield Finding(ANY, True, text)
+    for text in (*completeness.notes(found), *surroundings.notes(found.directory, found.config)):
+        yield Finding(ANY, False, text)
+
+
+def _of_runtimes(found: Checkpoint, runtimes: Iterable[str], parallel: Parallel) -> Iterator[Finding]:
+    for name in runtimes:
+        for text in CONTRACTS[name].faults(found, parallel):
+            yield Finding(name, True, text)
+        for text in CONTRACTS[name].notes(found):
+            yield Finding(name, False, text)

@@ -1,0 +1,106 @@
+"""vLLM's load contract beyond `quantkit.runtimes.vllm.contract`, which is held against plans too: what config.json must
+say, and how a model may be cut. Read in vLLM 0.24 and 0.33, much of it tried in 0.24."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+from quantkit.formats.layouts.compressed_tensors_config import is_module, mistakes
+from quantkit.formats.planned import PlannedTensor
+from quantkit.runtimes.vllm import contract
+from quantkit.runtimes.vllm.memory import tensor_parallel_problem
+from quantkit.tensors import Role
+from quantkit.verify.checkpoint import Checkpoint
+from quantkit.verify.completeness import stored_mtp_layers
+
+NAMED = 3
+
+
+def faults(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Iterator[str]:
+    """What keeps vLLM from loading the folder, or makes it compute something else."""
+    present = in_files(checkpoint)
+    yield from contract.problems(present, checkpoint.method)
+    for check in _FAULTS:
+        yield from check(checkpoint)
+    yield from _parallel(checkpoint, tensor_parallel, pipeline_parallel)
+
+
+def notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """What it takes otherwise than one may expect."""
+    yield from contract.notes(in_files(checkpoint), checkpoint.method)
+    if _n_mtp(checkpoint) and not stored_mtp_layers(checkpoint):
+        yield "config.json counts MTP layers and none is stored: speculative decoding by MTP is refused."
+
+
+def in_files(checkpoint: Checkpoint) -> list[PlannedTensor]:
+    """The family's tensors without MTP layers that were dropped as a whole."""
+    layers = stored_mtp_layers(checkpoint)
+    return [tensor for tensor in checkpoint.planned if tensor.role is not Role.MTP or tensor.layer in layers]
+
+
+def _caught_tables(checkpoint: Checkpoint) -> Iterator[str]:
+    """vLLM 0.33 takes embeddings and head for quantised if a name or pattern names them."""
+    resolver = checkpoint.resolver
+    if resolver is None:
+        return
+    for tensor in checkpoint.planned:
+        if tensor.role is Role.EMBED and resolver.naming(tensor.module) and resolver.scheme(tensor.module) is not None:
+            yield f"{tensor.module}: a target of config.json matches it, vLLM 0.33 then expects it quantised."
+
+
+def _fused_names(checkpoint: Checkpoint) -> Iterator[str]:
+    """vLLM looks for its fused modules, gate_up_proj and the like, under their own names."""
+    if checkpoint.resolver is None:
+        return
+    wrong = mistakes(checkpoint.resolver.targets, [tensor for tensor in in_files(checkpoint) if is_module(tensor)])
+    if wrong:
+        more = f" and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
+        yield f"{', '.join(wrong[:NAMED])}{more}: the targets of config.json give another scheme than their parts have."
+
+
+def _stale_keys(checkpoint: Checkpoint) -> Iterator[str]:
+    """Keys of compressed-tensors that vLLM refuses."""
+    if checkpoint.section.get("sparsity_config"):
+        yield "quantization_config.sparsity_config: vLLM 0.33 refuses it."
+    for name, group in _groups(checkpoint):
+        if group.get("actorder") in ("group", "dynamic"):
+            yield f"config_groups.{name}: actorder {group['actorder']!r} is refused by vLLM; its kernels take no g_idx."
+        if group.get("strategy") == "channel" and group.get("group_size", -1) is None:
+            yield f"config_groups.{name}: group_size null ends vLLM 0.24 with a TypeError for experts; write -1."
+
+
+def _groups(checkpoint: Checkpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
+    found = checkpoint.section.get("config_groups")
+    for name, group in cast("dict[str, object]", found if isinstance(found, dict) else {}).items():
+        weights = cast("dict[str, object]", group).get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            yield name, cast("dict[str, object]", weights)
+
+
+def _mtp(checkpoint: Checkpoint) -> Iterator[str]:
+    marker = checkpoint.arch.variants().mtp_marker
+    stored = any(marker and name.endswith(marker) for name in checkpoint.raw.infos())
+    if stored and not _n_mtp(checkpoint):
+        yield "num_nextn_predict_layers is 0 and an MTP layer is stored: vLLM ends with a KeyError. Set it to 1."
+
+
+def _n_mtp(checkpoint: Checkpoint) -> int:
+    return len({tensor.layer for tensor in checkpoint.planned if tensor.role is Role.MTP})
+
+
+_FAULTS: tuple[Callable[[Checkpoint], Iterator[str]], ...] = (
+    _caught_tables,
+    _fused_names,
+    _stale_keys,
+    _mtp,
+)
+
+
+def _parallel(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Iterator[str]:
+    heads = checkpoint.arch.serving().heads
+    problem = tensor_parallel_problem(in_files(checkpoint), heads, tensor_parallel)
+    if problem is not None:
+        yield f"tensor parallelism over {tensor_parallel} GPUs: {problem}."
+    if pipeline_parallel > checkpoint.arch.n_layers:
+        yield f"pipeline parallelism over {pipeline_parallel} GPUs: there are {checkpoint.arch.n_layers} layers."

@@ -1,0 +1,79 @@
+"""GGUF files that llama.cpp refuses, or computes wrongly without a word: each is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantkit
+from quantkit.errors import QuantkitError
+from tests.inspect.gguf_files import Shapes, tiny_file, write_file
+
+Keys = dict[str, Any]
+
+
+def faults(path: Path) -> str:
+    return "\n".join(finding.text for finding in quantkit.verify(path).faults)
+
+
+def without(name: str) -> Callable[[Keys, Shapes], None]:
+    def change(keys: Keys, shapes: Shapes) -> None:
+        del keys[f"deepseek2.{name}"]
+
+    return change
+
+
+def key(name: str, value: Any) -> Callable[[Keys, Shapes], None]:
+    def change(keys: Keys, shapes: Shapes) -> None:
+        keys[f"deepseek2.{name}"] = value
+
+    return change
+
+
+TRAPS: dict[str, tuple[Callable[[Keys, Shapes], None], str]] = {
+    "no gating function": (without("expert_gating_func"), "llama.cpp then takes softmax"),
+    "yarn's factor ten times too large": (key("rope.scaling.yarn_log_multiplier", 1.0), "a tenth of mscale_all_dim"),
+    "no yarn factor": (without("rope.scaling.yarn_log_multiplier"), "leaves out the factor of yarn"),
+    "no rank of the queries": (without("attention.q_lora_rank"), "llama.cpp refuses the file"),
+    "groups that do not divide the experts": (key("expert_group_count", 5), "which does not divide 12 experts"),
+    "more groups used than there are": (key("expert_group_used_count", 4), "1 to 3 was needed"),
+    "more experts used than there are": (key("expert_used_count", 13), "llama.cpp ends with an assertion"),
+    "an expert stack is missing": (
+        lambda keys, shapes: shapes.pop("blk.1.ffn_up_exps.weight") and None,
+        "tensors of the architecture are missing: blk.1.ffn_up_exps.weight",
+    ),
+    "a name is misspelt": (
+        lambda keys, shapes: shapes.update({"blk.1.exp_probs_b": shapes.pop("blk.1.exp_probs_b.bias")}),
+        "tensors of the architecture are missing: blk.1.exp_probs_b.bias",
+    ),
+    "the sizes of another model": (key("expert_feed_forward_length", 64), "shape does not fit the metadata"),
+    "key parts of kv_b in MXFP4": (
+        lambda keys, shapes: shapes.update({"blk.0.attn_k_b.weight": (shapes["blk.0.attn_k_b.weight"][0], "MXFP4")}),
+        "takes them for experts",
+    ),
+}
+
+
+def test_a_sound_file_has_no_fault(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "model.gguf", *tiny_file())
+    assert faults(path) == ""
+    assert quantkit.verify(tmp_path).passed
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_every_trap_is_named(name: str, tmp_path: Path) -> None:
+    change, said = TRAPS[name]
+    keys, shapes = tiny_file()
+    change(keys, shapes)
+    assert said in faults(write_file(tmp_path / "model.gguf", keys, shapes))
+
+
+def test_other_architectures_and_runtimes_are_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "model.gguf", {}, {"a.weight": ((32, 32), "Q8_0")}, architecture="llama")
+    with pytest.raises(QuantkitError, match="general.architecture is llama"):
+        quantkit.verify(path)
+    with pytest.raises(QuantkitError, match=r"vllm does not read it; runtimes that read it: llama\.cpp"):
+        quantkit.verify(path, runtimes="vllm")
