@@ -1,4 +1,4 @@
-"""What transformers does not load of a compressed-tensors checkpoint, or loads wrongly. Observed in version 5.23."""
+"""What transformers does not load of a quantised folder, or loads wrongly. Observed in version 5.23."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantkit.schemes import Float8Scheme, IntScheme, describe
 
 
 def notes(planned: Sequence[PlannedTensor]) -> list[str]:
-    """One line for each thing that it will not take, or takes only in part."""
+    """One line for each thing that it will not take of compressed-tensors, or takes only in part."""
     linears = by_scheme(planned)
     return [text for check in CHECKS for text in check(linears)]
 
@@ -44,6 +44,14 @@ def expert_schemes(linears: LinearsByScheme) -> Iterator[str]:
     if len(found) > 1:
         listed = ", ".join(describe(use.scheme) for use in found)
         yield f"routed experts: {listed} by layer; transformers 5.23 reads all as one scheme, vLLM as they are."
+
+
+def random_experts(linears: LinearsByScheme) -> Iterator[str]:
+    """Its quantisers for GPTQ and AWQ convert no experts."""
+    for use in linears.uses:
+        if use.experts:
+            text = "transformers 5.23 leaves routed experts of this format random, without an error; vLLM loads them."
+            yield line(use.experts, text)
 
 
 CHECKS: tuple[Check, ...] = (zero_points, float8_experts, kept_experts, expert_schemes)
