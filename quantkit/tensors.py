@@ -30,6 +30,8 @@ DTYPES: dict[str, tuple[int, str]] = {
     "U8": (1, "uint8"),
     "BOOL": (1, "bool"),
 }
+SCALE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""The ``scale_dtype`` of a scheme -> safetensors dtype."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ def recipe_reference(schema: dict[str, Any]) -> str:
 TITLES = {
     "Recipe": "The file",
     "Calibration": "`calibration`",
-    "FolderOutput": "`outputs[]` with `format: compressed-tensors`",
+    "FolderOutput": "`outputs[]` that are folders of safetensors",
     "GgufOutput": "`outputs[]` with `format: gguf`",
     "Rule": "`outputs[].rules[]`",
     "IntScheme": "`scheme: {kind: int}`",

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from quantkit.arch import arch_of
 from quantkit.errors import ConfigError
-from quantkit.formats.layouts.compressed_tensors import SCALE_DTYPES
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
@@ -25,7 +24,7 @@ from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import Float8Scheme, IntScheme, describe
-from quantkit.tensors import Role, TensorInfo, TensorSpec
+from quantkit.tensors import SCALE_DTYPES, Role, TensorInfo, TensorSpec
 
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
 _SCALE_DTYPES = {dtype: name for name, dtype in SCALE_DTYPES.items()}

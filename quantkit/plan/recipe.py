@@ -143,7 +143,10 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
 class FolderOutput(_Output, frozen=True, extra="forbid"):
     """A folder of safetensors that vLLM and transformers load."""
 
-    format: Literal["compressed-tensors"] = Field(description="Which bytes hold the result.")
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq"] = Field(
+        description="Which bytes hold the result: compressed-tensors for all schemes but those of ggml; gptq (as "
+        "AutoGPTQ wrote it), gptq_v2 (zero points as they are) and awq for integers."
+    )
     rules: Annotated[Rules, Field(min_length=1)] = Field(
         description="First match wins; together they must match every tensor of the checkpoint."
     )

@@ -59,7 +59,8 @@ class FolderTarget:
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """What runtimes will not take of the layout, or take otherwise than asked."""
         layout = self._output.format
-        return [*contract.notes(tensors, layout), *transformers.notes(tensors, layout)]
+        runtimes = (contract.notes, transformers.problems, transformers.notes)
+        return [line for of_runtime in runtimes for line in of_runtime(tensors, layout)]
 
     def check_source(self, source: Path) -> None:
         """See `check_side_files`."""

@@ -9,6 +9,12 @@ from quantkit.runtimes.linears import Check, LinearsByScheme, by_scheme, line
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 
 
+def problems(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
+    """One line for each thing of this layout that it loads wrongly without an error."""
+    linears = by_scheme(planned)
+    return [text for check in _PROBLEMS_OF.get(layout, ()) for text in check(linears)]
+
+
 def notes(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
     """One line for each thing that it will not take of this layout, or takes only in part."""
     linears = by_scheme(planned)
@@ -46,6 +52,15 @@ def expert_schemes(linears: LinearsByScheme) -> Iterator[str]:
         yield f"routed experts: {listed} by layer; transformers 5.23 reads all as one scheme, vLLM as they are."
 
 
+def random_experts(linears: LinearsByScheme) -> Iterator[str]:
+    """Its quantisers for GPTQ and AWQ convert no experts."""
+    for use in linears.uses:
+        if use.experts:
+            text = "transformers 5.23 leaves routed experts of this format random, without an error; vLLM loads them."
+            yield line(use.experts, text)
+
+
+_PROBLEMS_OF: Mapping[str, tuple[Check, ...]] = {layout: (random_experts,) for layout in ("gptq", "gptq_v2", "awq")}
 _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     "compressed-tensors": (zero_points, float8_experts, kept_experts, expert_schemes)
 }

@@ -3,26 +3,23 @@ will take it for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
-from quantkit.errors import SourceError
 from quantkit.formats.folder import object_of
 from quantkit.formats.fp8_source import SCALE_SUFFIX
-from quantkit.formats.layouts import LAYOUTS, compressed_tensors
+from quantkit.formats.layouts import LAYOUTS
 from quantkit.formats.layouts.compressed_tensors_config import Resolver, is_module
 from quantkit.formats.planned import PlannedTensor
-from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource
-from quantkit.formats.source import float8_block_size, quant_method, read_config
-from quantkit.schemes import Float8Scheme, Scheme
+from quantkit.formats.source import quant_method, read_config
+from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo, TensorSpec
-
-COMPRESSED_TENSORS, FP8, PLAIN = "compressed-tensors", "fp8", "unquantised"
+from quantkit.verify.stated import FP8, PLAIN, SchemeOf, Stored, stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +58,12 @@ def open_checkpoint(directory: Path) -> Generator[Checkpoint]:
     with SafetensorsSource(directory) as raw:
         where = str(directory / "config.json")
         section = object_of(where, "quantization_config", config.get("quantization_config") or {})
-        scheme_of, resolver = _READ.get(method, _unknown)(directory, config, section, raw.infos())
-        planned = tuple(_planned(spec, scheme_of, raw.infos()) for spec in arch.tensors())
-        yield Checkpoint(directory, config, method, section, resolver, raw, arch, planned)
+        said = stated(Stored(directory, config, section, raw.infos()), method)
+        planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in arch.tensors())
+        yield Checkpoint(directory, config, method, section, said.resolver, raw, arch, planned)
 
 
-SchemeOf = Callable[[TensorSpec], Scheme | None]
-_Stored = Mapping[str, TensorInfo]
-_Read = Callable[[Path, Mapping[str, object], Mapping[str, object], _Stored], tuple[SchemeOf, Resolver | None]]
-
-
-def _planned(spec: TensorSpec, scheme_of: SchemeOf, stored: _Stored) -> PlannedTensor:
+def _planned(spec: TensorSpec, scheme_of: SchemeOf, stored: Mapping[str, TensorInfo]) -> PlannedTensor:
     """A kept tensor in the float that it is stored in, of those that runtimes convert."""
     info = TensorInfo(spec.name, spec.shape, "BF16")
     scheme = scheme_of(spec) if spec.linear or is_module(PlannedTensor(info, None, "BF16", spec)) else None
@@ -80,50 +72,3 @@ def _planned(spec: TensorSpec, scheme_of: SchemeOf, stored: _Stored) -> PlannedT
     found = stored.get(spec.name)
     dtype = found.dtype if found is not None and found.dtype in ("BF16", "F16", "F32") else "BF16"
     return PlannedTensor(info, None, dtype, spec)
-
-
-def _read_plain(
-    directory: Path, config: Mapping[str, object], section: Mapping[str, object], stored: _Stored
-) -> tuple[SchemeOf, Resolver | None]:
-    return (lambda spec: None), None
-
-
-def _read_fp8(
-    directory: Path, config: Mapping[str, object], section: Mapping[str, object], stored: _Stored
-) -> tuple[SchemeOf, Resolver | None]:
-    """DeepSeek's own layout: what is FP8 is told by the dtype."""
-    block = float8_block_size(directory, config)
-    assert block is not None
-    scheme = Float8Scheme(block_size=block)
-
-    def scheme_of(spec: TensorSpec) -> Scheme | None:
-        found = stored.get(spec.name)
-        scaled = spec.name + SCALE_SUFFIX in stored
-        return scheme if scaled or (found is not None and found.dtype == "F8_E4M3") else None
-
-    return scheme_of, None
-
-
-def _read_compressed_tensors(
-    directory: Path, config: Mapping[str, object], section: Mapping[str, object], stored: _Stored
-) -> tuple[SchemeOf, Resolver | None]:
-    resolver = compressed_tensors.resolver_of(str(directory / "config.json"), section)
-    return (lambda spec: resolver.scheme(spec.name.removesuffix(".weight"))), resolver
-
-
-def _unknown(
-    directory: Path, config: Mapping[str, object], section: Mapping[str, object], stored: _Stored
-) -> tuple[SchemeOf, Resolver | None]:
-    method = printable(repr(quant_method(config)))
-    raise SourceError(
-        f"{directory / 'config.json'}: quantization_config says {method}, whose load contract is not known.",
-        hint=f"Known are {', '.join(_READ)}.",
-    )
-
-
-_READ: Mapping[str, _Read] = {
-    PLAIN: _read_plain,
-    FP8: _read_fp8,
-    COMPRESSED_TENSORS: _read_compressed_tensors,
-}
-"""By quant_method: what a module's weight is taken for."""

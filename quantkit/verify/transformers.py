@@ -15,6 +15,8 @@ def faults(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.resolver is not None and checkpoint.resolver.scheme(ALWAYS_IGNORED) is not None:
         yield f"{ALWAYS_IGNORED}: a target of config.json takes it (it is a Linear there) and ignore does not name it."
 
+    yield from transformers.problems(in_files(checkpoint), checkpoint.method)
+
 
 def notes(checkpoint: Checkpoint) -> Iterator[str]:
     """What it does not take of the layout."""

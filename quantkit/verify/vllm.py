@@ -11,6 +11,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.vllm import contract
 from quantkit.runtimes.vllm.memory import tensor_parallel_problem
 from quantkit.tensors import Role
+from quantkit.verify import vllm_integers
 from quantkit.verify.checkpoint import Checkpoint
 from quantkit.verify.completeness import stored_mtp_layers
 
@@ -23,6 +24,7 @@ def faults(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int)
     yield from contract.problems(present, checkpoint.method)
     for check in _FAULTS:
         yield from check(checkpoint)
+    yield from vllm_integers.faults(checkpoint)
     yield from _parallel(checkpoint, tensor_parallel, pipeline_parallel)
 
 

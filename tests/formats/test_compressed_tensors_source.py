@@ -108,7 +108,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "pattern": (lambda section, _: section.update(ignore=["re:*"]), "pattern is malformed"),
     "ignored but packed": (
         lambda section, _: section.update(ignore=["a"]),
-        r"a\.weight is packed, but .* gives it no integer scheme",
+        r"a\.weight is packed, but .* gives it no scheme of packed codes",
     ),
     "other bits": (
         lambda section, _: section["config_groups"]["group_0"]["weights"].update(num_bits=8),

@@ -6,18 +6,23 @@ from collections.abc import Mapping
 
 from quantkit.formats.folder import FolderLayout, FolderReader
 from quantkit.formats.layouts.awq import AWQ
-from quantkit.formats.layouts.bitsandbytes import BITSANDBYTES
+from quantkit.formats.layouts.bitsandbytes_reader import BITSANDBYTES_READER
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
-from quantkit.formats.layouts.gptq import GPTQ
+from quantkit.formats.layouts.gptq import GPTQ, GPTQ_V2
 
-LAYOUTS: Mapping[str, FolderLayout] = {"compressed-tensors": COMPRESSED_TENSORS}
+LAYOUTS: Mapping[str, FolderLayout] = {
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "gptq": GPTQ,
+    "gptq_v2": GPTQ_V2,
+    "awq": AWQ,
+}
 """What can be written, by the ``format`` of a recipe's output."""
 
 READERS: Mapping[str, FolderReader] = {
     "compressed-tensors": COMPRESSED_TENSORS.reader,
-    "gptq": GPTQ,
-    "awq": AWQ,
-    "bitsandbytes": BITSANDBYTES,
+    "gptq": GPTQ.reader,
+    "awq": AWQ.reader,
+    "bitsandbytes": BITSANDBYTES_READER,
 }
 """What can be read, by the ``quant_method`` of config.json."""
 

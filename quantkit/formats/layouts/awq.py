@@ -1,104 +1,121 @@
-"""The layout "gemm" of AWQ checkpoints (AutoAWQ, gptqmodel, llm-awq's exports).
+"""The layout of AWQ checkpoints, version "gemm".
 
-Of a linear with weight (N, K) in G groups of K / G inputs a file holds, under the module's name,
-
-    qweight  int32 (K, N / 8)     eight 4-bit codes of neighbouring outputs to a word, interleaved: the nibbles from the
-                                  lowest on are outputs 0, 2, 4, 6, 1, 3, 5, 7
-    qzeros   int32 (G, N / 8)     zero points, packed alike, as they are
-    scales   float (G, N)
-
-and weight[n, k] = scales[g, n] * (code[k, n] - zero[g, n]) with g = k // (K / G). The product is exact in float32;
-runtimes round it to float16.
+Which tensors store a linear: `quantkit.formats.layouts.awq_reader`. Zero points are always stored; those of a symmetric
+grid are 8. config.json has room for one group size. ``modules_to_not_convert`` lists what is not quantised: vLLM and
+transformers take a module for listed if an entry is part of its name, so entries are whole names of modules, or of a
+whole block of experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.errors import SourceError
-from quantkit.formats.folder import FolderReader, PackedLinear, Rows, from_groups, part, row_parts
-from quantkit.formats.safetensors.header import printable
-from quantkit.formats.safetensors.reader import SafetensorsSource
-from quantkit.tensors import TensorInfo
+from quantkit.errors import SchemeError
+from quantkit.formats.bitpack import pack
+from quantkit.formats.folder import FolderLayout
+from quantkit.formats.layouts.awq_reader import AWQ_READER, BITS, ORDER, PER_WORD
+from quantkit.formats.layouts.compressed_tensors_config import ALWAYS_IGNORED, is_module
+from quantkit.formats.layouts.refusals import refusal
+from quantkit.formats.planned import PlannedTensor
+from quantkit.schemes import IntScheme, QuantizedTensor, Scheme
+from quantkit.tensors import SCALE_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BITS = 4
-PER_WORD = 8
-SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-"""Where in its word each of eight outputs lies."""
-_SCALES = ("F16", "BF16", "F32")
-_LAYOUT_KEYS = ("version", "checkpoint_format", "format")
+
+def _check(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
+    if not isinstance(scheme, IntScheme):
+        raise refusal(name, "awq", scheme)
+    if scheme.bits != BITS:
+        raise refusal(name, "awq", scheme, f"it has {BITS} bits")
+    if shape[0] % PER_WORD:
+        raise SchemeError(
+            f"{name}: {shape[0]} outputs are not a multiple of {PER_WORD}, which awq needs.",
+            hint="Keep this tensor, or take format: compressed-tensors.",
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class _Awq:
-    info: TensorInfo
-    group_size: int
-    scheme: None = None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """See `PackedLinear`."""
-        module = self.info.name.removesuffix(".weight")
-        return tuple(f"{module}.{name}" for name in ("qweight", "qzeros", "scales"))
-
-    def decode(self, raw: SafetensorsSource, rows: Rows) -> Tensor:
-        """See `PackedLinear`. The whole of the packed tensor is read: its rows run across the outputs."""
-        import torch
-
-        n_out, n_in = self.info.shape
-        words, zero_words, scales = (raw.read(name) for name in self.parts)
-        outputs = torch.arange(n_out)[rows]
-        weight = torch.empty(len(outputs), n_in)
-        for span in row_parts(rows):
-            own = outputs[span]
-            codes, zeros = _codes(words, own), _codes(zero_words, own)
-            from_groups(codes, zeros.float(), scales[:, own].T.float(), weight[span])
-        return weight
+def _stored(tensor: PlannedTensor) -> tuple[TensorInfo, ...]:
+    scheme, module = tensor.scheme, tensor.module
+    assert isinstance(scheme, IntScheme), f"{tensor.name}: `_check` admits no other schemes"
+    n_out, n_in = tensor.info.shape
+    n_groups = scheme.n_groups(n_in)
+    return (
+        TensorInfo(f"{module}.qweight", (n_in, n_out // PER_WORD), "I32"),
+        TensorInfo(f"{module}.qzeros", (n_groups, n_out // PER_WORD), "I32"),
+        TensorInfo(f"{module}.scales", (n_groups, n_out), SCALE_DTYPES[scheme.scale_dtype]),
+    )
 
 
-def _codes(words: Tensor, outputs: Tensor) -> Tensor:
-    """words (n, N / 8) int32, outputs (m,) int64 -> codes (m, n) int32."""
+def _pack(tensor: QuantizedTensor) -> Mapping[str, Tensor]:
     import torch
 
-    used, place = torch.unique(outputs // PER_WORD, return_inverse=True)
-    shifts = torch.tensor(SHIFTS, dtype=torch.int32).unsqueeze(-1)
-    codes = words[:, used].T.contiguous().unsqueeze(1).bitwise_right_shift(shifts).bitwise_and_(2**BITS - 1)
-    codes = codes.flatten(0, 1)  # all outputs of the words that are used
-    wanted = place * PER_WORD + outputs % PER_WORD
-    return codes if torch.equal(wanted, torch.arange(len(codes))) else codes[wanted]
+    module, scale = tensor.name.removesuffix(".weight"), tensor.stored["scale"]
+    zero = tensor.stored.get("zero_point")
+    if zero is None:
+        zero = torch.full_like(scale, 2 ** (BITS - 1), dtype=torch.uint8)
+    return {
+        f"{module}.qweight": _words(tensor.stored["codes"]),
+        f"{module}.qzeros": _words(zero),
+        f"{module}.scales": scale.T,
+    }
 
 
-def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
-    where = f"{raw.directory / 'config.json'}: quantization_config"
-    for key in _LAYOUT_KEYS:
-        layout = section.get(key, "gemm")
-        if not isinstance(layout, str) or layout.lower() != "gemm":
-            raise SourceError(f"{where}.{key} is {printable(repr(layout))}, 'gemm' was needed.")
-    bits = section.get("bits", section.get("w_bit", BITS))
-    if bits != BITS:
-        raise SourceError(f"{where}.bits is {printable(repr(bits))}, {BITS} was needed.")
-    modules = [name.removesuffix(".qweight") for name in raw.infos() if name.endswith(".qweight")]
-    if not modules:
-        raise SourceError(f"{where} says 'awq', but no tensor is named *.qweight.")
-    return {f"{module}.weight": _linear(raw, module) for module in modules}
+def _words(codes: Tensor) -> Tensor:
+    """codes (out, n) uint8 -> (n, out / 8) int32, eight outputs to a word, interleaved."""
+    return pack(codes.T.unflatten(1, (-1, PER_WORD))[:, :, list(ORDER)].flatten(1), BITS)
 
 
-def _linear(raw: SafetensorsSource, module: str) -> _Awq:
-    n_in, n_words = part(raw, f"{module}.qweight", ("I32",), (None, None)).shape
-    n_out = n_words * PER_WORD
-    n_groups = part(raw, f"{module}.scales", _SCALES, (None, n_out)).shape[0]
-    part(raw, f"{module}.qzeros", ("I32",), (n_groups, n_words))
-    if not n_in or not n_groups or n_in % n_groups:
-        raise SourceError(
-            f"{raw.path_of(f'{module}.scales')}: {printable(module)}: {n_groups:,} groups do not divide {n_in:,} "
-            "inputs."
+def _config(planned: Sequence[PlannedTensor]) -> dict[str, object]:
+    sizes = _group_sizes(planned)
+    if not sizes:
+        return {}
+    return {
+        "quant_method": "awq",
+        "bits": BITS,
+        "group_size": sizes[0],
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": _kept(planned),
+    }
+
+
+def _group_sizes(planned: Sequence[PlannedTensor]) -> list[int]:
+    """Distinct group sizes, -1 for whole rows, in order of first appearance."""
+    found = (t.scheme.group_size or -1 for t in planned if isinstance(t.scheme, IntScheme))
+    return list(dict.fromkeys(found))
+
+
+def _kept(planned: Sequence[PlannedTensor]) -> list[str]:
+    """Modules that are not quantised; a block without any quantised expert under its own name."""
+    quantised = {_block(tensor) for tensor in planned if tensor.scheme is not None}
+    modules = (t for t in planned if t.scheme is None and is_module(t))
+    names = (_block(t) if _block(t) not in quantised else t.module for t in modules)
+    return list(dict.fromkeys([ALWAYS_IGNORED, *names]))
+
+
+def _block(tensor: PlannedTensor) -> str:
+    """model.layers.3.mlp.experts of one of its experts; any other module itself."""
+    return tensor.module if tensor.expert is None else tensor.module.rpartition(f".{tensor.expert}.")[0]
+
+
+def _problems(planned: Sequence[PlannedTensor]) -> list[str]:
+    sizes = _group_sizes(planned)
+    found: list[str] = []
+    if len(sizes) > 1:
+        listed = " and ".join(map(str, sizes))
+        found.append(
+            f"group sizes {listed} are planned, awq holds one for all linears; format: gptq and compressed-tensors "
+            "hold several."
         )
-    return _Awq(TensorInfo(f"{module}.weight", (n_out, n_in), "F32"), n_in // n_groups)
+    quantised = [tensor.module for tensor in planned if tensor.scheme is not None]
+    for kept in _kept(planned):
+        hit = next((module for module in quantised if kept in module), None)
+        if hit is not None:
+            found.append(f"{kept} is kept, but awq's readers would leave {hit} out with it; quantise both or none.")
+    return found
 
 
-AWQ = FolderReader("AWQ", _find)
+AWQ = FolderLayout(AWQ_READER, _check, _stored, _pack, _config, _problems)

@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from quantkit.formats.layouts.packings import PACKINGS
 from quantkit.formats.planned import PlannedTensor
-from quantkit.schemes import Float8Scheme, IntScheme, Scheme
+from quantkit.schemes import Scheme
 from quantkit.tensors import Role
 
 LINEAR = "Linear"
@@ -50,7 +51,7 @@ def quantization_config(planned: Sequence[PlannedTensor]) -> dict[str, object]:
     targets = find_targets(planned)
     if not targets.groups:
         return {}
-    formats = {group_format(group.scheme) for group in targets.groups}
+    formats = {PACKINGS[group.scheme.kind].format for group in targets.groups}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -62,64 +63,27 @@ def quantization_config(planned: Sequence[PlannedTensor]) -> dict[str, object]:
     }
 
 
-def group_format(scheme: Scheme) -> str:
-    """compressed-tensors' name for the way in which a scheme's tensors are stored."""
-    return "pack-quantized" if isinstance(scheme, IntScheme) else "float-quantized"
-
-
 def _group_section(group: ConfigGroup) -> dict[str, object]:
+    packing = PACKINGS[group.scheme.kind]
     return {
         "targets": list(group.targets),
-        "format": group_format(group.scheme),
-        "weights": _weights_section(group.scheme),
-        "input_activations": _FLOAT8_INPUTS if isinstance(group.scheme, Float8Scheme) else None,
+        "format": packing.format,
+        "weights": packing.weights(group.scheme),
+        "input_activations": packing.inputs,
         "output_activations": None,
     }
 
 
-def _weights_section(scheme: Scheme) -> dict[str, object]:
-    if isinstance(scheme, Float8Scheme):
-        return {
-            "num_bits": 8,
-            "type": "float",
-            "symmetric": True,
-            "strategy": "block",
-            "block_structure": list(scheme.block_size),
-            "group_size": None,
-            "dynamic": False,
-            "actorder": None,
-        }
-    assert isinstance(scheme, IntScheme), "the plan admits no block types of ggml here"
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        # vLLM 0.24 compares this number also for channels, where null raises TypeError.
-        "group_size": -1 if scheme.group_size is None else scheme.group_size,
-        "dynamic": False,
-        "actorder": None,
-    }
+def find_targets(planned: Sequence[PlannedTensor], *, whole_modules: bool = False) -> Targets:
+    """Compact patterns if they are exact for every planned matrix and fused module, else the plain list of names.
 
-
-# DeepSeek's own recipe ("activation_scheme": "dynamic"): inputs are rounded to FP8 per token and 128 channels while
-# serving.
-_FLOAT8_INPUTS: dict[str, object] = {
-    "num_bits": 8,
-    "type": "float",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": 128,
-    "dynamic": True,
-}
-
-
-def find_targets(planned: Sequence[PlannedTensor]) -> Targets:
-    """Compact patterns if they are exact for every planned matrix and fused module, else the plain list of names."""
+    ``whole_modules``: for readers that ask for vLLM's modules by their own name alone: patterns also take ignored fused
+    modules and blocks of quantised experts.
+    """
     schemes, linears = _numbered_linears(planned)
     if not schemes:
         return Targets((), (ALWAYS_IGNORED,))
-    compact = _compact(linears, schemes)
+    compact = _compact(linears, schemes, whole_modules)
     if _mistakes(compact, linears, schemes):
         return _by_name(linears, schemes)
     return compact
@@ -245,7 +209,7 @@ _FusedParts = dict[str, dict[str, set[str]]]
 """Name of a parent with * for numbers -> last part of a fused module's name -> those of its parts."""
 
 
-def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
+def _compact(linears: _Linears, schemes: list[Scheme], whole: bool) -> Targets:
     """Patterns by parent module and the last parts of names; layer numbers appear only where layers of one kind
     differ."""
     found = [(module, key, _place(module)) for module, key in linears.keys.items()]
@@ -262,7 +226,7 @@ def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
     uniform = {place: next(iter(keys)) for place, keys in keys_of.items() if place not in mixed}
     fused = _fused_parts(linears)
 
-    ignore = _layer_patterns(kept_layers) + _patterns(KEPT, uniform, mixed, fused) + named.get(KEPT, [])
+    ignore = _layer_patterns(kept_layers) + _patterns(KEPT, uniform, mixed, fused, whole) + named.get(KEPT, [])
     ignored = tuple(dict.fromkeys([ALWAYS_IGNORED, *ignore]))
     if len(schemes) == 1:
         return Targets((ConfigGroup(schemes[0], (LINEAR,)),), ignored)
@@ -271,7 +235,7 @@ def _compact(linears: _Linears, schemes: list[Scheme]) -> Targets:
     groups = [
         ConfigGroup(
             schemes[key],
-            (LINEAR,) if key == by_class else (*_patterns(key, uniform, mixed, fused), *named.get(key, [])),
+            (LINEAR,) if key == by_class else (*_patterns(key, uniform, mixed, fused, whole), *named.get(key, [])),
         )
         for key in order
     ]
@@ -335,7 +299,7 @@ def _fused_parts(linears: _Linears) -> _FusedParts:
     return found
 
 
-def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _FusedParts) -> list[str]:
+def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _FusedParts, whole: bool) -> list[str]:
     """One pattern for the modules of one parent that have ``key`` in the same layers."""
     layers_of: dict[str, set[int]] = {}
     all_layers: dict[str, set[int]] = {}
@@ -350,14 +314,16 @@ def _patterns(key: int, uniform: dict[_Place, int], mixed: set[_Place], fused: _
         parent, _, last = template.rpartition(".")
         where = () if layers == all_layers[template] else tuple(sorted(layers))
         endings.setdefault((parent, where), []).append(last)
-    if key != KEPT:
+    if key != KEPT or whole:
         for (parent, _), names in endings.items():
             names += [module for module, parts in fused.get(parent, {}).items() if parts <= set(names)]
-    return [_pattern(parent, layers, names, ignored=key == KEPT) for (parent, layers), names in endings.items()]
+    blocks = key == KEPT or whole
+    return [_pattern(parent, layers, names, blocks=blocks) for (parent, layers), names in endings.items()]
 
 
-def _pattern(parent: str, layers: tuple[int, ...], endings: list[str], *, ignored: bool) -> str:
-    """``parent`` with * for numbers; ``endings``: the last parts of its modules' names; ``layers`` () for all."""
+def _pattern(parent: str, layers: tuple[int, ...], endings: list[str], *, blocks: bool) -> str:
+    """``parent`` with * for numbers; ``endings``: the last parts of its modules' names; ``layers`` () for all.
+    ``blocks``: take the block of experts under its own name, for which vLLM may ask, too."""
     head, _, inner = parent.partition(".*")  # "model.layers", ".mlp.experts.*" or "" for a module of the layer itself
     start = ".*"
     if layers:
@@ -365,8 +331,7 @@ def _pattern(parent: str, layers: tuple[int, ...], endings: list[str], *, ignore
     elif not inner:
         start += f"\\.{re.escape(head.rpartition('.')[2])}\\.\\d+"
     ending = _alternatives([re.escape(name) for name in endings])
-    if inner.endswith(".*") and ignored:
-        # vLLM may ask for the block of experts under its own name.
+    if inner.endswith(".*") and blocks:
         return f"re:{start}{_escaped(inner.removesuffix('.*'))}(\\.\\d+\\.{ending})?$"
     return f"re:{start}{_escaped(inner)}\\.{ending}$"
 

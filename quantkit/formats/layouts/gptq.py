@@ -1,132 +1,128 @@
-"""The layout of GPTQ checkpoints (AutoGPTQ, gptqmodel).
+"""The layout of GPTQ checkpoints, v1 as AutoGPTQ wrote it and v2 (gptqmodel's "gptq_v2").
 
-Of a linear with weight (N, K) in G groups a file holds, under the module's name,
+Which tensors store a linear: `quantkit.formats.layouts.gptq_reader`. Groups lie one after the other, so g_idx is never
+permuted and desc_act is false. One section of config.json says bits, groups and symmetry of most linears; "dynamic"
+says those of others ("+:pattern") and what is not quantised ("-:pattern"). Patterns are matched from the start of a
+module's name, the first that matches decides; vLLM asks for its fused modules, and for a block of experts, by their own
+name.
 
-    qweight  int32 (K * bits / 32, N)   codes, a dense little-endian stream down each column
-    qzeros   int32 (G, N * bits / 32)   zero points, the same along rows; layout v1 stores them less one (modulo
-                                        2**bits), v2 as they are
-    scales   float (G, N)
-    g_idx    int32 (K,)                 each input's group: k // group_size, or permuted by act-order; may be absent
-
-and weight[n, k] = scales[g, n] * (code[k, n] - zero[g, n]) with g = g_idx[k]. Bits and groups follow from the shapes,
-so modules that differ from the config (gptqmodel's "dynamic") are read as well. The product is exact in float32;
-runtimes round it to float16.
+Layout v1 stores zero points less one. Readers disagree about a zero point of 0 there, so such a group is stored the
+other way round, with a negative scale and the highest code as zero point: the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from quantkit.errors import SourceError
-from quantkit.formats.bitpack import WORD_BITS, n_words, unpack
-from quantkit.formats.folder import FolderReader, PackedLinear, Rows, from_groups, part, row_parts
-from quantkit.formats.safetensors.header import printable
-from quantkit.formats.safetensors.reader import SafetensorsSource
-from quantkit.tensors import TensorInfo
+from quantkit.errors import SchemeError
+from quantkit.formats.bitpack import WORD_BITS, n_words, pack
+from quantkit.formats.folder import FolderLayout
+from quantkit.formats.layouts.compressed_tensors_config import LINEAR, find_targets
+from quantkit.formats.layouts.gptq_reader import BITS, GPTQ_READER
+from quantkit.formats.layouts.refusals import refusal
+from quantkit.formats.planned import PlannedTensor
+from quantkit.schemes import IntScheme, QuantizedTensor, Scheme
+from quantkit.tensors import SCALE_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BITS = (2, 3, 4, 8)
-SCALES = ("F16", "BF16", "F32")
-_STORED_LESS_ONE = {"gptq": 1, "gptq_v2": 0}
-"""checkpoint_format -> what was subtracted from zero points before they were packed."""
-_WORDS = ".qweight"
 
-
-@dataclass(frozen=True, slots=True)
-class _Gptq:
-    """``has_groups``: g_idx is stored."""
-
-    info: TensorInfo
-    bits: int
-    n_groups: int
-    zero_offset: int
-    has_groups: bool
-    scheme: None = None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """See `PackedLinear`."""
-        names = ("qweight", "qzeros", "scales", "g_idx") if self.has_groups else ("qweight", "qzeros", "scales")
-        module = self.info.name.removesuffix(".weight")
-        return tuple(f"{module}.{name}" for name in names)
-
-    def decode(self, raw: SafetensorsSource, rows: Rows) -> Tensor:
-        """See `PackedLinear`. The whole of the packed tensor is read: its rows run across the outputs."""
-        import torch
-
-        n_out, n_in = self.info.shape
-        words = raw.read(self.parts[0])[:, rows].T.contiguous()
-        zeros = unpack(raw.read(self.parts[1]), self.bits, n_out)[:, rows].T
-        zeros = (zeros + self.zero_offset).bitwise_and_(2**self.bits - 1).float()
-        scales = raw.read(self.parts[2])[:, rows].T.float()
-        group = self._groups(raw)
-        weight = torch.empty(len(words), n_in)
-        for span in row_parts(rows):
-            codes = unpack(words[span], self.bits, n_in)
-            if group is None:
-                from_groups(codes, zeros[span], scales[span], weight[span])
-            else:
-                torch.sub(codes, zeros[span][:, group], out=weight[span]).mul_(scales[span][:, group])
-        return weight
-
-    def _groups(self, raw: SafetensorsSource) -> Tensor | None:
-        """(K,) int64; None for groups of equal size one after the other."""
-        import torch
-
-        n_in = self.info.shape[1]
-        if not self.has_groups:
-            return None
-        group = raw.read(self.parts[3]).long()
-        if len(group) and not 0 <= int(group.min()) <= int(group.max()) < self.n_groups:
-            raise SourceError(
-                f"{raw.path_of(self.parts[3])}: {printable(self.parts[3])} names groups from {int(group.min())} to "
-                f"{int(group.max())}, there are {self.n_groups}."
+def _check(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
+    if not isinstance(scheme, IntScheme):
+        raise refusal(name, "gptq", scheme)
+    if scheme.bits not in BITS:
+        raise refusal(name, "gptq", scheme, "it has 2, 3, 4 and 8 bits")
+    for what, length in zip(("outputs", "inputs"), shape, strict=True):
+        if length * scheme.bits % WORD_BITS:
+            raise SchemeError(
+                f"{name}: {length} {what} of {scheme.bits} bits do not fill whole 32-bit words, which gptq needs.",
+                hint="Keep this tensor, or take format: compressed-tensors.",
             )
-        plain = n_in % self.n_groups == 0 and torch.equal(group, torch.arange(n_in) // (n_in // self.n_groups))
-        return None if plain else group
 
 
-def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str, PackedLinear]:
-    where = f"{raw.directory / 'config.json'}: quantization_config"
-    layout = section.get("checkpoint_format", section.get("format", "gptq"))
-    offset = _STORED_LESS_ONE.get(layout) if isinstance(layout, str) else None
-    if offset is None or section.get("is_marlin_format"):
-        found = "marlin" if section.get("is_marlin_format") else layout
-        raise SourceError(f"{where}.checkpoint_format is {printable(repr(found))}, 'gptq' or 'gptq_v2' was needed.")
-    bits = section.get("bits")
-    if not isinstance(bits, int) or bits not in BITS:
-        raise SourceError(f"{where}.bits is {printable(repr(bits))}, one of {', '.join(map(str, BITS))} was needed.")
-    varied = bool(section.get("dynamic"))
-    modules = [name.removesuffix(_WORDS) for name in raw.infos() if name.endswith(_WORDS)]
-    if not modules:
-        raise SourceError(f"{where} says 'gptq', but no tensor is named *{_WORDS}.")
-    return {f"{module}.weight": _linear(raw, module, bits, varied, offset) for module in modules}
-
-
-def _linear(raw: SafetensorsSource, module: str, bits: int, varied: bool, offset: int) -> _Gptq:
-    n_words_in, n_out = part(raw, f"{module}.qweight", ("I32",), (None, None)).shape
-    n_groups = part(raw, f"{module}.scales", SCALES, (None, n_out)).shape[0]
-    where = f"{raw.path_of(f'{module}.qweight')}: {printable(module)}"
-    has_groups = f"{module}.g_idx" in raw.infos()
-    n_in = (
-        part(raw, f"{module}.g_idx", ("I32", "I64"), (None,)).shape[0] if has_groups else n_words_in * WORD_BITS // bits
+def _stored(tensor: PlannedTensor) -> tuple[TensorInfo, ...]:
+    scheme, module = tensor.scheme, tensor.module
+    assert isinstance(scheme, IntScheme), f"{tensor.name}: `_check` admits no other schemes"
+    n_out, n_in = tensor.info.shape
+    n_groups = scheme.n_groups(n_in)
+    return (
+        TensorInfo(f"{module}.qweight", (n_words(n_in, scheme.bits), n_out), "I32"),
+        TensorInfo(f"{module}.qzeros", (n_groups, n_words(n_out, scheme.bits)), "I32"),
+        TensorInfo(f"{module}.scales", (n_groups, n_out), SCALE_DTYPES[scheme.scale_dtype]),
+        TensorInfo(f"{module}.g_idx", (n_in,), "I32"),
     )
-    fitting = [b for b in BITS if n_words(n_in, b) == n_words_in]
-    own = bits if bits in fitting else (fitting[0] if fitting and varied else None)
-    if own is None or not n_in:
-        raise SourceError(
-            f"{where}: qweight has {n_words_in:,} rows of words, {n_words(n_in, bits):,} were needed for {n_in:,} "
-            f"inputs of {bits} bits."
-        )
-    part(raw, f"{module}.qzeros", ("I32",), (n_groups, n_words(n_out, own)))
-    if not n_groups or (not has_groups and n_in % n_groups):
-        raise SourceError(f"{where}: {n_groups:,} groups do not divide {n_in:,} inputs.")
-    info = TensorInfo(f"{module}.weight", (n_out, n_in), "F32")
-    return _Gptq(info, own, n_groups, offset, has_groups)
 
 
-GPTQ = FolderReader("GPTQ", _find)
+def _pack(tensor: QuantizedTensor, *, less: int) -> Mapping[str, Tensor]:
+    """``less``: what is subtracted from zero points."""
+    import torch
+
+    scheme, module = tensor.scheme, tensor.name.removesuffix(".weight")
+    assert isinstance(scheme, IntScheme), f"{tensor.name}: `_check` admits no other schemes"
+    codes, scale = tensor.stored["codes"], tensor.stored["scale"]
+    if scheme.symmetric:
+        zero = torch.full_like(scale, 2 ** (scheme.bits - 1), dtype=torch.uint8)
+    else:
+        zero = tensor.stored["zero_point"]
+        if less:
+            codes, scale, zero = _turned(codes, scale, zero, 2**scheme.bits - 1)
+    n_in, n_groups = codes.shape[1], scale.shape[1]
+    return {
+        f"{module}.qweight": pack(codes, scheme.bits).T,
+        f"{module}.qzeros": pack((zero - less).T.contiguous(), scheme.bits),
+        f"{module}.scales": scale.T,
+        f"{module}.g_idx": torch.arange(n_in, dtype=torch.int32, device=codes.device) // (n_in // n_groups),
+    }
+
+
+def _turned(codes: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of zero point 0 the other way round: scale * code = -scale * ((top - code) - top)."""
+    import torch
+
+    turned = zero == 0
+    of_codes = turned.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+    return (
+        torch.where(of_codes, top - codes, codes),
+        torch.where(turned, -scale, scale),
+        torch.where(turned, top, zero).byte(),
+    )
+
+
+def _config(planned: Sequence[PlannedTensor], *, version: str) -> dict[str, object]:
+    targets = find_targets(planned, whole_modules=True)
+    if not targets.groups:
+        return {}
+    base = next((group for group in targets.groups if LINEAR in group.targets), targets.groups[0])
+    dynamic = {f"-:{_regex(target)}": {} for target in targets.ignore}
+    for group in targets.groups:
+        if group is not base:
+            dynamic |= {f"+:{_regex(target)}": _section(group.scheme) for target in group.targets}
+    return {
+        "quant_method": "gptq",
+        **_section(base.scheme),
+        "desc_act": False,
+        "checkpoint_format": version,
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+    }
+
+
+def _section(scheme: Scheme) -> dict[str, object]:
+    assert isinstance(scheme, IntScheme), "`_check` admits no other schemes"
+    group_size = -1 if scheme.group_size is None else scheme.group_size
+    return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
+
+
+def _regex(target: str) -> str:
+    """A pattern as it is, the name of one module as a pattern for it alone."""
+    return target.removeprefix("re:") if target.startswith("re:") else f"{re.escape(target)}$"
+
+
+GPTQ = FolderLayout(GPTQ_READER, _check, _stored, pack=partial(_pack, less=1), config=partial(_config, version="gptq"))
+GPTQ_V2 = FolderLayout(
+    GPTQ_READER, _check, _stored, pack=partial(_pack, less=0), config=partial(_config, version="gptq_v2")
+)

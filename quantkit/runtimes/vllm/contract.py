@@ -1,5 +1,5 @@
 """What vLLM demands of a quantised folder, checked on the plan, before any work: of its modules in any layout, and of
-compressed-tensors.
+each layout.
 
 `problems`: it would not load, or would be read wrongly without a word. `notes`: loads, but not everywhere. Each line
 names the module, what is planned and what is needed.
@@ -17,8 +17,8 @@ from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, li
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Projection, Role
 
-COMPRESSED_TENSORS = "compressed-tensors"
-"""The layout that was observed."""
+COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ = "compressed-tensors", "gptq", "gptq_v2", "awq"
+"""Layouts of which something is known beyond what holds for all."""
 MARLIN_GROUP_SIZES = (None, 32, 64, 128)
 MARLIN_BITS = (4, 8)
 WIDE_TENSOR_PARALLEL = 8
@@ -161,6 +161,19 @@ def _note_expert_width(linears: LinearsByScheme) -> Iterator[str]:
             )
 
 
+def _note_gptq(linears: LinearsByScheme) -> Iterator[str]:
+    for use, scheme in _integers(linears):
+        if scheme.bits not in MARLIN_BITS or not scheme.symmetric:
+            yield line(use.tensors, "vLLM takes GPTQ checkpoints of 4 and 8 bits, symmetric; gptqmodel takes this.")
+
+
+def _note_zero_points_of_v1(linears: LinearsByScheme) -> Iterator[str]:
+    text = "gptqmodel loads zero points of GPTQ v1 only where it wrote them itself; take format: gptq_v2."
+    for use, scheme in _integers(linears):
+        if not scheme.symmetric:
+            yield line(use.tensors, text)
+
+
 def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
     text = "vLLM rounds their inputs to FP8 too (as DeepSeek serves them); GPUs without FP8 compute in 16 bits."
     for use in linears.uses:
@@ -168,6 +181,7 @@ def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.tensors, text)
 
 
+_GPTQ_NOTES = (_note_gptq, _note_group_size, _note_scale_dtype, _note_expert_width)
 _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     COMPRESSED_TENSORS: (
         _note_bits,
@@ -177,4 +191,7 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
         _note_expert_width,
         _note_float8,
     ),
+    GPTQ: (*_GPTQ_NOTES, _note_zero_points_of_v1),
+    GPTQ_V2: _GPTQ_NOTES,
+    AWQ: (_note_group_size, _note_scale_dtype, _note_expert_width),
 }

@@ -1,4 +1,4 @@
-"""The layout of bitsandbytes checkpoints of 4 bits (NF4, FP4).
+"""Reads bitsandbytes checkpoints of 4 bits (NF4, FP4).
 
 Of a linear with weight (N, K) a file holds, n = N * K and b blocks of ``blocksize`` consecutive weights (row by row),
 
@@ -155,4 +155,4 @@ def _block(where: str, key: str, value: object) -> int:
     return value
 
 
-BITSANDBYTES = FolderReader("bitsandbytes", _find)
+BITSANDBYTES_READER = FolderReader("bitsandbytes", _find)

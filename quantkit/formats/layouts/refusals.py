@@ -1,0 +1,19 @@
+"""What a layout says of a scheme that it cannot hold, and which output can."""
+
+from __future__ import annotations
+
+from quantkit.errors import SchemeError
+from quantkit.schemes import Scheme
+
+_HOLDERS = {
+    "int": "format: compressed-tensors stores integers of 2 to 8 bits, in groups or by row.",
+    "float8": "format: compressed-tensors keeps FP8 blocks; keep: bf16 decodes them.",
+    "ggml": "Block types of ggml go into outputs of format: gguf.",
+}
+"""Kind of a scheme -> the output that can hold it."""
+
+
+def refusal(name: str, layout: str, scheme: Scheme, why: str = "") -> SchemeError:
+    """One line: the linear, its scheme, the layout, ``why`` it does not hold it, and the output that does."""
+    reason = f": {why}" if why else ""
+    return SchemeError(f"{name}: {layout} cannot store {scheme.label}{reason}.", hint=_HOLDERS[scheme.kind])
