@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -29,6 +29,7 @@ from quantkit.documents.conversion import (
     CalibrationFile,
     ConversionDocument,
     LinearRecord,
+    PoorFit,
     StoredRole,
     ValidationResult,
     ValidationScores,
@@ -50,7 +51,8 @@ from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Validation
 from quantkit.plan.text_notes import text_notes
-from quantkit.schemes import Scheme
+from quantkit.schemes import ChosenScheme, Scheme
+from quantkit.schemes.gaussian import fits_poorly, gaussian_losses
 from quantkit.version import __version__
 
 
@@ -67,6 +69,7 @@ def finish(
 ) -> Report:
     """Complete, validate and publish every output."""
     reports: list[OutputReport] = []
+    on_gaussian = gaussian_losses(conversion.machine.device)
     for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
         directory = result_folder(conversion.folder, conversion.plan, output)
         records = conversion.journal.tensors_of(number)
@@ -79,10 +82,13 @@ def finish(
         with conversion.timer.stage("validation"):
             result = _validate(conversion, output, directory, base_dir)
         with conversion.timer.stage("files"):
+            poor = poor_fits(output, records, on_gaussian)
             document = _document(conversion, output, header, rows, records, hashes, result)
+            if poor:
+                document = document.model_copy(update={"poor_fits": poor})
             write_durably(directory / CONVERSION, document.to_json().encode())
             write_model_card(directory, _card(conversion, output, directory, result))
-        reports.append(_output_report(conversion, output, records, result))
+        reports.append(replace(_output_report(conversion, output, records, result), poor_fits=poor))
     conversion.folder.publish()
     report = Report(
         outputs=tuple(reports),
@@ -102,6 +108,26 @@ def _validated(reports: Sequence[OutputReport]) -> bool | None:
     """Whether all outputs keep their limits, None if there are none."""
     passed = [report.validation.passed for report in reports if report.validation is not None]
     return None if all(each is None for each in passed) else False not in passed
+
+
+def poor_fits(
+    output: OutputPlan, records: Mapping[str, TensorRecord], on_gaussian: Callable[[ChosenScheme], float]
+) -> tuple[PoorFit, ...]:
+    """Linears that lose far more than Gaussian weights do in their scheme (``on_gaussian``), largest loss first. What
+    was calibrated is weighed by its inputs, else by nothing."""
+    found: list[PoorFit] = []
+    for name, record in records.items():
+        quantising = output.decisions[name].quantising
+        if quantising is None:
+            continue
+        scheme, _ = quantising
+        expected = on_gaussian(scheme)
+        if fits_poorly(record.relative_loss, expected):
+            fit = PoorFit(
+                name=name, scheme=scheme.label, relative_loss=record.relative_loss, gaussian_loss=round(expected, 6)
+            )
+            found.append(fit)
+    return tuple(sorted(found, key=lambda fit: (-fit.relative_loss, fit.name)))
 
 
 def _require_all(folder: OutputFolder, output: OutputPlan, records: Mapping[str, TensorRecord]) -> None:

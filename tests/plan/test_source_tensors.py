@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantkit.convert.events import Event, Started
 from quantkit.errors import PlanError, QuantkitError, SourceError
 from quantkit.formats.source import checkpoint_name, hub_repository
 from quantkit.inspect.folder import inspect_folder
 from quantkit.plan.forecast import Forecast, forecast
+from quantkit.plan.recipe import Recipe
 from tests.convert.jobs import decoded, int4, recipe_of, run, small_config, write_tokenizer
 from tests.tiny_models import random_weights, write_shards
 
@@ -150,6 +152,18 @@ def test_whole_numbers_as_floats_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = source / "config.json"
     path.write_bytes(BOM_UTF8 + path.read_bytes())
     assert planned(source, DROP_MTP).outputs[0].tensors > 0
+    gguf = {"name": "f32", "format": "gguf", "preset": "F32"}
+    assert forecast(source, Recipe.model_validate({"version": 1, "outputs": [gguf]})).outputs[0].tensors > 0
+
+
+def test_convert_begins_with_what_the_outputs_will_lack(tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = recipe_of(DROP_MTP, INT4, tokens=None)
+    run(model(tmp_path / "m"), recipe, tmp_path / "out", on_event=events.append)
+    (started,) = (event for event in events if isinstance(event, Started))
+    assert started.warnings == (
+        "The source has no chat template: outputs have none, runtimes refuse chats or guess the format.",
+    )
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "awq", "gptq"])

@@ -317,7 +317,7 @@ def _read_text(path: Path, limit: int) -> str:
             raise SourceError(f"{path}: is missing or no file.", hint=_missing_hint(path.parent))
         if (size := path.stat().st_size) > limit:
             raise SourceError(f"{path}: has {size:,} bytes, at most {limit:,} are read.")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
