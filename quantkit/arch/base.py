@@ -231,13 +231,18 @@ class CheckpointVariants:
     foreign: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
+@dataclass(frozen=True, slots=True)
+class GgufReading:
+    """What llama.cpp runs when it loads a file. ``arch``: the model as it computes it; ``specs``: the tensors that it
+    looks for, as wholes or parts; ``notes``: a line for each missing key that changed something."""
+
+    arch: ModelArch
+    specs: tuple[TensorSpec, ...]
+    notes: tuple[str, ...]
+
+
 class GgufModel(Protocol):
     """What llama.cpp calls a model and its tensors."""
-
-    @property
-    def older_forms(self) -> str:
-        """A hint for files that lack parts of linears (`ModelArch.parts`), "" if there are no such files."""
-        ...
 
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """GGUF name of an official tensor or of a part, and the place of a routed expert in its stacked tensor."""
@@ -246,6 +251,12 @@ class GgufModel(Protocol):
     def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
         """Metadata of the architecture: int is stored as uint32, float as float32. Raises `ConfigError` for a model
         that llama.cpp cannot run."""
+        ...
+
+    def read(self, found: Callable[[str], object]) -> GgufReading:
+        """A file of this model, which other converters may have written. ``found``: key -> value, None if it is not
+        there. Raises `SourceError` for a key that contradicts the model, or without which llama.cpp refuses the
+        file."""
         ...
 
     def differences(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from quantkit.arch.base import (
     CheckpointVariants,
@@ -40,7 +40,9 @@ class DeepseekV3:
     final_norm: str = "model.norm.weight"
     stacked_experts: bool = False
 
-    def __init__(self, config: Mapping[str, object]) -> None:
+    def __init__(self, config: Mapping[str, object], gating: Literal["sigmoid", "softmax"] = "sigmoid") -> None:
+        """``gating``: of the router, softmax only for what llama.cpp makes of a file (`GgufModel.read`)."""
+        self._gating: Literal["sigmoid", "softmax"] = gating
         self.config = DeepseekV3Config.of(config)
         self.n_layers: int = self.config.num_hidden_layers
         self.n_mtp_layers: int = self.config.num_nextn_predict_layers
@@ -109,7 +111,7 @@ class DeepseekV3:
             mlp = moe.Mlp.named(f"{prefix}mlp.", MLP_NAMES)
             producer = NormWeight(norm.weight, moe.readers([mlp]))
             return (attention,), (moe.mlp_block("mlp", mlp, norm, producer),)
-        router = moe.GroupedSigmoidRouter(
+        router = moe.GroupedRouter(
             weight=f"{prefix}mlp.gate.weight",
             bias=f"{prefix}mlp.gate.e_score_correction_bias",
             n_groups=c.n_group,
@@ -117,6 +119,7 @@ class DeepseekV3:
             top_k=c.num_experts_per_tok,
             normalize=c.norm_topk_prob,
             scale=c.routed_scaling_factor,
+            gating=self._gating,
         )
         shared = moe.Mlp.named(f"{prefix}mlp.shared_experts.", MLP_NAMES)
         routed = [moe.Mlp.named(f"{prefix}mlp.experts.{e}.", MLP_NAMES) for e in range(c.n_routed_experts)]
@@ -144,9 +147,9 @@ class DeepseekV3:
 
     def gguf(self) -> GgufModel:
         """Architecture ``deepseek2`` of llama.cpp."""
-        from quantkit.arch.deepseek_v3_gguf import DeepseekV3Gguf
+        from quantkit.arch.deepseek_v3_gguf_model import DeepseekV3Gguf
 
-        return DeepseekV3Gguf(self.config)
+        return DeepseekV3Gguf(self.config, DeepseekV3)
 
     def serving(self) -> ServingSizes:
         """Sizes with the latent and the rotated key in the KV cache, which all heads share."""

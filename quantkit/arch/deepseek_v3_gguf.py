@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantkit.errors import ConfigError, SourceError
@@ -20,12 +19,14 @@ if TYPE_CHECKING:
 
 GGUF_ARCHITECTURE = "deepseek2"
 
-SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+SOFTMAX, SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_...
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS: asserts when a file is loaded
-LITE_LAYERS = (26, 27)  # deepseek2.cpp, is_lite; and 48 layers with the vocabulary of GigaChat
-_LITE_48_VOCABULARY = 128_256
+_LITE_LAYERS, _LITE_48_VOCABULARY = (26, 27), 128_256
 _YARN_BETAS = (32.0, 1.0)  # of llama_hparams, fast and slow
 _LATENT_EPS = 1e-6  # see `deepseek_v3.LATENT_NORM_EPS`
+
+WHOLE_KV_B = "attn_kv_b.weight"
+"""kv_b_proj as files from before latent attention store it; such are read, not written."""
 
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -40,6 +41,7 @@ _IN_LAYER = {
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
     "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
     "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "self_attn.kv_b_proj.weight": WHOLE_KV_B,
     "self_attn.kv_b_proj.weight:k": "attn_k_b.weight",
     "self_attn.kv_b_proj.weight:v": "attn_v_b.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
@@ -76,10 +78,8 @@ SIZES = {
     "rope.dimension_count": "qk_rope_head_dim",
 }
 """Key of the metadata, without the architecture -> entry of config.json, where both are the same number."""
-WHOLE_KV_B = "attn_kv_b.weight"
-"""kv_b_proj as files from before latent attention store it."""
 KV_B_PARTS = ("attn_k_b.weight", "attn_v_b.weight")
-SELECTION_BIAS = "exp_probs_b.bias"
+MTP_INPUT, ROUTER, SELECTION_BIAS = "nextn.eh_proj.weight", "ffn_gate_inp.weight", "exp_probs_b.bias"
 QUERY, LOW_QUERY = "attn_q.weight", "attn_q_a.weight"
 """The query projection of models without and with q_lora_rank."""
 _GATE_UP_EXPERTS = "ffn_gate_up_exps.weight"
@@ -105,7 +105,7 @@ _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(.+)")
 def stored_name(name: str) -> tuple[str, int | None]:
     """The GGUF name of an official tensor or of a part (`DeepseekV3.parts`), and its place in a stacked expert tensor.
 
-    Raises SourceError for a name that the architecture has no place for (kv_b_proj itself: only its parts are stored).
+    Raises SourceError for a name that the architecture has no place for.
     """
     if (stored := _TOP.get(name)) is not None:
         return stored, None
@@ -152,6 +152,12 @@ def key_values(config: DeepseekV3Config, *, mtp: bool) -> dict[str, int | float 
         values["nextn_predict_layers"] = c.num_nextn_predict_layers
     named = {f"{GGUF_ARCHITECTURE}.{key}": value for key, value in values.items()}
     return {"general.architecture": GGUF_ARCHITECTURE, "general.type": "model", **named}
+
+
+def is_lite(layers: int, vocab_size: int) -> bool:
+    """Whether llama.cpp takes a model for a lite one, without q_lora_rank: deepseek2.cpp, is_lite. 48 layers with this
+    vocabulary are GigaChat."""
+    return layers in _LITE_LAYERS or (layers == 48 and vocab_size == _LITE_48_VOCABULARY)
 
 
 def differences(config: DeepseekV3Config) -> tuple[str, ...]:
@@ -232,8 +238,7 @@ def _check(c: DeepseekV3Config, *, mtp: bool) -> None:
 def _layout_faults(c: DeepseekV3Config) -> list[str]:
     faults: list[str] = []
     layers = c.num_hidden_layers
-    lite = layers in LITE_LAYERS or (layers == 48 and c.vocab_size == _LITE_48_VOCABULARY)
-    if c.q_lora_rank is not None and lite:
+    if c.q_lora_rank is not None and is_lite(layers, c.vocab_size):
         faults.append(
             f"num_hidden_layers {layers} with q_lora_rank {c.q_lora_rank}: a model of so many layers is a lite one to "
             "llama.cpp, without q_lora_rank"
@@ -271,27 +276,3 @@ def _mtp_faults(c: DeepseekV3Config) -> list[str]:
     if c.q_lora_rank is None:
         faults.append("q_lora_rank is null, llama.cpp runs an MTP layer only with it")
     return faults
-
-
-@dataclass(frozen=True, slots=True)
-class DeepseekV3Gguf:
-    """A `GgufModel`: the functions above for one config."""
-
-    config: DeepseekV3Config
-    older_forms: str = "Files from before April 2025 store kv_b_proj whole: convert the model anew."
-
-    def stored_name(self, name: str) -> tuple[str, int | None]:
-        """See `stored_name`."""
-        return stored_name(name)
-
-    def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
-        """See `key_values`."""
-        return key_values(self.config, mtp=mtp)
-
-    def differences(self) -> tuple[str, ...]:
-        """See `differences`."""
-        return differences(self.config)
-
-    def server_flags(self) -> tuple[str, ...]:
-        """See `server_flags`."""
-        return server_flags(self.config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,9 @@ class Router(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedSigmoidRouter:
+class GroupedRouter:
     """``topk_method`` noaux_tc: experts are chosen by biased scores within the best groups, weighted by unbiased ones.
+    DeepSeek V3's ``gating`` is sigmoid; llama.cpp takes softmax where a file does not say it.
 
     ``weight`` (experts, hidden) and ``bias`` (experts,) are tensor names; the experts form ``n_groups`` equal runs, of
     which ``top_groups`` stay.
@@ -52,10 +53,12 @@ class GroupedSigmoidRouter:
     top_k: int
     normalize: bool
     scale: float
+    gating: Literal["sigmoid", "softmax"] = "sigmoid"
 
     def route(self, weights: Weights, h: Tensor) -> Routing:
         """h (tokens, hidden) -> `Routing`, all in float32. Ties fall as in transformers (same `topk` calls)."""
-        affinity = linear(h, weights(self.weight).float()).sigmoid_()
+        logits = linear(h, weights(self.weight).float())
+        affinity = logits.sigmoid_() if self.gating == "sigmoid" else logits.softmax(dim=-1)
         scores = affinity + weights(self.bias)
         candidates = scores if self.top_groups == self.n_groups else self._within_best_groups(scores)
         indices = candidates.topk(self.top_k, dim=-1, sorted=False).indices

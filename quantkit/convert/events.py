@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.documents.conversion import ValidationResult
+from quantkit.documents.conversion import PoorFit, ValidationResult
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
     """The plan is made and work begins. ``total_bytes``: stored source bytes to be read; ``tokens``: calibration
     tokens (0: data-free); ``layers_done``: layers that an earlier, killed run has finished already; ``warnings``: what
-    makes the calibration text doubtful."""
+    the outputs will lack, and what makes the calibration text doubtful."""
 
     total_layers: int
     total_bytes: int
@@ -94,8 +94,8 @@ class ExpertTokenStats:
 @dataclass(frozen=True, slots=True)
 class OutputReport:
     """One finished checkpoint. ``nbytes``: tensor data; ``bpw``: stored bits per weight of the whole checkpoint;
-    ``serve``: shell lines that serve it; ``faults``: what `quantkit.verify` finds in headers and config, nothing
-    unless something went wrong."""
+    ``serve``: shell lines that serve it; ``faults``: what `quantkit.verify` finds in headers and config, nothing unless
+    something went wrong; ``poor_fits``: linears that lose far more than their scheme should."""
 
     name: str
     path: Path
@@ -107,6 +107,7 @@ class OutputReport:
     validation: ValidationResult | None = None
     serve: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
+    poor_fits: tuple[PoorFit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, repr=False)

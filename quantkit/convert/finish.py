@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -29,6 +29,7 @@ from quantkit.documents.conversion import (
     CalibrationFile,
     ConversionDocument,
     LinearRecord,
+    PoorFit,
     StoredRole,
     ValidationResult,
     ValidationScores,
@@ -50,9 +51,9 @@ from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe, Validation
 from quantkit.plan.text_notes import text_notes
-from quantkit.schemes import Scheme
+from quantkit.schemes import ChosenScheme, Scheme
+from quantkit.schemes.gaussian import fits_poorly, gaussian_losses
 from quantkit.verify.run import Scope, verify_path
-from quantkit.verify.verification import Verification
 from quantkit.version import __version__
 
 
@@ -69,6 +70,7 @@ def finish(
 ) -> Report:
     """Complete, validate and publish every output."""
     reports: list[OutputReport] = []
+    on_gaussian = gaussian_losses(conversion.machine.device)
     for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
         directory = result_folder(conversion.folder, conversion.plan, output)
         records = conversion.journal.tensors_of(number)
@@ -81,12 +83,17 @@ def finish(
         with conversion.timer.stage("validation"):
             result = _validate(conversion, output, directory, base_dir)
         with conversion.timer.stage("files"):
+            poor = poor_fits(output, records, on_gaussian)
             document = _document(conversion, output, header, rows, records, hashes, result)
+            if poor:
+                document = document.model_copy(update={"poor_fits": poor})
             write_durably(directory / CONVERSION, document.to_json().encode())
             write_model_card(directory, _card(conversion, output, directory, result))
         with conversion.timer.stage("files"):
-            found = verify_path(directory, Scope(hashes=False))
-        reports.append(_output_report(conversion, output, records, result, found))
+            verified = verify_path(directory, Scope(hashes=False))
+        made = _output_report(conversion, output, records, result)
+        faults = tuple(finding.text for finding in verified.faults)
+        reports.append(replace(made, faults=faults, poor_fits=poor))
     conversion.folder.publish()
     report = Report(
         outputs=tuple(reports),
@@ -108,6 +115,26 @@ def validated_as_a_whole(passed: Iterable[bool | None]) -> bool | None:
     """Whether all outputs keep their limits, None if there are none. ``passed``: the same for each output."""
     limited = [each for each in passed if each is not None]
     return all(limited) if limited else None
+
+
+def poor_fits(
+    output: OutputPlan, records: Mapping[str, TensorRecord], on_gaussian: Callable[[ChosenScheme], float]
+) -> tuple[PoorFit, ...]:
+    """Linears that lose far more than Gaussian weights do in their scheme (``on_gaussian``), largest loss first. What
+    was calibrated is weighed by its inputs, else by nothing."""
+    found: list[PoorFit] = []
+    for name, record in records.items():
+        quantising = output.decisions[name].quantising
+        if quantising is None:
+            continue
+        scheme, _ = quantising
+        expected = on_gaussian(scheme)
+        if fits_poorly(record.relative_loss, expected):
+            fit = PoorFit(
+                name=name, scheme=scheme.label, relative_loss=record.relative_loss, gaussian_loss=round(expected, 6)
+            )
+            found.append(fit)
+    return tuple(sorted(found, key=lambda fit: (-fit.relative_loss, fit.name)))
 
 
 def _require_all(folder: OutputFolder, output: OutputPlan, records: Mapping[str, TensorRecord]) -> None:
@@ -260,11 +287,7 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
 
 
 def _output_report(
-    conversion: Conversion,
-    output: OutputPlan,
-    records: Mapping[str, TensorRecord],
-    result: ValidationResult | None,
-    verified: Verification,
+    conversion: Conversion, output: OutputPlan, records: Mapping[str, TensorRecord], result: ValidationResult | None
 ) -> OutputReport:
     several = len(conversion.plan.outputs) > 1
     path = conversion.folder.out / output.output.name if several else conversion.folder.out
@@ -278,7 +301,6 @@ def _output_report(
         fallbacks=sum(bool(record.fallback) for record in records.values()),
         validation=result,
         serve=output.target.serve_commands(conversion.source.directory, output.planned, shlex.quote(str(path))),
-        faults=tuple(finding.text for finding in verified.faults),
     )
 
 

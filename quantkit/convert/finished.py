@@ -57,5 +57,6 @@ def _output(job: Job, output: OutputPlan, document: ConversionDocument) -> Outpu
         quantized=sum(decision.action is Action.QUANTIZE for decision in output.decisions.values()),
         fallbacks=sum(bool(linear.fallback) for linear in document.tensors.values()),
         validation=document.validation,
+        poor_fits=document.poor_fits,
         serve=output.target.serve_commands(job.source.directory, output.planned, shlex.quote(str(path))),
     )

@@ -36,6 +36,7 @@ from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry, Tens
 from quantkit.errors import OutputError
 from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.side_files import folder_notes
 from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
@@ -122,7 +123,8 @@ def _run(conversion: Conversion, rows: TokenRows | None, header: JobHeader, base
     _rewind(conversion, calibrated=rows is not None)
     done = {entry.layer for entry in conversion.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
-    warnings = () if rows is None else rows.warnings
+    doubtful = () if rows is None else rows.warnings
+    warnings = (*folder_notes(conversion.source.directory), *doubtful)
     conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings))
     if not conversion.journal.outside_done:
         with conversion.timer.stage("copy"):

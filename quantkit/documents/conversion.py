@@ -95,6 +95,17 @@ class LinearRecord(DocumentPart):
     """Missing where there was none."""
 
 
+class PoorFit(DocumentPart):
+    """A linear that loses over five times what its scheme loses on Gaussian weights."""
+
+    name: str
+    scheme: str
+    """ "int4 g128", "Q4_K"."""
+    relative_loss: Number
+    gaussian_loss: Number
+    """Relative squared error of Gaussian weights in this scheme."""
+
+
 class ConversionDocument(DocumentPart):
     """The whole document."""
 
@@ -118,6 +129,8 @@ class ConversionDocument(DocumentPart):
     expert_tokens: dict[Count, dict[str, tuple[ExpertRecord, ...]]] = Field(default_factory=dict)
     """By layer and block of routed experts."""
     tensors: dict[str, LinearRecord]
+    poor_fits: tuple[PoorFit, ...] = ()
+    """Largest loss first. The key is missing where there are none."""
     sha256: dict[str, str] = Field(default_factory=dict)
     """sha256 (hex) of each file of the checkpoint but this one and README.md."""
 

@@ -1,13 +1,13 @@
 """A checkpoint to be evaluated, of any format that can be decoded: what it is follows from its files.
 
 A candidate must be the reference's model: same layers, width, vocabulary and tensor shapes. A folder computes by its
-own config.json; a GGUF file by the reference's, which its metadata must not contradict.
+own config.json; a GGUF file by the reference's, which its metadata must not contradict, with llama.cpp's defaults for
+keys that it lacks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Protocol
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import ModelArch
-from quantkit.arch.parts import in_parts, stored_tensors
+from quantkit.arch.base import GgufModel, GgufReading, ModelArch
+from quantkit.arch.parts import stored_tensors
 from quantkit.documents.evaluation import CheckpointFacts
 from quantkit.errors import ConfigError, QuantkitError, SourceError
 from quantkit.formats.folder import FolderSource
@@ -35,8 +35,6 @@ READABLE = (
     "can be read."
 )
 _TOKENIZER = "tokenizer.json"
-_UNUSED_KEYS = ("general.type", ".context_length", ".vocab_size")
-"""Ends of keys that nothing is computed with here."""
 _SAMPLE_BYTES = 4096
 
 
@@ -156,48 +154,34 @@ def _tokenizer_notes(path: Path, reference: str | None) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- GGUF
 
 
-def _open_gguf(path: Path, arch: ModelArch) -> Evaluated:
+def _open_gguf(path: Path, reference: ModelArch) -> Evaluated:
+    """The model that llama.cpp runs when it is given the file: what the file does not say has llama.cpp's default."""
+    model = reference.gguf()
     with GgufReader(path) as reader:
-        notes = _metadata_notes(reader, arch)
-        specs = [spec for spec in in_parts(arch) if spec.role is not Role.MTP]
-        model = arch.gguf()
+        reading = _reading(reader, model)
+        specs = [spec for spec in reading.specs if spec.role is not Role.MTP]
         names = {spec.name: model.stored_name(spec.name) for spec in specs}
         for stored in stored_tensors(specs, model).values():
             entry = reader.tensors.get(stored.name)
-            hint = model.older_forms if stored.first.part_of is not None else ""
-            _check_shape(reader.path, stored.name, None if entry is None else entry.shape, stored.shape, hint)
+            shape = None if entry is None else entry.shape
+            _check_shape(reader.path, stored.name, shape, stored.shape, f"See: quantkit inspect {path}")
         stored_infos = [TensorInfo(e.name, e.shape, "F32") for e in reader.tensors.values()]
-        facts = _facts(path, "GGUF", _gguf_fingerprint(reader), stored_infos, reader.data_bytes, notes)
-    return Evaluated(arch, GgufSource(path, names, tuple(arch.parts().values())), facts)
+        facts = _facts(path, "GGUF", _gguf_fingerprint(reader), stored_infos, reader.data_bytes, reading.notes)
+    return Evaluated(reading.arch, GgufSource(path, names, tuple(reference.parts().values())), facts)
 
 
-def _metadata_notes(reader: GgufReader, arch: ModelArch) -> list[str]:
-    """Raise for metadata that contradicts the reference's config; a line about keys that are not there."""
-    model = arch.gguf()
-    name = "general.architecture"
-    needed = model.key_values(mtp=False)
-    if reader.get(name) == needed[name] and reader.get(f"{needed[name]}.nextn_predict_layers"):
-        needed = model.key_values(mtp=True)
-    missing: list[str] = []
-    for key, value in needed.items():
-        found = reader.get(key)
-        if key.endswith(_UNUSED_KEYS):
-            continue
-        if found is None:
-            missing.append(key)
-        elif not _same(found, value):
-            raise SourceError(
-                f"{reader.path}: {key} is {printable(repr(found))}, the reference needs {value!r}.",
-                hint="It is another model, or was converted with other settings.",
-            )
-    return [f"The file lacks {', '.join(missing)}: computed as the reference's config.json says."] if missing else []
-
-
-def _same(found: object, needed: object) -> bool:
-    """Floats are stored as float32."""
-    if isinstance(found, int | float) and isinstance(needed, float):
-        return math.isclose(found, needed, rel_tol=1e-6, abs_tol=1e-30)
-    return found == needed
+def _reading(reader: GgufReader, model: GgufModel) -> GgufReading:
+    key = "general.architecture"
+    found, needed = reader.get(key), model.key_values(mtp=False)[key]
+    if found != needed:
+        raise SourceError(
+            f"{reader.path}: {key} is {printable(repr(found))}, the reference needs {needed!r}.",
+            hint="It is another model.",
+        )
+    try:
+        return model.read(reader.get)
+    except SourceError as error:
+        raise SourceError(f"{reader.path}: {error.message}", hint=error.hint) from None
 
 
 def _gguf_fingerprint(reader: GgufReader) -> str:

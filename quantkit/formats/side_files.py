@@ -96,7 +96,7 @@ def has_chat_template(source_directory: Path) -> bool:
     raw = _read_side_file(path)
     check_json_size(raw, str(path))
     try:
-        settings: object = json.loads(raw)
+        settings: object = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return False  # `check_side_files` says what is wrong with it
     return isinstance(settings, dict) and bool(cast("Mapping[str, object]", settings).get("chat_template"))
@@ -140,7 +140,7 @@ def _read_side_file(path: Path) -> bytes:
 def _check_json(path: Path, raw: bytes) -> None:
     check_json_size(raw, str(path))
     try:
-        json.loads(raw.decode("utf-8"))
+        json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         word = first_word(raw)
         found = f"begins with {word!r}" if word and word[0] not in '{["' else printable(str(error))

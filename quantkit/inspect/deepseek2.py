@@ -14,26 +14,26 @@ from quantkit.arch import arch_of
 from quantkit.arch.deepseek_v3_gguf import (
     GGUF_ARCHITECTURE,
     KV_B_PARTS,
-    LITE_LAYERS,
     LOW_QUERY,
     OLDER,
     OPTIONAL,
     QUERY,
     REPLACED_BY,
+    ROUTER,
     SELECTION_BIAS,
     SIGMOID,
     SIZES,
     WHOLE_KV_B,
 )
+from quantkit.arch.deepseek_v3_gguf_read import Found, default_of, stores_whole_kv_b
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.reader import GgufReader
+from quantkit.inspect.deepseek2_keys import missing_keys
 from quantkit.inspect.storage import counted
 from quantkit.tensors import Role, TensorSpec
 
 PREFIX = f"{GGUF_ARCHITECTURE}."
-V3_EXPERTS = 256
-"""Routed experts of V3, V3.1 and R1, whose experts are chosen in groups; models without groups have other numbers."""
 
 _FIXED: dict[str, object] = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -70,10 +70,11 @@ def oddities(model: GgufReader) -> list[str]:
 
 def _tensor_lines(model: GgufReader) -> list[str]:
     """Against the table of tensors that the metadata describes."""
-    missing = [PREFIX + key for key in (*SIZES, "block_count", "expert_count") if _count(model, key) is None]
-    missing += [key for key in _head_keys(model) if _count(model, key.removeprefix(PREFIX)) is None]
-    if missing:
-        return [counted("keys that the architecture needs are missing", missing)]
+    keys = (*SIZES, "block_count", "expert_count", *_head_keys(model))
+    unknown = [PREFIX + key for key in keys if _size(model, key) is None]
+    if unknown:  # those that are missing have lines of their own
+        odd = [key for key in unknown if model.get(key) is not None]
+        return [counted("keys that the architecture needs are no whole numbers", odd)] if odd else []
     try:
         expected = _expected(model)
     except ConfigError as error:
@@ -104,9 +105,9 @@ def _missing(model: GgufReader, expected: Mapping[str, TensorSpec]) -> list[str]
 
 def _expected(model: GgufReader) -> dict[str, TensorSpec]:
     """Tensors by GGUF name, shapes in numpy's order. Raises `ConfigError` if the metadata describes no model."""
-    key, value = (_count(model, key.removeprefix(PREFIX)) or 0 for key in _head_keys(model))
+    key, value = (_size(model, key) or 0 for key in _head_keys(model))
     mtp = _count(model, "nextn_predict_layers") or 0
-    sizes = {entry: _count(model, found) for found, entry in SIZES.items()}
+    sizes = {entry: _size(model, found) for found, entry in SIZES.items()}
     rope = sizes["qk_rope_head_dim"] or 0
     return _table(
         {
@@ -159,9 +160,23 @@ def _block_and_suffix(name: str) -> tuple[str, str]:
 
 def _head_keys(model: GgufReader) -> tuple[str, str]:
     """Where the sizes of a key and of a value head are: files from before latent attention have the shorter names."""
-    legacy = any(name.endswith(f".{WHOLE_KV_B}") for name in model.tensors)
-    end = "" if legacy and model.get(f"{PREFIX}attention.key_length_mla") is None else "_mla"
-    return f"{PREFIX}attention.key_length{end}", f"{PREFIX}attention.value_length{end}"
+    end = "" if stores_whole_kv_b(_found(model)) else "_mla"
+    return f"attention.key_length{end}", f"attention.value_length{end}"
+
+
+def _size(model: GgufReader, key: str) -> int | None:
+    """A number of the file, or what llama.cpp takes for it where tensors may have that size."""
+    defaulted = key in ("attention.key_length", "attention.value_length") or (
+        key == "leading_dense_block_count" and f"blk.0.{ROUTER}" in model.tensors
+    )
+    if defaulted and model.get(PREFIX + key) is None:
+        default = default_of(key, _found(model))
+        return default if isinstance(default, int) else None
+    return _count(model, key)
+
+
+def _found(model: GgufReader) -> Found:
+    return lambda key: model.get(PREFIX + key)
 
 
 def _vocabulary(model: GgufReader) -> int:
@@ -188,42 +203,24 @@ def _count(model: GgufReader, key: str) -> int | None:
 
 def _key_lines(model: GgufReader) -> list[str]:
     """Keys whose absence or value changes what is computed, or keeps llama.cpp from loading the file."""
-    lines: list[str] = []
-    biased = any(name.endswith(f".{SELECTION_BIAS}") for name in model.tensors)
     gating = _count(model, "expert_gating_func")
-    if biased and gating != SIGMOID:
-        found = "is missing" if gating is None else f"is {gating}"
+    lines: list[str] = []
+    if _is_biased(model) and gating not in (None, SIGMOID):
         lines.append(
-            f"{PREFIX}expert_gating_func {found}: llama.cpp then takes softmax, but experts with a selection bias "
-            f"(exp_probs_b) are gated by sigmoid ({SIGMOID})."
+            f"{PREFIX}expert_gating_func is {gating}: experts with a selection bias (exp_probs_b) are gated by sigmoid "
+            f"({SIGMOID})."
         )
-    experts, groups = _count(model, "expert_count"), _count(model, "expert_group_count")
-    if biased and experts == V3_EXPERTS and not groups:
+    multiplier = model.get(f"{PREFIX}rope.scaling.yarn_log_multiplier")
+    if isinstance(multiplier, float) and abs(multiplier) >= 0.5:
         lines.append(
-            f"{PREFIX}expert_group_count is missing, as in files of older converters: DeepSeek V3 and R1 choose among "
-            f"{V3_EXPERTS} experts in 8 groups of which 4 are used, llama.cpp will choose without groups."
+            f"{PREFIX}rope.scaling.yarn_log_multiplier is {multiplier:g}: for this architecture a tenth of "
+            "mscale_all_dim is stored (0.1 for DeepSeek V3), llama.cpp multiplies it by ten."
         )
-    layers = _count(model, "block_count")
-    if model.get(f"{PREFIX}attention.q_lora_rank") is None and layers not in LITE_LAYERS:
-        lines.append(
-            f"{PREFIX}attention.q_lora_rank is missing: llama.cpp refuses the file (0 says that there is none)."
-        )
-    return [*lines, *_yarn_lines(model)]
+    return [*lines, *missing_keys(model.get, model.tensors)]
 
 
-def _yarn_lines(model: GgufReader) -> list[str]:
-    if model.get(f"{PREFIX}rope.scaling.type") != "yarn":
-        return []
-    key = f"{PREFIX}rope.scaling.yarn_log_multiplier"
-    found = model.get(key)
-    if not isinstance(found, float) or not found:
-        return [f"{key} is missing: llama.cpp then leaves out the factor of yarn on the softmax."]
-    if abs(found) < 0.5:
-        return []
-    return [
-        f"{key} is {found:g}: for this architecture a tenth of mscale_all_dim is stored (0.1 for DeepSeek V3), "
-        "llama.cpp multiplies it by ten."
-    ]
+def _is_biased(model: GgufReader) -> bool:
+    return any(name.endswith(f".{SELECTION_BIAS}") for name in model.tensors)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

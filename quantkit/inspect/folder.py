@@ -16,11 +16,13 @@ from typing import cast
 from pydantic import ValidationError
 
 from quantkit.arch import arch_of
+from quantkit.arch.base import ModelArch
 from quantkit.errors import ConfigError
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
+from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies, sort_unlisted
 from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import Float8Scheme, IntScheme, describe
@@ -86,12 +88,16 @@ def inspect_folder(directory: Path | str) -> Inspection:
         shards = len({source.stored(name).file for name in infos})
         if source.unlisted:
             unusual.append(counted("tensors in the shards that the index does not list", list(source.unlisted)))
-    config = _config(directory, unusual)
-    family, specs = _family(config, unusual)
+        config = _config(directory, unusual)
+        family, arch = _family(config, unusual)
+        tied = None if arch is None else contradicts_tied(arch.variants(), infos, source.equal)
+    specs = {} if arch is None else {spec.name: spec for spec in arch.tensors()}
     weights = _weights(infos)
     groups = _stated_groups(config)
     planned = {name: _planned(weight, specs.get(name), groups, unusual) for name, weight in weights.items()}
-    _compare_with_family(specs, weights, planned, unusual)
+    if arch is not None:
+        unusual += _unlisted(arch, specs, weights, tied)
+        _compare_with_family(arch, specs, weights, planned, unusual)
     _compare_with_config(config, planned, infos, unusual)
     method = quant_method(config) or ""
     if method == contract.COMPRESSED_TENSORS and any(tensor and tensor.scheme for tensor in planned.values()):
@@ -109,17 +115,16 @@ def _config(directory: Path, unusual: list[str]) -> dict[str, object]:
     return {}
 
 
-def _family(config: Mapping[str, object], unusual: list[str]) -> tuple[str, dict[str, TensorSpec]]:
-    """Name and tensor table of the architecture; ("", {}) if quantkit does not know it or its config is faulty."""
+def _family(config: Mapping[str, object], unusual: list[str]) -> tuple[str, ModelArch | None]:
+    """Name and family of the architecture; ("", None) if quantkit does not know it or its config is faulty."""
     if not config:
-        return "", {}
+        return "", None
     try:
         arch = arch_of(config)
     except ConfigError as error:
         unusual.append(str(error))
-        return "", {}
-    names = cast("list[str]", config["architectures"])
-    return ", ".join(names), {spec.name: spec for spec in arch.tensors()}
+        return "", None
+    return ", ".join(cast("list[str]", config["architectures"])), arch
 
 
 def _weights(infos: Mapping[str, TensorInfo]) -> dict[str, _Weight]:
@@ -192,15 +197,34 @@ def _int_scheme(
         return None, ()
 
 
+def _unlisted(
+    arch: ModelArch,
+    specs: Mapping[str, TensorSpec],
+    weights: Mapping[str, _Weight],
+    contradiction: tuple[str, str] | None,
+) -> list[str]:
+    """What a plan leaves out with a note, and what it refuses."""
+    refused, lines = ("", []) if contradiction is None else (contradiction[0], [contradiction[1]])
+    unknown = [name for name in weights if name not in specs and name != refused]
+    found = sort_unlisted(arch.variants(), unknown, specs)
+    unexpected = list(found.unexpected)
+    return [
+        *lines,
+        *found.notes,
+        *([counted("tensors that the architecture does not have", unexpected)] if unexpected else []),
+    ]
+
+
 def _compare_with_family(
+    arch: ModelArch,
     specs: Mapping[str, TensorSpec],
     weights: Mapping[str, _Weight],
     planned: Mapping[str, PlannedTensor | None],
     unusual: list[str],
 ) -> None:
-    if not specs:
-        return
-    missing = [name for name in specs if name not in weights]
+    shared = shared_copies(arch, weights)
+    unusual += note_of_copies(shared)
+    missing = [name for name in specs if name not in weights and name not in shared]
     mtp = [name for name, spec in specs.items() if spec.role is Role.MTP]
     if mtp and all(name not in weights for name in mtp):
         unusual.append(f"no MTP layer, although config.json has num_nextn_predict_layers ({len(mtp):,} tensors).")
@@ -215,7 +239,6 @@ def _compare_with_family(
     ]
     for text, names in (
         ("tensors of the architecture that are missing", missing),
-        ("tensors that the architecture does not have", [name for name in weights if name not in specs]),
         ("tensors whose shape does not fit config.json", shapes),
         ("tensors that the official release stores in float32 and this one does not", narrowed),
     ):

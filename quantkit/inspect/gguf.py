@@ -229,7 +229,7 @@ def _layer_lines(model: GgufReader, architecture: str) -> list[str]:
     """Layers without any tensor, and layers beyond the last."""
     count = model.get(f"{architecture}.block_count")
     if not isinstance(count, int) or isinstance(count, bool):
-        return [f"{architecture}.block_count is missing."] if architecture else []
+        return [f"{architecture}.block_count is missing: llama.cpp does not load the file."] if architecture else []
     present = {int(match[1]) for name in model.tensors if (match := _BLOCK.match(name))}
     missing = [f"blk.{layer}" for layer in range(min(count, _LISTED_LAYERS)) if layer not in present]
     beyond = [f"blk.{layer}" for layer in sorted(present) if layer >= count]

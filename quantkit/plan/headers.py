@@ -17,7 +17,8 @@ from quantkit.formats.safetensors.reader import read_index
 from quantkit.formats.safetensors.zero_tail import zero_tails
 from quantkit.formats.side_files import folder_notes
 from quantkit.formats.source import DEFAULT_BLOCK_SIZE, float8_block_size, open_source, quant_method, read_config
-from quantkit.tensors import Role, TensorInfo
+from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies
+from quantkit.tensors import TensorInfo
 
 IsFloat8 = Callable[[str], bool]
 
@@ -103,26 +104,21 @@ def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[di
 
 
 def _check_tied(source: Fp8Source, arch: ModelArch) -> None:
-    """A head beside tied embeddings may be there if it is the embedding, byte for byte."""
-    infos = source.infos()
-    for name, original in arch.variants().tied.items():
-        if name in infos and original in infos and not source.raw.equal(name, original):
-            raise SourceError(
-                f"{source.raw.path_of(name)}: {name} differs from {original}, but config.json says that the embeddings "
-                "are tied.",
-                hint='If the model has a head of its own, set "tie_word_embeddings": false in config.json.',
-            )
+    """Raise `SourceError` for a head that is not the embedding, where config.json says that it is."""
+    found = contradicts_tied(arch.variants(), source.infos(), source.raw.equal)
+    if found is not None:
+        name, line = found
+        raise SourceError(
+            f"{source.raw.path_of(name)}: {line}",
+            hint='If the model has a head of its own, set "tie_word_embeddings": false in config.json.',
+        )
 
 
 def _share_copies(source: Fp8Source, arch: ModelArch) -> tuple[str, ...]:
-    """Show copies that MTP layers leave out -> a note about it. An MTP layer of which nothing is there stays absent."""
-    infos = source.infos()
-    present = {spec.layer for spec in arch.tensors() if spec.role is Role.MTP and spec.name in infos}
-    lacking = {spec.name for spec in arch.tensors() if spec.layer in present and spec.name not in infos}
-    copies = arch.variants().copies
-    shared = {name: original for name, original in copies.items() if name in lacking and original in infos}
+    """Show copies that MTP layers leave out -> a note about each."""
+    shared = shared_copies(arch, source.infos())
     source.share(shared)
-    return tuple(f"{name}: not in the source, taken from {original}." for name, original in shared.items())
+    return note_of_copies(shared)
 
 
 def _check_index(directory: Path, arch: ModelArch, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> None:

@@ -7,7 +7,7 @@ it does. What no output keeps is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -60,8 +60,15 @@ def match_source(
         elif fault is not None:
             problems.add(fault.kind, fault.line, fault.hint)
         used[spec.name] = info or TensorInfo(spec.name, spec.shape, "BF16")
-    unknown = [name for name in infos if name not in used]
-    notes = _leave_out(arch.variants(), unknown, used, problems)
+    variants = arch.variants()
+    unlisted = sort_unlisted(variants, [name for name in infos if name not in used], used)
+    for name in unlisted.unexpected:
+        problems.add(
+            "unexpected tensors",
+            f"{name}: found in the source, but this architecture has no such tensor.",
+            _unexpected_hint(name, variants),
+        )
+    notes = list(unlisted.notes)
     absent = [name for name in faults if name not in infos]
     if absent:
         notes.append(f"{_counted(absent)} of MTP layers: not in the source. Outputs that drop them need none.")
@@ -94,19 +101,20 @@ def _missing_hint(spec: TensorSpec, arch: ModelArch) -> str:
     return "Fetch the missing shards, or compare config.json."
 
 
-def _leave_out(
-    variants: CheckpointVariants, unknown: list[str], known: Mapping[str, TensorInfo], problems: Problems
-) -> list[str]:
-    """Sort tensors that the family does not list: a note for what may be left out, a problem for the rest."""
+@dataclass(frozen=True, slots=True)
+class Unlisted:
+    """Tensors that the family does not list. ``notes``: a line for what may be left out; ``unexpected``: the others."""
+
+    notes: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def sort_unlisted(variants: CheckpointVariants, unknown: Collection[str], known: Collection[str]) -> Unlisted:
+    """``known``: names that the family lists and the checkpoint has or should have. What ``tied`` names is taken to be
+    equal: see `contradicts_tied`."""
     derived = [name for name in unknown if _matches(name, variants.derived)]
     tied = [name for name in unknown if name in variants.tied]
     undeclared = _undeclared_mtp(variants, unknown, known)
-    for name in sorted(set(unknown) - {*derived, *tied, *undeclared}):
-        problems.add(
-            "unexpected tensors",
-            f"{name}: found in the source, but this architecture has no such tensor.",
-            _unexpected_hint(name, variants),
-        )
     notes = [f"{name}: left out, it equals {variants.tied[name]} as tie_word_embeddings says." for name in tied]
     if derived:
         notes.append(f"{_counted(derived)}: left out, the values follow from config.json.")
@@ -115,12 +123,36 @@ def _leave_out(
             f"{_counted(undeclared)}: left out, an MTP layer that config.json does not declare. To keep it, set "
             "num_nextn_predict_layers there."
         )
-    return notes
+    return Unlisted(tuple(notes), tuple(sorted(set(unknown) - {*derived, *tied, *undeclared})))
 
 
-def _undeclared_mtp(
-    variants: CheckpointVariants, unknown: list[str], known: Mapping[str, TensorInfo]
-) -> tuple[str, ...]:
+def shared_copies(arch: ModelArch, names: Collection[str]) -> dict[str, str]:
+    """Copies that MTP layers leave out -> the tensor of the main model that stands for each. An MTP layer of which
+    nothing is there stays absent."""
+    mtp = [spec for spec in arch.tensors() if spec.role is Role.MTP]
+    present = {spec.layer for spec in mtp if spec.name in names}
+    lacking = {spec.name for spec in mtp if spec.layer in present and spec.name not in names}
+    copies = arch.variants().copies
+    return {name: original for name, original in copies.items() if name in lacking and original in names}
+
+
+def note_of_copies(shared: Mapping[str, str]) -> tuple[str, ...]:
+    """A line for each of `shared_copies`."""
+    return tuple(f"{name}: not in the source, taken from {original}." for name, original in shared.items())
+
+
+def contradicts_tied(
+    variants: CheckpointVariants, names: Collection[str], equal: Callable[[str, str], bool]
+) -> tuple[str, str] | None:
+    """A head beside tied embeddings that is not the embedding, byte for byte, and the line about it."""
+    for name, original in variants.tied.items():
+        if name in names and original in names and not equal(name, original):
+            line = f"{name} differs from {original}, but config.json says that the embeddings are tied."
+            return name, line
+    return None
+
+
+def _undeclared_mtp(variants: CheckpointVariants, unknown: Collection[str], known: Collection[str]) -> tuple[str, ...]:
     """Tensors of whole layers beyond those that config.json counts, each with what only MTP layers have."""
     marker = variants.mtp_marker
     layers = {name.removesuffix(marker) + "." for name in unknown if marker and name.endswith(marker)}

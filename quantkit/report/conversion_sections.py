@@ -87,7 +87,7 @@ def _errors(converted: LabelledConversion) -> list[Block]:
         if grid.calibrated
         else "the squared change of a linear's weights, relative to the weights (the conversion was data-free)"
     )
-    blocks: list[Block] = []
+    blocks: list[Block] = _poor_fits(converted)
     if grid.cells:
         blocks.append(
             Figure(
@@ -103,6 +103,23 @@ def _errors(converted: LabelledConversion) -> list[Block]:
     blocks.append(_projection_table(grid))
     blocks.append(_worst_table(converted))
     return blocks
+
+
+def _poor_fits(converted: LabelledConversion) -> list[Block]:
+    """A table of linears that lose far more than their scheme should, first of all; nothing where there are none."""
+    fits = converted.document.poor_fits
+    if not fits:
+        return []
+    note = Note(
+        f"{numbers.counted(len(fits), 'linear')} lost more than five times what the same scheme loses on Gaussian "
+        "weights: the weights are too small or too uneven for it. Keep them in BF16, or give them another scheme."
+    )
+    rows = tuple(
+        (fit.name, fit.scheme, numbers.percentage(fit.relative_loss), numbers.percentage(fit.gaussian_loss))
+        for fit in fits
+    )
+    head = ("linear", "scheme", "loss", "on Gaussian weights")
+    return [note, Table(head, rows, left=2, title="Linears that do not fit their scheme", long=len(rows) > WORST)]
 
 
 def _blind_sentence(grid: ErrorGrid) -> str:

@@ -227,7 +227,7 @@ def _check_reach(scheme: IntScheme, weight: Tensor) -> None:
     if bool(wrong.any()):
         row = tuple(wrong.nonzero()[0].tolist())
         raise SchemeError(
-            f"row {', '.join(map(str, row))}: no float16 scale of {scheme.label} fits its weights, which reach from "
+            f"row {row[-1]}: no float16 scale of {scheme.label} fits its weights, which reach from "
             f"{float(lowest[row]):g} to {float(highest[row]):g} (needed: at most {limit:g}).",
             hint="Repair the checkpoint, take scale_dtype: bfloat16, or keep this tensor.",
         )

@@ -9,14 +9,22 @@ from quantkit.documents.conversion import ValidationResult
 from quantkit.formats.sizes import short_size
 from quantkit.text.tables import both_units, duration, table
 
+NAMED = 5
+"""Linears that a warning names."""
+ADVICE = (
+    "  Their weights are too small or too uneven for it. A rule can keep them (keep: bf16, or f32), or give them "
+    "another scheme, such as scale_dtype: bfloat16."
+)
+
 
 def report_text(report: Report) -> str:
     """Tables of quality and size, times."""
     outputs = list(map(_output_text, report.outputs))
+    warnings = [poor_fits_text(output) for output in report.outputs if output.poor_fits]
     if report.finished_before:
         said = "finished already: what an earlier run left of its work folder is removed."
-        return "\n\n".join([said, *outputs])
-    return "\n\n".join([*outputs, _run_text(report)])
+        return "\n\n".join([said, *outputs, *warnings])
+    return "\n\n".join([*outputs, _run_text(report), *warnings])
 
 
 def _output_text(output: OutputReport) -> str:
@@ -32,6 +40,21 @@ def _output_text(output: OutputReport) -> str:
     if output.fallbacks:
         rows.append(("linears that fell back to a weaker method", f"{output.fallbacks:,} (see quantkit.json)"))
     return table((output.name, str(output.path)), rows)
+
+
+def poor_fits_text(output: OutputReport) -> str:
+    """A warning that names linears which lose far more than their scheme should."""
+    fits = output.poor_fits
+    lines = [
+        f"  {fit.name}: loss {fit.relative_loss:.3g}, {fit.scheme} on Gaussian weights {fit.gaussian_loss:.2g}"
+        for fit in fits[:NAMED]
+    ]
+    if len(fits) > NAMED:
+        lines.append(f"  and {len(fits) - NAMED:,} others (see poor_fits in quantkit.json)")
+    counted = "1 linear loses" if len(fits) == 1 else f"{len(fits):,} linears lose"
+    return "\n".join(
+        [f"warning: output {output.name}: {counted} over five times what the scheme should:", *lines, ADVICE]
+    )
 
 
 def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
@@ -102,6 +125,7 @@ def _output_document(output: OutputReport) -> Mapping[str, object]:
         "quantized": output.quantized,
         "fallbacks": output.fallbacks,
         "serve": list(output.serve),
+        "poor_fits": [fit.model_dump(mode="json") for fit in output.poor_fits],
         "validation": None if output.validation is None else _validation_document(output.validation),
     }
 

@@ -99,11 +99,11 @@ class TestNames:
         assert stored_name("model.layers.3.mlp.experts.255.down_proj.weight") == ("blk.3.ffn_down_exps.weight", 255)
         assert stored_name("model.norm.weight") == ("output_norm.weight", None)
         assert stored_name("model.layers.0.self_attn.kv_b_proj.weight:k") == ("blk.0.attn_k_b.weight", None)
+        assert stored_name("model.layers.0.self_attn.kv_b_proj.weight") == ("blk.0.attn_kv_b.weight", None)
 
     @pytest.mark.parametrize(
         "name",
         [
-            "model.layers.0.self_attn.kv_b_proj.weight",
             "model.layers.0.self_attn.q_a_proj.weight:k",
             "model.layers.0.self_attn.rotary_emb.inv_freq",
             "model.layers.00.input_layernorm.weight",

@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from quantkit.errors import SourceError
-from quantkit.formats.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from quantkit.formats.gguf.pre_tokenizers import NAMED_ONLY, PRE_TOKENIZERS, PreTokenizer
 from quantkit.formats.gguf.values import Value
 from quantkit.formats.gguf.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary
 from tests.oracles import gguf_writer
@@ -343,11 +343,36 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
         vocabulary(tmp_path, 1280)
 
 
-def test_pre_is_taken_as_given_if_it_is_known(tmp_path: Path) -> None:
+def test_pre_is_taken_as_given_for_rules_that_are_not_recognised(tmp_path: Path) -> None:
     folder = copy_of_nano(tmp_path, put("pre_tokenizer.pretokenizers.0.pattern.Regex", "[0-9]{1,3}"))
-    assert vocabulary(folder, 1280, pre="deepseek-v3")["tokenizer.ggml.pre"].value == "deepseek-v3"
-    with pytest.raises(SourceError, match="pre: found 'qwen2', needed one of: deepseek-v3, llama-bpe, gpt-2"):
+    for pre in ("deepseek-v3", "kimi-k2"):
+        assert vocabulary(folder, 1280, pre=pre)["tokenizer.ggml.pre"].value == pre
+    with pytest.raises(SourceError, match="pre: found 'qwen2', needed one of: deepseek-v3, llama-bpe, gpt-2, kimi-k2"):
         vocabulary(folder, 1280, pre="qwen2")
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "gpt-2", "kimi-k2"])
+def test_pre_may_not_contradict_what_is_recognised(pre: str) -> None:
+    said = f"cuts text by the rules of deepseek-v3, but the recipe says pre: {pre}"
+    with pytest.raises(SourceError, match=said) as caught:
+        vocabulary(NANO, 1280, pre=pre)
+    assert caught.value.hint.startswith("Leave `pre:` out")
+    assert vocabulary(NANO, 1280, pre="deepseek-v3") == vocabulary(NANO, 1280)
+
+
+def test_llama_cpp_knows_the_names_that_are_only_named(tmp_path: Path) -> None:
+    """It refuses names that it does not know."""
+    folder = copy_of_nano(tmp_path, put("pre_tokenizer.pretokenizers.0.pattern.Regex", "[0-9]{1,3}"))
+    for pre in NAMED_ONLY:
+        with llama_model(tmp_path / "vocabulary.gguf", vocabulary(folder, 1280, pre=pre)) as model:
+            assert len(model.tokenize("words, 12 汉字")) > 2
+
+
+def test_a_folder_with_tiktoken_only(tmp_path: Path) -> None:
+    (tmp_path / "tiktoken.model").write_text("IQ== 0\n")
+    with pytest.raises(SourceError, match=r"tokenizer\.json: is missing or no file") as caught:
+        vocabulary(tmp_path, 1280)
+    assert "convert_tiktoken_to_fast" in caught.value.hint
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs

@@ -115,15 +115,41 @@ WITHOUT_MLA = with_keys(attention__key_length_mla=None, attention__value_length_
 LEGACY = {f"blk.{layer}.attn_kv_b.weight": ((4 * 64, 128), "BF16") for layer in range(3)} | {
     f"blk.{layer}.attn_{part}_b.weight": None for layer in range(3) for part in "kv"
 }
+MISSING = {
+    "attention.head_count": "llama.cpp takes 0 and does not load",
+    "attention.head_count_kv": "llama.cpp takes 4 and stops",
+    "attention.key_length": "llama.cpp takes 32 and stops",
+    "attention.key_length_mla": "llama.cpp does not load",
+    "attention.kv_lora_rank": "llama.cpp does not load",
+    "attention.layer_norm_rms_epsilon": "llama.cpp does not load",
+    "block_count": "llama.cpp does not load",
+    "context_length": "llama.cpp does not load",
+    "expert_count": "llama.cpp takes 0 and does not load",
+    "expert_feed_forward_length": "llama.cpp does not load",
+    "expert_group_used_count": "llama.cpp takes 0 and does not load",
+    "expert_shared_count": "llama.cpp does not load",
+    "expert_used_count": "llama.cpp takes 0 and does not load",
+    "expert_weights_norm": "llama.cpp takes false, the weights of",
+    "expert_weights_scale": "llama.cpp takes 1, what routed experts add is not scaled",
+    "feed_forward_length": "llama.cpp takes 0 and does not load",
+    "leading_dense_block_count": "llama.cpp looks for experts in every layer and does not load",
+    "nextn_predict_layers": "llama.cpp takes the MTP layer for a decoder layer and does not load",
+    "rope.dimension_count": "llama.cpp takes 160 and does not load",
+    "rope.freq_base": "llama.cpp takes 10000, which DeepSeek V3 has",
+    "rope.scaling.factor": "llama.cpp takes 1, positions are not scaled",
+    "rope.scaling.original_context_length": "llama.cpp takes context_length, 256",
+    "rope.scaling.type": "llama.cpp takes linear, which",
+}
 ODD: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     (WITHOUT_MLA, LEGACY, ("3 layers with kv_b_proj in one tensor: blk.0.attn_kv_b.weight", "before latent attention")),
     ({}, LEGACY, ("looks for attn_k_b and attn_v_b instead",)),
     (with_keys(expert_gating_func=None), {}, ("deepseek2.expert_gating_func is missing: llama.cpp then",)),
     (with_keys(expert_gating_func=1), {}, ("deepseek2.expert_gating_func is 1:",)),
     (with_keys(rope__scaling__yarn_log_multiplier=1.0), {}, ("yarn_log_multiplier is 1: ", "multiplies it by ten")),
-    (with_keys(rope__scaling__yarn_log_multiplier=None), {}, ("yarn_log_multiplier is missing",)),
+    (with_keys(rope__scaling__yarn_log_multiplier=None), {}, ("yarn_log_multiplier is missing: llama.cpp takes 0",)),
     (with_keys(attention__q_lora_rank=None), {}, ("q_lora_rank is missing: llama.cpp refuses the file",)),
-    (with_keys(embedding_length=None), {}, ("1 keys that the architecture needs are missing: deepse",)),
+    (with_keys(embedding_length=None), {}, ("embedding_length is missing: llama.cpp does not load",)),
+    (with_keys(embedding_length=1.5), {}, ("1 keys that the architecture needs are no whole numbers: deepse",)),
     (with_keys(block_count=4), {}, ("1 layers without any tensor: blk.3", "missing: blk.3.attn_norm.weight")),
     (with_keys(block_count=2), {}, ("1 layers beyond the last: blk.2 (deepseek2.block_count is 2)",)),
     (with_keys(block_count=4_000_000_000), {}, ("4,093 layers without", "describes no model")),
@@ -159,12 +185,37 @@ def test_unusual(
     assert len(found.unusual) <= 2, text
 
 
+@pytest.mark.parametrize(("key", "said"), MISSING.items())
+def test_each_missing_key_is_named(tmp_path: Path, key: str, said: str) -> None:
+    keys, shapes = tiny_file(mtp=True)
+    del keys[f"deepseek2.{key}"]
+    found = inspected(write_file(tmp_path / "part.gguf", keys, shapes)).unusual
+    (line,) = (line for line in found if line.startswith(f"deepseek2.{key} is missing"))
+    assert line.startswith(f"deepseek2.{key} is missing: {said}")
+
+
+def test_keys_that_a_model_may_lack(tmp_path: Path, tiny: tuple[dict[str, Any], Shapes]) -> None:
+    """V2 has no selection bias, softmax and weights that are not normed; groups are few models' own."""
+    keys, shapes = tiny
+    optional = ("expert_gating_func", "expert_weights_norm", "expert_group_count", "expert_group_used_count")
+    keys = {key: value for key, value in keys.items() if key.removeprefix("deepseek2.") not in optional}
+    shapes = {name: entry for name, entry in shapes.items() if not name.endswith("exp_probs_b.bias")}
+    assert inspected(write_file(tmp_path / "v2.gguf", keys, shapes)).unusual == ()
+
+
+def test_a_file_without_any_key_of_the_architecture(tmp_path: Path, tiny: tuple[dict[str, Any], Shapes]) -> None:
+    keys = {key: value for key, value in tiny[0].items() if not key.startswith("deepseek2.")}
+    found = inspected(write_file(tmp_path / "bare.gguf", keys, tiny[1])).unusual
+    assert sum("is missing: llama.cpp" in line for line in found) == 19
+    assert len(found) < 25
+
+
 def test_experts_of_v3_without_groups(tmp_path: Path) -> None:
     keys, shapes = tiny_file(num_hidden_layers=2, n_routed_experts=256, moe_intermediate_size=32, hidden_size=64)
     for key in ("deepseek2.expert_group_count", "deepseek2.expert_group_used_count"):
         del keys[key]
     (line,) = inspected(write_file(tmp_path / "v3.gguf", keys, shapes)).unusual
-    assert line.startswith("deepseek2.expert_group_count is missing, as in files of older converters")
+    assert line.startswith("deepseek2.expert_group_count is missing: llama.cpp chooses without groups")
 
 
 # ------------------------------------------------------------------------------------------------------ imatrix beside

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantkit.convert.events import Event, Started
 from quantkit.errors import PlanError, QuantkitError, SourceError
 from quantkit.formats.source import checkpoint_name, hub_repository
+from quantkit.inspect.folder import inspect_folder
 from quantkit.plan.forecast import Forecast, forecast
+from quantkit.plan.recipe import Recipe
 from tests.convert.jobs import decoded, int4, recipe_of, run, small_config, write_tokenizer
 from tests.tiny_models import random_weights, write_shards
 
@@ -116,6 +119,25 @@ def test_a_layer_that_is_no_mtp_layer_is_not_left_out(tmp_path: Path) -> None:
         planned(model(tmp_path / "m", without(f"{MTP}eh_proj.weight"), num_nextn_predict_layers=0))
 
 
+def test_inspect_says_what_plan_says(tmp_path: Path) -> None:
+    def buffers_and_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def another_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    tied = model(tmp_path / "tied", buffers_and_head, tie_word_embeddings=True)
+    copies = model(tmp_path / "copies", without(f"{MTP}embed_tokens.weight", f"{MTP}shared_head.head.weight"))
+    undeclared = model(tmp_path / "undeclared", num_nextn_predict_layers=0)
+    for source in (tied, copies, undeclared):
+        unusual = inspect_folder(source).unusual
+        assert unusual
+        assert set(unusual) <= set(planned(source).warnings)
+    (line,) = inspect_folder(model(tmp_path / "other", another_head, tie_word_embeddings=True)).unusual
+    assert line.startswith("lm_head.weight differs from model.embed_tokens.weight")
+
+
 def test_tensors_of_another_architecture_are_named_so(tmp_path: Path) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.self_attn.indexer.wk.weight"] = torch.ones(8, 8)
@@ -130,6 +152,18 @@ def test_whole_numbers_as_floats_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = source / "config.json"
     path.write_bytes(BOM_UTF8 + path.read_bytes())
     assert planned(source, DROP_MTP).outputs[0].tensors > 0
+    gguf = {"name": "f32", "format": "gguf", "preset": "F32"}
+    assert forecast(source, Recipe.model_validate({"version": 1, "outputs": [gguf]})).outputs[0].tensors > 0
+
+
+def test_convert_begins_with_what_the_outputs_will_lack(tmp_path: Path) -> None:
+    events: list[Event] = []
+    recipe = recipe_of(DROP_MTP, INT4, tokens=None)
+    run(model(tmp_path / "m"), recipe, tmp_path / "out", on_event=events.append)
+    (started,) = (event for event in events if isinstance(event, Started))
+    assert started.warnings == (
+        "The source has no chat template: outputs have none, runtimes refuse chats or guess the format.",
+    )
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "awq", "gptq"])

@@ -63,6 +63,10 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 }
 """By the name in ``tokenizer.ggml.pre``. Each was compared with llama.cpp, id for id; the tests do it again."""
 
+NAMED_ONLY = ("kimi-k2",)
+"""Names that a recipe may give to rules that are not recognised. Kimi's are code of tiktoken's, which llama.cpp follows
+by hand but for capitals inside words."""
+
 
 def pre_tokenizer(tokenizer: Mapping[str, object]) -> PreTokenizer:
     """The rules of a tokenizer.json in comparable form. Never fails: what is unknown equals nothing in the list."""

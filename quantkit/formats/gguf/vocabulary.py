@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from quantkit.errors import SourceError
-from quantkit.formats.gguf.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
+from quantkit.formats.gguf.pre_tokenizers import NAMED_ONLY, PRE_TOKENIZERS, pre_tokenizer
 from quantkit.formats.gguf.values import Value, array, boolean, string, strings, u32
 
 MAX_TOKENIZER_BYTES = 1 << 26
@@ -38,7 +38,7 @@ class _AddedToken:
 def vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> dict[str, Value]:
     """The key-values of the checkpoint's tokenizer, ids up to ``vocab_size`` (config.json's).
 
-    ``pre``: a name of `PRE_TOKENIZERS` to be taken whatever tokenizer.json says; None: recognised.
+    ``pre``: the name of rules that are not recognised in tokenizer.json, and must not contradict those that are.
     Raises SourceError: a file missing, malformed or too large; not byte-level BPE; an unknown pre-tokenizer; ids that
     are taken twice or beyond ``vocab_size``; anything that llama.cpp's tokenizer has no place for.
     """
@@ -188,20 +188,24 @@ def _merges(path: Path, model: Mapping[str, Any], ids: Mapping[str, int]) -> lis
 
 
 def _pre_name(path: Path, tokenizer: Mapping[str, Any], wanted: str | None) -> str:
-    options = ", ".join(PRE_TOKENIZERS)
-    if wanted is not None:
-        if wanted not in PRE_TOKENIZERS:
-            raise SourceError(f"pre: found {_excerpt(wanted)}, needed one of: {options}.")
-        return wanted
+    """The name of the rules in tokenizer.json, or ``wanted`` for rules that have none here."""
+    options = ", ".join((*PRE_TOKENIZERS, *NAMED_ONLY))
+    if wanted is not None and wanted not in (*PRE_TOKENIZERS, *NAMED_ONLY):
+        raise SourceError(f"pre: found {_excerpt(wanted)}, needed one of: {options}.")
     found = pre_tokenizer(tokenizer)
     name = next((name for name, known in PRE_TOKENIZERS.items() if known == found), None)
-    if name is None:
+    if name is not None and wanted not in (None, name):
+        raise SourceError(
+            f"{path}: cuts text by the rules of {name}, but the recipe says pre: {wanted}.",
+            hint="Leave `pre:` out: llama.cpp would cut words that the model never saw.",
+        )
+    if name is None and wanted is None:
         kinds = _excerpt(" ".join(str(step[0]) for step in (*found.normalizer, *found.steps)))
         raise SourceError(
             f"{path}: its normalizer and pre_tokenizer ({kinds}) are none that quantkit knows llama.cpp's name of.",
             hint=f"If you know it, set `pre:` in the recipe to one of: {options}.",
         )
-    return name
+    return name or str(wanted)
 
 
 # ---------------------------------------------------------------------------------------- special tokens and template
@@ -310,17 +314,23 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
 def _read_text(path: Path, limit: int) -> str:
     try:
         if not path.is_file():
-            raise SourceError(
-                f"{path}: is missing or no file.",
-                hint="A GGUF file holds the tokenizer: add the checkpoint's own files.",
-            )
+            raise SourceError(f"{path}: is missing or no file.", hint=_missing_hint(path.parent))
         if (size := path.stat().st_size) > limit:
             raise SourceError(f"{path}: has {size:,} bytes, at most {limit:,} are read.")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise _malformed(path, "it is not UTF-8") from error
+
+
+def _missing_hint(folder: Path) -> str:
+    if any(folder.glob("*tiktoken*")):
+        return (
+            "The folder has tiktoken's file only, as Kimi K2: transformers.integrations.tiktoken's "
+            "convert_tiktoken_to_fast makes a tokenizer.json of its encoding; then set `pre: kimi-k2` in the recipe."
+        )
+    return "A GGUF file holds the tokenizer: add the checkpoint's own files."
 
 
 def _mapping(path: Path, value: object, what: str) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _check(kind: BlockType, weight: Tensor, importance: Tensor) -> None:
     if len(wrong):
         row = tuple(wrong[0].tolist())
         raise SchemeError(
-            f"row {', '.join(map(str, row))}: no scale of {kind.name} fits the value {float(largest[row]):g} "
+            f"row {row[-1]}: no scale of {kind.name} fits the value {float(largest[row]):g} "
             f"(needed: at most {limit:g}).",
             hint="Repair the checkpoint, or keep this tensor in F32.",
         )

@@ -149,8 +149,7 @@ def check(kind: BlockType, weight: Tensor, importance: Tensor | None) -> None:
         row = tuple(wrong.nonzero()[0].tolist())
         value = float(lowest[row]) if not float(lowest[row]) >= low else float(highest[row])
         raise SchemeError(
-            f"row {', '.join(map(str, row))}: no scale of {kind.name} fits the value {value:g} "
-            f"(needed: {low:g} to {high:g}).",
+            f"row {row[-1]}: no scale of {kind.name} fits the value {value:g} (needed: {low:g} to {high:g}).",
             hint="Repair the checkpoint, or keep this tensor in F32.",
         )
 
