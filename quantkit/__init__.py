@@ -20,13 +20,25 @@ import quantkit.plan  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.verify  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from quantkit.api import check, convert, evaluate, inspect, plan, recipe_for, report, update_baseline, verify
+from quantkit.api import (
+    build_calibration,
+    check,
+    convert,
+    evaluate,
+    inspect,
+    plan,
+    recipe_for,
+    report,
+    update_baseline,
+    verify,
+)
 from quantkit.errors import QuantkitError
 from quantkit.text.result import document, text
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
     from quantkit.convert.events import Event, Report
+    from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import EvaluationEvent
@@ -40,6 +52,7 @@ if TYPE_CHECKING:
     from quantkit.verify.verification import Verification
 
 __all__ = [
+    "CalibrationSet",
     "Evaluation",
     "EvaluationEvent",
     "Event",
@@ -55,6 +68,7 @@ __all__ = [
     "Verdict",
     "Verification",
     "__version__",
+    "build_calibration",
     "check",
     "convert",
     "document",
@@ -70,6 +84,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CalibrationSet": "documents.calibration_set",
     "Evaluation": "documents.evaluation",
     "EvaluationEvent": "evaluate.events",
     "Event": "convert.events",
