@@ -130,7 +130,7 @@ def _with_content(label: str, documents: Sequence[Document]) -> list[Document]:
         )
     full = [document for document in documents if not _is_blank(document)]
     if not full:
-        raise CalibrationError(f"{label}: holds no text.", hint="Remove it from the recipe.")
+        raise CalibrationError(f"{label}: holds no text.", hint="Fill it, or leave it out.")
     return full
 
 
@@ -156,7 +156,7 @@ def _is_blank(document: Document) -> bool:
 
 
 def _empty_file(label: str) -> CalibrationError:
-    return CalibrationError(f"{label}: the file is empty.", hint="Remove it from the recipe.")
+    return CalibrationError(f"{label}: the file is empty.", hint="Fill it, or leave it out.")
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -188,7 +188,10 @@ def _named_files(entry: str, base_dir: Path) -> list[TextFile]:
     relative = str(pattern.relative_to(pattern.anchor)) if pattern.anchor else entry
     matches = sorted(match for match in root.glob(relative) if not match.is_dir())
     if not matches:
-        raise CalibrationError(f"{printable(entry)}: no file matches.", hint=f"Relative names count from {base_dir}.")
+        raise CalibrationError(
+            f"{printable(entry)}: no file matches.",
+            hint="" if pattern.anchor else f"Looked from the folder {base_dir.resolve()}",
+        )
     return [_checked(_file(_label(match, root, pattern), match)) for match in matches]
 
 
