@@ -419,6 +419,18 @@ def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: P
     assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
 
 
+def test_a_disk_that_is_too_full_is_refused_before_anything_is_made(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second try with fewer tokens must not meet what the first one left."""
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4321))
+        with pytest.raises(PlanError, match=r"out: needs .* of disk, .* has 4\.3 kB free"):
+            run(place / "model", data_free(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def rewritten(path: Path) -> None:
     """Other bytes, but the size and the times that a program can set are the old ones."""
     status, content = path.stat(), bytearray(path.read_bytes())
