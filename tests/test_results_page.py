@@ -96,6 +96,20 @@ def test_the_picture_s_axes_hold_all_points(docs_plot: Any) -> None:
             assert docs_plot.y_of(point.kld - point.error) < docs_plot.BOTTOM
 
 
+def test_what_a_divergence_means_is_as_measured() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = json.loads((ROOT / "benchmarks" / "results" / "peers_tiny.json").read_text(encoding="utf-8"))["rows"]
+    (int4, int3) = (
+        next(row for row in rows if row["name"] == "quantkit" and row["scheme"] == scheme)
+        for scheme in ("int4", "int3")
+    )
+    assert (
+        f"{int4['kld']:.4f} means here that the most likely token stays the same in {int4['top1']:.1f} % of all places "
+        f"and perplexity is {int4['ppl'] / int4['ppl_reference']:.3f} times the original's; {int3['kld']:.4f}, that it "
+        f"does in {int3['top1']:.1f} %, and {int3['ppl'] / int3['ppl_reference']:.3f} times."
+    ) in readme
+
+
 def test_divergences_of_the_readme_are_those_of_the_results() -> None:
     known: set[str] = set()
     for name in ("peers_tiny", "gguf_tiny", "convert_cuda"):
