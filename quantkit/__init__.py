@@ -2,8 +2,8 @@
 
     from quantkit import Recipe, convert, evaluate, inspect, plan
 
-The functions do what the commands of the same names do, with the same options: see docs/library.md. Importing the
-package costs milliseconds: classes come when they are asked for, torch when work begins.
+The functions do what the commands of the same names do, with the same options: see `quantkit docs library`. Importing
+the package costs milliseconds: classes come when they are asked for, torch when work begins.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ a recipe with several faults: one line each) and a hint. Recipes are given as fi
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -60,6 +62,7 @@ def convert(
     from quantkit.plan.hardware import default_budget
 
     check_device(device)
+    _let_threads_sleep()
     loaded, folder = _recipe(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
     job = prepared(Path(source), loaded, Path(out), base_dir=folder, memory_budget=budget, restart=restart)
@@ -242,6 +245,7 @@ def evaluate(
     if out is not None:
         check_place(Path(out))
     check_device(device)
+    _let_threads_sleep()
     budget = budget_bytes(memory_budget)
     texts = [text] if isinstance(text, str) else text
     asked = Asked(texts, context, max_windows_per_file, protocol, Path(base_dir))
@@ -338,6 +342,13 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _let_threads_sleep() -> None:
+    """OpenMP's waiting threads sleep in place of spinning, which beside other work makes a conversion several times
+    slower. Read when torch is loaded: then it is too late, and what the caller set is left."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:

@@ -84,6 +84,22 @@ def test_the_import_loads_nothing_heavy() -> None:
     assert python(code) == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("before", "policy"),
+    [("pass", "PASSIVE"), ("os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'", "ACTIVE"), ("import torch", "None")],
+)
+def test_waiting_threads_sleep_unless_the_caller_decided_or_it_is_too_late(before: str, policy: str) -> None:
+    code = (
+        "import os; os.environ.pop('OMP_WAIT_POLICY', None)\n"
+        f"{before}\n"
+        "import quantkit\n"
+        "for call in (quantkit.convert, quantkit.evaluate):\n"
+        "    try: call('absent', 'nano-demo', *['out'] * (call is quantkit.convert))\n"
+        "    except quantkit.QuantkitError: print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    assert python(code).split() == [policy] * 2
+
+
 def test_planning_and_inspecting_load_no_torch() -> None:
     code = (
         "import sys; from quantkit import Recipe, inspect, plan; "

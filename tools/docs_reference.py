@@ -32,6 +32,7 @@ COMMANDS = (
     "recipes list",
     "recipes show",
     "recipes schema",
+    "docs",
 )
 V3 = ROOT / "examples" / "deepseek-v3-671b"
 

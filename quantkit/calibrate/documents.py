@@ -152,7 +152,7 @@ def _with_content(label: str, documents: Iterator[Document]) -> Iterator[Documen
             hint=f"Up to {MAX_EMPTY_CHATS:.0%} are left out. Is the text of the messages under another key?",
         )
     if not n_full:
-        raise CalibrationError(f"{label}: holds no text.", hint="Remove it from the list of files.")
+        raise CalibrationError(f"{label}: holds no text.", hint="Fill it, or leave it out.")
 
 
 def samples_of(documents: Sequence[Document], most: int, n_characters: int) -> list[str]:
@@ -177,7 +177,7 @@ def _is_blank(document: Document) -> bool:
 
 
 def _empty_file(label: str) -> CalibrationError:
-    return CalibrationError(f"{label}: the file is empty.", hint="Remove it from the list of files.")
+    return CalibrationError(f"{label}: the file is empty.", hint="Fill it, or leave it out.")
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -209,7 +209,10 @@ def _named_files(entry: str, base_dir: Path) -> list[TextFile]:
     relative = str(pattern.relative_to(pattern.anchor)) if pattern.anchor else entry
     matches = sorted(match for match in root.glob(relative) if not match.is_dir())
     if not matches:
-        raise CalibrationError(f"{printable(entry)}: no file matches.", hint=f"Relative names count from {base_dir}.")
+        raise CalibrationError(
+            f"{printable(entry)}: no file matches.",
+            hint="" if pattern.anchor else f"Looked from the folder {base_dir.resolve()}",
+        )
     return [_checked(_file(_label(match, root, pattern), match)) for match in matches]
 
 
@@ -225,7 +228,7 @@ def _checked(file: TextFile) -> TextFile:
     if file.path.is_dir():
         raise CalibrationError(f"{file.label}: is a folder.", hint=f"Name its files: {file.label.rstrip('/')}/*.txt")
     if not file.path.is_file():
-        raise CalibrationError(f"{file.label}: no such file.", hint=f"Looked for {file.path}.")
+        raise CalibrationError(f"{file.label}: no such file.", hint=f"Looked for {file.path.resolve()}")
     if file.path.suffix.lower() not in EXTENSIONS:
         found = file.path.suffix or "no extension"
         raise CalibrationError(f"{file.label}: found {found}, can read {', '.join(EXTENSIONS)}.")

@@ -7,13 +7,12 @@ interrupted. An exception that is no `QuantkitError` is our bug and keeps its tr
 from __future__ import annotations
 
 import io
-import os
 import sys
 from typing import Annotated
 
 import typer
 
-from quantkit.cli import calibration, check, convert, evaluate, inspect, plan, recipes, report, verify
+from quantkit.cli import calibration, check, convert, docs, evaluate, inspect, plan, recipes, report, verify
 from quantkit.cli.options import ManyFiles
 from quantkit.version import __version__
 
@@ -51,12 +50,11 @@ app.command("check")(check.check)
 app.command("report")(report.report)
 app.add_typer(calibration.app, name="calibration")
 app.add_typer(recipes.app, name="recipes")
+app.command("docs")(docs.docs)
 
 
 def main() -> None:
     """Entry point of the ``quantkit`` script."""
-    # Waiting threads sleep instead of spinning: beside other work, spinning made a conversion five times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that is not UTF-8 gets \u4e2d for what it cannot show, as Python does on stderr: no traceback.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -32,6 +32,7 @@ from quantkit.cli.options import (
 from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
+from quantkit.convert.folder import is_begun
 from quantkit.plan.shorthand import Shorthand, recipe_yaml
 from quantkit.text.converted import report_document, report_text
 from quantkit.text.progress import progress
@@ -83,7 +84,7 @@ def convert(
         if out is None:
             missing_option("'--out' / '-o'")
         options = shorthand.words if recipe is None else ("-r", recipe)
-        with interruptible(lambda: f"Resume with: {_resume_command(source, options, out)}"), progress() as on_event:
+        with interruptible(lambda: _advice(source, options, out)), progress() as on_event:
             report = commands.convert(
                 source,
                 chosen,
@@ -98,7 +99,7 @@ def convert(
 
 
 def _show(source: Path, report: Report, as_json: bool) -> None:
-    """Print the report; end with 1 if a limit is exceeded."""
+    """Print the report; if a limit is exceeded say so last, and end with 1."""
     if as_json:
         show_json(report_document(report))
     else:
@@ -118,10 +119,17 @@ def _show(source: Path, report: Report, as_json: bool) -> None:
         for problem in output.validation.problems if output.validation else ():
             show_error(f"{output.path}: {problem}")
     show_error(
-        "the result is kept but marked as not validated.",
+        "limits of the recipe exceeded: the result is kept, and marked as not validated.",
         "Use more bits or more calibration text, or raise the recipe's limits.",
     )
     raise typer.Exit(REFUSED)
+
+
+def _advice(source: Path, recipe: Sequence[str], out: Path) -> str:
+    """What an interrupted user does next. ``recipe``: the options that name it."""
+    if not is_begun(out):
+        return "Nothing was begun: nothing is to be resumed or removed."
+    return f"Resume with: {_resume_command(source, recipe, out)}"
 
 
 def _resume_command(source: Path, recipe: Sequence[str], out: Path) -> str:

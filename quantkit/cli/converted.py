@@ -14,7 +14,8 @@ _RUNTIMES = {"vllm": "vLLM", "llama-server": "llama.cpp"}
 
 
 def next_text(source: Path, report: Report) -> str:
-    """Commands that can be pasted into the shell this one was typed in. ``source``: what was converted."""
+    """Commands that can be pasted into the shell this one was typed in. ``source``: what was converted. What exceeds
+    the limits of its recipe is not served."""
     paths = [output.path for output in report.outputs]
     folder = paths[0] if len(paths) == 1 else paths[0].parent
     scores = f"{folder}.evaluation.json"
@@ -26,7 +27,7 @@ def next_text(source: Path, report: Report) -> str:
         (f"  {program()} evaluate {evaluate}", "against the original, by domain and layer"),
         (f"  {program()} report {page}", "all of it on one HTML page"),
     ]
-    serve = [line for output in report.outputs for line in output.serve]
+    serve = [line for output in report.outputs for line in output.serve if report.validated is not False]
     lines += [(f"  {line}", f"on a machine with {_RUNTIMES.get(line.split()[0], 'its runtime')}") for line in serve]
     return "\n".join(f"{line}  # {why}" if why else line for line, why in lines)
 

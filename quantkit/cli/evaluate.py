@@ -81,8 +81,8 @@ MemoryBudget = Annotated[
         "--memory-budget",
         parser=size,
         metavar="SIZE",
-        help="Memory to stay within, e.g. 20GiB; hidden states beyond it go to a temporary folder ($TMPDIR). "
-        "Default: 60 % of the machine's memory.",
+        help="Memory that the work stays within, e.g. 20GiB; Python and its libraries take some 430 MB on top, and "
+        "hidden states beyond it go to a temporary folder ($TMPDIR). Default: 60 % of the machine's memory.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the JSON document here.")]

@@ -199,6 +199,7 @@ MemoryBudget = Annotated[
         "--memory-budget",
         parser=size,
         metavar="SIZE",
-        help="Memory to stay within, e.g. 20GiB. Default: 60 % of the machine's memory, or of its container's.",
+        help="Memory that the work stays within, e.g. 20GiB; Python and its libraries take some 430 MB on top. "
+        "Default: 60 % of the machine's memory, or of its container's.",
     ),
 ]

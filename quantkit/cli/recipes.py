@@ -14,10 +14,16 @@ from quantkit.plan.recipe_file import recipe_path, schema_of, shipped_recipes
 from quantkit.text.tables import table
 
 app = typer.Typer(
-    help="List and show the shipped recipes, or print the schema of recipe files.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def start(context: typer.Context) -> None:
+    """List and show the shipped recipes, or print the schema of recipe files. Without a command: list."""
+    if context.invoked_subcommand is None:
+        list_recipes()
 
 
 @app.command("list")
@@ -41,5 +47,5 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shi
 
 @app.command("schema")
 def schema() -> None:
-    """Print the JSON schema of recipe files, for editors (docs/recipe.schema.json)."""
+    """Print the JSON schema of recipe files, for editors."""
     show_json(schema_of(Recipe))

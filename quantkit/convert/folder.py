@@ -194,6 +194,11 @@ def refuse_taken(out: Path, outputs: Sequence[str], *, restart: bool) -> None:
         raise exists_already(out)
 
 
+def is_begun(out: Path) -> bool:
+    """Whether a job was begun for ``out`` that the same command would take up."""
+    return os.path.lexists(_partial(out) / _JOURNAL)
+
+
 def exists_already(out: Path) -> OutputError:
     """What is said of an OUT that may not be replaced."""
     return OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")

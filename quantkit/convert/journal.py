@@ -140,14 +140,11 @@ def _entry(line: bytes) -> OutsideEntry | LayerEntry | None:
 
 def _refuse_other_job(path: Path, found: JournalHeader, wanted: JournalHeader, source: Path) -> None:
     was, changed = found.job.facts(), _changed_files(found, wanted, source)
-    different = [
-        f"{key} ({was.get(key)}, now {value})" if isinstance(value, int) else key
-        for key, value in wanted.job.facts().items()
-        if was.get(key) != value
-    ]
+    now = wanted.job.facts()
+    different = [_difference(key, was.get(key), now[key]) for key in now if was.get(key) != now[key]]
     if different:
         raise OutputError(
-            f"{path.parent}: holds an unfinished job with another {', '.join(different)}."
+            f"{path.parent}: holds an unfinished job that differs from this one: {'; '.join(different)}."
             f"{f' {changed}.' if changed else ''}",
             hint="Finish it with the same command and files, or begin anew with --restart.",
         )
@@ -158,11 +155,19 @@ def _refuse_other_job(path: Path, found: JournalHeader, wanted: JournalHeader, s
         )
 
 
+def _difference(key: str, was: object, now: object) -> str:
+    """ "threads (2 then, 1 now)", "memory budget (14 GiB then, 1 GiB now)"; of digests only what they are of."""
+    if not isinstance(now, int):
+        return key
+    then, today = (f"{n / 2**30:.10g} GiB" if key == "memory budget" and isinstance(n, int) else n for n in (was, now))
+    return f"{key} ({then} then, {today} now)"
+
+
 def _changed_files(found: JournalHeader, wanted: JournalHeader, source: Path) -> str:
     """Which shards are not the files that they were, "" if all are."""
     was, now = found.source_files, wanted.source_files
     changed = sorted(file for file in was.keys() | now.keys() if was.get(file) != now.get(file))
     if not changed:
         return ""
-    others = f" and {len(changed) - 1:,} others" if len(changed) > 1 else ""
+    others = f" and {len(changed) - 1:,} other{'s' * (len(changed) > 2)}" if len(changed) > 1 else ""
     return f"{source / printable(changed[0])}{others} changed since this job began"

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
-from quantkit.convert.folder import refuse_taken, refuse_to_lose
+from quantkit.convert.folder import is_begun, refuse_taken, refuse_to_lose
 from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.forecast import forecast_of
 from quantkit.plan.headers import headers_of
-from quantkit.plan.memory import Needs
+from quantkit.plan.memory import Needs, check_free_disk
 from quantkit.plan.plan import Plan
 from quantkit.plan.recipe import Recipe
 
@@ -46,7 +46,7 @@ def prepared(
     """Open the checkpoint in folder ``source`` and plan its conversion. ``memory_budget``: bytes to stay under.
 
     Loads no torch and changes nothing on the disk. Raises what `forecast` raises, `CalibrationError` for unusable text,
-    `OutputError` if ``out`` exists, or is or holds what the conversion reads.
+    `OutputError` if ``out`` exists, or is or holds what the conversion reads, `PlanError` if its disk is too full.
     """
     imatrix = () if recipe.imatrix is None else (base_dir / recipe.imatrix,)
     refuse_to_lose(out, source, base_dir, *imatrix, Path.cwd(), Path("~").expanduser())
@@ -54,5 +54,7 @@ def prepared(
     with open_source(source) as opened:
         headers = headers_of(opened)
         found = forecast_of(headers, recipe, base_dir=base_dir, memory_budget=memory_budget)
+        if not is_begun(out) and not out.exists():  # else the conversion counts what is written already
+            check_free_disk(found.needs, out)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
         yield Job(opened, headers.arch, found.plan, found.needs, rows, out, base_dir, restart)

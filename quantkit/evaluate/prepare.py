@@ -82,7 +82,7 @@ def prepared(
         raise PlanError(f"{reference}: is a reference's file already.", hint="Leave --save-reference out.")
     for path in candidates:
         if not path.exists():
-            raise SourceError(f"{path}: does not exist.")
+            raise SourceError(f"{path}: does not exist.", hint="Give checkpoints that exist after the reference.")
     with ExitStack() as stack:
         if from_file:
             yield _against_file(stack, reference, candidates, asked)

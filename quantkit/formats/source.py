@@ -6,6 +6,8 @@ is already quantised to few bits is refused; reading those back is the business 
 
 from __future__ import annotations
 
+import os
+import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +27,6 @@ def open_source(path: Path | str) -> Fp8Source:
     Raises `SourceError` if anything about config, index, headers, or FP8 pairs is missing, damaged or contradictory.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise SourceError(
-            f"{printable(str(path))}: is not a folder.", hint="Download the checkpoint and give its folder."
-        )
     config = read_config(directory)
     block_size = float8_block_size(directory, config)
     raw = SafetensorsSource(directory)
@@ -40,8 +38,21 @@ def open_source(path: Path | str) -> Fp8Source:
         raise
 
 
+def check_folder(path: Path) -> None:
+    """Raise `SourceError` if a path is no folder. What looks like the name of a repository is told from a typing
+    error: nothing here loads from a hub."""
+    if path.is_dir():
+        return
+    hint = "Give the folder of a checkpoint: config.json and, to convert it, its safetensors shards."
+    if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path), re.ASCII):
+        hint = f"Nothing is loaded from the hub: fetch it first, hf download {path} --local-dir {path.name}"
+    what = "is not a folder" if os.path.lexists(path) else "no such folder"
+    raise SourceError(f"{printable(str(path))}: {what}.", hint=hint)
+
+
 def read_config(directory: Path) -> dict[str, object]:
-    """The raw config.json of a folder. Raises `SourceError` if it is missing, not JSON, or not an object."""
+    """The raw config.json of a folder. Raises `SourceError` if either is missing, or it is not JSON, or no object."""
+    check_folder(directory)
     path = directory / "config.json"
     return parse_json_object(read_small(path).removeprefix(BOM_UTF8), str(path))
 

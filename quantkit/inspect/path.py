@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from quantkit.errors import SourceError
 from quantkit.formats.gguf.header import is_gguf
+from quantkit.formats.safetensors.header import printable
 from quantkit.inspect.folder import Inspection, inspect_folder
 from quantkit.inspect.gguf import GgufInspection, inspect_gguf
 from quantkit.inspect.imatrix import ImatrixInspection, inspect_imatrix
@@ -20,6 +22,11 @@ def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection:
 
     if path.is_dir():
         return inspect_gguf(path) if _holds_gguf(path) else inspect_folder(path)
+    if not os.path.lexists(path):
+        raise SourceError(
+            f"{printable(str(path))}: no such file or folder.",
+            hint="Give the folder of a checkpoint, a .gguf file, or an imatrix file.",
+        )
     if is_gguf(path) or path.suffix == ".gguf":
         return inspect_gguf(path)
     if path.suffix == ".dat" or "imatrix" in path.name:

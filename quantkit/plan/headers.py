@@ -16,7 +16,14 @@ from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.formats.safetensors.reader import read_index
 from quantkit.formats.safetensors.zero_tail import zero_tails
 from quantkit.formats.side_files import folder_notes
-from quantkit.formats.source import DEFAULT_BLOCK_SIZE, float8_block_size, open_source, quant_method, read_config
+from quantkit.formats.source import (
+    DEFAULT_BLOCK_SIZE,
+    check_folder,
+    float8_block_size,
+    open_source,
+    quant_method,
+    read_config,
+)
 from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies
 from quantkit.tensors import TensorInfo
 
@@ -48,10 +55,7 @@ def read_headers(directory: Path | str) -> SourceHeaders:
     what config.json needs.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise SourceError(
-            f"{directory}: is not a folder.", hint="Give the folder of a checkpoint, or one that holds its config.json."
-        )
+    check_folder(directory)
     if any(directory.glob("*.safetensors")):
         with open_source(directory) as source:
             return headers_of(source)

@@ -127,7 +127,7 @@ def _all_faults(lines: list[str]) -> RecipeError:
         lines[MAX_FAULTS:] = [f"... and {len(lines) - MAX_FAULTS} more faults."]
     return RecipeError(
         "\n".join(lines),
-        hint="See docs/reference/recipe.md, or let your editor complete the file from docs/recipe.schema.json.",
+        hint="`quantkit docs recipe` explains the keys; `quantkit recipes schema` lets an editor complete the file.",
     )
 
 

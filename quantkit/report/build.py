@@ -137,19 +137,21 @@ def _bits_note(checkpoint: ScoredCheckpoint) -> str:
 
 def _sections(found: ScoredCheckpoints) -> list[Section]:
     sections: list[Section] = []
-    if len(found.checkpoints) > 1:
+    several_checkpoints = len(found.checkpoints) > 1
+    words = "" if several_checkpoints else quality.in_practice(found.checkpoints[0])
+    if several_checkpoints:
         sections.append(quality.comparison(found))
     for evaluated in found.evaluations:
         group = evaluated.path.name if len(found.evaluations) > 1 else ""
-        sections.append(quality.evaluation(evaluated, group))
-    if not found.evaluations and len(found.checkpoints) == 1:
-        sections += _validation(found.checkpoints[0])
+        sections.append(quality.evaluation(evaluated, group, words))
+    if not found.evaluations and not several_checkpoints:
+        sections += _validation(found.checkpoints[0], words)
     several = len(found.conversions) > 1
     if several:
         sections += _sizes(found.conversions)
     results = {one.conversion.folder: one.result for one in reversed(found.checkpoints) if one.conversion is not None}
     shown: list[object] = []
-    for converted in found.conversions:
+    for number, converted in enumerate(found.conversions):
         experts, recipe, text = (
             expert_grid(converted.document),
             converted.document.recipe,
@@ -159,7 +161,8 @@ def _sections(found: ScoredCheckpoints) -> list[Section]:
         sections += conversion_sections.sections(
             converted, results.get(converted.folder), group, experts=experts not in shown, recipe=recipe not in shown
         )
-        sections.append(provenance.conversion(converted, group, text=text not in shown))
+        first = provenance.same_job(converted, found.conversions[:number])
+        sections.append(provenance.conversion(converted, group, first, text=text not in shown))
         shown += [experts, recipe, text]
     if found.evaluations:
         sections.append(provenance.evaluations(found.evaluations))
@@ -177,8 +180,8 @@ def _groups(found: ScoredCheckpoints) -> dict[str, str]:
     return notes
 
 
-def _validation(checkpoint: ScoredCheckpoint) -> list[Section]:
-    """What the conversion's own validation found."""
+def _validation(checkpoint: ScoredCheckpoint, words: str) -> list[Section]:
+    """What the conversion's own validation found, in numbers and in ``words``."""
     score = checkpoint.score
     if score is None:
         return []
@@ -195,7 +198,11 @@ def _validation(checkpoint: ScoredCheckpoint) -> list[Section]:
         "This is the short validation of the conversion itself. quantkit evaluate measures more: by domain, by layer, "
         "with a noise floor; give this report its JSON document too."
     )
-    return [Section("quality", "Distance from the original", (Table(("", ""), rows), more))]
+    return [
+        Section(
+            "quality", "Distance from the original", (*([Note(words)] if words else []), Table(("", ""), rows), more)
+        )
+    ]
 
 
 def _sizes(conversions: Sequence[LabelledConversion]) -> list[Section]:

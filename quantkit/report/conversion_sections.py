@@ -201,8 +201,8 @@ def _experts(converted: LabelledConversion) -> list[Block]:
     )
     figure = Figure(
         title="Calibration tokens of each expert",
-        how="Each row is a layer, each cell an expert. One that saw few tokens was quantised with little knowledge of "
-        f"its inputs; unseen ones have a cross. {summary}",
+        how="Each row is a layer, each cell an expert. The more a cell stands out from the page, the fewer tokens the "
+        f"expert saw, and the less was known of its inputs; unseen ones have a cross. {summary}",
         alt=f"Heat map: {summary}",
         spec=heat_maps.tokens(grid),
         table=_expert_table(grid),
@@ -243,7 +243,8 @@ def _expert_errors(result: Result | None) -> list[Block]:
     figure = Figure(
         title="Error of each expert's tokens",
         how="The error of the hidden state after a layer, over those tokens of the evaluation that the original sends "
-        "to the expert. An expert that stands out in its row was quantised worse than its neighbours.",
+        "to the expert. The more a cell stands out from the page, the larger its error: an expert that does so in its "
+        "row was quantised worse than its neighbours.",
         alt=f"Heat map of {numbers.counted(len(layers), 'layer')}: error of the hidden state over each expert's "
         "tokens. The table has the least, median and largest of each layer.",
         spec=heat_maps.expert_errors(layers),

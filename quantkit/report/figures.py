@@ -11,14 +11,10 @@ from quantkit.documents.conversion import StoredRole
 from quantkit.documents.values import Mean
 from quantkit.report import numbers
 from quantkit.report.contents import Spec
-from quantkit.report.scored import ScoredCheckpoint
 
 PALETTE = 8
 """Colours $c0 to $c7 of report.js; with as many symbols, so that no two series look the same."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
-LABELLED = 14
-"""Points of a plot that still have room for their names."""
-
 FEW = 16
 """Layers or experts that have room for a tick each."""
 
@@ -33,11 +29,11 @@ _LOG: Mapping[str, object] = {
 }
 
 
-_FINER = ((3.0, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)), (30.0, (1, 2, 3, 5, 7)))
+_FINER = ((3.0, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)), (30.0, (1, 2, 3, 5, 7)), (300.0, (1, 2, 5)))
 """Ticks within a power of ten, if the largest value is less than so many times the least."""
 
 
-def _log_axis(values: Iterable[float]) -> Mapping[str, object]:
+def log_axis(values: Iterable[float]) -> Mapping[str, object]:
     """A log axis with more ticks than powers of ten if values lie so near to each other that it would have none."""
     known = [value for value in values if 1e-12 < value < 1e12]
     steps = next((steps for ratio, steps in _FINER if known and max(known) < ratio * min(known)), None)
@@ -63,119 +59,14 @@ def symbol(number: int) -> str:
     return SYMBOLS[(number + number // PALETTE) % len(SYMBOLS)]
 
 
-def _finite(values: Iterable[float]) -> list[float | None]:
+def finite(values: Iterable[float]) -> list[float | None]:
+    """None for what JSON cannot say."""
     return [value if math.isfinite(value) else None for value in values]
 
 
-def _log_safe(values: Iterable[float]) -> list[float | None]:
+def log_safe(values: Iterable[float]) -> list[float | None]:
     """Log axes have no place for zero."""
     return [value if math.isfinite(value) and value > 0 else None for value in values]
-
-
-def pareto(checkpoints: Sequence[ScoredCheckpoint], best: Sequence[ScoredCheckpoint], floor: float | None) -> Spec:
-    """Size against mean KLD with its standard error; the line joins ``best``, smallest first."""
-    unit, name = (1e9, "GB") if max(one.nbytes for one in checkpoints) >= 1e9 else (1e6, "MB")
-    scored = [(one, one.score.kld) for one in checkpoints if one.score is not None]
-    line = [(one.nbytes / unit, one.score.kld.mean) for one in best if one.score is not None]
-    data: list[object] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "x": [x for x, _ in line],
-            "y": _log_safe(y for _, y in line),
-            "line": {"color": "$c0", "width": 2, "shape": "linear"},
-            "hoverinfo": "skip",
-        },
-        *(_pareto_points(scored, best, unit, name)),
-    ]
-    layout: dict[str, object] = {
-        "height": 430,
-        "showlegend": False,
-        "xaxis": {
-            "title": {"text": f"size in {name}"},
-            "rangemode": "normal",
-            **_padded([one.nbytes / unit for one, _ in scored]),
-        },
-        "yaxis": {**_log_axis(kld.mean for _, kld in scored), "title": {"text": "mean KLD, nats per token"}},
-    }
-    if floor is not None and 0 < floor < math.inf:
-        layout["shapes"] = [_level(floor)]
-        layout["annotations"] = [_level_label(floor, "noise floor")]
-    return {"data": data, "layout": layout}
-
-
-def _pareto_points(
-    scored: Sequence[tuple[ScoredCheckpoint, Mean]], best: Sequence[ScoredCheckpoint], unit: float, unit_name: str
-) -> Iterable[Mapping[str, object]]:
-    places = _label_places(scored)
-    for on_front in (True, False):
-        points = [(one, kld) for one, kld in scored if (one in best) == on_front]
-        if points:
-            yield {
-                "type": "scatter",
-                "mode": "markers+text" if len(scored) <= LABELLED else "markers",
-                "x": [one.nbytes / unit for one, _ in points],
-                "y": _log_safe(kld.mean for _, kld in points),
-                "error_y": {
-                    "type": "data",
-                    "array": _finite(kld.standard_error for _, kld in points),
-                    "thickness": 1.2,
-                },
-                "text": [text(one.label) for one, _ in points],
-                "textposition": [places[id(one)] for one, _ in points],
-                "cliponaxis": False,
-                "marker": {
-                    "size": 11,
-                    "color": "$c0" if on_front else "$muted",
-                    "symbol": "circle" if on_front else "circle-open",
-                },
-                "customdata": [[numbers.estimate(kld), f"{one.bpw:.3f}"] for one, kld in points],
-                "hovertemplate": f"<b>%{{text}}</b><br>%{{x:.2f}} {unit_name}, %{{customdata[1]}} bits per weight"
-                "<br>KLD %{customdata[0]}<extra></extra>",
-            }
-
-
-def _label_places(scored: Sequence[tuple[ScoredCheckpoint, Mean]]) -> dict[int, str]:
-    """Where each point's name stands so that names do not cover each other on a plot some 600 pixels wide."""
-    xs = [one.nbytes for one, _ in scored]
-    ys = [math.log10(kld.mean) if kld.mean > 0 else 0.0 for _, kld in scored]
-    wide, high = max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
-    points = [(450 * (x - min(xs)) / wide, 250 * (y - min(ys)) / high) for x, y in zip(xs, ys, strict=True)]
-    taken = [(x - 8, x + 8, y - 8, y + 8) for x, y in points]
-    places: dict[int, str] = {}
-    for (checkpoint, _), (x, y) in sorted(zip(scored, points, strict=True), key=lambda item: item[1]):
-        half = 3.5 * len(checkpoint.label)
-        boxes = {
-            "top center": (x - half, x + half, y + 9, y + 24),
-            "bottom center": (x - half, x + half, y - 24, y - 9),
-            "middle right": (x + 9, x + 9 + 2 * half, y - 8, y + 8),
-            "middle left": (x - 9 - 2 * half, x - 9, y - 8, y + 8),
-        }
-        place = min(boxes, key=lambda name: sum(_overlap(boxes[name], other) for other in taken))
-        taken.append(boxes[place])
-        places[id(checkpoint)] = place
-    return places
-
-
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
-
-
-def _padded(values: Sequence[float]) -> Mapping[str, object]:
-    """A range with room for the names beside the outermost points."""
-    low, high = min(values), max(values)
-    room = 0.15 * (high - low) or 0.1 * high or 1.0
-    return {"range": [max(0.0, low - room), high + room]}
-
-
-def _level(y: float) -> Mapping[str, object]:
-    line = {"color": "$muted", "dash": "dot", "width": 1.5}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
-
-
-def _level_label(y: float, label: str) -> Mapping[str, object]:
-    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": math.log10(y), "yanchor": "bottom"}
-    return {**place, "text": label, "showarrow": False, "font": {"color": "$muted", "size": 12}}
 
 
 def tail(series: Sequence[tuple[str, Sequence[tuple[float, float]], bool]]) -> Spec:
@@ -186,8 +77,8 @@ def tail(series: Sequence[tuple[str, Sequence[tuple[float, float]], bool]]) -> S
             "type": "scatter",
             "mode": "lines" if len(points) > 8 else "lines+markers",
             "name": text(name),
-            "x": _log_safe(kld for kld, _ in points),
-            "y": _log_safe(100 * share for _, share in points),
+            "x": log_safe(kld for kld, _ in points),
+            "y": log_safe(100 * share for _, share in points),
             "line": {"color": "$muted" if floor else color(number), "dash": "dot" if floor else "solid", "width": 2},
             "marker": {"symbol": symbol(number), "size": 8},
             "hovertemplate": "%{y:.3g} % of tokens above %{x:.3g} nats",
@@ -212,10 +103,10 @@ def domains(names: Sequence[str], series: Sequence[tuple[str, Sequence[Mean | No
             "mode": "markers",
             "name": text(name),
             "y": labels,
-            "x": _log_safe(math.nan if mean is None else mean.mean for mean in means),
+            "x": log_safe(math.nan if mean is None else mean.mean for mean in means),
             "error_x": {
                 "type": "data",
-                "array": _finite(math.nan if mean is None else mean.standard_error for mean in means),
+                "array": finite(math.nan if mean is None else mean.standard_error for mean in means),
                 "thickness": 1.2,
             },
             "marker": {"color": "$muted" if floor else color(number), "symbol": symbol(number), "size": 10},
@@ -228,7 +119,7 @@ def domains(names: Sequence[str], series: Sequence[tuple[str, Sequence[Mean | No
         "height": 150 + 34 * len(names),
         "hovermode": "closest",
         "xaxis": {
-            **_log_axis(m.mean for _, means, _ in series for m in means if m is not None),
+            **log_axis(m.mean for _, means, _ in series for m in means if m is not None),
             "title": {"text": "mean KLD, nats per token"},
         },
         "yaxis": {"type": "category", "autorange": "reversed"},
@@ -244,7 +135,7 @@ def by_layer(series: Sequence[tuple[str, Sequence[tuple[int, float]], bool]], ti
             "mode": "lines+markers" if len(points) < 30 else "lines",
             "name": text(name),
             "x": [layer for layer, _ in points],
-            "y": (_log_safe if log else _finite)(value for _, value in points),
+            "y": (log_safe if log else finite)(value for _, value in points),
             "line": {"color": "$muted" if floor else color(number), "dash": "dot" if floor else "solid", "width": 2},
             "marker": {"symbol": symbol(number), "size": 7},
             "hovertemplate": "layer %{x}: %{y:.3g} %",
@@ -252,7 +143,7 @@ def by_layer(series: Sequence[tuple[str, Sequence[tuple[int, float]], bool]], ti
         for number, (name, points, floor) in enumerate(series)
     ]
     layers = sorted({layer for _, points, _ in series for layer, _ in points})
-    scale = _log_axis(value for _, points, _ in series for _, value in points) if log else {}
+    scale = log_axis(value for _, points, _ in series for _, value in points) if log else {}
     layout = {
         "height": 330,
         "hovermode": "closest",
@@ -283,6 +174,7 @@ def sizes(rows: Sequence[StoredRole]) -> Spec:
             "text": [f"{numbers.size(row.nbytes)} · {_bpw(row):.4g} bpw" for row in rows],
             "textposition": ["inside" if 2 * row.nbytes > rows[0].nbytes else "outside" for row in rows],
             "textangle": 0,
+            "insidetextfont": {"color": "$surface"},
             "cliponaxis": False,
             "marker": {"color": "$c0"},
             "customdata": [[f"{row.parameters:,}", f"{row.tensors:,}", f"{row.nbytes / total:.1%}"] for row in rows],

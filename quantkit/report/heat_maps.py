@@ -1,4 +1,7 @@
-"""Grids of layers -> plotly heat maps, on log scales that the colour-blind can read (viridis)."""
+"""Grids of layers -> plotly heat maps, on log scales that the colour-blind can read (viridis).
+
+In all of them what stands out from the page is what to look at: a large error ("$heat"), few tokens ("$scarce").
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def _hover_text(cell: Cell) -> str:
 
 
 def tokens(grid: ExpertGrid) -> Spec:
-    """Tokens of each expert of each layer, on a log scale. Unseen experts are crosses."""
+    """Tokens of each expert of each layer, on a log scale; few stand out. Unseen experts are crosses."""
     means = [sum(row) / len(row) if row else 0 for row in grid.tokens]
     seen = [count for count in grid.counts if count]
     width = max(len(row) for row in grid.tokens)
@@ -59,6 +62,7 @@ def tokens(grid: ExpertGrid) -> Spec:
     data: list[object] = [
         {
             **_expert_cells(width, grid.layers),
+            "colorscale": "$scarce",
             "z": [[_log(count) for count in row] for row in padded],
             "customdata": [
                 [[count, round(count / mean, 2) if mean else 0] for count in row]

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from quantkit.documents.portable import without_folder
+from quantkit.report import numbers
 from quantkit.report.contents import Block, Code, Section, Table
 from quantkit.report.scored import LabelledConversion, LabelledEvaluation
 
@@ -16,24 +17,31 @@ def evaluations(evaluated: Sequence[LabelledEvaluation]) -> Section:
     return Section("measured", "How it was measured", tuple(blocks))
 
 
-def conversion(converted: LabelledConversion, group: str, *, text: bool) -> Section:
-    """``text``: whether the calibration text is listed here, and not with another conversion that has the same."""
+_DIGESTS = ("recipe", "source", "tokenizer", "calibration text", "imatrix")
+"""What a job states by its sha256."""
+
+
+def same_job(converted: LabelledConversion, earlier: Sequence[LabelledConversion]) -> LabelledConversion | None:
+    """The first of ``earlier`` that the same job wrote: another output of one pass."""
+    document = converted.document
+    facts = (document.source, document.recipe, document.job)
+    return next((one for one in earlier if (one.document.source, one.document.recipe, one.document.job) == facts), None)
+
+
+def conversion(
+    converted: LabelledConversion, group: str, first: LabelledConversion | None = None, *, text: bool
+) -> Section:
+    """``first``: the conversion of the same job that all they share is listed with. ``text``: whether the calibration
+    text is listed here, and not with another conversion that has the same."""
     document = converted.document
     rows = [
-        ("source", document.source or "-"),
         ("output", document.output),
-        ("quantkit", document.quantkit),
         ("date of quantkit.json", f"{converted.written:%Y-%m-%d %H:%M} UTC"),
-        *(
-            (name, "-" if value is None else str(value))
-            for name, value in document.job.facts().items()
-            if name != "quantkit version"
-        ),
+        *(_job(converted) if first is None else [("all else", f"as {first.label}: written in the same pass")]),
     ]
-    blocks: list[Block] = [
-        Table(("", ""), tuple(rows), left=2, title=f"Conversion {converted.label}"),
-        Code("To repeat it, with the recipe above in recipe.yaml", conversion_command(converted), "bash"),
-    ]
+    blocks: list[Block] = [Table(("", ""), tuple(rows), left=2, title=f"Conversion {converted.label}")]
+    if first is None:
+        blocks.append(Code("To repeat it, with the recipe above in recipe.yaml", conversion_command(converted), "bash"))
     if document.calibration and text:
         files = tuple(
             (without_folder(file.file), f"{file.documents:,}", f"{file.tokens:,}", f"{file.rows:,}", file.sha256)
@@ -45,6 +53,19 @@ def conversion(converted: LabelledConversion, group: str, *, text: bool) -> Sect
         sums = tuple((name, digest) for name, digest in sorted(document.sha256.items()))
         blocks.append(Table(("file", "sha256"), sums, left=2, long=True))
     return Section("provenance", "Provenance", tuple(blocks), group)
+
+
+def _job(converted: LabelledConversion) -> list[tuple[str, str]]:
+    """What the outputs of a job have in common. What was not used (no imatrix) has no row."""
+    document = converted.document
+    facts = document.job.facts()
+    rows = [("source", document.source or "-"), ("quantkit", str(facts.pop("quantkit version", document.quantkit)))]
+    for name, value in facts.items():
+        if name == "memory budget" and isinstance(value, int):
+            rows.append((name, numbers.binary_size(value)))
+        elif value is not None:
+            rows.append((f"{name}, sha256" if name in _DIGESTS else name, str(value)))
+    return rows
 
 
 def conversion_command(converted: LabelledConversion) -> str:
@@ -64,10 +85,9 @@ def _evaluation(evaluated: LabelledEvaluation) -> list[Block]:
     document = evaluated.document
     protocol, file = document.protocol, document.reference_file
     rows = [
-        ("file", evaluated.path.name),
-        ("its date", f"{evaluated.written:%Y-%m-%d %H:%M} UTC"),
+        ("date", f"{evaluated.written:%Y-%m-%d %H:%M} UTC"),
         ("reference", f"{document.reference.name} ({document.reference.format})"),
-        ("its fingerprint", document.reference.fingerprint),
+        ("reference, sha256", document.reference.fingerprint),
         *(
             []
             if file is None

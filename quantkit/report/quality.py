@@ -10,6 +10,7 @@ from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Layer, Re
 from quantkit.documents.values import Mean
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Block, Figure, Note, Section, Table
+from quantkit.report.pareto import pareto
 from quantkit.report.scored import LabelledEvaluation, Score, ScoredCheckpoint, ScoredCheckpoints, front
 
 FLOOR = "noise floor"
@@ -28,8 +29,15 @@ def comparison(found: ScoredCheckpoints) -> Section:
                 warning=True,
             )
         )
-    blocks += [_pareto(group, _floor(found, group)) for group in groups if len(group) > 1]
+    for group in groups:
+        blocks += [*([_pareto(group, _floor(found, group))] if len(group) > 1 else []), _both_ends(group)]
     return Section("comparison", "Size against quality", tuple(blocks))
+
+
+def _both_ends(group: Sequence[ScoredCheckpoint]) -> Note:
+    """The checkpoint closest to the original and the one furthest from it, in words."""
+    ordered = sorted(group, key=lambda one: one.score.kld.mean if one.score else math.inf)
+    return Note(" ".join(dict.fromkeys(in_practice(one) for one in (ordered[0], ordered[-1]))))
 
 
 def comparable(checkpoints: Sequence[ScoredCheckpoint]) -> tuple[tuple[ScoredCheckpoint, ...], ...]:
@@ -93,6 +101,21 @@ def change(log_ratio: Mean) -> Mean:
     return Mean(mean=math.expm1(log_ratio.mean), standard_error=ratio * log_ratio.standard_error)
 
 
+def in_practice(checkpoint: ScoredCheckpoint) -> str:
+    """What a mean KLD means, by the same measurement: how often the most likely token stays the same, and what becomes
+    of perplexity. "" where nothing was measured."""
+    score = checkpoint.score
+    if score is None:
+        return ""
+    perplexity = Mean(mean=1 + change(score.log_ratio).mean, standard_error=change(score.log_ratio).standard_error)
+    halves = [numbers.number(kld) for share, kld in score.quantiles if share == 0.5]
+    return (
+        f"In practice, {checkpoint.label}: with a mean KLD of {kld_text(score)} nats the most likely token is the "
+        f"original's in {numbers.number(100 * score.same_top.mean)} % of all places, and perplexity is "
+        f"{numbers.estimate(perplexity)} times the original's. Half of the tokens have a KLD below {halves[0]}."
+    )
+
+
 def _pareto(group: Sequence[ScoredCheckpoint], floor: float | None) -> Figure:
     best = front(group)
     rows = tuple(
@@ -104,10 +127,11 @@ def _pareto(group: Sequence[ScoredCheckpoint], floor: float | None) -> Figure:
     return Figure(
         title="Size against KL divergence",
         how="Further left is smaller, further down is closer to the original. The line joins the checkpoints that no "
-        "other beats in both; bars are one standard error. Below the noise floor differences mean nothing.",
+        "other beats in both; bars are one standard error. Differences smaller than the noise floor mean nothing. "
+        "Names without room are in the table.",
         alt=f"Scatter plot of {numbers.counted(len(group), 'checkpoint')}, size against mean KL divergence. "
         f"On the front, from small to large: {names}.",
-        spec=figures.pareto(group, best, floor),
+        spec=pareto(group, best, floor),
         table=Table(("checkpoint", "size", "bits per weight", "mean KLD", "on the front"), rows),
     )
 
@@ -122,15 +146,15 @@ class _Series:
     floor: bool
 
 
-def evaluation(evaluated: LabelledEvaluation, group: str) -> Section:
-    """How the divergence is spread over tokens, domains and layers."""
+def evaluation(evaluated: LabelledEvaluation, group: str, words: str = "") -> Section:
+    """How the divergence is spread over tokens, domains and layers. ``words``: a sentence before the plots."""
     series = [
         _Series(label, candidate.result, floor=False)
         for label, candidate in zip(evaluated.labels, evaluated.document.candidates, strict=True)
     ]
     if evaluated.document.noise_floor is not None:
         series.append(_Series(FLOOR, evaluated.document.noise_floor.result, floor=True))
-    blocks: list[Block] = [*_lower_bound(evaluated), _tail(series)]
+    blocks: list[Block] = [*_lower_bound(evaluated), *([Note(words)] if words else []), _tail(series)]
     if any(len(one.result.domains) > 1 for one in series):
         blocks += [_domains(series), _domain_table(series)]
     blocks += _layers(series)

@@ -14,6 +14,8 @@ from quantkit.plan.text_notes import TokensPerExpert, expert_tokens
 from quantkit.text.fits import fit_document, fit_text
 from quantkit.text.tables import both_units, table
 
+BESIDE = "the interpreter comes on top of the budget; a first run, which compiles kernels, takes 0.1 to 0.4 GB more"
+
 
 def forecast_text(found: Forecast) -> str:
     """Tables of sizes by role, then needs, term by term, and notes."""
@@ -56,6 +58,7 @@ def _needs_text(found: Forecast) -> str:
     else:
         lines.append(f"        {_expected_line(found.expected)}")
         lines += _term_lines(found.expected.ram)
+        lines.append(f"          {BESIDE}")
     if found.on_gpu is not None:
         lines.append(f"        {_gpu_line(found.on_gpu)}")
         lines += _term_lines(found.on_gpu.gpu)

@@ -38,7 +38,7 @@ def inspection_document(found: AnyInspection) -> Mapping[str, object]:
 def _folder_blocks(found: Inspection) -> list[str]:
     head = f"{found.directory}: {found.family or 'unknown architecture'}, {found.quantization or 'not quantised'}"
     size = f"{both_units(found.nbytes)}, {found.bpw:.3f} bpw"
-    tensors = f"{found.stored_tensors:,} tensors in {found.shards:,} shards, {size}"
+    tensors = f"{found.stored_tensors:,} tensors in {found.shards:,} shard{'s' * (found.shards != 1)}, {size}"
     return [f"{head}\n{tensors}", _table(found, "weights")]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from tests.tiny_models import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 V3 = ROOT / "examples" / "deepseek-v3-671b"
-COMMANDS = ([], ["convert"], ["plan"], ["inspect"], ["recipes"], ["recipes", "list"], ["recipes", "show"])
+COMMANDS = ([], ["convert"], ["plan"], ["inspect"], ["recipes"], ["recipes", "list"], ["recipes", "show"], ["docs"])
 
 
 def quantkit(*words: object) -> Result:
@@ -221,6 +222,7 @@ def test_recipes(tmp_path: Path) -> None:
     listed = json.loads(quantkit("recipes", "list", "--json").stdout)
     assert {"nano-demo", "deepseek-v3-w4a16-gptq"} <= {entry["name"] for entry in listed}
     assert "nano-demo" in quantkit("recipes", "list").stdout
+    assert quantkit("recipes").stdout == quantkit("recipes", "list").stdout
     shown = quantkit("recipes", "show", "nano-demo").stdout
     assert shown == (ROOT / "recipes" / "nano-demo.yaml").read_text(encoding="utf-8")
     schema = json.loads(quantkit("recipes", "schema").stdout)
@@ -351,11 +353,17 @@ def test_convert_json_is_one_document(converts_to: ConvertsTo, tmp_path: Path) -
 
 
 def test_convert_over_its_limits_is_1(converts_to: ConvertsTo, tmp_path: Path) -> None:
-    converts_to(report(("mean KL divergence is 0.01230, the recipe allows 0.01000",)))
+    failed = report(("mean KL divergence is 0.01230, the recipe allows 0.01000",))
+    converts_to(replace(failed, outputs=(replace(failed.outputs[0], serve=("vllm serve out",)),)))
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert "EXCEEDED" in result.stdout
-    assert "error: out: mean KL divergence is 0.01230, the recipe allows 0.01000" in result.stderr.splitlines()
+    assert "vllm serve" not in result.stdout
+    assert result.stderr.splitlines()[-3:] == [
+        "error: out: mean KL divergence is 0.01230, the recipe allows 0.01000",
+        "error: limits of the recipe exceeded: the result is kept, and marked as not validated.",
+        "hint: Use more bits or more calibration text, or raise the recipe's limits.",
+    ]
 
 
 def test_convert_refused_is_1(converts_to: ConvertsTo, tmp_path: Path) -> None:
@@ -365,8 +373,23 @@ def test_convert_refused_is_1(converts_to: ConvertsTo, tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-2:] == ["error: out: exists already.", "hint: Choose another -o."]
 
 
+def begun(out: Path) -> None:
+    """Leave what a job for OUT leaves that was stopped after it began."""
+    partial = out.with_name(f"{out.name}.partial")
+    partial.mkdir()
+    (partial / "journal.jsonl").touch()
+
+
+def test_convert_interrupted_before_it_began_has_nothing_to_resume(converts_to: ConvertsTo, tmp_path: Path) -> None:
+    converts_to(KeyboardInterrupt())
+    result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted. Nothing was begun: nothing is to be resumed or removed."
+
+
 def test_convert_interrupted_is_130(converts_to: ConvertsTo, tmp_path: Path) -> None:
     converts_to(KeyboardInterrupt())
+    begun(tmp_path / "out put")
     result = quantkit("convert", V3, "-r", "nano-demo", "-o", tmp_path / "out put")
     assert result.exit_code == 130
     resume = f"quantkit convert {V3} -r nano-demo -o '{tmp_path}/out put'"
@@ -389,6 +412,7 @@ def test_sigterm_is_130_and_says_how_to_resume(tmp_path: Path) -> None:
         "from quantkit.cli.app import main; sys.argv[0] = 'quantkit'; main()"
     )
     words = ["convert", str(V3), "-r", "nano-demo", "-o", str(tmp_path / "o"), "--restart", "--jobs", "2"]
+    begun(tmp_path / "o")
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

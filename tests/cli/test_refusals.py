@@ -54,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, recipe in recipes.items():
         (made / f"{name}.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     (made / "words.txt").write_text("One word after another, and no two alike. " * 200, encoding="utf-8")
+    (made / "empty.txt").touch()
     (made / "taken").mkdir()
     (made / "taken" / "mine.txt").write_text("mine", encoding="utf-8")
     return made
@@ -79,7 +80,7 @@ def refused(folder: Path, words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("convert absent -r good.yaml -o out", 1, "error: absent: is not a folder."),
+        ("convert absent -r good.yaml -o out", 1, "error: absent: no such folder."),
         ("convert taken -r good.yaml -o out", 1, "error: taken/config.json: no such file."),
         ("convert N -r nano-dmeo -o out", 1, "error: recipe 'nano-dmeo': found neither a file"),
         ("convert N -r unknown-key.yaml -o out", 1, "calibraton: found an unknown key"),
@@ -96,19 +97,23 @@ def refused(folder: Path, words: str) -> tuple[int, str]:
         ("convert N -r good.yaml -o out --memory-budget 20bananas", 2, "needed a number with B, KB, MB"),
         ("convert N -r good.yaml -o out --jobs 0", 2, "Invalid value for '--jobs'"),
         ("convert N -r good.yaml", 2, "Missing option"),
-        ("plan absent -r good.yaml", 1, "error: absent: is not a folder."),
+        ("convert deepseek-ai/DeepSeek-V3 --scheme w4a16 -o out", 1, "hint: Nothing is loaded from the hub: fetch it"),
+        ("plan absent --scheme w4a16", 1, "error: absent: no such folder."),
+        ("plan absent -r good.yaml", 1, "error: absent: no such folder."),
         ("plan N -r bad-plan.yaml", 1, "is not a multiple of group_size 100"),
         ("evaluate absent N", 1, "error: absent: is not a folder, nor a file that --save-reference wrote."),
         ("evaluate N absent", 1, "error: absent: does not exist."),
         ("evaluate N taken", 1, "error: taken: holds neither safetensors nor GGUF."),
         ("evaluate N N --text absent.txt", 1, "error: absent.txt: no such file."),
+        ("evaluate N N --text empty.txt", 1, "hint: Fill it, or leave it out."),
+        ("evaluate N N --text ../no*.txt", 1, "hint: Looked from the folder /"),
         ("evaluate N N --context 16 --protocol exact", 2, "Invalid value for '--protocol'"),
         ("evaluate N N -o taken", 1, "error: taken: is no place for a file."),
         ("evaluate N --save-reference taken", 1, "error: taken: is no place for a file."),
         ("evaluate N", 2, "give a candidate, or --save-reference"),
         ("check absent.json -b absent.json", 1, "error: absent.json: cannot be read"),
         ("report absent", 1, "error: absent: not found."),
-        ("inspect absent", 1, "error: absent: no such file."),
+        ("inspect absent", 1, "error: absent: no such file or folder."),
     ],
 )
 def test_mistakes_are_refused_without_torch(folder: Path, words: str, code: int, said: str) -> None:

@@ -410,7 +410,7 @@ def test_an_unfinished_job_goes_on_only_as_the_same_job(place: Path, tmp_path: P
         ({"source": _changed(place, tmp_path)}, "source"),
     ):
         job = {"source": place / "model", "recipe": recipe, **changes}
-        with pytest.raises(OutputError, match=f"an unfinished job with another {name}\\. .*--restart"):
+        with pytest.raises(OutputError, match=rf"an unfinished job that differs from this one: {name}\. .*--restart"):
             run(out=tmp_path / "out", base_dir=place, **job)
     assert files_of(tmp_path / "out.partial") == before
     assert not (tmp_path / "out").exists()
@@ -465,6 +465,18 @@ def test_validated_means_that_all_limits_are_kept_and_that_there_are_some(
     assert validated_as_a_whole(passed) is whole
 
 
+def test_a_disk_that_is_too_full_is_refused_before_anything_is_made(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second try with fewer tokens must not meet what the first one left."""
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4321))
+        with pytest.raises(PlanError, match=r"out: needs .* of disk, .* has 4\.3 kB free"):
+            run(place / "model", data_free(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def rewritten(path: Path) -> None:
     """Other bytes, but the size and the times that a program can set are the old ones."""
     status, content = path.stat(), bytearray(path.read_bytes())
@@ -491,7 +503,7 @@ def test_a_source_that_changed_since_the_stop_is_refused_by_name(change: str, pl
         (tmp_path / "copy").rename(shard)
     else:
         (source / change).write_text('{"bos_token": "<bos>"}')
-        said = r"out\.partial: holds an unfinished job with another tokenizer\. .*--restart"
+        said = r"out\.partial: holds an unfinished job that differs from this one: tokenizer\. .*--restart"
     with pytest.raises(OutputError, match=said) as refused:
         run(source, data_free(), tmp_path / "out")
     assert "\n" not in str(refused.value)

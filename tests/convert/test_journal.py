@@ -139,9 +139,9 @@ def test_the_last_entries_are_taken_back(tmp_path: Path) -> None:
 
 def test_another_job_is_refused_and_every_difference_named(tmp_path: Path) -> None:
     content = written(tmp_path / "j")
-    with pytest.raises(OutputError, match=r"another recipe, threads \(2, now 1\)\. .*--restart"):
+    with pytest.raises(OutputError, match=r"differs from this one: recipe; threads \(2 then, 1 now\)\. .*--restart"):
         Journal(tmp_path / "j", HEADER.model_copy(update={"recipe": "other", "threads": 1}), SOURCE)
-    with pytest.raises(OutputError, match="another source"):
+    with pytest.raises(OutputError, match=r"differs from this one: source\."):
         Journal(tmp_path / "j", JournalHeader(quantkit_version="1", recipe="abc", threads=2, source="new key"), SOURCE)
     assert (tmp_path / "j").read_bytes() == content
 
@@ -157,10 +157,10 @@ def test_a_shard_that_changed_is_named(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=rf"^checkpoint/{one} changed since this job began\. .*--restart"):
             Journal(tmp_path / "j", changed, SOURCE)
     fewer = HEADER.model_copy(update={"source_files": {"model-0.safetensors": files["model-0.safetensors"]}})
-    with pytest.raises(OutputError, match=rf"{one} and 1 others changed since this job began"):
+    with pytest.raises(OutputError, match=rf"{one} and 1 other changed since this job began"):
         Journal(tmp_path / "j", fewer, SOURCE)
     both = fewer.model_copy(update={"source": "other", "source_files": {**files, two: FileState(1, 5, 6, 2)}})
-    with pytest.raises(OutputError, match=rf"another source\. checkpoint/{two} changed since this job began\. Finish"):
+    with pytest.raises(OutputError, match=rf": source\. checkpoint/{two} changed since this job began\. Finish"):
         Journal(tmp_path / "j", both, SOURCE)
 
 

@@ -89,3 +89,15 @@ def test_themes_folds_and_values_answer_the_reader(browser: Browser, file: Path)
     assert re.match(r"layer \d+, expert \d+[\d,]+ tokens", told), told
     check(opened, 1200)
     opened.close()
+
+
+def test_a_phone_shows_that_tables_scroll_and_the_links_stand_below_the_title(browser: Browser, file: Path) -> None:
+    opened = browser.open(file, 390)
+    overflowing = "[...document.querySelectorAll('.scroll')].filter((s) => s.scrollWidth > s.clientWidth)"
+    assert opened.value(f"{overflowing}.length") > 0
+    shadows = f"{overflowing}.every((s) => getComputedStyle(s).backgroundAttachment.includes('local, local, scroll'))"
+    assert opened.value(shadows)
+    left = "document.querySelector({!r}).getBoundingClientRect().left"
+    padding = "parseFloat(getComputedStyle(document.querySelector('nav a')).paddingLeft)"
+    assert opened.value(f"{left.format('nav a')} + {padding} - {left.format('h1')}") == pytest.approx(0, abs=0.5)
+    opened.close()

@@ -11,7 +11,7 @@ import pytest
 
 from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.read import read_documents
-from quantkit.report import figures, heat_maps
+from quantkit.report import figures, heat_maps, pareto
 from quantkit.report.build import report_of
 from quantkit.report.contents import Figure, ReportPage
 from quantkit.report.linears import error_grid, expert_grid
@@ -140,9 +140,76 @@ def test_a_noise_floor_beyond_all_measure_is_not_drawn(tmp_path: Path) -> None:
     assert "shapes" not in layout
 
 
-def test_names_of_points_avoid_each_other(tmp_path: Path) -> None:
-    candidates = {"int4": (100, 0.010), "int4-rtn": (100, 0.012), "int8": (200, 0.001), "int3": (60, 0.5)}
-    found = report_of(scored_checkpoints(read_documents([written(tmp_path, evaluation(candidates), "e.json")])))
-    traces = spec(figure(found, "Size against KL divergence"))["data"][1:]
-    places = {name: place for trace in traces for name, place in zip(trace["text"], trace["textposition"], strict=True)}
-    assert places["int4"] != places["int4-rtn"]
+CROWDED = {
+    "int4-g128-all": (340_000, 0.0301),
+    "llm-compressor-W4A16": (340_000, 0.0397),
+    "auto-round-W4A16": (340_000, 0.0334),
+    "int4-g128-experts": (356_000, 0.0156),
+    "IQ4_XS": (357_000, 0.0192),
+    "Q4_K_M": (404_000, 0.0155),
+    "llama-quantize-Q4_K_M": (404_000, 0.0235),
+    "rtn": (265_000, 0.42),
+}
+
+
+def plotted(tmp_path: Path, candidates: dict[str, tuple[int, float]], floor: float | None = 1e-5) -> Any:
+    path = written(tmp_path, evaluation(candidates, floor=floor), "e.json")
+    return spec(figure(report_of(scored_checkpoints(read_documents([path]))), "Size against KL divergence"))
+
+
+def boxes(found: Any, room: pareto.Room, names: str) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """What is drawn of each name, by plotly's rules: (name, (left, right, bottom, top) in pixels)."""
+    (x0, x1), (y0, y1) = found["layout"]["xaxis"]["range"], found["layout"]["yaxis"]["range"]
+    drawn: list[tuple[str, tuple[float, float, float, float]]] = []
+    for trace in found["data"][1:]:
+        shown = trace if names == "desktop" else trace["meta"]["narrow"]
+        for x, y, name, place in zip(trace["x"], trace["y"], shown["text"], shown["textposition"], strict=True):
+            above, beside = place.split()
+            middle = room.width * (x - x0) / (x1 - x0), room.height * (math.log10(y) - y0) / (y1 - y0)
+            width = room.letter * len(name)
+            left = middle[0] + {"center": -width / 2, "right": 4, "left": -width - 4}[beside]
+            bottom = middle[1] + {"top": 8, "middle": -8, "bottom": -24}[above]
+            if name:
+                drawn.append((name, (left, left + width, bottom, bottom + 16)))
+    return drawn
+
+
+@pytest.mark.parametrize(("names", "room"), [("desktop", pareto.DESKTOP), ("phone", pareto.PHONE)])
+def test_names_of_points_cover_nothing_at_either_width(tmp_path: Path, names: str, room: pareto.Room) -> None:
+    drawn = boxes(plotted(tmp_path, CROWDED), room, names)
+    assert len(drawn) >= (6 if names == "desktop" else 4)
+    for number, (name, one) in enumerate(drawn):
+        assert one[0] >= 0, name
+        assert one[1] <= room.width, name
+        for other_name, other in drawn[:number]:
+            apart = one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+            assert apart, (name, other_name)
+
+
+def test_the_range_of_the_plot_fits_its_points(tmp_path: Path) -> None:
+    low, high = plotted(tmp_path, {"a": (100, 0.0145), "b": (60, 0.0181)})["layout"]["yaxis"]["range"]
+    assert 0.010 < 10**low < 0.0145 - 0.00145
+    assert 0.0181 + 0.00181 < 10**high < 0.025
+
+
+def test_a_noise_floor_is_a_line_where_it_is_near_and_a_remark_where_it_is_not(tmp_path: Path) -> None:
+    near = plotted(tmp_path / "near", {"a": (100, 0.01), "b": (60, 0.02)}, floor=0.002)["layout"]
+    assert near["shapes"][0]["y0"] == 0.002
+    assert 10 ** near["yaxis"]["range"][0] < 0.002
+    far = plotted(tmp_path / "far", {"a": (100, 0.01), "b": (60, 0.02)}, floor=1e-6)["layout"]
+    assert "shapes" not in far
+    assert far["annotations"][0]["text"] == "noise floor: 0.0000010, below the plot"
+
+
+def test_checkpoints_that_equal_the_original_have_a_plot(tmp_path: Path) -> None:
+    found = plotted(tmp_path, {"a": (100, 0.0), "b": (60, 0.0)}, floor=None)
+    assert all(y is None for trace in found["data"] for y in trace["y"])
+
+
+def test_what_stands_out_in_a_map_is_what_to_look_at() -> None:
+    """Large errors and few tokens, in the same colours."""
+    document = ConversionDocument.model_validate(conversion())
+    grid = expert_grid(document)
+    assert grid is not None
+    assert cast("Any", heat_maps.tokens(grid))["data"][0]["colorscale"] == "$scarce"
+    assert cast("Any", heat_maps.errors(error_grid(document)))["data"][0]["colorscale"] == "$heat"

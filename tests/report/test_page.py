@@ -130,3 +130,25 @@ def test_a_checkpoint_that_failed_its_limits_says_so(tmp_path: Path) -> None:
     )
     unmeasured = conversion(kld=None)
     assert "Nothing was measured" in page_of(written(tmp_path / "w0", unmeasured))
+
+
+def test_a_divergence_is_said_in_words_of_the_same_measurement(tmp_path: Path) -> None:
+    text = page_of(written(tmp_path, evaluation({"x": (1, 0.03)}), "e.json"))
+    assert (
+        "In practice, x: with a mean KLD of 0.0300 ± 0.0030 nats the most likely token is the original&#39;s in 93.0 % "
+        "of all places, and perplexity is 1.0305 ± 0.0021 times the original&#39;s. Half of the tokens have a KLD "
+        "below 0.0150."
+    ) in text
+    several = page_of(written(tmp_path, evaluation({"x": (1, 0.03), "y": (2, 0.02), "z": (3, 0.01)}), "three.json"))
+    assert [name for name in "xyz" if f"In practice, {name}:" in several] == ["x", "z"]
+
+
+def test_outputs_of_one_job_state_it_once(tmp_path: Path) -> None:
+    paths = [written(tmp_path / name, conversion()) for name in "ab"]
+    text = page_of(*paths)
+    assert text.count("source, sha256") == text.count("quantkit convert nano") == 1
+    assert "as a: written in the same pass" in text
+    other = conversion()
+    other["job"]["threads"] = 16
+    assert page_of(paths[0], written(tmp_path / "c", other)).count("source, sha256") == 2
+    assert "imatrix, sha256" not in text

@@ -97,7 +97,8 @@ def test_other_layouts_have_the_modules_of_vllm_but_not_the_packing_of_compresse
 @pytest.mark.parametrize(
     ("rule", "note"),
     [
-        (lambda spec: IntScheme(bits=3), "(int3 g128): vLLM's Marlin kernels take 4 and 8 bits"),
+        (lambda spec: IntScheme(bits=3), "(int3 g128): vLLM multiplies 3 bits from 0.33 on, by its Humming"),
+        (lambda spec: IntScheme(bits=6), "transformers needs compressed-tensors 0.18 or newer"),
         (lambda spec: IntScheme(group_size=16), "(int4 g16): vLLM's Marlin kernels take group_size 32, 64, 128"),
         (lambda spec: IntScheme(symmetric=False), "transformers 5.23 cannot load zero points"),
         (lambda spec: IntScheme(scale_dtype="float32"), "vLLM rounds scales to the model's dtype"),
@@ -144,4 +145,4 @@ def test_of_an_unknown_family_only_shapes_are_judged() -> None:
     ]
     assert problems(planned) == []
     (line,) = notes(planned)
-    assert line.startswith("a.experts.1.up_proj (int3 g128): vLLM's Marlin kernels take 4 and 8 bits")
+    assert line.startswith("a.experts.1.up_proj (int3 g128): vLLM multiplies 3 bits from 0.33 on")

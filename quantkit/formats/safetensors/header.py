@@ -105,7 +105,7 @@ def open_regular(path: Path) -> tuple[int, int]:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as error:
         raise SourceError(
-            f"{path}: no such file.", hint="Fetch the missing file; a checkpoint needs all its shards."
+            f"{path}: no such file.", hint="A checkpoint needs config.json, its tokenizer files and all its shards."
         ) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{printable(str(path))}: cannot be opened ({error}).") from error

@@ -6,14 +6,14 @@
   const touch = matchMedia("(pointer: coarse)");
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const plots = [...document.querySelectorAll(".plot")];
-  // Viridis, which the colour-blind can read; what is large stands out against the page.
+  // Viridis, which the colour-blind can read. What is large ("heat") or small ("scarce") stands out against the page.
   const viridis = ["#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
 
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
 
   function color(name) {
-    if (name === "heat") {
-      const colors = isDark() ? viridis : [...viridis].reverse();
+    if (name === "heat" || name === "scarce") {
+      const colors = isDark() === (name === "heat") ? viridis : [...viridis].reverse();
       return colors.map((value, number) => [number / (colors.length - 1), value]);
     }
     const probe = document.createElement("span");
@@ -50,6 +50,7 @@
     const { data, layout, zoom } = themed(figures[plot.dataset.figure], colors);
     const zooms = zoom && !touch.matches && !narrow.matches;
     for (const trace of data) {
+      if (narrow.matches && trace.meta) Object.assign(trace, trace.meta.narrow);
       if (trace.type === "heatmap") {
         trace.colorbar = {
           orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", len: 1, thickness: 10, outlinewidth: 0,

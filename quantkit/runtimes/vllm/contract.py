@@ -21,6 +21,8 @@ COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ = "compressed-tensors", "gptq", "gptq_v2"
 """Layouts of which something is known beyond what holds for all."""
 MARLIN_GROUP_SIZES = (None, 32, 64, 128)
 MARLIN_BITS = (4, 8)
+PADDED_BITS = (3, 5, 6, 7)
+"""Widths of which compressed-tensors packed whole codes into words before it packed a stream of bits."""
 WIDE_TENSOR_PARALLEL = 8
 _PLAIN_ROLES = (Role.ROUTER, Role.EMBED, Role.LM_HEAD)
 """vLLM builds these modules, and the input projection of an MTP layer, without a quantisation config: they need a plain
@@ -118,12 +120,16 @@ def _integers(linears: LinearsByScheme) -> Iterable[tuple[Use, IntScheme]]:
 
 
 def _note_bits(linears: LinearsByScheme) -> Iterator[str]:
-    text = (
-        "vLLM's Marlin kernels take 4 and 8 bits; other widths load in transformers, in vLLM at best by other kernels."
-    )
+    """Widths beside 4 and 8 bits: vLLM's other kernels unpack vLLM's way, transformers by compressed-tensors."""
     for use, scheme in _integers(linears):
-        if scheme.bits not in MARLIN_BITS:
-            yield line(use.tensors, text)
+        if scheme.bits in MARLIN_BITS:
+            continue
+        text = (
+            f"vLLM multiplies {scheme.bits} bits from 0.33 on, by its Humming kernels, which it compiles at the first "
+            "start (GPUs from compute capability 8.0 on; in float16 7.5)"
+        )
+        old = "; transformers needs compressed-tensors 0.18 or newer for it" if scheme.bits in PADDED_BITS else ""
+        yield line(use.tensors, f"{text}{old}.")
 
 
 def _note_group_size(linears: LinearsByScheme) -> Iterator[str]:
