@@ -19,13 +19,14 @@ import quantkit.inspect  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.plan  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from quantkit.api import check, convert, evaluate, inspect, plan, recipe_for, report, update_baseline
+from quantkit.api import build_calibration, check, convert, evaluate, inspect, plan, recipe_for, report, update_baseline
 from quantkit.errors import QuantkitError
 from quantkit.text.result import document, text
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
     from quantkit.convert.events import Event, Report
+    from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import EvaluationEvent
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from quantkit.text.progress import progress
 
 __all__ = [
+    "CalibrationSet",
     "Evaluation",
     "EvaluationEvent",
     "Event",
@@ -52,6 +54,7 @@ __all__ = [
     "Report",
     "Verdict",
     "__version__",
+    "build_calibration",
     "check",
     "convert",
     "document",
@@ -66,6 +69,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CalibrationSet": "documents.calibration_set",
     "Evaluation": "documents.evaluation",
     "EvaluationEvent": "evaluate.events",
     "Event": "convert.events",

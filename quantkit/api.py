@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from quantkit.errors import OutputError, PlanError
+from quantkit.errors import CalibrationError, OutputError, PlanError
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
     from quantkit.documents.baseline import Baseline
+    from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
@@ -132,6 +133,43 @@ def recipe_for(
 
     text = (data,) if isinstance(data, str) else tuple(data)
     return shorthand_recipe(Path(source), Shorthand(scheme, preset, group_size, method, text, tokens))
+
+
+def build_calibration(
+    files: str | Sequence[str],
+    out: Path | str,
+    *,
+    tokens: int = 524288,
+    tokenizer: Path | str | None = None,
+    seed: int = 0,
+    exclude: str | Sequence[str] = (),
+    domain_by: str = "file",
+    sequence_length: int = 2048,
+    force: bool = False,
+    on_read: Callable[[int, int], object] | None = None,
+) -> CalibrationSet:
+    """Draw a calibration set from text of any size, and write it to ``out`` (.jsonl) with a manifest beside it.
+
+    ``files``: files, globs or `builtin:NAME`, relative to the current folder; ``tokens``: how many, counted with the
+    tokenizer of the checkpoint folder ``tokenizer`` or estimated at 4 bytes each; ``exclude``: text that the set must
+    share nothing with, beside quantkit's own evaluation text; ``domain_by``: what is balanced, "file", "folder" or a
+    key of the rows; ``sequence_length``: of the recipe's rows, longer texts are cut to about that; ``force``: replace
+    ``out``; ``on_read``: is told (bytes read, bytes of all files).
+
+    The same files, options and seed give the same bytes. Sources that hold fewer tokens are no error: see ``is_short``
+    of the result. Loads no torch. Raises `QuantkitError`.
+    """
+    from quantkit.calibrate.sets.run import BuildOptions, build
+
+    if tokens < 1 or sequence_length < 2:
+        raise CalibrationError(
+            f"found {tokens} tokens and sequence_length {sequence_length}, needed at least 1 and at least 2."
+        )
+    model = None if tokenizer is None else Path(tokenizer)
+    kept_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    entries = (files,) if isinstance(files, str) else tuple(files)
+    options = BuildOptions(tokens, model, seed, kept_out, domain_by, sequence_length)
+    return build(entries, Path(out), options, Path(), replace=force, on_read=on_read)
 
 
 def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection:

@@ -44,6 +44,8 @@ FENCE = re.compile(
     r"(?:^<!-- (?P<directive>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 LINKED = ("examples", "calibration_data", "docs")
+GROUPS = ("calibration", "recipes")
+"""Commands that have commands of their own."""
 RUNTIMES = {"transformers": ("transformers", "compressed_tensors"), "xllamacpp": ("xllamacpp",)}
 """Word in a python block -> what must be installed to run it: no Python 3.10 has them all."""
 
@@ -186,8 +188,9 @@ def check_options(block: Block) -> None:
         if "quantkit" not in words:
             continue
         arguments = words[words.index("quantkit") + 1 :]
-        known = CliRunner().invoke(app, [arguments[0], "--help"])
-        assert known.exit_code == 0, f"{block.where}: no command {arguments[0]}"
+        name = arguments[: 2 if arguments[0] in GROUPS else 1]
+        known = CliRunner().invoke(app, [*name, "--help"])
+        assert known.exit_code == 0, f"{block.where}: no command {' '.join(name)}"
         for option in (word for word in arguments if word.startswith("-")):
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", known.stdout), f"{block.where}: no {option}"
 

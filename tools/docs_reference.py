@@ -26,6 +26,8 @@ COMMANDS = (
     "evaluate",
     "check",
     "report",
+    "calibration",
+    "calibration build",
     "recipes",
     "recipes list",
     "recipes show",

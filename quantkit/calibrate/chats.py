@@ -27,13 +27,20 @@ _OWN_VARIABLES = ("messages", "tools", "documents")
 
 @dataclass(frozen=True, slots=True)
 class ChatDocument:
-    """One conversation, to be rendered by the checkpoint's chat template. `where` names its place for messages."""
+    """One conversation, to be rendered by the checkpoint's chat template. `where` names its place for messages.
+    `domain`: as the row names it, or ""."""
 
     where: str
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    domain: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """The row as `chat_document` reads it."""
+        beside = {"tools": self.tools, "documents": self.documents, "chat_template_kwargs": self.variables}
+        return {"messages": self.messages} | {key: value for key, value in beside.items() if value}
 
     def is_empty(self) -> bool:
         """Whether no message says anything: no text, no call of a tool, no reasoning."""

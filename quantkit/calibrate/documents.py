@@ -6,6 +6,8 @@ documents, each of them a text or a chat. Nothing here knows a tokenizer.
     .txt      the whole file is one document, which is read when it is tokenised
     .jsonl    one JSON object a line: `messages` with the keys of chats.py, or `text` (string)
     .parquet  a column `text`, or `messages` and the columns beside it that chats.py knows; needs pyarrow
+
+Rows and lines may name their domain under a key that the caller chooses.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -39,10 +41,12 @@ _CHAT_COLUMNS = ("messages", "tools", "documents", "chat_template_kwargs")
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """A file of text. `label` is its name as the recipe spells it, for messages and records."""
+    """A file of text. `label` is its name as the recipe spells it, for messages and records. `domain_key`: key or
+    column that names the domain of each document, None if that is not asked for."""
 
     label: str
     path: Path
+    domain_key: str | None = None
 
     @property
     def domain(self) -> str:
@@ -51,10 +55,11 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class TextDocument:
-    """One text. `where` names its place for messages: `notes.jsonl:12`."""
+    """One text. `where` names its place for messages: `notes.jsonl:12`. `domain`: as the row names it, or ""."""
 
     where: str
     text: str
+    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,29 +114,45 @@ def find_files(entries: Sequence[str], base_dir: Path) -> list[TextFile]:
 
 def read_documents(file: TextFile) -> tuple[str, list[Document]]:
     """(sha256 of the file, its documents). Raises CalibrationError with `file:line` where a line is to blame."""
-    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file.path.suffix.lower()]
     digest = hashlib.sha256()
+    documents = list(stream_documents(file, digest.update))
+    return digest.hexdigest(), documents
+
+
+def stream_documents(file: TextFile, update: Update) -> Iterator[Document]:
+    """The documents of `read_documents`, one at a time: a file may be larger than memory.
+
+    ``update`` is given all bytes of the file by the time of the last one. Raises CalibrationError where reading fails,
+    and at the end if there was no text, or too many chats were empty.
+    """
+    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[file.path.suffix.lower()]
     try:
         with file.path.open("rb") as handle:
-            documents = list(read(file, handle, digest.update))
+            yield from _with_content(file.label, read(file, handle, update))
     except OSError as error:
         raise CalibrationError(f"{file.label}: cannot be read ({error.strerror}).") from error
-    return digest.hexdigest(), _with_content(file.label, documents)
 
 
-def _with_content(label: str, documents: Sequence[Document]) -> list[Document]:
+def _with_content(label: str, documents: Iterator[Document]) -> Iterator[Document]:
     """The documents that say something. Raises CalibrationError: there are none, or too many chats are empty."""
-    chats = [document for document in documents if isinstance(document, ChatDocument)]
-    empty = [chat for chat in chats if chat.is_empty()]
-    if len(empty) > MAX_EMPTY_CHATS * len(chats):
+    n_full = n_chats = n_empty = 0
+    first_empty = ""
+    for document in documents:
+        is_chat, is_blank = isinstance(document, ChatDocument), _is_blank(document)
+        n_chats += is_chat
+        if is_blank and is_chat:
+            n_empty += 1
+            first_empty = first_empty or document.where
+        if not is_blank:
+            n_full += 1
+            yield document
+    if n_empty > MAX_EMPTY_CHATS * n_chats:
         raise CalibrationError(
-            f"{label}: {len(empty):,} of {len(chats):,} chats have no content at all, the first is {empty[0].where}.",
+            f"{label}: {n_empty:,} of {n_chats:,} chats have no content at all, the first is {first_empty}.",
             hint=f"Up to {MAX_EMPTY_CHATS:.0%} are left out. Is the text of the messages under another key?",
         )
-    full = [document for document in documents if not _is_blank(document)]
-    if not full:
-        raise CalibrationError(f"{label}: holds no text.", hint="Remove it from the recipe.")
-    return full
+    if not n_full:
+        raise CalibrationError(f"{label}: holds no text.", hint="Remove it from the list of files.")
 
 
 def samples_of(documents: Sequence[Document], most: int, n_characters: int) -> list[str]:
@@ -156,7 +177,7 @@ def _is_blank(document: Document) -> bool:
 
 
 def _empty_file(label: str) -> CalibrationError:
-    return CalibrationError(f"{label}: the file is empty.", hint="Remove it from the recipe.")
+    return CalibrationError(f"{label}: the file is empty.", hint="Remove it from the list of files.")
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -238,7 +259,7 @@ def _read_jsonl(file: TextFile, handle: IO[bytes], update: Update) -> Iterator[D
         text = _decode(file.label, lambda raw, encoding=encoding: raw.decode(encoding), line, n_bytes)
         if text.strip():
             blank = False
-            yield _document_of_line(f"{file.label}:{number}", text)
+            yield _document_of_line(file, f"{file.label}:{number}", text)
     if blank:
         raise _empty_file(file.label)
 
@@ -252,7 +273,7 @@ def _decode(label: str, decode: Callable[[bytes], str], block: bytes, end: int) 
         raise CalibrationError(f"{label}: is not UTF-8 ({found}).", hint="Convert it: iconv -t UTF-8") from error
 
 
-def _document_of_line(where: str, line: str) -> Document:
+def _document_of_line(file: TextFile, where: str, line: str) -> Document:
     try:
         record: object = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -260,7 +281,7 @@ def _document_of_line(where: str, line: str) -> Document:
     if not isinstance(record, dict):
         found = type(record).__name__
         raise CalibrationError(f"{where}: found {found}, needed an object with `text` or `messages`.")
-    return _document(where, cast("dict[str, object]", record))
+    return _document(file, where, cast("dict[str, object]", record))
 
 
 def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator[Document]:
@@ -279,8 +300,8 @@ def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator
     number = 0
     left = most = max(_SMALL_TEXT, _MAX_EXPANSION * file.path.stat().st_size)
     try:
-        columns = _columns(file.label, parquet.read_schema(file.path).names)
-        texts = columns == ["text"]
+        columns = _columns(file, parquet.read_schema(file.path).names)
+        texts = "text" in columns
         # Read as a dictionary, a repeated text stays one object until its row is asked for.
         with parquet.ParquetFile(file.path, read_dictionary=columns if texts else None) as table:
             if any(size > most for size in _column_sizes(table.metadata)):
@@ -292,7 +313,7 @@ def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator
                     left -= _ROW_BYTES + _n_characters(row)
                     if left < 0:
                         raise _expands(file.label, most)
-                    yield _document(f"{file.label}: row {number}", _without_nulls(row))
+                    yield _document(file, f"{file.label}: row {number}", _without_nulls(row))
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{file.label}: a text behind row {number} is not UTF-8 ({error.reason}).") from error
     except (arrow.ArrowException, OSError) as error:
@@ -322,13 +343,15 @@ def _expands(label: str, most: int) -> CalibrationError:
     )
 
 
-def _columns(label: str, names: Sequence[str]) -> list[str]:
-    if "messages" in names:
-        return [name for name in _CHAT_COLUMNS if name in names]
-    if "text" in names:
-        return ["text"]
-    found = printable(", ".join(names))
-    raise CalibrationError(f"{label}: found columns {found}, needed `text` or `messages`.")
+def _columns(file: TextFile, names: Sequence[str]) -> list[str]:
+    domain = () if file.domain_key is None else (file.domain_key,)
+    missing = [name for name in domain if name not in names]
+    if not missing and "messages" in names:
+        return [name for name in (*_CHAT_COLUMNS, *domain) if name in names]
+    if not missing and "text" in names:
+        return list(dict.fromkeys(("text", *domain)))
+    needed = f"`{missing[0]}`" if missing else "`text` or `messages`"
+    raise CalibrationError(f"{file.label}: found columns {printable(', '.join(names))}, needed {needed}.")
 
 
 def _without_nulls(row: Mapping[str, object]) -> dict[str, object]:
@@ -343,14 +366,27 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in cast("list[object]", value)] if isinstance(value, list) else value
 
 
-def _document(where: str, record: Mapping[str, object]) -> Document:
+def _document(file: TextFile, where: str, record: Mapping[str, object]) -> Document:
     """`messages` wins over `text`: a data set with both holds the text in some other model's template."""
+    domain = "" if file.domain_key is None else _domain(where, file.domain_key, record)
     if "messages" in record:
-        return chat_document(where, record)
+        return replace(chat_document(where, record), domain=domain)
     if "text" not in record:
         found = printable(", ".join(record)) or "no key"
         raise CalibrationError(f"{where}: found {found}, needed the key `text` or `messages`.")
     text = record["text"]
     if not isinstance(text, str):
         raise CalibrationError(f"{where}: `text` is {type(text).__name__}, needed a string.")
-    return TextDocument(where, encodable(where, text))
+    return TextDocument(where, encodable(where, text), domain)
+
+
+def _domain(where: str, key: str, record: Mapping[str, object]) -> str:
+    """What the record says of its domain."""
+    if key not in record:
+        found = printable(", ".join(record)) or "no key"
+        raise CalibrationError(f"{where}: found {found}, needed the key `{key}`, which names the domain.")
+    domain = record[key]
+    if not isinstance(domain, str) or not domain.strip():
+        found = "an empty string" if isinstance(domain, str) else type(domain).__name__
+        raise CalibrationError(f"{where}: `{key}` is {found}, needed the name of a domain.")
+    return printable(encodable(where, domain.strip()))

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report
+from quantkit.cli import calibration, check, convert, evaluate, inspect, plan, recipes, report
 from quantkit.cli.options import ManyFiles
 from quantkit.version import __version__
 
@@ -48,6 +48,7 @@ app.command("inspect")(inspect.inspect)
 app.command("evaluate")(evaluate.evaluate)
 app.command("check")(check.check)
 app.command("report")(report.report)
+app.add_typer(calibration.app, name="calibration")
 app.add_typer(recipes.app, name="recipes")
 
 

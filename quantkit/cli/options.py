@@ -75,25 +75,28 @@ def chosen_recipe(source: Path, recipe: str | None, shorthand: Shorthand) -> Rec
 
 
 class ManyFiles(TyperCommand):
-    """A command whose --data takes all words up to the next option: shells write globs so."""
+    """A command whose --data (`many`) takes all words up to the next option: shells write globs so."""
+
+    many = "--data"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See `spread`."""
         valued = {name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts}
-        return super().parse_args(ctx, spread(args, valued))
+        return super().parse_args(ctx, spread(args, valued, self.many))
 
 
-def spread(args: Sequence[str], valued: Container[str]) -> list[str]:
-    """``SOURCE --data A B`` as ``SOURCE --data A --data B``. ``valued``: options that take a word."""
+def spread(args: Sequence[str], valued: Container[str], many: str = "--data") -> list[str]:
+    """``SOURCE --data A B`` as ``SOURCE --data A --data B``. ``valued``: options that take a word; ``many``: the one
+    that takes several."""
     words: list[str] = []
     source = is_value = in_data = False
     for word in args:
         if is_value:
             is_value = False
         elif word.startswith("-"):
-            is_value, in_data = word in valued, word == "--data"
+            is_value, in_data = word in valued, word == many
         elif in_data and source:
-            words.append("--data")
+            words.append(many)
         else:
             source = True
         words.append(word)

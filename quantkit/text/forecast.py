@@ -10,6 +10,7 @@ from quantkit.plan.forecast import Forecast
 from quantkit.plan.memory import Needs
 from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
+from quantkit.plan.text_notes import TokensPerExpert, expert_tokens
 from quantkit.text.fits import fit_document, fit_text
 from quantkit.text.tables import both_units, table
 
@@ -24,6 +25,9 @@ def forecast_text(found: Forecast) -> str:
         if fits is not None:
             blocks.append("\n" + fit_text(fits[number]))
     blocks.append("\n" + _needs_text(found))
+    spread = expert_tokens(made.recipe, headers.arch)
+    if spread is not None:
+        blocks.append(f"\n{_expert_tokens_text(spread)}")
     if made.warnings:
         blocks.append("\n" + "\n".join(f"note: {warning}" for warning in made.warnings))
     return "\n".join(blocks)
@@ -60,6 +64,15 @@ def _needs_text(found: Forecast) -> str:
     return "\n".join(lines)
 
 
+def _expert_tokens_text(spread: TokensPerExpert) -> str:
+    return (
+        f"text    {spread.tokens:,} tokens: {spread.mean:,} an expert on average ({spread.top_k} of {spread.experts} "
+        "take a token)\n"
+        "        routing is uneven: experts of a small trained model got 0.6 to 1.7 times the mean of mixed text, "
+        "0.01 to 4 times of one domain's"
+    )
+
+
 def _term_lines(terms: tuple[Term, ...]) -> list[str]:
     return [f"          {term.what}: {short_size(term.nbytes)} = {term.formula}" for term in terms]
 
@@ -93,6 +106,7 @@ def _experts(expected: Expected) -> str:
 def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
     """For --json. Sizes in bytes; ``recipe``: its name, as given."""
     headers, made, needs = found.source, found.plan, found.needs
+    spread = expert_tokens(made.recipe, headers.arch)
     return {
         "source": {
             "path": str(headers.directory),
@@ -113,6 +127,16 @@ def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
             ],
             **_expected_document(found.expected),
             "gpu": _gpu_document(found.on_gpu),
+        },
+        "expert_tokens": None
+        if spread is None
+        else {
+            "calibration_tokens": spread.tokens,
+            "experts": spread.experts,
+            "top_k": spread.top_k,
+            "mean": spread.mean,
+            "inputs": spread.width,
+            "calibration_tokens_for_full_rank": spread.needed,
         },
         "fit": None if found.fits is None else [fit_document(each) for each in found.fits],
         "warnings": list(made.warnings),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import TracebackType
@@ -104,6 +105,17 @@ def progress() -> PlainProgress | LiveProgress:
     notebook = "ipykernel" in sys.modules
     live = find_spec("ipywidgets") is not None if notebook else sys.stderr.isatty()
     return LiveProgress() if live else PlainProgress()
+
+
+@contextmanager
+def reading() -> Generator[Callable[[int, int], object]]:
+    """Progress of reading files, for ``on_read``: (bytes done, bytes of all). Nothing outside a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+        task = shown.add_task("reading", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 class PlainProgress:

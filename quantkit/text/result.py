@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from quantkit.convert.events import Report
+    from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.evaluate.check.verdict import Verdict
     from quantkit.inspect.folder import Inspection
@@ -16,15 +17,24 @@ if TYPE_CHECKING:
 
 
 def text(
-    result: Report | Forecast | Evaluation | Inspection | GgufInspection | ImatrixInspection | Sequence[Verdict],
+    result: Report
+    | Forecast
+    | Evaluation
+    | Inspection
+    | GgufInspection
+    | ImatrixInspection
+    | CalibrationSet
+    | Sequence[Verdict],
 ) -> str:
     """What a command prints of its result: aligned tables in plain text."""
     from quantkit.convert.events import Report
+    from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.inspect.folder import Inspection
     from quantkit.inspect.gguf import GgufInspection
     from quantkit.inspect.imatrix import ImatrixInspection
     from quantkit.plan.forecast import Forecast
+    from quantkit.text.calibration_set import calibration_set_text
     from quantkit.text.converted import report_text
     from quantkit.text.evaluation import evaluation_text
     from quantkit.text.forecast import forecast_text
@@ -38,6 +48,8 @@ def text(
             return forecast_text(result)
         case Evaluation():
             return evaluation_text(result)
+        case CalibrationSet():
+            return calibration_set_text(result)
         case Inspection() | GgufInspection() | ImatrixInspection():
             return inspection_text(result)
         case _:
@@ -45,11 +57,12 @@ def text(
 
 
 def document(
-    result: Report | Forecast | Evaluation | Inspection | GgufInspection | ImatrixInspection,
+    result: Report | Forecast | Evaluation | Inspection | GgufInspection | ImatrixInspection | CalibrationSet,
 ) -> Mapping[str, object]:
     """Plain values that JSON can say, as ``--json`` prints them: sizes in bytes, times in seconds, divergences in nats;
     null for what is no number."""
     from quantkit.convert.events import Report
+    from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.documents.json_text import finite
     from quantkit.plan.forecast import Forecast
@@ -64,6 +77,8 @@ def document(
             found = forecast_document(result, result.plan.recipe.description)
         case Evaluation():
             found = result.document()
+        case CalibrationSet():
+            found = result.model_dump(mode="json")
         case _:
             found = inspection_document(result)
     return cast("Mapping[str, object]", finite(found))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import quantkit
 from quantkit import api
 from quantkit.arch import arch_of
 from quantkit.errors import RecipeError
@@ -183,9 +184,31 @@ def test_the_built_in_text_is_small_for_many_experts() -> None:
         recipe = shorthand_recipe(source, options)
         return text_notes(recipe, arch_of(read_config(source)))
 
-    (note,) = notes(V3, Shorthand("w4a16"))
+    note, of_rank = notes(V3, Shorthand("w4a16"))
     assert note.startswith("builtin:mixed is small for 256 experts a layer: 131,072 tokens are about 4,096 an expert.")
     assert note in api.plan(V3, shorthand_recipe(V3, Shorthand("w4a16"))).warnings
+    assert of_rank.startswith("an expert gets 4,096 calibration tokens on average, its gate and up projections have")
+    assert "From 229,376 tokens on" in of_rank
     assert notes(V3, Shorthand("w4a16", method="rtn")) == []
+    assert notes(V3, Shorthand("w4a16", method="rtn", data=("own.txt",), tokens=1000)) == []
     assert notes(V3, Shorthand("w4a16", data=("own.txt",))) == []
+    assert notes(V3, Shorthand("w4a16", data=("own.txt",), tokens=229375)) != []
+    assert notes(V3, Shorthand("w4a16", data=("own.txt",), tokens=229376)) == []
     assert notes(NANO, Shorthand("w4a16")) == []
+
+
+def test_a_plan_says_what_experts_get() -> None:
+    found = api.plan(V3, shorthand_recipe(V3, Shorthand("w4a16", tokens=131072)))
+    shown, document = quantkit.text(found), quantkit.document(found)
+    assert "text    131,072 tokens: 4,096 an expert on average (8 of 256 take a token)" in shown
+    assert document["expert_tokens"] == {
+        "calibration_tokens": 131072,
+        "experts": 256,
+        "top_k": 8,
+        "mean": 4096,
+        "inputs": 7168,
+        "calibration_tokens_for_full_rank": 229376,
+    }
+    data_free = api.plan(V3, shorthand_recipe(V3, Shorthand("w4a16", method="rtn")))
+    assert quantkit.document(data_free)["expert_tokens"] is None
+    assert "an expert on average" not in quantkit.text(data_free)
