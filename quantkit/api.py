@@ -163,7 +163,7 @@ def build_calibration(
     The same files, options and seed give the same bytes. Sources that hold fewer tokens are no error: see ``is_short``
     of the result. Loads no torch. Raises `QuantkitError`.
     """
-    from quantkit.calibrate.build.run import BuildOptions, build
+    from quantkit.calibrate.sets.run import BuildOptions, build
 
     if tokens < 1 or sequence_length < 2:
         raise CalibrationError(

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.calibrate.build.cutting import pieces_of
-from quantkit.calibrate.build.pool import FULL, Pool, PooledDocument, draw
-from quantkit.calibrate.build.run import BuildOptions, build, manifest_path
-from quantkit.calibrate.build.scripts import script_of
-from quantkit.calibrate.build.shingles import NEAR_RUN, ExcludedText, shingles, similarity, sketch_of, words_of
 from quantkit.calibrate.chats import ChatDocument
 from quantkit.calibrate.documents import TextFile, builtin_dir, read_documents, stream_documents
 from quantkit.calibrate.pieces import TextReader
+from quantkit.calibrate.sets.cutting import pieces_of
+from quantkit.calibrate.sets.pool import FULL, Pool, PooledDocument, draw
+from quantkit.calibrate.sets.run import BuildOptions, build, manifest_path
+from quantkit.calibrate.sets.scripts import script_of
+from quantkit.calibrate.sets.shingles import NEAR_RUN, ExcludedText, shingles, similarity, sketch_of, words_of
 from quantkit.documents.calibration_set import CalibrationSet
 from quantkit.errors import CalibrationError, OutputError, QuantkitError
 from tests.calibrate.byte_checkpoint import write, write_checkpoint
