@@ -260,7 +260,7 @@ def test_no_config_and_no_folder(tmp_path: Path) -> None:
     (folder / "config.json").mkdir()
     refused(folder, "config.json", "not a regular file")
     refused(tmp_path / "absent", "no such folder")
-    with pytest.raises(SourceError, match="is not a folder"):
+    with pytest.raises(SourceError, match="no such folder"):
         open_source(tmp_path / "absent\0")
 
 
