@@ -54,6 +54,10 @@ def read_config(directory: Path) -> dict[str, object]:
     """The raw config.json of a folder. Raises `SourceError` if either is missing, or it is not JSON, or no object."""
     check_folder(directory)
     path = directory / "config.json"
+    inside = [] if os.path.lexists(path) else sorted(found.parent for found in directory.glob("*/config.json"))
+    if inside:
+        listed = ", ".join(printable(str(folder)) for folder in inside[:3])
+        raise SourceError(f"{path}: no such file.", hint=f"Is it a folder inside it? There is {listed}.")
     return parse_json_object(read_small(path).removeprefix(BOM_UTF8), str(path))
 
 

@@ -259,8 +259,8 @@ def test_no_config_and_no_folder(tmp_path: Path) -> None:
     refused(folder, "config.json", "no such file")
     (folder / "config.json").mkdir()
     refused(folder, "config.json", "not a regular file")
-    refused(tmp_path / "absent", "not a folder")
-    with pytest.raises(SourceError, match="is not a folder"):
+    refused(tmp_path / "absent", "no such folder")
+    with pytest.raises(SourceError, match="no such folder"):
         open_source(tmp_path / "absent\0")
 
 
