@@ -22,7 +22,7 @@ GGUF_ARCHITECTURE = "deepseek2"
 SOFTMAX, SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_...
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS: asserts when a file is loaded
 _LITE_LAYERS, _LITE_48_VOCABULARY = (26, 27), 128_256
-_YARN_BETAS = (32.0, 1.0)  # of llama_hparams, fast and slow
+YARN_BETAS = (32.0, 1.0)  # of llama_hparams, fast and slow
 _LATENT_EPS = 1e-6  # see `deepseek_v3.LATENT_NORM_EPS`
 
 WHOLE_KV_B = "attn_kv_b.weight"
@@ -171,7 +171,7 @@ def differences(config: DeepseekV3Config) -> tuple[str, ...]:
         )
     flags = server_flags(config)
     if flags:
-        fast, slow = _YARN_BETAS
+        fast, slow = YARN_BETAS
         lines.append(
             f"llama.cpp takes beta_fast {fast:g} and beta_slow {slow:g} for {GGUF_ARCHITECTURE} whatever the file "
             f"says: start it with {' '.join(flags)}."
@@ -184,7 +184,7 @@ def server_flags(config: DeepseekV3Config) -> tuple[str, ...]:
     yarn = config.rope_scaling
     if yarn is None:
         return ()
-    fast, slow = _YARN_BETAS
+    fast, slow = YARN_BETAS
     default = yarn.model_copy(update={"beta_fast": fast, "beta_slow": slow})
     if config.rope.yarn_ramp(yarn) == config.rope.yarn_ramp(default):
         return ()

@@ -19,6 +19,7 @@ from quantkit.errors import CalibrationError, ConfigError, PlanError, SourceErro
 from quantkit.evaluate.open import Evaluated, open_candidate, open_reference, tokenizer_sha256
 from quantkit.evaluate.reference_file import ReferenceStatistics, is_reference_file
 from quantkit.formats.preallocated import check_place
+from quantkit.plan.lengths import check_length
 
 DEFAULT_TEXT = ("builtin:eval",)
 DEFAULT_CONTEXT = 512
@@ -99,6 +100,7 @@ def _against_folder(
     if save is not None:
         check_place(save)
     original = stack.enter_context(open_reference(path))
+    check_length("--context", context, original.arch)
     tokenizer = tokenizer_sha256(path)
     others = _open(stack, candidates, original.arch, tokenizer)
     windows = eval_windows(

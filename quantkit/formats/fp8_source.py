@@ -87,10 +87,11 @@ class Fp8Source:
 
         Raises `SourceError` as `read` does.
         """
-        weight = self.raw.read_unchecked(name, pinned=device.type == "cuda").to(device, non_blocking=True)
+        stored = self.raw.read_unchecked(name, pinned=device.type == "cuda")
+        weight = stored.to(device, non_blocking=True)
         if name in self._float8:
             scale = self.raw.read(name + SCALE_SUFFIX).float()
-            self._check_scale(name, scale)
+            self._check_scale(name, scale, stored)
             weight = decode_blocks(weight, scale.to(device), self.block_size)
         require_finite(name, str(self.raw.path_of(name)), weight)
         return weight
@@ -98,10 +99,11 @@ class Fp8Source:
     def read_float8(self, name: str) -> tuple[Tensor, Tensor]:
         """The stored pair: codes (out, in) float8_e4m3fn, scale (out blocks, in blocks) in its stored dtype.
 
-        Raises `SourceError` for a code that is NaN or a scale that is not a positive finite number.
+        Raises `SourceError` for a code that is NaN or a scale that is not a positive finite number, nor 0 for a block
+        of zeros.
         """
         codes, scale = self.raw.read(name), self.raw.read(name + SCALE_SUFFIX)
-        self._check_scale(name, scale.float())
+        self._check_scale(name, scale.float(), codes)
         return codes, scale
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -114,8 +116,9 @@ class Fp8Source:
         block_rows, _ = self.block_size
         start, stop = rows or (0, self._infos[name].shape[0])
         scale = self.raw.read(name + SCALE_SUFFIX, (start // block_rows, math.ceil(stop / block_rows))).float()
-        self._check_scale(name, scale)
-        weight = decode_blocks(self.raw.read(name, (start, stop)), scale, self.block_size, start % block_rows)
+        codes, skipped = self.raw.read(name, (start, stop)), start % block_rows
+        self._check_scale(name, scale, codes, skipped)
+        weight = decode_blocks(codes, scale, self.block_size, skipped)
         require_finite(name, str(self.raw.path_of(name)), weight)
         return weight
 
@@ -191,15 +194,28 @@ class Fp8Source:
         found = "is missing" if info is None else f"is {info.dtype}, not FP8"
         raise self._refusal(scale_name, f"is the scale of {printable(owner)}, which {found}")
 
-    def _check_scale(self, name: str, scale: Tensor) -> None:
+    def _check_scale(self, name: str, scale: Tensor, codes: Tensor, skipped_rows: int = 0) -> None:
+        """Raise for scales that mean nothing. A block of zeros may have the scale 0, as some converters write it; a
+        whole matrix of them is no model's, but what a hole in a file looks like."""
         import torch
 
-        good = torch.isfinite(scale) & (scale > 0)
-        if good.all():
+        good = torch.isfinite(scale) & (scale >= 0)
+        if not good.all():
+            bad = scale[~good]
+            problem = f"{bad.numel():,} scales are not positive finite numbers, such as {float(bad[0])}"
+            raise self._refusal(name + SCALE_SUFFIX, problem, "Fetch the file again.")
+        zeros = scale == 0
+        if not zeros.any():
             return
-        bad = scale[~good]
-        problem = f"{bad.numel():,} scales are not positive finite numbers, such as {float(bad[0])}"
-        raise self._refusal(name + SCALE_SUFFIX, problem, "Fetch the file again.")
+        if scale.numel() > 1 and zeros.all() and len(codes) == self._infos[name].shape[0]:
+            raise self._refusal(name + SCALE_SUFFIX, "holds only zeros", "Fetch the file again.")
+        height, width = self.block_size
+        for row, column in zeros.nonzero().tolist():
+            first = row * height - skipped_rows
+            block = codes[max(0, first) : first + height, column * width : (column + 1) * width]
+            if block.view(torch.uint8).bitwise_and(0x7F).any():
+                problem = f"the scale of block [{row}, {column}] is 0, its weights are not"
+                raise self._refusal(name + SCALE_SUFFIX, problem, "Fetch the file again.")
 
 
 def decode_blocks(

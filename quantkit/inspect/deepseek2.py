@@ -24,6 +24,7 @@ from quantkit.arch.deepseek_v3_gguf import (
     SIGMOID,
     SIZES,
     WHOLE_KV_B,
+    YARN_BETAS,
 )
 from quantkit.arch.deepseek_v3_gguf_read import Found, default_of, stores_whole_kv_b
 from quantkit.arch.parts import in_parts, stored_tensors
@@ -215,6 +216,13 @@ def _key_lines(model: GgufReader) -> list[str]:
         lines.append(
             f"{PREFIX}rope.scaling.yarn_log_multiplier is {multiplier:g}: for this architecture a tenth of "
             "mscale_all_dim is stored (0.1 for DeepSeek V3), llama.cpp multiplies it by ten."
+        )
+    betas = [model.get(f"{PREFIX}rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")]
+    if any(isinstance(found, float) and found != read for found, read in zip(betas, YARN_BETAS, strict=True)):
+        fast, slow = YARN_BETAS
+        lines.append(
+            f"{PREFIX}rope.scaling.yarn_beta_fast or _slow is not {fast:g} or {slow:g}: llama.cpp takes these whatever "
+            "the file says; start it with --yarn-beta-fast and --yarn-beta-slow of the model."
         )
     return [*lines, *missing_keys(model.get, model.tensors)]
 

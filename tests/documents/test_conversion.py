@@ -23,7 +23,9 @@ def document(**changes: Any) -> ConversionDocument:
 def test_what_applies_is_written_in_the_models_order() -> None:
     found = document()
     assert json.loads(found.to_json()) == conversion()
-    assert list(json.loads(found.to_json())) == list(ConversionDocument.model_fields)
+    fit = {"name": "lm_head.weight", "scheme": "Q4_0", "relative_loss": 1.0, "gaussian_loss": 0.0065}
+    whole = document(poor_fits=[fit])
+    assert list(json.loads(whole.to_json())) == list(ConversionDocument.model_fields)
 
 
 def test_a_missing_loss_is_not_one_that_was_no_number() -> None:

@@ -196,6 +196,27 @@ def test_scale_of_no_use(tmp_path: Path, bad: float) -> None:
         assert_one_line(caught.value, "model-00000.safetensors", SCALE)
 
 
+@pytest.mark.parametrize("zero", [0x00, 0x80])
+def test_a_block_of_zeros_may_have_the_scale_zero(tmp_path: Path, zero: int) -> None:
+    tensors = pair()
+    tensors[SCALE][1, 2] = 0.0
+    tensors[NAME].view(torch.uint8)[128:, 256:] = zero
+    source = open_source(checkpoint(tmp_path, tensors))
+    assert not source.read(NAME)[128:, 256:].any()
+    assert source.read(NAME)[128:, :256].any()
+    assert not source.read(NAME, (199, 200))[:, 256:].any()
+    assert torch.equal(source.read_on(NAME, torch.device("cpu")), source.read(NAME))
+    assert source.read_float8(NAME)[1][1, 2] == 0
+
+
+def test_a_matrix_of_zero_scales_is_a_hole_in_a_file(tmp_path: Path) -> None:
+    tensors = pair()
+    tensors[SCALE].zero_()
+    tensors[NAME].view(torch.uint8).zero_()
+    with pytest.raises(SourceError, match="holds only zeros"):
+        open_source(checkpoint(tmp_path, tensors)).read(NAME)
+
+
 def test_codes_that_are_not_numbers(tmp_path: Path) -> None:
     tensors = pair()
     tensors[NAME].view(torch.uint8)[7, 9] = 0xFF

@@ -147,6 +147,7 @@ ODD: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     (with_keys(expert_gating_func=1), {}, ("deepseek2.expert_gating_func is 1:",)),
     (with_keys(rope__scaling__yarn_log_multiplier=1.0), {}, ("yarn_log_multiplier is 1: ", "multiplies it by ten")),
     (with_keys(rope__scaling__yarn_log_multiplier=None), {}, ("yarn_log_multiplier is missing: llama.cpp takes 0",)),
+    (with_keys(rope__scaling__yarn_beta_fast=1.0), {}, ("yarn_beta_fast or _slow is not 32 or 1", "--yarn-beta-fast")),
     (with_keys(attention__q_lora_rank=None), {}, ("q_lora_rank is missing: llama.cpp refuses the file",)),
     (with_keys(embedding_length=None), {}, ("embedding_length is missing: llama.cpp does not load",)),
     (with_keys(embedding_length=1.5), {}, ("1 keys that the architecture needs are no whole numbers: deepse",)),
