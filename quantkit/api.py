@@ -8,6 +8,7 @@ a recipe with several faults: one line each) and a hint. Recipes are given as fi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -87,13 +88,15 @@ def plan(
     context: int | None = None,
     memory_budget: int | str | None = None,
     convert_on: Gpu | str | None = None,
+    hours: bool = False,
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
 
     ``source`` may hold only a config.json: then the official release of that config is planned. ``gpus``
     ("5xA100-80GB"): check whether vLLM (GGUF: llama.cpp) can serve a sequence of ``context`` tokens there (default:
     32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. ``convert_on``
-    ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). Loads no torch.
+    ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). ``hours``: also say how
+    long it would take on this machine, which is measured for some seconds the first time; only then torch is loaded.
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = _recipe(recipe, base_dir)
@@ -102,7 +105,7 @@ def plan(
     from quantkit.plan.hardware import parse_gpu
     from quantkit.runtimes.gpus import parse_gpus
 
-    return forecast(
+    found = forecast(
         Path(source),
         loaded,
         base_dir=folder,
@@ -111,6 +114,11 @@ def plan(
         memory_budget=budget_bytes(memory_budget),
         convert_on=_parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
     )
+    if not hours:
+        return found
+    from quantkit.plan.duration import duration_of
+
+    return replace(found, duration=duration_of(found))
 
 
 def recipe_for(

@@ -19,6 +19,7 @@ from quantkit.cli.options import (
     Device,
     DeviceOption,
     GroupSize,
+    LogFile,
     MemoryBudget,
     MethodName,
     PresetName,
@@ -63,6 +64,7 @@ def convert(
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
+    log: LogFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise a checkpoint, layer by layer, and compare the result with the original.
@@ -83,7 +85,7 @@ def convert(
         if out is None:
             missing_option("'--out' / '-o'")
         options = shorthand.words if recipe is None else ("-r", recipe)
-        with interruptible(lambda: f"Resume with: {_resume_command(source, options, out)}"), progress() as on_event:
+        with interruptible(lambda: f"Resume with: {_resume_command(source, options, out)}"), progress(log) as on_event:
             report = commands.convert(
                 source,
                 chosen,

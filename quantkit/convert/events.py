@@ -11,25 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.documents.conversion import ValidationResult
+from quantkit.plan.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
     """The plan is made and work begins. ``total_bytes``: stored source bytes to be read; ``tokens``: calibration
     tokens (0: data-free); ``layers_done``: layers that an earlier, killed run has finished already; ``warnings``: what
-    makes the calibration text doubtful."""
+    makes the calibration text doubtful; ``schedule``: how long each step should take, () if that is not known."""
 
     total_layers: int
     total_bytes: int
     tokens: int
     layers_done: int = 0
     warnings: tuple[str, ...] = ()
+    schedule: Schedule = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
-    """A part of the work begins: "embeddings", "attention", "mlp", "experts", "files", "validation"... ``layer`` is
-    None outside the decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
+    """A part of the work begins: "compiling kernels", "embeddings", "attention", "experts", "validation"... ``layer``
+    is None outside the decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
 
     stage: str
     layer: int | None = None

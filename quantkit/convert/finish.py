@@ -49,6 +49,7 @@ from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Validation
+from quantkit.plan.schedule import FILES, VALIDATION
 from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Scheme
 from quantkit.version import __version__
@@ -72,7 +73,7 @@ def finish(
         records = conversion.journal.tensors_of(number)
         _require_all(conversion.folder, output, records)
         with conversion.timer.stage("files"):
-            conversion.on_event(StageStarted("files"))
+            conversion.on_event(StageStarted(FILES))
             hashes = sink.finish(conversion.journal.steps_of(number))
             _write_side_files(conversion, output, directory)
             hashes = {**hashes, **_hashes_of_others(directory, hashes)}
@@ -140,7 +141,7 @@ def _validate(conversion: Conversion, output: OutputPlan, directory: Path, base_
     windows = eval_windows(
         wanted.text, wanted.context, conversion.source.directory, base_dir, wanted.max_windows_per_file
     )
-    conversion.on_event(StageStarted("validation", total=conversion.arch.n_layers))
+    conversion.on_event(StageStarted(VALIDATION))
     device, cache_bytes = conversion.machine.device, conversion.share.cache // 2
     with output.target.open_written(directory) as written:
         scores = compare(

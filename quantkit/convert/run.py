@@ -31,6 +31,7 @@ from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.layer_writer import LayerWriter
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
+from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.weights import LayerWeights, WeightSource
 from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
@@ -39,9 +40,10 @@ from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
-from quantkit.plan.memory import check_free_disk
+from quantkit.plan.memory import Needs, check_free_disk
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.schedule import COMPILING, KEPT, OUTSIDE
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
 from quantkit.schemes import ChosenScheme, QuantError
@@ -90,7 +92,7 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
             weights=weights,
             deliveries=deliveries,
         )
-        return _run(conversion, rows, header, base_dir)
+        return _run(conversion, needs, rows, header, base_dir)
 
 
 def _open_imatrix(stack: ExitStack, recipe: Recipe, arch: ModelArch, base_dir: Path) -> ImportanceFile | None:
@@ -116,17 +118,20 @@ def _works_beside(machine: Machine) -> bool:
     return machine.device.type == "cuda"
 
 
-def _run(conversion: Conversion, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
+def _run(conversion: Conversion, needs: Needs, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
     resumed = bool(conversion.journal.entries)
     layers = _layers(conversion.plan)
+    with conversion.timer.stage("compilation"):
+        conversion.on_event(StageStarted(COMPILING))
+        schedule = schedule_of(conversion, needs)
     _rewind(conversion, calibrated=rows is not None)
     done = {entry.layer for entry in conversion.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
     warnings = () if rows is None else rows.warnings
-    conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings))
+    conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings, schedule))
     if not conversion.journal.outside_done:
         with conversion.timer.stage("copy"):
-            conversion.on_event(StageStarted("embeddings"))
+            conversion.on_event(StageStarted(OUTSIDE))
             copy_kept(conversion, None)
             tables = _table_records(quantize_tables(conversion, None))
             _sync(conversion)
@@ -185,6 +190,7 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
         if conversion.deliveries is not None:
             conversion.deliveries.drain()
     with conversion.timer.stage("copy"):
+        conversion.on_event(StageStarted(KEPT, layer))
         copy_kept(conversion, layer, result.foldings)
         records = _table_records([*writer.tensors, *quantize_tables(conversion, layer)])
     with conversion.timer.stage("sync"):

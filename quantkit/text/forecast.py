@@ -10,8 +10,9 @@ from quantkit.plan.forecast import Forecast
 from quantkit.plan.memory import Needs
 from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
+from quantkit.plan.schedule import Duration
 from quantkit.text.fits import fit_document, fit_text
-from quantkit.text.tables import both_units, table
+from quantkit.text.tables import both_units, duration, table
 
 
 def forecast_text(found: Forecast) -> str:
@@ -57,7 +58,24 @@ def _needs_text(found: Forecast) -> str:
         lines += _term_lines(found.on_gpu.gpu)
     lines.append(f"        disk {short_size(needs.disk_bytes)}")
     lines += _term_lines(needs.disk)
+    if found.duration is not None:
+        lines += _duration_lines(found.duration)
     return "\n".join(lines)
+
+
+def _duration_lines(found: Duration) -> list[str]:
+    """How long it should take here, what limits it, and what that is an estimate of."""
+    cost = found.cost
+    shares = ((cost.computing, "computing"), (cost.reading + cost.ahead, "reading"), (cost.writing, "writing"))
+    parts = ", ".join(f"{what} {duration(seconds)}" for seconds, what in sorted(shares, reverse=True))
+    where = f"{found.threads} thread{'s' if found.threads > 1 else ''} of the processor"
+    device = where if found.device == "cpu" else found.device
+    stages = f"layers {duration(found.seconds - found.after_layers)}, then validation and checksums"
+    return [
+        f"takes   about {duration(found.seconds)} on this machine ({device}): {parts}",
+        f"          {stages} {duration(found.after_layers)}; estimated from a benchmark of some seconds, for a machine "
+        "that does nothing else",
+    ]
 
 
 def _term_lines(terms: tuple[Term, ...]) -> list[str]:
@@ -114,8 +132,24 @@ def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
             **_expected_document(found.expected),
             "gpu": _gpu_document(found.on_gpu),
         },
+        "duration": None if found.duration is None else _duration_document(found.duration),
         "fit": None if found.fits is None else [fit_document(each) for each in found.fits],
         "warnings": list(made.warnings),
+    }
+
+
+def _duration_document(found: Duration) -> Mapping[str, object]:
+    """Seconds; ``reading_ahead`` passes while something is computed."""
+    cost = found.cost
+    return {
+        "device": found.device,
+        "threads": found.threads,
+        "seconds": round(found.seconds, 1),
+        "computing": round(cost.computing, 1),
+        "reading": round(cost.reading, 1),
+        "reading_ahead": round(cost.ahead, 1),
+        "writing": round(cost.writing, 1),
+        "after_layers": round(found.after_layers, 1),
     }
 
 

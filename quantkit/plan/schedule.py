@@ -1,0 +1,90 @@
+"""A conversion as steps in the order of the work, each with the seconds that it should take: the plan's hours are their
+sum, the progress bar is how far along them a running conversion is.
+
+Steps carry the names of the events that begin them (`quantkit.convert.events`). No torch is loaded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OUTSIDE, KEPT, FILES, VALIDATION, SCORES = "embeddings", "kept", "files", "validation", "scores"
+AFTER_LAYERS = (FILES, VALIDATION, SCORES)
+COMPILING, LAYER = "compiling kernels", "layer"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of ``computing`` and ``writing``, of ``reading`` before, and of reading ``ahead`` while something is
+    computed."""
+
+    computing: float = 0.0
+    writing: float = 0.0
+    reading: float = 0.0
+    ahead: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.computing + other.computing,
+            self.writing + other.writing,
+            self.reading + other.reading,
+            self.ahead + other.ahead,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return self.reading + max(self.ahead, self.computing) + self.writing
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of the work. ``kind``: the stage that begins it ("attention", "experts", "validation"...); ``layer``: None
+    outside the layers."""
+
+    kind: str
+    layer: int | None
+    cost: Cost
+
+    @property
+    def seconds(self) -> float:
+        """How long it should take."""
+        return self.cost.seconds
+
+
+Schedule = tuple[Step, ...]
+
+
+def even(n_layers: int) -> Schedule:
+    """Layers of which nothing is known."""
+    return weighted([1.0] * n_layers)
+
+
+def weighted(seconds: Sequence[float]) -> Schedule:
+    """A step for each layer."""
+    return tuple(Step(LAYER, layer, Cost(each)) for layer, each in enumerate(seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """``steps`` in the order of the work. ``device``: cpu, or the GPU's model; ``threads`` of the processor."""
+
+    device: str
+    threads: int
+    steps: Schedule
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def cost(self) -> Cost:
+        """Reading, computing and writing of the whole."""
+        return sum((step.cost for step in self.steps), Cost())
+
+    @property
+    def after_layers(self) -> float:
+        """Seconds of checksums and validation."""
+        return sum(step.seconds for step in self.steps if step.kind in AFTER_LAYERS)
