@@ -7,7 +7,7 @@ behaviour, and the conversion never waits for their reader.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantkit.documents.conversion import ValidationResult
@@ -25,7 +25,7 @@ class Started:
     tokens: int
     layers_done: int = 0
     warnings: tuple[str, ...] = ()
-    schedule: Schedule = ()
+    schedule: Schedule = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

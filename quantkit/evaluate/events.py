@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quantkit.plan.schedule import Schedule
 
@@ -17,7 +17,7 @@ class EvaluationStarted:
     windows: int
     tokens: int
     layers: int
-    schedule: Schedule = ()
+    schedule: Schedule = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

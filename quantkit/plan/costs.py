@@ -34,9 +34,9 @@ NUMBER = 4
 """Bytes of a float32."""
 REUSED = 2**25
 """Bytes of a tensor up to which the C library has room for it from before."""
-PASSES = 4
+PASSES = 8
 """Passes over a block's activations beside the products: norms, gates, gathering, adding."""
-DECODE_PASSES = 4
+DECODE_PASSES = 8
 """Passes over a weight while it is read and widened."""
 LOGIT_PASSES = 12
 """Passes over the logits of each model, in validation."""
@@ -79,7 +79,8 @@ class _Costs:
         for layer in (None, *sorted({layer for layer, _ in members if layer is not None})):
             for kind in (OUTSIDE, *BLOCKS.values(), KEPT):
                 if found := members.get((layer, kind)):
-                    yield Step(kind, layer, self._block(layer, kind, found) + self._moved(found, share))
+                    cost = self._block(layer, kind, found) + self._moved(found, share)
+                    yield Step(kind, layer, cost + self._saved(layer, kind))
         for number, output in enumerate(self.plan.outputs):
             yield Step(FILES, None, Cost(output.nbytes / self.speed.hashed, reading=output.nbytes / self.disk.read))
             if self.work.windows is not None:
@@ -88,6 +89,12 @@ class _Costs:
     def _moved(self, members: list[_Member], share: float) -> Cost:
         stored = sum(member.stored for member in members)
         return Cost(writing=stored / self.disk.write, ahead=share * sum(_sources(members)) / self.disk.read)
+
+    def _saved(self, layer: int | None, kind: str) -> Cost:
+        """Hidden states after a layer, to resume from."""
+        if kind != KEPT or layer is None or layer >= self.arch.n_layers - 1:
+            return Cost()
+        return Cost(writing=self.work.tokens * self.work.streams * self.work.hidden * NUMBER / self.disk.write)
 
     # ------------------------------------------------------------------------------------------------------- a block
 

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+
+from quantkit.arch.base import ModelArch
 
 OUTSIDE, KEPT, FILES, VALIDATION, SCORES = "embeddings", "kept", "files", "validation", "scores"
+READING = 250
+"""A weight is read and decoded in the time in which so many tokens are multiplied with it."""
 AFTER_LAYERS = (FILES, VALIDATION, SCORES)
 COMPILING, LAYER = "compiling kernels", "layer"
 
@@ -61,9 +66,21 @@ def even(n_layers: int) -> Schedule:
     return weighted([1.0] * n_layers)
 
 
-def weighted(seconds: Sequence[float]) -> Schedule:
-    """A step for each layer."""
-    return tuple(Step(LAYER, layer, Cost(each)) for layer, each in enumerate(seconds))
+def weighted(work: Sequence[float]) -> Schedule:
+    """A step for each layer, in any unit: how long one takes is seen when the first is done."""
+    return tuple(Step(LAYER, layer, Cost(each)) for layer, each in enumerate(work))
+
+
+def layer_work(arch: ModelArch, tokens: int) -> list[float]:
+    """Work of each layer for so many tokens that only pass: the weights times the tokens that meet them, and reading
+    them, which counts as `READING` tokens."""
+    work = [0.0] * arch.n_layers
+    count = 1 + max((spec.expert for spec in arch.tensors() if spec.expert is not None), default=0)
+    routed = tokens * arch.serving().top_k / count
+    for spec in arch.tensors():
+        if spec.linear and spec.layer is not None and spec.layer < arch.n_layers:
+            work[spec.layer] += prod(spec.shape) * (READING + (tokens if spec.expert is None else routed))
+    return work
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from quantkit.convert.events import (
     ValidationProgress,
 )
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
-from quantkit.plan.schedule import AFTER_LAYERS, VALIDATION, Schedule, Step, even
+from quantkit.plan.schedule import AFTER_LAYERS, LAYER, VALIDATION, Schedule, Step, even
 from quantkit.text.tables import duration
 
 PRIOR_SHARE = 0.01
@@ -41,6 +41,9 @@ class Pace:
     """The step that is running."""
     seen: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     """Expected and real seconds of what was done here, by kind."""
+    burst: list[tuple[str, float, float]] = field(default_factory=list[tuple[str, float, float]])
+    """Kind, expected and real seconds of results that came one upon the other, and what they came after."""
+    waited: float = 0.0
     starts: tuple[float, ...] = ()
     left: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -77,10 +80,23 @@ class Pace:
             self.current = max(self.current, step)
             return
         took, whole = now - self.now, goal - self.place
+        # Results of a batch come at once: what the first of them took is what all took.
+        if step != self.current or took > self.waited / 2:
+            self._learn()
+        self.waited = max(self.waited, took)
         for kind, expected in self._move(step, goal):
-            before = self.seen.get(kind, (0.0, 0.0))
-            self.seen[kind] = (before[0] + expected, before[1] + took * expected / whole)
+            self.burst.append((kind, expected, took * expected / whole))
+        if share >= 1 or step >= len(self.steps):
+            self._learn()
         self.now = now
+
+    def _learn(self) -> None:
+        """The burst is over."""
+        for kind, expected, took in self.burst:
+            before = self.seen.get(kind, (0.0, 0.0))
+            self.seen[kind] = (before[0] + expected, before[1] + took)
+        self.burst.clear()
+        self.waited = 0.0
 
     def _move(self, step: int, goal: float) -> list[tuple[str, float]]:
         """Change the place -> kinds of work passed, and how much of each."""
@@ -94,9 +110,16 @@ class Pace:
         self.current, self.place = max(self.current, step), max(self.place, goal)
         return passed
 
-    def remaining(self, now: float) -> float:
-        """Seconds until all is done."""
-        prior = max(PRIOR_SHARE * self.total, 1e-9)
+    @property
+    def relative(self) -> bool:
+        """Whether the schedule says only how much longer one layer takes than another."""
+        return all(step.kind == LAYER for step in self.steps)
+
+    def remaining(self, now: float) -> float | None:
+        """Seconds until all is done; None while that cannot be known."""
+        if self.relative and not self.seen:
+            return None
+        prior = max((1e-6 if self.relative else PRIOR_SHARE) * self.total, 1e-9)
         expected, real = (sum(pair[side] for pair in self.seen.values()) for side in (0, 1))
         mean = (real + prior) / (expected + prior)
 
@@ -204,7 +227,7 @@ class Tally:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until all is done, validation included; None before the start."""
+        """Seconds until all is done, validation included; None while that cannot be known."""
         return None if self.pace is None else self.pace.remaining(self.clock())
 
     def line(self) -> str:
