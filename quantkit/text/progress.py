@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import TextIO
 
 from quantkit.convert.events import Event, LayerDone, StageStarted, Started, ValidationProgress
+from quantkit.convert.tally import Tally
 from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
 from quantkit.plan.schedule import COMPILING
 from quantkit.text.tables import duration
-from quantkit.text.tally import Tally
 
 HEARTBEAT_S = 300.0
 """A log has a line at least so often."""
@@ -109,7 +109,7 @@ class PlainProgress:
         """Write the state if nothing was said for `HEARTBEAT_S` -> seconds until that is so again."""
         with self._lock:
             if self._clock() - self._said >= HEARTBEAT_S:
-                self._say(self._tally.line())
+                self._say(state_line(self._tally))
             return HEARTBEAT_S - (self._clock() - self._said)
 
     def _beat_until_ended(self) -> None:
@@ -130,11 +130,11 @@ class PlainProgress:
             case StageStarted() if event.stage == COMPILING:
                 return COMPILING
             case LayerDone():
-                return f"{self._tally.line()}  ({duration(event.seconds)})"
+                return f"{state_line(self._tally)}  ({duration(event.seconds)})"
             case ValidationProgress() if _fifth(event):
-                return self._tally.line()
+                return state_line(self._tally)
             case LayerPassed() if _fifth(event):
-                return self._tally.line()
+                return state_line(self._tally)
             case _:
                 return ""
 
@@ -174,7 +174,7 @@ class LiveProgress:
 
     def _text(self) -> str:
         with self._lock:
-            return self._tally.line()
+            return state_line(self._tally)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,3 +201,20 @@ def start_line(event: Started | EvaluationStarted) -> str:
     resumed = f", resuming after layer {event.layers_done}" if event.layers_done else ""
     line = f"{event.total_layers} layers, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"
     return "\n".join([line, *(f"note: {warning}" for warning in event.warnings)])
+
+
+def state_line(tally: Tally) -> str:
+    """The state in one line."""
+    parts = [f"layer {tally.layers_done}/{tally.total_layers}"] if tally.total_layers else []
+    if tally.stage:
+        count = f" {tally.tensors_done}/{tally.tensors_total}" if tally.tensors_total else ""
+        parts.append(f"{tally.stage}{count}")
+    if tally.pace is not None:
+        parts.append(f"{100 * tally.fraction:.0f} %")
+    if tally.tokens_per_s:
+        parts.append(f"{tally.tokens_per_s:,.0f} tokens/s")
+    if tally.bytes_done:
+        parts.append(f"{tally.gb_per_s:.2f} GB/s" if tally.gb_per_s >= 0.1 else f"{tally.gb_per_s * 1e3:.1f} MB/s")
+    if tally.eta_s is not None:
+        parts.append(f"ETA {duration(tally.eta_s)}")
+    return "  ".join(parts)

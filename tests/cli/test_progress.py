@@ -20,11 +20,11 @@ from quantkit.convert.events import (
     TensorDone,
     ValidationProgress,
 )
+from quantkit.convert.tally import Tally
 from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationStarted, LayerPassed
 from quantkit.plan.schedule import COMPILING, FILES, KEPT, OUTSIDE, SCORES, VALIDATION, Cost, Schedule, Step
-from quantkit.text.progress import LiveProgress, PlainProgress, ProgressDisplay
-from quantkit.text.tally import Tally
+from quantkit.text.progress import LiveProgress, PlainProgress, ProgressDisplay, state_line
 
 LAYERS, DENSE, TENSORS = 61, 3, 768
 REPORT = Report((), {}, 0, 0, None, False, None)
@@ -134,7 +134,7 @@ def test_the_eta_is_there_from_the_start() -> None:
     tally = Tally(Clock())
     tally.add(Started(LAYERS, 10**12, 2**19, schedule=EXPECTED))
     assert tally.eta_s == pytest.approx(sum(step.seconds for step in EXPECTED))
-    assert tally.line() == "layer 0/61  0 %  ETA 32 h 16 min"
+    assert state_line(tally) == "layer 0/61  0 %  ETA 32 h 16 min"
 
 
 @pytest.mark.parametrize("done", [0, 1, DENSE, 30, LAYERS])
@@ -169,7 +169,7 @@ def test_an_evaluation_weighs_its_layers() -> None:
     clock.now += 10
     tally.add(LayerPassed(1, 3))
     assert tally.eta_s == pytest.approx(180)
-    assert tally.line() == "layer 1/3  5 %  ETA 3 min"
+    assert state_line(tally) == "layer 1/3  5 %  ETA 3 min"
 
 
 # ----------------------------------------------------------------------------------------------------------- displays

@@ -18,6 +18,7 @@ from quantkit.arch import arch_of
 from quantkit.calibrate.hidden_states import MemoryRows
 from quantkit.convert import hidden as hidden_module
 from quantkit.convert.events import Event, Finished, LayerDone, StageStarted, Started, TensorDone
+from quantkit.convert.tally import Tally
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError, SourceError
 from quantkit.evaluate.compare import Model, compare
 from quantkit.evaluate.validation import summarise
@@ -32,7 +33,6 @@ from quantkit.plan.schedule import COMPILING, VALIDATION
 from quantkit.schemes import IntScheme
 from quantkit.text.converted import report_text
 from quantkit.text.progress import PlainProgress
-from quantkit.text.tally import Tally
 from tests import tiny_models
 from tests.convert.jobs import (
     BUDGET,

@@ -23,8 +23,9 @@ from quantkit.convert.events import (
 )
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
 from quantkit.plan.schedule import AFTER_LAYERS, LAYER, VALIDATION, Schedule, Step, even
-from quantkit.text.tables import duration
 
+MANY = 16
+"""Tensors of a block of experts at least."""
 PRIOR_SHARE = 0.01
 """The schedule counts as much as this share of the whole that has been measured."""
 
@@ -110,6 +111,13 @@ class Pace:
         self.current, self.place = max(self.current, step), max(self.place, goal)
         return passed
 
+    def expected(self, kind: str, seconds: float) -> float:
+        """``seconds`` of the schedule as they will really be, by what was seen of this kind and of all."""
+        prior = max((1e-6 if self.relative else PRIOR_SHARE) * self.total, 1e-9)
+        expected, real = (sum(pair[side] for pair in self.seen.values()) for side in (0, 1))
+        known, took = self.seen.get(kind, (0.0, 0.0))
+        return seconds * (took + prior * (real + prior) / (expected + prior)) / (known + prior)
+
     @property
     def relative(self) -> bool:
         """Whether the schedule says only how much longer one layer takes than another."""
@@ -119,19 +127,11 @@ class Pace:
         """Seconds until all is done; None while that cannot be known."""
         if self.relative and not self.seen:
             return None
-        prior = max((1e-6 if self.relative else PRIOR_SHARE) * self.total, 1e-9)
-        expected, real = (sum(pair[side] for pair in self.seen.values()) for side in (0, 1))
-        mean = (real + prior) / (expected + prior)
-
-        def corrected(kind: str, seconds: float) -> float:
-            known, took = self.seen.get(kind, (0.0, 0.0))
-            return seconds * (took + prior * mean) / (known + prior)
-
         idle = 0.0
         if self.current < len(self.steps):  # time passes within a step, too
-            running = corrected(self.steps[self.current].kind, self.starts[self.current + 1] - self.place)
+            running = self.expected(self.steps[self.current].kind, self.starts[self.current + 1] - self.place)
             idle = min(now - self.now, running)
-        return max(0.0, sum(corrected(kind, left) for kind, left in self.left.items()) - idle)
+        return max(0.0, sum(self.expected(kind, left) for kind, left in self.left.items()) - idle)
 
 
 @dataclass(slots=True)
@@ -201,8 +201,8 @@ class Tally:
             self.pace.advance(step, share, self.clock())
 
     def _within(self) -> None:
-        """Another tensor of the step that is running."""
-        if self.pace is not None and self.tensors_total and self.pace.current < len(self.pace.steps):
+        """Another tensor of the step that is running, if it has many: the few of an attention are not alike."""
+        if self.pace is not None and self.tensors_total >= MANY and self.pace.current < len(self.pace.steps):
             self.pace.advance(self.pace.current, self.tensors_done / self.tensors_total, self.clock())
 
     def _layer_done(self, event: LayerDone) -> None:
@@ -229,19 +229,3 @@ class Tally:
     def eta_s(self) -> float | None:
         """Seconds until all is done, validation included; None while that cannot be known."""
         return None if self.pace is None else self.pace.remaining(self.clock())
-
-    def line(self) -> str:
-        """The state in one line."""
-        parts = [f"layer {self.layers_done}/{self.total_layers}"] if self.total_layers else []
-        if self.stage:
-            count = f" {self.tensors_done}/{self.tensors_total}" if self.tensors_total else ""
-            parts.append(f"{self.stage}{count}")
-        if self.pace is not None:
-            parts.append(f"{100 * self.fraction:.0f} %")
-        if self.tokens_per_s:
-            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
-        if self.bytes_done:
-            parts.append(f"{self.gb_per_s:.2f} GB/s" if self.gb_per_s >= 0.1 else f"{self.gb_per_s * 1e3:.1f} MB/s")
-        if self.eta_s is not None:
-            parts.append(f"ETA {duration(self.eta_s)}")
-        return "  ".join(parts)
