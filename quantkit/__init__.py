@@ -19,7 +19,7 @@ import quantkit.inspect  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.plan  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from quantkit.api import check, convert, evaluate, inspect, plan, recipe_for, report, update_baseline
+from quantkit.api import check, convert, evaluate, inspect, plan, recipe_for, report, trial, update_baseline
 from quantkit.errors import QuantkitError
 from quantkit.text.result import document, text
 from quantkit.version import __version__
@@ -62,6 +62,7 @@ __all__ = [
     "recipe_for",
     "report",
     "text",
+    "trial",
     "update_baseline",
 ]
 

@@ -7,7 +7,8 @@ a recipe with several faults: one line each) and a hint. Recipes are given as fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
     from quantkit.documents.baseline import Baseline
     from quantkit.documents.evaluation import Evaluation
+    from quantkit.documents.trial import TrialDocument
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
     from quantkit.inspect.folder import Inspection
@@ -62,21 +64,54 @@ def convert(
     loaded, folder = _recipe(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
     job = prepared(Path(source), loaded, Path(out), base_dir=folder, memory_budget=budget, restart=restart)
-    with job as found:
-        import torch
-
+    with job as found, _threads(jobs):
         from quantkit.convert.events import ignore
         from quantkit.convert.run import convert as run
         from quantkit.plan.machine import Machine
 
-        threads = torch.get_num_threads()
-        try:
-            if jobs is not None:
-                torch.set_num_threads(jobs)
-            return run(found, Machine.of(device, budget), on_event or ignore)
-        finally:
-            # ``jobs`` is for this conversion, not for what else the process does with torch.
-            torch.set_num_threads(threads)
+        return run(found, Machine.of(device, budget), on_event or ignore)
+
+
+def trial(
+    source: Path | str,
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    layers: Sequence[int] | str,
+    *,
+    base_dir: Path | str | None = None,
+    device: DeviceName = "auto",
+    memory_budget: int | str | None = None,
+    jobs: int | None = None,
+    on_event: OnEvent | None = None,
+) -> TrialDocument:
+    """Quantise only some ``layers`` ((0, 1, 10) or "0-1,10"), compare them with the original on held-out text, and say
+    what the whole conversion would take. The other options are those of `convert`.
+
+    ``out``: where the whole would go. Tensors are not kept: what is left is the report, ``OUT.trial.json``, which
+    replaces an older one. Raises `QuantkitError`.
+    """
+    from quantkit.convert.prepare import prepared
+    from quantkit.convert.trial import trial_folder, try_layers
+    from quantkit.formats.preallocated import check_place, write_durably
+    from quantkit.plan.budget import budget_bytes, check_device
+    from quantkit.plan.hardware import default_budget
+    from quantkit.plan.trial import parse_layers
+
+    check_device(device)
+    wanted = _parsed("layers", parse_layers, layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
+    loaded, folder = _recipe(recipe, base_dir)
+    budget = budget_bytes(memory_budget) or default_budget()
+    place = Path(f"{out}.trial.json")
+    with trial_folder(Path(out)) as made:
+        check_place(place)
+        job = prepared(Path(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
+        with job as found, _threads(jobs):
+            from quantkit.convert.events import ignore
+            from quantkit.plan.machine import Machine
+
+            document = try_layers(found, wanted, Machine.of(device, budget), on_event or ignore)
+    write_durably(place, document.to_json().encode())
+    return document
 
 
 def plan(
@@ -281,6 +316,20 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
+
+
+@contextmanager
+def _threads(jobs: int | None) -> Generator[None]:
+    """So many CPU threads for this conversion, not for what else the process does with torch."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        if jobs is not None:
+            torch.set_num_threads(jobs)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:

@@ -119,7 +119,7 @@ def test_functions_have_the_options_of_the_commands() -> None:
     from quantkit.cli.app import app
 
     renamed = {"documents": "documents", "candidate": "candidates", "as_json": "", "dry_run": "", "update_baseline": ""}
-    renamed |= {"print_recipe": "", "log": ""}  # the latter is an option of `progress`
+    renamed |= {"print_recipe": "", "log": "", "layers": ""}  # of `progress`, and of `trial`
     shorthand = set(signatures.signature(quantkit.recipe_for).parameters)  # makes the recipe for convert and plan
     # What `Limits` holds, and what is written of verdicts.
     beside = {

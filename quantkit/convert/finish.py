@@ -75,7 +75,7 @@ def finish(
         with conversion.timer.stage("files"):
             conversion.on_event(StageStarted(FILES))
             hashes = sink.finish(conversion.journal.steps_of(number))
-            _write_side_files(conversion, output, directory)
+            write_side_files(conversion, output, directory)
             hashes = {**hashes, **_hashes_of_others(directory, hashes)}
         with conversion.timer.stage("validation"):
             result = _validate(conversion, output, directory, base_dir)
@@ -126,7 +126,8 @@ def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, st
     return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
 
 
-def _write_side_files(conversion: Conversion, output: OutputPlan, directory: Path) -> None:
+def write_side_files(conversion: Conversion, output: OutputPlan, directory: Path) -> None:
+    """Config, tokenizer and the like."""
     dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
     output.target.write_side_files(
         directory, conversion.source.directory, conversion.source.config, output.planned, mtp=not dropped
@@ -175,7 +176,7 @@ def _document(
     return ConversionDocument(
         quantkit=__version__,
         job=header,
-        recipe=_recipe(conversion),
+        recipe=plain_recipe(conversion),
         source=checkpoint_name(conversion.source.directory),
         output=output.output.name,
         validated=None if result is None else result.passed,
@@ -203,7 +204,7 @@ def _document(
     )
 
 
-def _recipe(conversion: Conversion) -> dict[str, JsonValue]:
+def plain_recipe(conversion: Conversion) -> dict[str, JsonValue]:
     """The recipe in plain values, without the folders of this machine."""
     return cast(
         "dict[str, JsonValue]", without_folders(conversion.plan.recipe.model_dump(mode="json", exclude_none=True))
@@ -241,7 +242,7 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
         }
     return CardFacts(
         title=f"{checkpoint_name(conversion.source.directory)}-{output.output.name}",
-        recipe=yaml.safe_dump(_recipe(conversion), sort_keys=False, allow_unicode=True),
+        recipe=yaml.safe_dump(plain_recipe(conversion), sort_keys=False, allow_unicode=True),
         parameters=output.parameters,
         nbytes=output.nbytes,
         contents=tuple((s.role.value, s.what, s.parameters, s.nbytes) for s in output.sizes),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from quantkit.convert.conversion import Conversion
+from quantkit.convert.events import StageStarted
 from quantkit.plan.benchmark import compile_kernels, measured
 from quantkit.plan.costs import schedule
 from quantkit.plan.memory import Needs
-from quantkit.plan.schedule import Schedule
+from quantkit.plan.schedule import COMPILING, Schedule
 from quantkit.plan.speed import disk_key, machine_key, treatments
 
 
 def schedule_of(conversion: Conversion, needs: Needs) -> Schedule:
     """Compile what the plan's methods run, and say how long each step should take. What is not known of the machine yet
     is measured, for some seconds."""
+    conversion.on_event(StageStarted(COMPILING))
     plan, device = conversion.plan, conversion.machine.device
     compile_kernels(treatments(plan), device)
     source, out = conversion.source.directory, conversion.folder.partial

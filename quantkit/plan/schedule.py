@@ -16,7 +16,7 @@ OUTSIDE, KEPT, FILES, VALIDATION, SCORES = "embeddings", "kept", "files", "valid
 READING = 250
 """A weight is read and decoded in the time in which so many tokens are multiplied with it."""
 AFTER_LAYERS = (FILES, VALIDATION, SCORES)
-COMPILING, LAYER = "compiling kernels", "layer"
+COMPILING, PASSING, LAYER = "compiling kernels", "passing", "layer"
 
 
 @dataclass(frozen=True, slots=True)
