@@ -29,6 +29,7 @@ from quantkit.api import (
     plan,
     recipe_for,
     report,
+    trial,
     update_baseline,
     verify,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "recipe_for",
     "report",
     "text",
+    "trial",
     "update_baseline",
     "verify",
 ]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from quantkit.documents.baseline import Baseline
     from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
+    from quantkit.documents.trial import TrialDocument
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
     from quantkit.inspect.folder import Inspection
@@ -66,21 +69,54 @@ def convert(
     loaded, folder = _recipe(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
     job = prepared(Path(source), loaded, Path(out), base_dir=folder, memory_budget=budget, restart=restart)
-    with job as found:
-        import torch
-
+    with job as found, _threads(jobs):
         from quantkit.convert.events import ignore
         from quantkit.convert.run import convert as run
         from quantkit.plan.machine import Machine
 
-        threads = torch.get_num_threads()
-        try:
-            if jobs is not None:
-                torch.set_num_threads(jobs)
-            return run(found, Machine.of(device, budget), on_event or ignore)
-        finally:
-            # ``jobs`` is for this conversion, not for what else the process does with torch.
-            torch.set_num_threads(threads)
+        return run(found, Machine.of(device, budget), on_event or ignore)
+
+
+def trial(
+    source: Path | str,
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    layers: Sequence[int] | str,
+    *,
+    base_dir: Path | str | None = None,
+    device: DeviceName = "auto",
+    memory_budget: int | str | None = None,
+    jobs: int | None = None,
+    on_event: OnEvent | None = None,
+) -> TrialDocument:
+    """Quantise only some ``layers`` ((0, 1, 10) or "0-1,10"), compare them with the original on held-out text, and say
+    what the whole conversion would take. The other options are those of `convert`.
+
+    ``out``: where the whole would go. Tensors are not kept: what is left is the report, ``OUT.trial.json``, which
+    replaces an older one. Raises `QuantkitError`.
+    """
+    from quantkit.convert.prepare import prepared
+    from quantkit.convert.trial import trial_folder, try_layers
+    from quantkit.formats.preallocated import check_place, write_durably
+    from quantkit.plan.budget import budget_bytes, check_device
+    from quantkit.plan.hardware import default_budget
+    from quantkit.plan.trial import parse_layers
+
+    check_device(device)
+    wanted = _parsed("layers", parse_layers, layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
+    loaded, folder = _recipe(recipe, base_dir)
+    budget = budget_bytes(memory_budget) or default_budget()
+    place = Path(f"{out}.trial.json")
+    with trial_folder(Path(out)) as made:
+        check_place(place)
+        job = prepared(Path(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
+        with job as found, _threads(jobs):
+            from quantkit.convert.events import ignore
+            from quantkit.plan.machine import Machine
+
+            document = try_layers(found, wanted, Machine.of(device, budget), on_event or ignore)
+    write_durably(place, document.to_json().encode())
+    return document
 
 
 def plan(
@@ -92,13 +128,15 @@ def plan(
     context: int | None = None,
     memory_budget: int | str | None = None,
     convert_on: Gpu | str | None = None,
+    hours: bool = False,
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
 
     ``source`` may hold only a config.json: then the official release of that config is planned. ``gpus``
     ("5xA100-80GB"): check whether vLLM (GGUF: llama.cpp) can serve a sequence of ``context`` tokens there (default:
     32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. ``convert_on``
-    ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). Loads no torch.
+    ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). ``hours``: also say how
+    long it would take on this machine, which is measured for some seconds the first time; only then torch is loaded.
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = _recipe(recipe, base_dir)
@@ -107,7 +145,7 @@ def plan(
     from quantkit.plan.hardware import parse_gpu
     from quantkit.runtimes.gpus import parse_gpus
 
-    return forecast(
+    found = forecast(
         Path(source),
         loaded,
         base_dir=folder,
@@ -116,6 +154,11 @@ def plan(
         memory_budget=budget_bytes(memory_budget),
         convert_on=_parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
     )
+    if not hours:
+        return found
+    from quantkit.plan.duration import duration_of
+
+    return replace(found, duration=duration_of(found))
 
 
 def recipe_for(
@@ -349,6 +392,20 @@ def _let_threads_sleep() -> None:
     slower. Read when torch is loaded: then it is too late, and what the caller set is left."""
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def _threads(jobs: int | None) -> Generator[None]:
+    """So many CPU threads for this conversion, not for what else the process does with torch."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        if jobs is not None:
+            torch.set_num_threads(jobs)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:

@@ -7,6 +7,45 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from quantkit.documents.speed import DiskSpeed, KernelSpeed, SpeedDocument
+from quantkit.plan import benchmark
+
+SPEED = SpeedDocument(
+    machine="",
+    device="cpu",
+    threads=1,
+    flops=1e11,
+    memory=3e10,
+    new_memory=5e9,
+    hashed=2e9,
+    call=3e-6,
+    factor_square=1e-8,
+    factor_cube=1e-11,
+    kernels={},
+    disks={},
+)
+DISK = DiskSpeed(read=1e9, write=5e8)
+KERNEL = KernelSpeed(call=5e-6, weight=1e-7, column=3e-10, decode=1e-9)
+
+
+MEASURED = (benchmark._base, benchmark._kernel, benchmark._disk_speed)
+"""What `a_machine_of_known_speed` replaces."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_machine_of_known_speed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the user's cache alone, and measure no machine."""
+
+    def base(device: torch.device, machine: str) -> SpeedDocument:
+        return SPEED.model_copy(update={"machine": machine, "threads": torch.get_num_threads()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(benchmark, "_base", base)
+        patch.setattr(benchmark, "_kernel", lambda scheme, method, device: KERNEL)
+        patch.setattr(benchmark, "_disk_speed", lambda source, out: DISK)
+        yield
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

@@ -19,6 +19,7 @@ from quantkit.cli.options import (
     Device,
     DeviceOption,
     GroupSize,
+    LogFile,
     MemoryBudget,
     MethodName,
     PresetName,
@@ -33,9 +34,11 @@ from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
+from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, recipe_yaml
 from quantkit.text.converted import report_document, report_text
 from quantkit.text.progress import progress
+from quantkit.text.trial import trial_text
 
 
 def convert(
@@ -63,7 +66,17 @@ def convert(
             "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
         ),
     ] = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="0-4,10",
+            help="A trial: quantise only these layers, compare them with the original on held-out text, and say what "
+            "the whole will take. Keeps no tensors, only OUT.trial.json.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
+    log: LogFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise a checkpoint, layer by layer, and compare the result with the original.
@@ -83,8 +96,11 @@ def convert(
             return
         if out is None:
             missing_option("'--out' / '-o'")
+        if layers is not None:
+            _try(source, chosen, out, layers, as_json, log, device.value, memory_budget, jobs)
+            return
         options = shorthand.words if recipe is None else ("-r", recipe)
-        with interruptible(lambda: _advice(source, options, out)), progress() as on_event:
+        with interruptible(lambda: _advice(source, options, out)), progress(log) as on_event:
             report = commands.convert(
                 source,
                 chosen,
@@ -96,6 +112,28 @@ def convert(
                 on_event=on_event,
             )
     _show(source, report, as_json)
+
+
+def _try(
+    source: Path,
+    recipe: Recipe,
+    out: Path,
+    layers: str,
+    as_json: bool,
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+) -> None:
+    """Convert some layers, and print what was found."""
+    with interruptible(lambda: "Nothing was written."), progress(log) as on_event:
+        found = commands.trial(
+            source, recipe, out, layers, device=device, memory_budget=memory_budget, jobs=jobs, on_event=on_event
+        )
+    if as_json:
+        show_json(found.model_dump(mode="json"))
+    else:
+        typer.echo(trial_text(found, Path(f"{out}.trial.json")))
 
 
 def _show(source: Path, report: Report, as_json: bool) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.exit_codes import interruptible, refusals
-from quantkit.cli.options import AsJson, Device, DeviceOption, size
+from quantkit.cli.options import AsJson, Device, DeviceOption, LogFile, size
 from quantkit.cli.render import show_json
 from quantkit.text.evaluation import evaluation_text
 from quantkit.text.progress import progress
@@ -102,6 +102,7 @@ def evaluate(
     memory_budget: MemoryBudget = None,
     out: Out = None,
     times: Times = False,
+    log: LogFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Score checkpoints of any format against their reference: perplexity, KL divergence, errors by layer.
@@ -110,7 +111,7 @@ def evaluate(
     """
     if not candidates and save_reference is None:
         raise typer.BadParameter("give a candidate, or --save-reference", param_hint="CANDIDATE")
-    with refusals(), interruptible(lambda: "Nothing was written."), progress() as on_event:
+    with refusals(), interruptible(lambda: "Nothing was written."), progress(log) as on_event:
         found = commands.evaluate(
             reference,
             candidates or (),

@@ -164,6 +164,12 @@ Tokens = Annotated[
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe that the options stand for (YAML), and do no work.")
 ]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--log", metavar="FILE", help="Append plain lines of progress to this file too, one at least every 5 minutes."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
 GpuOption = Annotated[

@@ -48,9 +48,10 @@ def plan(
     convert_on: ConvertOn = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a conversion would give and need: bytes, bits per weight, memory, disk. Reads no weights.
+    """Say what a conversion would give and need: bytes, bits per weight, memory, disk, hours on this machine.
 
-    SOURCE may hold only a config.json: then the official release of that config is planned.
+    The first plan on a machine measures it for some seconds, and keeps that in the cache folder. SOURCE may hold only a
+    config.json: then the official release of that config is planned.
     """
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens)
     with refusals():
@@ -85,7 +86,7 @@ def show_plan(
     from quantkit.text.forecast import forecast_document, forecast_text
 
     found = commands.plan(
-        source, recipe, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on
+        source, recipe, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on, hours=True
     )
     if as_json:
         show_json(forecast_document(found, name))

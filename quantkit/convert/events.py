@@ -7,29 +7,32 @@ behaviour, and the conversion never waits for their reader.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantkit.documents.conversion import PoorFit, ValidationResult
+from quantkit.plan.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
     """The plan is made and work begins. ``total_bytes``: stored source bytes to be read; ``tokens``: calibration
     tokens (0: data-free); ``layers_done``: layers that an earlier, killed run has finished already; ``warnings``: what
-    the outputs will lack, and what makes the calibration text doubtful."""
+    the outputs will lack, and what makes the calibration text doubtful; ``schedule``: how long each step should take,
+    () if that is not known."""
 
     total_layers: int
     total_bytes: int
     tokens: int
     layers_done: int = 0
     warnings: tuple[str, ...] = ()
+    schedule: Schedule = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
-    """A part of the work begins: "embeddings", "attention", "mlp", "experts", "files", "validation"... ``layer`` is
-    None outside the decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
+    """A part of the work begins: "compiling kernels", "embeddings", "attention", "experts", "validation"... ``layer``
+    is None outside the decoder layers; ``total`` says how many tensors the stage will report (0: unknown)."""
 
     stage: str
     layer: int | None = None

@@ -50,6 +50,7 @@ from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe, Validation
+from quantkit.plan.schedule import FILES, VALIDATION
 from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import ChosenScheme, Scheme
 from quantkit.schemes.gaussian import fits_poorly, gaussian_losses
@@ -76,9 +77,9 @@ def finish(
         records = conversion.journal.tensors_of(number)
         _require_all(conversion.folder, output, records)
         with conversion.timer.stage("files"):
-            conversion.on_event(StageStarted("files"))
+            conversion.on_event(StageStarted(FILES))
             hashes = sink.finish(conversion.journal.steps_of(number))
-            _write_side_files(conversion, output, directory)
+            write_side_files(conversion, output, directory)
             hashes = {**hashes, **_hashes_of_others(directory, hashes)}
         with conversion.timer.stage("validation"):
             result = _validate(conversion, output, directory, base_dir)
@@ -158,7 +159,8 @@ def _hashes_of_others(directory: Path, known: Mapping[str, str]) -> dict[str, st
     return {name: sha256_of(directory / name) for name in names if name.removesuffix(UNFINISHED) not in others}
 
 
-def _write_side_files(conversion: Conversion, output: OutputPlan, directory: Path) -> None:
+def write_side_files(conversion: Conversion, output: OutputPlan, directory: Path) -> None:
+    """Config, tokenizer and the like."""
     dropped = any(decision.action is Action.DROP for decision in output.decisions.values())
     output.target.write_side_files(
         directory, conversion.source.directory, conversion.source.config, output.planned, mtp=not dropped
@@ -173,7 +175,7 @@ def _validate(conversion: Conversion, output: OutputPlan, directory: Path, base_
     windows = eval_windows(
         wanted.text, wanted.context, conversion.source.directory, base_dir, wanted.max_windows_per_file
     )
-    conversion.on_event(StageStarted("validation", total=conversion.arch.n_layers))
+    conversion.on_event(StageStarted(VALIDATION))
     device, cache_bytes = conversion.machine.device, conversion.share.cache // 2
     with output.target.open_written(directory) as written:
         scores = compare(

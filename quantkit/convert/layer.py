@@ -51,7 +51,7 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSi
             sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
             quantize_dense(job, block, sink)
         for block, routes in routed:
-            sink.begin(block.name, 3 * block.n_experts)
+            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
             records[block.name] = routes.counts()
             for experts in expert_batches(job, block):
                 # Neither task nor result has a name here: both are free before the next batch is read.
@@ -73,10 +73,14 @@ def quantize_without_inputs(
     job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
     for block in blocks:
         if isinstance(block, DenseBlock):
+            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
             for name in block.linears:
                 stats = None if importance is None else importance.of((name,), job.device)
                 apply_group(job, quantize_group(group_task(job, InputGroup((name,)), stats)), sink)
             job.weights.forget()
+    expert_block = next((block for block in blocks if isinstance(block, ExpertBlock)), None)
+    if expert_block is not None:
+        sink.begin(expert_block.name, sum(name in job.outputs[0].methods for name in expert_block.linears))
     for names, experts in batches:
         linears = linears_of(job, names, experts)
         stats = None if importance is None else importance.of(linears.names, job.device)

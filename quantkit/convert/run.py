@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from quantkit.arch.base import Block, ModelArch
+from quantkit.arch.base import Block
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
+from quantkit.calibrate.stream import forward_layer
 from quantkit.convert.background import AheadSource, Deliveries, DirectSource, foreground
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.copying import copy_kept, quantize_tables
@@ -31,9 +32,11 @@ from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.layer_writer import LayerWriter
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
+from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.weights import LayerWeights, WeightSource
-from quantkit.documents.journal import JobHeader, LayerEntry, OutsideEntry, TensorRecord
+from quantkit.documents.journal import LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
+from quantkit.evaluate.validation import model_of
 from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.side_files import folder_notes
@@ -42,7 +45,7 @@ from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.memory import check_free_disk
 from quantkit.plan.plan import OutputPlan, Plan
-from quantkit.plan.recipe import Recipe
+from quantkit.plan.schedule import KEPT, OUTSIDE, PASSING, Schedule
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
 from quantkit.schemes import ChosenScheme, QuantError
@@ -54,50 +57,64 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
 
     Raises a `QuantkitError` with one line for whatever a file or the machine can cause.
     """
-    opened, arch, plan, needs = job.source, job.arch, job.plan, job.needs
-    recipe, rows, base_dir = plan.recipe, job.rows, job.base_dir
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
-        share = share_of(needs, machine.hardware)
-        importance = _open_imatrix(stack, recipe, arch, base_dir)
-        names = [output.output.name for output in plan.outputs]
+        importance = open_imatrix(stack, job)
+        names = [output.output.name for output in job.plan.outputs]
         folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
-        first = journal_header(recipe, opened, rows, importance, machine)
-        header = first.job
+        first = journal_header(job.plan.recipe, job.source, job.rows, importance, machine)
         if folder.finished:
-            return report_finished(job, folder, header, on_event)
-        journal = Journal(folder.journal, first, opened.directory)
+            return report_finished(job, folder, first.job, on_event)
+        journal = Journal(folder.journal, first, job.source.directory)
         stack.callback(journal.close)
         if not journal.entries:
-            check_free_disk(needs, folder.partial, folder.reserved_bytes)
-        sinks = tuple(_open_sink(folder, output, plan, opened.directory, journal) for output in plan.outputs)
-        for sink in sinks:
-            stack.callback(sink.close)
-        stores = Stores(folder.hidden, share.stores, machine.device, share.device_stores)
-        weights, deliveries = _threads_beside(stack, opened, machine)
-        conversion = Conversion(
-            plan=plan,
-            arch=arch,
-            source=opened,
-            machine=machine,
-            folder=folder,
-            journal=journal,
-            stores=stores,
-            share=share,
-            sinks=sinks,
-            importance=importance,
-            on_event=on_event,
-            timer=Timer(),
-            weights=weights,
-            deliveries=deliveries,
-        )
-        return _run(conversion, rows, header, base_dir)
+            check_free_disk(job.needs, folder.partial, folder.reserved_bytes)
+        conversion = open_conversion(stack, job, machine, folder, journal, importance, on_event)
+        resumed = bool(journal.entries)
+        with conversion.timer.stage("compilation"):
+            schedule = schedule_of(conversion, job.needs)
+        quantize_layers(conversion, job.rows, schedule)
+        return finish(conversion, first.job, job.rows, job.base_dir, resumed=resumed)
 
 
-def _open_imatrix(stack: ExitStack, recipe: Recipe, arch: ModelArch, base_dir: Path) -> ImportanceFile | None:
-    if recipe.imatrix is None:
+def open_conversion(
+    stack: ExitStack,
+    job: Job,
+    machine: Machine,
+    folder: OutputFolder,
+    journal: Journal,
+    importance: ImportanceFile | None,
+    on_event: OnEvent,
+) -> Conversion:
+    """Open what a conversion works with, until ``stack`` is closed."""
+    plan, share = job.plan, share_of(job.needs, machine.hardware)
+    sinks = tuple(_open_sink(folder, output, plan, job.source.directory, journal) for output in plan.outputs)
+    for sink in sinks:
+        stack.callback(sink.close)
+    weights, deliveries = _threads_beside(stack, job.source, machine)
+    return Conversion(
+        plan=plan,
+        arch=job.arch,
+        source=job.source,
+        machine=machine,
+        folder=folder,
+        journal=journal,
+        stores=Stores(folder.hidden, share.stores, machine.device, share.device_stores),
+        share=share,
+        sinks=sinks,
+        importance=importance,
+        on_event=on_event,
+        timer=Timer(),
+        weights=weights,
+        deliveries=deliveries,
+    )
+
+
+def open_imatrix(stack: ExitStack, job: Job) -> ImportanceFile | None:
+    """The imatrix file that the recipe names, if it does, until ``stack`` is closed."""
+    if job.plan.recipe.imatrix is None:
         return None
-    importance = ImportanceFile.open(base_dir / recipe.imatrix, arch)
+    importance = ImportanceFile.open(job.base_dir / job.plan.recipe.imatrix, job.arch)
     stack.callback(importance.close)
     return importance
 
@@ -117,18 +134,19 @@ def _works_beside(machine: Machine) -> bool:
     return machine.device.type == "cuda"
 
 
-def _run(conversion: Conversion, rows: TokenRows | None, header: JobHeader, base_dir: Path) -> Report:
-    resumed = bool(conversion.journal.entries)
-    layers = _layers(conversion.plan)
+def quantize_layers(conversion: Conversion, rows: TokenRows | None, schedule: Schedule) -> None:
+    """All that is to be quantised or copied: outside the layers, then layer after layer. A layer of which no output
+    stores anything is passed as it is, where hidden states are to go on."""
+    layers = stored_layers(conversion.plan)
     _rewind(conversion, calibrated=rows is not None)
     done = {entry.layer for entry in conversion.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
     doubtful = () if rows is None else rows.warnings
     warnings = (*folder_notes(conversion.source.directory), *doubtful)
-    conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings))
+    conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings, schedule))
     if not conversion.journal.outside_done:
         with conversion.timer.stage("copy"):
-            conversion.on_event(StageStarted("embeddings"))
+            conversion.on_event(StageStarted(OUTSIDE))
             copy_kept(conversion, None)
             tables = _table_records(quantize_tables(conversion, None))
             _sync(conversion)
@@ -144,12 +162,29 @@ def _run(conversion: Conversion, rows: TokenRows | None, header: JobHeader, base
         if rows is not None and any(layer < conversion.arch.n_layers for layer in layers if layer not in done):
             saved = [entry.layer for entry in conversion.journal.layers if entry.saved]
             streams = files.open(rows, conversion.arch, conversion.source, after=max(saved, default=None))
-    for layer in layers:
-        if layer not in done:
-            _layer(conversion, layer, streams if layer < conversion.arch.n_layers else None, files, n_tokens)
+    for layer in range(max(layers, default=-1) + 1):
+        if layer in done:
+            continue
+        own = streams if layer < conversion.arch.n_layers else None
+        if layer in layers:
+            _layer(conversion, layer, own, files, n_tokens)
+        elif own is not None:
+            _pass(conversion, layer, own)
     if streams is not None:
         streams.close()
-    return finish(conversion, header, rows, base_dir, resumed=resumed)
+
+
+def _pass(conversion: Conversion, layer: int, streams: Streams) -> None:
+    """Carry the streams through a layer that stays as it is."""
+    conversion.on_event(StageStarted(PASSING, layer))
+    device = conversion.machine.device
+    with conversion.timer.stage("layers passed"):
+        model = model_of(conversion.arch, conversion.source, device, conversion.share.cache // 2)
+        for store in streams.stores():
+            scratch = streams.new_rows(conversion.arch.hidden_size)
+            forward_layer(conversion.arch.sublayers(layer), model.weights, store, scratch, device)
+            scratch.close()
+        model.forget()
 
 
 def _scratch_dtype(conversion: Conversion) -> torch.dtype:
@@ -187,6 +222,7 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
         if conversion.deliveries is not None:
             conversion.deliveries.drain()
     with conversion.timer.stage("copy"):
+        conversion.on_event(StageStarted(KEPT, layer))
         copy_kept(conversion, layer, result.foldings)
         records = _table_records([*writer.tensors, *quantize_tables(conversion, layer)])
     with conversion.timer.stage("sync"):
@@ -241,7 +277,7 @@ def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[TensorReco
     return [_record(*table) for table in tables]
 
 
-def _layers(plan: Plan) -> list[int]:
+def stored_layers(plan: Plan) -> list[int]:
     """Every layer that some output writes, MTP layers included, in order."""
     decisions = [d for output in plan.outputs for d in output.decisions.values() if d.action is not Action.DROP]
     return sorted({d.spec.layer for d in decisions if d.spec.layer is not None})

@@ -151,11 +151,7 @@ def compare_all(
     stores more than candidates. All models have the reference's number of layers, width and vocabulary. ``recorder``
     hears of the reference."""
     streams, scratch = start_streams(arch, (reference, *candidates), tokens, new_rows)
-    layers: list[list[LayerScore]] = [[] for _ in candidates]
-    for layer in range(arch.n_layers):
-        for found, score in zip(layers, _layer(layer, streams, scratch, recorder), strict=True):
-            found.append(score)
-        on_layer(layer)
+    layers = _through(arch.n_layers, streams, scratch, on_layer, recorder)
     heads = [stream.head() for stream in streams]
     if recorder is not None:
         recorder.logits(heads[0], tokens, first_scored)
@@ -163,6 +159,39 @@ def compare_all(
     for store in (*(stream.x for stream in streams), scratch):
         store.close()
     return [Comparison(found, tuple(own)) for found, own in zip(scores, layers, strict=True)]
+
+
+def compare_layers(
+    arch: ModelArch,
+    reference: Model,
+    candidates: Sequence[Model],
+    tokens: Tensor,
+    new_rows: NewRows,
+    n_layers: int,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> list[tuple[LayerScore, ...]]:
+    """The candidates' scores after each of the first ``n_layers`` layers, on tokens (n_rows, length) int64."""
+    streams, scratch = start_streams(arch, (reference, *candidates), tokens, new_rows)
+    layers = _through(n_layers, streams, scratch, on_layer, None)
+    for store in (*(stream.x for stream in streams), scratch):
+        store.close()
+    return [tuple(own) for own in layers]
+
+
+def _through(
+    n_layers: int,
+    streams: Sequence[Stream],
+    scratch: RowStore,
+    on_layer: Callable[[int], None],
+    recorder: Recorder | None,
+) -> list[list[LayerScore]]:
+    """Carry every stream through the first layers -> scores of each candidate."""
+    layers: list[list[LayerScore]] = [[] for _ in streams[1:]]
+    for layer in range(n_layers):
+        for found, score in zip(layers, _layer(layer, streams, scratch, recorder), strict=True):
+            found.append(score)
+        on_layer(layer)
+    return layers
 
 
 def _layer(layer: int, streams: Sequence[Stream], scratch: RowStore, recorder: Recorder | None) -> list[LayerScore]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from quantkit.plan.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationStarted:
-    """All models of an evaluation are open. ``candidates`` without the noise floor."""
+    """All models of an evaluation are open. ``candidates`` without the noise floor; ``schedule``: how long the layers
+    take beside one another."""
 
     candidates: int
     windows: int
     tokens: int
     layers: int
+    schedule: Schedule = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from quantkit.evaluate.stream import EvaluationRun, device_name
 from quantkit.evaluate.validation import BF16_ROUNDING
 from quantkit.formats.source import read_config
 from quantkit.plan.machine import Machine, Timer
+from quantkit.plan.schedule import layer_work, weighted
 from quantkit.version import __version__
 
 ARITHMETIC = "float32; weights decoded as they are stored, activations not quantised"
@@ -108,7 +109,8 @@ class _Job:
         return self._document(record, floor, others, results, self._file_facts(reference))
 
     def _start(self, arch: ModelArch, others: Sequence[Evaluated], tokens: Tensor, top: int) -> EvaluationRun:
-        self.on_event(EvaluationStarted(len(others), len(tokens), tokens.numel(), arch.n_layers))
+        schedule = weighted(layer_work(arch, tokens.numel()))
+        self.on_event(EvaluationStarted(len(others), len(tokens), tokens.numel(), arch.n_layers, schedule))
         return EvaluationRun(self.machine, arch, lambda layer: self.on_event(LayerPassed(layer, arch.n_layers)), top)
 
     def _file_facts(self, reference: ReferenceStatistics) -> ReferenceFile:

@@ -19,6 +19,7 @@ from quantkit.plan.lengths import check_lengths
 from quantkit.plan.memory import Needs, check_budget, conversion_needs, least_budget
 from quantkit.plan.plan import OutputPlan, Plan, make_plan
 from quantkit.plan.recipe import GgufOutput, Recipe
+from quantkit.plan.schedule import Duration
 from quantkit.runtimes.gpus import Gpus
 from quantkit.runtimes.llama_cpp.memory import LlamaFit, fit_llama
 from quantkit.runtimes.vllm.memory import Fit, fit
@@ -48,7 +49,8 @@ class OutputFit:
 class Forecast:
     """``plan``: what happens to every tensor, exact sizes; ``needs``: the least memory and the disk of the conversion,
     estimates; ``expected``: its peaks under the memory budget if a processor computes, and ``on_gpu`` if a GPU does;
-    None if the budget of this machine is too small. ``fits``: one for each output if GPUs were named."""
+    None if the budget of this machine is too small. ``fits``: one for each output if GPUs were named; ``duration``: how
+    long it should take here, if that was asked for."""
 
     source: SourceHeaders
     plan: Plan
@@ -56,6 +58,7 @@ class Forecast:
     expected: Expected | None
     on_gpu: Expected | None
     fits: tuple[OutputFit, ...] | None = None
+    duration: Duration | None = None
 
     @property
     def outputs(self) -> tuple[OutputPlan, ...]:

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 128 * 2**20
 """Float32 bytes of the rows that are quantised at once; about six buffers of this size exist meanwhile."""
+SHORT_SLICE_BYTES = 16 * 2**20
+"""The same for methods that go through each weight a few times only. The C library hands out buffers of up to 32 MiB
+again and again; larger ones are new pages each time, and zeroing them took longer than rounding to nearest."""
 DEVICE_SLICE_BYTES = 3 * 2**29
 """Float32 bytes of the rows that a GPU quantises at once: there short slices cost launches."""
 
 
-def in_slices(weight: Tensor) -> tuple[Tensor, ...]:
-    """weight (B, out, in) float32 as slices of rows, which do not depend on each other."""
-    nbytes = DEVICE_SLICE_BYTES if weight.is_cuda else SLICE_BYTES
+def in_slices(weight: Tensor, *, short: bool = False) -> tuple[Tensor, ...]:
+    """weight (B, out, in) float32 as slices of rows, which do not depend on each other; ``short`` ones on a
+    processor."""
+    nbytes = DEVICE_SLICE_BYTES if weight.is_cuda else SHORT_SLICE_BYTES if short else SLICE_BYTES
     return weight.split(max(1, nbytes // (4 * weight.shape[-1] * len(weight))), dim=1)
 
 

@@ -63,7 +63,7 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
-        parts = [self._quantize_rows(part, scheme, prepared) for part in in_slices(weight)]
+        parts = [self._quantize_rows(part, scheme, prepared) for part in in_slices(weight, short=True)]
         return QuantizedBatch.of(scheme, parts, ("",) * len(weight))
 
     def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None) -> QuantizedRows:

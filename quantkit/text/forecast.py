@@ -10,9 +10,10 @@ from quantkit.plan.forecast import Forecast
 from quantkit.plan.memory import Needs
 from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
+from quantkit.plan.schedule import Duration
 from quantkit.plan.text_notes import TokensPerExpert, expert_tokens
 from quantkit.text.fits import fit_document, fit_text
-from quantkit.text.tables import both_units, table
+from quantkit.text.tables import both_units, duration, table
 
 BESIDE = "the interpreter comes on top of the budget; a first run, which compiles kernels, takes 0.1 to 0.4 GB more"
 
@@ -64,6 +65,8 @@ def _needs_text(found: Forecast) -> str:
         lines += _term_lines(found.on_gpu.gpu)
     lines.append(f"        disk {short_size(needs.disk_bytes)}")
     lines += _term_lines(needs.disk)
+    if found.duration is not None:
+        lines += _duration_lines(found.duration)
     return "\n".join(lines)
 
 
@@ -74,6 +77,21 @@ def _expert_tokens_text(spread: TokensPerExpert) -> str:
         "        routing is uneven: experts of a small trained model got 0.6 to 1.7 times the mean of mixed text, "
         "0.01 to 4 times of one domain's"
     )
+
+
+def _duration_lines(found: Duration) -> list[str]:
+    """How long it should take here, what limits it, and what that is an estimate of."""
+    cost = found.cost
+    shares = ((cost.computing, "computing"), (cost.reading + cost.ahead, "reading"), (cost.writing, "writing"))
+    parts = ", ".join(f"{what} {duration(seconds)}" for seconds, what in sorted(shares, reverse=True))
+    where = f"{found.threads} thread{'s' if found.threads > 1 else ''} of the processor"
+    device = where if found.device == "cpu" else found.device
+    stages = f"layers {duration(found.seconds - found.after_layers)}, then validation and checksums"
+    return [
+        f"takes   about {duration(found.seconds)} on this machine ({device}): {parts}",
+        f"          {stages} {duration(found.after_layers)}; estimated from a benchmark of some seconds, for a machine "
+        "that does nothing else",
+    ]
 
 
 def _term_lines(terms: tuple[Term, ...]) -> list[str]:
@@ -131,6 +149,7 @@ def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
             **_expected_document(found.expected),
             "gpu": _gpu_document(found.on_gpu),
         },
+        "duration": None if found.duration is None else _duration_document(found.duration),
         "expert_tokens": None
         if spread is None
         else {
@@ -143,6 +162,21 @@ def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
         },
         "fit": None if found.fits is None else [fit_document(each) for each in found.fits],
         "warnings": list(made.warnings),
+    }
+
+
+def _duration_document(found: Duration) -> Mapping[str, object]:
+    """Seconds; ``reading_ahead`` passes while something is computed."""
+    cost = found.cost
+    return {
+        "device": found.device,
+        "threads": found.threads,
+        "seconds": round(found.seconds, 1),
+        "computing": round(cost.computing, 1),
+        "reading": round(cost.reading, 1),
+        "reading_ahead": round(cost.ahead, 1),
+        "writing": round(cost.writing, 1),
+        "after_layers": round(found.after_layers, 1),
     }
 
 

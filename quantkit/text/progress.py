@@ -1,110 +1,44 @@
-"""Events -> progress on stderr: a live line in a terminal or a notebook, one plain line a layer elsewhere."""
+"""Events -> progress: a live line in a terminal or a notebook, lines for a log elsewhere, and into a file if wanted."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
-from quantkit.convert.events import (
-    CopyDone,
-    Event,
-    Finished,
-    LayerDone,
-    StageStarted,
-    Started,
-    TensorDone,
-    ValidationProgress,
-)
+from quantkit.convert.events import Event, LayerDone, StageStarted, Started, ValidationProgress
+from quantkit.convert.tally import Tally
+from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
+from quantkit.plan.schedule import COMPILING
 from quantkit.text.tables import duration
 
-
-@dataclass(slots=True)
-class Tally:
-    """What has happened so far, and how fast. Speeds count from this process's start, so a resumed run does not
-    flatter itself."""
-
-    clock: Callable[[], float] = time.monotonic
-    started: float = 0.0
-    total_layers: int = 0
-    layers_done: int = 0
-    bytes_done: int = 0
-    stage: str = ""
-    layer: int | None = None
-    tensors_done: int = 0
-    tensors_total: int = 0
-    tokens_per_s: float = 0.0
-    layer_seconds: list[float] = field(default_factory=list[float])
-
-    def add(self, event: Event) -> None:
-        """Take one event into account."""
-        match event:
-            case Started():
-                self.started = self.clock()
-                self.total_layers, self.layers_done = event.total_layers, event.layers_done
-            case StageStarted():
-                self.stage, self.layer = event.stage, event.layer
-                self.tensors_done, self.tensors_total = 0, event.total
-            case TensorDone():
-                self.bytes_done += event.nbytes
-                self.tensors_done += 1
-            case LayerDone():
-                self.layers_done += 1
-                self.stage, self.layer, self.tensors_done, self.tensors_total = "", None, 0, 0
-                self.layer_seconds.append(event.seconds)
-                self.tokens_per_s = event.tokens / event.seconds if event.seconds > 0 else 0.0
-            case CopyDone():
-                self.stage = "copied"
-            case ValidationProgress():
-                self.stage, self.layer = "validation", None
-                self.tensors_done, self.tensors_total = event.layer, event.layers
-            case Finished():
-                self.stage = "finished"
-
-    @property
-    def gb_per_s(self) -> float:
-        """Decoded source bytes finished per second, in GB."""
-        elapsed = self.clock() - self.started
-        return self.bytes_done / elapsed / 1e9 if elapsed > 0 else 0.0
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until the last layer, from the mean of the layers so far; None before the first."""
-        if not self.layer_seconds:
-            return None
-        return (self.total_layers - self.layers_done) * sum(self.layer_seconds) / len(self.layer_seconds)
-
-    def line(self) -> str:
-        """The state in one line."""
-        parts = [f"layer {self.layers_done}/{self.total_layers}"]
-        if self.stage:
-            count = f" {self.tensors_done}/{self.tensors_total}" if self.tensors_total else ""
-            parts.append(f"{self.stage}{count}")
-        if self.tokens_per_s:
-            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
-        parts.append(f"{self.gb_per_s:.2f} GB/s" if self.gb_per_s >= 0.1 else f"{self.gb_per_s * 1e3:.1f} MB/s")
-        if self.eta_s is not None:
-            parts.append(f"ETA {duration(self.eta_s)}")
-        return "  ".join(parts)
+HEARTBEAT_S = 300.0
+"""A log has a line at least so often."""
+AnyEvent = Event | EvaluationEvent
 
 
-def progress() -> PlainProgress | LiveProgress:
+def progress(log: Path | str | None = None) -> ProgressDisplay:
     """Progress of a conversion or an evaluation, for ``on_event``::
 
         with quantkit.progress() as on_event:
             quantkit.convert(source, recipe, out, on_event=on_event)
 
-    Drawn live in a terminal, and in a notebook that has ipywidgets; elsewhere lines for a log.
+    Drawn live in a terminal, and in a notebook that has ipywidgets; elsewhere lines for a log, one at least every five
+    minutes. ``log``: a file that gets these lines too, after what it holds. Raises `OutputError` if it cannot be
+    written.
     """
     # rich draws into a notebook by ipywidgets, and only warns where they are missing.
     notebook = "ipykernel" in sys.modules
     live = find_spec("ipywidgets") is not None if notebook else sys.stderr.isatty()
-    return LiveProgress() if live else PlainProgress()
+    return ProgressDisplay(LiveProgress() if live else PlainProgress(), None if log is None else Path(log))
 
 
 @contextmanager
@@ -118,54 +52,118 @@ def reading() -> Generator[Callable[[int, int], object]]:
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
-class PlainProgress:
-    """Lines for a log: the start, each layer, each fifth of the validation."""
+class ProgressDisplay:
+    """A display, and a log file beside it."""
 
-    def __init__(self) -> None:
-        self._tally = Tally()
+    def __init__(self, shown: PlainProgress | LiveProgress, log: Path | None = None) -> None:
+        self._shown: list[PlainProgress | LiveProgress] = [shown]
+        self._stack = ExitStack()
+        self._log = log
 
-    def __enter__(self) -> PlainProgress:
+    def __enter__(self) -> ProgressDisplay:
+        if self._log is not None:
+            self._shown.append(PlainProgress(self._stack.enter_context(_opened(self._log))))
+        for one in self._shown:
+            self._stack.enter_context(one)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self._stack.close()
 
-    def __call__(self, event: Event | EvaluationEvent) -> None:
-        """Take an event, print a line if it is worth one."""
-        line = self._line(event)
-        if line:
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
+    def __call__(self, event: AnyEvent) -> None:
+        """Take an event."""
+        for one in self._shown:
+            one(event)
 
-    def _line(self, event: Event | EvaluationEvent) -> str:
-        if not isinstance(event, EvaluationStarted | LayerPassed):
-            self._tally.add(event)
+
+def _opened(log: Path) -> TextIO:
+    try:
+        return log.open("a", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{log}: cannot be written: {error.strerror or error}.") from None
+
+
+class PlainProgress:
+    """Lines for a log: the start, what is compiled, each layer, each fifth of the validation, and the state when
+    nothing was said for five minutes. ``stream``: default, stderr as it is when a line is written."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._tally = Tally(clock)
+        self._said = clock()
+        # Events come from the thread that writes beside a GPU too, heartbeats from one of their own.
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._pulse = threading.Thread(target=self._beat_until_ended, name="progress", daemon=True)
+
+    def __enter__(self) -> PlainProgress:
+        self._pulse.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._pulse.join()
+
+    def __call__(self, event: AnyEvent) -> None:
+        """Take an event, write a line if it is worth one."""
+        with self._lock:
+            line = self._line(event)
+            if line:
+                self._say(line)
+
+    def beat(self) -> float:
+        """Write the state if nothing was said for `HEARTBEAT_S` -> seconds until that is so again."""
+        with self._lock:
+            if self._clock() - self._said >= HEARTBEAT_S:
+                self._say(state_line(self._tally))
+            return HEARTBEAT_S - (self._clock() - self._said)
+
+    def _beat_until_ended(self) -> None:
+        while not self._ended.wait(max(0.0, self.beat())):
+            pass
+
+    def _say(self, line: str) -> None:
+        self._said = self._clock()
+        stream = sys.stderr if self._stream is None else self._stream
+        stream.write(f"{line}\n")
+        stream.flush()
+
+    def _line(self, event: AnyEvent) -> str:
+        self._tally.add(event)
         match event:
             case Started() | EvaluationStarted():
-                return _start_line(event)
+                return start_line(event)
+            case StageStarted() if event.stage == COMPILING:
+                return COMPILING
             case LayerDone():
-                return f"{self._tally.line()}  ({event.seconds:.1f} s)"
+                return f"{state_line(self._tally)}  ({duration(event.seconds)})"
             case ValidationProgress() if _fifth(event):
-                return f"validation: layer {event.layer}/{event.layers}"
+                return state_line(self._tally)
             case LayerPassed() if _fifth(event):
-                return f"layer {event.layer}/{event.layers}"
+                return state_line(self._tally)
             case _:
                 return ""
 
 
 class LiveProgress:
-    """One line that is redrawn, by rich."""
+    """One line that is redrawn, by rich. The time left runs on between two events."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, RenderableColumn, SpinnerColumn, TimeElapsedColumn
 
         self._tally = Tally()
-        columns = (SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn())
+        # The thread that draws reads what the one that works writes.
+        self._lock = threading.Lock()
+        line = RenderableColumn(_Line(self._text))
+        columns = (SpinnerColumn(), BarColumn(bar_width=24), line, TimeElapsedColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task("planning", total=None)
+        self._task = self._progress.add_task("", total=None)
 
     def __enter__(self) -> LiveProgress:
         self._progress.start()
@@ -176,27 +174,28 @@ class LiveProgress:
     ) -> None:
         self._progress.stop()
 
-    def __call__(self, event: Event | EvaluationEvent) -> None:
+    def __call__(self, event: AnyEvent) -> None:
         """Take an event and redraw."""
         if isinstance(event, Started | EvaluationStarted):
-            self._progress.console.print(_start_line(event), highlight=False)
-        match event:
-            case EvaluationStarted():
-                self._draw(0, event.layers, f"layer 0/{event.layers}")
-            case LayerPassed():
-                self._draw(event.layer, event.layers, f"layer {event.layer}/{event.layers}")
-            case ValidationProgress():
-                self._tally.add(event)
-                self._draw(event.layer, event.layers, self._tally.line())
-            case _:
-                tally = self._tally
-                tally.add(event)
-                within = min(1.0, tally.tensors_done / tally.tensors_total) if tally.tensors_total else 0.0
-                done = tally.layers_done + within * (tally.layer is not None)
-                self._draw(done, tally.total_layers or None, tally.line())
+            self._progress.console.print(start_line(event), highlight=False)
+        with self._lock:
+            self._tally.add(event)
+            total, done = (None if self._tally.pace is None else 1.0), self._tally.fraction
+        self._progress.update(self._task, total=total, completed=done)
 
-    def _draw(self, done: float, total: float | None, line: str) -> None:
-        self._progress.update(self._task, total=total, completed=done, description=line)
+    def _text(self) -> str:
+        with self._lock:
+            return state_line(self._tally)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What rich asks for its text whenever it draws."""
+
+    text: Callable[[], str]
+
+    def __rich__(self) -> str:
+        return self.text() or "planning"
 
 
 def _fifth(event: ValidationProgress | LayerPassed) -> bool:
@@ -204,7 +203,8 @@ def _fifth(event: ValidationProgress | LayerPassed) -> bool:
     return event.layer == event.layers or event.layer % max(1, event.layers // 5) == 0
 
 
-def _start_line(event: Started | EvaluationStarted) -> str:
+def start_line(event: Started | EvaluationStarted) -> str:
+    """What begins, and how long it should take if that was measured."""
     if isinstance(event, EvaluationStarted):
         candidates = "1 candidate" if event.candidates == 1 else f"{event.candidates} candidates"
         return f"{candidates}, {event.windows:,} windows, {event.tokens:,} tokens"
@@ -212,3 +212,20 @@ def _start_line(event: Started | EvaluationStarted) -> str:
     resumed = f", resuming after layer {event.layers_done}" if event.layers_done else ""
     line = f"{event.total_layers} layers, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"
     return "\n".join([line, *(f"note: {warning}" for warning in event.warnings)])
+
+
+def state_line(tally: Tally) -> str:
+    """The state in one line."""
+    parts = [f"layer {tally.layers_done}/{tally.total_layers}"] if tally.total_layers else []
+    if tally.stage:
+        count = f" {tally.tensors_done}/{tally.tensors_total}" if tally.tensors_total else ""
+        parts.append(f"{tally.stage}{count}")
+    if tally.pace is not None:
+        parts.append(f"{100 * tally.fraction:.0f} %")
+    if tally.tokens_per_s:
+        parts.append(f"{tally.tokens_per_s:,.0f} tokens/s")
+    if tally.bytes_done:
+        parts.append(f"{tally.gb_per_s:.2f} GB/s" if tally.gb_per_s >= 0.1 else f"{tally.gb_per_s * 1e3:.1f} MB/s")
+    if tally.eta_s is not None:
+        parts.append(f"ETA {duration(tally.eta_s)}")
+    return "  ".join(parts)

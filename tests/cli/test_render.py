@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quantkit.convert.events import LayerDone, StageStarted, Started, TensorDone, ValidationProgress
-from quantkit.text.progress import LiveProgress, Tally
+from quantkit.convert.events import StageStarted, Started, TensorDone, ValidationProgress
+from quantkit.text.progress import LiveProgress
 from quantkit.text.tables import both_units, duration, table
 
 
@@ -23,20 +23,6 @@ def test_table() -> None:
         "--------",
         "y     22",
     ]
-
-
-def test_tally() -> None:
-    now = [0.0]
-    tally = Tally(clock=lambda: now[0])
-    tally.add(Started(4, 8 * 10**9, 1000, layers_done=1))
-    assert tally.line() == "layer 1/4  0.0 MB/s"
-    tally.add(StageStarted("experts", 1, 3))
-    tally.add(TensorDone("w", 0.1, 2 * 10**9))
-    assert tally.line().startswith("layer 1/4  experts 1/3")
-    now[0] = 4.0
-    tally.add(LayerDone(1, 4.0, 1000))
-    assert tally.line() == "layer 2/4  250 tokens/s  0.50 GB/s  ETA 8 s"
-    assert tally.eta_s == 8.0
 
 
 def test_live_progress_draws_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from quantkit.arch import arch_of
 from quantkit.calibrate.hidden_states import MemoryRows
-from quantkit.convert.events import Event, Finished, LayerDone, Started, TensorDone
+from quantkit.convert import hidden as hidden_module
+from quantkit.convert.events import Event, Finished, LayerDone, StageStarted, Started, TensorDone
 from quantkit.convert.finish import validated_as_a_whole
+from quantkit.convert.tally import Tally
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError, SourceError
 from quantkit.evaluate.compare import Model, compare
 from quantkit.evaluate.validation import summarise
@@ -29,6 +31,7 @@ from quantkit.plan.headers import read_headers
 from quantkit.plan.memory import conversion_needs
 from quantkit.plan.plan import make_plan
 from quantkit.plan.recipe import Validation
+from quantkit.plan.schedule import COMPILING, VALIDATION
 from quantkit.schemes import IntScheme
 from quantkit.text.converted import report_text
 from quantkit.text.progress import PlainProgress
@@ -109,7 +112,8 @@ def test_the_files_hold_what_the_report_says(place: Path, original: dict[str, to
     assert len(shards) > 1
     assert output.nbytes == sum(tensor.nbytes for shard in shards for tensor in shard.values())
     assert output.bpw == pytest.approx(output.nbytes * 8 / sum(tensor.numel() for tensor in original.values()))
-    assert isinstance(events[0], Started)
+    assert events[0] == StageStarted(COMPILING)
+    assert isinstance(events[1], Started)
     assert events[-1] == Finished(report)
     assert [event.layer for event in events if isinstance(event, LayerDone)] == [0, 1, 2]
     assert {event.name for event in events if isinstance(event, TensorDone)} == quantised
@@ -646,6 +650,48 @@ def test_text_that_repeats_itself_is_named_at_the_start(tmp_path: Path, capsys: 
     (tmp_path / "calibration.txt").write_text("The same sentence stands here again and again. " * 2000)
     with PlainProgress() as on_event:
         run(tmp_path / "model", recipe_of(int4(kind="rtn"), tokens=8192), tmp_path / "out", on_event=on_event)
-    first, second, *_ = capsys.readouterr().err.splitlines()
+    compiling, first, second, *_ = capsys.readouterr().err.splitlines()
+    assert compiling == COMPILING
     assert "8,192 calibration tokens" in first
     assert second.startswith("note: ")
+
+
+def test_the_bar_follows_a_conversion_that_is_stopped_and_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages are on the schedule, so the bar rises from 0 to 1, stands still nowhere, and falls nowhere."""
+    monkeypatch.setattr(hidden_module, "SAVING_PAUSE", 0)
+    rules = ({"match": "role:mtp", **INT4_RTN}, int4())
+    recipe = recipe_of(*rules, others={"second": [int4("role:expert", kind="rtn")]}, validated=True)
+    first, second = Followed(stop_after=0), Followed()
+    with pytest.raises(KeyboardInterrupt):
+        run(place / "model", recipe, tmp_path / "out", on_event=first)
+    run(place / "model", recipe, tmp_path / "out", on_event=second)
+    for followed in (first, second):
+        assert followed.fractions == sorted(followed.fractions)
+        assert followed.unknown <= {COMPILING}
+    assert 0 < second.fractions[0] <= first.fractions[-1] < 1
+    assert second.fractions[-1] == 1.0
+    assert len(set(second.fractions)) > 20
+
+
+class Followed:
+    """A tally of a conversion. ``unknown``: stages that no step is for."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.tally = Tally()
+        self.stop_after = stop_after
+        self.fractions: list[float] = []
+        self.unknown: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        self.tally.add(event)
+        pace = self.tally.pace
+        if isinstance(event, StageStarted) and event.stage != VALIDATION:
+            here = None if pace is None else pace.steps[min(pace.current, len(pace.steps) - 1)]
+            if here is None or (here.kind, here.layer) != (event.stage, event.layer):
+                self.unknown.add(event.stage)
+        if pace is not None:
+            self.fractions.append(self.tally.fraction)
+        if isinstance(event, LayerDone) and event.layer == self.stop_after:
+            raise KeyboardInterrupt

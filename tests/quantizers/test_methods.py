@@ -86,7 +86,8 @@ def test_rows_in_slices_give_the_same_as_all_at_once(method: Rtn | Gptq, monkeyp
     weight, stats = problem()
     scheme = SCHEMES[0]
     whole = method.quantizer(InputStats(stats.hessian.clone(), None, stats.n_tokens))(weight, scheme)
-    monkeypatch.setattr("quantkit.quantizers.batch.SLICE_BYTES", 7 * 4 * 128 * 3)
+    for name in ("SLICE_BYTES", "SHORT_SLICE_BYTES"):
+        monkeypatch.setattr(f"quantkit.quantizers.batch.{name}", 7 * 4 * 128 * 3)
     slices = method.quantizer(stats)(weight, scheme)
     assert float((slices.stored["codes"] != whole.stored["codes"]).float().mean()) < 0.005
     torch.testing.assert_close(slices.relative_loss, whole.relative_loss, rtol=0.01, atol=0)
