@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 from quantkit.calibrate.chats import ChatDocument, chat_document, encodable
 from quantkit.errors import CalibrationError
-from quantkit.formats.safetensors.header import printable
+from quantkit.formats.safetensors.header import check_json_size, printable
 
 Update = Callable[[bytes], object]
 """Takes the bytes of a file as they are read, for its sha256."""
@@ -101,7 +101,7 @@ def find_files(entries: Sequence[str], base_dir: Path) -> list[TextFile]:
         try:
             files = _builtin_files(entry) if entry.startswith(BUILTIN) else _named_files(entry, base_dir)
         except (OSError, ValueError, RuntimeError) as error:  # too long, `**` inside a name, `~` of nobody
-            raise CalibrationError(f"{entry[:80]!r}: is no usable file name ({error}).") from error
+            raise CalibrationError(f"{entry[:80]!r}: is no usable file name ({printable(str(error))}).") from error
         for file in files:
             found.setdefault(file.path.resolve(), file)
     return list(found.values())
@@ -253,6 +253,7 @@ def _decode(label: str, decode: Callable[[bytes], str], block: bytes, end: int) 
 
 
 def _document_of_line(where: str, line: str) -> Document:
+    check_json_size(line.encode(), where)
     try:
         record: object = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -283,7 +284,7 @@ def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator
         texts = columns == ["text"]
         # Read as a dictionary, a repeated text stays one object until its row is asked for.
         with parquet.ParquetFile(file.path, read_dictionary=columns if texts else None) as table:
-            if any(size > most for size in _column_sizes(table.metadata)):
+            if any(size > most for size in _group_sizes(table.metadata)):
                 raise _expands(file.label, most)
             for batch in table.iter_batches(batch_size=1024 if texts else 8, columns=columns):
                 for place in range(batch.num_rows):
@@ -300,10 +301,10 @@ def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator
         raise CalibrationError(f"{file.label}: is not readable as parquet ({problem}).") from error
 
 
-def _column_sizes(metadata: Any) -> Iterator[int]:
-    """Bytes that each chunk of a column has without compression, as the file says."""
+def _group_sizes(metadata: Any) -> Iterator[int]:
+    """Bytes that each group of rows has without compression, as the file says."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        yield from (group.column(place).total_uncompressed_size for place in range(group.num_columns))
+        yield group.total_byte_size  # what a column says of itself ends the process, if it contradicts its schema
 
 
 def _n_characters(value: object) -> int:

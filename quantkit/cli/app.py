@@ -1,7 +1,7 @@
 """``quantkit``: commands, exit codes, errors.
 
 Exit codes: 0 done; 1 refused or failed its recipe's limits (one line and a hint, no traceback); 2 wrong usage; 130
-interrupted. An exception that is no `QuantkitError` is our bug and keeps its traceback.
+interrupted. An exception that is no `QuantkitError` is our bug and keeps its traceback. See `exit_codes`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import check, convert, evaluate, inspect, plan, recipes, report
+from quantkit.cli.exit_codes import Commands
 from quantkit.cli.options import ManyFiles
 from quantkit.version import __version__
 
 app = typer.Typer(
     name="quantkit",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,7 +54,7 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
-    """Entry point of the ``quantkit`` script."""
+    """Run the command that the process was started with. Does not return."""
     # Waiting threads sleep instead of spinning: beside other work, spinning made a conversion five times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -58,9 +58,7 @@ class StreamFiles:
         self._pause_ends = 0.0
 
     def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, after: int | None) -> Streams:
-        """The streams after layer ``after``, which `save` left, or the embeddings. Clears older scratch files."""
-        for scratch in self._folder.glob("scratch-*"):
-            scratch.unlink()
+        """The streams after layer ``after``, which `save` left, or the embeddings."""
         self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
         stores = [self._stores.new(*self._shape, arch.hidden_size) for _ in range(self._count)]
         if after is not None:
