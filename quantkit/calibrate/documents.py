@@ -204,7 +204,7 @@ def _checked(file: TextFile) -> TextFile:
     if file.path.is_dir():
         raise CalibrationError(f"{file.label}: is a folder.", hint=f"Name its files: {file.label.rstrip('/')}/*.txt")
     if not file.path.is_file():
-        raise CalibrationError(f"{file.label}: no such file.", hint=f"Looked for {file.path}.")
+        raise CalibrationError(f"{file.label}: no such file.", hint=f"Looked for {printable(str(file.path))}.")
     if file.path.suffix.lower() not in EXTENSIONS:
         found = file.path.suffix or "no extension"
         raise CalibrationError(f"{file.label}: found {found}, can read {', '.join(EXTENSIONS)}.")

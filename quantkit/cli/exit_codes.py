@@ -79,11 +79,15 @@ def interruptible(advice: Callable[[], str]) -> Generator[None]:
 
 
 def show_error(message: str, hint: str = "") -> None:
-    """One "error:" line for each line of the message, then the hint."""
+    """One "error:" line for each line of the message, then the hint. What would move a terminal's cursor is escaped."""
     for line in message.splitlines():
-        typer.echo(f"error: {line}", err=True)
+        typer.echo(f"error: {_escaped(line)}", err=True)
     if hint:
-        typer.echo(f"hint: {hint}", err=True)
+        typer.echo(f"hint: {_escaped(hint)}", err=True)
+
+
+def _escaped(text: str) -> str:
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
 
 
 def missing_option(named: str) -> NoReturn:
