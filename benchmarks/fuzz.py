@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from synthetic import machine
@@ -36,7 +37,15 @@ def main() -> int:
         chosen = [reader for reader in readers if not options.only or reader.name in options.only]
         if options.case is not None:
             return again(chosen[0], options.seed, options.case)
-        found = {reader.name: tried(reader, options) for reader in chosen}
+        results = [save(options, {reader.name: tried(reader, options)}) for reader in chosen]
+    print(json.dumps(results[-1], indent=1))
+    return int(any(reader["problems"] for reader in results[-1]["readers"].values()))
+
+
+def save(options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """The whole result; written beside what the file has of other readers, so that a run that is stopped loses one."""
+    file: Path | None = options.save
+    others = json.loads(file.read_text())["readers"] if file is not None and file.exists() else {}
     result = {
         "what": "damaged files for each reader: read, or refused in one line",
         "date": date.today().isoformat(),
@@ -44,13 +53,11 @@ def main() -> int:
         "quantkit": __version__,
         "command": f"python benchmarks/fuzz.py --binary {options.binary} --text {options.text} --seed {options.seed}",
         "allowed": {"cpu_seconds": CPU_SECONDS, "extra_bytes": EXTRA_BYTES},
-        "readers": found,
+        "readers": {**others, **found},
     }
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if options.save:
-        options.save.write_text(text)
-    return int(any(reader["problems"] for reader in found.values()))
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def arguments() -> argparse.Namespace:
@@ -62,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=int, default=10_000, metavar="N", help="cases for each reader of a text file")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--case", type=int, metavar="N", help="only this case of the one reader in --only")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write what was found as JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="add what was found to this JSON file")
     return parser.parse_args()
 
 

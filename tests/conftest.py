@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("no clock", deadline=None)  # an example takes as long as other work on the machine lets it
+settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,8 @@ class StreamFiles:
             path = self._path(layer, number)
             part = path.with_suffix(".part")
             store.save(part)
-            part.replace(path)
+            with disk_errors(path):
+                part.replace(path)
         with disk_errors(self._folder):
             sync_directory(self._folder)
         now = time.monotonic()
@@ -92,7 +93,8 @@ class StreamFiles:
         kept = {self._path(layer, number) for number in range(self._count)}
         for path in sorted(self._folder.glob("layer-*-stream-*.f32")):
             if path not in kept:
-                path.unlink()
+                with disk_errors(path):
+                    path.unlink()
 
     def _scratch(self, width: int) -> RowStore:
         return self._stores.new(*self._shape, width, self._scratch_dtype)

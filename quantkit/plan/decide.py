@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from quantkit.errors import PlanError, SchemeError
+from quantkit.formats.safetensors.header import printable
 from quantkit.plan.recipe import Output, Rule
 from quantkit.plan.targets import Target
 from quantkit.quantizers import Gptq, Method, Rtn
