@@ -23,8 +23,8 @@ def fuzz(data: Document) -> str:
     head = ("reader", "cases", "read", "refused", "problems", "slowest, CPU s", "most memory beside, MB", "s")
     allowed = data["allowed"]
     rule = (
-        f"A problem is anything but an answer or a refusal in one printable message, within {allowed['cpu_seconds']:.0f} "
-        f"s of CPU time and {allowed['extra_bytes'] / 1e6:.0f} MB."
+        "A problem is anything but an answer or a refusal in one printable message, within "
+        f"{allowed['cpu_seconds']:.0f} s of CPU time and {allowed['extra_bytes'] / 1e6:.0f} MB."
     )
     return "\n".join([run_facts(data), table(head, rows), rule])
 
@@ -33,12 +33,7 @@ def faults(data: Document) -> str:
     """Calls that fail, kills, and damage after a kill."""
     parts = {**data["faults"], **{name: data[name] for name in ("chains of kills", "damage after a kill")}}
     rows = [
-        [
-            name,
-            number(part["cases"], 0),
-            number(part.get("kills"), 0) if "kills" in part else "",
-            str(len(part["problems"])),
-        ]
+        [name, number(part["cases"], 0), str(part.get("kills", "")), str(len(part["problems"]))]
         for name, part in parts.items()
     ]
     told = run_facts(data, calls=f"{data['calls']:,} that write", every=f"{data['every']}")
