@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made and filled from requirements.lock on first use.
+# Everything runs in .venv, which is made and filled from requirements.lock and requirements-torch.lock on first use.
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -15,11 +15,12 @@ help:
 	@echo "make test-fast  the tests of all that is not a whole conversion (a minute)"
 	@echo "make check    formatting, lint, types, import order, spelling"
 	@echo "make format   reformat the code"
-	@echo "make install  only make .venv; PYTHON=python3.12 picks the interpreter, PIP_ARGS=... goes to pip"
+	@echo "make install  only make .venv; PYTHON=python3.12 picks the interpreter, PIP_ARGS=... goes to pip,"
+	@echo "              TORCH_INDEX=... is where torch comes from"
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.lock pyproject.toml scripts/install
+$(INSTALLED): requirements.lock requirements-torch.lock pyproject.toml scripts/install
 	@scripts/install
 	@touch $@
 

@@ -1,10 +1,12 @@
-"""Every call that writes, one after the other: each fails in five ways, then the same command runs without fault.
+"""Every call that writes, one after the other: each fails in five ways, then the same command runs without fault. Then
+chains of kills at random calls, and files of OUT.partial that were damaged after a kill.
 
-    PYTHONPATH=. python benchmarks/faults.py [--faults EIO "killed after"] [--every N] [--save FILE]
+    PYTHONPATH=. python benchmarks/faults.py [--faults EIO "killed after"] [--every N] [--chains N] [--tampered N]
+        [--save FILE]
 
 A small model becomes a folder and a GGUF file in one calibrated pass; the files after the second run must be those of
-an unbroken one, and what a failed run says must be one line. Exits with 1 if anything was not. tests/faults tries a
-sample of the same calls.
+an unbroken one, and what a failed run says must be one line. After damage a refusal is right, too, and other bytes
+without a word are not. Exits with 1 if anything was not. tests/faults tries a sample of the same calls.
 """
 
 from __future__ import annotations
@@ -15,40 +17,55 @@ import shutil
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import torch
+from synthetic import machine
 
+from quantkit.version import __version__
 from tests.faults.injected import FAULTS, FaultyJob
 from tests.faults.small_job import small_job
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--faults", nargs="*", choices=FAULTS, default=FAULTS)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th call")
+    parser.add_argument("--chains", type=int, default=100, metavar="N", help="chains of up to six kills")
+    parser.add_argument("--tampered", type=int, default=300, metavar="N", help="files damaged after a kill")
+    parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was found as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process must find no lock that a thread of its parent held
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        job = small_job(Path(folder))
-        found = {fault: sweep(job, Path(folder) / "tried" / "out", fault, options.every) for fault in options.faults}
+        job, out = small_job(Path(folder)), Path(folder) / "tried" / "out"
+        found = {fault: sweep(job, out, fault, options.every) for fault in options.faults}
         result = {
-            "what": "every call that writes, failing once; files after the same command again",
+            "what": "every call that writes, failing once; kills; damage. Files after the same command again",
+            "date": date.today().isoformat(),
+            **machine(),
+            "quantkit": __version__,
+            "command": f"python benchmarks/faults.py --every {options.every} --seed {options.seed}",
             "calls": len(job.calls),
             "every": options.every,
             "faults": found,
+            "chains of kills": chains(job, out, options.chains, Random(f"chains {options.seed}")),
+            "damage after a kill": tampered(job, out, options.tampered, Random(f"tampered {options.seed}")),
             "seconds": round(time.monotonic() - start),
         }
     text = json.dumps(result, indent=1) + "\n"
     print(text, end="")
     if options.save:
         options.save.write_text(text)
-    return int(any(fault["problems"] for fault in found.values()))
+    tried = (*found.values(), result["chains of kills"], result["damage after a kill"])
+    return int(any(part["problems"] for part in tried))
 
 
-def sweep(job: FaultyJob, out: Path, fault: str, every: int) -> dict[str, object]:
+def sweep(job: FaultyJob, out: Path, fault: str, every: int) -> dict[str, Any]:
     """Cases tried, and a line for each that went wrong."""
     problems: list[str] = []
     numbers = range(0, len(job.calls), every)
@@ -61,6 +78,38 @@ def sweep(job: FaultyJob, out: Path, fault: str, every: int) -> dict[str, object
         shutil.rmtree(out.parent)
     print(f"{fault}: {len(tried)} cases, {len(problems)} problems", file=sys.stderr, flush=True)
     return {"cases": len(tried), "problems": problems}
+
+
+def chains(job: FaultyJob, out: Path, count: int, draw: Random) -> dict[str, Any]:
+    """``cases``: chains; ``kills``: in all of them."""
+    problems: list[str] = []
+    total = 0
+    for number in range(count):
+        out.parent.mkdir()
+        kills, problem = job.chain(out, draw)
+        total += kills
+        if problem:
+            problems.append(f"chain {number}, {kills} kills: {problem}")
+        shutil.rmtree(out.parent)
+    print(f"chains: {count} of {total} kills, {len(problems)} problems", file=sys.stderr, flush=True)
+    return {"cases": count, "kills": total, "problems": problems}
+
+
+def tampered(job: FaultyJob, out: Path, count: int, draw: Random) -> dict[str, Any]:
+    """``cases`` in which there was something to damage."""
+    done: list[str] = []
+    problems: list[str] = []
+    while len(done) < count:
+        out.parent.mkdir()
+        what, problem = job.tampered(out, draw)
+        if what != "nothing":
+            done.append(what)
+        if problem:
+            problems.append(f"{what}: {problem}")
+            print(problems[-1], file=sys.stderr, flush=True)
+        shutil.rmtree(out.parent)
+    print(f"tampered: {count} cases, {len(problems)} problems", file=sys.stderr, flush=True)
+    return {"cases": count, "problems": problems}
 
 
 if __name__ == "__main__":

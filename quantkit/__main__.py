@@ -1,6 +1,22 @@
-"""``python -m quantkit``: the same as the ``quantkit`` script."""
+"""``quantkit`` and ``python -m quantkit``. The command line is loaded inside `main`, so that Ctrl-C ends that in one
+line too."""
 
-from quantkit.cli.app import main
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Entry point of the ``quantkit`` script."""
+    try:
+        from quantkit.cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"interrupted.\n")
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

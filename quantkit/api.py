@@ -2,11 +2,13 @@
 
 They print nothing. What a user, a file or the machine can cause is a `QuantkitError`, whose text is one line (a plan or
 a recipe with several faults: one line each) and a hint. Recipes are given as file, as name of a shipped one, or as
-`Recipe`; sizes in bytes or as "20GiB"; one path may stand where several can.
+`Recipe`; sizes in bytes or as "20GiB"; one path may stand where several can. An argument of another type than it is
+declared with is a `TypeError`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from quantkit.errors import CalibrationError, OutputError, PlanError
+from quantkit.errors import CalibrationError, OutputError, PlanError, SourceError
+from quantkit.formats.safetensors.header import printable
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
@@ -61,14 +64,15 @@ def convert(
     A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.
     """
     from quantkit.convert.prepare import prepared
-    from quantkit.plan.budget import budget_bytes, check_device
+    from quantkit.plan.budget import budget_bytes, check_device, check_jobs
     from quantkit.plan.hardware import default_budget
 
     check_device(device)
+    check_jobs(jobs)
     _let_threads_sleep()
     loaded, folder = _recipe(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
-    job = prepared(Path(source), loaded, Path(out), base_dir=folder, memory_budget=budget, restart=restart)
+    job = prepared(_path(source), loaded, _path(out), base_dir=folder, memory_budget=budget, restart=restart)
     with job as found, _threads(jobs):
         from quantkit.convert.events import ignore
         from quantkit.convert.run import convert as run
@@ -98,18 +102,20 @@ def trial(
     from quantkit.convert.prepare import prepared
     from quantkit.convert.trial import trial_folder, try_layers
     from quantkit.formats.preallocated import check_place, write_durably
-    from quantkit.plan.budget import budget_bytes, check_device
+    from quantkit.plan.budget import budget_bytes, check_device, check_jobs
     from quantkit.plan.hardware import default_budget
     from quantkit.plan.trial import parse_layers
 
     check_device(device)
+    check_jobs(jobs)
+    _let_threads_sleep()
     wanted = _parsed("layers", parse_layers, layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
     loaded, folder = _recipe(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
     place = Path(f"{out}.trial.json")
-    with trial_folder(Path(out)) as made:
+    with trial_folder(_path(out)) as made:
         check_place(place)
-        job = prepared(Path(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
+        job = prepared(_path(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
         with job as found, _threads(jobs):
             from quantkit.convert.events import ignore
             from quantkit.plan.machine import Machine
@@ -140,13 +146,15 @@ def plan(
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = _recipe(recipe, base_dir)
+    if context is not None and context < 1:
+        raise PlanError(f"context: found {context}, needed at least 1.")
     from quantkit.plan.budget import budget_bytes
     from quantkit.plan.forecast import forecast
     from quantkit.plan.hardware import parse_gpu
     from quantkit.runtimes.gpus import parse_gpus
 
     found = forecast(
-        Path(source),
+        _path(source),
         loaded,
         base_dir=folder,
         gpus=_parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
@@ -158,6 +166,7 @@ def plan(
         return found
     from quantkit.plan.duration import duration_of
 
+    _let_threads_sleep()
     return replace(found, duration=duration_of(found))
 
 
@@ -179,7 +188,7 @@ def recipe_for(
     from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 
     text = (data,) if isinstance(data, str) else tuple(data)
-    return shorthand_recipe(Path(source), Shorthand(scheme, preset, group_size, method, text, tokens))
+    return shorthand_recipe(_path(source), Shorthand(scheme, preset, group_size, method, text, tokens))
 
 
 def build_calibration(
@@ -216,7 +225,7 @@ def build_calibration(
     kept_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     entries = (files,) if isinstance(files, str) else tuple(files)
     options = BuildOptions(tokens, model, seed, kept_out, domain_by, sequence_length)
-    return build(entries, Path(out), options, Path(), replace=force, on_read=on_read)
+    return build(entries, _path(out), options, Path(), replace=force, on_read=on_read)
 
 
 def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection:
@@ -224,7 +233,7 @@ def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection
     is unusual. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for damaged files."""
     from quantkit.inspect.path import inspect_path
 
-    return inspect_path(Path(path))
+    return inspect_path(_path(path))
 
 
 def verify(
@@ -250,7 +259,8 @@ def verify(
 
     names = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes or ())
     parallel = Parallel(tensor_parallel, pipeline_parallel)
-    return verify_path(Path(path), Scope(names, parallel, hashes, sample, None if source is None else Path(source)))
+    original = None if source is None else _path(source)
+    return verify_path(_path(path), Scope(names, parallel, hashes, sample, original))
 
 
 def evaluate(
@@ -285,22 +295,23 @@ def evaluate(
     from quantkit.formats.preallocated import check_place, write_durably
     from quantkit.plan.budget import budget_bytes, check_device
 
-    if out is not None:
-        check_place(Path(out))
+    place = None if out is None else _path(out)
+    if place is not None:
+        check_place(place)
     check_device(device)
     _let_threads_sleep()
     budget = budget_bytes(memory_budget)
     texts = [text] if isinstance(text, str) else text
-    asked = Asked(texts, context, max_windows_per_file, protocol, Path(base_dir))
-    save = None if save_reference is None else Path(save_reference)
-    with prepared(Path(reference), _paths(candidates), asked, save) as opened:
+    asked = Asked(texts, context, max_windows_per_file, protocol, _path(base_dir))
+    save = None if save_reference is None else _path(save_reference)
+    with prepared(_path(reference), _paths(candidates), asked, save) as opened:
         from quantkit.evaluate.run import evaluate as run
         from quantkit.plan.machine import Machine
 
         machine = Machine.of(device, budget)
         found = run(opened, machine, on_event or ignore, noise_floor=noise_floor, times=times)
-    if out is not None:
-        write_durably(Path(out), found.to_json().encode())
+    if place is not None:
+        write_durably(place, found.to_json().encode())
     return found
 
 
@@ -322,8 +333,8 @@ def check(
     from quantkit.evaluate.check.verdict import Limits
 
     chosen = limits or Limits()
-    found, old = _evaluation(evaluation), read_baseline(Path(baseline))
-    check_comparable(found, old, Path(baseline))
+    found, old = _evaluation(evaluation), read_baseline(_path(baseline))
+    check_comparable(found, old, _path(baseline))
     losses = read_losses(found, Path()) if chosen.losses else {}
     return run(found, old, chosen, losses, (candidates,) if isinstance(candidates, str) else candidates)
 
@@ -337,7 +348,7 @@ def update_baseline(evaluation: Evaluation | Path | str, baseline: Path | str) -
     by_name(found)  # refuses two candidates of one name
     check_windows("evaluation", found)
     made = Baseline(evaluation=found, conversions=read_losses(found, Path()))
-    write_text(Path(baseline), made.to_json())
+    write_text(_path(baseline), made.to_json())
     return made
 
 
@@ -360,9 +371,10 @@ def report(
 
     found = read_documents(_paths(documents))
     contents = report_of(scored_checkpoints(found), title)
-    if out is not None:
-        check_place(Path(out))
-        if Path(out).resolve() in (file.path.resolve() for file in found):
+    place = None if out is None else _path(out)
+    if place is not None:
+        check_place(place)
+        if place.resolve() in (file.path.resolve() for file in found):
             raise OutputError(f"{out}: is a document that the report is made of.", hint="Give another file name.")
     if markdown:
         made = markdown_of(contents)
@@ -370,15 +382,16 @@ def report(
         from quantkit.report.page import page
 
         made = page(contents)
-    if out is not None:
-        write_text(Path(out), made)
+    if place is not None:
+        write_text(place, made)
     return made
 
 
 def write_text(path: Path, text: str, *, append: bool = False) -> None:
-    """Write UTF-8 with plain line ends. Raises `OutputError`."""
+    """Write UTF-8 with plain line ends; names of files that are no text, with escapes. Raises `OutputError`."""
+    mode = "a" if append else "w"
     try:
-        with path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
+        with path.open(mode, encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
@@ -413,7 +426,9 @@ def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[R
     from quantkit.plan.recipe import Recipe
 
     loaded = Recipe.from_yaml(recipe) if isinstance(recipe, Path | str) else recipe
-    return loaded, loaded.folder if base_dir is None else Path(base_dir)
+    if not isinstance(loaded, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance] - not all callers are checked
+        raise TypeError(f"recipe: found {type(loaded).__name__}, needed a Recipe, a file or the name of a shipped one")
+    return loaded, loaded.folder if base_dir is None else _path(base_dir)
 
 
 def _parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:
@@ -429,8 +444,19 @@ def _evaluation(evaluation: Evaluation | Path | str) -> Evaluation:
         return evaluation
     from quantkit.evaluate.check.baseline import read_evaluation
 
-    return read_evaluation(Path(evaluation))
+    return read_evaluation(_path(evaluation))
 
 
 def _paths(paths: Path | str | Sequence[Path | str]) -> list[Path]:
-    return [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
+    return [_path(paths)] if isinstance(paths, Path | str) else [_path(path) for path in paths]
+
+
+def _path(path: Path | str) -> Path:
+    """Raises `SourceError` for a name that no file can have: pathlib raises errors of its own for those."""
+    made = Path(path)
+    try:
+        os.lstat(made)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise SourceError(f"{printable(str(path))}: is no name of a file ({printable(str(error), 60)}).") from None
+    return made

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +313,34 @@ def test_live_progress_follows_an_evaluation(
         on_event(EvaluationStarted(1, 2, 64, 3))
         on_event(LayerPassed(1, 3))
     assert "1 candidate, 2 windows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("misuse", "said"),
+    [
+        (lambda: quantkit.convert("x", "nano-demo", "y", jobs=0), "jobs 0: a whole number from 1 to 1,024 was needed"),
+        (lambda: quantkit.convert("x", "nano-demo", "y", jobs=10**9), "jobs 1000000000: "),
+        (lambda: quantkit.convert("x", "nano-demo", "y", jobs=1.5), "jobs 1.5: "),  # pyright: ignore[reportArgumentType]
+        (lambda: quantkit.convert("x", "nano-demo", "y\0"), "is no name of a file"),
+        (lambda: quantkit.plan("x", "nano-demo", memory_budget=-1), "memory_budget: found '-1B'"),
+        (lambda: quantkit.plan("x", "nano-demo", context=0), "context: found 0, needed at least 1"),
+        (lambda: quantkit.plan("x" * 5000, "nano-demo"), "is no name of a file"),
+        (lambda: quantkit.report([]), "The documents are about no checkpoint"),
+        (lambda: quantkit.report("a\0b"), "is no name of a file"),
+        (lambda: quantkit.inspect("x" * 5000), "is no name of a file"),
+        (lambda: quantkit.evaluate(NANO, [NANO], max_windows_per_file=-1), "max_windows_per_file -1"),
+        (lambda: quantkit.Limits(sigmas=-1), "sigmas: found -1, needed a number of at least 0"),
+        (lambda: quantkit.Limits(spread=math.nan), "spread: found nan"),
+        (lambda: quantkit.recipe_for(NANO, scheme="w4a16", tokens=0), "calibration.tokens: found 0"),
+    ],
+)
+def test_misuse_is_refused_in_a_line(misuse: Callable[[], object], said: str) -> None:
+    with pytest.raises(quantkit.QuantkitError) as caught:
+        misuse()
+    assert said in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_recipe_of_another_type_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="recipe: found dict, needed a Recipe"):
+        quantkit.plan("x", {"version": 1})  # pyright: ignore[reportArgumentType]

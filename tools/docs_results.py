@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from results_faults import faults, fuzz
 from results_markdown import device, facts, versions
 from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, reference_file, regression_gate, vllm_load
 from results_speed import (
@@ -64,6 +65,8 @@ SECTIONS: tuple[Section, ...] = (
     ("Memory: does convert take what plan says?", "memory_model", "benchmarks/memory_model.py", memory_model),
     ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),
     ("vLLM computes what was written", "vllm_load", "benchmarks/vllm", vllm_load),
+    ("Reliability: damaged files", "fuzz", "benchmarks/fuzz.py", fuzz),
+    ("Reliability: failing disks, kills, tampering", "faults", "benchmarks/faults.py", faults),
     ("The regression gate", "regression_gate", "benchmarks/regression_gate.py", regression_gate),
 )
 

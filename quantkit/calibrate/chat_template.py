@@ -65,7 +65,7 @@ def render_chats(
     if child.returncode > 0:
         last_line = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise TemplateFailure(f"the rendering process failed: {last_line or child.returncode}")
-    return _answer(child.stdout)
+    return answer_of(child.stdout)
 
 
 def _variables(chat: ChatDocument, special_tokens: Mapping[str, str]) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def _variables(chat: ChatDocument, special_tokens: Mapping[str, str]) -> dict[st
     return {**special_tokens, **chat.variables, **given}
 
 
-def _answer(stdout: bytes) -> list[str]:
+def answer_of(stdout: bytes) -> list[str]:
+    """The texts in what the child process said. Raises `TemplateFailure`."""
     answer = cast("dict[str, Any]", json.loads(stdout))
     if "error" in answer:
         raise TemplateFailure(str(answer["error"]), cast("int | None", answer["index"]))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from quantkit.errors import CalibrationError
-from quantkit.formats.safetensors.header import printable
+from quantkit.formats.safetensors.header import check_json_size, printable
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _OWN_VARIABLES = ("messages", "tools", "documents")
@@ -174,6 +174,7 @@ def _variables(where: str, value: object) -> Mapping[str, Any]:
 
 
 def _from_json(where: str, key: str, text: str) -> object:
+    check_json_size(text.encode("utf-8", "surrogatepass"), f"{where}: {key}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

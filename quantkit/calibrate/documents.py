@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 from quantkit.calibrate.chats import ChatDocument, chat_document, encodable
 from quantkit.errors import CalibrationError
-from quantkit.formats.safetensors.header import printable
+from quantkit.formats.safetensors.header import check_json_size, printable
 
 Update = Callable[[bytes], object]
 """Takes the bytes of a file as they are read, for its sha256."""
@@ -106,7 +106,7 @@ def find_files(entries: Sequence[str], base_dir: Path) -> list[TextFile]:
         try:
             files = _builtin_files(entry) if entry.startswith(BUILTIN) else _named_files(entry, base_dir)
         except (OSError, ValueError, RuntimeError) as error:  # too long, `**` inside a name, `~` of nobody
-            raise CalibrationError(f"{entry[:80]!r}: is no usable file name ({error}).") from error
+            raise CalibrationError(f"{entry[:80]!r}: is no usable file name ({printable(str(error))}).") from error
         for file in files:
             found.setdefault(file.path.resolve(), file)
     return list(found.values())
@@ -228,7 +228,9 @@ def _checked(file: TextFile) -> TextFile:
     if file.path.is_dir():
         raise CalibrationError(f"{file.label}: is a folder.", hint=f"Name its files: {file.label.rstrip('/')}/*.txt")
     if not file.path.is_file():
-        raise CalibrationError(f"{file.label}: no such file.", hint=f"Looked for {file.path.resolve()}")
+        raise CalibrationError(
+            f"{file.label}: no such file.", hint=f"Looked for {printable(str(file.path.resolve()))}."
+        )
     if file.path.suffix.lower() not in EXTENSIONS:
         found = file.path.suffix or "no extension"
         raise CalibrationError(f"{file.label}: found {found}, can read {', '.join(EXTENSIONS)}.")
@@ -277,6 +279,7 @@ def _decode(label: str, decode: Callable[[bytes], str], block: bytes, end: int) 
 
 
 def _document_of_line(file: TextFile, where: str, line: str) -> Document:
+    check_json_size(line.encode(), where)
     try:
         record: object = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -307,7 +310,7 @@ def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator
         texts = "text" in columns
         # Read as a dictionary, a repeated text stays one object until its row is asked for.
         with parquet.ParquetFile(file.path, read_dictionary=columns if texts else None) as table:
-            if any(size > most for size in _column_sizes(table.metadata)):
+            if any(size > most for size in _group_sizes(table.metadata)):
                 raise _expands(file.label, most)
             for batch in table.iter_batches(batch_size=1024 if texts else 8, columns=columns):
                 for place in range(batch.num_rows):
@@ -324,10 +327,10 @@ def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator
         raise CalibrationError(f"{file.label}: is not readable as parquet ({problem}).") from error
 
 
-def _column_sizes(metadata: Any) -> Iterator[int]:
-    """Bytes that each chunk of a column has without compression, as the file says."""
+def _group_sizes(metadata: Any) -> Iterator[int]:
+    """Bytes that each group of rows has without compression, as the file says."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        yield from (group.column(place).total_uncompressed_size for place in range(group.num_columns))
+        yield group.total_byte_size  # what a column says of itself ends the process, if it contradicts its schema
 
 
 def _n_characters(value: object) -> int:

@@ -118,7 +118,7 @@ class MemoryRows:
 
 
 class FileRows:
-    """A store in a file, which is deleted on `close`."""
+    """A store in a file that has no name any more: however the process ends, its space is free again."""
 
     def __init__(self, path: Path, n_rows: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         self.n_rows, self.length, self.width, self.device, self.dtype = n_rows, length, width, CPU, dtype
@@ -126,6 +126,7 @@ class FileRows:
         self._row_bytes = length * width * dtype.itemsize
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            path.unlink()
             os.ftruncate(self._fd, n_rows * self._row_bytes)
 
     @property
@@ -173,7 +174,6 @@ class FileRows:
     def close(self) -> None:
         """See `RowStore.close`."""
         os.close(self._fd)
-        self._path.unlink(missing_ok=True)
 
 
 def _runs(tokens: Tensor) -> Iterator[tuple[int, int, int]]:

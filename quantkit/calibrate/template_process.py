@@ -26,12 +26,13 @@ def main() -> int:
     sys.path.extend(path for path in sys.argv[1:] if path not in sys.path)
     payload = sys.stdin.buffer.read()
     job = json.loads(payload)
-    _limit_resources(int(job["cpu_seconds"]), ADDRESS_SPACE + BYTES_PER_INPUT_BYTE * len(payload))
-    sys.stdout.buffer.write(json.dumps(_render_all(job["templates"], job["chats"])).encode())
+    limit_resources(int(job["cpu_seconds"]), ADDRESS_SPACE + BYTES_PER_INPUT_BYTE * len(payload))
+    sys.stdout.buffer.write(json.dumps(render_all(job["templates"], job["chats"])).encode())
     return 0
 
 
-def _limit_resources(cpu_seconds: int, address_space: int) -> None:
+def limit_resources(cpu_seconds: int, address_space: int) -> None:
+    """From here on the process ends after so many seconds of CPU time, and gets no more than so many bytes."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
@@ -39,7 +40,8 @@ def _limit_resources(cpu_seconds: int, address_space: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _render_all(sources: dict[str, str], chats: list[dict[str, Any]]) -> dict[str, Any]:
+def render_all(sources: dict[str, str], chats: list[dict[str, Any]]) -> dict[str, Any]:
+    """``rendered``: a text for each chat; or ``error`` and the ``index`` of the chat that it is about."""
     index: int | None = None
     rendered: list[str] = []
     try:

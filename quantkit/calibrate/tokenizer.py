@@ -23,8 +23,9 @@ from quantkit.calibrate.chats import ChatDocument, encodable
 from quantkit.calibrate.documents import Document, FileText, TextDocument, samples_of
 from quantkit.calibrate.pieces import WINDOW, TextReader, read_ids
 from quantkit.calibrate.round_trip import SAMPLE_CHARACTERS, SAMPLES, check_round_trip
-from quantkit.errors import CalibrationError
-from quantkit.formats.safetensors.header import printable
+from quantkit.errors import CalibrationError, SourceError
+from quantkit.formats.safetensors.header import check_json_size, printable
+from quantkit.formats.safetensors.reader import read_small
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,13 +143,7 @@ def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
         for name, value in tokenizer_config.items()
         if name.endswith("_token") and (text := _token_text(value)) is not None
     }
-    vocab_size = config.get("vocab_size")
-    if type(vocab_size) is not int:
-        raise CalibrationError(f"{checkpoint_dir / 'config.json'}: found vocab_size {vocab_size!r}, needed a number.")
-    if vocab_size > MAX_VOCABULARY:
-        raise CalibrationError(
-            f"{checkpoint_dir / 'config.json'}: found vocab_size {vocab_size:,}, at most {MAX_VOCABULARY:,} was needed."
-        )
+    vocab_size = _vocab_size(checkpoint_dir / "config.json", config.get("vocab_size"))
     bos_id = _bos_id(tokenizer, tokenizer_config, config, special.get("bos_token"))
     if bos_id is not None and not 0 <= bos_id < vocab_size:
         raise CalibrationError(f"{checkpoint_dir}: BOS has id {bos_id}, but config.json has vocab_size {vocab_size}.")
@@ -173,12 +168,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _read_text(path: Path) -> str:
+    """Raises CalibrationError also for a file that would fill the memory."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(
-            f"{path}: cannot be read ({error.strerror}).", hint="Calibration needs the checkpoint's tokenizer files."
-        ) from error
+        raw = read_small(path)
+        check_json_size(raw, str(path))
+        return raw.decode("utf-8")
+    except SourceError as error:
+        raise CalibrationError(error.message, hint="Calibration needs the checkpoint's tokenizer files.") from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path}: is not UTF-8.") from error
 
@@ -193,6 +189,15 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CalibrationError(f"{path}: found {type(content).__name__}, needed a JSON object.")
     return cast("dict[str, Any]", content)
+
+
+def _vocab_size(path: Path, value: object) -> int:
+    if type(value) is not int:
+        raise CalibrationError(f"{path}: found vocab_size {printable(repr(value), 60)}, needed a number.")
+    if value > MAX_VOCABULARY:
+        found = printable(f"{value:,}", 60)
+        raise CalibrationError(f"{path}: found vocab_size {found}, at most {MAX_VOCABULARY:,} was needed.")
+    return value
 
 
 def _token_text(value: object) -> str | None:
@@ -214,7 +219,8 @@ def _bos_id(
         encodable = bos_token.encode(errors="ignore").decode() == bos_token  # half a surrogate pair is in no vocabulary
         known = tokenizer.token_to_id(bos_token) if encodable else None
         if known is None:
-            raise CalibrationError(f"tokenizer_config.json names the BOS token {bos_token!r}, tokenizer.json lacks it.")
+            named = printable(repr(bos_token), 80)
+            raise CalibrationError(f"tokenizer_config.json names the BOS token {named}, tokenizer.json lacks it.")
     elif tokenizer_config.get("bos_token", "absent") is None and wanted is not True:
         return None  # `"bos_token": null` says that there is none, whatever id config.json holds
     if known is None and wanted is True:

@@ -1,7 +1,7 @@
 """``quantkit``: commands, exit codes, errors.
 
 Exit codes: 0 done; 1 refused or failed its recipe's limits (one line and a hint, no traceback); 2 wrong usage; 130
-interrupted. An exception that is no `QuantkitError` is our bug and keeps its traceback.
+interrupted. An exception that is no `QuantkitError` is our bug and keeps its traceback. See `exit_codes`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import calibration, check, convert, docs, evaluate, inspect, plan, recipes, report, verify
+from quantkit.cli.exit_codes import Commands
 from quantkit.cli.options import ManyFiles
 from quantkit.version import __version__
 
 app = typer.Typer(
     name="quantkit",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,7 +56,7 @@ app.command("docs")(docs.docs)
 
 
 def main() -> None:
-    """Entry point of the ``quantkit`` script."""
+    """Run the command that the process was started with. Does not return."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that is not UTF-8 gets \u4e2d for what it cannot show, as Python does on stderr: no traceback.
         sys.stdout.reconfigure(errors="backslashreplace")

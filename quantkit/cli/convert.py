@@ -34,6 +34,7 @@ from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
+from quantkit.plan.budget import MOST_JOBS
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, recipe_yaml
 from quantkit.text.converted import report_document, report_text
@@ -58,7 +59,7 @@ def convert(
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, max=1024, metavar="N", help="CPU threads. Default: all cores.")
+        int | None, typer.Option("--jobs", min=1, max=MOST_JOBS, metavar="N", help="CPU threads. Default: all cores.")
     ] = None,
     restart: Annotated[
         bool,

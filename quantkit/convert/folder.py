@@ -126,6 +126,7 @@ class OutputFolder:
         for folder in () if self.finished else (self.result, self.hidden):
             folder.mkdir(exist_ok=True)
         sync_directory(self.partial)
+        sync_directory(self.partial.parent)
 
     def _locked(self) -> int:
         """Descriptor of the lock file of this folder, which exists from now on."""

@@ -58,9 +58,7 @@ class StreamFiles:
         self._pause_ends = 0.0
 
     def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, after: int | None) -> Streams:
-        """The streams after layer ``after``, which `save` left, or the embeddings. Clears older scratch files."""
-        for scratch in self._folder.glob("scratch-*"):
-            scratch.unlink()
+        """The streams after layer ``after``, which `save` left, or the embeddings."""
         self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
         stores = [self._stores.new(*self._shape, arch.hidden_size) for _ in range(self._count)]
         if after is not None:
@@ -83,7 +81,8 @@ class StreamFiles:
             path = self._path(layer, number)
             part = path.with_suffix(".part")
             store.save(part)
-            part.replace(path)
+            with disk_errors(path):
+                part.replace(path)
         with disk_errors(self._folder):
             sync_directory(self._folder)
         now = time.monotonic()
@@ -94,7 +93,8 @@ class StreamFiles:
         kept = {self._path(layer, number) for number in range(self._count)}
         for path in sorted(self._folder.glob("layer-*-stream-*.f32")):
             if path not in kept:
-                path.unlink()
+                with disk_errors(path):
+                    path.unlink()
 
     def _scratch(self, width: int) -> RowStore:
         return self._stores.new(*self._shape, width, self._scratch_dtype)

@@ -3,6 +3,7 @@ line."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -15,7 +16,7 @@ from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import Evaluation
 from quantkit.documents.values import DocumentPart
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors.header import check_json_size, printable
+from quantkit.formats.safetensors.header import check_json_size, open_regular, printable
 
 CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
 MAX_BYTES = 128 * 2**20
@@ -77,15 +78,23 @@ def _files(path: Path) -> Iterator[Path]:
     yield from (*conversions, *evaluations)
 
 
-def _read(path: Path) -> DocumentFile:
-    try:
-        status = path.stat()
-        if status.st_size > MAX_BYTES:
-            raise OutputError(f"{path}: {status.st_size:,} bytes, a report's documents have at most {MAX_BYTES:,}.")
-        content = path.read_bytes()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
+def document_bytes(path: Path) -> bytes:
+    """The text of a document, known to be no more than any of ours. Raises `OutputError` if it cannot be read or has
+    too many bytes, `SourceError` for what is no file and for too many values."""
+    fd, size = open_regular(path)
+    with os.fdopen(fd, "rb") as file:
+        if size > MAX_BYTES:
+            raise OutputError(f"{path}: {size:,} bytes, documents of quantkit have at most {MAX_BYTES:,}.")
+        try:
+            content = file.read(MAX_BYTES)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be read: {error.strerror}.") from error
     check_json_size(content, str(path), MAX_JSON_PARTS)
+    return content
+
+
+def _read(path: Path) -> DocumentFile:
+    content = document_bytes(path)
     kind = _parsed(path, content, _Kind)
     if kind.kind == "quantkit evaluation":
         document: ConversionDocument | Evaluation = _parsed(path, content, Evaluation)
@@ -96,7 +105,7 @@ def _read(path: Path) -> DocumentFile:
             f"{path}: is neither a conversion's {CONVERSION} nor an evaluation.",
             hint="`quantkit convert` and `quantkit evaluate -o FILE` write what a report is made of.",
         )
-    return DocumentFile(path, document, datetime.fromtimestamp(status.st_mtime, timezone.utc))
+    return DocumentFile(path, document, datetime.fromtimestamp(path.stat().st_mtime, timezone.utc))
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

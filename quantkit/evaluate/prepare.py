@@ -134,6 +134,8 @@ def _protocol(name: Cut, context: int, max_windows_per_file: int | None) -> Scor
     if name not in _PROTOCOLS:
         raise PlanError(f"evaluation: protocol is {name!r}, {' or '.join(_PROTOCOLS)} was needed.")
     first_scored = context // 2 if name == "llama.cpp" else 0
+    if max_windows_per_file is not None and max_windows_per_file < 1:
+        raise CalibrationError(f"evaluation: found max_windows_per_file {max_windows_per_file}, needed at least 1.")
     if context - 1 - first_scored < 1:
         raise CalibrationError(f"evaluation: context {context} leaves nothing to score by protocol {name}.")
     return ScoringProtocol(

@@ -36,7 +36,7 @@ from quantkit.documents.reference import REFERENCE_KIND, ReferenceRecord
 from quantkit.errors import SourceError
 from quantkit.formats.casting import bytes_of
 from quantkit.formats.preallocated import disk_errors, sync_directory
-from quantkit.formats.safetensors.header import StoredTensor, printable, read_header
+from quantkit.formats.safetensors.header import StoredTensor, check_json_size, printable, read_header
 from quantkit.formats.shard_files import ShardFiles, read_into
 from quantkit.tensors import DTYPES, TensorInfo
 
@@ -301,8 +301,10 @@ class ReferenceStatistics:
             )
         if stored.info.nbytes > _MAX_RECORD_BYTES:
             raise self._refusal(f"its record has {stored.info.nbytes:,} bytes")
+        text = bytes_of(self._read("record", 0, None)).tobytes()
+        check_json_size(text, f"{printable(str(self.path))}: record")
         try:
-            return ReferenceRecord.model_validate_json(bytes_of(self._read("record", 0, None)).tobytes())
+            return ReferenceRecord.model_validate_json(text)
         except ValidationError as error:
             raise self._refusal(f"its record is not readable ({printable(first_problem(error))})") from None
 

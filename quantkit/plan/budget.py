@@ -1,18 +1,28 @@
-"""What a caller asks of the machine, checked without torch: a device by name, and memory in bytes or as "20GiB"."""
+"""What a caller asks of the machine, checked without torch: a device by name, threads, and memory in bytes or as
+"20GiB"."""
 
 from __future__ import annotations
 
 from quantkit.errors import PlanError
+from quantkit.formats.safetensors.header import printable
 from quantkit.plan.recipe import parse_size
 
 DEVICES = ("auto", "cpu", "cuda")
 LEAST_BUDGET = 2**28
+MOST_JOBS = 1024
+"""More threads than any machine has; with very many their stacks alone fill the memory."""
 
 
 def check_device(device: str) -> None:
     """Raise `PlanError` for a name that is none of `DEVICES`."""
     if device not in DEVICES:
         raise PlanError(f"device {device!r}: auto, cpu or cuda was needed.")
+
+
+def check_jobs(jobs: int | None) -> None:
+    """Raise `PlanError` for a number of threads that is none; None is all cores."""
+    if jobs is not None and (type(jobs) is not int or not 1 <= jobs <= MOST_JOBS):
+        raise PlanError(f"jobs {printable(repr(jobs), 40)}: a whole number from 1 to {MOST_JOBS:,} was needed.")
 
 
 def parse_budget(text: str) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from quantkit.errors import PlanError, SchemeError
+from quantkit.formats.safetensors.header import printable
 from quantkit.plan.recipe import Output, Rule
 from quantkit.plan.targets import Target
 from quantkit.quantizers import Gptq, Method, Rtn
@@ -206,7 +207,7 @@ def unused_rule(
 ) -> None:
     """A rule that decides nothing is a typing error if it is a glob or asks to quantise roles without linears, else
     worth a warning."""
-    where = f"output {output.name}: rule {number} ({rule.match})"
+    where = f"output {output.name}: rule {number} ({printable(rule.match)})"
     matches, roles, specs = rule.matcher(), rule.roles, target.specs
     if matched := [spec for spec in specs if matches(spec)]:
         taken = "mtp: drop leaves out" if all(map(target.omits, matched)) else "earlier rules take"

@@ -199,7 +199,7 @@ def _calibration(options: Shorthand, arch: ModelArch) -> Mapping[str, object]:
     length = min(SEQUENCE_LENGTH, arch.serving().max_positions)
     return {
         "data": list(options.data or (MIXED,)),
-        "tokens": options.tokens or usual,
+        "tokens": usual if options.tokens is None else options.tokens,
         "sequence_length": length,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from quantkit.errors import OutputError
 from quantkit.report import conversion_sections, figures, numbers, provenance, quality
 from quantkit.report.contents import Card, Figure, Note, ReportPage, Section, Table
 from quantkit.report.linears import expert_grid
@@ -11,7 +12,10 @@ from quantkit.report.scored import LabelledConversion, ScoredCheckpoint, ScoredC
 
 
 def report_of(found: ScoredCheckpoints, title: str | None = None) -> ReportPage:
-    """Sections in reading order: scores, then each checkpoint from the inside, then where it all comes from."""
+    """Sections in reading order: scores, then each checkpoint from the inside, then where it all comes from. Raises
+    `OutputError` for documents that are about nothing: an evaluation without candidates."""
+    if not found.checkpoints:
+        raise OutputError("The documents are about no checkpoint.", hint="Evaluate at least one candidate.")
     return ReportPage(
         title=title or _title(found),
         subtitle=_subtitle(found),

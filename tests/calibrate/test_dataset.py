@@ -260,7 +260,7 @@ def test_bad_settings_are_refused(fields: dict[str, Any]) -> None:
 def test_bad_tokenizer_files(tmp_path: Path) -> None:
     name = write(tmp_path / "w.txt", numbered(100, "w"))
     cases: list[tuple[str, bytes | None, str]] = [
-        ("tokenizer.json", None, "tokenizer.json: cannot be read"),
+        ("tokenizer.json", None, "tokenizer.json: no such file"),
         ("tokenizer.json", b"{}", "tokenizer.json: is no tokenizer"),
         ("tokenizer.json", b"\xff", "tokenizer.json: is not UTF-8"),
         ("config.json", b"[]", "config.json: found list"),

@@ -138,7 +138,8 @@ def test_jobs_use_options_that_there_are(name: str) -> None:
     assert calls
     for command, *words in calls:
         known = quantkit(command, "--help").stdout
-        assert all(re.search(rf"(?<![\w-]){word}(?![\w-])", known) for word in words if re.match(r"--?\w", word))
+        given = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
+        assert all(re.search(rf"(?<![\w-]){word}(?![\w-])", known) for word in given if re.match(r"--?\w", word))
 
 
 def test_the_workflow_gives_the_action_what_it_takes() -> None:
@@ -157,8 +158,8 @@ def test_the_action_runs(tmp_path: Path) -> None:
     """Its scripts in bash as GitHub starts it, on a small model: pass against its own baseline, fail against a better
     one."""
     write_model(tmp_path / "original")
-    write_model(tmp_path / "fp8", fp8=True)
-    write_model(tmp_path / "other" / "fp8", seed=1)
+    write_model(tmp_path / "-fp8", fp8=True)  # no option
+    write_model(tmp_path / "other" / "-fp8", seed=1)
     write_text(tmp_path / "text.txt")
     steps = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["runs"]["steps"]
     evaluate, check = (step["run"] for step in steps if step["name"] in ("Evaluate", "Check"))
@@ -173,15 +174,15 @@ def test_the_action_runs(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
 
     options = "--context=32\n--max-windows-per-file=8\n--device=cpu\n--text=text.txt\n"
-    done = run(evaluate, REFERENCE="original", CANDIDATES="fp8\n", OPTIONS=options)
+    done = run(evaluate, REFERENCE="original", CANDIDATES="-fp8\n", OPTIONS=options)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "gate" / "evaluation.json").read_text(encoding="utf-8"))
-    assert [candidate["model"]["name"] for candidate in made["candidates"]] == ["fp8"]
-    assert run(check, BASELINE="b.json", OPTIONS="--update-baseline\n").returncode == 0
-    passed = run(check, BASELINE="b.json", OPTIONS="")
+    assert [candidate["model"]["name"] for candidate in made["candidates"]] == ["-fp8"]
+    assert run(check, BASELINE="-b.json", OPTIONS="--update-baseline\n").returncode == 0
+    passed = run(check, BASELINE="-b.json", OPTIONS="")
     assert passed.returncode == 0, passed.stderr
-    run(evaluate, REFERENCE="original", CANDIDATES="other/fp8", OPTIONS=options)
-    failed = run(check, BASELINE="b.json", OPTIONS="--sigmas=5")
-    assert (failed.returncode, "error: fp8: mean KLD got worse" in failed.stderr) == (1, True), failed.stderr
+    run(evaluate, REFERENCE="original", CANDIDATES="other/-fp8", OPTIONS=options)
+    failed = run(check, BASELINE="-b.json", OPTIONS="--sigmas=5")
+    assert (failed.returncode, "error: -fp8: mean KLD got worse" in failed.stderr) == (1, True), failed.stderr
     assert (tmp_path / "gate" / "summary.md").exists()
     assert (tmp_path / "gate" / "junit.xml").exists()

@@ -4,7 +4,6 @@ GPU adds streams.)"""
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -92,14 +91,15 @@ def test_tasks_are_done_in_order_on_another_thread() -> None:
 
 
 def test_an_error_ends_the_deliveries_and_is_raised_to_whom_hands_over() -> None:
-    deliveries, done = Deliveries(CPU), list[str]()
+    deliveries, done, handed_over = Deliveries(CPU), list[str](), threading.Event()
 
     def fail() -> None:
-        time.sleep(0.01)
+        handed_over.wait()
         raise OSError("the disk is full")
 
     deliveries.submit(fail)
     deliveries.submit(lambda: done.append("after"))
+    handed_over.set()
     with pytest.raises(OSError, match="the disk is full"):
         deliveries.drain()
     with pytest.raises(OSError, match="the disk is full"):

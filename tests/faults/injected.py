@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,6 +26,24 @@ FAULTS = ("EIO", "ENOSPC", "short write", "killed before", "killed after")
 BY_NAME = ("rename", "replace", "unlink", "rmdir", "mkdir")
 BY_FD = ("pwrite", "fsync", "posix_fallocate", "ftruncate")
 NEED_SPACE = ("pwrite", "fsync", "posix_fallocate", "mkdir")
+
+
+def _flip(file: Path, draw: Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def _cut(file: Path, draw: Random) -> None:
+    os.truncate(file, draw.randrange(file.stat().st_size))
+
+
+def _remove(file: Path, draw: Random) -> None:
+    file.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path, Random], None]] = {"flip": _flip, "cut": _cut, "remove": _remove}
+"""What may become of a file while no process works on it."""
 
 
 @dataclass(slots=True)
@@ -106,6 +125,39 @@ class FaultyJob:
             return said
         if out.exists() and files_of(out) != self.files:
             return "OUT has its name and is not complete"
+        return self._finished(out)
+
+    def chain(self, out: Path, draw: Random, most: int = 6) -> tuple[int, str]:
+        """Killed at random calls, up to ``most`` times in a row, then run to the end: the kills, and what was wrong."""
+        kills = 0
+        for _ in range(draw.randrange(1, most + 1)):
+            watcher = Injected(out, draw.randrange(len(self.calls)), draw.choice(("killed before", "killed after")))
+            if self._killed(out, watcher):
+                break  # it came to its end before that call
+            kills += 1
+            if out.exists() and files_of(out) != self.files:
+                return kills, "OUT has its name and is not complete"
+        return kills, self._finished(out)
+
+    def tampered(self, out: Path, draw: Random) -> tuple[str, str]:
+        """Killed at a random call, then one file of OUT.partial is damaged: what was done, and what was wrong. A
+        refusal is right, other bytes in OUT are not."""
+        self._killed(out, Injected(out, draw.randrange(len(self.calls)), "killed after"))
+        partial = out.with_name(out.name + ".partial")
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.stat().st_size]
+        if not files or out.exists():
+            return "nothing", ""
+        file, damage = draw.choice(files), draw.choice(tuple(DAMAGES))
+        DAMAGES[damage](file, draw)
+        said = f"{damage} {file.relative_to(partial)}"
+        try:
+            run(self.source, self.recipe, out)
+        except QuantkitError as error:
+            return said, f"several lines: {error}" if "\n" in str(error) else ""
+        return said, "" if files_of(out) == self.files else "other bytes, without a word"
+
+    def _finished(self, out: Path) -> str:
+        """Run once more: what is wrong with what is there then."""
         if not out.exists() or out.with_name(out.name + ".partial").exists():
             try:
                 run(self.source, self.recipe, out)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from quantkit.formats.layouts.compressed_tensors_config import find_targets, mis
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import Float8Scheme, IntScheme
 from quantkit.tensors import Role, TensorInfo, TensorSpec
+from tests.counted import calls
 from tests.tiny_models import tiny_config
 
 Rule = Callable[[TensorSpec], IntScheme | Float8Scheme | None]
@@ -218,8 +218,7 @@ def test_deepseek_v3_has_its_exact_size(rule: Rule, expected: int) -> None:
     assert nbytes(plan(V3, rule, mtp=False)) == expected
 
 
-def test_planning_v3_is_quick() -> None:
+def test_planning_v3_is_little_work() -> None:
+    """A second."""
     planned = plan(V3, RULES["mtp kept"])
-    start = time.process_time()
-    quantization_config(planned)
-    assert time.process_time() - start < 5
+    assert calls(lambda: quantization_config(planned)) < 200 * 46_183

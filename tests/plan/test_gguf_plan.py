@@ -110,28 +110,32 @@ def test_mtp_is_stored_when_asked() -> None:
     ]
 
 
-def test_v3_is_planned_within_seconds_and_without_torch() -> None:
-    """In a process of its own; the clock is the processor's, because others may use the machine, too."""
+def test_v3_is_planned_with_little_work_and_without_torch() -> None:
+    """In a process of its own. A second."""
     script = """
-import sys, time
+import sys
 from pathlib import Path
 from quantkit.plan.headers import read_headers
 from quantkit.plan.plan import make_plan
 from quantkit.plan.recipe import Recipe
 
-start = time.process_time()
-headers = read_headers(Path(sys.argv[1]))
-outputs = [{"name": "main", "format": "gguf", "preset": "Q4_K_M"}]
-recipe = Recipe.model_validate({"version": 1, "outputs": outputs})
-plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8)
-print(time.process_time() - start, plan.outputs[0].nbytes, "torch" in sys.modules, "numba" in sys.modules)
+from tests.counted import calls
+
+def planned():
+    headers = read_headers(Path(sys.argv[1]))
+    outputs = [{"name": "main", "format": "gguf", "preset": "Q4_K_M"}]
+    recipe = Recipe.model_validate({"version": 1, "outputs": outputs})
+    plans.append(make_plan(recipe, headers.arch, headers.infos, headers.is_float8))
+
+plans = []
+print(calls(planned), plans[0].outputs[0].nbytes, "torch" in sys.modules, "numba" in sys.modules)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(V3)], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+        [sys.executable, "-c", script, str(V3)], capture_output=True, text=True, cwd=ROOT, timeout=600, check=True
     )
-    seconds, nbytes, torch, numba = done.stdout.split()
+    counted, nbytes, torch, numba = done.stdout.split()
     assert (int(nbytes), torch, numba) == (V3_BYTES["Q4_K_M"], "False", "False")
-    assert float(seconds) < 3
+    assert int(counted) < 400 * 46_183
 
 
 # --------------------------------------------------------------------------------------------------- rules and presets

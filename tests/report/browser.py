@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-SECONDS = 60.0
+SECONDS = 300.0
 OPTIONS = (
     "--headless",
     "--remote-debugging-pipe",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from quantkit.documents.conversion import ConversionDocument
 from quantkit.report.linears import error_grid, expert_grid, place_of, scheme_label, worst
+from tests.counted import calls
 from tests.report.jobs import conversion
 
 
@@ -88,12 +87,12 @@ def test_tokens_of_experts_by_layer() -> None:
     assert expert_grid(ConversionDocument.model_validate(data_free)) is None
 
 
-def test_a_model_as_large_as_deepseek_v3_takes_seconds() -> None:
+def test_a_model_as_large_as_deepseek_v3_takes_little_work() -> None:
+    """Half a second."""
     document = ConversionDocument.model_validate(conversion(layers=61, experts=768))
     assert len(document.tensors) > 46_000
-    start = time.process_time()
     grid, experts = error_grid(document), expert_grid(document)
-    assert time.process_time() - start < 10
+    assert calls(lambda: (error_grid(document), expert_grid(document))) < 100 * len(document.tensors)
     assert len(grid.cells) == 61 * 3 + 60
     assert experts is not None
     assert len(experts.counts) == 60 * 768

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,6 +14,7 @@ from quantkit.runtimes.vllm import contract
 from quantkit.runtimes.vllm.contract import COMPRESSED_TENSORS
 from quantkit.schemes import Float8Scheme, IntScheme
 from quantkit.tensors import Role, TensorInfo
+from tests.counted import calls
 from tests.formats.test_compressed_tensors_config import INT4, INT8, RULES, V3, Rule, is_expert, plan
 from tests.tiny_models import tiny_config
 
@@ -120,12 +120,11 @@ def test_a_plan_for_every_runtime_has_no_notes() -> None:
     assert notes(plan(V3, lambda spec: None if spec.role is Role.MTP else INT4)) == []
 
 
-def test_checking_v3_is_quick() -> None:
+def test_checking_v3_is_little_work() -> None:
+    """Half a second."""
     planned = plan(V3, RULES["mtp kept"])
-    start = time.process_time()
     assert problems(planned) == []
-    notes(planned)
-    assert time.process_time() - start < 5
+    assert calls(lambda: (problems(planned), notes(planned))) < 100 * 46_183
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from quantkit.documents.baseline import Baseline, ConversionLosses
 from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import SCHEMA_VERSIONS, Candidate, Evaluation, Windows
-from quantkit.documents.read import CONVERSION, MAX_BYTES, first_problem
-from quantkit.errors import EvaluationError
+from quantkit.documents.read import CONVERSION, document_bytes, first_problem
+from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.formats.safetensors.header import printable
 
 MIN_WINDOWS = 8
@@ -125,11 +125,9 @@ def _experts(evaluation: Evaluation) -> tuple[int, ...]:
 
 def _read(path: Path, model: type[_Model], what: str) -> _Model:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise EvaluationError(f"{path}: has {path.stat().st_size:,} bytes, which is too much for {what}.")
-        return model.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}.") from None
+        return model.model_validate_json(document_bytes(path))
+    except QuantkitError as error:
+        raise EvaluationError(error.message, hint=error.hint) from None
     except ValidationError as error:
         raise EvaluationError(f"{path}: is not {what} of this version: {first_problem(error)}.") from None
 

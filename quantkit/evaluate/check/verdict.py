@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from quantkit.errors import EvaluationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,12 @@ class Limits:
     """Spread of the log loss of the linear that varies most: a few tokens can rule an expert's down projection."""
     divergence_floor: float = 2e-5
     """Nats per token: what rounding in another order (threads, processors) may do."""
+
+    def __post_init__(self) -> None:
+        """Raises `EvaluationError` for a limit that is negative or no finite number."""
+        for name, value in asdict(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise EvaluationError(f"{name}: found {value}, needed a number of at least 0.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ otherwise than the checkpoint does is refused here, in one line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, cast
 from quantkit.errors import SourceError
 from quantkit.formats.gguf.pre_tokenizers import NAMED_ONLY, PRE_TOKENIZERS, pre_tokenizer
 from quantkit.formats.gguf.values import Value, array, boolean, string, strings, u32
+from quantkit.formats.safetensors.header import parse_json_object
 
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 24
@@ -304,11 +304,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path, limit: int) -> dict[str, Any]:
-    try:
-        content: object = json.loads(_read_text(path, limit))
-    except (ValueError, RecursionError) as error:
-        raise _malformed(path, f"it is not JSON ({error})") from error
-    return _mapping(path, content, "the file")
+    return parse_json_object(_read_text(path, limit).encode(), str(path))
 
 
 def _read_text(path: Path, limit: int) -> str:

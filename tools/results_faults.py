@@ -1,0 +1,40 @@
+"""Sections of docs/results.md about damaged files, failing disks and kills."""
+
+from __future__ import annotations
+
+from results_markdown import UNKNOWN, Document, number, run_facts, table
+
+
+def fuzz(data: Document) -> str:
+    """Damaged files for each reader."""
+    rows = [
+        [
+            name,
+            number(reader.get("cases"), 0),
+            number(reader.get("read"), 0),
+            number(reader.get("refused"), 0),
+            number(len(reader["problems"]), 0),
+            number(reader.get("slowest_cpu_seconds"), 2),
+            UNKNOWN if "extra_bytes" not in reader else number(reader["extra_bytes"] / 1e6, 0),
+            number(reader.get("seconds"), 0),
+        ]
+        for name, reader in data["readers"].items()
+    ]
+    head = ("reader", "cases", "read", "refused", "problems", "slowest, CPU s", "most memory beside, MB", "s")
+    allowed = data["allowed"]
+    rule = (
+        "A problem is anything but an answer or a refusal in one printable message, within "
+        f"{allowed['cpu_seconds']:.0f} s of CPU time and {allowed['extra_bytes'] / 1e6:.0f} MB."
+    )
+    return "\n".join([run_facts(data), table(head, rows), rule])
+
+
+def faults(data: Document) -> str:
+    """Calls that fail, kills, and damage after a kill."""
+    parts = {**data["faults"], **{name: data[name] for name in ("chains of kills", "damage after a kill")}}
+    rows = [
+        [name, number(part["cases"], 0), str(part.get("kills", "")), str(len(part["problems"]))]
+        for name, part in parts.items()
+    ]
+    told = run_facts(data, calls=f"{data['calls']:,} that write", every=f"{data['every']}")
+    return "\n".join([told, table(("fault", "cases", "kills", "problems"), rows)])
