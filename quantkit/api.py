@@ -182,8 +182,9 @@ def recipe_for(
 ) -> Recipe:
     """The recipe that ``scheme`` ("w4a16", for vLLM) or ``preset`` ("Q4_K_M", for llama.cpp) stands for on a model.
 
-    ``group_size``: of a scheme, -1 for one scale a row; ``method``: "gptq" (default) or "rtn"; ``data``: calibration
-    text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. Raises `QuantkitError`.
+    ``group_size``: of a scheme, -1 for one scale a row; ``method``: "gptq" (default), "awq" or "rtn"; ``data``:
+    calibration text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. Raises
+    `QuantkitError`.
     """
     from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 

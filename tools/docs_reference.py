@@ -112,6 +112,7 @@ TITLES = {
     "GgmlScheme": "`scheme: {kind: ggml}`",
     "Rtn": "`method: {kind: rtn}`",
     "Gptq": "`method: {kind: gptq}`",
+    "Awq": "`method: {kind: awq}`",
     "Validation": "`validation`",
 }
 

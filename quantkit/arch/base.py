@@ -60,6 +60,15 @@ class NormWeight:
         """The norm's weight (n,) for inputs divided by ``factors`` (n,): new, in the dtype of both."""
         return weight / factors
 
+    def storable(self, factors: torch.Tensor, read: Weights) -> torch.Tensor:
+        """The factors next to these (n,) float32 that leave the norm's weight without rounding in the dtype in which
+        ``read`` gives it."""
+        stored = read(self.norm)
+        weight = stored.to(factors.device).float()
+        divided = self.divided(weight, factors).to(stored.dtype).float()
+        exact = weight / divided
+        return exact.where((exact > 0) & exact.isfinite(), factors)
+
 
 @dataclass(frozen=True, slots=True)
 class LinearRows:
@@ -81,6 +90,10 @@ class LinearRows:
     def divided(self, weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """The linear (out, in) for inputs of its readers divided by ``factors`` (n,): new, in the dtype of both."""
         return weight / (factors if self.rows is None else self.rows(factors)).unsqueeze(1)
+
+    def storable(self, factors: torch.Tensor, read: Weights) -> torch.Tensor:
+        """The factors as they are: the scales of a quantised linear's rows, or the weights of a kept one, take them."""
+        return factors
 
 
 Producer = NormWeight | LinearRows

@@ -32,11 +32,6 @@ class InputStats:
         """(B, in) float32: mean square of each input, a view of the hessian's diagonal."""
         return self.hessian.diagonal(dim1=-2, dim2=-1)
 
-    def of(self, number: int) -> InputStats:
-        """One matrix of the batch, B = 1, a view."""
-        one = slice(number, number + 1)
-        return InputStats(self.hessian[one], None if self.cross is None else self.cross[one], self.n_tokens[one])
-
 
 @dataclass(frozen=True, slots=True)
 class InputImportance:
@@ -45,10 +40,9 @@ class InputImportance:
     importance: Tensor
     n_tokens: tuple[int, ...]
 
-    def of(self, number: int) -> InputImportance:
-        """One matrix of the batch, B = 1, a view."""
-        one = slice(number, number + 1)
-        return InputImportance(self.importance[one], self.n_tokens[one])
+    def matrices(self, start: int, stop: int) -> InputImportance:
+        """Those of the matrices [start, stop)."""
+        return InputImportance(self.importance[start:stop], self.n_tokens[start:stop])
 
 
 Inputs = InputStats | InputImportance
@@ -106,6 +100,12 @@ class InputMoments:
         if self._cross is not None and other._cross is not None:
             self._cross += other._cross
         return self
+
+    def importance(self) -> InputImportance:
+        """The means so far of sums that are no more than a diagonal. The sums are handed over: call it once."""
+        stats = self.stats()
+        assert isinstance(stats, InputImportance), "whole second moments"
+        return stats
 
     def stats(self) -> Inputs:
         """The means so far. The sums are handed over: call it once."""

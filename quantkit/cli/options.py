@@ -139,8 +139,8 @@ MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
-        metavar="gptq|rtn",
-        help="gptq (calibrated, the default) or rtn (round to nearest; data-free without --data).",
+        metavar="gptq|awq|rtn",
+        help="gptq (the default) or awq (both calibrated), or rtn (round to nearest; data-free without --data).",
     ),
 ]
 Data = Annotated[

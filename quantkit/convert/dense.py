@@ -25,7 +25,7 @@ from quantkit.convert.outputs import (
     any_quantised,
     any_wanted,
     importance_of,
-    needs_inputs,
+    needs_hessian,
     of_first_output,
     quantize_linears,
 )
@@ -130,7 +130,7 @@ def _moments_of_rows(
         )
         if needed and not moments:
             moments = [
-                InputMoments.like(inputs, cross=bool(others), full=needs_inputs(job.outputs, group.linears))
+                InputMoments.like(inputs, cross=bool(others), full=needs_hessian(job.outputs, group.linears))
                 for inputs, group in zip(own, stage.groups, strict=True)
             ]
         for number, sums in enumerate(moments):

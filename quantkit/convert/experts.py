@@ -27,7 +27,7 @@ from quantkit.convert.outputs import (
     any_wanted,
     carried_weights,
     importance_of,
-    needs_inputs,
+    needs_hessian,
     quantize_linears,
 )
 from quantkit.plan.phases import KEPT_HIDDEN
@@ -183,19 +183,16 @@ def quantize_experts(task: ExpertsTask) -> ExpertsResult:
 
 def _rescaled_hidden(task: ExpertsTask, original: ExpertWeights) -> tuple[tuple[Rescaled, ...], ...]:
     """Factors for the hidden units, by output, from what they are with unquantised gate and up."""
-    producers = task.down.producers
-    asked = [any(rescaled_by(output, one, alone) for one in producers) for output in task.outputs]
-    if not any(asked):
+    if not any(rescaled_by(output, one, alone) for output in task.outputs for one in task.down.producers[:1]):
         return ((),) * len(task.outputs)
-    moments = InputMoments(
-        task.down.weight.shape[-1], cross=False, device=task.device, matrices=len(producers), full=True
+    sums = InputMoments(
+        task.down.weight.shape[-1], cross=False, device=task.device, matrices=len(task.down.names), full=False
     )
-    for number in range(len(producers)):
+    for number in range(len(task.down.names)):
         for own, _ in _gathered(task, number):
-            moments.add(original.hidden(number, own), None, number)
-    stats, weights = moments.stats(), dict(zip(task.down.names, task.down.weight, strict=True))
-    pairs = zip(task.outputs, asked, strict=True)
-    return tuple(rescale_hidden(output, producers, stats, weights.__getitem__) if ask else () for output, ask in pairs)
+            sums.add(original.hidden(number, own), None, number)
+    stats = sums.importance()
+    return tuple(rescale_hidden(output, task.down, stats) for output in task.outputs)
 
 
 _Made = tuple[tuple[Quantised, ...], tuple[Importance, ...]]
@@ -236,7 +233,7 @@ def _moments(task: ExpertsTask, group: tuple[Linears, ...]) -> InputMoments:
         cross=task.unquantised is not None,
         device=task.device,
         matrices=len(group[0].names),
-        full=needs_inputs(task.outputs, tuple(linears.names[0] for linears in group)),
+        full=needs_hessian(task.outputs, tuple(linears.names[0] for linears in group)),
     )
 
 

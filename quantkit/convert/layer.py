@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
-
-import torch
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.convert.dense import GroupTask, apply_group, group_task, quantize_dense, quantize_group
+from quantkit.convert.expert_batches import chosen, expert_batches, linears_of
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
-from quantkit.convert.folding import rescale_sublayer, with_rescaled
+from quantkit.convert.folding import with_rescaled
 from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
-from quantkit.convert.outputs import Linears, any_quantised
+from quantkit.convert.outputs import any_quantised
+from quantkit.convert.rescale import rescale_sublayer
 from quantkit.convert.routing import Routes, route
 from quantkit.documents.journal import ExpertRecord
 from quantkit.quantizers.rescaling import Folding
@@ -37,14 +36,18 @@ class LayerResult:
 def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSink) -> LayerResult:
     """Quantise every linear of the layer that some output quantises, hand it to ``sink``, and carry the streams through
     the layer in place."""
-    batches = _expert_weights(job, (block for sublayer in sublayers for block in sublayer))
-    job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
+    batches = list(_expert_weights(job, (block for sublayer in sublayers for block in sublayer)))
+    expected = [name for names, experts in batches for name in chosen(names, experts)]
+    job.weights.expect(expected)
     records: dict[str, tuple[ExpertRecord, ...]] = {}
     for sublayer in sublayers:
-        job = rescale_sublayer(job, sublayer)
         # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x
         # first.
         routed = [(block, route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
+        rescaled = rescale_sublayer(job, sublayer, routed)
+        if rescaled is not job and routed:
+            rescaled.weights.expect(expected)  # the search has read what was read ahead
+        job = rescaled
         dense = [block for block in sublayer if isinstance(block, DenseBlock)]
         assert len(dense) <= 1, "a second dense block would read what the first has added"
         for block in dense:
@@ -68,9 +71,9 @@ def quantize_without_inputs(
     batches = [
         (names, experts)
         for names, experts in _expert_weights(job, blocks)
-        if any_quantised(job.outputs, _chosen(names, experts))
+        if any_quantised(job.outputs, chosen(names, experts))
     ]
-    job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
+    job.weights.expect([name for names, experts in batches for name in chosen(names, experts)])
     for block in blocks:
         if isinstance(block, DenseBlock):
             sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
@@ -86,31 +89,6 @@ def quantize_without_inputs(
         stats = None if importance is None else importance.of(linears.names, job.device)
         result = quantize_group(GroupTask((linears,), (), stats, job.outputs))
         hand_over(sink, result.quantised, result.importance)
-
-
-def expert_batches(job: LayerJob, block: ExpertBlock) -> Iterator[tuple[int, ...]]:
-    """Experts that every output treats alike, at most ``experts_at_once`` together."""
-
-    def treatment(expert: int) -> tuple[object, ...]:
-        names = (block.gates[expert], block.ups[expert], block.downs[expert])
-        return tuple(output.methods.get(name) for output in job.outputs for name in names)
-
-    for _, alike in groupby(range(block.n_experts), key=treatment):
-        experts = tuple(alike)
-        for start in range(0, len(experts), job.experts_at_once):
-            yield experts[start : start + job.experts_at_once]
-
-
-def linears_of(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) -> Linears:
-    """One projection of some experts, (B, out, in): bfloat16 if the streams compute with all of them in it, else
-    float32."""
-    chosen = _chosen(names, experts)
-    wide = any(job.weights.dtype(name) == torch.float32 for name in chosen)
-    dtype = torch.float32 if wide else torch.bfloat16
-    weight = torch.empty(len(chosen), *job.weights.shape(chosen[0]), device=job.device, dtype=dtype)
-    for one, name in zip(weight, chosen, strict=True):
-        one.copy_(job.weights.from_source(name))
-    return Linears(chosen, weight)
 
 
 def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tuple[int, ...]) -> ExpertsTask:
@@ -157,7 +135,3 @@ def _expert_weights(job: LayerJob, blocks: Iterable[Block]) -> Iterator[tuple[tu
         if isinstance(block, ExpertBlock):
             for experts in expert_batches(job, block):
                 yield from ((names, experts) for names in (block.gates, block.ups, block.downs))
-
-
-def _chosen(names: tuple[str, ...], experts: tuple[int, ...]) -> tuple[str, ...]:
-    return tuple(names[expert] for expert in experts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import Producer
-from quantkit.calibrate.inputs import Inputs, InputStats
+from quantkit.calibrate.inputs import InputImportance, Inputs, InputStats
 from quantkit.errors import CalibrationError, SchemeError
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch, Quantizer
@@ -100,11 +100,10 @@ def quantize_linears(
     """
     made: list[Quantised] = []
     work = _by_inputs(outputs, group)
-    # Methods overwrite what they are given, the last one may: so the one with a factor comes last.
-    order = sorted(work, key=lambda key: key.method.needs_inputs)
+    # Methods and foldings overwrite what they are given, the last one may: so the one with a factor comes last.
+    order = sorted(work, key=lambda key: key.method.needs_hessian)
     for key in order:
-        last = key == order[-1] or not key.method.needs_inputs
-        own = stats if last or stats is None else copied(stats)
+        own = stats if key == order[-1] or stats is None else copied(stats, whole=key.method.needs_hessian)
         folding = NO_FOLDING if key.folded is None else outputs[key.folded].folding
         try:
             own = None if own is None else folding.inputs(group[0].producers, shrink(own, key.method))
@@ -214,10 +213,10 @@ def _overflowing(linears: Linears, stats: Inputs | None) -> str:
     return next((name for name, good in zip(linears.names, finite, strict=True) if not good), linears.names[0])
 
 
-def copied(stats: Inputs) -> Inputs:
-    """A copy of statistics, for a method that may overwrite them."""
-    if not isinstance(stats, InputStats):
-        return stats
+def copied(stats: Inputs, *, whole: bool) -> Inputs:
+    """A copy of statistics, for a method that may overwrite them; not ``whole``: of their diagonal."""
+    if not whole or not isinstance(stats, InputStats):
+        return InputImportance(stats.importance.clone(), stats.n_tokens)
     return replace(stats, hessian=stats.hessian.clone(), cross=None if stats.cross is None else stats.cross.clone())
 
 
@@ -231,7 +230,7 @@ def any_wanted(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> boo
     return any_quantised(outputs, names) or any(name in output.importance for output in outputs for name in names)
 
 
-def needs_inputs(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
+def needs_hessian(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
     """Whether some output chooses the numbers of one of these linears with whole second moments of its inputs."""
     methods = (output.methods[name][1] for output in outputs for name in names if name in output.methods)
-    return any(method.needs_inputs for method in methods)
+    return any(method.needs_hessian for method in methods)

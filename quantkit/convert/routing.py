@@ -14,7 +14,7 @@ from quantkit.calibrate.inputs import InputMoments, Inputs, combined
 from quantkit.calibrate.stream import ExpertTokens, row_batches
 from quantkit.convert.experts import ExpertInputs, RoutedTokens
 from quantkit.convert.layer_job import LayerJob
-from quantkit.convert.outputs import needs_inputs
+from quantkit.convert.outputs import needs_hessian
 from quantkit.documents.journal import ExpertRecord
 
 
@@ -87,7 +87,7 @@ class _Router:
         """Route one slice of rows -> the moments of its inputs, from zero on."""
         job, block = self._job, self._block
         stores = job.hidden.stores()
-        full = needs_inputs(job.outputs, (*block.gates, *block.ups))
+        full = needs_hessian(job.outputs, (*block.gates, *block.ups))
         moments = InputMoments(job.hidden.x.width, cross=len(stores) > 1, device=job.device, full=full)
         for start, stop in row_batches(job.hidden.x, job.device, rows):
             batch: list[Tensor] = []

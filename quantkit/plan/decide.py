@@ -136,7 +136,7 @@ class Decider:
         except SchemeError as error:
             if _quantisable(spec, scheme):
                 line = f"output {self.output.name}: {error.message}"
-                where = (self.output.name, _named(number))
+                where = (self.output.name, named_rule(number))
                 self.problems.add_for_rule(where, spec.name, "schemes that do not fit", line, error.hint)
             return scheme
         return fitting
@@ -155,7 +155,7 @@ class Decider:
 def _check_decision(output: Output, rule: Rule, decision: Decision, calibrated: bool, problems: Problems) -> None:
     """What a rule asks of a tensor must make sense for it."""
     spec = decision.spec
-    cause = (output.name, _named(decision.rule))
+    cause = (output.name, named_rule(decision.rule))
     where = f"output {output.name}: {spec.name} ({cause[1]})"
     if decision.action is Action.DROP and spec.role is not Role.MTP:
         line = f"{where}: role {spec.role.value} cannot be dropped, only mtp tensors can."
@@ -182,7 +182,8 @@ _GLOB_HINT = (
 )
 
 
-def _named(rule: int) -> str:
+def named_rule(rule: int) -> str:
+    """What messages call the rule with this number."""
     return f"rule {rule}" if rule else "preset"
 
 

@@ -23,7 +23,7 @@ from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, DEVICE_TIMES, EXPERT_CH
 from quantkit.plan.decide import Decision
 from quantkit.plan.hardware import Gpu
 from quantkit.plan.shapes import DenseShape, Experts, Work, matrices
-from quantkit.quantizers import Gptq
+from quantkit.quantizers import Awq, Gptq
 from quantkit.quantizers.batch import DEVICE_SLICE_BYTES, SLICE_BYTES
 from quantkit.tensors import Role
 
@@ -52,6 +52,9 @@ POPULAR = 2
 RTN_BUFFERS, PLAIN_BUFFERS, CROSS_BUFFERS, POLISH_BUFFERS, CODEBOOK_BUFFERS = 4, 3, 1, 3, 3
 """Buffers of a slice's size beside the weight: rounding to nearest; GPTQ's sweep; more for targets that follow the
 unquantised stream; more for coordinate descent; more for vectors of a codebook."""
+RESCALING_BUFFERS = 2
+"""More than rounding to nearest has, while factors of input channels are searched: the rescaled rows, and their
+error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,8 @@ def _dense_phases(work: Work, block: DenseShape, place: Place, cache: int) -> It
     if work.tokens:
         yield Phase(f"{block.role.value}: collecting", (*kept, *_collecting(work, block, place)), scratch)
     for group in block.groups:
+        if any(map(_rescales, group)):
+            yield Phase(f"{block.role.value}: rescaling", (*kept, *_rescaling(group, place)), scratch)
         yield Phase(f"{block.role.value}: quantising", (*kept, *quantising(work, group, place)), scratch)
 
 
@@ -191,6 +196,19 @@ def quantising(work: Work, group: tuple[Decision, ...], place: Place) -> tuple[T
     return (*_hessian_set(work, group), weight, _slices(most, 4 * at_once, place))
 
 
+def _rescaling(group: tuple[Decision, ...], place: Place) -> tuple[Term, ...]:
+    """While factors for the inputs of some linears are searched, one linear after the other."""
+    largest = max((matrices(decision) for decision in group), key=lambda sizes: sizes[0] * sizes[1] * sizes[2])
+    weight = largest[0] * largest[1] * largest[2]
+    return (Term("weight", weight * READ_BYTES, f"{weight:,} x {READ_BYTES} B"), _searched(group, 4 * weight, place))
+
+
+def _searched(decisions: tuple[Decision, ...], nbytes: int, place: Place) -> Term:
+    """Buffers of the rows whose rounding is tried."""
+    copies = RTN_BUFFERS + RESCALING_BUFFERS + CODEBOOK_BUFFERS * any(map(_in_vectors, decisions))
+    return _buffers(copies, nbytes, place)
+
+
 def _hessian_set(work: Work, group: tuple[Decision, ...]) -> tuple[Term, ...]:
     learners = [decision for decision in group if _learns(decision)]
     if not learners:
@@ -210,7 +228,12 @@ def hessian_copies(work: Work, learners: list[Decision]) -> int:
 
 def _learns(decision: Decision) -> bool:
     """Whether a method takes whole second moments of the inputs."""
-    return decision.method is not None and decision.method.needs_inputs
+    return decision.method is not None and decision.method.needs_hessian
+
+
+def _rescales(decision: Decision) -> bool:
+    """Whether the method searches factors of the linear's input channels first."""
+    return isinstance(decision.method, Awq)
 
 
 def _in_vectors(decision: Decision) -> bool:
@@ -221,6 +244,8 @@ def _in_vectors(decision: Decision) -> bool:
 def buffers_of(decision: Decision) -> int:
     """Buffers of a slice's size that the method works with, beside the weight."""
     method, codebook = decision.method, _in_vectors(decision)
+    if isinstance(method, Awq):
+        method = method.then
     if not isinstance(method, Gptq):
         return RTN_BUFFERS + CODEBOOK_BUFFERS * codebook
     more = CODEBOOK_BUFFERS if codebook else POLISH_BUFFERS * (method.polish > 0)
@@ -229,10 +254,12 @@ def buffers_of(decision: Decision) -> int:
 
 def _slices(decision: Decision, nbytes: int, place: Place) -> Term:
     """Buffers of the rows in work. A GPU also joins linears and widens them to float32 first."""
-    copies, most = buffers_of(decision) + (place.gpu is not None), place.slice_bytes
-    return Term(
-        "slices", copies * min(most, nbytes), f"{copies} buffers of {min(most, nbytes):,} B ({most:,} B at most)"
-    )
+    return _buffers(buffers_of(decision) + (place.gpu is not None), nbytes, place)
+
+
+def _buffers(copies: int, nbytes: int, place: Place) -> Term:
+    size, most = min(place.slice_bytes, nbytes), place.slice_bytes
+    return Term("slices", copies * size, f"{copies} buffers of {size:,} B ({most:,} B at most)")
 
 
 # ------------------------------------------------------------------------------------------------------- routed experts
@@ -248,6 +275,9 @@ def expert_phases(work: Work, shape: Experts, place: Place, count: int) -> Itera
     down = parts.hessians(shape.inter, 1)
     activations = parts.chunk(work.streams * work.hidden + 4 * shape.inter)
     wide = 2 if place.gpu is not None else 1  # a GPU takes gate and up as one
+    if any(map(_rescales, shape.decisions)):
+        searched = _searched(shape.decisions, 4 * count * work.hidden * shape.inter, place)
+        yield Phase(f"{count} experts: rescaling", (*always, searched), scratch)
     for what, terms in (
         ("collecting inputs", (gate, parts.chunk(3 * work.hidden))),
         ("quantising gate and up", (parts.hessians(work.hidden), parts.codes(2), parts.slices(wide))),

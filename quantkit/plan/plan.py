@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from quantkit.arch.base import ModelArch
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.decide import Action, Decider, Decision, Problems, unused_rule
+from quantkit.plan.foldable import refuse_unfoldable
 from quantkit.plan.headers import IsFloat8
 from quantkit.plan.recipe import Output, Recipe
 from quantkit.plan.source_tensors import SourceTensors, match_source
@@ -133,7 +134,7 @@ def make_plan(
     blocks = Float8Scheme(block_size=block_size)
     float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
     outputs = tuple(
-        _plan_output(output, target_of(output, recipe, arch), recipe, source, float8, problems, warnings)
+        _plan_output(output, target_of(output, recipe, arch), arch, recipe, source, float8, problems, warnings)
         for output in recipe.outputs
     )
     problems.raise_if_any()
@@ -154,6 +155,7 @@ def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:
 def _plan_output(
     output: Output,
     target: Target,
+    arch: ModelArch,
     recipe: Recipe,
     source: SourceTensors,
     float8: Mapping[str, Float8Scheme],
@@ -161,6 +163,7 @@ def _plan_output(
     warnings: list[str],
 ) -> OutputPlan:
     decisions = _decisions(output, target, recipe, source, float8, problems, warnings)
+    refuse_unfoldable(output.name, decisions, arch, problems)
     planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
     if not problems.lines:
         for line in target.problems(tuple(planned.values())):

@@ -109,7 +109,7 @@ class Work:
             tokens=0 if calibration is None else tokens_of(calibration),
             length=0 if calibration is None else calibration.sequence_length,
             streams=streams_of(plan),
-            methods=len({d.method for d in decisions if d.method is not None and d.method.needs_inputs}),
+            methods=len({d.method for d in decisions if d.method is not None and d.method.needs_hessian}),
             bf16={d.source_dtype for d in linears} == {"BF16"},
             blocks=tuple(_blocks(decisions, calibrated=calibration is not None)),
             experts=tuple(taught),

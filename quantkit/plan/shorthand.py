@@ -30,7 +30,7 @@ TOKENS = 131072
 SEQUENCE_LENGTH, WINDOW = 2048, 512
 SPLIT_SIZE = "50GB"
 """Largest file of a GGUF output: what model hubs take."""
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "awq", "rtn")
 SCHEMES = ("w4a16", "w3a16", "w2a16", "w5a16", "w6a16", "w8a16")
 """Names that messages show; each bit width from 2 to 8 has one."""
 
@@ -51,7 +51,7 @@ _FOREIGN = {
     ("2bit", "int2", "w2"): ("a width alone", "--scheme w2a16"),
     ("gptq", "autogptq", "gptqmodel", "marlin"): ("a method, the default one", "--scheme w4a16 --method gptq"),
     ("autoround",): ("another tool's method, which is not implemented", "--scheme w4a16"),
-    ("awq", "autoawq"): ("AWQ, which is not implemented yet", "--scheme w4a16"),
+    ("awq", "autoawq"): ("a method", "--scheme w4a16 --method awq"),
     ("rtn",): ("a method", "--scheme w4a16 --method rtn"),
     ("nf4", "bnb", "bitsandbytes", "bnb4bit"): ("bitsandbytes NF4, which is not written", "--scheme w4a16"),
     ("fp4", "nvfp4", "mxfp4a16", "nvfp4a16", "w4a4"): ("a 4-bit float format, which is not written", "--scheme w4a16"),
@@ -69,7 +69,7 @@ _FOREIGN = {
 class Shorthand:
     """Options that stand for a recipe. One of ``scheme`` ("w4a16-g32") and ``preset`` ("Q4_K_M") says what is stored;
     ``group_size`` of a scheme: -1 is one scale a row; ``data``, ``tokens``: calibration text and how much of it;
-    ``method``: "gptq", "rtn", None for gptq."""
+    ``method``: "gptq", "awq", "rtn", None for gptq."""
 
     scheme: str | None = None
     preset: str | None = None
@@ -273,13 +273,13 @@ def _plain(name: str) -> str:
 
 def _foreign_method(method: str) -> str:
     plain, shown = _plain(method), f"--method {_shown(method)}"
-    if plain in ("awq", "autoawq"):
-        return f"{shown}: AWQ is not implemented yet; the nearest here is --method gptq."
+    if plain in ("awq", "autoawq", "llmawq"):
+        return f"{shown}: is called --method awq here."
     if plain in ("autogptq", "gptqmodel", "autoround", "gptaq", "ldlq", "obq", "optq"):
         return f"{shown}: is another tool's name; the nearest here is --method gptq."
     if plain in ("roundtonearest", "nearest", "minmax", "datafree", "none"):
         return f"{shown}: is called --method rtn here (round to nearest, data-free)."
-    return f"{shown}: is no method, needed gptq (calibrated) or rtn (round to nearest, data-free)."
+    return f"{shown}: is no method, needed gptq or awq (calibrated), or rtn (round to nearest, data-free)."
 
 
 def _shown(text: str) -> str:

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from quantkit.quantizers.awq import Awq
 from quantkit.quantizers.gptq import Gptq
 from quantkit.quantizers.rtn import Rtn
 
-Method = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+Method = Annotated[Rtn | Gptq | Awq, Field(discriminator="kind")]
 
-__all__ = ["Gptq", "Method", "Rtn"]
+__all__ = ["Awq", "Gptq", "Method", "Rtn"]

@@ -80,6 +80,11 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return True
 
     @property
+    def needs_hessian(self) -> bool:
+        """Whether the method takes whole second moments of the inputs."""
+        return True
+
+    @property
     def follows_original(self) -> bool:
         """Whether the method wants the unquantised stream beside the quantised one."""
         return self.cross > 0

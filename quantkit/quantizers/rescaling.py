@@ -7,30 +7,47 @@ matter then lie on a finer part of the grid. What makes the inputs (a norm, or r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from quantkit.arch.base import Producer
-from quantkit.calibrate.inputs import InputImportance, Inputs
 from quantkit.errors import CalibrationError
+from quantkit.schemes import ChosenScheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.calibrate.inputs import InputImportance, Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """M linears of one shape that read rescaled channels and will be quantised: weight (M, out, in), float32 or
+    bfloat16, in ``scheme``; ``inputs``: what each of them reads of the tokens that it sees. Nothing of it may be
+    changed."""
+
+    scheme: ChosenScheme
+    weight: Tensor
+    inputs: InputImportance
+
+    @property
+    def tokens(self) -> Tensor:
+        """(M,) float32: the tokens that each linear sees."""
+        return self.inputs.importance.new_tensor(self.inputs.n_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """The inputs that one producer makes, as a method sees them that may rescale them.
+    """The inputs that B producers of one width make, as a method sees them that may rescale them.
 
-    ``inputs``: their statistics over all tokens (of an expert's hidden units: over its own), B = 1; ``linears``: names
-    of the readers that will be quantised; ``weight(name)``: such a reader's weight (out, in) float32, not kept.
+    ``inputs``: what they are over all tokens, (B, n). ``readers()``: what reads them, batch by batch, each read when it
+    is asked for: if B > 1 one linear for each producer, in their order; if B = 1 any number.
     """
 
-    producer: Producer
-    inputs: Inputs
-    linears: tuple[str, ...]
-    weight: Callable[[str], Tensor]
+    producers: tuple[Producer, ...]
+    inputs: InputImportance
+    readers: Callable[[], Iterator[Reader]]
 
 
 @runtime_checkable
@@ -38,7 +55,7 @@ class RescalingMethod(Protocol):
     """A method that rescales input channels before it chooses codes."""
 
     def rescale(self, channels: Channels) -> Tensor | None:
-        """Factors (n,) float32, positive and finite, that the inputs are divided by; None: as they are."""
+        """Factors (B, n) float32, positive and finite, that the inputs are divided by; None: as they are."""
         ...
 
 
@@ -104,6 +121,8 @@ class Folding:
         inverse = self._inverse(producers, stats.importance)
         if inverse is None:
             return stats
+        from quantkit.calibrate.inputs import InputImportance
+
         if isinstance(stats, InputImportance):
             return replace(stats, importance=stats.importance * inverse.square())
         for sums in (stats.hessian, stats.cross):
@@ -115,6 +134,8 @@ class Folding:
         """One over the factors, (B, in) or (1, in); None if none of these inputs is rescaled."""
         if not any(map(self.rescales, producers)):
             return None
+        import torch
+
         ones = like.new_ones(like.shape[-1])
         return torch.stack([self._factors.get(one, ones).to(like.device).reciprocal() for one in producers])
 

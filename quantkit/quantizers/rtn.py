@@ -38,6 +38,11 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return False
 
     @property
+    def needs_hessian(self) -> bool:
+        """Whether the method takes whole second moments of the inputs."""
+        return False
+
+    @property
     def follows_original(self) -> bool:
         """Whether the method wants the unquantised stream beside the quantised one."""
         return False
@@ -53,11 +58,7 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
 
     def prepare(self, stats: Inputs | None) -> Tensor | None:
         """What `quantize` needs of the inputs, shared by all linears that they feed: the imatrix (B, in) float32."""
-        if stats is None:
-            return None
-        importance = stats.importance
-        # Inputs that never fired still count a little: a scale must not ignore them.
-        return importance + _FLOOR * importance.mean(-1, keepdim=True).clamp_min(1e-30)
+        return None if stats is None else floored(stats.importance)
 
     def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
@@ -82,6 +83,12 @@ class _SearchOptions(Protocol):
     def scale_search(self) -> ScaleSearch: ...
     @property
     def grid(self) -> int: ...
+
+
+def floored(importance: Tensor) -> Tensor:
+    """Importance (B, in) with a share of its mean added: inputs that never fired still count a little, a scale must not
+    ignore them."""
+    return importance + _FLOOR * importance.mean(-1, keepdim=True).clamp_min(1e-30)
 
 
 def grid_points(method: _SearchOptions) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +16,13 @@ from quantkit.arch.base import NormWeight
 from quantkit.calibrate.inputs import InputMoments, InputStats
 from quantkit.convert import run as run_module
 from quantkit.errors import CalibrationError
-from quantkit.formats import layouts
-from quantkit.formats.folder import FolderLayout, FolderReader
-from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.targets import target_of
-from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+from quantkit.quantizers.batch import Quantizer
 from quantkit.quantizers.rescaling import Channels, Folding, Rescaled
 from quantkit.quantizers.rtn import Rtn
-from quantkit.schemes import IntScheme, QuantizedTensor, Scheme
-from quantkit.tensors import TensorInfo
 from tests.convert.gguf_jobs import gguf_output, gguf_recipe, wide_config
 from tests.convert.jobs import LINEARS, decoded, files_of, int4, recipe_of, run, small_config, write_model, write_text
+from tests.convert.unrounded import decoded_plainly, kept, write_unrounded
 from tests.oracles.forward import logits
 
 
@@ -43,27 +39,25 @@ class PowersOfTwo(Rtn, frozen=True):
     exact: bool = False
 
     @property
-    def needs_inputs(self) -> bool:
-        """So that calibration takes whole moments, as for methods that search their factors."""
+    def needs_hessian(self) -> bool:
+        """So that calibration takes whole moments, as for the outputs without factors that it is compared with."""
         return True
 
     def rescale(self, channels: Channels) -> Tensor:
         """Factors by name; checks what the method is shown."""
-        assert isinstance(channels.inputs, InputStats)
-        width = channels.inputs.hessian.shape[-1]
-        assert channels.linears
-        assert all(channels.weight(name).shape[1] == width for name in channels.linears)
-        return powers_of_two(channels.producer.tensor, width)
+        count, width = channels.inputs.importance.shape
+        readers = list(channels.readers())
+        assert readers
+        assert len(channels.producers) == count
+        for reader in readers:
+            assert reader.weight.shape[2] == width
+            assert count in (1, len(reader.weight))
+            assert reader.inputs.importance.shape == (len(reader.weight), width)
+        return torch.stack([powers_of_two(producer.tensor, width) for producer in channels.producers])
 
     def quantizer(self, stats: Any) -> Quantizer:
         """See `Rtn.quantizer`."""
-        return _kept if self.exact else super().quantizer(stats)
-
-
-def _kept(weight: Tensor, scheme: Any) -> QuantizedBatch:
-    """The weight itself in place of codes."""
-    rows = weight.new_zeros(weight.shape[:2])
-    return QuantizedBatch(scheme, {"codes": weight.clone(), "scale": rows[..., None]}, rows, rows, ("",) * len(weight))
+        return kept if self.exact else super().quantizer(stats)
 
 
 def by_method(monkeypatch: pytest.MonkeyPatch, **methods: PowersOfTwo) -> None:
@@ -76,27 +70,6 @@ def by_method(monkeypatch: pytest.MonkeyPatch, **methods: PowersOfTwo) -> None:
         return found if own is None else {name: (scheme, own) for name, (scheme, _) in found.items()}
 
     monkeypatch.setattr(run_module, "_methods", replaced)
-
-
-# A checkpoint whose "quantised" linears are float32 weights under their own names.
-
-
-def _check(name: str, shape: tuple[int, ...], scheme: Scheme) -> None: ...
-
-
-def _stored(tensor: PlannedTensor) -> tuple[TensorInfo, ...]:
-    return (TensorInfo(tensor.name, tensor.info.shape, "F32"),)
-
-
-def _pack(tensor: QuantizedTensor) -> Mapping[str, Tensor]:
-    return {tensor.name: tensor.stored["codes"]}
-
-
-def _nothing(planned: Sequence[PlannedTensor]) -> Any:
-    return {}
-
-
-PLAIN = FolderLayout(FolderReader("plain", lambda raw, section: {}), _check, _stored, _pack, _nothing, lambda _: [])
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +94,7 @@ def test_the_folded_unquantised_checkpoint_gives_the_same_logits(
     config = CONFIGS[name]()
     source = place / name.replace(" ", "-")
     weights = write_model(source, config)
-    monkeypatch.setitem(layouts.LAYOUTS, "compressed-tensors", PLAIN)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(IntScheme, "decode", lambda self, codes, scale, zero_point=None: codes)
+    write_unrounded(monkeypatch)
     by_method(monkeypatch, main=PowersOfTwo(exact=True))
     run(source, recipe_of(int4(f"{LINEARS}"), {"match": "*", "keep": "f32"}), place / f"{source.name}-folded")
     folded = {name: weight.float() for name, weight in decoded_plainly(place / f"{source.name}-folded").items()}
@@ -135,13 +107,6 @@ def test_the_folded_unquantised_checkpoint_gives_the_same_logits(
     tokens = torch.randint(arch.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = logits(arch, lambda key: weights[key].float(), tokens)
     torch.testing.assert_close(logits(arch, folded.__getitem__, tokens), expected, rtol=0, atol=1e-4)
-
-
-def decoded_plainly(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder of plain safetensors."""
-    from safetensors.torch import load_file
-
-    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
 
 
 def folded_by_hand(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Folding:
