@@ -6,7 +6,7 @@ results applied in the order of the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -19,7 +19,7 @@ from quantkit.convert.dense import GroupTask, apply_group, group_task, quantize_
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
 from quantkit.convert.folding import rescale_sublayer, with_rescaled
 from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
-from quantkit.convert.outputs import Linears, any_quantised
+from quantkit.convert.outputs import Linears, any_quantised, reach_of
 from quantkit.convert.routing import Routes, route
 from quantkit.documents.journal import ExpertRecord
 from quantkit.quantizers.rescaling import Folding
@@ -71,14 +71,17 @@ def quantize_without_inputs(
         if any_quantised(job.outputs, _chosen(names, experts))
     ]
     job.weights.expect([name for names, experts in batches for name in _chosen(names, experts)])
+    joined = _joined(blocks)
     for block in blocks:
         if isinstance(block, DenseBlock):
             for name in block.linears:
                 stats = None if importance is None else importance.of((name,), job.device)
-                apply_group(job, quantize_group(group_task(job, InputGroup((name,)), stats)), sink)
+                task = group_task(job, InputGroup((name,)), stats)
+                task = replace(task, linears=tuple(_with_reach(job, one, joined) for one in task.linears))
+                apply_group(job, quantize_group(task), sink)
             job.weights.forget()
     for names, experts in batches:
-        linears = linears_of(job, names, experts)
+        linears = _with_reach(job, linears_of(job, names, experts), joined)
         stats = None if importance is None else importance.of(linears.names, job.device)
         result = quantize_group(GroupTask((linears,), (), stats, job.outputs))
         hand_over(sink, result.quantised, result.importance)
@@ -107,6 +110,31 @@ def linears_of(job: LayerJob, names: tuple[str, ...], experts: tuple[int, ...]) 
     for one, name in zip(weight, chosen, strict=True):
         one.copy_(job.weights.from_source(name))
     return Linears(chosen, weight)
+
+
+def _joined(blocks: Iterable[Block]) -> dict[str, tuple[str, ...]]:
+    """Linear -> all that read the same as it, which runtimes join."""
+    groups: list[tuple[str, ...]] = []
+    for block in blocks:
+        if isinstance(block, ExpertBlock):
+            groups += zip(block.gates, block.ups, strict=True)
+        else:
+            groups += [group.linears for stage in block.stages for group in stage.groups]
+    return {name: group for group in groups for name in group}
+
+
+def _with_reach(job: LayerJob, linears: Linears, joined: Mapping[str, tuple[str, ...]]) -> Linears:
+    """The linears, quantised without those that share a scale with them, with how far all of these reach."""
+    methods = (output.methods.get(linears.names[0]) for output in job.outputs)
+    if not any(chosen is not None and chosen[0].shares_scale for chosen in methods):
+        return linears
+    reach = reach_of(linears.weight)
+    for place, name in enumerate(linears.names):
+        for other in joined.get(name, ()):
+            if other != name and any_quantised(job.outputs, (other,)):
+                weight = job.weights.read(other)
+                reach[place] = torch.maximum(reach[place], reach_of(weight.unsqueeze(0))[0])
+    return replace(linears, reach=reach)
 
 
 def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tuple[int, ...]) -> ExpertsTask:

@@ -193,6 +193,7 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
         _note_expert_width,
         _note_float8,
         transformers.float8_experts,
+        transformers.nvfp4_experts,
         transformers.kept_experts,
         transformers.expert_schemes,
     ),

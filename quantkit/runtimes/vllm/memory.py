@@ -16,7 +16,7 @@ from itertools import pairwise
 from quantkit.arch.base import ModelArch, ServingSizes
 from quantkit.runtimes.gpus import GIB, Gpus, SizedOutput, check_context, partition_layers
 from quantkit.runtimes.vllm.command import MAX_BATCHED_TOKENS, MAX_SEQS, serve_spread
-from quantkit.schemes import IntScheme
+from quantkit.schemes import IntScheme, Mxfp4Scheme, Nvfp4Scheme
 from quantkit.tensors import Projection, Role, TensorSpec
 
 UTILIZATIONS = (0.92, 0.95)
@@ -127,7 +127,8 @@ class _Weights:
             if spec.projection is Projection.KV_B:
                 divided[place] += spec.shape[0] * spec.shape[1] * 2
             if spec.projection in _ROW_PARALLEL:
-                group = scheme.group_size if isinstance(scheme, IntScheme) and scheme.group_size else 1
+                grouped = isinstance(scheme, IntScheme | Nvfp4Scheme | Mxfp4Scheme)
+                group = (scheme.group_size if grouped else None) or 1
                 cuts.setdefault((spec.shape[1], group), spec.name)
         return cls(whole, divided, cuts)
 
