@@ -110,6 +110,8 @@ TITLES = {
     "Rule": "`outputs[].rules[]`",
     "IntScheme": "`scheme: {kind: int}`",
     "GgmlScheme": "`scheme: {kind: ggml}`",
+    "Nvfp4Scheme": "`scheme: {kind: nvfp4}`",
+    "Mxfp4Scheme": "`scheme: {kind: mxfp4}`",
     "Rtn": "`method: {kind: rtn}`",
     "Gptq": "`method: {kind: gptq}`",
     "Awq": "`method: {kind: awq}`",

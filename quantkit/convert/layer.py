@@ -6,8 +6,10 @@ results applied in the order of the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+
+import torch
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
@@ -17,7 +19,7 @@ from quantkit.convert.expert_batches import chosen, expert_batches, linears_of
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
 from quantkit.convert.folding import with_rescaled
 from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
-from quantkit.convert.outputs import any_quantised
+from quantkit.convert.outputs import Linears, any_quantised, reach_of
 from quantkit.convert.rescale import rescale_sublayer
 from quantkit.convert.routing import Routes, route
 from quantkit.documents.journal import ExpertRecord
@@ -74,21 +76,49 @@ def quantize_without_inputs(
         if any_quantised(job.outputs, chosen(names, experts))
     ]
     job.weights.expect([name for names, experts in batches for name in chosen(names, experts)])
+    joined = _joined(blocks)
     for block in blocks:
         if isinstance(block, DenseBlock):
             sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
             for name in block.linears:
                 stats = None if importance is None else importance.of((name,), job.device)
-                apply_group(job, quantize_group(group_task(job, InputGroup((name,)), stats)), sink)
+                task = group_task(job, InputGroup((name,)), stats)
+                task = replace(task, linears=tuple(_with_reach(job, one, joined) for one in task.linears))
+                apply_group(job, quantize_group(task), sink)
             job.weights.forget()
     expert_block = next((block for block in blocks if isinstance(block, ExpertBlock)), None)
     if expert_block is not None:
         sink.begin(expert_block.name, sum(name in job.outputs[0].methods for name in expert_block.linears))
     for names, experts in batches:
-        linears = linears_of(job, names, experts)
+        linears = _with_reach(job, linears_of(job, names, experts), joined)
         stats = None if importance is None else importance.of(linears.names, job.device)
         result = quantize_group(GroupTask((linears,), (), stats, job.outputs))
         hand_over(sink, result.quantised, result.importance)
+
+
+def _joined(blocks: Iterable[Block]) -> dict[str, tuple[str, ...]]:
+    """Linear -> all that read the same as it, which runtimes join."""
+    groups: list[tuple[str, ...]] = []
+    for block in blocks:
+        if isinstance(block, ExpertBlock):
+            groups += zip(block.gates, block.ups, strict=True)
+        else:
+            groups += [group.linears for stage in block.stages for group in stage.groups]
+    return {name: group for group in groups for name in group}
+
+
+def _with_reach(job: LayerJob, linears: Linears, joined: Mapping[str, tuple[str, ...]]) -> Linears:
+    """The linears, quantised without those that share a scale with them, with how far all of these reach."""
+    methods = (output.methods.get(linears.names[0]) for output in job.outputs)
+    if not any(chosen is not None and chosen[0].shares_scale for chosen in methods):
+        return linears
+    reach = reach_of(linears.weight)
+    for place, name in enumerate(linears.names):
+        for other in joined.get(name, ()):
+            if other != name and any_quantised(job.outputs, (other,)):
+                weight = job.weights.read(other)
+                reach[place] = torch.maximum(reach[place], reach_of(weight.unsqueeze(0))[0])
+    return replace(linears, reach=reach)
 
 
 def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tuple[int, ...]) -> ExpertsTask:

@@ -37,13 +37,15 @@ class Linears:
     out, in), float32 or bfloat16. One name for several matrices: the heads of a part.
 
     ``producers``: what makes the inputs of each, one for all, or () if nothing can absorb a rescaling of them.
-    ``folded``: by number of the output, the weights of a part, which is cut from the folded linear.
+    ``folded``: by number of the output, the weights of a part, which is cut from the folded linear. ``reach`` (B,): the
+    largest |weight| of each and of the linears that share a scale with it, where these are not quantised together.
     """
 
     names: tuple[str, ...]
     weight: Tensor
     producers: tuple[Producer, ...] = ()
     folded: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    reach: Tensor | None = None
 
     def as_stored(self, number: int, folding: Folding) -> Linears:
         """The linears as an output has them before they are quantised: the same, or folded in float32."""
@@ -177,15 +179,28 @@ def importance_of(
 def _quantized(quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme) -> list[QuantizedBatch]:
     """Each of the linears in ``scheme``. A GPU takes them one under the other: columns follow one another, so a sweep
     over more rows takes hardly longer."""
+    reach = _reach(alike) if scheme.shares_scale else None
     if len(alike) == 1 or not alike[0].weight.is_cuda:
-        return [quantize(linears.weight.float(), scheme) for linears in alike]
-    batch, start = quantize(_stacked(alike), scheme), 0
+        return [quantize(linears.weight.float(), scheme, reach=reach) for linears in alike]
+    batch, start = quantize(_stacked(alike), scheme, reach=reach), 0
     parts: list[QuantizedBatch] = []
     for linears in alike:
         stop = start + linears.weight.shape[1]
         parts.append(batch.rows(start, stop))
         start = stop
     return parts
+
+
+def _reach(alike: list[Linears]) -> Tensor:
+    """(B,): the largest |weight| of linears that read the same, which runtimes join."""
+    found = (reach_of(one.weight) if one.reach is None else one.reach for one in alike)
+    return torch.stack(list(found)).amax(0)
+
+
+def reach_of(weight: Tensor) -> Tensor:
+    """weight (B, out, in) -> the largest |weight| of each (B,) float32. One pass, no copy."""
+    lowest, highest = torch.aminmax(weight.flatten(1), dim=1)
+    return torch.maximum(-lowest, highest).float()
 
 
 def _stacked(alike: list[Linears]) -> Tensor:

@@ -42,6 +42,14 @@ def _refuse(output: str, rescaling: list[Decision], changing: list[Decision], pr
             hint = "Quantise it too, give it keep: bf16, or take gptq in place of awq."
             problems.add_for_rule((output, rule), name, "tensors that cannot be folded", line, hint)
     for decision in rescaling:
+        scheme = decision.quantising[0] if decision.quantising else None
+        if scheme is not None and scheme.shares_scale:
+            name, rule = decision.spec.name, named_rule(decision.rule)
+            line = (
+                f"output {output}: {name} ({rule}): {_kind(decision)} changes how far its weights reach, and "
+                f"{scheme.label} shares a scale with the linears that runtimes join it with."
+            )
+            problems.add_for_rule((output, rule), name, "methods that change a shared scale", line, "Take gptq or rtn.")
         if decision.method != first.method:
             name, rule = decision.spec.name, named_rule(decision.rule)
             line = f"output {output}: {name} ({rule}): reads what {by} reads, needed the same {_kind(first)} for both."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from quantkit.schemes import ChosenScheme, QuantError, QuantizedTensor
 
@@ -94,5 +94,10 @@ class QuantizedBatch:
         ]
 
 
-Quantizer = Callable[["Tensor", ChosenScheme], QuantizedBatch]
-"""A method with its inputs: weight (B, out, in) float32 and the scheme to store it in -> what is stored."""
+class Quantizer(Protocol):
+    """A method with its inputs."""
+
+    def __call__(self, weight: Tensor, scheme: ChosenScheme, *, reach: Tensor | None = None) -> QuantizedBatch:
+        """weight (B, out, in) float32 and the scheme to store it in -> what is stored. ``reach`` (B,): see `grid` of
+        schemes that have ``shares_scale``."""
+        ...

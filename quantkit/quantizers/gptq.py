@@ -117,14 +117,18 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         in_storage_order = anew if self.act_order == "static" else lambda: factor
         return PreparedInputs(factor, stats.cross if self.cross else None, tuple(unseen.tolist()), in_storage_order)
 
-    def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedBatch:
+    def quantize(
+        self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs, reach: Tensor | None = None
+    ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
-        parts = [self._quantize_rows(part, scheme, prepared) for part in in_slices(weight)]
+        parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight)]
         return QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
 
-    def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs) -> QuantizedRows:
+    def _quantize_rows(
+        self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs, reach: Tensor | None
+    ) -> QuantizedRows:
         from quantkit.quantizers.batch import QuantizedRows
         from quantkit.quantizers.ldlq import factor as ldlq_factor
         from quantkit.quantizers.ldlq import polish as ldlq_polish
@@ -141,7 +145,7 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
             vectors = scheme.vector_grid(target, importance)
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
             return QuantizedRows(vectors.stored(), ldlq_factor.row_loss(error, factor.hessian), norm)
-        grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed)
+        grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed, reach=reach)
         if not self.polish:
             loss = weight.new_zeros(weight.shape[:2])
             codes = ldlq_sweep.sweep(grid, target, factor, loss)

@@ -60,18 +60,22 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         """What `quantize` needs of the inputs, shared by all linears that they feed: the imatrix (B, in) float32."""
         return None if stats is None else floored(stats.importance)
 
-    def quantize(self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None) -> QuantizedBatch:
+    def quantize(
+        self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None, reach: Tensor | None = None
+    ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
-        parts = [self._quantize_rows(part, scheme, prepared) for part in in_slices(weight, short=True)]
+        parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight, short=True)]
         return QuantizedBatch.of(scheme, parts, ("",) * len(weight))
 
-    def _quantize_rows(self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None) -> QuantizedRows:
+    def _quantize_rows(
+        self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None, reach: Tensor | None
+    ) -> QuantizedRows:
         from quantkit.quantizers.batch import QuantizedRows
 
         importance = weighting(prepared, self.scale_search)
-        stored = scheme.rounded(weight, importance, points=grid_points(self), signed=self.signed)
+        stored = scheme.rounded(weight, importance, points=grid_points(self), signed=self.signed, reach=reach)
         error = scheme.decode(**stored).sub_(weight)
         shares = 1.0 if prepared is None else prepared.unsqueeze(-2)
         loss, norm = ((values.square() * shares).sum(-1) for values in (error, weight))

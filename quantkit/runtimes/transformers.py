@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, by_scheme, line
-from quantkit.schemes import Float8Scheme, IntScheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Nvfp4Scheme, describe
 
 
 def problems(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
@@ -33,6 +33,14 @@ def float8_experts(linears: LinearsByScheme) -> Iterator[str]:
     for use in linears.uses:
         if isinstance(use.scheme, Float8Scheme) and use.experts:
             yield line(use.experts, "transformers 5.23 cannot load FP8 block routed experts; vLLM can.")
+
+
+def nvfp4_experts(linears: LinearsByScheme) -> Iterator[str]:
+    """Those of other linears are decoded rightly."""
+    for use in linears.uses:
+        if isinstance(use.scheme, Nvfp4Scheme) and use.experts:
+            text = "transformers 5.23 decodes routed experts without their global scale and no error; vLLM loads them."
+            yield line(use.experts, text)
 
 
 def kept_experts(linears: LinearsByScheme) -> Iterator[str]:
@@ -62,5 +70,5 @@ def random_experts(linears: LinearsByScheme) -> Iterator[str]:
 
 _PROBLEMS_OF: Mapping[str, tuple[Check, ...]] = {layout: (random_experts,) for layout in ("gptq", "gptq_v2", "awq")}
 _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
-    "compressed-tensors": (zero_points, float8_experts, kept_experts, expert_schemes)
+    "compressed-tensors": (zero_points, float8_experts, nvfp4_experts, kept_experts, expert_schemes)
 }

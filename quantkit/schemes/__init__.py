@@ -13,15 +13,17 @@ from pydantic import Field
 from quantkit.schemes.affine_int import IntScheme
 from quantkit.schemes.float8 import Float8Scheme
 from quantkit.schemes.ggml.scheme import GgmlScheme
+from quantkit.schemes.mxfp4 import Mxfp4Scheme
+from quantkit.schemes.nvfp4 import Nvfp4Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored
 
-ChosenScheme = Annotated[IntScheme | GgmlScheme, Field(discriminator="kind")]
+ChosenScheme = Annotated[IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme, Field(discriminator="kind")]
 """Schemes whose codes a method chooses."""
-Scheme = Annotated[IntScheme | GgmlScheme | Float8Scheme, Field(discriminator="kind")]
+Scheme = Annotated[IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Float8Scheme, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class QuantizedTensor:
     ``stored``: what its scheme keeps, by the names of the arguments of the scheme's ``decode``.
     ``int``: codes (out, in) uint8 (unsigned, unpacked: packing is the format's business), scale (out, groups) and, if
     asymmetric, zero_point (out, groups) uint8. ``float8``: codes (out, in) float8_e4m3fn, scale (out blocks, in
-    blocks). ``ggml``: blocks (out, row bytes) uint8.
+    blocks). ``ggml``: blocks (out, row bytes) uint8. ``nvfp4``, ``mxfp4``: codes (out, in) uint8, sign and e2m1, scale
+    (out, groups) float8_e4m3fn or uint8 exponents; ``nvfp4`` also global_scale (out, 1) float32.
     """
 
     name: str
@@ -69,6 +72,8 @@ __all__ = [
     "Float8Scheme",
     "GgmlScheme",
     "IntScheme",
+    "Mxfp4Scheme",
+    "Nvfp4Scheme",
     "QuantError",
     "QuantizedTensor",
     "Scheme",

@@ -60,6 +60,11 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         return False
 
     @property
+    def shares_scale(self) -> bool:
+        """Whether one number belongs to whole matrices, and to those that runtimes join with them."""
+        return False
+
+    @property
     def label(self) -> str:
         """ "int4 g128", "int8 channel asymmetric"."""
         group = "channel" if self.group_size is None else f"g{self.group_size}"
@@ -91,7 +96,9 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         """Scale and zero point of each group. See `fit`."""
         return fit(self, weight, importance, grid=grid, signed=signed)
 
-    def grid(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> IntGrid:
+    def grid(
+        self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool, reach: Tensor | None = None
+    ) -> IntGrid:
         """Fitted scales of weight (B, out, in) float32 under importance (B, in). ``points``, ``signed``: as ``grid``
         and ``signed`` of `fit`."""
         return IntGrid(self, *self.fit(weight, importance, grid=points, signed=signed))
@@ -100,7 +107,9 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         """There is none: `has_grid`."""
         raise AssertionError(f"{self.label} codes weights one by one")
 
-    def rounded(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> Stored:
+    def rounded(
+        self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool, reach: Tensor | None = None
+    ) -> Stored:
         """Fitted scales and nearest codes of weight (B, out, in), as `decode` takes them."""
         scale, zero_point = self.fit(weight, importance, grid=points, signed=signed)
         return _stored(self.encode(weight, scale, zero_point), scale, zero_point)

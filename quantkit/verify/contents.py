@@ -3,6 +3,7 @@ it is at hand."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,10 @@ from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.read import CONVERSION, read_documents
 from quantkit.errors import QuantkitError
 from quantkit.formats.preallocated import sha256_of
+from quantkit.quantizers.awq import Awq
 
+RESCALING = (Awq.model_fields["kind"].default,)
+"""Methods that rescale channels."""
 _THREADS = 8
 """At most: hashing is bound by a processor each, 1 to 2 GB/s, until the disk is the limit."""
 
@@ -42,6 +46,15 @@ def hash_files(directory: Path) -> Hashed:
     good = [name for name, problem in zip(wanted, problems, strict=True) if not problem]
     nbytes = sum((directory / name).stat().st_size for name in good)
     return Hashed((*filter(None, problems), *_strangers(directory, wanted)), len(good), nbytes, recorded=True)
+
+
+def is_rescaled(directory: Path) -> bool:
+    """Whether quantkit.json says that a method rescaled channels: linears are then not those of the original."""
+    if not (directory / CONVERSION).is_file():
+        return False
+    (found,) = read_documents([directory / CONVERSION])
+    recipe = json.dumps(found.document.recipe) if isinstance(found.document, ConversionDocument) else ""
+    return any(f'"kind": "{kind}"' in recipe for kind in RESCALING)
 
 
 def _problem(path: Path, wanted: str) -> str:

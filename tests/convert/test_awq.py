@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.arch import arch_of
 from quantkit.convert import hidden as hidden_module
 from quantkit.convert.events import Event, LayerDone
+from quantkit.errors import PlanError
 from quantkit.formats import open_source
 from quantkit.formats.source import read_config
 from quantkit.quantizers import Awq
@@ -139,3 +140,12 @@ def test_of_the_readers_of_a_norm_one_method_rescales(place: Path) -> None:
     factors = weights[NORM].float() / found[NORM].float()
     assert float(factors.std()) > 0.01
     assert relative_error(found[reader].float() / factors, weights[reader]) < 0.02
+
+
+def test_awq_on_a_grid_with_a_shared_scale_is_refused_in_the_plan(tmp_path: Path) -> None:
+    """Linears that runtimes join have one global scale, taken from how far all of them reach."""
+    rule = {"match": LINEARS, "scheme": {"kind": "nvfp4"}, "method": {"kind": "awq"}}
+    write_model(tmp_path / "model")
+    write_text(tmp_path / "calibration.txt")
+    with pytest.raises(PlanError, match=r"awq changes how far its weights reach, and nvfp4 shares a scale.*Take gptq"):
+        run(tmp_path / "model", recipe_of(rule), tmp_path / "out")

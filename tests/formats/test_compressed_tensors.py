@@ -23,11 +23,11 @@ from quantkit.formats.folder import FolderSink, FolderSource
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.compressed_tensors_config import quantization_config
 from quantkit.formats.planned import PlannedTensor
-from quantkit.schemes import Float8Scheme, IntScheme, QuantError, QuantizedTensor
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, QuantError, QuantizedTensor, Scheme
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 from tests.tiny_models import encode_fp8_blocks, random_weights, tiny_config
 
-Rule = Callable[[TensorSpec], IntScheme | Float8Scheme | None]
+Rule = Callable[[TensorSpec], Scheme | None]
 
 INT4 = IntScheme()
 INT8 = IntScheme(bits=8)
@@ -49,13 +49,15 @@ def plan(config: dict[str, object], rule: Rule) -> list[PlannedTensor]:
     return planned
 
 
-def quantize(
-    name: str, weight: torch.Tensor, scheme: IntScheme | Float8Scheme, *, negate: bool = False
-) -> QuantizedTensor:
+def quantize(name: str, weight: torch.Tensor, scheme: Scheme, *, negate: bool = False) -> QuantizedTensor:
     """Round to nearest; ``negate`` turns every other scale negative."""
+    if isinstance(scheme, Nvfp4Scheme | Mxfp4Scheme):
+        stored = scheme.rounded(weight.float().unsqueeze(0), None, points=0, signed=False)
+        return QuantizedTensor(name, scheme, {key: value[0] for key, value in stored.items()}, QuantError(0.0))
     if isinstance(scheme, Float8Scheme):
         codes, scale = encode_fp8_blocks(weight.float())
         return QuantizedTensor(name, scheme, {"codes": codes, "scale": scale}, QuantError(0.0))
+    assert isinstance(scheme, IntScheme)
     scale, zero_point = scheme.fit(weight.float(), grid=0)
     if negate:
         scale[::2] *= -1
@@ -91,20 +93,26 @@ def write_all(
 
 
 def decoded(weights: dict[str, torch.Tensor], quantized: dict[str, QuantizedTensor]) -> dict[str, torch.Tensor]:
-    """float32 weights as transformers computes with them: it decodes routed experts in the dtype of their scales (vLLM
-    all linears)."""
+    """float32 weights as transformers computes with them: it decodes FP4 in bfloat16, and routed experts of integers in
+    the dtype of their scales (vLLM all linears)."""
     result = {name: weight.float() for name, weight in weights.items()}
     for name, tensor in quantized.items():
         weight = tensor.decode()
-        result[name] = weight.to(tensor.stored["scale"].dtype).float() if ".experts." in name else weight
+        if isinstance(tensor.scheme, Nvfp4Scheme | Mxfp4Scheme):
+            weight = weight.bfloat16().float()
+        elif ".experts." in name:
+            weight = weight.to(tensor.stored["scale"].dtype).float()
+        result[name] = weight
     return result
 
 
-def loaded_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+def loaded_logits(directory: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     transformers_logging.disable_progress_bar()
-    model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert not report.get(kind), f"{kind}: {report[kind]}"
+    if dtype != torch.float32:
+        model(tokens)  # the first pass decodes linears, FP4 always to bfloat16
     # transformers leaves routed experts in the dtype of their scales, whatever was asked for, and would compute in it.
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -134,6 +142,8 @@ CASES: dict[str, Rule] = {
     "int4 g128, float32 scales": lambda spec: IntScheme(scale_dtype="float32"),
     "experts only": lambda spec: INT4 if is_expert(spec) else None,
     "int8 channel": lambda spec: IntScheme(bits=8, group_size=None),
+    "mxfp4": lambda spec: Mxfp4Scheme(),
+    "nvfp4 beside int4 experts": lambda spec: INT4 if is_expert(spec) else Nvfp4Scheme(),
     "int3 g64, kv_b kept": lambda spec: None if "kv_b" in spec.name else IntScheme(bits=3, group_size=64),
     "int5 experts, int4 f32 shared, kept dense": lambda spec: (
         IntScheme(bits=5)
@@ -153,7 +163,7 @@ def test_transformers_gives_the_logits_of_our_decoded_weights(case: str, tmp_pat
     write_config(tmp_path / "out", CONFIG, quantization_config(planned))
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     expected = dense_logits(tmp_path / "twin", CONFIG, decoded(weights, quantized), tokens)
-    found = loaded_logits(tmp_path / "out", tokens)
+    found = loaded_logits(tmp_path / "out", tokens, torch.bfloat16 if "fp4" in case else torch.float32)
     assert (found - expected).abs().max() <= 1e-4
     assert expected.std() > 0.01
 
@@ -185,7 +195,7 @@ def compress_args(planned: list[PlannedTensor]) -> QuantizationConfig:
     return QuantizationConfig.model_validate(quantization_config(planned))
 
 
-ONE_OF_EACH: dict[str, IntScheme | Float8Scheme] = {
+ONE_OF_EACH: dict[str, Scheme] = {
     **{f"int{bits} g32": IntScheme(bits=bits, group_size=32) for bits in range(2, 9)},
     "int4 channel": IntScheme(group_size=None),
     "int4 asymmetric": IntScheme(symmetric=False),
@@ -194,6 +204,8 @@ ONE_OF_EACH: dict[str, IntScheme | Float8Scheme] = {
     "int4 float16": IntScheme(scale_dtype="float16"),
     "int4 float32": IntScheme(scale_dtype="float32"),
     "fp8 block": Float8Scheme(),
+    "nvfp4": Nvfp4Scheme(),
+    "mxfp4": Mxfp4Scheme(),
 }
 
 
@@ -209,15 +221,14 @@ def test_compressed_tensors_decodes_exactly_what_we_mean(name: str, tmp_path: Pa
     state = {
         key.removeprefix("a.layers.0.b."): value for key, value in load_file(tmp_path / "model.safetensors").items()
     }
-    state["weight_scale"] = state[
-        "weight_scale"
-    ].float()  # it decodes in the scale's dtype; the product of floats is exact in float32
+    if not isinstance(scheme, Mxfp4Scheme):  # it decodes in the scale's dtype; float32 keeps products exact
+        state["weight_scale"] = state["weight_scale"].float()
     group = compress_args(planned).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(CompressionFormat(group.format).value)
     weight = compressor.decompress(state, group)["weight"]
     expected = quantized[info.name].decode()
-    assert weight.dtype == torch.float32
-    assert torch.equal(weight, expected)
+    assert weight.dtype == (torch.float32 if isinstance(scheme, IntScheme | Float8Scheme) else torch.bfloat16)
+    assert torch.equal(weight, expected.to(weight.dtype))
     source = FolderSource(with_config(tmp_path, planned), COMPRESSED_TENSORS.reader)
     assert source.infos() == {info.name: TensorInfo(info.name, info.shape, "F32")}
     assert source.scheme(info.name) == scheme
@@ -225,6 +236,28 @@ def test_compressed_tensors_decodes_exactly_what_we_mean(name: str, tmp_path: Pa
         assert torch.equal(source.read(info.name, rows), expected if rows is None else expected[slice(*rows)])
     assert torch.equal(source.read_rows(info.name, [7, 3, 7]), expected[[7, 3, 7]])
     assert torch.equal(torch.cat(list(source.chunks(info.name, 50_000))), expected)
+
+
+@pytest.mark.parametrize("scheme", [Nvfp4Scheme(), Mxfp4Scheme()], ids=str)
+def test_compressed_tensors_packs_the_same_bytes(scheme: Nvfp4Scheme | Mxfp4Scheme, tmp_path: Path) -> None:
+    """What it makes of our decoded weight and our scales. Our zeros have no sign."""
+    info = TensorInfo("a.layers.0.b.weight", (192, 256), "BF16")
+    planned = [PlannedTensor(info, scheme, None)]
+    weight = torch.randn(info.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    tensor = write_all(tmp_path, planned, {info.name: weight})[info.name]
+    stored = {k.removeprefix("a.layers.0.b."): v for k, v in load_file(tmp_path / "model.safetensors").items()}
+    group = compress_args(planned).config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(CompressionFormat(group.format).value)
+    powers = torch.exp2(stored["weight_scale"].float() - 127)
+    scale = powers if isinstance(scheme, Mxfp4Scheme) else stored["weight_scale"].float()
+    given = {**stored, "weight": tensor.decode() + 0.0, "weight_scale": scale}
+    del given["weight_packed"]
+    packed = compressor.compress(given, group)
+    assert {name: (value.dtype, value.shape) for name, value in packed.items()} == {
+        name: (value.dtype, value.shape) for name, value in stored.items()
+    }
+    for name, value in stored.items():
+        assert torch.equal(packed[name].view(torch.uint8), value.view(torch.uint8)), name
 
 
 def with_config(directory: Path, planned: list[PlannedTensor]) -> Path:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.formats.layouts.float_quantized import FLOAT_QUANTIZED
+from quantkit.formats.layouts.fp4_pack_quantized import MXFP4_PACK_QUANTIZED, NVFP4_PACK_QUANTIZED
 from quantkit.formats.layouts.pack_quantized import PACK_QUANTIZED
 from quantkit.formats.layouts.packing import Packing
 
-PACKINGS: Mapping[str, Packing] = {"int": PACK_QUANTIZED, "float8": FLOAT_QUANTIZED}
+PACKINGS: Mapping[str, Packing] = {
+    "int": PACK_QUANTIZED,
+    "float8": FLOAT_QUANTIZED,
+    "nvfp4": NVFP4_PACK_QUANTIZED,
+    "mxfp4": MXFP4_PACK_QUANTIZED,
+}

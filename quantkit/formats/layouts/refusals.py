@@ -8,6 +8,8 @@ from quantkit.schemes import Scheme
 _HOLDERS = {
     "int": "format: compressed-tensors stores integers of 2 to 8 bits, in groups or by row.",
     "float8": "format: compressed-tensors keeps FP8 blocks; keep: bf16 decodes them.",
+    "nvfp4": "format: compressed-tensors stores NVFP4.",
+    "mxfp4": "format: compressed-tensors stores MXFP4; in GGUF it is the block type MXFP4.",
     "ggml": "Block types of ggml go into outputs of format: gguf.",
 }
 """Kind of a scheme -> the output that can hold it."""

@@ -49,6 +49,11 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
         return True
 
     @property
+    def shares_scale(self) -> bool:
+        """Whether one number belongs to whole matrices, and to those that runtimes join with them."""
+        return False
+
+    @property
     def label(self) -> str:
         """ggml's name of the type."""
         return self.type
@@ -69,7 +74,9 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
         """Stored bits per weight."""
         return self.block.bpw
 
-    def grid(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> BlockGrid:
+    def grid(
+        self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool, reach: Tensor | None = None
+    ) -> BlockGrid:
         """Fitted scales of weight (B, out, in) float32 under importance (B, in). ggml's types have a search of their
         own: ``points`` and ``signed`` are for other schemes. Raises `SchemeError` for values that no block holds."""
         from quantkit.schemes.ggml.fit import fit
@@ -82,7 +89,9 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
 
         return CodebookGrid(self.block, unpack(self.block, quantize_codebook(self.block, weight, importance)))
 
-    def rounded(self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool) -> Stored:
+    def rounded(
+        self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool, reach: Tensor | None = None
+    ) -> Stored:
         """Fitted scales and nearest codes of weight (..., out, in), as `decode` takes them."""
         from quantkit.schemes.ggml.codebook import quantize_codebook
         from quantkit.schemes.ggml.fit import encode, fit
