@@ -42,6 +42,7 @@ from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.side_files import folder_notes
 from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
+from quantkit.plan.lengths import length_notes
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.memory import check_free_disk
 from quantkit.plan.plan import OutputPlan, Plan
@@ -142,7 +143,8 @@ def quantize_layers(conversion: Conversion, rows: TokenRows | None, schedule: Sc
     done = {entry.layer for entry in conversion.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
     doubtful = () if rows is None else rows.warnings
-    warnings = (*folder_notes(conversion.source.directory), *doubtful)
+    lengths = length_notes(conversion.plan.recipe, conversion.arch)
+    warnings = (*folder_notes(conversion.source.directory), *lengths, *doubtful)
     conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings, schedule))
     if not conversion.journal.outside_done:
         with conversion.timer.stage("copy"):

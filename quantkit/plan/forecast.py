@@ -15,7 +15,7 @@ from quantkit.formats.sizes import short_size
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
-from quantkit.plan.lengths import check_lengths
+from quantkit.plan.lengths import length_notes
 from quantkit.plan.memory import Needs, check_budget, conversion_needs, least_budget
 from quantkit.plan.plan import OutputPlan, Plan, make_plan
 from quantkit.plan.recipe import GgufOutput, Recipe
@@ -126,9 +126,8 @@ def forecast_of(
             hint="Interrupted downloads end so: fetch the shards again. If the model is so, set allow_zeros: true in "
             "the recipe.",
         )
-    check_lengths(recipe, headers.arch)
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
-    plan = replace(plan, warnings=(*headers.notes, *plan.warnings))
+    plan = replace(plan, warnings=(*headers.notes, *length_notes(recipe, headers.arch), *plan.warnings))
     if headers.has_shards or os.path.lexists(headers.directory / "tokenizer.json"):
         for output in plan.outputs:
             output.target.check_source(headers.directory)

@@ -97,7 +97,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     assert "is no place for a file" in quantkit(*words(folder, "fp8"), "-o", tmp_path).stderr
     assert "is no place for a file" in quantkit(*words(folder, "fp8"), "-o", tmp_path / "a" / "b.json").stderr
     short = quantkit(*words(folder, "fp8"), "--context", 4096)
-    assert (short.exit_code, "one window needs" in short.stderr) == (1, True)
+    assert (short.exit_code, "the model is made for at most" in short.stderr) == (1, True)
     assert quantkit("evaluate", folder / "source").exit_code == 2
     assert quantkit(*words(folder, "fp8"), "--protocol", "other").exit_code == 2
 

@@ -62,7 +62,7 @@ def test_both_formats_in_one_pass(tmp_path: Path) -> None:
 def test_convert_and_inspect(tmp_path: Path) -> None:
     write_model(tmp_path / "source")
     chosen, out = (
-        recipe(tmp_path, "{name: q8, format: gguf, preset: Q8_0, pre: deepseek-v3, split_max_size: 1GB}"),
+        recipe(tmp_path, "{name: q8, format: gguf, preset: Q8_0, pre: gpt-2, split_max_size: 1GB}"),
         tmp_path / "the out",
     )
     done = quantkit("convert", tmp_path / "source", "-r", chosen, "-o", out)
