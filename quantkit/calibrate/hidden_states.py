@@ -8,7 +8,8 @@ so a store on disk costs the process nothing but the rows in hand. Both kinds gi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -58,7 +59,7 @@ class RowStore(Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Write everything to ``path``, synced to disk."""
+        """Write everything to ``path``, and its CRC-32 behind it, synced to disk."""
         ...
 
     def close(self) -> None:
@@ -107,10 +108,8 @@ class MemoryRows:
         """See `RowStore.save`."""
         step = max(1, _SAVED_BYTES // (self.dtype.itemsize * self.width))
         with disk_errors(path), path.open("wb") as file:
-            for start in range(0, len(self._data), step):
-                rows = self._data[start : start + step].cpu()
-                write_exactly(file.fileno(), _bytes_of(rows), start * self.width * self.dtype.itemsize)
-            os.fsync(file.fileno())
+            parts = (self._data[start : start + step].cpu() for start in range(0, len(self._data), step))
+            _save(file.fileno(), parts)
 
     def close(self) -> None:
         """See `RowStore.close`."""
@@ -166,10 +165,7 @@ class FileRows:
     def save(self, path: Path) -> None:
         """See `RowStore.save`."""
         with disk_errors(path), path.open("wb") as file:
-            for start in range(self.n_rows):
-                rows = self.read(start, start + 1)
-                write_exactly(file.fileno(), _bytes_of(rows), start * self._row_bytes)
-            os.fsync(file.fileno())
+            _save(file.fileno(), (self.read(start, start + 1) for start in range(self.n_rows)))
 
     def close(self) -> None:
         """See `RowStore.close`."""
@@ -185,9 +181,21 @@ def _runs(tokens: Tensor) -> Iterator[tuple[int, int, int]]:
     yield from zip(starts.tolist(), [*breaks.tolist(), len(tokens)], tokens[starts].tolist(), strict=True)
 
 
+def _save(fd: int, parts: Iterable[Tensor]) -> None:
+    crc, end = 0, 0
+    for part in parts:
+        data = _bytes_of(part)
+        write_exactly(fd, data, end)
+        crc, end = zlib.crc32(data, crc), end + len(data)
+    write_exactly(fd, memoryview(crc.to_bytes(_CRC_BYTES, "little")), end)
+    os.fsync(fd)
+
+
 def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
-    """Fill ``store`` from a file that `RowStore.save` wrote. Raises `OutputError` if it is gone or has another size."""
-    needed = store.n_rows * store.length * store.width * 4
+    """Fill ``store`` from a file that `RowStore.save` wrote. Raises `OutputError` if it is gone, has another size, or
+    was damaged."""
+    end = store.n_rows * store.length * store.width * 4
+    needed, crc = end + _CRC_BYTES, 0
     found = path.stat().st_size if path.exists() else 0
     if found != needed:
         raise OutputError(
@@ -199,7 +207,11 @@ def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
             stop = min(start + chunk_rows, store.n_rows)
             data = torch.empty(stop - start, store.length, store.width)
             read_exactly(file.fileno(), _bytes_of(data), start * store.length * store.width * 4)
+            crc = zlib.crc32(_bytes_of(data), crc)
             store.write(start, data)
+        expected = os.pread(file.fileno(), _CRC_BYTES, end)
+    if expected != crc.to_bytes(_CRC_BYTES, "little"):
+        raise OutputError(f"{path}: was damaged since it was saved.", hint="Begin anew with --restart.")
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> None:
@@ -223,4 +235,5 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
 
 
+_CRC_BYTES = 4
 _IO_BYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call

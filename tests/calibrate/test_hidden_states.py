@@ -84,11 +84,24 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytes
     store.close()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\0" * 7, b"\0" * (TOKENS * WIDTH * 4 + 4)])
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 7, b"\0" * (TOKENS * WIDTH * 4)])
 def test_a_missing_or_damaged_resume_point_is_refused(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "saved").write_bytes(content)
-    with pytest.raises(OutputError, match=r"bytes, the hidden states .* have 240\. Begin anew"):
+    with pytest.raises(OutputError, match=r"bytes, the hidden states .* have 244\. Begin anew"):
+        load(tmp_path / "saved", MemoryRows(N_ROWS, LENGTH, WIDTH))
+
+
+@pytest.mark.parametrize("place", [0, 100, TOKENS * WIDTH * 4 + 3])
+def test_a_flipped_bit_in_a_resume_point_is_refused(place: int, tmp_path: Path) -> None:
+    store = MemoryRows(N_ROWS, LENGTH, WIDTH)
+    store.write(0, torch.randn(N_ROWS, LENGTH, WIDTH))
+    store.save(tmp_path / "saved")
+    load(tmp_path / "saved", MemoryRows(N_ROWS, LENGTH, WIDTH))
+    content = bytearray((tmp_path / "saved").read_bytes())
+    content[place] ^= 1
+    (tmp_path / "saved").write_bytes(content)
+    with pytest.raises(OutputError, match=r"saved: was damaged since it was saved\. Begin anew"):
         load(tmp_path / "saved", MemoryRows(N_ROWS, LENGTH, WIDTH))
 
 
@@ -128,7 +141,7 @@ def test_a_store_of_half_the_size_holds_bfloat16(in_file: bool, tmp_path: Path) 
     tokens = torch.tensor([1, 4, 5])
     assert torch.equal(store.gather(tokens), rows.bfloat16().flatten(0, 1)[tokens])
     store.save(tmp_path / "saved")
-    assert (tmp_path / "saved").stat().st_size == rows.numel() * 2
+    assert (tmp_path / "saved").stat().st_size == rows.numel() * 2 + 4
     assert store.nbytes == (0 if in_file else rows.numel() * 2)
     store.close()
     assert store.nbytes == 0
