@@ -19,12 +19,15 @@ from quantkit.cli.options import (
     Device,
     DeviceOption,
     GroupSize,
+    Jobs,
+    Layers,
     LogFile,
     MemoryBudget,
     MethodName,
     PresetName,
     PrintRecipe,
     RecipeName,
+    Restart,
     SchemeName,
     Source,
     Tokens,
@@ -56,24 +59,9 @@ def convert(
     print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, max=1024, metavar="N", help="CPU threads. Default: all cores.")
-    ] = None,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
-        ),
-    ] = False,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="0-4,10",
-            help="A trial: quantise only these layers, compare them with the original on held-out text, and say what "
-            "the whole will take. Keeps no tensors, only OUT.trial.json.",
-        ),
-    ] = None,
+    jobs: Jobs = None,
+    restart: Restart = False,
+    layers: Layers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
     log: LogFile = None,
     as_json: AsJson = False,
