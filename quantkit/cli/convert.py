@@ -19,12 +19,15 @@ from quantkit.cli.options import (
     Device,
     DeviceOption,
     GroupSize,
+    Jobs,
+    Layers,
     LogFile,
     MemoryBudget,
     MethodName,
     PresetName,
     PrintRecipe,
     RecipeName,
+    Restart,
     SchemeName,
     Source,
     Tokens,
@@ -34,7 +37,6 @@ from quantkit.cli.plan import show_plan
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
-from quantkit.plan.budget import MOST_JOBS
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, recipe_yaml
 from quantkit.text.converted import report_document, report_text
@@ -58,24 +60,9 @@ def convert(
     print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, max=MOST_JOBS, metavar="N", help="CPU threads. Default: all cores.")
-    ] = None,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
-        ),
-    ] = False,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="0-4,10",
-            help="A trial: quantise only these layers, compare them with the original on held-out text, and say what "
-            "the whole will take. Keeps no tensors, only OUT.trial.json.",
-        ),
-    ] = None,
+    jobs: Jobs = None,
+    restart: Restart = False,
+    layers: Layers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
     log: LogFile = None,
     as_json: AsJson = False,

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from quantkit.cli.exit_codes import missing_option
 from quantkit.errors import RecipeError
-from quantkit.plan.budget import parse_budget
+from quantkit.plan.budget import MOST_JOBS, parse_budget
 from quantkit.plan.hardware import Gpu, parse_gpu
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, parse_count, shorthand_recipe
@@ -163,6 +163,24 @@ Tokens = Annotated[
 ]
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe that the options stand for (YAML), and do no work.")
+]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", min=1, max=MOST_JOBS, metavar="N", help="CPU threads. Default: all cores.")
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="0-4,10",
+        help="A trial: quantise only these layers, compare them with the original on held-out text, and say what the "
+        "whole will take. Keeps no tensors, only OUT.trial.json.",
+    ),
 ]
 LogFile = Annotated[
     Path | None,

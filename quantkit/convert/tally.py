@@ -87,7 +87,7 @@ class Pace:
         self.waited = max(self.waited, took)
         for kind, expected in self._move(step, goal):
             self.burst.append((kind, expected, took * expected / whole))
-        if share >= 1 or step >= len(self.steps):
+        if not 0 < share < 1:  # a step is over
             self._learn()
         self.now = now
 

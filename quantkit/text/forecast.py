@@ -13,7 +13,7 @@ from quantkit.plan.plan import OutputPlan, RoleSize
 from quantkit.plan.schedule import Duration
 from quantkit.plan.text_notes import TokensPerExpert, expert_tokens
 from quantkit.text.fits import fit_document, fit_text
-from quantkit.text.tables import both_units, duration, table
+from quantkit.text.tables import both_units, rough, table
 
 BESIDE = "the interpreter comes on top of the budget; a first run, which compiles kernels, takes 0.1 to 0.4 GB more"
 
@@ -83,13 +83,13 @@ def _duration_lines(found: Duration) -> list[str]:
     """How long it should take here, what limits it, and what that is an estimate of."""
     cost = found.cost
     shares = ((cost.computing, "computing"), (cost.reading + cost.ahead, "reading"), (cost.writing, "writing"))
-    parts = ", ".join(f"{what} {duration(seconds)}" for seconds, what in sorted(shares, reverse=True))
+    parts = ", ".join(f"{what} {rough(seconds)}" for seconds, what in sorted(shares, reverse=True))
     where = f"{found.threads} thread{'s' if found.threads > 1 else ''} of the processor"
     device = where if found.device == "cpu" else found.device
-    stages = f"layers {duration(found.seconds - found.after_layers)}, then validation and checksums"
+    stages = f"layers {rough(found.seconds - found.after_layers)}, then validation and checksums"
     return [
-        f"takes   about {duration(found.seconds)} on this machine ({device}): {parts}",
-        f"          {stages} {duration(found.after_layers)}; estimated from a benchmark of some seconds, for a machine "
+        f"takes   about {rough(found.seconds)} on this machine ({device}): {parts}",
+        f"          {stages} {rough(found.after_layers)}; estimated from a benchmark of some seconds, for a machine "
         "that does nothing else",
     ]
 

@@ -22,6 +22,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def rough(seconds: float) -> str:
+    """An estimate: whole hours from ten on."""
+    return duration(seconds) if seconds < 36_000 else f"{seconds / 3600:,.0f} h"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, rule_before_last: bool = False) -> str:
     """Aligned columns, the first ``left`` to the left, the others to the right. Plain text: the same in a terminal, a
     file and a test."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from quantkit.documents.trial import TrialDocument, TrialLayer, TrialOutput
 from quantkit.formats.sizes import short_size
 from quantkit.plan.schedule import AFTER_LAYERS
-from quantkit.text.tables import both_units, duration, table
+from quantkit.text.tables import both_units, duration, rough, table
 
 
 def trial_text(found: TrialDocument, path: Path) -> str:
@@ -15,12 +15,12 @@ def trial_text(found: TrialDocument, path: Path) -> str:
     outputs = [_output_text(output) for output in found.outputs]
     after = sum(seconds for kind, seconds in found.whole_seconds.items() if kind in AFTER_LAYERS)
     kinds = sorted(found.whole_seconds.items(), key=lambda pair: -pair[1])[:4]
-    largest = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in kinds)
+    largest = ", ".join(f"{kind} {rough(seconds)}" for kind, seconds in kinds)
     rows = [
         ("trial", f"layers {_ranges(found.trial)}, {found.tokens:,} held-out tokens; its tensors are not kept"),
         ("took", f"{duration(sum(found.seconds.values()))}, peak memory {short_size(found.peak_rss_bytes)}"),
-        ("the whole", f"about {duration(found.total_seconds)}: {largest}"),
-        ("", f"of it {duration(after)} after the layers (checksums, validation); disk {short_size(found.disk_bytes)}"),
+        ("the whole", f"about {rough(found.total_seconds)}: {largest}"),
+        ("", f"of it {rough(after)} after the layers (checksums, validation); disk {short_size(found.disk_bytes)}"),
         ("report", str(path)),
     ]
     width = max(len(name) for name, _ in rows)
