@@ -68,7 +68,10 @@ def random_experts(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.experts, text)
 
 
-_PROBLEMS_OF: Mapping[str, tuple[Check, ...]] = {layout: (random_experts,) for layout in ("gptq", "gptq_v2", "awq")}
+_PROBLEMS_OF: Mapping[str, tuple[Check, ...]] = {
+    "compressed-tensors": (nvfp4_experts,),
+    **{layout: (random_experts,) for layout in ("gptq", "gptq_v2", "awq")},
+}
 _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
-    "compressed-tensors": (zero_points, float8_experts, nvfp4_experts, kept_experts, expert_schemes)
+    "compressed-tensors": (zero_points, float8_experts, kept_experts, expert_schemes)
 }

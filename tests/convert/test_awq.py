@@ -147,5 +147,5 @@ def test_awq_on_a_grid_with_a_shared_scale_is_refused_in_the_plan(tmp_path: Path
     rule = {"match": LINEARS, "scheme": {"kind": "nvfp4"}, "method": {"kind": "awq"}}
     write_model(tmp_path / "model")
     write_text(tmp_path / "calibration.txt")
-    with pytest.raises(PlanError, match=r"awq changes how far its weights reach, and nvfp4 shares a scale.*Take gptq"):
+    with pytest.raises(PlanError, match=r"awq changes how far its weights reach, and NVFP4 shares a scale.*Take gptq"):
         run(tmp_path / "model", recipe_of(rule), tmp_path / "out")

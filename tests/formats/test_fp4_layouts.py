@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from quantkit.errors import PlanError, SourceError
 from quantkit.formats.folder import FolderSource
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
-from quantkit.runtimes.vllm import contract
+from quantkit.runtimes import transformers
 from quantkit.schemes import Mxfp4Scheme, Nvfp4Scheme
 from tests.convert.jobs import decoded, recipe_of, run, write_model, write_text
 from tests.formats.test_compressed_tensors_config import INT4, is_expert, plan
@@ -101,7 +101,7 @@ def test_integer_layouts_refuse_it_and_say_who_stores_it(layout: str, place: Pat
 def test_transformers_decodes_nvfp4_experts_wrongly_and_the_plan_says_so() -> None:
     def notes(scheme: Nvfp4Scheme | Mxfp4Scheme, *, experts: bool) -> list[str]:
         planned = plan(tiny_config(), lambda spec: scheme if is_expert(spec) is experts else INT4)
-        return [line for line in contract.notes(planned, "compressed-tensors") if "global scale" in line]
+        return [line for line in transformers.problems(planned, "compressed-tensors") if "global scale" in line]
 
     assert len(notes(Nvfp4Scheme(), experts=True)) == 1
     assert notes(Nvfp4Scheme(), experts=False) == notes(Mxfp4Scheme(), experts=True) == []

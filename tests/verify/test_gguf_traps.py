@@ -36,7 +36,7 @@ def key(name: str, value: Any) -> Callable[[Keys, Shapes], None]:
 TRAPS: dict[str, tuple[Callable[[Keys, Shapes], None], str]] = {
     "no gating function": (without("expert_gating_func"), "llama.cpp then takes softmax"),
     "yarn's factor ten times too large": (key("rope.scaling.yarn_log_multiplier", 1.0), "a tenth of mscale_all_dim"),
-    "no yarn factor": (without("rope.scaling.yarn_log_multiplier"), "leaves out the factor of yarn"),
+    "no yarn factor": (without("rope.scaling.yarn_log_multiplier"), "multiplies rotated queries and keys by"),
     "no rank of the queries": (without("attention.q_lora_rank"), "llama.cpp refuses the file"),
     "groups that do not divide the experts": (key("expert_group_count", 5), "which does not divide 12 experts"),
     "more groups used than there are": (key("expert_group_used_count", 4), "1 to 3 was needed"),
