@@ -62,8 +62,14 @@ def role_of(model: GgufReader, name: str) -> Role | None:
 
 
 def oddities(model: GgufReader) -> list[str]:
-    """One line for each thing that is missing, contradicts the metadata, or is known to give wrong results."""
-    return [*_tensor_lines(model), *_key_lines(model), *_attention_lines(model)]
+    """One line for each thing that is missing, contradicts the metadata, or is known to give wrong results, and for
+    what costs memory or quality."""
+    return [*faults(model), *_costs(model)]
+
+
+def faults(model: GgufReader) -> list[str]:
+    """Those of `oddities` with which llama.cpp does not load the file, or computes otherwise than the model."""
+    return [*_tensor_lines(model), *_key_lines(model), *_unread_kv_b(model)]
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors
@@ -217,13 +223,6 @@ def _key_lines(model: GgufReader) -> list[str]:
             f"{PREFIX}rope.scaling.yarn_log_multiplier is {multiplier:g}: for this architecture a tenth of "
             "mscale_all_dim is stored (0.1 for DeepSeek V3), llama.cpp multiplies it by ten."
         )
-    betas = [model.get(f"{PREFIX}rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")]
-    if any(isinstance(found, float) and found != read for found, read in zip(betas, YARN_BETAS, strict=True)):
-        fast, slow = YARN_BETAS
-        lines.append(
-            f"{PREFIX}rope.scaling.yarn_beta_fast or _slow is not {fast:g} or {slow:g}: llama.cpp takes these whatever "
-            "the file says; start it with --yarn-beta-fast and --yarn-beta-slow of the model."
-        )
     return [*lines, *missing_keys(model.get, model.tensors)]
 
 
@@ -234,19 +233,34 @@ def _is_biased(model: GgufReader) -> bool:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def _attention_lines(model: GgufReader) -> list[str]:
-    """kv_b_proj, whole or in parts."""
+def _unread_kv_b(model: GgufReader) -> list[str]:
+    """kv_b_proj whole where llama.cpp reads parts."""
+    whole = _whole_kv_b(model)
+    if not whole or model.get(f"{PREFIX}attention.key_length_mla") is None:
+        return []
+    text = "with attention.key_length_mla llama.cpp looks for attn_k_b and attn_v_b instead."
+    return [f"{counted('layers with kv_b_proj in one tensor', whole)}: {text}"]
+
+
+def _whole_kv_b(model: GgufReader) -> list[str]:
+    return [name for name in model.tensors if name.endswith(f".{WHOLE_KV_B}")]
+
+
+def _costs(model: GgufReader) -> list[str]:
+    """What is computed rightly, at a price; and what a flag of llama-server mends."""
     lines: list[str] = []
-    whole = [name for name in model.tensors if name.endswith(f".{WHOLE_KV_B}")]
+    whole = _whole_kv_b(model)
     if whole and model.get(f"{PREFIX}attention.key_length_mla") is None:
         lines.append(
             f"{counted('layers with kv_b_proj in one tensor', whole)}: a file from before latent attention, llama.cpp "
             "caches full keys and values of every head."
         )
-    elif whole:
+    betas = [model.get(f"{PREFIX}rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")]
+    if any(isinstance(found, float) and found != read for found, read in zip(betas, YARN_BETAS, strict=True)):
+        fast, slow = YARN_BETAS
         lines.append(
-            f"{counted('layers with kv_b_proj in one tensor', whole)}: with attention.key_length_mla llama.cpp looks "
-            "for attn_k_b and attn_v_b instead."
+            f"{PREFIX}rope.scaling.yarn_beta_fast or _slow is not {fast:g} or {slow:g}: llama.cpp takes these whatever "
+            "the file says; start it with --yarn-beta-fast and --yarn-beta-slow of the model."
         )
     parts = [name for name, entry in model.tensors.items() if entry.kind == "MXFP4" and name.endswith(KV_B_PARTS)]
     if parts:

@@ -37,7 +37,7 @@ def read_gguf(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], int]:
             hint="See what it holds: quantkit inspect.",
         )
     with GgufReader(path) as model:
-        faults = (*deepseek2.oddities(model), *_row_faults(model))
+        faults = (*deepseek2.faults(model), *_row_faults(model))
     return faults, tuple(line for line in found.unusual if line not in faults), found.stored_tensors
 
 

@@ -50,10 +50,6 @@ TRAPS: dict[str, tuple[Callable[[Keys, Shapes], None], str]] = {
         "tensors of the architecture are missing: blk.1.exp_probs_b.bias",
     ),
     "the sizes of another model": (key("expert_feed_forward_length", 64), "shape does not fit the metadata"),
-    "key parts of kv_b in MXFP4": (
-        lambda keys, shapes: shapes.update({"blk.0.attn_k_b.weight": (shapes["blk.0.attn_k_b.weight"][0], "MXFP4")}),
-        "takes them for experts",
-    ),
 }
 
 
@@ -77,3 +73,11 @@ def test_other_architectures_and_runtimes_are_refused(tmp_path: Path) -> None:
         quantkit.verify(path)
     with pytest.raises(QuantkitError, match=r"vllm does not read it; runtimes that read it: llama\.cpp"):
         quantkit.verify(path, runtimes="vllm")
+
+
+def test_what_only_costs_quality_is_a_note(tmp_path: Path) -> None:
+    keys, shapes = tiny_file()
+    shapes["blk.0.attn_k_b.weight"] = shapes["blk.0.attn_k_b.weight"][0], "MXFP4"
+    found = quantkit.verify(write_file(tmp_path / "model.gguf", keys, shapes))
+    assert found.passed
+    assert any("takes them for experts" in note.text for note in found.notes)
