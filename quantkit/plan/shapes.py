@@ -73,8 +73,8 @@ class ModelSizes:
 @dataclass(frozen=True, slots=True)
 class Work:
     """``top_k``: routed experts that a token takes. ``tokens``: of the calibration text, 0 without; ``length``: of a
-    row; ``streams``: 2 if the unquantised model goes along; ``methods``: different ones that learn, those that rescale channels once for each output; ``bf16``: whether
-    all linears of the source are.
+    row; ``streams``: 2 if the unquantised model goes along; ``methods``: different ones that learn, those that rescale
+    channels counted by output; ``bf16``: whether all linears of the source are.
 
     ``blocks`` and ``experts`` differ in shape or treatment. ``untaught``: experts without calibration, of MTP layers or
     in a data-free conversion. ``largest_kept``: bytes of the largest tensor that passes through.
