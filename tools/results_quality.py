@@ -114,7 +114,7 @@ def awq_tiny(data: Document) -> str:
     """AWQ beside rounding, GPTQ and another tool's AWQ."""
     parts = [
         "Change: from the method without rescaling (rtn for awq, gptq for awq+gptq; of llm-compressor's AWQ, from\n"
-        "awq), the mean difference by windows.\n",
+        "awq), the mean difference by windows. Seconds are of a machine that had much other work.\n",
         _rows_facts(data, recipe="scheme and method of each row, defaults of quantkit"),
     ]
     for model in dict.fromkeys(row["model"] for row in data["rows"]):

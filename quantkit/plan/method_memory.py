@@ -9,9 +9,8 @@ from quantkit.quantizers import Awq, Gptq
 RTN_BUFFERS, PLAIN_BUFFERS, CROSS_BUFFERS, POLISH_BUFFERS, CODEBOOK_BUFFERS = 4, 3, 1, 3, 3
 """Buffers of a slice's size beside the weight: rounding to nearest; GPTQ's sweep; more for targets that follow the
 unquantised stream; more for coordinate descent; more for vectors of a codebook."""
-RESCALING_BUFFERS = 2
-"""More than rounding to nearest has, while factors of input channels are searched: the rescaled rows, and their
-error."""
+RESCALING_BUFFERS = 1
+"""More than rounding to nearest has, while factors of input channels are searched: the rescaled rows."""
 
 
 def hessian_copies(work: Work, learners: list[Decision]) -> int:

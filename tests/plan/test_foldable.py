@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from quantkit.errors import PlanError
+from quantkit.plan.phases import Place, phases
 from quantkit.plan.plan import Plan, make_plan
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.shapes import Work
 from quantkit.quantizers import Awq, Rtn
 from quantkit.tensors import Role
 from tests.convert.recipes import INT4, KEEP_REST, recipe_of
@@ -70,3 +72,30 @@ def test_where_no_token_passes_an_outputs_awq_is_rtn() -> None:
     decisions = plan_of(Recipe.model_validate(recipe)).outputs[0].decisions.values()
     found = {(d.spec.role is Role.MTP, d.method) for d in decisions if d.method is not None}
     assert found == {(True, Rtn()), (False, Awq())}
+
+
+def test_the_search_for_factors_is_counted() -> None:
+    """A phase of its own for dense blocks and experts; before rounding no Hessian is kept."""
+    headers = tiny_headers()
+    rules = (f'{{match: "{LINEARS}", {AWQ}}}', KEEP_REST)
+    work = Work.of(plan_of(recipe_of(*rules)), headers.arch)
+    found = {phase.what: phase for phase in phases(work, Place(None, narrow=False), 2, 0)}
+    assert {"attention: rescaling", "mlp: rescaling", "shared_expert: rescaling", "2 experts: rescaling"} <= set(found)
+    terms = [term.what for phase in found.values() for term in phase.terms]
+    assert "slices" in terms
+    assert "Hessian set" not in terms
+    assert work.streams == 1
+
+
+def test_outputs_that_rescale_have_hessians_of_their_own() -> None:
+    """The same method in two outputs is two sets of statistics, unless it leaves the channels as they are."""
+    headers = tiny_headers()
+
+    def methods(rule: str) -> int:
+        recipe = recipe_of(f'{{match: "{LINEARS}", {rule}}}', KEEP_REST)
+        output = recipe.outputs[0]
+        both = recipe.model_copy(update={"outputs": (output, output.model_copy(update={"name": "again"}))})
+        return Work.of(plan_of(both), headers.arch).methods
+
+    assert methods(INT4) == 1
+    assert methods(AWQ.replace("kind: awq", "kind: awq, then: gptq")) == 2
