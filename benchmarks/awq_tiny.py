@@ -102,7 +102,13 @@ def record() -> dict[str, Any]:
 def scored(row: dict[str, Any], klds: list[float]) -> dict[str, Any]:
     values = torch.tensor(klds, dtype=torch.float64)
     error = float(values.std()) / math.sqrt(len(values))
-    return {**row, "kld": round(float(values.mean()), 6), "kld_se": round(error, 6), "windows": klds, "run": record()}
+    return {
+        **row,
+        "kld": round(float(values.mean()), 6),
+        "kld_se": round(error, 6),
+        "kld_windows": klds,
+        "run": record(),
+    }
 
 
 def store(rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,16 @@ from typing import Any
 
 from results_faults import faults, fuzz
 from results_markdown import device, facts, versions
-from results_quality import convert_cuda, gguf_tiny, held_out, peers_tiny, reference_file, regression_gate, vllm_load
+from results_quality import (
+    awq_tiny,
+    convert_cuda,
+    gguf_tiny,
+    held_out,
+    peers_tiny,
+    reference_file,
+    regression_gate,
+    vllm_load,
+)
 from results_speed import (
     cpu_gptq,
     ggml_encode,
@@ -52,6 +61,7 @@ SECTIONS: tuple[Section, ...] = (
         "benchmarks/peers/run.sh, benchmarks/quality_tiny.py",
         peers_tiny,
     ),
+    ("Quality: AWQ, trained models", "awq_tiny", "benchmarks/awq_tiny.py", awq_tiny),
     ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
     ("Quality: the tiny model on a GPU", "convert_cuda", "", convert_cuda),
     ("Quality: a file in the reference's place", "reference_file", "benchmarks/reference_file.py", reference_file),

@@ -110,6 +110,34 @@ def _paired(row: Document, other: Document) -> str:
     return f"{mean:+.5f} ± {math.sqrt(variance / len(differences)):.5f}"
 
 
+def awq_tiny(data: Document) -> str:
+    """AWQ beside rounding, GPTQ and another tool's AWQ."""
+    parts = [
+        "Change: from the method without rescaling (rtn for awq, gptq for awq+gptq; of llm-compressor's AWQ, from\n"
+        "awq), the mean difference by windows. Seconds are of a machine that had much other work.\n",
+        _rows_facts(data, recipe="scheme and method of each row, defaults of quantkit"),
+    ]
+    for model in dict.fromkeys(row["model"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["model"] == model]
+        head = ("scheme", "method", "tokens", "windows", "mean KLD, nats", "change", "layers, s")
+        parts.append(f"### {model}\n\n{table(head, [_awq_row(row, rows) for row in rows])}")
+    return "\n".join(parts)
+
+
+def _awq_row(row: Document, rows: Sequence[Document]) -> list[str]:
+    plain = {"awq": "rtn", "awq+gptq": "gptq", "rtn": "", "gptq": ""}.get(row["method"], "awq")
+    other = next((one for one in rows if (one["scheme"], one["method"]) == (row["scheme"], plain)), None)
+    return [
+        row["scheme"],
+        row["method"],
+        f"{row['tokens']:,}",
+        f"{len(row['kld_windows'])}",
+        estimate(row["kld"], row["kld_se"], 5),
+        "" if other is None else f"{_paired(row, other)} ({100 * (row['kld'] / other['kld'] - 1):+.1f} %)",
+        number(row.get("layers_s"), 0),
+    ]
+
+
 def convert_cuda(data: Document) -> str:
     """The whole command on a GPU."""
     rows = [

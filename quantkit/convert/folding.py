@@ -10,7 +10,7 @@ from dataclasses import replace
 from quantkit.arch.base import Producer
 from quantkit.calibrate.inputs import InputImportance
 from quantkit.convert.outputs import Linears, OutputChoice
-from quantkit.quantizers.rescaling import Channels, Reader, Rescaled, RescalingMethod
+from quantkit.quantizers.rescaling import ChannelReader, Channels, Rescaled, RescalingMethod
 
 PartsOf = Callable[[str], tuple[str, ...]]
 """A linear's name -> it, and the names of its parts."""
@@ -56,4 +56,4 @@ def rescale_hidden(output: OutputChoice, down: Linears, stats: InputImportance) 
     if method is None:
         return ()
     scheme, _ = output.methods[down.names[0]]
-    return asked(method, Channels(down.producers, stats, lambda: iter([Reader(scheme, down.weight, stats)])))
+    return asked(method, Channels(down.producers, stats, lambda: iter([ChannelReader(scheme, down.weight, stats)])))

@@ -23,7 +23,7 @@ from quantkit.convert.folding import asked, rescaled_by, with_rescaled
 from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.routing import Routes
-from quantkit.quantizers.rescaling import Channels, Reader, Rescaled, RescalingMethod
+from quantkit.quantizers.rescaling import ChannelReader, Channels, Rescaled, RescalingMethod
 
 Routed = Sequence[tuple[ExpertBlock, Routes]]
 
@@ -73,7 +73,7 @@ class _Readers:
     sublayer: Sublayer
     routed: Sequence[_OwnInputs]
 
-    def __call__(self) -> Iterator[Reader]:
+    def __call__(self) -> Iterator[ChannelReader]:
         """The dense ones, then the experts'."""
         for block in self.sublayer:
             for stage in block.stages if isinstance(block, DenseBlock) else ():
@@ -85,13 +85,13 @@ class _Readers:
         for names, experts, own in batches:
             scheme, _ = self.output.methods[names[experts[0]]]
             weight = linears_of(self.job, names, experts).weight
-            yield Reader(scheme, weight, own.inputs.matrices(experts[0], experts[-1] + 1))
+            yield ChannelReader(scheme, weight, own.inputs.matrices(experts[0], experts[-1] + 1))
 
-    def _dense(self, group: InputGroup) -> Iterator[Reader]:
+    def _dense(self, group: InputGroup) -> Iterator[ChannelReader]:
         for name in group.linears:
             if name in self.output.methods:
                 weight = self.job.weights.read(name)
-                yield Reader(self.output.methods[name][0], weight.reshape(1, -1, weight.shape[-1]), self.stats)
+                yield ChannelReader(self.output.methods[name][0], weight.reshape(1, -1, weight.shape[-1]), self.stats)
 
     def _batches(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...], _OwnInputs]]:
         """The names of a projection, and the experts of one batch."""

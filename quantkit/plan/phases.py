@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, DEVICE_TIMES, EXPERT_CHUNK
 from quantkit.plan.decide import Decision
 from quantkit.plan.hardware import Gpu
+from quantkit.plan.method_memory import buffers_of, hessian_copies, learns, rescales, search_buffers_of
 from quantkit.plan.shapes import DenseShape, Experts, Work, matrices
-from quantkit.quantizers import Awq, Gptq
 from quantkit.quantizers.batch import DEVICE_SLICE_BYTES, SLICE_BYTES
 from quantkit.tensors import Role
 
@@ -49,12 +49,6 @@ ROUTING_BYTES = 40
 expert."""
 POPULAR = 2
 """Some experts see so many times the mean of tokens."""
-RTN_BUFFERS, PLAIN_BUFFERS, CROSS_BUFFERS, POLISH_BUFFERS, CODEBOOK_BUFFERS = 4, 3, 1, 3, 3
-"""Buffers of a slice's size beside the weight: rounding to nearest; GPTQ's sweep; more for targets that follow the
-unquantised stream; more for coordinate descent; more for vectors of a codebook."""
-RESCALING_BUFFERS = 2
-"""More than rounding to nearest has, while factors of input channels are searched: the rescaled rows, and their
-error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +145,7 @@ def _dense_phases(work: Work, block: DenseShape, place: Place, cache: int) -> It
     if work.tokens:
         yield Phase(f"{block.role.value}: collecting", (*kept, *_collecting(work, block, place)), scratch)
     for group in block.groups:
-        if any(map(_rescales, group)):
+        if any(map(rescales, group)):
             yield Phase(f"{block.role.value}: rescaling", (*kept, *_rescaling(group, place)), scratch)
         yield Phase(f"{block.role.value}: quantising", (*kept, *quantising(work, group, place)), scratch)
 
@@ -172,7 +166,7 @@ def _collecting(work: Work, block: DenseShape, place: Place) -> tuple[Term, ...]
     """While a batch of tokens passes, through kept linears too, and the moments of its inputs are added up."""
     tokens = min(work.tokens, max(place.times * BATCH_TOKENS, work.length))
     width, largest, widest = place.width, block.largest, block.widest
-    squares = max((d.spec.shape[-1] ** 2 * matrices(d)[0] for g in block.groups for d in g if _learns(d)), default=0)
+    squares = max((d.spec.shape[-1] ** 2 * matrices(d)[0] for g in block.groups for d in g if learns(d)), default=0)
     return (
         Term("rows", tokens * work.hidden * 4 * work.streams, f"{tokens:,} x {work.hidden:,} x 4 B x {work.streams}"),
         Term(
@@ -205,51 +199,17 @@ def _rescaling(group: tuple[Decision, ...], place: Place) -> tuple[Term, ...]:
 
 def _searched(decisions: tuple[Decision, ...], nbytes: int, place: Place) -> Term:
     """Buffers of the rows whose rounding is tried."""
-    copies = RTN_BUFFERS + RESCALING_BUFFERS + CODEBOOK_BUFFERS * any(map(_in_vectors, decisions))
-    return _buffers(copies, nbytes, place)
+    return _buffers(max(map(search_buffers_of, decisions)), nbytes, place)
 
 
 def _hessian_set(work: Work, group: tuple[Decision, ...]) -> tuple[Term, ...]:
-    learners = [decision for decision in group if _learns(decision)]
+    learners = [decision for decision in group if learns(decision)]
     if not learners:
         return ()
     count, _, columns = matrices(learners[0])
     copies = hessian_copies(work, learners)
     formula = f"{learners[0].spec.name}: {count} x {columns:,}^2 x 4 B x {copies}"
     return (Term("Hessian set", count * columns**2 * 4 * copies, formula),)
-
-
-def hessian_copies(work: Work, learners: list[Decision]) -> int:
-    """The damped Hessian and its factor; the cross term of a second stream; the factor in another order for a codebook;
-    a Hessian and a cross term of its own for a second method."""
-    codebook = any(map(_in_vectors, learners))
-    return 1 + work.streams + codebook + work.streams * (work.methods > 1)
-
-
-def _learns(decision: Decision) -> bool:
-    """Whether a method takes whole second moments of the inputs."""
-    return decision.method is not None and decision.method.needs_hessian
-
-
-def _rescales(decision: Decision) -> bool:
-    """Whether the method searches factors of the linear's input channels first."""
-    return isinstance(decision.method, Awq)
-
-
-def _in_vectors(decision: Decision) -> bool:
-    """Whether codes stand for several weights at once."""
-    return decision.quantising is not None and not decision.quantising[0].has_grid
-
-
-def buffers_of(decision: Decision) -> int:
-    """Buffers of a slice's size that the method works with, beside the weight."""
-    method, codebook = decision.method, _in_vectors(decision)
-    if isinstance(method, Awq):
-        method = method.then
-    if not isinstance(method, Gptq):
-        return RTN_BUFFERS + CODEBOOK_BUFFERS * codebook
-    more = CODEBOOK_BUFFERS if codebook else POLISH_BUFFERS * (method.polish > 0)
-    return PLAIN_BUFFERS + CROSS_BUFFERS * (method.cross > 0) + more + CODEBOOK_BUFFERS * codebook
 
 
 def _slices(decision: Decision, nbytes: int, place: Place) -> Term:
@@ -275,7 +235,7 @@ def expert_phases(work: Work, shape: Experts, place: Place, count: int) -> Itera
     down = parts.hessians(shape.inter, 1)
     activations = parts.chunk(work.streams * work.hidden + 4 * shape.inter)
     wide = 2 if place.gpu is not None else 1  # a GPU takes gate and up as one
-    if any(map(_rescales, shape.decisions)):
+    if any(map(rescales, shape.decisions)):
         searched = _searched(shape.decisions, 4 * count * work.hidden * shape.inter, place)
         yield Phase(f"{count} experts: rescaling", (*always, searched), scratch)
     for what, terms in (
@@ -353,7 +313,7 @@ class _ExpertTerms:
 
     def hessians(self, columns: int, copies: int = 0) -> Term:
         """Sums while they are collected (``copies`` = 1, for each stream), or all that a method makes of them."""
-        learners = [d for d in self.shape.decisions if _learns(d) and d.spec.shape[-1] == columns]
+        learners = [d for d in self.shape.decisions if learns(d) and d.spec.shape[-1] == columns]
         if not learners:
             return Term("Hessian set", 0, "")
         number = copies * self.work.streams or hessian_copies(self.work, learners)

@@ -14,6 +14,7 @@ from quantkit.errors import CalibrationError
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.plan import Plan
 from quantkit.plan.recipe import Validation
+from quantkit.quantizers import Awq
 from quantkit.tensors import Projection, Role, TensorInfo, TensorSpec
 
 TEXT_BYTES_PER_TOKEN = 2
@@ -72,8 +73,8 @@ class ModelSizes:
 @dataclass(frozen=True, slots=True)
 class Work:
     """``top_k``: routed experts that a token takes. ``tokens``: of the calibration text, 0 without; ``length``: of a
-    row; ``streams``: 2 if the unquantised model goes along; ``methods``: different ones that learn; ``bf16``: whether
-    all linears of the source are.
+    row; ``streams``: 2 if the unquantised model goes along; ``methods``: different ones that learn, those that rescale
+    channels counted by output; ``bf16``: whether all linears of the source are.
 
     ``blocks`` and ``experts`` differ in shape or treatment. ``untaught``: experts without calibration, of MTP layers or
     in a data-free conversion. ``largest_kept``: bytes of the largest tensor that passes through.
@@ -109,7 +110,7 @@ class Work:
             tokens=0 if calibration is None else tokens_of(calibration),
             length=0 if calibration is None else calibration.sequence_length,
             streams=streams_of(plan),
-            methods=len({d.method for d in decisions if d.method is not None and d.method.needs_hessian}),
+            methods=_factors(plan),
             bf16={d.source_dtype for d in linears} == {"BF16"},
             blocks=tuple(_blocks(decisions, calibrated=calibration is not None)),
             experts=tuple(taught),
@@ -119,6 +120,17 @@ class Work:
             sizes=ModelSizes.of(arch),
             windows=None if plan.recipe.validation is None else _windows(plan.recipe.validation, plan.recipe.folder),
         )
+
+
+def _factors(plan: Plan) -> int:
+    """Methods that take a Hessian of their own: what one output rescales, no other can use."""
+    found = {
+        (decision.method, number if isinstance(decision.method, Awq) else None)
+        for number, output in enumerate(plan.outputs)
+        for decision in output.decisions.values()
+        if decision.method is not None and decision.method.needs_hessian
+    }
+    return len(found)
 
 
 def _windows(wanted: Validation, folder: Path) -> tuple[int, int]:

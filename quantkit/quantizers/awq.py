@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import Quantizer
-    from quantkit.quantizers.rescaling import Channels, Reader
+    from quantkit.quantizers.rescaling import ChannelReader, Channels
 
 _SMALLEST_COLUMN = 1e-8
 """Share of the mean fourth power that a column has at least: a hundredth of the mean size."""
@@ -103,7 +103,7 @@ class Awq(BaseModel, frozen=True, extra="forbid"):
         factors = torch.stack([inputs ** (a * a) / columns**b for a in steps for b in steps])
         return factors / (factors.amax(-1, keepdim=True) * factors.amin(-1, keepdim=True)).sqrt()
 
-    def _loss(self, reader: Reader, factors: Tensor) -> Tensor:
+    def _loss(self, reader: ChannelReader, factors: Tensor) -> Tensor:
         """(M,) float32: squared error of the outputs of each linear over its tokens, its weights rounded after they
         were multiplied with ``factors`` (M, n) or (1, n)."""
         from quantkit.quantizers.batch import in_slices

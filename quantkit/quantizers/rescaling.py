@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class ChannelReader:
     """M linears of one shape that read rescaled channels and will be quantised: weight (M, out, in), float32 or
     bfloat16, in ``scheme``; ``inputs``: what each of them reads of the tokens that it sees. Nothing of it may be
     changed."""
@@ -47,7 +47,7 @@ class Channels:
 
     producers: tuple[Producer, ...]
     inputs: InputImportance
-    readers: Callable[[], Iterator[Reader]]
+    readers: Callable[[], Iterator[ChannelReader]]
 
 
 @runtime_checkable

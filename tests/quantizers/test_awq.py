@@ -11,7 +11,7 @@ from torch import Tensor
 from quantkit.arch.base import NormWeight
 from quantkit.calibrate.inputs import InputImportance
 from quantkit.quantizers import Awq, Gptq, Rtn
-from quantkit.quantizers.rescaling import Channels, Reader
+from quantkit.quantizers.rescaling import ChannelReader, Channels
 from quantkit.schemes import ChosenScheme, GgmlScheme, IntScheme
 from tests.oracles.awq import Linear, best_factors
 
@@ -29,18 +29,18 @@ def importance(seed: int, count: int, width: int = 64) -> Tensor:
     return heavy(seed, count, width).square() + 0.01
 
 
-def channels_of(inputs: InputImportance, *readers: Reader) -> Channels:
+def channels_of(inputs: InputImportance, *readers: ChannelReader) -> Channels:
     """Each call of ``readers`` begins anew."""
     producers = tuple(NormWeight(f"norm {i}", (f"linear {i}",)) for i in range(len(inputs.importance)))
 
-    def begun() -> Iterator[Reader]:
+    def begun() -> Iterator[ChannelReader]:
         return iter(readers)
 
     return Channels(producers, inputs, begun)
 
 
-def read(scheme: ChosenScheme, weight: Tensor, own: Tensor, *tokens: int) -> Reader:
-    return Reader(scheme, weight, InputImportance(own, tokens))
+def read(scheme: ChosenScheme, weight: Tensor, own: Tensor, *tokens: int) -> ChannelReader:
+    return ChannelReader(scheme, weight, InputImportance(own, tokens))
 
 
 def test_one_scale_for_all_that_read_a_norm_is_the_oracles() -> None:
