@@ -109,6 +109,7 @@ TITLES = {
     "GgmlScheme": "`scheme: {kind: ggml}`",
     "Nvfp4Scheme": "`scheme: {kind: nvfp4}`",
     "Mxfp4Scheme": "`scheme: {kind: mxfp4}`",
+    "Bnb4Scheme": "`scheme: {kind: bnb4}`",
     "Rtn": "`method: {kind: rtn}`",
     "Gptq": "`method: {kind: gptq}`",
     "Validation": "`validation`",

@@ -10,6 +10,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import FolderOutput, Rule
+from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import ChosenScheme
 from quantkit.tensors import TensorSpec
@@ -80,7 +81,9 @@ class FolderTarget:
         copy_side_files(source, directory)
 
     def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
-        """vLLM on the folder."""
+        """vLLM on the folder, or transformers where vLLM does not read the layout."""
+        if self._output.format == contract.BITSANDBYTES:
+            return (transformers.load(folder),)
         return (f"vllm serve {folder}",)
 
     def open_written(self, directory: Path) -> FolderSource:

@@ -9,6 +9,12 @@ from quantkit.runtimes.linears import Check, LinearsByScheme, by_scheme, line
 from quantkit.schemes import Float8Scheme, IntScheme, Nvfp4Scheme, describe
 
 
+def load(folder: str) -> str:
+    """A shell line that loads a folder; ``folder`` is quoted where need be."""
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    return f"python -c '{code}' {folder}"
+
+
 def notes(planned: Sequence[PlannedTensor]) -> list[str]:
     """One line for each thing that it will not take of compressed-tensors, or takes only in part."""
     linears = by_scheme(planned)
