@@ -112,6 +112,7 @@ TITLES = {
     "GgmlScheme": "`scheme: {kind: ggml}`",
     "Nvfp4Scheme": "`scheme: {kind: nvfp4}`",
     "Mxfp4Scheme": "`scheme: {kind: mxfp4}`",
+    "Bnb4Scheme": "`scheme: {kind: bnb4}`",
     "Rtn": "`method: {kind: rtn}`",
     "Gptq": "`method: {kind: gptq}`",
     "Awq": "`method: {kind: awq}`",

@@ -17,7 +17,9 @@ from pydantic import ValidationError
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, SourceError
+from quantkit.formats.folder import PackedLinear
+from quantkit.formats.layouts import READERS
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
@@ -25,10 +27,17 @@ from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies, sort_unlisted
 from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
-from quantkit.schemes import Float8Scheme, IntScheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, describe
 from quantkit.tensors import SCALE_DTYPES, Role, TensorInfo, TensorSpec
 
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
+_FP4: Mapping[frozenset[str], Nvfp4Scheme | Mxfp4Scheme] = {
+    frozenset({"_packed", "_scale", "_global_scale"}): Nvfp4Scheme(),
+    frozenset({"_packed", "_scale"}): Mxfp4Scheme(),
+}
+"""By the tensors of a linear whose codes lie in bytes."""
+_NAMED_OTHERWISE = ("gptq", "awq")
+"""quant_method of layouts whose tensors are not named after the weight."""
 _SCALE_DTYPES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -83,18 +92,24 @@ def inspect_folder(directory: Path | str) -> Inspection:
     is reported."""
     directory = Path(directory)
     unusual: list[str] = []
+    config = _config(directory, unusual)
     with SafetensorsSource(directory) as source:
         infos = source.infos()
+        linears = _linears(source, config, unusual)
         shards = len({source.stored(name).file for name in infos})
         if source.unlisted:
             unusual.append(counted("tensors in the shards that the index does not list", list(source.unlisted)))
-        config = _config(directory, unusual)
         family, arch = _family(config, unusual)
         tied = None if arch is None else contradicts_tied(arch.variants(), infos, source.equal)
     specs = {} if arch is None else {spec.name: spec for spec in arch.tensors()}
-    weights = _weights(infos)
+    weights = _weights(infos, linears)
     groups = _stated_groups(config)
-    planned = {name: _planned(weight, specs.get(name), groups, unusual) for name, weight in weights.items()}
+    planned = {
+        name: PlannedTensor(linears[name].info, None, _label(config), specs.get(name))
+        if name in linears
+        else _planned(weight, specs.get(name), groups, unusual)
+        for name, weight in weights.items()
+    }
     if arch is not None:
         unusual += _unlisted(arch, specs, weights, tied)
         _compare_with_family(arch, specs, weights, planned, unusual)
@@ -127,10 +142,31 @@ def _family(config: Mapping[str, object], unusual: list[str]) -> tuple[str, Mode
     return ", ".join(cast("list[str]", config["architectures"])), arch
 
 
-def _weights(infos: Mapping[str, TensorInfo]) -> dict[str, _Weight]:
+def _linears(source: SafetensorsSource, config: Mapping[str, object], unusual: list[str]) -> Mapping[str, PackedLinear]:
+    """Packed linears of layouts whose tensors are not named after the weight."""
+    method = quant_method(config)
+    if method not in _NAMED_OTHERWISE:
+        return {}
+    try:
+        return READERS[method].find(source, cast("dict[str, object]", config["quantization_config"]))
+    except SourceError as error:
+        unusual.append(str(error))
+        return {}
+
+
+def _label(config: Mapping[str, object]) -> str:
+    """What reports call the layout that config.json names."""
+    return READERS[quant_method(config) or ""].label
+
+
+def _weights(infos: Mapping[str, TensorInfo], linears: Mapping[str, PackedLinear]) -> dict[str, _Weight]:
     """Stored tensors gathered under the weight that they store."""
+    owners = {part: name for name, linear in linears.items() for part in linear.parts}
     weights: dict[str, _Weight] = {}
     for name, info in infos.items():
+        if name in owners:
+            weights.setdefault(owners[name], _Weight(owners[name])).parts[name] = info
+            continue
         suffix = next((part for part in _PARTS if name.endswith(f".weight{part}")), "")
         owner = name.removesuffix(suffix)
         weights.setdefault(owner, _Weight(owner)).parts[suffix] = info
@@ -160,6 +196,10 @@ def _planned(
         and len(parts[""].shape) == 2
     ):
         return PlannedTensor(parts[""], Float8Scheme(), None, spec)
+    fp4 = _FP4.get(frozenset(parts))
+    if fp4 is not None and parts["_packed"].dtype == "U8" and len(parts["_packed"].shape) == 2:
+        n_out, n_words = parts["_packed"].shape
+        return PlannedTensor(TensorInfo(weight.name, (n_out, 2 * n_words), "BF16"), fp4, None, spec)
     if {"_packed", "_scale", "_shape"} <= set(parts) <= {"_packed", "_scale", "_shape", "_zero_point"}:
         scheme, shape = _int_scheme(parts, spec, groups)
         if scheme is not None:

@@ -22,6 +22,7 @@ from quantkit.plan.recipe import GgufOutput, Recipe
 from quantkit.plan.schedule import Duration
 from quantkit.runtimes.gpus import Gpus
 from quantkit.runtimes.llama_cpp.memory import LlamaFit, fit_llama
+from quantkit.runtimes.vllm import contract
 from quantkit.runtimes.vllm.memory import Fit, fit
 
 CONTEXT = 32768
@@ -174,4 +175,5 @@ def _fit(headers: SourceHeaders, plan: Plan, output: OutputPlan, gpus: Gpus, con
         (serve,) = output.target.serve_commands(headers.directory, output.planned, folder)
         return OutputFit(llama, f"{serve} {llama.options()}" if llama.fits else "")
     vllm = fit(output, headers.arch, gpus, context)
-    return OutputFit(vllm, vllm.command(folder) if vllm.utilization is not None else "")
+    served = vllm.utilization is not None and output.output.format != contract.BITSANDBYTES
+    return OutputFit(vllm, vllm.command(folder) if served else "")

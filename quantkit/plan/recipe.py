@@ -143,9 +143,9 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
 class FolderOutput(_Output, frozen=True, extra="forbid"):
     """A folder of safetensors that vLLM and transformers load."""
 
-    format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq"] = Field(
-        description="Which bytes hold the result: compressed-tensors for all schemes but those of ggml; gptq (as "
-        "AutoGPTQ wrote it), gptq_v2 (zero points as they are) and awq for integers."
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"] = Field(
+        description="Which bytes hold the result: compressed-tensors for integers, NVFP4, MXFP4 and FP8; gptq (as "
+        "AutoGPTQ wrote it), gptq_v2 (zero points as they are) and awq for integers; bitsandbytes for NF4 and FP4."
     )
     rules: Annotated[Rules, Field(min_length=1)] = Field(
         description="First match wins; together they must match every tensor of the checkpoint."

@@ -83,7 +83,9 @@ class FolderTarget:
         copy_side_files(source, directory)
 
     def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
-        """vLLM on the folder."""
+        """vLLM on the folder, or transformers where vLLM does not read the layout."""
+        if self._output.format == contract.BITSANDBYTES:
+            return (transformers.load(folder),)
         return (f"vllm serve {folder}",)
 
     def open_written(self, directory: Path) -> FolderSource:

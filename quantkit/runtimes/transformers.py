@@ -9,6 +9,12 @@ from quantkit.runtimes.linears import Check, LinearsByScheme, by_scheme, line
 from quantkit.schemes import Float8Scheme, IntScheme, Nvfp4Scheme, describe
 
 
+def load(folder: str) -> str:
+    """A shell line that loads a folder; ``folder`` is quoted where need be."""
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    return f"python -c '{code}' {folder}"
+
+
 def problems(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
     """One line for each thing of this layout that it loads wrongly without an error."""
     linears = by_scheme(planned)

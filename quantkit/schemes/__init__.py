@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from quantkit.schemes.affine_int import IntScheme
+from quantkit.schemes.bnb4 import Bnb4Scheme
 from quantkit.schemes.float8 import Float8Scheme
 from quantkit.schemes.ggml.scheme import GgmlScheme
 from quantkit.schemes.mxfp4 import Mxfp4Scheme
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
     from quantkit.schemes.grid import Stored
 
-ChosenScheme = Annotated[IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme, Field(discriminator="kind")]
+ChosenScheme = Annotated[IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Bnb4Scheme, Field(discriminator="kind")]
 """Schemes whose codes a method chooses."""
-Scheme = Annotated[IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Float8Scheme, Field(discriminator="kind")]
+Scheme = Annotated[
+    IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Bnb4Scheme | Float8Scheme, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class QuantizedTensor:
     ``int``: codes (out, in) uint8 (unsigned, unpacked: packing is the format's business), scale (out, groups) and, if
     asymmetric, zero_point (out, groups) uint8. ``float8``: codes (out, in) float8_e4m3fn, scale (out blocks, in
     blocks). ``ggml``: blocks (out, row bytes) uint8. ``nvfp4``, ``mxfp4``: codes (out, in) uint8, sign and e2m1, scale
-    (out, groups) float8_e4m3fn or uint8 exponents; ``nvfp4`` also global_scale (out, 1) float32.
+    (out, groups) float8_e4m3fn or uint8 exponents; ``nvfp4`` also global_scale (out, 1) float32. ``bnb4``: codes (out,
+    in) uint8, scale (out, blocks) float32, or uint8 codes with nested_absmax (out, 1) float32.
     """
 
     name: str
@@ -68,6 +72,7 @@ def describe(scheme: Scheme | None) -> str:
 
 
 __all__ = [
+    "Bnb4Scheme",
     "ChosenScheme",
     "Float8Scheme",
     "GgmlScheme",

@@ -47,10 +47,10 @@ def stored_codes(codes: Tensor) -> Tensor:
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """values in units of their scale, levels as `table` has them -> places in it, int64; ties go to the lower one."""
+    """values in units of their scale, levels as `table` has them -> places in it, int32; ties go to the lower one."""
     import torch
 
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2, out_int32=True)
 
 
 def rounded(values: Tensor) -> Tensor:

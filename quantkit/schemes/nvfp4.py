@@ -157,11 +157,30 @@ def _fit(weight: Tensor, importance: Tensor | None, global_scale: Tensor, *, sea
     """(B, out, groups) float8_e4m3fn."""
     import torch
 
+    from quantkit.kernels.backend import Backend, backend_of
+
     grouped = weight.unflatten(-1, (-1, GROUP))
     start = _to_float8(grouped.abs().amax(-1) / fp4.LARGEST * global_scale)
     if not search:
         return start
     shares = torch.ones_like(weight[:, 0]) if importance is None else importance
+    if backend_of(weight) is Backend.NUMBA:
+        from quantkit.kernels.numba import fp4 as fp4_numba
+
+        values = torch.arange(_TOP_CODE + 1, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        scales = values / global_scale[:, :, 0]
+        codes = fp4_numba.search(weight, shares, start.view(torch.uint8), scales, (_STEPS.start, _STEPS.stop))
+        return codes.view(torch.float8_e4m3fn)
+    return fit_in_torch(weight, shares, start, global_scale)
+
+
+def fit_in_torch(weight: Tensor, shares: Tensor, start: Tensor, global_scale: Tensor) -> Tensor:
+    """The search on the weight's own device. weight (B, out, in), shares (B, in), start (B, out, groups) float8_e4m3fn,
+    global_scale (B, 1, 1) -> scales like ``start``. On a processor it is slow: there the tests compare the compiled one
+    with it."""
+    import torch
+
+    grouped = weight.unflatten(-1, (-1, GROUP))
     weighting = shares.unflatten(-1, (-1, GROUP)).unsqueeze(1).expand(grouped.shape)
     divisors = global_scale.expand(start.shape)
     best = torch.empty(start.shape, dtype=torch.uint8, device=weight.device)

@@ -57,7 +57,7 @@ def test_data_takes_all_words_up_to_the_next_option(words: str, spread_words: st
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--scheme", "nf4"), 1, "error: --scheme nf4: is bitsandbytes NF4, which is not written"),
+        (("--scheme", "nf4"), 1, "error: --scheme nf4: is bitsandbytes NF4, which only a recipe's rules write"),
         (("--scheme", "w4a16", "-r", "nano-demo"), 1, "error: found --recipe and --scheme"),
         (("--data", "a.txt", "-r", "nano-demo"), 1, "error: found --recipe and --data"),
         (("--tokens", "5", "-r", "nano-demo"), 1, "error: found --recipe and --tokens"),

@@ -167,7 +167,7 @@ def test_awq_refuses_what_its_readers_would_leave_out() -> None:
         for name, scheme in zip(names, (None, INT4), strict=True)
     ]
     (line,) = LAYOUTS["awq"].problems(planned)
-    assert line.startswith("a.gate is kept, but awq's readers would leave a.gate_proj out")
+    assert line.startswith("a.gate is kept, but readers of awq would leave a.gate_proj out")
 
 
 # --- plan and conversion ----------------------------------------------------------------------------------------------

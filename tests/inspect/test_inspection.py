@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from quantkit.errors import SourceError
 from quantkit.inspect.folder import inspect_folder
+from tests.formats.test_other_packages import golden, write
 from tests.tiny_models import tiny_config, write_checkpoint
 
 
@@ -100,3 +101,27 @@ def test_router_bias_in_bf16_is_unusual(tmp_path: Path) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         inspect_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("kind", "case"), [("gptq", "w3_g32_sym_gptq"), ("awq", "g32")])
+def test_linears_whose_tensors_are_named_otherwise_are_one_weight(kind: str, case: str, tmp_path: Path) -> None:
+    section, stored, _ = golden(kind, case)
+    inspection = inspect_folder(write(tmp_path, section, stored))
+    packed = next(holding for holding in inspection.holdings if holding.what == kind)
+    assert (packed.weights, packed.parameters) == (1, 32 * 96)
+    assert packed.nbytes == sum(tensor.nbytes for tensor in stored.values())
+    stored["qzeros"] = stored["qzeros"][:1]
+    assert any("qzeros is I32" in line for line in inspect_folder(write(tmp_path, section, stored)).unusual)
+
+
+def test_fp4_is_told_by_its_tensors(tmp_path: Path) -> None:
+    stored = {
+        "a.weight_packed": torch.zeros(8, 16, dtype=torch.uint8),
+        "a.weight_scale": torch.ones(8, 2).to(torch.float8_e4m3fn),
+        "a.weight_global_scale": torch.ones(1),
+        "b.weight_packed": torch.zeros(8, 32, dtype=torch.uint8),
+        "b.weight_scale": torch.ones(8, 2, dtype=torch.uint8),
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    found = {holding.what: holding.parameters for holding in inspect_folder(tmp_path).holdings}
+    assert found == {"NVFP4": 8 * 32, "MXFP4": 8 * 64}

@@ -109,13 +109,13 @@ def test_good_recipe() -> None:
             "format: compressed-tensors",
             "format: ggml",
             "r.yaml:6: outputs[0]: found 'ggml', needed one of the allowed values (allowed: "
-            "'compressed-tensors', 'gptq', 'gptq_v2', 'awq', 'gguf') (did you mean gguf?).",
+            "'compressed-tensors', 'gptq', 'gptq_v2', 'awq', 'bitsandbytes', 'gguf') (did you mean gguf?).",
         ),
         (
             "format: compressed-tensors",
             "format: ggfu",
             "r.yaml:6: outputs[0]: found 'ggfu', needed one of the allowed values (allowed: "
-            "'compressed-tensors', 'gptq', 'gptq_v2', 'awq', 'gguf') (did you mean gguf?).",
+            "'compressed-tensors', 'gptq', 'gptq_v2', 'awq', 'bitsandbytes', 'gguf') (did you mean gguf?).",
         ),
         (
             "name: w4a16",

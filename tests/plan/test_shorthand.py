@@ -127,9 +127,12 @@ def test_outputs_are_named_after_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (Shorthand("nf4"), "bitsandbytes NF4, which is not written; the nearest here is --scheme w4a16."),
+        (Shorthand("nf4"), "bitsandbytes NF4, which only a recipe's rules write; the nearest here is --scheme w4a16."),
         (Shorthand("AWQ"), "a method; the nearest here is --scheme w4a16 --method awq."),
-        (Shorthand("fp4"), "a 4-bit float format, which is not written; the nearest here is --scheme w4a16."),
+        (
+            Shorthand("fp4"),
+            "the name of several formats, which only a recipe's rules write; the nearest here is --scheme w4a16.",
+        ),
         (Shorthand("auto_gptq"), "the nearest here is --scheme w4a16 --method gptq."),
         (Shorthand("int4"), "the nearest here is --scheme w4a16."),
         (Shorthand("4bit"), "the nearest here is --scheme w4a16."),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from quantkit.formats.folder import FolderLayout, FolderReader
 from quantkit.formats.layouts.awq import AWQ
-from quantkit.formats.layouts.bitsandbytes_reader import BITSANDBYTES_READER
+from quantkit.formats.layouts.bitsandbytes import BITSANDBYTES
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.gptq import GPTQ, GPTQ_V2
 
@@ -15,6 +15,7 @@ LAYOUTS: Mapping[str, FolderLayout] = {
     "gptq": GPTQ,
     "gptq_v2": GPTQ_V2,
     "awq": AWQ,
+    "bitsandbytes": BITSANDBYTES,
 }
 """What can be written, by the ``format`` of a recipe's output."""
 
@@ -22,7 +23,7 @@ READERS: Mapping[str, FolderReader] = {
     "compressed-tensors": COMPRESSED_TENSORS.reader,
     "gptq": GPTQ.reader,
     "awq": AWQ.reader,
-    "bitsandbytes": BITSANDBYTES_READER,
+    "bitsandbytes": BITSANDBYTES.reader,
 }
 """What can be read, by the ``quant_method`` of config.json."""
 

@@ -15,7 +15,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats.bitpack import pack
 from quantkit.formats.folder import FolderLayout
 from quantkit.formats.layouts.awq_reader import AWQ_READER, BITS, ORDER, PER_WORD
-from quantkit.formats.layouts.compressed_tensors_config import ALWAYS_IGNORED, is_module
+from quantkit.formats.layouts.kept_modules import kept_modules, wrongly_kept
 from quantkit.formats.layouts.refusals import refusal
 from quantkit.formats.planned import PlannedTensor
 from quantkit.schemes import IntScheme, QuantizedTensor, Scheme
@@ -78,7 +78,7 @@ def _config(planned: Sequence[PlannedTensor]) -> dict[str, object]:
         "group_size": sizes[0],
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": _kept(planned),
+        "modules_to_not_convert": kept_modules(planned),
     }
 
 
@@ -86,19 +86,6 @@ def _group_sizes(planned: Sequence[PlannedTensor]) -> list[int]:
     """Distinct group sizes, -1 for whole rows, in order of first appearance."""
     found = (t.scheme.group_size or -1 for t in planned if isinstance(t.scheme, IntScheme))
     return list(dict.fromkeys(found))
-
-
-def _kept(planned: Sequence[PlannedTensor]) -> list[str]:
-    """Modules that are not quantised; a block without any quantised expert under its own name."""
-    quantised = {_block(tensor) for tensor in planned if tensor.scheme is not None}
-    modules = (t for t in planned if t.scheme is None and is_module(t))
-    names = (_block(t) if _block(t) not in quantised else t.module for t in modules)
-    return list(dict.fromkeys([ALWAYS_IGNORED, *names]))
-
-
-def _block(tensor: PlannedTensor) -> str:
-    """model.layers.3.mlp.experts of one of its experts; any other module itself."""
-    return tensor.module if tensor.expert is None else tensor.module.rpartition(f".{tensor.expert}.")[0]
 
 
 def _problems(planned: Sequence[PlannedTensor]) -> list[str]:
@@ -110,12 +97,7 @@ def _problems(planned: Sequence[PlannedTensor]) -> list[str]:
             f"group sizes {listed} are planned, awq holds one for all linears; format: gptq and compressed-tensors "
             "hold several."
         )
-    quantised = [tensor.module for tensor in planned if tensor.scheme is not None]
-    for kept in _kept(planned):
-        hit = next((module for module in quantised if kept in module), None)
-        if hit is not None:
-            found.append(f"{kept} is kept, but awq's readers would leave {hit} out with it; quantise both or none.")
-    return found
+    return found + wrongly_kept(planned, "awq")
 
 
 AWQ = FolderLayout(AWQ_READER, _check, _stored, _pack, _config, _problems)

@@ -10,6 +10,7 @@ _HOLDERS = {
     "float8": "format: compressed-tensors keeps FP8 blocks; keep: bf16 decodes them.",
     "nvfp4": "format: compressed-tensors stores NVFP4.",
     "mxfp4": "format: compressed-tensors stores MXFP4; in GGUF it is the block type MXFP4.",
+    "bnb4": "format: bitsandbytes stores NF4 and FP4 of dense linears.",
     "ggml": "Block types of ggml go into outputs of format: gguf.",
 }
 """Kind of a scheme -> the output that can hold it."""

@@ -18,6 +18,7 @@ from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Projection, Role
 
 COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ = "compressed-tensors", "gptq", "gptq_v2", "awq"
+BITSANDBYTES = "bitsandbytes"
 """Layouts of which something is known beyond what holds for all."""
 MARLIN_GROUP_SIZES = (None, 32, 64, 128)
 MARLIN_BITS = (4, 8)
@@ -180,6 +181,11 @@ def _note_zero_points_of_v1(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.tensors, text)
 
 
+def _note_bitsandbytes(linears: LinearsByScheme) -> Iterator[str]:
+    for use in linears.uses:
+        yield line(use.tensors, "vLLM 0.33 does not read bitsandbytes; transformers does.")
+
+
 def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
     text = "vLLM rounds their inputs to FP8 too (as DeepSeek serves them); GPUs without FP8 compute in 16 bits."
     for use in linears.uses:
@@ -199,5 +205,6 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     ),
     GPTQ: (*_GPTQ_NOTES, _note_zero_points_of_v1),
     GPTQ_V2: _GPTQ_NOTES,
+    BITSANDBYTES: (_note_bitsandbytes,),
     AWQ: (_note_group_size, _note_scale_dtype, _note_expert_width),
 }
