@@ -249,10 +249,10 @@ def verify(
 ) -> Verification:
     """Hold a finished checkpoint against what runtimes need: names, shapes, dtypes and config, then its bytes.
 
-    ``runtimes``: of "vllm", "transformers", "sglang" (folders of safetensors) and "llama.cpp" (GGUF), default: vllm and
-    transformers, or llama.cpp. ``tensor_parallel``, ``pipeline_parallel``: over how many GPUs the model is to be cut.
-    ``sample``: linears that are decoded, and compared with those of the folder ``source`` if it is given. ``hashes``:
-    compare every file with quantkit.json's sha256.
+    ``runtimes``: of "vllm", "transformers", "sglang" (folders of safetensors) and "llama.cpp" (GGUF), which must load
+    it; by default vllm (what transformers cannot do is a note) or llama.cpp. ``tensor_parallel``,
+    ``pipeline_parallel``: over how many GPUs the model is to be cut. ``sample``: linears that are decoded, and compared
+    with those of the folder ``source`` if it is given. ``hashes``: compare every file with quantkit.json's sha256.
 
     A fault is no error: see ``passed`` and ``findings``. Raises `QuantkitError` for what is damaged or not known.
     """

@@ -23,8 +23,8 @@ def verify(
         list[str] | None,
         typer.Option(
             "--runtime",
-            help="vllm, transformers, sglang or llama.cpp; may be repeated. Default: vllm and transformers for a "
-            "folder of safetensors, llama.cpp for GGUF.",
+            help="vllm, transformers, sglang or llama.cpp; may be repeated. Default: vllm for a folder of "
+            "safetensors (what transformers cannot do is a note), llama.cpp for GGUF.",
         ),
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that tensor parallelism cuts the model over.")] = 1,

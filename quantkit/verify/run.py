@@ -16,6 +16,7 @@ from quantkit.verify import completeness, surroundings, transformers, vllm
 from quantkit.verify.checkpoint import Checkpoint, open_checkpoint
 from quantkit.verify.contents import hash_files, is_rescaled
 from quantkit.verify.gguf import LLAMA_CPP, holds_gguf, read_gguf
+from quantkit.verify.stated import BITSANDBYTES
 from quantkit.verify.verification import ANY, Contents, Finding, Verification
 
 VLLM, TRANSFORMERS, SGLANG = "vllm", "transformers", "sglang"
@@ -49,7 +50,8 @@ CONTRACTS: Mapping[str, FolderContract] = {
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """``runtimes``: of `RUNTIMES`, () for those that read the format; ``hashes``: whether every file is read and
+    """``runtimes``: of `RUNTIMES`, () for those that read the format, of which only the one that serves it (vLLM;
+    transformers for bitsandbytes) must load it; ``hashes``: whether every file is read and
     compared with quantkit.json; ``sample``: linears to be decoded; ``source``: the original's folder, or None."""
 
     runtimes: tuple[str, ...] = ()
@@ -69,7 +71,8 @@ def verify_path(path: Path, scope: Scope) -> Verification:
         return _verify_gguf(path, scope)
     runtimes = _chosen(path, scope.runtimes, tuple(CONTRACTS), (VLLM, TRANSFORMERS))
     with open_checkpoint(path) as found:
-        findings = [*_of_all(found), *_of_runtimes(found, runtimes, scope.parallel)]
+        required = scope.runtimes or (TRANSFORMERS if found.method == BITSANDBYTES else VLLM,)
+        findings = [*_of_all(found), *_of_runtimes(found, runtimes, required, scope.parallel)]
         n_tensors, method, arch = len(found.planned), found.method, found.arch
     contents = Contents()
     if scope.hashes:
@@ -128,9 +131,12 @@ def _of_all(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(ANY, False, text)
 
 
-def _of_runtimes(found: Checkpoint, runtimes: Iterable[str], parallel: Parallel) -> Iterator[Finding]:
+def _of_runtimes(
+    found: Checkpoint, runtimes: Iterable[str], required: Iterable[str], parallel: Parallel
+) -> Iterator[Finding]:
+    """What keeps a runtime from loading the folder is a fault only if that runtime is ``required``."""
     for name in runtimes:
         for text in CONTRACTS[name].faults(found, parallel):
-            yield Finding(name, True, text)
+            yield Finding(name, name in required, text)
         for text in CONTRACTS[name].notes(found):
             yield Finding(name, False, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from quantkit.formats.layouts import compressed_tensors
 from quantkit.formats.layouts.compressed_tensors_config import Resolver
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.source import float8_block_size
-from quantkit.schemes import Float8Scheme, IntScheme, Scheme
+from quantkit.schemes import Bnb4Scheme, Float8Scheme, IntScheme, Scheme
 from quantkit.tensors import TensorInfo, TensorSpec
 
-COMPRESSED_TENSORS, FP8, GPTQ, AWQ, PLAIN = "compressed-tensors", "fp8", "gptq", "awq", "unquantised"
+COMPRESSED_TENSORS, FP8, GPTQ, AWQ = "compressed-tensors", "fp8", "gptq", "awq"
+BITSANDBYTES, PLAIN = "bitsandbytes", "unquantised"
 
 SchemeOf = Callable[[TensorSpec], Scheme | None]
 
@@ -119,6 +121,28 @@ def _awq(stored: Stored) -> Stated:
     return Stated(lambda spec: scheme if stored.is_packed(spec) else None)
 
 
+def _bitsandbytes(stored: Stored) -> Stated:
+    """The tensors tell which linears there are and how long blocks are, the section the rest."""
+    kind = "fp4" if stored.section.get("bnb_4bit_quant_type") == "fp4" else "nf4"
+    double = stored.section.get("bnb_4bit_use_double_quant") is True
+
+    def scheme_of(spec: TensorSpec) -> Scheme | None:
+        scales = stored.infos.get(f"{spec.name}.absmax")
+        if scales is None or not scales.numel:
+            return None
+        block = math.prod(spec.shape) // scales.numel
+        entries = {"type": kind, "double_quant": double, "block_size": block}
+        try:
+            return Bnb4Scheme.model_validate(entries)
+        except ValidationError:
+            raise SourceError(
+                f"{stored.directory}: {printable(scales.name)} has {scales.numel:,} scales.",
+                hint="One for each block of 64, 128, 256 or 512 weights was needed.",
+            ) from None
+
+    return Stated(scheme_of)
+
+
 def _int_scheme(stored: Stored, section: Mapping[str, object]) -> IntScheme:
     group_size = section.get("group_size", 128)
     entries = {
@@ -141,4 +165,5 @@ _READ: Mapping[str, Callable[[Stored], Stated]] = {
     COMPRESSED_TENSORS: _compressed_tensors,
     GPTQ: _gptq,
     AWQ: _awq,
+    BITSANDBYTES: _bitsandbytes,
 }

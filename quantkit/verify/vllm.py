@@ -10,10 +10,11 @@ from quantkit.formats.layouts.compressed_tensors_config import is_module, mistak
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.vllm import contract
 from quantkit.runtimes.vllm.memory import tensor_parallel_problem
-from quantkit.tensors import Role
+from quantkit.tensors import Projection, Role
 from quantkit.verify import vllm_integers
 from quantkit.verify.checkpoint import Checkpoint
 from quantkit.verify.completeness import stored_mtp_layers
+from quantkit.verify.stated import BITSANDBYTES
 
 NAMED = 3
 
@@ -21,6 +22,8 @@ NAMED = 3
 def faults(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Iterator[str]:
     """What keeps vLLM from loading the folder, or makes it compute something else."""
     present = in_files(checkpoint)
+    if checkpoint.method == BITSANDBYTES:
+        yield "quant_method is bitsandbytes: vLLM 0.33 does not read it, transformers does."
     yield from contract.problems(present, checkpoint.method)
     for check in _FAULTS:
         yield from check(checkpoint)
@@ -61,6 +64,36 @@ def _fused_names(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{', '.join(wrong[:NAMED])}{more}: the targets of config.json give another scheme than their parts have."
 
 
+def _global_scales(checkpoint: Checkpoint) -> Iterator[str]:
+    """Of NVFP4: vLLM takes one for the modules that it joins, and only warns if they differ."""
+    joined: dict[tuple[str, str], list[str]] = {}
+    stored = checkpoint.raw.infos()
+    for tensor in in_files(checkpoint):
+        name = f"{tensor.name}_global_scale"
+        module = _joined_into(tensor)
+        if module is not None and name in stored:
+            joined.setdefault((tensor.module.rpartition(".")[0], module), []).append(name)
+    different = [names for names in joined.values() if len({_number(checkpoint, name) for name in names}) > 1]
+    if different:
+        more = f" and {len(different) - 1:,} more such groups" if len(different) > 1 else ""
+        yield (
+            f"{' and '.join(different[0])}{more}: differ, but vLLM joins these linears and takes one: the others are "
+            "computed wrongly."
+        )
+
+
+def _joined_into(tensor: PlannedTensor) -> str | None:
+    """Name of the module that vLLM makes of a linear and its neighbours; experts' gate and up are one tensor, too."""
+    if tensor.spec is None:
+        return None
+    is_half = tensor.expert is not None and tensor.spec.projection in (Projection.GATE, Projection.UP)
+    return Projection.GATE.value if is_half else tensor.spec.fused
+
+
+def _number(checkpoint: Checkpoint, name: str) -> float:
+    return float(checkpoint.raw.read(name).flatten()[0])
+
+
 def _stale_keys(checkpoint: Checkpoint) -> Iterator[str]:
     """Keys of compressed-tensors that vLLM refuses."""
     if checkpoint.section.get("sparsity_config"):
@@ -94,6 +127,7 @@ def _n_mtp(checkpoint: Checkpoint) -> int:
 _FAULTS: tuple[Callable[[Checkpoint], Iterator[str]], ...] = (
     _caught_tables,
     _fused_names,
+    _global_scales,
     _stale_keys,
     _mtp,
 )

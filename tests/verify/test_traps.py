@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.errors import QuantkitError
-from tests.convert.jobs import int4, recipe_of, run, write_model
+from tests.convert.jobs import LINEARS, int4, recipe_of, run, write_model
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -391,6 +391,41 @@ def test_an_fp8_checkpoint_is_held_against_its_blocks(tmp_path: Path) -> None:
     assert faults(tmp_path / "model") == ""
     folder = broken(tmp_path / "model", tmp_path / "broken", drop(f"{EXPERT}.up_proj.weight_scale_inv"))
     assert f"missing: {EXPERT}.up_proj.weight_scale_inv." in faults(folder)
+
+
+# --- NVFP4 and bitsandbytes ---------------------------------------------------------------------------------------------
+
+
+def test_global_scales_of_joined_linears_that_differ_are_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    rule = {"match": LINEARS, "scheme": {"kind": "nvfp4"}, "method": {"kind": "rtn"}}
+    run(tmp_path / "model", recipe_of({"match": "role:mtp", "drop": True}, rule, tokens=None), tmp_path / "out")
+    assert faults(tmp_path / "out", sample=1000, source=tmp_path / "model") == ""
+
+    def double(tensors: Tensors, config: Config) -> None:
+        tensors[f"{EXPERT}.up_proj.weight_global_scale"] *= 2
+
+    text = faults(broken(tmp_path / "out", tmp_path / "broken", double))
+    assert f"{EXPERT}.up_proj.weight_global_scale: differ, but vLLM joins these linears" in text
+
+
+def test_bitsandbytes_must_load_in_transformers(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    rules = [
+        {"match": "role:mtp", "drop": True},
+        {"match": "role:attention|mlp", "scheme": {"kind": "bnb4"}, "method": {"kind": "rtn"}},
+    ]
+    recipe = recipe_of(*rules, tokens=None)
+    output = recipe.outputs[0].model_copy(update={"format": "bitsandbytes"})
+    report = run(tmp_path / "model", recipe.model_copy(update={"outputs": (output,)}), tmp_path / "out")
+    assert report.outputs[0].faults == ()
+    found = quantkit.verify(tmp_path / "out", source=tmp_path / "model")
+    assert found.passed
+    assert "vLLM 0.33 does not read it" in faults(tmp_path / "out", "vllm")
+    text = faults(
+        broken(tmp_path / "out", tmp_path / "broken", drop(f"{ATTENTION}.o_proj.weight.nested_absmax")), "transformers"
+    )
+    assert f"missing: {ATTENTION}.o_proj.weight.nested_absmax" in text
 
 
 # --- GPTQ and AWQ -----------------------------------------------------------------------------------------------------
