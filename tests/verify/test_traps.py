@@ -393,7 +393,7 @@ def test_an_fp8_checkpoint_is_held_against_its_blocks(tmp_path: Path) -> None:
     assert f"missing: {EXPERT}.up_proj.weight_scale_inv." in faults(folder)
 
 
-# --- NVFP4 and bitsandbytes ---------------------------------------------------------------------------------------------
+# --- NVFP4 and bitsandbytes -----------------------------------------------------------------------------------------
 
 
 def test_global_scales_of_joined_linears_that_differ_are_named(tmp_path: Path) -> None:
