@@ -101,3 +101,23 @@ def test_groups_read_the_producer_that_they_name() -> None:
         for group in (group for stage in getattr(block, "stages", ()) for group in stage.groups):
             if group.producer is not None:
                 assert {name.partition(":")[0] for name in group.linears} <= set(group.producer.readers)
+
+
+def test_factors_of_a_norm_leave_nothing_to_round() -> None:
+    """The quotient is a bfloat16 number, and the factor is within its rounding of the wanted one; where a norm is zero
+    any factor does."""
+    random = torch.Generator().manual_seed(3)
+    norm = torch.randn(256, generator=random).bfloat16()
+    norm[7] = 0
+    wanted = torch.rand(256, generator=random) + 0.5
+    factors = NormWeight("norm", ("a",)).storable(wanted, {"norm": norm}.__getitem__)
+    quotient = norm.float() / factors
+    torch.testing.assert_close(quotient.bfloat16().float(), quotient, rtol=1e-6, atol=0)
+    torch.testing.assert_close(factors, wanted, rtol=2**-8, atol=0)
+    assert not torch.equal(factors, wanted)
+    assert float(factors[7]) == float(wanted[7])
+
+
+def test_rows_of_a_linear_take_any_factors() -> None:
+    wanted = torch.tensor([0.3, 1.7])
+    assert LinearRows("up", ("down",)).storable(wanted, {}.__getitem__) is wanted
