@@ -60,7 +60,7 @@ class PowersOfTwo(Rtn, frozen=True):
         return _kept if self.exact else super().quantizer(stats)
 
 
-def _kept(weight: Tensor, scheme: Any) -> QuantizedBatch:
+def _kept(weight: Tensor, scheme: Any, *, reach: Tensor | None = None) -> QuantizedBatch:
     """The weight itself in place of codes."""
     rows = weight.new_zeros(weight.shape[:2])
     return QuantizedBatch(scheme, {"codes": weight.clone(), "scale": rows[..., None]}, rows, rows, ("",) * len(weight))
