@@ -125,7 +125,7 @@ SchemeName = Annotated[
         metavar="wNa16",
         help="For vLLM and transformers. w4a16: routed experts int4, other linears int8, groups of 128; a dense model "
         "is int4 throughout. w3a16: experts int3. w8a16: all int8. With -all (w4a16-all): all linears as narrow as "
-        "the experts. With -g32: groups of 32.",
+        "the experts. With -g32: groups of 32. nvfp4, mxfp4: all linears in 4-bit floats.",
     ),
 ]
 PresetName = Annotated[

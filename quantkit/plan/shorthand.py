@@ -33,6 +33,8 @@ SPLIT_SIZE = "50GB"
 METHODS = ("gptq", "awq", "rtn")
 SCHEMES = ("w4a16", "w3a16", "w2a16", "w5a16", "w6a16", "w8a16")
 """Names that messages show; each bit width from 2 to 8 has one."""
+_FLOATS = {"nvfp4": "nvfp4", "nvfp4a16": "nvfp4", "mxfp4": "mxfp4", "mxfp4a16": "mxfp4"}
+"""4-bit floats without case and punctuation, and the kind of their scheme, which all linears get."""
 
 _SCHEME = re.compile(r"w([2-8])a16(-all)?(?:-g(\d{1,6})|(-channel))?(-all)?")
 _PRESETS = {
@@ -57,8 +59,6 @@ _FOREIGN = {
         "bitsandbytes NF4, which only a recipe's rules write",
         "--scheme w4a16",
     ),
-    ("nvfp4", "nvfp4a16"): ("NVFP4, which only a recipe's rules write", "--scheme w4a16"),
-    ("mxfp4", "mxfp4a16"): ("MXFP4, which only a recipe's rules write", "--scheme w4a16"),
     ("fp4",): ("the name of several formats, which only a recipe's rules write", "--scheme w4a16"),
     ("w4a4",): ("4-bit activations, which are not written", "--scheme w4a16"),
     ("fp8", "w8a8", "fp8dynamic", "fp8block"): ("8-bit activations, which are not written", "--scheme w8a16"),
@@ -127,6 +127,13 @@ class _Widths:
         return f"w{self.experts}a16{'-all' if self.experts == self.others != 8 else ''}{group}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Float:
+    """A 4-bit float for all linears; ``name``: of its scheme and of the output."""
+
+    name: str
+
+
 def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     """The recipe that the options stand for on this model. Reads config.json only.
 
@@ -135,7 +142,7 @@ def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     """
     stored = _stored(options)
     arch = arch_of(read_config(source))
-    if isinstance(stored, _Widths):
+    if not isinstance(stored, str):
         rules = _rules(stored, {spec.role for spec in arch.tensors()})
         output: dict[str, object] = {"name": stored.name, "format": "compressed-tensors", "rules": rules}
     else:
@@ -177,12 +184,20 @@ def parse_count(text: str) -> int:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _rules(widths: _Widths, roles: set[Role]) -> list[Mapping[str, object]]:
-    """MTP is dropped, what is no linear kept, and each width has one rule."""
-    expert_bits = widths.experts if Role.EXPERT in roles else None
-    other_bits = widths.others if expert_bits is not None else widths.experts
+def _rules(stored: _Widths | _Float, roles: set[Role]) -> list[Mapping[str, object]]:
+    """MTP is dropped, what is no linear kept, and each scheme has one rule."""
     rules: list[Mapping[str, object]] = [{"match": "role:mtp", "drop": True}] if Role.MTP in roles else []
     rules.append({"match": _match(_OTHERS, roles), "keep": "source"})
+    if isinstance(stored, _Float):
+        linears = tuple(reversed(_LINEARS))
+        return [*rules, {"match": _match(linears, roles), "scheme": {"kind": stored.name}}]
+    return [*rules, *_rules_by_bits(stored, roles)]
+
+
+def _rules_by_bits(widths: _Widths, roles: set[Role]) -> list[Mapping[str, object]]:
+    expert_bits = widths.experts if Role.EXPERT in roles else None
+    other_bits = widths.others if expert_bits is not None else widths.experts
+    rules: list[Mapping[str, object]] = []
     by_bits: dict[int, list[Role]] = {}
     for role in reversed(_LINEARS):
         bits = expert_bits if role is Role.EXPERT else other_bits
@@ -209,19 +224,26 @@ def _calibration(options: Shorthand, arch: ModelArch) -> Mapping[str, object]:
     }
 
 
-def _stored(options: Shorthand) -> _Widths | str:
-    """Widths of a scheme, or the name of a preset. Raises `RecipeError`."""
+def _stored(options: Shorthand) -> _Widths | _Float | str:
+    """What a scheme says, or the name of a preset. Raises `RecipeError`."""
     if options.scheme is not None and options.preset is not None:
         raise RecipeError("found --scheme and --preset, needed one of them.")
     if options.method is not None and options.method not in METHODS:
         raise RecipeError(_foreign_method(options.method))
     if options.scheme is not None:
-        return _widths(options.scheme, options.group_size)
+        kind = _FLOATS.get(_plain(options.scheme))
+        return _widths(options.scheme, options.group_size) if kind is None else _float(kind, options.group_size)
     if options.preset is None:
         raise RecipeError("found neither --scheme nor --preset, needed one of them, such as --scheme w4a16.")
     if options.group_size is not None:
         raise RecipeError("--group-size: belongs to --scheme; the block types of a preset have sizes of their own.")
     return _preset(options.preset)
+
+
+def _float(kind: str, group_size: int | None) -> _Float:
+    if group_size is not None:
+        raise RecipeError(f"--group-size: belongs to integers; {kind} has groups of its own.")
+    return _Float(kind)
 
 
 def _widths(scheme: str, group_size: int | None) -> _Widths:
@@ -260,7 +282,7 @@ def _no_scheme(name: str) -> str:
         return f"{said}."
     return (
         f"is no scheme, needed one of {', '.join(SCHEMES)}, each also with -all (every linear as narrow as "
-        "the experts) and -gN (group size)."
+        "the experts) and -gN (group size), nvfp4 or mxfp4."
     )
 
 

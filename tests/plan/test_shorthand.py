@@ -115,6 +115,18 @@ def test_the_printed_recipe_is_the_recipe(options: Shorthand, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("nvfp4", "nvfp4"), ("NVFP4A16", "nvfp4"), ("mxfp4", "mxfp4")])
+def test_a_float_scheme_is_for_all_linears(name: str, kind: str) -> None:
+    (output,) = shorthand_recipe(V3, Shorthand(name)).outputs
+    assert (output.name, output.format) == (kind, "compressed-tensors")
+    dropped, kept, quantised = output.rules
+    assert (dropped.match, kept.keep) == ("role:mtp", "source")
+    assert quantised.scheme is not None
+    assert (quantised.match, quantised.scheme.kind) == ("role:expert|shared_expert|mlp|attention", kind)
+    with pytest.raises(RecipeError, match=f"--group-size: belongs to integers; {kind} has groups"):
+        shorthand_recipe(V3, Shorthand(name, group_size=32))
+
+
 def test_outputs_are_named_after_what_they_are() -> None:
     (scheme,) = shorthand_recipe(V3, Shorthand("w4a16", group_size=32)).outputs
     assert isinstance(scheme, FolderOutput)
