@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT))
 from quantkit.arch import arch_of  # noqa: E402
 from quantkit.formats import open_source  # noqa: E402
 from quantkit.formats.folder import FolderSource  # noqa: E402
-from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS  # noqa: E402
-from quantkit.schemes import Float8Scheme  # noqa: E402
+from quantkit.formats.layouts import READERS  # noqa: E402
+from quantkit.formats.source import quant_method, read_config  # noqa: E402
+from quantkit.schemes import Float8Scheme, IntScheme  # noqa: E402
 from tests.oracles.forward import logits  # noqa: E402
 
 UNQUANTIZED = "bf16"
@@ -51,14 +52,18 @@ def main() -> None:
     print(table(rows))
 
 
+def packed(folder: Path) -> FolderSource:
+    """The folder by its own layout's reader."""
+    return FolderSource(folder, READERS[str(quant_method(read_config(folder)))])
+
+
 class Twin:
     """The float32 forward pass over one folder. ``changed`` may alter a decoded weight: (name, weight) -> weight."""
 
     def __init__(self, folder: Path, changed: Callable[[str, Tensor], Tensor] | None = None) -> None:
         config = json.loads((folder / "config.json").read_text())
         self.arch = arch_of(config)
-        quantized = "quantization_config" in config
-        self.source = FolderSource(folder, COMPRESSED_TENSORS.reader) if quantized else open_source(folder)
+        self.source = packed(folder) if "quantization_config" in config else open_source(folder)
         self.changed = changed
         self.weights: dict[str, Tensor] = {}
         self.float8: set[int] = set()
@@ -115,11 +120,11 @@ def rounded_to_float8(x: Tensor) -> Tensor:
 
 def without_signs(folder: Path) -> Callable[[str, Tensor], Tensor]:
     """A reader that takes every scale as positive."""
-    source = FolderSource(folder, COMPRESSED_TENSORS.reader)
+    source = packed(folder)
 
     def changed(name: str, weight: Tensor) -> Tensor:
         scheme = source.scheme(name)
-        if scheme is None or isinstance(scheme, Float8Scheme):
+        if not isinstance(scheme, IntScheme):
             return weight
         signs = source.raw.read(f"{name}_scale").float().sign()
         return (weight.unflatten(-1, (signs.shape[1], -1)) * signs.unsqueeze(-1)).flatten(-2)
@@ -129,7 +134,7 @@ def without_signs(folder: Path) -> Callable[[str, Tensor], Tensor]:
 
 def with_moved_scales(folder: Path) -> Callable[[str, Tensor], Tensor]:
     """A reader that gives every FP8 block the scale of the block before it."""
-    source = FolderSource(folder, COMPRESSED_TENSORS.reader)
+    source = packed(folder)
 
     def changed(name: str, weight: Tensor) -> Tensor:
         if not isinstance(source.scheme(name), Float8Scheme):
@@ -165,9 +170,12 @@ def compare(directory: Path, run: str, record: dict[str, Any], prompts: Tensor, 
         "kernels": [line for line in record["log"] if any(word in line for word in KERNELS)],
     }
     if isinstance(twin.source, FolderSource):
-        scales = [twin.source.raw.read(name) for name in twin.source.raw.infos() if name.endswith("weight_scale")]
-        row["negative_scales"] = round(sum((s < 0).sum().item() for s in scales) / sum(s.numel() for s in scales), 4)
-        row["controls"]["signs_dropped"] = distance(theirs, Twin(folder, without_signs(folder)).logprobs(prompts))
+        if any(isinstance(twin.source.scheme(name), IntScheme) for name in twin.source.infos()):
+            names = [name for name in twin.source.raw.infos() if name.endswith("weight_scale")]
+            scales = [twin.source.raw.read(name).float() for name in names]
+            negative = sum((scale < 0).sum().item() for scale in scales)
+            row["negative_scales"] = round(negative / sum(scale.numel() for scale in scales), 4)
+            row["controls"]["signs_dropped"] = distance(theirs, Twin(folder, without_signs(folder)).logprobs(prompts))
         if twin.float8:
             moved = Twin(folder, with_moved_scales(folder)).logprobs(prompts)
             row["controls"]["float8_scales_moved"] = distance(theirs, moved)

@@ -1,11 +1,11 @@
 """A random model of DeepSeek V3's architecture, in FP8 blocks as the official release, and what `quantkit convert`
-makes of it by five recipes: the folders that `run_vllm.py` loads. Needs no GPU; a few minutes.
+makes of it by several recipes: the folders that `run_vllm.py` loads. Needs no GPU; a few minutes.
 
-    python benchmarks/vllm/make_cases.py DIR
+    python benchmarks/vllm/make_cases.py [--device cuda] [--cases int4 gptq] DIR
 
 DIR then holds ``source`` (FP8), ``bf16`` (the same weights decoded, not quantised: the noise floor), one folder a case,
 ``recipes/`` and ``prompts.json``. The attention has the shapes that vLLM's MLA kernels are compiled for; everything
-else is small, so that all cases together are some 230 MB.
+else is small, so that a case is some 20 to 50 MB.
 """
 
 from __future__ import annotations
@@ -61,8 +61,23 @@ KEPT = '{match: "role:norm|router|embed|lm_head", keep: source}'
 EXPERTS = f'{{match: "role:expert", {INT4}, {GPTQ}}}'
 LINEARS8 = f'{{match: "role:attention|shared_expert|mlp", {INT8}, {GPTQ}}}'
 
+LINEARS = "role:expert|attention|shared_expert|mlp"
+
+
+def all_linears(scheme: str, method: str = GPTQ) -> tuple[str, ...]:
+    """Rules that quantise every linear alike and drop the MTP layer."""
+    return (DROP_MTP, KEPT, f'{{match: "{LINEARS}", scheme: {{{scheme}}}, {method}}}')
+
+
+INTEGER = "kind: int, bits: 4, group_size: 128"
 CASES: dict[str, tuple[str, ...]] = {
-    "int4": (DROP_MTP, KEPT, f'{{match: "role:expert|attention|shared_expert|mlp", {INT4}, {GPTQ}}}'),
+    "int4": all_linears(INTEGER),
+    "int4-awq": all_linears(INTEGER, "method: {kind: awq, then: gptq}"),
+    "gptq": all_linears(f"{INTEGER}, scale_dtype: float16"),
+    "gptq-int4-int8": (DROP_MTP, KEPT, EXPERTS, LINEARS8),
+    "awq": all_linears(f"{INTEGER}, symmetric: false, scale_dtype: float16"),
+    "nvfp4": all_linears("kind: nvfp4"),
+    "mxfp4": all_linears("kind: mxfp4"),
     "int4-int8": (DROP_MTP, KEPT, EXPERTS, LINEARS8),
     "int4-bf16": (DROP_MTP, KEPT, EXPERTS, '{match: "*", keep: bf16}'),
     "int4-int8-mtp": (
@@ -74,20 +89,26 @@ CASES: dict[str, tuple[str, ...]] = {
     "int4-fp8": (DROP_MTP, KEPT, EXPERTS, '{match: "*", keep: source}'),
 }
 """Name of the case -> rules of its recipe."""
+FORMATS = {"gptq": "gptq", "gptq-int4-int8": "gptq", "awq": "awq"}
+"""Of the cases that are not in compressed-tensors."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the checkpoints that run_vllm.py loads.")
+    parser.add_argument("--device", default="cpu", help="that converts")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("directory", type=Path)
-    directory = parser.parse_args().directory
+    given = parser.parse_args()
+    directory: Path = given.directory
     directory.mkdir(parents=True, exist_ok=True)
     make_source(directory)
     (directory / "recipes").mkdir(exist_ok=True)
-    for name, rules in CASES.items():
+    for name in given.cases:
         recipe = directory / "recipes" / f"{name}.yaml"
-        listed = "".join(f"      - {rule}\n" for rule in rules)
-        recipe.write_text(f"{HEAD}  - name: {name}\n    format: compressed-tensors\n    rules:\n{listed}")
-        convert(directory / "source", recipe, directory / name)
+        listed = "".join(f"      - {rule}\n" for rule in CASES[name])
+        layout = FORMATS.get(name, "compressed-tensors")
+        recipe.write_text(f"{HEAD}  - name: {name}\n    format: {layout}\n    rules:\n{listed}")
+        convert(directory / "source", recipe, directory / name, given.device)
     tokens = torch.randint(VOCAB, (4, 64), generator=torch.Generator().manual_seed(1))
     (directory / "prompts.json").write_text(json.dumps(tokens.tolist()))
 
@@ -120,11 +141,11 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
-def convert(source: Path, recipe: Path, out: Path) -> None:
+def convert(source: Path, recipe: Path, out: Path, device: str) -> None:
     """The command as a user runs it, in a process of its own."""
     shutil.rmtree(out, ignore_errors=True)
     code = "import sys; from quantkit.cli.app import main; sys.argv[0] = 'quantkit'; main()"
-    words = ["convert", source, "-r", recipe, "-o", out, "--device", "cpu", "--jobs", "1", "--restart"]
+    words = ["convert", source, "-r", recipe, "-o", out, "--device", device, "--jobs", "1", "--restart"]
     subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, check=True)
 
 
