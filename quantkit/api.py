@@ -8,17 +8,22 @@ declared with is a `TypeError`.
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from quantkit.errors import CalibrationError, OutputError, PlanError, SourceError
-from quantkit.formats.safetensors.header import printable
+from quantkit.arguments import (
+    evaluation_of,
+    let_threads_sleep,
+    parsed,
+    path_of,
+    paths_of,
+    recipe_and_folder,
+    threads,
+    write_text,
+)
+from quantkit.errors import CalibrationError, OutputError, PlanError
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 ProtocolName = Literal["windows", "llama.cpp"]
-Parsed = TypeVar("Parsed")
 
 
 def convert(
@@ -69,11 +73,11 @@ def convert(
 
     check_device(device)
     check_jobs(jobs)
-    _let_threads_sleep()
-    loaded, folder = _recipe(recipe, base_dir)
+    let_threads_sleep()
+    loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
-    job = prepared(_path(source), loaded, _path(out), base_dir=folder, memory_budget=budget, restart=restart)
-    with job as found, _threads(jobs):
+    job = prepared(path_of(source), loaded, path_of(out), base_dir=folder, memory_budget=budget, restart=restart)
+    with job as found, threads(jobs):
         from quantkit.convert.events import ignore
         from quantkit.convert.run import convert as run
         from quantkit.plan.machine import Machine
@@ -108,15 +112,15 @@ def trial(
 
     check_device(device)
     check_jobs(jobs)
-    _let_threads_sleep()
-    wanted = _parsed("layers", parse_layers, layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
-    loaded, folder = _recipe(recipe, base_dir)
+    let_threads_sleep()
+    wanted = parsed("layers", parse_layers, layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
+    loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
     place = Path(f"{out}.trial.json")
-    with trial_folder(_path(out)) as made:
+    with trial_folder(path_of(out)) as made:
         check_place(place)
-        job = prepared(_path(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
-        with job as found, _threads(jobs):
+        job = prepared(path_of(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
+        with job as found, threads(jobs):
             from quantkit.convert.events import ignore
             from quantkit.plan.machine import Machine
 
@@ -145,7 +149,7 @@ def plan(
     long it would take on this machine, which is measured for some seconds the first time; only then torch is loaded.
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
-    loaded, folder = _recipe(recipe, base_dir)
+    loaded, folder = recipe_and_folder(recipe, base_dir)
     if context is not None and context < 1:
         raise PlanError(f"context: found {context}, needed at least 1.")
     from quantkit.plan.budget import budget_bytes
@@ -154,19 +158,19 @@ def plan(
     from quantkit.runtimes.gpus import parse_gpus
 
     found = forecast(
-        _path(source),
+        path_of(source),
         loaded,
         base_dir=folder,
-        gpus=_parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
+        gpus=parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
         context=context,
         memory_budget=budget_bytes(memory_budget),
-        convert_on=_parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
+        convert_on=parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
     )
     if not hours:
         return found
     from quantkit.plan.duration import duration_of
 
-    _let_threads_sleep()
+    let_threads_sleep()
     return replace(found, duration=duration_of(found))
 
 
@@ -189,7 +193,7 @@ def recipe_for(
     from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 
     text = (data,) if isinstance(data, str) else tuple(data)
-    return shorthand_recipe(_path(source), Shorthand(scheme, preset, group_size, method, text, tokens))
+    return shorthand_recipe(path_of(source), Shorthand(scheme, preset, group_size, method, text, tokens))
 
 
 def build_calibration(
@@ -226,7 +230,7 @@ def build_calibration(
     kept_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     entries = (files,) if isinstance(files, str) else tuple(files)
     options = BuildOptions(tokens, model, seed, kept_out, domain_by, sequence_length)
-    return build(entries, _path(out), options, Path(), replace=force, on_read=on_read)
+    return build(entries, path_of(out), options, Path(), replace=force, on_read=on_read)
 
 
 def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection:
@@ -234,7 +238,7 @@ def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection
     is unusual. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for damaged files."""
     from quantkit.inspect.path import inspect_path
 
-    return inspect_path(_path(path))
+    return inspect_path(path_of(path))
 
 
 def verify(
@@ -260,8 +264,8 @@ def verify(
 
     names = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes or ())
     parallel = Parallel(tensor_parallel, pipeline_parallel)
-    original = None if source is None else _path(source)
-    return verify_path(_path(path), Scope(names, parallel, hashes, sample, original))
+    original = None if source is None else path_of(source)
+    return verify_path(path_of(path), Scope(names, parallel, hashes, sample, original))
 
 
 def evaluate(
@@ -296,16 +300,16 @@ def evaluate(
     from quantkit.formats.preallocated import check_place, write_durably
     from quantkit.plan.budget import budget_bytes, check_device
 
-    place = None if out is None else _path(out)
+    place = None if out is None else path_of(out)
     if place is not None:
         check_place(place)
     check_device(device)
-    _let_threads_sleep()
+    let_threads_sleep()
     budget = budget_bytes(memory_budget)
     texts = [text] if isinstance(text, str) else text
-    asked = Asked(texts, context, max_windows_per_file, protocol, _path(base_dir))
-    save = None if save_reference is None else _path(save_reference)
-    with prepared(_path(reference), _paths(candidates), asked, save) as opened:
+    asked = Asked(texts, context, max_windows_per_file, protocol, path_of(base_dir))
+    save = None if save_reference is None else path_of(save_reference)
+    with prepared(path_of(reference), paths_of(candidates), asked, save) as opened:
         from quantkit.evaluate.run import evaluate as run
         from quantkit.plan.machine import Machine
 
@@ -334,8 +338,8 @@ def check(
     from quantkit.evaluate.check.verdict import Limits
 
     chosen = limits or Limits()
-    found, old = _evaluation(evaluation), read_baseline(_path(baseline))
-    check_comparable(found, old, _path(baseline))
+    found, old = evaluation_of(evaluation), read_baseline(path_of(baseline))
+    check_comparable(found, old, path_of(baseline))
     losses = read_losses(found, Path()) if chosen.losses else {}
     return run(found, old, chosen, losses, (candidates,) if isinstance(candidates, str) else candidates)
 
@@ -345,11 +349,11 @@ def update_baseline(evaluation: Evaluation | Path | str, baseline: Path | str) -
     from quantkit.documents.baseline import Baseline
     from quantkit.evaluate.check.baseline import by_name, check_windows, read_losses
 
-    found = _evaluation(evaluation)
+    found = evaluation_of(evaluation)
     by_name(found)  # refuses two candidates of one name
     check_windows("evaluation", found)
     made = Baseline(evaluation=found, conversions=read_losses(found, Path()))
-    write_text(_path(baseline), made.to_json())
+    write_text(path_of(baseline), made.to_json())
     return made
 
 
@@ -370,9 +374,9 @@ def report(
     from quantkit.report.markdown import markdown as markdown_of
     from quantkit.report.scored import scored_checkpoints
 
-    found = read_documents(_paths(documents))
+    found = read_documents(paths_of(documents))
     contents = report_of(scored_checkpoints(found), title)
-    place = None if out is None else _path(out)
+    place = None if out is None else path_of(out)
     if place is not None:
         check_place(place)
         if place.resolve() in (file.path.resolve() for file in found):
@@ -385,79 +389,4 @@ def report(
         made = page(contents)
     if place is not None:
         write_text(place, made)
-    return made
-
-
-def write_text(path: Path, text: str, *, append: bool = False) -> None:
-    """Write UTF-8 with plain line ends; names of files that are no text, with escapes. Raises `OutputError`."""
-    mode = "a" if append else "w"
-    try:
-        with path.open(mode, encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
-
-
-# --------------------------------------------------------------------------------------------------------------- parts
-
-
-def _let_threads_sleep() -> None:
-    """OpenMP's waiting threads sleep in place of spinning, which beside other work makes a conversion several times
-    slower. Read when torch is loaded: then it is too late, and what the caller set is left."""
-    if "torch" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-@contextmanager
-def _threads(jobs: int | None) -> Generator[None]:
-    """So many CPU threads for this conversion, not for what else the process does with torch."""
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        if jobs is not None:
-            torch.set_num_threads(jobs)
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _recipe(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:
-    """The recipe, and the folder that its relative paths count from."""
-    from quantkit.plan.recipe import Recipe
-
-    loaded = Recipe.from_yaml(recipe) if isinstance(recipe, Path | str) else recipe
-    if not isinstance(loaded, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance] - not all callers are checked
-        raise TypeError(f"recipe: found {type(loaded).__name__}, needed a Recipe, a file or the name of a shipped one")
-    return loaded, loaded.folder if base_dir is None else _path(base_dir)
-
-
-def _parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:
-    """Raises `PlanError` for a value that cannot be read."""
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise PlanError(f"{name}: {error}.") from None
-
-
-def _evaluation(evaluation: Evaluation | Path | str) -> Evaluation:
-    if not isinstance(evaluation, Path | str):
-        return evaluation
-    from quantkit.evaluate.check.baseline import read_evaluation
-
-    return read_evaluation(_path(evaluation))
-
-
-def _paths(paths: Path | str | Sequence[Path | str]) -> list[Path]:
-    return [_path(paths)] if isinstance(paths, Path | str) else [_path(path) for path in paths]
-
-
-def _path(path: Path | str) -> Path:
-    """Raises `SourceError` for a name that no file can have: pathlib raises errors of its own for those."""
-    made = Path(path)
-    try:
-        os.lstat(made)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-            raise SourceError(f"{printable(str(path))}: is no name of a file ({printable(str(error), 60)}).") from None
     return made

@@ -23,6 +23,7 @@ COMMANDS = (
     "quantize",
     "plan",
     "inspect",
+    "verify",
     "evaluate",
     "check",
     "report",

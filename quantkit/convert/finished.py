@@ -43,7 +43,9 @@ def report_finished(job: Job, folder: OutputFolder, header: JobHeader, on_event:
 
 def _is_of(document: ConversionDocument, job: Job, header: JobHeader) -> bool:
     """Whether this job wrote the result, and validated it as its recipe says."""
-    return document.job.facts() == header.facts() and document.recipe == recipe_values(job.plan.recipe)
+    return document.job.bytes_follow_from() == header.bytes_follow_from() and document.recipe == recipe_values(
+        job.plan.recipe
+    )
 
 
 def _output(job: Job, output: OutputPlan, document: ConversionDocument) -> OutputReport:

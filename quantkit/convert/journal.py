@@ -139,8 +139,8 @@ def _entry(line: bytes) -> OutsideEntry | LayerEntry | None:
 
 
 def _refuse_other_job(path: Path, found: JournalHeader, wanted: JournalHeader, source: Path) -> None:
-    was, changed = found.job.facts(), _changed_files(found, wanted, source)
-    now = wanted.job.facts()
+    was, changed = found.job.bytes_follow_from(), _changed_files(found, wanted, source)
+    now = wanted.job.bytes_follow_from()
     different = [_difference(key, was.get(key), now[key]) for key in now if was.get(key) != now[key]]
     if different:
         raise OutputError(

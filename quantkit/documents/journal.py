@@ -41,7 +41,11 @@ class JobHeader(DocumentPart):
     """Bytes. Moves work between RAM and disk, and changes no byte of the result."""
 
     def facts(self) -> dict[str, object]:
-        """Key -> value of all that was stated and that the result's bytes follow from, as in the file."""
+        """Key -> value of all that was stated, as in the file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def bytes_follow_from(self) -> dict[str, object]:
+        """Those of `facts` that another job with the same bytes must share."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"memory_budget"})
 
 

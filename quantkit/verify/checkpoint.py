@@ -24,15 +24,16 @@ from quantkit.verify.stated import FP8, PLAIN, SchemeOf, Stored, stated
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``method``: quant_method of config.json, or `PLAIN`; ``section``: its quantization_config; ``resolver``:
-    what its lists of targets say, where the method has such; ``planned``: every tensor of the family, MTP layers
-    included, as config.json says it is stored."""
+    """``method``: quant_method of config.json, or `PLAIN`; ``section``: its quantization_config; ``resolver``: what its
+    lists of targets say, where the method has such; ``read``: see `Stated`; ``planned``: every tensor of the family,
+    MTP layers included, as config.json says it is stored."""
 
     directory: Path
     config: Mapping[str, object]
     method: str
     section: Mapping[str, object]
     resolver: Resolver | None
+    read: Mapping[str, tuple[str, ...]]
     raw: SafetensorsSource
     arch: ModelArch
     planned: tuple[PlannedTensor, ...]
@@ -58,9 +59,9 @@ def open_checkpoint(directory: Path) -> Generator[Checkpoint]:
     with SafetensorsSource(directory) as raw:
         where = str(directory / "config.json")
         section = object_of(where, "quantization_config", config.get("quantization_config") or {})
-        said = stated(Stored(directory, config, section, raw.infos()), method)
+        said = stated(Stored(directory, config, section, raw), method)
         planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in arch.tensors())
-        yield Checkpoint(directory, config, method, section, said.resolver, raw, arch, planned)
+        yield Checkpoint(directory, config, method, section, said.resolver, said.read, raw, arch, planned)
 
 
 def _planned(spec: TensorSpec, scheme_of: SchemeOf, stored: Mapping[str, TensorInfo]) -> PlannedTensor:

@@ -33,6 +33,9 @@ def faults(checkpoint: Checkpoint) -> Iterator[str]:
     packed: list[str] = []
     known: set[str] = set()
     for tensor in present:
+        if tensor.name in checkpoint.read:
+            known.update(checkpoint.read[tensor.name])
+            continue
         needed = checkpoint.needed(tensor)
         known.update(info.name for info in needed)
         if tensor.scheme is not None and tensor.name in stored and not _any_of(needed, stored):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from quantkit.errors import SourceError
 from quantkit.formats.folder import object_of
 from quantkit.formats.fp8_source import SCALE_SUFFIX
-from quantkit.formats.layouts import compressed_tensors
+from quantkit.formats.layouts import READERS, compressed_tensors
 from quantkit.formats.layouts.compressed_tensors_config import Resolver
 from quantkit.formats.safetensors.header import printable
+from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import float8_block_size
 from quantkit.schemes import Bnb4Scheme, Float8Scheme, IntScheme, Scheme
 from quantkit.tensors import TensorInfo, TensorSpec
@@ -34,7 +35,12 @@ class Stored:
     directory: Path
     config: Mapping[str, object]
     section: Mapping[str, object]
-    infos: Mapping[str, TensorInfo]
+    raw: SafetensorsSource
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What is stored, by name."""
+        return self.raw.infos()
 
     @property
     def where(self) -> str:
@@ -49,20 +55,25 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """``scheme_of``: None for what is not quantised; ``resolver``: lists of targets, where the method has such."""
+    """``scheme_of``: None for what is not quantised; ``resolver``: lists of targets, where the method has such;
+    ``read``: linears that the layout's reader found, with their tensors, where no more is known than that."""
 
     scheme_of: SchemeOf
     resolver: Resolver | None = None
+    read: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
 
 def stated(stored: Stored, method: str) -> Stated:
     """Raises `SourceError` for a method, or an entry of it, that is not known."""
-    if method not in _READ:
+    if method in _READ:
+        return _READ[method](stored)
+    if method not in READERS:
         raise SourceError(
             f"{stored.where}: quantization_config says {printable(repr(method))}, whose load contract is not known.",
-            hint=f"Known are {', '.join(_READ)}.",
+            hint=f"Known are {', '.join(dict.fromkeys([*_READ, *READERS]))}.",
         )
-    return _READ[method](stored)
+    linears = READERS[method].find(stored.raw, stored.section)
+    return Stated(lambda spec: None, read={name: linear.parts for name, linear in linears.items()})
 
 
 def _plain(stored: Stored) -> Stated:

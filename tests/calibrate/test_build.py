@@ -389,7 +389,7 @@ def test_fewer_tokens_than_asked_for_are_no_error(tmp_path: Path) -> None:
         (b'{"text": "a", "kind": " "}', "a.jsonl", {"domain_by": "kind"}, "a.jsonl:1: `kind` is an empty string"),
         (b'{"text": "a"}', "a.csv", {}, "a.csv: found .csv, can read"),
         (b'{"text": "a"}', "a.jsonl", {"exclude": ("none.txt",)}, "none.txt: no such file"),
-        (b'{"text": "a"}', "a.jsonl", {"tokenizer": Path("nowhere")}, "tokenizer.json: cannot be read"),
+        (b'{"text": "a"}', "a.jsonl", {"tokenizer": Path("nowhere")}, "tokenizer.json: no such file"),
     ],
 )
 def test_what_is_unusable_is_refused_before_anything_is_written(

@@ -104,7 +104,7 @@ def test_exclude_takes_all_words_up_to_the_next_option() -> None:
         (("empty.txt",), 1, "error: empty.txt: the file is empty"),
         (("good.txt", "-o", "taken.jsonl"), 1, "error: taken.jsonl: exists already"),
         (("good.txt", "-o", "out.txt"), 1, "error: out.txt: found .txt, needed .jsonl"),
-        (("good.txt", "--tokenizer", "nowhere"), 1, "tokenizer.json: cannot be read"),
+        (("good.txt", "--tokenizer", "nowhere"), 1, "tokenizer.json: no such file"),
         (("good.txt", "--tokens", "many"), 2, "needed a number such as"),
         (("good.txt", "--exclude", "none.txt"), 1, "error: none.txt: no such file"),
         (("good.jsonl", "--domain-by", "kind"), 1, "error: good.jsonl:1: found text, needed the key `kind`"),

@@ -40,7 +40,11 @@ def test_tables_and_file(folder: Path, tmp_path: Path) -> None:
     assert [line.split()[0] for line in domains.splitlines()[2::3]] == ["one", "two"]
     assert [line.split()[0] for line in layers.splitlines()[2:]] == ["0", "1"]
     assert footer.startswith("186 tokens scored in 6 windows of 32 (windows), 2 files, on cpu.")
-    assert done.stderr.splitlines() == ["2 candidates, 6 windows, 192 tokens", "layer 1/2", "layer 2/2"]
+    assert [line.split("  ")[0] for line in done.stderr.splitlines()] == [
+        "2 candidates, 6 windows, 192 tokens",
+        "layer 1/2",
+        "layer 2/2",
+    ]
     found = Evaluation.model_validate_json((tmp_path / "evaluation.json").read_bytes())
     kld = found.candidates[0].result.overall.kld
     assert f"{kld.mean:.5f} ± {kld.standard_error:.5f}" in overall.splitlines()[4]
@@ -93,7 +97,10 @@ def test_one_window_has_no_standard_error(folder: Path) -> None:
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     refused = quantkit(*words(folder, "absent"))
     assert refused.exit_code == 1
-    assert refused.stderr == f"error: {folder / 'absent'}: does not exist.\n"
+    assert (
+        refused.stderr
+        == f"error: {folder / 'absent'}: does not exist.\nhint: Give checkpoints that exist after the reference.\n"
+    )
     assert "is no place for a file" in quantkit(*words(folder, "fp8"), "-o", tmp_path).stderr
     assert "is no place for a file" in quantkit(*words(folder, "fp8"), "-o", tmp_path / "a" / "b.json").stderr
     short = quantkit(*words(folder, "fp8"), "--context", 4096)

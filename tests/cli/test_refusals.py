@@ -114,7 +114,7 @@ def refused(folder: Path, words: str) -> tuple[int, str]:
         ("evaluate N N -o taken", 1, "error: taken: is no place for a file."),
         ("evaluate N --save-reference taken", 1, "error: taken: is no place for a file."),
         ("evaluate N", 2, "give a candidate, or --save-reference"),
-        ("check absent.json -b absent.json", 1, "error: absent.json: cannot be read"),
+        ("check absent.json -b absent.json", 1, "error: absent.json: no such file"),
         ("report absent", 1, "error: absent: not found."),
         ("inspect absent", 1, "error: absent: no such file or folder."),
     ],

@@ -57,8 +57,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> GgufJob:
         "layer 1 attention: write gguf",
         "layer 1 experts: write gguf",
         "layer 1 experts: write imatrix",
-        "layer 1 experts: append journal",
-        "layer 1 done: write gguf",
+        "layer 1 kept: append journal",
+        "layer 2 experts: write gguf",
         "files: replace other",
     ],
 )

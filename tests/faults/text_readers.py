@@ -134,7 +134,7 @@ def _tokenizer_reader(folder: Path, name: str) -> Reader:
     def read() -> None:
         _all_of(
             lambda: load_tokenizer(folder).encode("x", TEXTS),
-            lambda: vocabulary(folder, 1024, pre="deepseek-v3"),
+            lambda: vocabulary(folder, 1024, pre="gpt-2"),
             lambda: check_side_files(folder),
             lambda: folder_notes(folder),
         )

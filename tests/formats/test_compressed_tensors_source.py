@@ -97,9 +97,9 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "no section": (lambda section, _: section.clear(), "quant_method is None, compressed-tensors was needed"),
     "gptq": (lambda section, _: section.update(quant_method="gptq"), "quant_method is 'gptq'"),
     "no groups": (lambda section, _: section.pop("config_groups"), "config_groups is None, an object was needed"),
-    "nvfp4": (
-        lambda section, _: section["config_groups"]["group_0"]["weights"].update(type="float"),
-        r"config_groups\.group_0: type 'float', num_bits 4, strategy 'group', group_size 32 cannot be read",
+    "floats of six bits": (
+        lambda section, _: section["config_groups"]["group_0"]["weights"].update(type="float", num_bits=6),
+        r"config_groups\.group_0: type 'float', num_bits 6, strategy 'group', group_size 32 cannot be read",
     ),
     "targets": (
         lambda section, _: section["config_groups"]["group_0"].update(targets=7),

@@ -245,7 +245,7 @@ def several(*edits: Edit) -> Edit:
         (put("model.vocab.a", 7.0), "gives 'a' the id 7.0"),
         (put("model.vocab.a", True), "gives 'a' the id True"),
         (put("model.vocab.a", -1), "gives 'a' the id -1"),
-        (put("model.vocab.a", 10**3000), "config.json has vocab_size 1280"),
+        (put("model.vocab.a", 10**3000), "model.vocab gives 'a' the id '1000000"),
         (put("model.vocab.new", 7), "the id 7 stands for"),
         (put("added_tokens.4.content", "a"), "the added token 'a' has the id 4, but is the id "),
         (
@@ -322,9 +322,9 @@ def test_special_ids_beyond_the_vocabulary(number: object, tmp_path: Path) -> No
     ("content", "found"),
     [
         (None, "is missing or no file"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"{", "is not JSON"),
-        (b"[]", "the file is list, needed an object"),
+        (b"[" * 100_000, "the JSON is nested too deeply"),
+        (b"{", "is not sound JSON"),
+        (b"[]", "holds a JSON list, an object was needed"),
         (b"\xff", "is not UTF-8"),
         (b"{}", "model is None, needed an object"),
     ],

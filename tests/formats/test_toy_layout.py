@@ -107,6 +107,7 @@ INT4 = IntScheme(group_size=64)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout under a name that recipes know."""
     monkeypatch.setitem(layouts.LAYOUTS, "compressed-tensors", TOY)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(layouts.READERS, "toy", TOY.reader)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")

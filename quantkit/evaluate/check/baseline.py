@@ -22,6 +22,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def read_evaluation(path: Path) -> Evaluation:
     """A file of ``quantkit evaluate --out``. Raises `EvaluationError` with one line."""
+    if not path.exists():
+        raise EvaluationError(f"{path}: no such file.", hint="Make it: quantkit evaluate REFERENCE OUT -o FILE.")
     found = _read(path, Evaluation, "an evaluation")
     _check_version(path, found, "an evaluation")
     check_windows(path, found)

@@ -1,0 +1,93 @@
+"""What the functions of `quantkit.api` take, made into what the rooms take."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from quantkit.errors import OutputError, PlanError, SourceError
+
+if TYPE_CHECKING:
+    from quantkit.documents.evaluation import Evaluation
+    from quantkit.plan.recipe import Recipe
+
+Parsed = TypeVar("Parsed")
+
+
+def write_text(path: Path, text: str, *, append: bool = False) -> None:
+    """Write UTF-8 with plain line ends; names of files that are no text, with escapes. Raises `OutputError`."""
+    mode = "a" if append else "w"
+    try:
+        with path.open(mode, encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
+
+
+def let_threads_sleep() -> None:
+    """OpenMP's waiting threads sleep in place of spinning, which beside other work makes a conversion several times
+    slower. Read when torch is loaded: then it is too late, and what the caller set is left."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def threads(jobs: int | None) -> Generator[None]:
+    """So many CPU threads for this conversion, not for what else the process does with torch."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        if jobs is not None:
+            torch.set_num_threads(jobs)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def recipe_and_folder(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:
+    """The recipe, and the folder that its relative paths count from."""
+    from quantkit.plan.recipe import Recipe
+
+    loaded = Recipe.from_yaml(recipe) if isinstance(recipe, Path | str) else recipe
+    if not isinstance(loaded, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance] - not all callers are checked
+        raise TypeError(f"recipe: found {type(loaded).__name__}, needed a Recipe, a file or the name of a shipped one")
+    return loaded, loaded.folder if base_dir is None else path_of(base_dir)
+
+
+def parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:
+    """Raises `PlanError` for a value that cannot be read."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise PlanError(f"{name}: {error}.") from None
+
+
+def evaluation_of(evaluation: Evaluation | Path | str) -> Evaluation:
+    if not isinstance(evaluation, Path | str):
+        return evaluation
+    from quantkit.evaluate.check.baseline import read_evaluation
+
+    return read_evaluation(path_of(evaluation))
+
+
+def paths_of(paths: Path | str | Sequence[Path | str]) -> list[Path]:
+    return [path_of(paths)] if isinstance(paths, Path | str) else [path_of(path) for path in paths]
+
+
+def path_of(path: Path | str) -> Path:
+    """Raises `SourceError` for a name that no file can have: pathlib raises errors of its own for those."""
+    made = Path(path)
+    try:
+        os.lstat(made)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            from quantkit.formats.safetensors.header import printable
+
+            raise SourceError(f"{printable(str(path))}: is no name of a file ({printable(str(error), 60)}).") from None
+    return made
