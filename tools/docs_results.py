@@ -75,6 +75,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Memory: does convert take what plan says?", "memory_model", "benchmarks/memory_model.py", memory_model),
     ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),
     ("vLLM computes what was written", "vllm_load", "benchmarks/vllm", vllm_load),
+    ("vLLM computes what was written: GPTQ, AWQ, NVFP4, MXFP4", "vllm_layouts", "benchmarks/vllm", vllm_load),
     ("Reliability: damaged files", "fuzz", "benchmarks/fuzz.py", fuzz),
     ("Reliability: failing disks, kills, tampering", "faults", "benchmarks/faults.py", faults),
     ("The regression gate", "regression_gate", "benchmarks/regression_gate.py", regression_gate),
