@@ -92,7 +92,7 @@ def evaluate(model: Path, candidates: list[Path], per_file: int) -> list[list[fl
 def record() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
-        "device": cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__},
         "load_average": round(os.getloadavg()[0], 1),
