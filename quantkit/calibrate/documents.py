@@ -226,7 +226,7 @@ def _label(match: Path, root: Path, pattern: Path) -> str:
 
 def _checked(file: TextFile) -> TextFile:
     if file.path.is_dir():
-        raise CalibrationError(f"{file.label}: is a folder.", hint=f"Name its files: {file.label.rstrip('/')}/*.txt")
+        raise CalibrationError(f"{file.label}: is a folder.", hint=f"Name its files: {file.label.rstrip('/')}/*")
     if not file.path.is_file():
         raise CalibrationError(
             f"{file.label}: no such file.", hint=f"Looked for {printable(str(file.path.resolve()))}."

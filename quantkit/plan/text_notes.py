@@ -50,9 +50,18 @@ def expert_tokens(recipe: Recipe, arch: ModelArch) -> TokensPerExpert | None:
 
 
 def text_notes(recipe: Recipe, arch: ModelArch) -> list[str]:
-    """A line if only built-in text calibrates a model of many experts, and one if experts get too few tokens."""
+    """A line for each text that both calibrates and validates, one if only built-in text calibrates a model of many
+    experts, and one if experts get too few tokens."""
     spread = expert_tokens(recipe, arch)
-    return [] if spread is None else [*_builtin_notes(recipe, spread), *_rank_notes(recipe, spread)]
+    of_experts = [] if spread is None else [*_builtin_notes(recipe, spread), *_rank_notes(recipe, spread)]
+    return [*_same_text_notes(recipe), *of_experts]
+
+
+def _same_text_notes(recipe: Recipe) -> list[str]:
+    if recipe.calibration is None or recipe.validation is None:
+        return []
+    both = [name for name in recipe.calibration.data if name in recipe.validation.text]
+    return [f"{name} calibrates and validates: what is measured on it flatters the result." for name in both]
 
 
 def _builtin_notes(recipe: Recipe, spread: TokensPerExpert) -> list[str]:

@@ -11,13 +11,13 @@ from quantkit.verify.verification import Finding, Verification
 def verification_text(found: Verification) -> str:
     """A headline, one line for each fault and note, what was read, and the verdict."""
     runtimes = ", ".join(found.runtimes)
-    lines = [f"{found.path}: {found.stored_as}, {found.tensors:,} tensors, against what {runtimes} need"]
+    lines = [f"{found.path}: {found.stored_as}, {found.tensors:,} tensors, for {runtimes}"]
     lines += [_line("fault", finding) for finding in found.faults]
     lines += [_line("note", finding) for finding in found.notes]
     contents = found.contents
     if contents.hashed:
-        agree = f"{contents.hashed} files, {both_units(contents.hashed_bytes)}"
-        lines.append(f"sha256: {agree}, are what quantkit.json says")
+        files = "1 file" if contents.hashed == 1 else f"{contents.hashed} files"
+        lines.append(f"sha256: {files}, {both_units(contents.hashed_bytes)}, as quantkit.json says")
     if contents.decoded:
         compared = ", and compared with the original" if contents.compared else ""
         lines.append(f"decoded: {contents.decoded} linears{compared}")

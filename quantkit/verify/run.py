@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError
 from quantkit.formats.safetensors.header import printable
+from quantkit.formats.source import read_config
 from quantkit.verify import completeness, surroundings, transformers, vllm
 from quantkit.verify.checkpoint import Checkpoint, open_checkpoint
 from quantkit.verify.contents import hash_files, is_rescaled
 from quantkit.verify.gguf import LLAMA_CPP, holds_gguf, read_gguf
 from quantkit.verify.stated import BITSANDBYTES
-from quantkit.verify.verification import ANY, Contents, Finding, Verification
+from quantkit.verify.verification import ANY, RUNTIMES, Contents, Finding, Verification
 
 VLLM, TRANSFORMERS, SGLANG = "vllm", "transformers", "sglang"
 
@@ -89,6 +91,11 @@ def _verify_gguf(path: Path, scope: Scope) -> Verification:
     findings += [Finding(LLAMA_CPP, False, text) for text in notes]
     folder = path if path.is_dir() else path.parent
     contents = _hashed(folder, findings) if scope.hashes else Contents()
+    if scope.sample and scope.source is None:
+        text = "values were not decoded: give the original's folder, which says what the tensors belong to."
+        findings.append(Finding(ANY, False, text))
+    elif scope.sample and scope.source is not None and not any(finding.fault for finding in findings):
+        contents = _sampled(path, arch_of(read_config(scope.source)), scope, contents, findings)
     return Verification(path, "GGUF", runtimes, n_tensors, tuple(findings), contents)
 
 
@@ -96,6 +103,9 @@ def _chosen(
     path: Path, wanted: tuple[str, ...], possible: tuple[str, ...], default: tuple[str, ...]
 ) -> tuple[str, ...]:
     """The runtimes to be scope. Raises `PlanError` for one that does not read such files."""
+    unknown = [name for name in wanted if name not in RUNTIMES]
+    if unknown:
+        raise PlanError(f"runtime {printable(unknown[0])}: not known.", hint=f"Known are {', '.join(RUNTIMES)}.")
     unfit = [name for name in wanted if name not in possible]
     if unfit:
         known = f"runtimes that read it: {', '.join(possible)}"
@@ -115,7 +125,7 @@ def _sampled(path: Path, arch: ModelArch, scope: Scope, contents: Contents, find
     from quantkit.verify.sample import decode_sample
 
     original = scope.source
-    if original is not None and is_rescaled(path):
+    if original is not None and is_rescaled(path if path.is_dir() else path.parent):
         text = "the recipe rescales channels (awq), so linears are not those of the original: they were not compared."
         findings.append(Finding(ANY, False, text))
         original = None

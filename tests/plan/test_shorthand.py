@@ -211,6 +211,8 @@ def test_the_built_in_text_is_small_for_many_experts() -> None:
     assert notes(V3, Shorthand("w4a16", data=("own.txt",), tokens=229375)) != []
     assert notes(V3, Shorthand("w4a16", data=("own.txt",), tokens=229376)) == []
     assert notes(NANO, Shorthand("w4a16")) == []
+    (same,) = notes(NANO, Shorthand("w4a16", data=("builtin:eval",)))
+    assert same.startswith("builtin:eval calibrates and validates")
 
 
 def test_a_plan_says_what_experts_get() -> None:

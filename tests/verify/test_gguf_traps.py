@@ -10,6 +10,8 @@ import pytest
 
 import quantkit
 from quantkit.errors import QuantkitError
+from tests.convert.gguf_jobs import gguf_output, gguf_recipe, wide_config
+from tests.convert.jobs import run, write_model
 from tests.inspect.gguf_files import Shapes, tiny_file, write_file
 
 Keys = dict[str, Any]
@@ -81,3 +83,22 @@ def test_what_only_costs_quality_is_a_note(tmp_path: Path) -> None:
     found = quantkit.verify(write_file(tmp_path / "model.gguf", keys, shapes))
     assert found.passed
     assert any("takes them for experts" in note.text for note in found.notes)
+
+
+def test_values_are_decoded_beside_the_original(tmp_path: Path) -> None:
+    """Every header is right, and a part of the data is not."""
+    model = tmp_path / "model"
+    write_model(model, wide_config())
+    recipe = gguf_recipe(gguf_output(preset="Q8_0"), tokens=None)
+    report = run(model, recipe, tmp_path / "out")
+    sound = quantkit.verify(report.outputs[0].path, source=model, sample=100)
+    assert sound.passed
+    assert sound.contents.compared > 5
+    (file,) = report.outputs[0].path.glob("*.gguf")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    file.write_bytes(content)
+    found = quantkit.verify(report.outputs[0].path, source=model, sample=100, hashes=False)
+    assert any("of its norm away from the original's" in fault.text for fault in found.faults)
+    alone = quantkit.verify(report.outputs[0].path, hashes=False)
+    assert any(note.text.startswith("values were not decoded") for note in alone.notes)

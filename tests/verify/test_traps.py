@@ -384,6 +384,8 @@ def test_notes_say_what_is_missing_around_the_weights(sound: Path, tmp_path: Pat
 def test_a_runtime_that_does_not_read_the_format_is_refused(sound: Path) -> None:
     with pytest.raises(QuantkitError, match=r"llama\.cpp does not read it; runtimes that read it: vllm, transformers"):
         quantkit.verify(sound, runtimes="llama.cpp")
+    with pytest.raises(QuantkitError, match="runtime vLLM: not known"):
+        quantkit.verify(sound, runtimes="vLLM")
 
 
 def test_an_fp8_checkpoint_is_held_against_its_blocks(tmp_path: Path) -> None:
