@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.read import CONVERSION, read_documents
 from quantkit.errors import QuantkitError
 from quantkit.formats.preallocated import sha256_of
+from quantkit.formats.safetensors.header import printable
 from quantkit.quantizers.awq import Awq
 
 RESCALING = (Awq.model_fields["kind"].default,)
@@ -42,7 +44,7 @@ def hash_files(directory: Path) -> Hashed:
         return Hashed((), 0, 0, recorded=False)
     wanted = found.document.sha256
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        problems = list(pool.map(_problem, [directory / name for name in wanted], wanted.values()))
+        problems = list(pool.map(partial(_problem, directory), wanted, wanted.values()))
     good = [name for name, problem in zip(wanted, problems, strict=True) if not problem]
     nbytes = sum((directory / name).stat().st_size for name in good)
     return Hashed((*filter(None, problems), *_strangers(directory, wanted)), len(good), nbytes, recorded=True)
@@ -57,7 +59,10 @@ def is_rescaled(directory: Path) -> bool:
     return any(f'"kind": "{kind}"' in recipe for kind in RESCALING)
 
 
-def _problem(path: Path, wanted: str) -> str:
+def _problem(directory: Path, name: str, wanted: str) -> str:
+    if Path(name).name != name:
+        return f"quantkit.json lists {printable(name, 60)}, which is no file of this folder."
+    path = directory / name
     if not path.is_file():
         return f"{path.name}: is missing."
     try:

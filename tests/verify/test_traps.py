@@ -320,6 +320,18 @@ def test_bytes_that_changed_and_shards_of_another_job_are_named(sound: Path, tmp
     assert "sha256" not in faults(folder, hashes=False)
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b"])
+def test_names_that_lead_out_of_the_folder_are_not_followed(name: str, sound: Path, tmp_path: Path) -> None:
+    """quantkit.json may come from a stranger."""
+    folder = tmp_path / "made"
+    shutil.copytree(sound, folder)
+    (tmp_path / "secret").write_text("text")
+    document = json.loads((folder / "quantkit.json").read_text())
+    document["sha256"][name] = "0" * 64
+    (folder / "quantkit.json").write_text(json.dumps(document))
+    assert faults(folder) == f": quantkit.json lists {name}, which is no file of this folder."
+
+
 def test_experts_that_changed_places_are_found_beside_the_original(sound: Path, tmp_path: Path) -> None:
     """Every header is right."""
 
