@@ -15,11 +15,13 @@ Rate = Annotated[float, Field(ge=1, le=1e18, allow_inf_nan=False)]
 
 class KernelSpeed(DocumentPart):
     """Seconds that a method takes to choose codes in a scheme, for a matrix of (rows, n) weights: ``call`` * n + rows *
-    n * (``weight`` + ``column`` * n); and ``decode`` for each weight that is decoded again."""
+    n * (``weight`` + ``column`` * n); ``rescale`` for each weight while the factors of its input channels are searched;
+    and ``decode`` for each weight that is decoded again."""
 
     call: Seconds
     weight: Seconds
     column: Seconds
+    rescale: Seconds
     decode: Seconds
 
 

@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.inputs import InputStats
+from quantkit.arch.base import NormWeight
+from quantkit.calibrate.inputs import InputImportance, InputStats
 from quantkit.documents.speed import DiskSpeed, KernelSpeed, SpeedDocument
 from quantkit.plan.plan import Plan
 from quantkit.plan.speed import Treatment, disk_key, existing, is_complete, read_speed, save_speed, treatments
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import Quantizer
 from quantkit.quantizers.ldlq.factor import factorize
+from quantkit.quantizers.rescaling import ChannelReader, Channels, RescalingMethod
 from quantkit.schemes import ChosenScheme
 
 REPEATS = 3
@@ -112,13 +114,24 @@ def _kernel(scheme: ChosenScheme, method: Method, device: torch.device) -> Kerne
     wider = (of_wide / wide[1] - call) / wide[0]  # the same for more columns
     column = max(0.0, (wider - each) / (wide[1] - n))
     decode = _decode_seconds(scheme, method, high, device) / (high[0] * n)
-    return KernelSpeed(call=call, weight=max(LEAST, each - n * column), column=column, decode=decode)
+    rescale = _rescaling_seconds(scheme, method, high, device) / (high[0] * n)
+    return KernelSpeed(call=call, weight=max(LEAST, each - n * column), column=column, rescale=rescale, decode=decode)
 
 
 def _choice_seconds(scheme: ChosenScheme, method: Method, shape: tuple[int, int], device: torch.device) -> float:
     """Of choosing codes for one matrix; its Hessian is factored before."""
     quantize, weight = _quantizer(method, shape[1], device), _weight(shape, device)
     return _best(lambda: quantize(weight, scheme), device)
+
+
+def _rescaling_seconds(scheme: ChosenScheme, method: Method, shape: tuple[int, int], device: torch.device) -> float:
+    """Of searching the factors of one matrix's input channels; 0 for a method that takes them as they are."""
+    if not isinstance(method, RescalingMethod):
+        return 0.0
+    reader = ChannelReader(scheme, _weight(shape, device), InputImportance(_stats(shape[1], device).importance, (1,)))
+    producer = NormWeight("norm", ())
+    channels = Channels((producer,), reader.inputs, lambda: iter((reader,)))
+    return _best(lambda: method.rescale(channels), device)
 
 
 def _decode_seconds(scheme: ChosenScheme, method: Method, shape: tuple[int, int], device: torch.device) -> float:

@@ -116,7 +116,8 @@ class _Costs:
             kernel = self.speed.kernels[treatment_key(*chosen)]
             weights = count * heads * rows * n
             sweeps = -(-count // self.at_once)
-            seconds += sweeps * kernel.call * n + weights * (kernel.weight + kernel.column * n + kernel.decode)
+            each = kernel.rescale + kernel.weight + kernel.column * n + kernel.decode
+            seconds += sweeps * kernel.call * n + weights * each
             calls += count
         return seconds + calls * TENSOR_CALLS * self.speed.call
 

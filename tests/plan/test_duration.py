@@ -81,7 +81,7 @@ def test_a_layer_with_experts_weighs_as_much_as_its_experts(v3: Forecast) -> Non
 
 def test_products_of_a_layer_are_counted(v3: Forecast) -> None:
     """With everything else infinitely fast, the seconds of V3's routed experts are their products."""
-    free = KernelSpeed(call=0, weight=0, column=0, decode=0)
+    free = KernelSpeed(call=0, weight=0, column=0, rescale=0, decode=0)
     fast: Mapping[str, Any] = {"memory": 1e18, "new_memory": 1e18, "call": 0, "factor_square": 0, "factor_cube": 0}
     speed = SPEED.model_copy(update={**fast, "kernels": dict.fromkeys(treatments(v3.plan), free), "flops": 1e12})
     steps = steps_of(v3, speed, DiskSpeed(read=1e18, write=1e18))
@@ -95,7 +95,7 @@ def test_products_of_a_layer_are_counted(v3: Forecast) -> None:
 
 def test_factors_and_codes_are_counted(v3: Forecast) -> None:
     none: Mapping[str, Any] = {"flops": 1e18, "memory": 1e18, "new_memory": 1e18, "call": 0}
-    kernels = dict.fromkeys(treatments(v3.plan), KernelSpeed(call=0, weight=1e-6, column=1e-9, decode=0))
+    kernels = dict.fromkeys(treatments(v3.plan), KernelSpeed(call=0, weight=1e-6, column=1e-9, rescale=0, decode=0))
     speed = SPEED.model_copy(update={**none, "kernels": kernels, "factor_square": 0, "factor_cube": 1e-12})
     steps = steps_of(v3, speed, DiskSpeed(read=1e18, write=1e18))
     factors = 256 * (7168**3 + 2048**3) * 1e-12
