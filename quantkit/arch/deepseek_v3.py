@@ -8,8 +8,9 @@ asked for, so that planning needs no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from quantkit.arch.base import (
     CheckpointVariants,
@@ -21,13 +22,16 @@ from quantkit.arch.base import (
     ServingSizes,
     Sublayer,
 )
-from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekV3Config
+from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekConfig, DeepseekV3Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from quantkit.arch.base import Weights
+    from quantkit.arch.mla import MlaShape
+    from quantkit.arch.moe import Router
 
 
 MLP_NAMES = MlpNames(gate="gate_proj", up="up_proj", down="down_proj")
@@ -36,19 +40,35 @@ MLP_NAMES = MlpNames(gate="gate_proj", up="up_proj", down="down_proj")
 class DeepseekV3:
     """A `ModelArch`. MTP layers are numbered from ``num_hidden_layers`` on, as in the official files."""
 
-    embed: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
     stacked_experts: bool = False
+    root: str = ""
+    """What stands before every name."""
 
-    def __init__(self, config: Mapping[str, object], gating: Literal["sigmoid", "softmax"] = "sigmoid") -> None:
-        """``gating``: of the router, softmax only for what llama.cpp makes of a file (`GgufModel.read`)."""
-        self._gating: Literal["sigmoid", "softmax"] = gating
-        self.config = DeepseekV3Config.of(config)
-        self.n_layers: int = self.config.num_hidden_layers
-        self.n_mtp_layers: int = self.config.num_nextn_predict_layers
-        self.hidden_size: int = self.config.hidden_size
-        self.vocab_size: int = self.config.vocab_size
-        self.lm_head: str = self.embed if self.config.tie_word_embeddings else "lm_head.weight"
+    def __init__(self, config: Mapping[str, object]) -> None:
+        """Raises `ConfigError`."""
+        self.config: DeepseekConfig
+        self._bind(self._checked(config))
+
+    @staticmethod
+    def _checked(config: Mapping[str, object]) -> DeepseekConfig:
+        """What this family understands of a config.json."""
+        return DeepseekV3Config.of(config)
+
+    def _bind(self, config: DeepseekConfig) -> None:
+        self.config = config
+        self.n_layers: int = config.num_hidden_layers
+        self.n_mtp_layers: int = config.num_nextn_predict_layers
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.embed: str = f"{self.root}model.embed_tokens.weight"
+        self.final_norm: str = f"{self.root}model.norm.weight"
+        self.lm_head: str = self.embed if config.tie_word_embeddings else f"{self.root}lm_head.weight"
+
+    def computing(self, config: DeepseekConfig) -> Self:
+        """The same tensors, computed as ``config`` says: what llama.cpp makes of a file (`GgufModel.read`)."""
+        changed = copy(self)
+        changed._bind(config)
+        return changed
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Embedding, decoder layers, final norm, head, then the MTP layers: every tensor of an official checkpoint."""
@@ -67,12 +87,12 @@ class DeepseekV3:
         embeddings; and what V3.2 adds."""
         copies: dict[str, str] = {}
         for layer in range(self.n_layers, self.n_layers + self.n_mtp_layers):
-            copies[f"{_prefix(layer)}embed_tokens.weight"] = self.embed
-            copies[f"{_prefix(layer)}shared_head.head.weight"] = self.lm_head
+            copies[f"{self._prefix(layer)}embed_tokens.weight"] = self.embed
+            copies[f"{self._prefix(layer)}shared_head.head.weight"] = self.lm_head
         return CheckpointVariants(
             derived=("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached"),
             copies=copies,
-            tied={"lm_head.weight": self.embed} if self.lm_head == self.embed else {},
+            tied={f"{self.root}lm_head.weight": self.embed} if self.lm_head == self.embed else {},
             mtp_marker=".eh_proj.weight",
             foreign={"*.self_attn.indexer.*": "DeepSeek V3.2 (sparse attention)"},
         )
@@ -88,7 +108,7 @@ class DeepseekV3:
         whole_shape = (c.num_attention_heads * (nope + c.v_head_dim), rank)
         parts: dict[str, LinearPart] = {}
         for layer in range(self.n_layers + self.n_mtp_layers):
-            whole = f"{_prefix(layer)}self_attn.kv_b_proj.weight"
+            whole = f"{self._prefix(layer)}self_attn.kv_b_proj.weight"
             for suffix, turned, shape in (
                 ("k", True, (c.num_attention_heads, rank, nope)),
                 ("v", False, (c.num_attention_heads, c.v_head_dim, rank)),
@@ -104,23 +124,14 @@ class DeepseekV3:
 
         assert 0 <= layer < self.n_layers + self.n_mtp_layers, f"layer {layer} of {self.n_layers}"
         c = self.config
-        prefix = _prefix(layer)
+        prefix = self._prefix(layer)
         attention = self._attention(prefix)
         norm = moe.Norm(f"{prefix}post_attention_layernorm.weight", c.rms_norm_eps)
         if self._is_dense(layer):
             mlp = moe.Mlp.named(f"{prefix}mlp.", MLP_NAMES)
             producer = NormWeight(norm.weight, moe.readers([mlp]))
             return (attention,), (moe.mlp_block("mlp", mlp, norm, producer),)
-        router = moe.GroupedRouter(
-            weight=f"{prefix}mlp.gate.weight",
-            bias=f"{prefix}mlp.gate.e_score_correction_bias",
-            n_groups=c.n_group,
-            top_groups=c.topk_group,
-            top_k=c.num_experts_per_tok,
-            normalize=c.norm_topk_prob,
-            scale=c.routed_scaling_factor,
-            gating=self._gating,
-        )
+        router = self._router(f"{prefix}mlp.")
         shared = moe.Mlp.named(f"{prefix}mlp.shared_experts.", MLP_NAMES)
         routed = [moe.Mlp.named(f"{prefix}mlp.experts.{e}.", MLP_NAMES) for e in range(c.n_routed_experts)]
         producer = NormWeight(norm.weight, (router.weight, *moe.readers([shared, *routed])))
@@ -129,11 +140,31 @@ class DeepseekV3:
             moe.expert_block("experts", routed, norm, router, producer),
         )
 
+    def _router(self, prefix: str) -> Router:
+        from quantkit.arch import moe
+
+        c = self.config
+        return moe.GroupedRouter(
+            weight=f"{prefix}gate.weight",
+            bias=f"{prefix}gate.e_score_correction_bias",
+            n_groups=c.n_group,
+            top_groups=c.topk_group,
+            top_k=c.num_experts_per_tok,
+            normalize=c.norm_topk_prob,
+            scale=c.routed_scaling_factor,
+            gating=c.scoring_func,
+        )
+
     def _attention(self, prefix: str) -> DenseBlock:
         from quantkit.arch import mla
 
+        return mla.attention_block(prefix, self._attention_shape())
+
+    def _attention_shape(self) -> MlaShape:
+        from quantkit.arch import mla
+
         c = self.config
-        shape = mla.MlaShape(
+        return mla.MlaShape(
             n_heads=c.num_attention_heads,
             q_lora=c.q_lora_rank is not None,
             kv_lora_rank=c.kv_lora_rank,
@@ -143,13 +174,12 @@ class DeepseekV3:
             norm_eps=c.rms_norm_eps,
             latent_eps=LATENT_NORM_EPS,
         )
-        return mla.attention_block(prefix, shape)
 
     def gguf(self) -> GgufModel:
         """Architecture ``deepseek2`` of llama.cpp."""
         from quantkit.arch.deepseek_v3_gguf_model import DeepseekV3Gguf
 
-        return DeepseekV3Gguf(self.config, DeepseekV3)
+        return DeepseekV3Gguf(self.config, self.computing, self.root)
 
     def serving(self) -> ServingSizes:
         """Sizes with the latent and the rotated key in the KV cache, which all heads share."""
@@ -183,7 +213,7 @@ class DeepseekV3:
 
         from quantkit.arch import ops
 
-        prefix, eps = _prefix(layer), self.config.rms_norm_eps
+        prefix, eps = self._prefix(layer), self.config.rms_norm_eps
         embedded = ops.rms_norm(embeddings, weights(f"{prefix}enorm.weight"), eps)
         previous = ops.rms_norm(hidden, weights(f"{prefix}hnorm.weight"), eps)
         return linear(torch.cat((embedded, previous), dim=-1), weights(f"{prefix}eh_proj.weight"))
@@ -192,13 +222,16 @@ class DeepseekV3:
         """x after the decoder layer inside an MTP layer -> input of its shared_head.head, same shape, float32."""
         from quantkit.arch import ops
 
-        return ops.rms_norm(x, weights(f"{_prefix(layer)}shared_head.norm.weight"), self.config.rms_norm_eps)
+        return ops.rms_norm(x, weights(f"{self._prefix(layer)}shared_head.norm.weight"), self.config.rms_norm_eps)
+
+    def _prefix(self, layer: int) -> str:
+        return f"{self.root}model.layers.{layer}."
 
     def _is_dense(self, layer: int) -> bool:
         return layer < min(self.config.first_k_dense_replace, self.n_layers)
 
     def _layer_tensors(self, layer: int) -> Iterator[TensorSpec]:
-        hidden, prefix = self.hidden_size, _prefix(layer)
+        hidden, prefix = self.hidden_size, self._prefix(layer)
         yield TensorSpec(f"{prefix}input_layernorm.weight", (hidden,), Role.NORM, layer)
         yield from self._attention_tensors(layer, f"{prefix}self_attn.")
         yield TensorSpec(f"{prefix}post_attention_layernorm.weight", (hidden,), Role.NORM, layer)
@@ -234,10 +267,7 @@ class DeepseekV3:
 
     def _moe_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
         c = self.config
-        yield TensorSpec(f"{prefix}gate.weight", (c.n_routed_experts, c.hidden_size), Role.ROUTER, layer)
-        yield TensorSpec(
-            f"{prefix}gate.e_score_correction_bias", (c.n_routed_experts,), Role.ROUTER, layer, float32=True
-        )
+        yield from self._router_tensors(layer, prefix)
         for expert in range(c.n_routed_experts):
             yield from self._mlp_tensors(
                 layer, f"{prefix}experts.{expert}.", c.moe_intermediate_size, Role.EXPERT, expert
@@ -245,6 +275,11 @@ class DeepseekV3:
         # Several shared experts are stored, and computed, as one MLP of their summed width.
         shared_size = c.n_shared_experts * c.moe_intermediate_size
         yield from self._mlp_tensors(layer, f"{prefix}shared_experts.", shared_size, Role.SHARED_EXPERT)
+
+    def _router_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
+        experts = self.config.n_routed_experts
+        yield TensorSpec(f"{prefix}gate.weight", (experts, self.hidden_size), Role.ROUTER, layer)
+        yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,), Role.ROUTER, layer, float32=True)
 
     def _mlp_tensors(
         self, layer: int, prefix: str, width: int, role: Role, expert: int | None = None
@@ -263,7 +298,7 @@ class DeepseekV3:
         )
 
     def _mtp_tensors(self, layer: int) -> Iterator[TensorSpec]:
-        hidden, prefix = self.hidden_size, _prefix(layer)
+        hidden, prefix = self.hidden_size, self._prefix(layer)
         table = (self.vocab_size, hidden)
         for spec in self._layer_tensors(layer):
             yield replace(spec, role=Role.MTP, mtp_role=spec.role)
@@ -304,7 +339,3 @@ class _HeadRows:
     def _view(self, whole: torch.Tensor) -> torch.Tensor:
         heads = whole.view(self.n_heads, -1, whole.shape[-1])
         return heads[:, self.start :] if self.start else heads[:, : self.nope]
-
-
-def _prefix(layer: int) -> str:
-    return f"model.layers.{layer}."

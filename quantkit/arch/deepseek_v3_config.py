@@ -1,15 +1,21 @@
-"""config.json of the family ``deepseek_v3``, checked: sizes, switches, and what contradicts what."""
+"""config.json of DeepSeek's families with latent attention, checked: sizes, switches, and what contradicts what.
+
+`DeepseekConfig` is what they share; each family has its own ways to choose experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantkit.arch.rope import Rope, Yarn, rope_entries
 from quantkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Size = Annotated[int, Field(gt=0, le=2**24)]
 """A dimension. The bound keeps a damaged config.json from describing a table of tensors that no machine can list."""
@@ -20,8 +26,11 @@ LATENT_NORM_EPS = 1e-6
 transformers."""
 
 
-class DeepseekV3Config(BaseModel):
+class DeepseekConfig(BaseModel):
     """What config.json says about tensors and arithmetic, by the official names. Other entries are ignored."""
+
+    routing_hint: ClassVar[str] = ""
+    """What to do about a config.json whose ``scoring_func`` or ``topk_method`` is missing or another family's."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -52,22 +61,22 @@ class DeepseekV3Config(BaseModel):
     norm_topk_prob: bool
     routed_scaling_factor: PositiveFloat
     tie_word_embeddings: bool = False
-    scoring_func: Literal["sigmoid"]
-    topk_method: Literal["noaux_tc"]
+    scoring_func: Literal["sigmoid", "softmax"]
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"]
     moe_layer_freq: Literal[1] = 1
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
 
     @classmethod
-    def of(cls, config: Mapping[str, object]) -> DeepseekV3Config:
+    def of(cls, config: Mapping[str, object]) -> Self:
         """The checked entries of a raw config.json; `ConfigError` with every fault in one line."""
         try:
             return cls.model_validate(_whole({**config, **rope_entries(config)}))
         except ValidationError as error:
-            raise _config_error(error) from None
+            raise _config_error(error, cls.routing_hint) from None
 
     @model_validator(mode="after")
-    def _agree(self) -> DeepseekV3Config:
+    def _agree(self) -> Self:
         group_size, rest = divmod(self.n_routed_experts, self.n_group)
         if rest:
             raise _contradiction(
@@ -75,7 +84,7 @@ class DeepseekV3Config(BaseModel):
             )
         if self.topk_group > self.n_group:
             raise _contradiction(f"topk_group {self.topk_group} is larger than n_group {self.n_group}")
-        if group_size < 2:
+        if group_size < 2 and self.topk_method == "noaux_tc":
             raise _contradiction(
                 f"n_group {self.n_group} leaves one expert per group, groups are ranked by their best two"
             )
@@ -114,6 +123,18 @@ class DeepseekV3Config(BaseModel):
         )
 
 
+class DeepseekV3Config(DeepseekConfig):
+    """Experts are chosen by biased sigmoids (arXiv 2412.19437, section 2.1.2)."""
+
+    routing_hint = (
+        'deepseek_v3 routes with scoring_func "sigmoid" and topk_method "noaux_tc". transformers 5 drops both keys '
+        "when it saves a config.json: take the official file, or add them by hand."
+    )
+
+    scoring_func: Literal["sigmoid"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    topk_method: Literal["noaux_tc"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 def _whole(value: object) -> object:
     """The same with 512.0 as 512 at every depth: some libraries write whole numbers so. Fields of floats take both."""
     if isinstance(value, dict):
@@ -125,7 +146,7 @@ def _contradiction(text: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{text}", {"text": text})
 
 
-def _config_error(error: ValidationError) -> ConfigError:
+def _config_error(error: ValidationError, routing_hint: str) -> ConfigError:
     """One line for all faults: key, what was found, what was needed."""
     faults: list[str] = []
     keys: set[str] = set()
@@ -139,10 +160,5 @@ def _config_error(error: ValidationError) -> ConfigError:
             faults.append(f"{key} is {repr(fault['input'])[:60]}, {message}")
         else:
             faults.append(fault["msg"])
-    hint = ""
-    if keys & {"scoring_func", "topk_method"}:
-        hint = (
-            'deepseek_v3 routes with scoring_func "sigmoid" and topk_method "noaux_tc". transformers 5 drops both keys '
-            "when it saves a config.json: take the official file, or add them by hand."
-        )
+    hint = routing_hint if keys & {"scoring_func", "topk_method"} else ""
     return ConfigError(f"config.json: {'; '.join(faults)}.", hint=hint)

@@ -15,7 +15,7 @@ from quantkit.errors import ConfigError, SourceError
 from quantkit.tensors import Role
 
 if TYPE_CHECKING:
-    from quantkit.arch.deepseek_v3_config import DeepseekV3Config
+    from quantkit.arch.deepseek_v3_config import DeepseekConfig
 
 GGUF_ARCHITECTURE = "deepseek2"
 
@@ -119,7 +119,7 @@ def stored_name(name: str) -> tuple[str, int | None]:
     raise SourceError(f"{name}: a GGUF file of architecture {GGUF_ARCHITECTURE} has no place for this tensor.")
 
 
-def key_values(config: DeepseekV3Config, *, mtp: bool) -> dict[str, int | float | bool | str]:
+def key_values(config: DeepseekConfig, *, mtp: bool) -> dict[str, int | float | bool | str]:
     """general.architecture, general.type and every key of the architecture, in the order of llama.cpp's converter.
 
     int means uint32, float float32. ``mtp``: the file holds the MTP layer. Not here: tokenizer, file_type,
@@ -160,7 +160,7 @@ def is_lite(layers: int, vocab_size: int) -> bool:
     return layers in _LITE_LAYERS or (layers == 48 and vocab_size == _LITE_48_VOCABULARY)
 
 
-def differences(config: DeepseekV3Config) -> tuple[str, ...]:
+def differences(config: DeepseekConfig) -> tuple[str, ...]:
     """What llama.cpp computes otherwise than the checkpoint's own code, one line each, to be shown in a plan."""
     lines: list[str] = []
     if not math.isclose(config.rms_norm_eps, _LATENT_EPS, rel_tol=1e-6):
@@ -179,7 +179,7 @@ def differences(config: DeepseekV3Config) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def server_flags(config: DeepseekV3Config) -> tuple[str, ...]:
+def server_flags(config: DeepseekConfig) -> tuple[str, ...]:
     """Yarn's ramp, where it is not the one that llama.cpp assumes."""
     yarn = config.rope_scaling
     if yarn is None:
@@ -192,14 +192,14 @@ def server_flags(config: DeepseekV3Config) -> tuple[str, ...]:
     return "--yarn-beta-fast", f"{yarn.beta_fast:g}", "--yarn-beta-slow", f"{yarn.beta_slow:g}"
 
 
-def _expert_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
+def _expert_values(c: DeepseekConfig) -> dict[str, int | float | bool | str]:
     values: dict[str, int | float | bool | str] = {
         "expert_feed_forward_length": c.moe_intermediate_size,
         "expert_count": c.n_routed_experts,
         "expert_used_count": c.num_experts_per_tok,
         "expert_shared_count": c.n_shared_experts,
         "expert_weights_scale": float(c.routed_scaling_factor),
-        "expert_gating_func": SIGMOID,  # absent means softmax
+        "expert_gating_func": SIGMOID if c.scoring_func == "sigmoid" else SOFTMAX,  # absent means softmax
     }
     if c.norm_topk_prob:
         values["expert_weights_norm"] = True
@@ -209,7 +209,7 @@ def _expert_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
     return values
 
 
-def _yarn_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
+def _yarn_values(c: DeepseekConfig) -> dict[str, int | float | bool | str]:
     yarn = c.rope_scaling
     if yarn is None:
         return {}
@@ -226,7 +226,7 @@ def _yarn_values(c: DeepseekV3Config) -> dict[str, int | float | bool | str]:
     return values
 
 
-def _check(c: DeepseekV3Config, *, mtp: bool) -> None:
+def _check(c: DeepseekConfig, *, mtp: bool) -> None:
     faults = [*_layout_faults(c), *_rope_faults(c), *(_mtp_faults(c) if mtp else ())]
     if faults:
         raise ConfigError(
@@ -235,7 +235,7 @@ def _check(c: DeepseekV3Config, *, mtp: bool) -> None:
         )
 
 
-def _layout_faults(c: DeepseekV3Config) -> list[str]:
+def _layout_faults(c: DeepseekConfig) -> list[str]:
     faults: list[str] = []
     layers = c.num_hidden_layers
     if c.q_lora_rank is not None and is_lite(layers, c.vocab_size):
@@ -250,7 +250,7 @@ def _layout_faults(c: DeepseekV3Config) -> list[str]:
     return faults
 
 
-def _rope_faults(c: DeepseekV3Config) -> list[str]:
+def _rope_faults(c: DeepseekConfig) -> list[str]:
     """llama.cpp takes mscale as equal to mscale_all_dim, so that sine and cosine are not scaled, only the softmax."""
     faults: list[str] = []
     if not c.rope_interleave:
@@ -269,7 +269,7 @@ def _rope_faults(c: DeepseekV3Config) -> list[str]:
     return faults
 
 
-def _mtp_faults(c: DeepseekV3Config) -> list[str]:
+def _mtp_faults(c: DeepseekConfig) -> list[str]:
     faults: list[str] = []
     if c.num_nextn_predict_layers != 1:
         faults.append(f"num_nextn_predict_layers is {c.num_nextn_predict_layers}, llama.cpp runs exactly one MTP layer")

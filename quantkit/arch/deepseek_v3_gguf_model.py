@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantkit.arch.base import GgufReading, ModelArch
-from quantkit.arch.deepseek_v3_config import DeepseekV3Config
+from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE, differences, key_values, server_flags, stored_name
-from quantkit.arch.deepseek_v3_gguf_read import Gating, read_as_llama_cpp
+from quantkit.arch.deepseek_v3_gguf_read import read_as_llama_cpp
 from quantkit.arch.parts import in_parts
 
 
 @dataclass(frozen=True, slots=True)
 class DeepseekV3Gguf:
-    """A `GgufModel`. ``arch_of``: config.json and the gating of its routers -> the model."""
+    """A `GgufModel`. ``computing``: config -> the model as it says; ``root``: of the official names."""
 
-    config: DeepseekV3Config
-    arch_of: Callable[[Mapping[str, object], Gating], ModelArch]
+    config: DeepseekConfig
+    computing: Callable[[DeepseekConfig], ModelArch]
+    root: str = ""
 
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """See `stored_name`."""
-        return stored_name(name)
+        return stored_name(name.removeprefix(self.root))
 
     def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
         """See `key_values`."""
@@ -30,7 +31,7 @@ class DeepseekV3Gguf:
     def read(self, found: Callable[[str], object]) -> GgufReading:
         """See `read_as_llama_cpp`."""
         model = read_as_llama_cpp(self.config, lambda key: found(f"{GGUF_ARCHITECTURE}.{key}"))
-        arch = self.arch_of(model.config.model_dump(), model.gating)
+        arch = self.computing(model.config)
         return GgufReading(arch, tuple(arch.tensors()) if model.whole_kv_b else in_parts(arch), model.notes)
 
     def differences(self) -> tuple[str, ...]:

@@ -13,16 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from quantkit.arch.deepseek_v3_config import DeepseekV3Config
+from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE, SIGMOID, SOFTMAX, is_lite, key_values
 from quantkit.errors import SourceError
 
 Value = int | float | bool | str
 Found = Callable[[str], object]
 """Key without the architecture -> the file's value, None if it lacks the key."""
-Gating = Literal["sigmoid", "softmax"]
 
 _CONSTANT: Mapping[str, Value] = {
     "feed_forward_length": 0,
@@ -93,13 +91,12 @@ def stores_whole_kv_b(found: Found) -> bool:
 class LlamaCppModel:
     """What llama.cpp runs. ``notes``: a line for each key that is missing and matters."""
 
-    config: DeepseekV3Config
-    gating: Gating
+    config: DeepseekConfig
     whole_kv_b: bool
     notes: tuple[str, ...]
 
 
-def read_as_llama_cpp(config: DeepseekV3Config, found: Found) -> LlamaCppModel:
+def read_as_llama_cpp(config: DeepseekConfig, found: Found) -> LlamaCppModel:
     """The model of ``config`` as llama.cpp computes it from a file with these keys.
 
     Raises SourceError for a key that contradicts the config, and for a missing one without which llama.cpp does not
@@ -125,12 +122,11 @@ def read_as_llama_cpp(config: DeepseekV3Config, found: Found) -> LlamaCppModel:
         for key, value in absent.items()
     )
     changes = _changes(config, taken) if absent else {}
-    read = DeepseekV3Config.of({**config.model_dump(), **changes}) if changes else config
-    gating = "sigmoid" if taken["expert_gating_func"] == SIGMOID else "softmax"
-    return LlamaCppModel(read, gating, whole, notes)
+    read = DeepseekConfig.of({**config.model_dump(), **changes}) if changes else config
+    return LlamaCppModel(read, whole, notes)
 
 
-def _needed(config: DeepseekV3Config, *, whole: bool, mtp: bool) -> dict[str, Value]:
+def _needed(config: DeepseekConfig, *, whole: bool, mtp: bool) -> dict[str, Value]:
     """The keys of a file of this model that llama.cpp reads, with the values that run it rightly."""
     prefix = f"{GGUF_ARCHITECTURE}."
     values = {
@@ -163,11 +159,12 @@ def _refused(key: str, why: str) -> SourceError:
     return SourceError(f"lacks {GGUF_ARCHITECTURE}.{key}: llama.cpp {why} and does not load the file.", hint=_REWRITE)
 
 
-def _changes(config: DeepseekV3Config, taken: Mapping[str, Value]) -> dict[str, object]:
+def _changes(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, object]:
     """Entries of config.json that say what llama.cpp computes."""
     changes: dict[str, object] = {
         "norm_topk_prob": taken["expert_weights_norm"],
         "routed_scaling_factor": taken["expert_weights_scale"],
+        "scoring_func": "sigmoid" if taken["expert_gating_func"] == SIGMOID else "softmax",
         "rope_theta": taken["rope.freq_base"],
         "rope_scaling": _rope_scaling(config, taken),
     }
@@ -176,7 +173,7 @@ def _changes(config: DeepseekV3Config, taken: Mapping[str, Value]) -> dict[str, 
     return changes
 
 
-def _rope_scaling(config: DeepseekV3Config, taken: Mapping[str, Value]) -> dict[str, object] | None:
+def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, object] | None:
     """Without yarn_log_multiplier sine, cosine and the root of the softmax scale are all multiplied by yarn's factor;
     with it only the softmax scale is (llama_context's constructor and the graph of deepseek2.cpp)."""
     yarn, factor = config.rope_scaling, float(taken["rope.scaling.factor"])
