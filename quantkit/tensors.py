@@ -66,6 +66,8 @@ class Role(str, Enum):
     ROUTER = "router"
     LM_HEAD = "lm_head"
     MTP = "mtp"
+    VISION = "vision"
+    """Of a vision tower or its projector: carried as it is."""
 
 
 class Projection(str, Enum):

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import cast
 
 from quantkit.arch.base import ArchFactory, ModelArch
+from quantkit.arch.deepseek_v2 import DeepseekV2
 from quantkit.arch.deepseek_v3 import DeepseekV3
+from quantkit.arch.glm4_moe_lite import Glm4MoeLite
+from quantkit.arch.kimi_k25 import KimiK25
 from quantkit.errors import ConfigError
 
 ARCHS: dict[str, ArchFactory] = {
+    "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
+    "KimiK25ForConditionalGeneration": KimiK25,
 }
 
 

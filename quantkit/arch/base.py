@@ -241,6 +241,7 @@ class CheckpointVariants:
     copies: Mapping[str, str] = field(default_factory=dict[str, str])
     tied: Mapping[str, str] = field(default_factory=dict[str, str])
     mtp_marker: str = ""
+    carried: tuple[str, ...] = ()
     foreign: Mapping[str, str] = field(default_factory=dict[str, str])
 
 

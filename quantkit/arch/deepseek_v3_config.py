@@ -71,7 +71,7 @@ class DeepseekConfig(BaseModel):
     def of(cls, config: Mapping[str, object]) -> Self:
         """The checked entries of a raw config.json; `ConfigError` with every fault in one line."""
         try:
-            return cls.model_validate(_whole({**config, **rope_entries(config)}))
+            return cls.model_validate(_whole({**config, **rope_entries(config), **_dense_layers(config)}))
         except ValidationError as error:
             raise _config_error(error, cls.routing_hint) from None
 
@@ -133,6 +133,18 @@ class DeepseekV3Config(DeepseekConfig):
 
     scoring_func: Literal["sigmoid"]  # pyright: ignore[reportIncompatibleVariableOverride]
     topk_method: Literal["noaux_tc"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def _dense_layers(config: Mapping[str, object]) -> dict[str, object]:
+    """``first_k_dense_replace`` where a config lists the kind of each MLP instead, as transformers 5 writes it."""
+    kinds = config.get("mlp_layer_types")
+    if not isinstance(kinds, list) or "first_k_dense_replace" in config:
+        return {}
+    kinds = cast("list[object]", kinds)
+    dense = next((number for number, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+    if any(kind != "sparse" for kind in kinds[dense:]):
+        raise ConfigError("config.json: mlp_layer_types has a layer that is not sparse after the first sparse one.")
+    return {"first_k_dense_replace": dense}
 
 
 def _whole(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Gated MLPs, dense and as routed experts, and DeepSeek V3's router (arXiv 2412.19437, section 2.1.2)."""
+"""Gated MLPs, dense and as routed experts, and the routers of DeepSeek V3 (arXiv 2412.19437, section 2.1.2) and V2."""
 
 from __future__ import annotations
 
@@ -74,6 +74,35 @@ class GroupedRouter:
         best = ranks.topk(self.top_groups, dim=-1, sorted=False).indices
         dropped = torch.ones_like(ranks, dtype=torch.bool).scatter_(1, best, False)
         return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyRouter:
+    """DeepSeek V2's (arXiv 2405.04434, section 2.2.2): experts of the highest softmax, within the ``top_groups`` groups
+    whose best expert is highest; their weights are not normalised.
+
+    ``weight`` (experts, hidden) is a tensor name; the experts form ``n_groups`` equal runs.
+    """
+
+    weight: str
+    n_groups: int
+    top_groups: int
+    top_k: int
+    scale: float
+
+    def route(self, weights: Weights, h: Tensor) -> Routing:
+        """h (tokens, hidden) -> `Routing`, all in float32. Ties fall as in transformers (same `topk` calls)."""
+        scores = linear(h, weights(self.weight).float()).softmax(dim=-1)
+        candidates = scores if self.top_groups == self.n_groups else self._within_best_groups(scores)
+        chosen, indices = candidates.topk(self.top_k, dim=-1, sorted=False)
+        return Routing(indices=indices, weights=chosen * self.scale, scores=scores)
+
+    def _within_best_groups(self, scores: Tensor) -> Tensor:
+        """scores (tokens, experts) with 0 outside the best groups."""
+        grouped = scores.unflatten(-1, (self.n_groups, -1))
+        best = grouped.amax(dim=-1).topk(self.top_groups, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill(dropped.unsqueeze(-1), 0.0).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)

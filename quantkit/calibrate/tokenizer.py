@@ -26,6 +26,7 @@ from quantkit.calibrate.round_trip import SAMPLE_CHARACTERS, SAMPLES, check_roun
 from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.safetensors.header import check_json_size, printable
 from quantkit.formats.safetensors.reader import read_small
+from quantkit.formats.source import language_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,6 +144,7 @@ def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
         for name, value in tokenizer_config.items()
         if name.endswith("_token") and (text := _token_text(value)) is not None
     }
+    config = {**config, **language_config(config)}
     vocab_size = _vocab_size(checkpoint_dir / "config.json", config.get("vocab_size"))
     bos_id = _bos_id(tokenizer, tokenizer_config, config, special.get("bos_token"))
     if bos_id is not None and not 0 <= bos_id < vocab_size:

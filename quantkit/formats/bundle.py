@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quantkit.formats.model_card import CardFacts, model_card
 from quantkit.formats.preallocated import write_durably
+from quantkit.formats.source import language_config
 
 __all__ = ["CardFacts", "model_card", "write_config", "write_model_card"]
 
@@ -26,8 +27,8 @@ def write_config(
     """Write config.json: the raw source config with ``quantization_config`` replaced (removed if empty), in the
     source's key order.
 
-    If the MTP layers were dropped, num_nextn_predict_layers becomes 0, else vLLM would look for them. Raises
-    `OutputError`.
+    If the MTP layers were dropped, num_nextn_predict_layers becomes 0, else vLLM would look for them; in text_config if
+    there is one, which loses its own quantization_config. Raises `OutputError`.
     """
     config = dict(source_config)
     config.pop("compression_config", None)  # the section's name in old files
@@ -35,8 +36,14 @@ def write_config(
         config["quantization_config"] = dict(quantization_config)
     else:
         config.pop("quantization_config", None)
-    if mtp_dropped and "num_nextn_predict_layers" in config:
-        config["num_nextn_predict_layers"] = 0
+    language = dict(language_config(config))
+    if mtp_dropped and "num_nextn_predict_layers" in language:
+        language["num_nextn_predict_layers"] = 0
+    if "text_config" in config:
+        language.pop("quantization_config", None)
+        config["text_config"] = language
+    else:
+        config = language
     write_durably(directory / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -76,6 +76,12 @@ def checkpoint_name(directory: Path) -> str:
     return directory.resolve().name if repository is None else repository.rpartition("/")[2]
 
 
+def language_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Of a model with vision the config of its language model, of others the whole."""
+    text = config.get("text_config")
+    return cast("Mapping[str, object]", text) if isinstance(text, Mapping) else config
+
+
 def quant_method(config: Mapping[str, object]) -> str | None:
     """What config.json says the weights are quantised with ("fp8", "gptq", ...), None if it says nothing."""
     # Old compressed-tensors releases wrote the block under the name compression_config.

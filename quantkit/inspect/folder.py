@@ -24,7 +24,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
-from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies, sort_unlisted
+from quantkit.plan.source_tensors import contradicts_tied, listed_specs, note_of_copies, shared_copies, sort_unlisted
 from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, describe
@@ -101,7 +101,7 @@ def inspect_folder(directory: Path | str) -> Inspection:
             unusual.append(counted("tensors in the shards that the index does not list", list(source.unlisted)))
         family, arch = _family(config, unusual)
         tied = None if arch is None else contradicts_tied(arch.variants(), infos, source.equal)
-    specs = {} if arch is None else {spec.name: spec for spec in arch.tensors()}
+    specs = {} if arch is None else {spec.name: spec for spec in listed_specs(arch, infos)}
     weights = _weights(infos, linears)
     groups = _stated_groups(config)
     planned = {

@@ -16,7 +16,7 @@ from quantkit.plan.decide import Action, Decider, Decision, Problems, unused_rul
 from quantkit.plan.foldable import refuse_unfoldable
 from quantkit.plan.headers import IsFloat8
 from quantkit.plan.recipe import Output, Recipe
-from quantkit.plan.source_tensors import SourceTensors, match_source
+from quantkit.plan.source_tensors import SourceTensors, listed_specs, match_source
 from quantkit.plan.targets import Target, target_of
 from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Float8Scheme, describe
@@ -127,14 +127,14 @@ def make_plan(
     output's format or runtime cannot load.
     """
     problems, warnings = Problems(), list[str]()
-    specs = tuple(arch.tensors())
+    specs = listed_specs(arch, infos)
     source = match_source(arch, specs, infos, problems)
     warnings += source.notes
     problems.raise_if_any()
     blocks = Float8Scheme(block_size=block_size)
     float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
     outputs = tuple(
-        _plan_output(output, target_of(output, recipe, arch), arch, recipe, source, float8, problems, warnings)
+        _plan_output(output, target_of(output, recipe, arch, specs), arch, recipe, source, float8, problems, warnings)
         for output in recipe.outputs
     )
     problems.raise_if_any()
@@ -193,6 +193,10 @@ def _decisions(
         if target.omits(spec):
             dtype = source.infos[spec.official].dtype
             decisions[spec.name] = Decision(spec, Action.DROP, 0, dtype, dtype)
+            continue
+        if spec.role is Role.VISION:
+            dtype = source.infos[spec.name].dtype
+            decisions[spec.name] = Decision(spec, Action.KEEP, 0, dtype, dtype)
             continue
         number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
         rule = target.preset_rule(spec) if number is None else output.rules[number]

@@ -332,7 +332,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-_ROLES = tuple(role.value for role in Role)
+_ROLES = tuple(role.value for role in Role if role is not Role.VISION)
 
 
 def _one_of(word: str, known: tuple[str, ...]) -> str:

@@ -45,6 +45,13 @@ class SourceTensors:
                 problems.add(fault.kind, fault.line, fault.hint)
 
 
+def listed_specs(arch: ModelArch, infos: Mapping[str, TensorInfo]) -> tuple[TensorSpec, ...]:
+    """What the family lists, then what belongs to the model although nothing here computes with it, as it is there."""
+    carried = arch.variants().carried
+    found = (info for name, info in infos.items() if _matches(name, carried))
+    return (*arch.tensors(), *(TensorSpec(info.name, info.shape, Role.VISION) for info in found))
+
+
 def match_source(
     arch: ModelArch, specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: Problems
 ) -> SourceTensors:

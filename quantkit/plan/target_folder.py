@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quantkit.arch.base import ModelArch
 from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
@@ -19,9 +18,9 @@ from quantkit.tensors import TensorSpec
 class FolderTarget:
     """A `Target`."""
 
-    def __init__(self, output: FolderOutput, layout: FolderLayout, arch: ModelArch) -> None:
+    def __init__(self, output: FolderOutput, layout: FolderLayout, specs: tuple[TensorSpec, ...]) -> None:
         self.label: str = layout.reader.label
-        self.specs: tuple[TensorSpec, ...] = tuple(arch.tensors())
+        self.specs: tuple[TensorSpec, ...] = specs
         self._output = output
         self._layout = layout
 

@@ -40,12 +40,13 @@ class GgufTarget:
 
     label: str = "gguf"
 
-    def __init__(self, output: GgufOutput, recipe: Recipe, arch: ModelArch) -> None:
+    def __init__(self, output: GgufOutput, recipe: Recipe, arch: ModelArch, specs: Sequence[TensorSpec]) -> None:
         self._output = output
         self._recipe = recipe
         self._arch = arch
         self._model = arch.gguf()
         self.specs: tuple[TensorSpec, ...] = in_parts(arch)
+        self._carried = sum(spec.role is Role.VISION for spec in specs)
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
 
     def omits(self, spec: TensorSpec) -> bool:
@@ -105,7 +106,8 @@ class GgufTarget:
             f"{name}: {kind} for {wanted} ({count} times): rows are no whole blocks. llama-quantize does so too."
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
-        return [*replaced, *contract.notes(self._model)]
+        left = f"{self._carried:,} tensors of the vision tower: left out, llama.cpp reads them from an mmproj file."
+        return [*replaced, *([left] if self._carried else []), *contract.notes(self._model)]
 
     def check_source(self, source: Path) -> None:
         """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied."""

@@ -139,12 +139,12 @@ class Target(Protocol):
         ...
 
 
-def target_of(output: Output, recipe: Recipe, arch: ModelArch) -> Target:
-    """The target of one output."""
+def target_of(output: Output, recipe: Recipe, arch: ModelArch, specs: tuple[TensorSpec, ...]) -> Target:
+    """The target of one output. ``specs``: what the source holds, see `quantkit.plan.source_tensors.listed_specs`."""
     from quantkit.formats.layouts import LAYOUTS
     from quantkit.plan.target_folder import FolderTarget
     from quantkit.plan.target_gguf import GgufTarget
 
     if output.format == "gguf":
-        return GgufTarget(output, recipe, arch)
-    return FolderTarget(output, LAYOUTS[output.format], arch)
+        return GgufTarget(output, recipe, arch, specs)
+    return FolderTarget(output, LAYOUTS[output.format], specs)

@@ -17,6 +17,7 @@ from quantkit.formats.layouts.compressed_tensors_config import Resolver, is_modu
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
+from quantkit.plan.source_tensors import listed_specs
 from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo, TensorSpec
 from quantkit.verify.stated import FP8, PLAIN, SchemeOf, Stored, stated
@@ -60,7 +61,8 @@ def open_checkpoint(directory: Path) -> Generator[Checkpoint]:
         where = str(directory / "config.json")
         section = object_of(where, "quantization_config", config.get("quantization_config") or {})
         said = stated(Stored(directory, config, section, raw), method)
-        planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in arch.tensors())
+        specs = listed_specs(arch, raw.infos())
+        planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in specs)
         yield Checkpoint(directory, config, method, section, said.resolver, said.read, raw, arch, planned)
 
 

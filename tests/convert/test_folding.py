@@ -134,7 +134,7 @@ def test_the_files_of_gguf_hold_folded_parts(place: Path, monkeypatch: pytest.Mo
     run(source, recipe, place / "wide-gguf")
     folding = folded_by_hand(weights, config)
     arch = arch_of(config)
-    target = target_of(recipe.outputs[0], recipe, arch)
+    target = target_of(recipe.outputs[0], recipe, arch, tuple(arch.tensors()))
     with target.open_written(place / "wide-gguf") as written:
         names = [spec.name for spec in arch.tensors() if spec.name in written.infos()]
         assert sum(folding.changes(name) for name in names) == 37

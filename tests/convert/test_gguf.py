@@ -160,7 +160,7 @@ def test_every_tensor_is_at_its_place_within_the_error_of_its_type(
 
 def test_our_own_reader_decodes_the_same(typed: Path, place: Path) -> None:
     recipe = gguf_recipe(gguf_output(preset="F32"))
-    target = target_of(recipe.outputs[0], recipe, arch_of(wide_config()))
+    target = target_of(recipe.outputs[0], recipe, arch := arch_of(wide_config()), tuple(arch.tensors()))
     expected = decoded_gguf(typed)
     with target.open_written(typed) as source:
         for name, tensor in expected.items():

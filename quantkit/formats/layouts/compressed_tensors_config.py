@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.formats.layouts.packings import PACKINGS
 from quantkit.formats.planned import PlannedTensor
@@ -83,15 +83,23 @@ def find_targets(planned: Sequence[PlannedTensor], *, whole_modules: bool = Fals
     schemes, linears = _numbered_linears(planned)
     if not schemes:
         return Targets((), (ALWAYS_IGNORED,))
-    compact = _compact(linears, schemes, whole_modules)
-    if _mistakes(compact, linears, schemes):
-        return _by_name(linears, schemes)
-    return compact
+    targets = _compact(linears, schemes, whole_modules)
+    if _mistakes(targets, linears, schemes):
+        targets = _by_name(linears, schemes)
+    return replace(targets, ignore=(*targets.ignore, *_carried(planned)))
+
+
+def _carried(planned: Sequence[PlannedTensor]) -> list[str]:
+    """A pattern for each part of the model that is carried: runtimes call its modules otherwise than checkpoints do."""
+    parts = dict.fromkeys(tensor.name.partition(".")[0] for tensor in planned if tensor.role is Role.VISION)
+    return [f"re:(.*\\.)?{re.escape(part)}\\..*" for part in parts]
 
 
 def is_module(tensor: PlannedTensor) -> bool:
-    """Whether a runtime may see a linear in this tensor: a matrix named ``.weight`` that is no input embedding."""
-    return len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight") and tensor.role is not Role.EMBED
+    """Whether a runtime may see a linear in this tensor: a matrix named ``.weight`` that is no input embedding. Those
+    of a vision tower are ignored as a whole (`_carried`)."""
+    matrix = len(tensor.info.shape) == 2 and tensor.info.name.endswith(".weight")
+    return matrix and tensor.role not in (Role.EMBED, Role.VISION)
 
 
 KEPT = -1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from quantkit.formats.layouts.compressed_tensors_config import ALWAYS_IGNORED, is_module
 from quantkit.formats.planned import PlannedTensor
+from quantkit.tensors import Role
 
 
 def kept_modules(planned: Sequence[PlannedTensor]) -> list[str]:
@@ -13,7 +14,8 @@ def kept_modules(planned: Sequence[PlannedTensor]) -> list[str]:
     quantised = {_block(tensor) for tensor in planned if tensor.scheme is not None}
     modules = (t for t in planned if t.scheme is None and is_module(t))
     names = (_block(t) if _block(t) not in quantised else t.module for t in modules)
-    return list(dict.fromkeys([ALWAYS_IGNORED, *names]))
+    carried = (tensor.name.partition(".")[0] for tensor in planned if tensor.role is Role.VISION)
+    return list(dict.fromkeys([ALWAYS_IGNORED, *names, *carried]))
 
 
 def wrongly_kept(planned: Sequence[PlannedTensor], layout: str) -> list[str]:

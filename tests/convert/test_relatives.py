@@ -1,0 +1,120 @@
+"""Families with DeepSeek V3's layer, through a whole conversion: what llama.cpp and transformers compute from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit import verify
+from quantkit.arch import arch_of
+from quantkit.plan.recipe import Recipe
+from tests.arch.relatives import deepseek_v2, glm4_moe_lite, kimi_k25
+from tests.convert.jobs import INT4_GPTQ, LINEARS, decoded, run, write_model, write_text
+from tests.oracles.forward import logits
+from tests.oracles.llama_cpp import LlamaModel
+from tests.tiny_models import write_shards
+
+FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
+    "deepseek_v2": deepseek_v2,
+    "glm4_moe_lite": glm4_moe_lite,
+    "kimi_k25": kimi_k25,
+}
+SMALL = {"vocab_size": 1024, "n_routed_experts": 8, "num_experts_per_tok": 2}
+VISION = {
+    "vision_tower.encoder.final_layernorm.weight": torch.ones(64, dtype=torch.bfloat16),
+    "mm_projector.pre_norm.bias": torch.zeros(64),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Source and outputs of one conversion: int4 by GPTQ in compressed-tensors, and a float32 GGUF."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = FAMILIES[request.param](**SMALL)
+    weights = write_model(folder / "source", config)
+    if request.param == "kimi_k25":
+        write_shards(folder / "source", {**weights, **VISION})
+    write_text(folder / "calibration.txt")
+    rules = [{"match": "role:mtp", "drop": True}] * (request.param == "glm4_moe_lite")
+    rules += [{"match": LINEARS, **INT4_GPTQ}, {"match": "*", "keep": "source"}]
+    recipe = Recipe.model_validate(
+        {
+            "version": 1,
+            "calibration": {"data": ["calibration.txt"], "tokens": 256, "sequence_length": 32, "min_expert_tokens": 16},
+            "outputs": [
+                {"name": "int4", "format": "compressed-tensors", "rules": rules},
+                {"name": "f32", "format": "gguf", "preset": "F32"},
+            ],
+        }
+    )
+    run(folder / "source", recipe, folder / "out")
+    return folder, config
+
+
+def random_tokens() -> torch.Tensor:
+    return torch.randint(4, 260, (1, 100), generator=torch.Generator().manual_seed(5))
+
+
+def source_logits(folder: Path, config: dict[str, Any]) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted((folder / "source").glob("*.safetensors")):
+        weights.update(load_file(file))
+    with torch.inference_mode():
+        return logits(arch_of(config), lambda name: weights[name].float(), random_tokens())
+
+
+def test_llama_cpp_computes_the_same(converted: tuple[Path, dict[str, Any]]) -> None:
+    pytest.importorskip("xllamacpp")
+    folder, config = converted
+    (path,) = (folder / "out").rglob("*f32*.gguf")
+    tokens = random_tokens()
+    with LlamaModel(path) as model, model.context(tokens.shape[1]) as context:
+        found = torch.from_numpy(context.logits(tokens[0].numpy()))
+    expected = source_logits(folder, config)[0]
+    assert expected.std() > 0.3
+    assert (found - expected).abs().max() <= 1e-4
+
+
+def test_transformers_loads_the_int4_checkpoint(converted: tuple[Path, dict[str, Any]]) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder, config = converted
+    out = folder / "out" / "int4"
+    kind = transformers.AutoModelForImageTextToText if "text_config" in config else transformers.AutoModelForCausalLM
+    model, loaded = kind.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    vision = ("model.vision_tower.", "model.mm_projector.")  # the test's are none that fit
+    assert all(name.startswith(vision) for name in loaded["missing_keys"])
+    assert not loaded["unexpected_keys"]
+    for parameter in model.parameters():  # experts stay in the dtype of their scales
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    weights = {
+        name: weight.bfloat16().float() if ".experts." in name else weight.float()
+        for name, weight in decoded(out).items()
+    }
+    with torch.inference_mode():
+        expected = model.eval()(input_ids=random_tokens()).logits
+        found = logits(arch_of(config), weights.__getitem__, random_tokens())
+    assert (found - expected).abs().max() <= 1e-4
+    assert (found - source_logits(folder, config)).abs().max() > 1e-3  # it is quantised
+
+
+def test_vision_is_carried(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, config = converted
+    weights = decoded(folder / "out" / "int4")
+    carried = {name: tensor for name, tensor in weights.items() if name in VISION}
+    assert len(carried) == (len(VISION) if "text_config" in config else 0)
+    for name, tensor in carried.items():
+        assert tensor.dtype == VISION[name].dtype
+        assert torch.equal(tensor, VISION[name])
+
+
+def test_verify_finds_no_fault(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = converted
+    found = verify(folder / "out" / "int4")
+    assert not found.faults
