@@ -78,6 +78,8 @@ class Projection(str, Enum):
     V = "v"
     Q_A = "q_a"
     Q_B = "q_b"
+    INDEX_Q = "index_q"
+    """wq_b of the indexer of sparse attention."""
     KV_A = "kv_a"
     KV_B = "kv_b"
     OUT = "o"

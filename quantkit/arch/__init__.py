@@ -8,14 +8,18 @@ from typing import cast
 from quantkit.arch.base import ArchFactory, ModelArch
 from quantkit.arch.deepseek_v2 import DeepseekV2
 from quantkit.arch.deepseek_v3 import DeepseekV3
+from quantkit.arch.deepseek_v32 import DeepseekV32
 from quantkit.arch.glm4_moe_lite import Glm4MoeLite
+from quantkit.arch.glm_moe_dsa import GlmMoeDsa
 from quantkit.arch.kimi_k25 import KimiK25
 from quantkit.errors import ConfigError
 
 ARCHS: dict[str, ArchFactory] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
+    "DeepseekV32ForCausalLM": DeepseekV32,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
+    "GlmMoeDsaForCausalLM": GlmMoeDsa,
     "KimiK25ForConditionalGeneration": KimiK25,
 }
 

@@ -125,7 +125,7 @@ class DeepseekV3:
         assert 0 <= layer < self.n_layers + self.n_mtp_layers, f"layer {layer} of {self.n_layers}"
         c = self.config
         prefix = self._prefix(layer)
-        attention = self._attention(prefix)
+        attention = self._attention(layer)
         norm = moe.Norm(f"{prefix}post_attention_layernorm.weight", c.rms_norm_eps)
         if self._is_dense(layer):
             mlp = moe.Mlp.named(f"{prefix}mlp.", MLP_NAMES)
@@ -155,10 +155,10 @@ class DeepseekV3:
             gating=c.scoring_func,
         )
 
-    def _attention(self, prefix: str) -> DenseBlock:
+    def _attention(self, layer: int) -> DenseBlock:
         from quantkit.arch import mla
 
-        return mla.attention_block(prefix, self._attention_shape())
+        return mla.attention_block(self._prefix(layer), self._attention_shape())
 
     def _attention_shape(self) -> MlaShape:
         from quantkit.arch import mla

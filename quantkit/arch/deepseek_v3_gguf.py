@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quantkit.errors import ConfigError, SourceError
@@ -102,7 +104,22 @@ _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
-def stored_name(name: str) -> tuple[str, int | None]:
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """``deepseek2``, or an architecture of llama.cpp that has its names and keys and some more.
+
+    ``in_layer``: official names inside a layer -> those of GGUF; ``key_values``: keys without the architecture.
+    """
+
+    architecture: str = GGUF_ARCHITECTURE
+    in_layer: Mapping[str, str] = field(default_factory=dict[str, str])
+    key_values: Mapping[str, int | float | bool | str] = field(default_factory=dict[str, int | float | bool | str])
+
+
+DEEPSEEK2 = Dialect()
+
+
+def stored_name(name: str, dialect: Dialect = DEEPSEEK2) -> tuple[str, int | None]:
     """The GGUF name of an official tensor or of a part (`DeepseekV3.parts`), and its place in a stacked expert tensor.
 
     Raises SourceError for a name that the architecture has no place for.
@@ -111,15 +128,17 @@ def stored_name(name: str) -> tuple[str, int | None]:
         return stored, None
     if match := _LAYER.fullmatch(name):
         layer, rest = match.groups()
-        if (stored := _IN_LAYER.get(rest)) is not None:
+        if (stored := _IN_LAYER.get(rest) or dialect.in_layer.get(rest)) is not None:
             return f"blk.{layer}.{stored}", None
         expert = _EXPERT.fullmatch(rest)
         if expert and (stored := _STACKED.get(expert[2])) is not None:
             return f"blk.{layer}.{stored}", int(expert[1])
-    raise SourceError(f"{name}: a GGUF file of architecture {GGUF_ARCHITECTURE} has no place for this tensor.")
+    raise SourceError(f"{name}: a GGUF file of architecture {dialect.architecture} has no place for this tensor.")
 
 
-def key_values(config: DeepseekConfig, *, mtp: bool) -> dict[str, int | float | bool | str]:
+def key_values(
+    config: DeepseekConfig, *, mtp: bool, dialect: Dialect = DEEPSEEK2
+) -> dict[str, int | float | bool | str]:
     """general.architecture, general.type and every key of the architecture, in the order of llama.cpp's converter.
 
     int means uint32, float float32. ``mtp``: the file holds the MTP layer. Not here: tokenizer, file_type,
@@ -147,11 +166,12 @@ def key_values(config: DeepseekConfig, *, mtp: bool) -> dict[str, int | float | 
         **_expert_values(c),
         "rope.dimension_count": c.qk_rope_head_dim,
         **_yarn_values(c),
+        **dialect.key_values,
     }
     if mtp:
         values["nextn_predict_layers"] = c.num_nextn_predict_layers
-    named = {f"{GGUF_ARCHITECTURE}.{key}": value for key, value in values.items()}
-    return {"general.architecture": GGUF_ARCHITECTURE, "general.type": "model", **named}
+    named = {f"{dialect.architecture}.{key}": value for key, value in values.items()}
+    return {"general.architecture": dialect.architecture, "general.type": "model", **named}
 
 
 def is_lite(layers: int, vocab_size: int) -> bool:

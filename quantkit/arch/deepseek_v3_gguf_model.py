@@ -7,30 +7,33 @@ from dataclasses import dataclass
 
 from quantkit.arch.base import GgufReading, ModelArch
 from quantkit.arch.deepseek_v3_config import DeepseekConfig
-from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE, differences, key_values, server_flags, stored_name
+from quantkit.arch.deepseek_v3_gguf import DEEPSEEK2, Dialect, differences, key_values, server_flags, stored_name
 from quantkit.arch.deepseek_v3_gguf_read import read_as_llama_cpp
 from quantkit.arch.parts import in_parts
 
 
 @dataclass(frozen=True, slots=True)
 class DeepseekV3Gguf:
-    """A `GgufModel`. ``computing``: config -> the model as it says; ``root``: of the official names."""
+    """A `GgufModel`. ``computing``: config -> the model as it says; ``root``: of the official names; ``dialect``: the
+    architecture's own names and keys."""
 
     config: DeepseekConfig
     computing: Callable[[DeepseekConfig], ModelArch]
     root: str = ""
+    dialect: Dialect = DEEPSEEK2
 
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """See `stored_name`."""
-        return stored_name(name.removeprefix(self.root))
+        return stored_name(name.removeprefix(self.root), self.dialect)
 
     def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
         """See `key_values`."""
-        return key_values(self.config, mtp=mtp)
+        return key_values(self.config, mtp=mtp, dialect=self.dialect)
 
     def read(self, found: Callable[[str], object]) -> GgufReading:
         """See `read_as_llama_cpp`."""
-        model = read_as_llama_cpp(self.config, lambda key: found(f"{GGUF_ARCHITECTURE}.{key}"))
+        prefix = f"{self.dialect.architecture}."
+        model = read_as_llama_cpp(self.config, lambda key: found(prefix + key), self.dialect)
         arch = self.computing(model.config)
         return GgufReading(arch, tuple(arch.tensors()) if model.whole_kv_b else in_parts(arch), model.notes)
 

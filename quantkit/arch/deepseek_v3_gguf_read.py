@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantkit.arch.deepseek_v3_config import DeepseekConfig
-from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE, SIGMOID, SOFTMAX, is_lite, key_values
+from quantkit.arch.deepseek_v3_gguf import DEEPSEEK2, SIGMOID, SOFTMAX, Dialect, is_lite, key_values
 from quantkit.errors import SourceError
 
 Value = int | float | bool | str
@@ -96,42 +96,42 @@ class LlamaCppModel:
     notes: tuple[str, ...]
 
 
-def read_as_llama_cpp(config: DeepseekConfig, found: Found) -> LlamaCppModel:
+def read_as_llama_cpp(config: DeepseekConfig, found: Found, dialect: Dialect = DEEPSEEK2) -> LlamaCppModel:
     """The model of ``config`` as llama.cpp computes it from a file with these keys.
 
     Raises SourceError for a key that contradicts the config, and for a missing one without which llama.cpp does not
     load the file. The message begins with the key.
     """
     if found("context_length") is None:
-        raise SourceError(f"lacks {GGUF_ARCHITECTURE}.context_length: llama.cpp does not load it.", hint=_REWRITE)
+        raise SourceError(f"lacks {dialect.architecture}.context_length: llama.cpp does not load it.", hint=_REWRITE)
     whole = stores_whole_kv_b(found)
-    needed = _needed(config, whole=whole, mtp=bool(found("nextn_predict_layers")))
+    needed = _needed(config, dialect, whole=whole, mtp=bool(found("nextn_predict_layers")))
     taken: dict[str, Value] = {}
     for key, value in needed.items():
         present = found(key)
         if present is not None and not _same(present, value):
             raise SourceError(
-                f"{GGUF_ARCHITECTURE}.{key} is {present!r:.60}, the reference needs {value!r}.",
+                f"{dialect.architecture}.{key} is {present!r:.60}, the reference needs {value!r}.",
                 hint="It is another model, or was converted with other settings.",
             )
-        taken[key] = value if present is not None else _taken(key, value, found)
+        taken[key] = value if present is not None else _taken(key, value, found, dialect)
     absent = {key: value for key, value in taken.items() if not _same(value, needed[key])}
     notes = tuple(
-        f"Lacks {GGUF_ARCHITECTURE}.{key}: computed as llama.cpp does, with {_written(value)} "
+        f"Lacks {dialect.architecture}.{key}: computed as llama.cpp does, with {_written(value)} "
         f"(config.json: {_written(needed[key])})."
         for key, value in absent.items()
     )
-    changes = _changes(config, taken) if absent else {}
+    changes = _changes(config, taken, dialect) if absent else {}
     read = DeepseekConfig.of({**config.model_dump(), **changes}) if changes else config
     return LlamaCppModel(read, whole, notes)
 
 
-def _needed(config: DeepseekConfig, *, whole: bool, mtp: bool) -> dict[str, Value]:
+def _needed(config: DeepseekConfig, dialect: Dialect, *, whole: bool, mtp: bool) -> dict[str, Value]:
     """The keys of a file of this model that llama.cpp reads, with the values that run it rightly."""
-    prefix = f"{GGUF_ARCHITECTURE}."
+    prefix = f"{dialect.architecture}."
     values = {
         key.removeprefix(prefix): value
-        for key, value in key_values(config, mtp=mtp).items()
+        for key, value in key_values(config, mtp=mtp, dialect=dialect).items()
         if key.startswith(prefix) and key.removeprefix(prefix) not in _UNCOMPARED
     }
     values = {"expert_weights_norm": False, "rope.scaling.factor": 1.0, **values}
@@ -144,7 +144,7 @@ def _needed(config: DeepseekConfig, *, whole: bool, mtp: bool) -> dict[str, Valu
     return values
 
 
-def _taken(key: str, needed: Value, found: Found) -> Value:
+def _taken(key: str, needed: Value, found: Found, dialect: Dialect) -> Value:
     """llama.cpp's default for a missing key. Raises SourceError if it does not run the model with it."""
     if key == "expert_group_used_count" and found("expert_group_count") is None:
         return needed  # not asked for without groups
@@ -152,28 +152,30 @@ def _taken(key: str, needed: Value, found: Found) -> Value:
     if value is not None and (key in _COMPUTED or _same(value, needed)):
         return value
     takes = "needs it" if value is None else f"takes {_written(value)} for it (config.json: {_written(needed)})"
-    raise _refused(key, takes)
+    raise _refused(key, takes, dialect)
 
 
-def _refused(key: str, why: str) -> SourceError:
-    return SourceError(f"lacks {GGUF_ARCHITECTURE}.{key}: llama.cpp {why} and does not load the file.", hint=_REWRITE)
+def _refused(key: str, why: str, dialect: Dialect) -> SourceError:
+    return SourceError(
+        f"lacks {dialect.architecture}.{key}: llama.cpp {why} and does not load the file.", hint=_REWRITE
+    )
 
 
-def _changes(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, object]:
+def _changes(config: DeepseekConfig, taken: Mapping[str, Value], dialect: Dialect) -> dict[str, object]:
     """Entries of config.json that say what llama.cpp computes."""
     changes: dict[str, object] = {
         "norm_topk_prob": taken["expert_weights_norm"],
         "routed_scaling_factor": taken["expert_weights_scale"],
         "scoring_func": "sigmoid" if taken["expert_gating_func"] == SIGMOID else "softmax",
         "rope_theta": taken["rope.freq_base"],
-        "rope_scaling": _rope_scaling(config, taken),
+        "rope_scaling": _rope_scaling(config, taken, dialect),
     }
     if not taken.get("expert_group_count"):
         changes |= {"n_group": 1, "topk_group": 1}
     return changes
 
 
-def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, object] | None:
+def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value], dialect: Dialect) -> dict[str, object] | None:
     """Without yarn_log_multiplier sine, cosine and the root of the softmax scale are all multiplied by yarn's factor;
     with it only the softmax scale is (llama_context's constructor and the graph of deepseek2.cpp)."""
     yarn, factor = config.rope_scaling, float(taken["rope.scaling.factor"])
@@ -181,7 +183,7 @@ def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[st
         return None
     if taken["rope.scaling.type"] != "yarn":
         raise SourceError(
-            f"lacks {GGUF_ARCHITECTURE}.rope.scaling.type: llama.cpp takes linear, which stretches every "
+            f"lacks {dialect.architecture}.rope.scaling.type: llama.cpp takes linear, which stretches every "
             "frequency and is not computed here.",
             hint=_REWRITE,
         )

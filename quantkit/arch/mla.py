@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from quantkit.arch.base import DenseBlock, InputGroup, LinearRows, NormWeight, Stage
+from quantkit.arch.indexer import Indexer, IndexerNames, chosen_keys
 from quantkit.arch.ops import linear, rms_norm, rope_rotation, rotate, rotate_heads_
 from quantkit.arch.rope import Rope
 
@@ -29,7 +30,8 @@ and all heads of a row on a GPU."""
 
 @dataclass(frozen=True, slots=True)
 class MlaShape:
-    """``q_lora``: queries come through a latent (q_a, q_b), else from one q_proj.
+    """``q_lora``: queries come through a latent (q_a, q_b), else from one q_proj. ``indexer``: chooses the keys that a
+    query attends to; None: all of them.
 
     A head's query and key are ``nope_dim`` dimensions without position, then ``rope.dim`` rotated ones.
     """
@@ -42,6 +44,7 @@ class MlaShape:
     rope: Rope
     norm_eps: float
     latent_eps: float
+    indexer: Indexer | None = None
 
     @property
     def qk_dim(self) -> int:
@@ -60,13 +63,18 @@ def attention_block(prefix: str, shape: MlaShape) -> DenseBlock:
     first = (names.q_a if shape.q_lora else names.q, names.kv_a)
     kv_norm = NormWeight(names.kv_norm, (names.kv_b,))
     latents = (InputGroup((names.kv_b, f"{names.kv_b}:v"), kv_norm),)
+    readers = first
     if shape.q_lora:
-        latents = (InputGroup((names.q_b,), NormWeight(names.q_norm, (names.q_b,))), *latents)
+        queries = (names.q_b,)
+        if shape.indexer is not None:
+            queries = (names.q_b, names.indexer.queries)
+            readers = (*first, names.indexer.keys, names.indexer.head_weights)
+        latents = (InputGroup(queries, NormWeight(names.q_norm, queries)), *latents)
     values = LinearRows(names.kv_b, (names.o,), ValueRows(shape.n_heads, shape.nope_dim))
     return DenseBlock(
         name="attention",
         stages=(
-            Stage((InputGroup(first, NormWeight(names.input_norm, first)),), partial(_normed, names, shape)),
+            Stage((InputGroup(first, NormWeight(names.input_norm, readers)),), partial(_normed, names, shape)),
             Stage(latents, partial(_latents, names, shape)),
             Stage((InputGroup((f"{names.kv_b}:k",)),), partial(_head_queries, names, shape)),
             Stage((InputGroup((names.o,), values),), partial(_contexts, names, shape)),
@@ -98,6 +106,7 @@ class _Names:
         self.q, self.q_a, self.q_norm, self.q_b = map(name, ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj"))
         self.kv_a, self.kv_norm, self.kv_b = map(name, ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
         self.o = name("o_proj")
+        self.indexer = IndexerNames(prefix)
 
 
 def _normed(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tuple[Tensor]:
@@ -139,9 +148,13 @@ def _contexts(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tu
     (h,) = _normed(names, shape, weights, x)
     q_latent = _query_latent(names, shape, weights, h).view(n_rows, n_tokens, -1)
     kv_latent, k_rope = _key_value_latent(names, shape, weights, h)
-    del h
     kv_latent = kv_latent.view(n_rows, n_tokens, -1)
     rotation = rope_rotation(shape.rope, n_tokens, x.device)
+    chosen = None
+    if shape.indexer is not None and n_tokens > shape.indexer.top_k:
+        normed = h.view(n_rows, n_tokens, -1)
+        chosen = chosen_keys(shape.indexer, names.indexer, weights, normed, q_latent, rotation)
+    del h
     k_rope = rotate(k_rope.view(n_rows, n_tokens, -1), *rotation, shape.rope.interleaved)
     q_weight = weights(names.q_b if shape.q_lora else names.q).view(shape.n_heads, shape.qk_dim, -1)
     kv_weight = weights(names.kv_b).view(shape.n_heads, shape.nope_dim + shape.v_dim, -1)
@@ -157,7 +170,8 @@ def _contexts(names: _Names, shape: MlaShape, weights: Weights, x: Tensor) -> tu
             heads = slice(head, head + head_step)
             queries = _queries(shape, q_latent[rows], q_weight[heads], rotation).to(context.dtype)
             keys, values = _keys_and_values(shape, kv_latent[rows], k_rope[rows], kv_weight[heads])
-            context[rows, :, heads] = _attend(queries, keys, values, shape.softmax_scale)
+            allowed = None if chosen is None else chosen[rows]
+            context[rows, :, heads] = _attend(queries, keys, values, shape.softmax_scale, allowed)
     return (context.view(n_rows * n_tokens, -1),)
 
 
@@ -180,13 +194,14 @@ def _keys_and_values(shape: MlaShape, latent: Tensor, k_rope: Tensor, weight: Te
     return keys, both[..., shape.nope_dim :]
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention of each head: (r, t, heads, dims) -> (r, t, heads, v_dim)."""
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
+    """Causal softmax attention of each head: (r, t, heads, dims) -> (r, t, heads, v_dim). ``allowed`` (r, 1, t, t): the
+    keys of each query, None for all before it."""
     qk_dim, v_dim = queries.shape[-1], values.shape[-1]
     # Equal widths take torch's fused kernel, which never holds the (tokens, tokens) scores; zeros change no sum.
     width = max(qk_dim, v_dim)
     q, k, v = (_widened(part, width).transpose(1, 2) for part in (queries, keys, values))
-    attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    attended = scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, scale=scale)
     return attended[..., :v_dim].transpose(1, 2)
 
 

@@ -48,7 +48,7 @@ class SourceTensors:
 def listed_specs(arch: ModelArch, infos: Mapping[str, TensorInfo]) -> tuple[TensorSpec, ...]:
     """What the family lists, then what belongs to the model although nothing here computes with it, as it is there."""
     carried = arch.variants().carried
-    found = (info for name, info in infos.items() if _matches(name, carried))
+    found = (info for name, info in infos.items() if _matches(name, carried)) if carried else ()
     return (*arch.tensors(), *(TensorSpec(info.name, info.shape, Role.VISION) for info in found))
 
 

@@ -57,3 +57,25 @@ def kimi_k25(**changes: Any) -> dict[str, Any]:
             "num_hidden_layers": 1,
         },
     }
+
+
+def deepseek_v32(**changes: Any) -> dict[str, Any]:
+    """V3.2's: an indexer of small top_k."""
+    sizes = {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 40, "num_nextn_predict_layers": 0}
+    names = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
+    return tiny_config(**{**names, **sizes, **changes})
+
+
+def glm_moe_dsa(**changes: Any) -> dict[str, Any]:
+    """GLM-5's."""
+    config = deepseek_v32(
+        **{
+            "architectures": ["GlmMoeDsaForCausalLM"],
+            "model_type": "glm_moe_dsa",
+            "rope_scaling": None,
+            "n_group": 1,
+            "topk_group": 1,
+            **changes,
+        }
+    )
+    return {key: value for key, value in config.items() if key not in ("scoring_func", "topk_method")}

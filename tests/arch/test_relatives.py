@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from quantkit.arch import arch_of
 from quantkit.errors import ConfigError
-from tests.arch.relatives import deepseek_v2, glm4_moe_lite, kimi_k25
+from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.arch.test_forward import random_tokens
 from tests.oracles import forward
 from tests.tiny_models import YARN, random_weights, write_checkpoint, write_shards
@@ -29,6 +29,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "V2, one expert in a group": deepseek_v2(topk_method="group_limited_greedy", n_group=12, topk_group=4),
     "V2, uneven mscales": deepseek_v2(rope_scaling={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}),
     "GLM-4.7-Flash": glm4_moe_lite(),
+    "V3.2, sparse": deepseek_v32(),
+    "V3.2, dense": deepseek_v32(index_topk=200),
+    "GLM-5, sparse": glm_moe_dsa(),
+    "GLM-5.2, dense": glm_moe_dsa(index_topk=200, indexer_types=["full", "full", "shared"]),
     "GLM-4.7-Flash, two dense": glm4_moe_lite(mlp_layer_types=["dense", "dense", "sparse"]),
 }
 
