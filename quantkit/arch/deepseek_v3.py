@@ -22,6 +22,7 @@ from quantkit.arch.base import (
     Sublayer,
 )
 from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekV3Config
+from quantkit.arch.rope import LinearScaling
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -40,10 +41,17 @@ class DeepseekV3:
     final_norm: str = "model.norm.weight"
     stacked_experts: bool = False
 
-    def __init__(self, config: Mapping[str, object], gating: Literal["sigmoid", "softmax"] = "sigmoid") -> None:
-        """``gating``: of the router, softmax only for what llama.cpp makes of a file (`GgufModel.read`)."""
+    def __init__(
+        self,
+        config: Mapping[str, object],
+        gating: Literal["sigmoid", "softmax"] = "sigmoid",
+        scaling: LinearScaling | None = None,
+    ) -> None:
+        """``gating``: of the router; softmax, and ``scaling`` of positions, are only for what llama.cpp makes of a file
+        (`GgufModel.read`)."""
         self._gating: Literal["sigmoid", "softmax"] = gating
         self.config = DeepseekV3Config.of(config)
+        self._rope = replace(self.config.rope, linear=scaling)
         self.n_layers: int = self.config.num_hidden_layers
         self.n_mtp_layers: int = self.config.num_nextn_predict_layers
         self.hidden_size: int = self.config.hidden_size
@@ -139,7 +147,7 @@ class DeepseekV3:
             kv_lora_rank=c.kv_lora_rank,
             nope_dim=c.qk_nope_head_dim,
             v_dim=c.v_head_dim,
-            rope=c.rope,
+            rope=self._rope,
             norm_eps=c.rms_norm_eps,
             latent_eps=LATENT_NORM_EPS,
         )

@@ -17,6 +17,7 @@ from typing import Literal
 
 from quantkit.arch.deepseek_v3_config import DeepseekV3Config
 from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE, SIGMOID, SOFTMAX, is_lite, key_values
+from quantkit.arch.rope import LinearScaling
 from quantkit.errors import SourceError
 
 Value = int | float | bool | str
@@ -91,10 +92,12 @@ def stores_whole_kv_b(found: Found) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LlamaCppModel:
-    """What llama.cpp runs. ``notes``: a line for each key that is missing and matters."""
+    """What llama.cpp runs. ``scaling``: of positions, if it is not that of ``config``; ``notes``: a line for each key
+    that is missing and matters."""
 
     config: DeepseekV3Config
     gating: Gating
+    scaling: LinearScaling | None
     whole_kv_b: bool
     notes: tuple[str, ...]
 
@@ -127,7 +130,7 @@ def read_as_llama_cpp(config: DeepseekV3Config, found: Found) -> LlamaCppModel:
     changes = _changes(config, taken) if absent else {}
     read = DeepseekV3Config.of({**config.model_dump(), **changes}) if changes else config
     gating = "sigmoid" if taken["expert_gating_func"] == SIGMOID else "softmax"
-    return LlamaCppModel(read, gating, whole, notes)
+    return LlamaCppModel(read, gating, _linear(taken), whole, notes)
 
 
 def _needed(config: DeepseekV3Config, *, whole: bool, mtp: bool) -> dict[str, Value]:
@@ -180,19 +183,25 @@ def _rope_scaling(config: DeepseekV3Config, taken: Mapping[str, Value]) -> dict[
     """Without yarn_log_multiplier sine, cosine and the root of the softmax scale are all multiplied by yarn's factor;
     with it only the softmax scale is (llama_context's constructor and the graph of deepseek2.cpp)."""
     yarn, factor = config.rope_scaling, float(taken["rope.scaling.factor"])
-    if yarn is None or factor == 1:
+    if yarn is None or factor == 1 or taken["rope.scaling.type"] != "yarn":
         return None
-    if taken["rope.scaling.type"] != "yarn":
-        raise SourceError(
-            f"lacks {GGUF_ARCHITECTURE}.rope.scaling.type: llama.cpp takes linear, which stretches every "
-            "frequency and is not computed here.",
-            hint=_REWRITE,
-        )
     original = taken["rope.scaling.original_context_length"]
     scaling: dict[str, object] = {**yarn.model_dump(), "original_max_position_embeddings": original}
     if not taken["rope.scaling.yarn_log_multiplier"]:
         scaling |= {"mscale": None, "mscale_all_dim": 1.0, "attention_factor": 0.1 * math.log(factor) + 1}
     return scaling
+
+
+def _linear(taken: Mapping[str, Value]) -> LinearScaling | None:
+    """The scaling of a file that names none beside its factor. Sine and cosine are not multiplied, but the graph takes
+    back a factor of yarn that llama_context has not put on, and then puts on that of yarn_log_multiplier."""
+    factor = float(taken["rope.scaling.factor"])
+    if factor == 1 or taken.get("rope.scaling.type") != "linear":
+        return None
+    log = 0.1 * math.log(factor)
+    # A tenth of mscale_all_dim is stored.
+    mscale = (1 + log) * (1 + 10 * float(taken.get("rope.scaling.yarn_log_multiplier", 0)) * log)
+    return LinearScaling(factor, mscale**2)
 
 
 def _number(found: Found, key: str) -> int:
