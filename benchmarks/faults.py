@@ -17,7 +17,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,44 +31,60 @@ from quantkit.version import __version__
 from tests.faults.injected import FAULTS, FaultyJob
 from tests.faults.small_job import small_job
 
+CHAINS, DAMAGE = "chains of kills", "damage after a kill"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=FAULTS)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th call")
-    parser.add_argument("--chains", type=int, default=100, metavar="N", help="chains of up to six kills")
-    parser.add_argument("--tampered", type=int, default=300, metavar="N", help="files damaged after a kill")
+    parser.add_argument("--chains", type=int, default=100, metavar="N", help="chains of up to six kills, 0: none")
+    parser.add_argument("--tampered", type=int, default=300, metavar="N", help="files damaged after a kill, 0: none")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was found as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process must find no lock that a thread of its parent held
-    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         job, out = small_job(Path(folder)), Path(folder) / "tried" / "out"
-        found = {fault: sweep(job, out, fault, options.every) for fault in options.faults}
-        result = {
+        result: dict[str, Any] = {
             "what": "every call that writes, failing once; kills; damage. Files after the same command again",
             "date": date.today().isoformat(),
             **machine(),
             "quantkit": __version__,
             "command": f"python benchmarks/faults.py --every {options.every} --seed {options.seed}",
             "calls": len(job.calls),
-            "every": options.every,
-            "faults": found,
-            "chains of kills": chains(job, out, options.chains, Random(f"chains {options.seed}")),
-            "damage after a kill": tampered(job, out, options.tampered, Random(f"tampered {options.seed}")),
-            "seconds": round(time.monotonic() - start),
+            "kinds": dict.fromkeys((*FAULTS, CHAINS, DAMAGE), "not tried"),
         }
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if options.save:
-        options.save.write_text(text)
-    tried = (*found.values(), result["chains of kills"], result["damage after a kill"])
-    return int(any(part["problems"] for part in tried))
+        for kind, attempt in attempts(job, out, options).items():
+            start = time.monotonic()
+            result["kinds"][kind] = "not finished"
+            save(result, options.save)
+            result["kinds"][kind] = {**attempt(), "seconds": round(time.monotonic() - start)}
+            save(result, options.save)
+    print(json.dumps(result, indent=1))
+    return int(any(isinstance(kind, dict) and kind["problems"] for kind in result["kinds"].values()))
+
+
+def attempts(job: FaultyJob, out: Path, options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """By kind what tries it: cases, and a line for each that went wrong."""
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        fault: partial(sweep, job, out, fault, options.every) for fault in options.faults
+    }
+    if options.chains:
+        made[CHAINS] = partial(chains, job, out, options.chains, Random(f"chains {options.seed}"))
+    if options.tampered:
+        made[DAMAGE] = partial(tampered, job, out, options.tampered, Random(f"tampered {options.seed}"))
+    return made
+
+
+def save(result: dict[str, Any], path: Path | None) -> None:
+    """After each kind: a run that is stopped has told what it has found."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def sweep(job: FaultyJob, out: Path, fault: str, every: int) -> dict[str, Any]:
-    """Cases tried, and a line for each that went wrong."""
+    """One fault at every N-th call."""
     problems: list[str] = []
     numbers = range(0, len(job.calls), every)
     tried = [at for at in numbers if fault != "short write" or job.calls[at].startswith("pwrite")]
@@ -77,7 +95,7 @@ def sweep(job: FaultyJob, out: Path, fault: str, every: int) -> dict[str, Any]:
             problems.append(f"{at} {job.calls[at]}: {problem}")
         shutil.rmtree(out.parent)
     print(f"{fault}: {len(tried)} cases, {len(problems)} problems", file=sys.stderr, flush=True)
-    return {"cases": len(tried), "problems": problems}
+    return {"every": every, "cases": len(tried), "problems": problems}
 
 
 def chains(job: FaultyJob, out: Path, count: int, draw: Random) -> dict[str, Any]:

@@ -6,7 +6,15 @@ The functions do what the commands of the same names do, with the same options: 
 the package costs milliseconds: classes come when they are asked for, torch when work begins.
 """
 
+# ruff: noqa: E402 - the first call comes before the imports that take the time
+
 from __future__ import annotations
+
+# isort: off
+from quantkit.interrupts import quiet_while_loading
+
+quiet_while_loading()
+# isort: on
 
 from importlib import import_module
 from typing import TYPE_CHECKING

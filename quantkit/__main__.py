@@ -6,10 +6,13 @@ from __future__ import annotations
 import os
 import sys
 
+from quantkit.interrupts import raise_again
+
 
 def main() -> None:
     """Entry point of the ``quantkit`` script."""
     try:
+        raise_again()
         from quantkit.cli.app import main as run
 
         run()

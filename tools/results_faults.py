@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from results_markdown import UNKNOWN, Document, number, run_facts, table
 
-_LATER = ("chains of kills", "damage after a kill")
-
 
 def fuzz(data: Document) -> str:
     """Damaged files for each reader."""
@@ -33,10 +31,17 @@ def fuzz(data: Document) -> str:
 
 def faults(data: Document) -> str:
     """Calls that fail, kills, and damage after a kill."""
-    parts = {**data["faults"], **{name: data[name] for name in _LATER if name in data}}
     rows = [
-        [name, number(part["cases"], 0), str(part.get("kills", "")), str(len(part["problems"]))]
-        for name, part in parts.items()
+        [name, state, "", "", ""]
+        if isinstance(state, str)
+        else [
+            name,
+            number(state["cases"], 0),
+            str(state.get("every", "")),
+            str(state.get("kills", "")),
+            str(len(state["problems"])),
+        ]
+        for name, state in data["kinds"].items()
     ]
-    told = run_facts(data, calls=f"{data['calls']:,} that write", every=f"{data['every']}")
-    return "\n".join([told, table(("fault", "cases", "kills", "problems"), rows)])
+    told = run_facts(data, calls=f"{data['calls']:,} that write")
+    return "\n".join([told, table(("fault", "cases", "at every n-th call", "kills", "problems"), rows)])

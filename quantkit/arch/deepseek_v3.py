@@ -23,6 +23,7 @@ from quantkit.arch.base import (
     Sublayer,
 )
 from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekConfig, DeepseekV3Config
+from quantkit.arch.rope import LinearScaling
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ class DeepseekV3:
         """What this family understands of a config.json."""
         return DeepseekV3Config.of(config)
 
-    def _bind(self, config: DeepseekConfig) -> None:
+    def _bind(self, config: DeepseekConfig, scaling: LinearScaling | None = None) -> None:
         self.config = config
+        self._rope = replace(config.rope, linear=scaling)
         self.n_layers: int = config.num_hidden_layers
         self.n_mtp_layers: int = config.num_nextn_predict_layers
         self.hidden_size: int = config.hidden_size
@@ -64,10 +66,11 @@ class DeepseekV3:
         self.final_norm: str = f"{self.root}model.norm.weight"
         self.lm_head: str = self.embed if config.tie_word_embeddings else f"{self.root}lm_head.weight"
 
-    def computing(self, config: DeepseekConfig) -> Self:
-        """The same tensors, computed as ``config`` says: what llama.cpp makes of a file (`GgufModel.read`)."""
+    def computing(self, config: DeepseekConfig, scaling: LinearScaling | None) -> Self:
+        """The same tensors, computed as ``config`` and a ``scaling`` of positions say: what llama.cpp makes of a file
+        (`GgufModel.read`)."""
         changed = copy(self)
-        changed._bind(config)
+        changed._bind(config, scaling)
         return changed
 
     def tensors(self) -> Iterator[TensorSpec]:
@@ -170,7 +173,7 @@ class DeepseekV3:
             kv_lora_rank=c.kv_lora_rank,
             nope_dim=c.qk_nope_head_dim,
             v_dim=c.v_head_dim,
-            rope=c.rope,
+            rope=self._rope,
             norm_eps=c.rms_norm_eps,
             latent_eps=LATENT_NORM_EPS,
         )

@@ -128,11 +128,13 @@ def stored_name(name: str, dialect: Dialect = DEEPSEEK2) -> tuple[str, int | Non
         return stored, None
     if match := _LAYER.fullmatch(name):
         layer, rest = match.groups()
-        if (stored := _IN_LAYER.get(rest) or dialect.in_layer.get(rest)) is not None:
+        if (stored := _IN_LAYER.get(rest)) is not None:
             return f"blk.{layer}.{stored}", None
         expert = _EXPERT.fullmatch(rest)
         if expert and (stored := _STACKED.get(expert[2])) is not None:
             return f"blk.{layer}.{stored}", int(expert[1])
+        if (stored := dialect.in_layer.get(rest)) is not None:
+            return f"blk.{layer}.{stored}", None
     raise SourceError(f"{name}: a GGUF file of architecture {dialect.architecture} has no place for this tensor.")
 
 

@@ -10,21 +10,22 @@ from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v3_gguf import DEEPSEEK2, Dialect, differences, key_values, server_flags, stored_name
 from quantkit.arch.deepseek_v3_gguf_read import read_as_llama_cpp
 from quantkit.arch.parts import in_parts
+from quantkit.arch.rope import LinearScaling
 
 
 @dataclass(frozen=True, slots=True)
 class DeepseekV3Gguf:
-    """A `GgufModel`. ``computing``: config -> the model as it says; ``root``: of the official names; ``dialect``: the
-    architecture's own names and keys."""
+    """A `GgufModel`. ``computing``: config and linear scaling of positions -> the model as they say; ``root``: of the
+    official names; ``dialect``: the architecture's own names and keys."""
 
     config: DeepseekConfig
-    computing: Callable[[DeepseekConfig], ModelArch]
+    computing: Callable[[DeepseekConfig, LinearScaling | None], ModelArch]
     root: str = ""
     dialect: Dialect = DEEPSEEK2
 
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """See `stored_name`."""
-        return stored_name(name.removeprefix(self.root), self.dialect)
+        return stored_name(name.removeprefix(self.root) if self.root else name, self.dialect)
 
     def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
         """See `key_values`."""
@@ -34,7 +35,7 @@ class DeepseekV3Gguf:
         """See `read_as_llama_cpp`."""
         prefix = f"{self.dialect.architecture}."
         model = read_as_llama_cpp(self.config, lambda key: found(prefix + key), self.dialect)
-        arch = self.computing(model.config)
+        arch = self.computing(model.config, model.scaling)
         return GgufReading(arch, tuple(arch.tensors()) if model.whole_kv_b else in_parts(arch), model.notes)
 
     def differences(self) -> tuple[str, ...]:

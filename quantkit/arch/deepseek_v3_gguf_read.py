@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v3_gguf import DEEPSEEK2, SIGMOID, SOFTMAX, Dialect, is_lite, key_values
+from quantkit.arch.rope import LinearScaling
 from quantkit.errors import SourceError
 
 Value = int | float | bool | str
@@ -89,9 +90,11 @@ def stores_whole_kv_b(found: Found) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LlamaCppModel:
-    """What llama.cpp runs. ``notes``: a line for each key that is missing and matters."""
+    """What llama.cpp runs. ``scaling``: of positions, if it is not that of ``config``; ``notes``: a line for each key
+    that is missing and matters."""
 
     config: DeepseekConfig
+    scaling: LinearScaling | None
     whole_kv_b: bool
     notes: tuple[str, ...]
 
@@ -121,9 +124,14 @@ def read_as_llama_cpp(config: DeepseekConfig, found: Found, dialect: Dialect = D
         f"(config.json: {_written(needed[key])})."
         for key, value in absent.items()
     )
-    changes = _changes(config, taken, dialect) if absent else {}
-    read = DeepseekConfig.of({**config.model_dump(), **changes}) if changes else config
-    return LlamaCppModel(read, whole, notes)
+    changes = _changes(config, taken) if absent else {}
+    return LlamaCppModel(_changed(config, changes), _linear(taken), whole, notes)
+
+
+def _changed(config: DeepseekConfig, changes: Mapping[str, object]) -> DeepseekConfig:
+    """Routing by softmax is no config of every family, but llama.cpp computes it."""
+    checked = DeepseekConfig.of({**config.model_dump(), **changes})
+    return config.model_copy(update={name: getattr(checked, name) for name in changes})
 
 
 def _needed(config: DeepseekConfig, dialect: Dialect, *, whole: bool, mtp: bool) -> dict[str, Value]:
@@ -161,37 +169,43 @@ def _refused(key: str, why: str, dialect: Dialect) -> SourceError:
     )
 
 
-def _changes(config: DeepseekConfig, taken: Mapping[str, Value], dialect: Dialect) -> dict[str, object]:
+def _changes(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, object]:
     """Entries of config.json that say what llama.cpp computes."""
     changes: dict[str, object] = {
         "norm_topk_prob": taken["expert_weights_norm"],
         "routed_scaling_factor": taken["expert_weights_scale"],
         "scoring_func": "sigmoid" if taken["expert_gating_func"] == SIGMOID else "softmax",
         "rope_theta": taken["rope.freq_base"],
-        "rope_scaling": _rope_scaling(config, taken, dialect),
+        "rope_scaling": _rope_scaling(config, taken),
     }
     if not taken.get("expert_group_count"):
         changes |= {"n_group": 1, "topk_group": 1}
     return changes
 
 
-def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value], dialect: Dialect) -> dict[str, object] | None:
+def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, object] | None:
     """Without yarn_log_multiplier sine, cosine and the root of the softmax scale are all multiplied by yarn's factor;
     with it only the softmax scale is (llama_context's constructor and the graph of deepseek2.cpp)."""
     yarn, factor = config.rope_scaling, float(taken["rope.scaling.factor"])
-    if yarn is None or factor == 1:
+    if yarn is None or factor == 1 or taken["rope.scaling.type"] != "yarn":
         return None
-    if taken["rope.scaling.type"] != "yarn":
-        raise SourceError(
-            f"lacks {dialect.architecture}.rope.scaling.type: llama.cpp takes linear, which stretches every "
-            "frequency and is not computed here.",
-            hint=_REWRITE,
-        )
     original = taken["rope.scaling.original_context_length"]
     scaling: dict[str, object] = {**yarn.model_dump(), "original_max_position_embeddings": original}
     if not taken["rope.scaling.yarn_log_multiplier"]:
         scaling |= {"mscale": None, "mscale_all_dim": 1.0, "attention_factor": 0.1 * math.log(factor) + 1}
     return scaling
+
+
+def _linear(taken: Mapping[str, Value]) -> LinearScaling | None:
+    """The scaling of a file that names none beside its factor. Sine and cosine are not multiplied, but the graph takes
+    back a factor of yarn that llama_context has not put on, and then puts on that of yarn_log_multiplier."""
+    factor = float(taken["rope.scaling.factor"])
+    if factor == 1 or taken.get("rope.scaling.type") != "linear":
+        return None
+    log = 0.1 * math.log(factor)
+    # A tenth of mscale_all_dim is stored.
+    mscale = (1 + log) * (1 + 10 * float(taken.get("rope.scaling.yarn_log_multiplier", 0)) * log)
+    return LinearScaling(factor, mscale**2)
 
 
 def _number(found: Found, key: str) -> int:

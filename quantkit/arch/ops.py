@@ -49,6 +49,8 @@ def rope_rotation(rope: Rope, n_tokens: int, device: torch.device) -> tuple[Tens
     steps = torch.arange(0, rope.dim, 2, device=device).float() / rope.dim
     periods = rope.theta**steps
     frequencies = 1.0 / periods
+    if rope.linear is not None:
+        frequencies /= rope.linear.factor
     if rope.yarn is not None:
         low, high = rope.yarn_ramp(rope.yarn)
         ramp = ((torch.arange(rope.dim // 2, device=device).float() - low) / (high - low)).clamp(0, 1)

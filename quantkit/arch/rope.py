@@ -32,14 +32,25 @@ class Yarn(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Every frequency divided by ``factor``, as llama.cpp does where a file does not name the type of scaling. It is no
+    entry of config.json here. ``softmax_factor``: what the softmax scale is multiplied with."""
+
+    factor: float
+    softmax_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotates ``dim`` dimensions of a head, base ``theta``; pairs are (0, 1), (2, 3)... or (i, i + dim/2)."""
+    """Rotates ``dim`` dimensions of a head, base ``theta``; pairs are (0, 1), (2, 3)... or (i, i + dim/2). Scaled by
+    ``yarn``, by ``linear``, or not at all."""
 
     dim: int
     theta: float
     interleaved: bool
     max_positions: int
     yarn: Yarn | None = None
+    linear: LinearScaling | None = None
 
     @property
     def attention_factor(self) -> float:
@@ -55,6 +66,8 @@ class Rope:
     @property
     def softmax_factor(self) -> float:
         """What the softmax scale ``1 / sqrt(head_dim)`` is multiplied with (DeepSeek: mscale squared)."""
+        if self.linear is not None:
+            return self.linear.softmax_factor
         if self.yarn is None or not self.yarn.mscale_all_dim:
             return 1.0
         return _mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2

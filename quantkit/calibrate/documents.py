@@ -18,9 +18,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from quantkit.calibrate.chats import ChatDocument, chat_document, encodable
+from quantkit.calibrate.parquet_rows import importable, parquet_rows
 from quantkit.errors import CalibrationError
 from quantkit.formats.safetensors.header import check_json_size, printable
 
@@ -32,11 +33,6 @@ BUILTIN = "builtin:"
 MAX_EMPTY_CHATS = 0.1
 """Share of a file's chats that may say nothing. They are left out; more of them mean that the text is elsewhere."""
 _BLOCK_BYTES = 1 << 20
-_MAX_EXPANSION = 100
-"""Bytes of text, and of what a row takes in memory, for each byte of a parquet file: repeated texts are stored once."""
-_SMALL_TEXT = 32_000_000
-_ROW_BYTES = 200
-_CHAT_COLUMNS = ("messages", "tools", "documents", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,85 +287,17 @@ def _document_of_line(file: TextFile, where: str, line: str) -> Document:
 
 
 def _read_parquet(file: TextFile, handle: IO[bytes], update: Update) -> Iterator[Document]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
+    if not importable():
         hint = "Install pyarrow (the extra `parquet`)."
-        raise CalibrationError(f"{file.label}: reading .parquet needs pyarrow.", hint=hint) from error
+        raise CalibrationError(f"{file.label}: reading .parquet needs pyarrow.", hint=hint)
     empty = True
     while block := handle.read(_BLOCK_BYTES):
         update(block)
         empty = False
     if empty:
         raise _empty_file(file.label)
-    number = 0
-    left = most = max(_SMALL_TEXT, _MAX_EXPANSION * file.path.stat().st_size)
-    try:
-        columns = _columns(file, parquet.read_schema(file.path).names)
-        texts = "text" in columns
-        # Read as a dictionary, a repeated text stays one object until its row is asked for.
-        with parquet.ParquetFile(file.path, read_dictionary=columns if texts else None) as table:
-            if any(size > most for size in _group_sizes(table.metadata)):
-                raise _expands(file.label, most)
-            for batch in table.iter_batches(batch_size=1024 if texts else 8, columns=columns):
-                for place in range(batch.num_rows):
-                    row = {name: batch.column(name)[place].as_py() for name in columns}
-                    number += 1
-                    left -= _ROW_BYTES + _n_characters(row)
-                    if left < 0:
-                        raise _expands(file.label, most)
-                    yield _document(file, f"{file.label}: row {number}", _without_nulls(row))
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{file.label}: a text behind row {number} is not UTF-8 ({error.reason}).") from error
-    except (arrow.ArrowException, OSError) as error:
-        problem = printable(str(error).splitlines()[0])
-        raise CalibrationError(f"{file.label}: is not readable as parquet ({problem}).") from error
-
-
-def _group_sizes(metadata: Any) -> Iterator[int]:
-    """Bytes that each group of rows has without compression, as the file says."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        yield group.total_byte_size  # what a column says of itself ends the process, if it contradicts its schema
-
-
-def _n_characters(value: object) -> int:
-    """Characters of all texts in a value."""
-    if isinstance(value, dict):
-        return sum(map(_n_characters, cast("dict[str, object]", value).values()))
-    if isinstance(value, list):
-        return sum(map(_n_characters, cast("list[object]", value)))
-    return len(value) if isinstance(value, str) else 0
-
-
-def _expands(label: str, most: int) -> CalibrationError:
-    return CalibrationError(
-        f"{label}: holds more than {most:,} bytes of text and rows, over {_MAX_EXPANSION} times its own size.",
-        hint="Such a file is damaged, or made to fill the memory. Convert it to .jsonl if it is neither.",
-    )
-
-
-def _columns(file: TextFile, names: Sequence[str]) -> list[str]:
-    domain = () if file.domain_key is None else (file.domain_key,)
-    missing = [name for name in domain if name not in names]
-    if not missing and "messages" in names:
-        return [name for name in (*_CHAT_COLUMNS, *domain) if name in names]
-    if not missing and "text" in names:
-        return list(dict.fromkeys(("text", *domain)))
-    needed = f"`{missing[0]}`" if missing else "`text` or `messages`"
-    raise CalibrationError(f"{file.label}: found columns {printable(', '.join(names))}, needed {needed}.")
-
-
-def _without_nulls(row: Mapping[str, object]) -> dict[str, object]:
-    """The row as its JSON was: in a column all objects have the same keys, those that one lacks are null."""
-    return {key: _plain(value) for key, value in row.items()}
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        entries = cast("dict[str, object]", value)
-        return {key: _plain(entry) for key, entry in entries.items() if entry is not None or key == "content"}
-    return [_plain(item) for item in cast("list[object]", value)] if isinstance(value, list) else value
+    for number, row in parquet_rows(file.label, file.path, file.domain_key):
+        yield _document(file, f"{file.label}: row {number}", row)
 
 
 def _document(file: TextFile, where: str, record: Mapping[str, object]) -> Document:

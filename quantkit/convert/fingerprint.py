@@ -35,7 +35,7 @@ def journal_header(
     return JournalHeader(
         quantkit_version=f"{__version__}, sources {_sources()[:12]}",
         torch_version=torch.__version__,
-        recipe=sha256_of_text(recipe.model_dump_json(exclude={"validation"})),
+        recipe=sha256_of_text(recipe.model_dump_json(exclude={"validation", "allow_zeros"})),
         source=source.fingerprint(),
         tokenizer=_tokenizer(source.directory),
         calibration_text=None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),

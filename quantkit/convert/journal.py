@@ -1,14 +1,17 @@
 """What a conversion has finished, one JSON line each, synced before the next step begins.
 
 Line 1 names the job: recipe, source, text, versions. A resumed run must state the same, or is told what differs. The
-bytes that a later line vouches for are on the disk before the line is. The journal ends before the first line that is
-torn by a kill, damaged, or no entry, and the steps of the lines after it are done again.
+bytes that a later line vouches for are on the disk before the line is. Each later line ends in a CRC-32 of all that was
+said up to it. The journal ends before the first line that is torn by a kill, damaged or edited, or no entry, and the
+steps of the lines after it are done again.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -18,6 +21,16 @@ from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.preallocated import disk_errors, sync_directory
 from quantkit.formats.safetensors.header import printable
 
+_CHECKSUM = b',"crc32":'
+"""Follows the last value of an entry."""
+
+
+class End(NamedTuple):
+    """Of a line: bytes of the file up to here, and the CRC-32 of all lines up to here without their checksums."""
+
+    size: int
+    crc32: int
+
 
 class Journal:
     """An append-only file of entries. ``entries`` holds those after the header."""
@@ -26,13 +39,13 @@ class Journal:
         """Start a journal, or take one up. Raises `OutputError` if it belongs to another job, naming every difference,
         or if a shard of the checkpoint in folder ``source`` changed since it was begun."""
         self._path = path
-        found, self.entries, size = _read(path)
+        found, self.entries, self._ends = _read(path)
         if found is not None:
             _refuse_other_job(path, found, header, source)
         with disk_errors(path):
             # Unbuffered: what a full disk refused must not be written again when the file is closed.
             self._file = path.open("wb" if found is None else "r+b", buffering=0)
-            self._file.truncate(self._file.seek(size))
+            self._file.truncate(self._file.seek(self._ends[-1].size if found is not None else 0))
         if found is not None:
             return
         try:
@@ -52,11 +65,10 @@ class Journal:
         """Forget all but the first entries: their steps will be done again."""
         if n_entries == len(self.entries):
             return
-        lost = sum(len(_line(entry)) for entry in self.entries[n_entries:])
         with disk_errors(self._path):
-            self._file.truncate(self._file.seek(-lost, os.SEEK_END))
+            self._file.truncate(self._file.seek(self._ends[n_entries].size))
             os.fsync(self._file.fileno())
-        del self.entries[n_entries:]
+        del self.entries[n_entries:], self._ends[n_entries + 1 :]
 
     @property
     def layers(self) -> list[LayerEntry]:
@@ -82,38 +94,49 @@ class Journal:
         self._file.close()
 
     def _append(self, line: JournalHeader | OutsideEntry | LayerEntry) -> None:
+        content, end = checked_line(_json(line), self._ends[-1] if self._ends else None)
         with disk_errors(self._path):
-            rest = memoryview(_line(line))
+            rest = memoryview(content)
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
+        self._ends.append(end)
 
 
 def _name(entry: OutsideEntry | LayerEntry) -> str:
     return f"layer {entry.layer}" if isinstance(entry, LayerEntry) else "what lies outside the layers"
 
 
-def _line(line: JournalHeader | OutsideEntry | LayerEntry) -> bytes:
-    return line.model_dump_json(by_alias=True).encode() + b"\n"
+def checked_line(text: bytes, before: End | None) -> tuple[bytes, End]:
+    """A line of JSON ``text`` and its end. The first one (``before``: None) has no checksum: those after it have."""
+    crc32 = zlib.crc32(text, before.crc32 if before else 0)
+    content = text + b"\n" if before is None else b"%b%b%d}\n" % (text[:-1], _CHECKSUM, crc32)
+    return content, End(len(content) + (before.size if before else 0), crc32)
 
 
-def _read(path: Path) -> tuple[JournalHeader | None, list[OutsideEntry | LayerEntry], int]:
-    """The header (None: there is none), every entry up to the first line that is none, and the bytes of all these
+def _json(line: JournalHeader | OutsideEntry | LayerEntry) -> bytes:
+    return line.model_dump_json(by_alias=True).encode()
+
+
+def _read(path: Path) -> tuple[JournalHeader | None, list[OutsideEntry | LayerEntry], list[End]]:
+    """The header (None: there is none), every entry up to the first line that is none, and the ends of all these
     lines."""
     if not path.exists():
-        return None, [], 0
+        return None, [], []
     with disk_errors(path):
         first, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
     header = _header(path, first)
+    if header is None:
+        return None, [], []
     entries: list[OutsideEntry | LayerEntry] = []
-    size = len(first)
-    for line in lines if header is not None else ():
-        entry = _entry(line)
+    ends = [checked_line(first.removesuffix(b"\n"), None)[1]]
+    for line in lines:
+        entry = _entry(line, ends[-1])
         if entry is None:
             break
         entries.append(entry)
-        size += len(line)
-    return header, entries, 0 if header is None else size
+        ends.append(checked_line(_json(entry), ends[-1])[1])
+    return header, entries, ends
 
 
 def _header(path: Path, line: bytes) -> JournalHeader | None:
@@ -129,13 +152,13 @@ def _header(path: Path, line: bytes) -> JournalHeader | None:
         ) from None
 
 
-def _entry(line: bytes) -> OutsideEntry | LayerEntry | None:
-    """None for a line that `_line` did not write."""
+def _entry(line: bytes, before: End) -> OutsideEntry | LayerEntry | None:
+    """None for a line that `Journal.append` did not write here."""
     try:
-        entry = ENTRY.validate_json(line)
+        entry = ENTRY.validate_json(line.rpartition(_CHECKSUM)[0] + b"}")
     except ValidationError:
         return None
-    return entry if _line(entry) == line else None
+    return entry if checked_line(_json(entry), before)[0] == line else None
 
 
 def _refuse_other_job(path: Path, found: JournalHeader, wanted: JournalHeader, source: Path) -> None:

@@ -17,7 +17,7 @@ from quantkit.convert.folder import is_begun, refuse_taken, refuse_to_lose
 from quantkit.formats import open_source
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.plan.forecast import forecast_of
-from quantkit.plan.headers import headers_of
+from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.memory import Needs, check_free_disk
 from quantkit.plan.plan import Plan
 from quantkit.plan.recipe import Recipe
@@ -54,6 +54,8 @@ def prepared(
     with open_source(source) as opened:
         headers = headers_of(opened)
         found = forecast_of(headers, recipe, base_dir=base_dir, memory_budget=memory_budget)
+        if not recipe.allow_zeros:
+            opened.refuse_zeros(zero_limits(headers.arch))
         if not is_begun(out) and not out.exists():  # else the conversion counts what is written already
             check_free_disk(found.needs, out)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)

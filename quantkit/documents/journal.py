@@ -26,7 +26,7 @@ class JobHeader(DocumentPart):
     """With a digest of the package's source files."""
     torch_version: str | None = None
     recipe: str | None = None
-    """sha256 of its JSON, but for ``validation``, which changes no byte of the weights."""
+    """sha256 of its JSON, but for ``validation`` and ``allow_zeros``, which change no byte of the weights."""
     source: str | None = None
     """sha256 over headers and config of the source checkpoint."""
     tokenizer: str | None = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import SourceError
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource, require_finite, row_ranges
+from quantkit.formats.zero_runs import ZeroRun, zero_runs
 from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE_SUFFIX = "_scale_inv"
+ZEROS_HINT = (
+    "Interrupted downloads look so: fetch the shards again. If the model is so, set allow_zeros: true in the recipe."
+)
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 """What a scale may be stored in: float32 in every official release; the other two convert to float32 exactly."""
 
@@ -47,6 +51,7 @@ class Fp8Source:
         self.raw = raw
         self.block_size = block_size
         self.config: Mapping[str, object] = config or {}
+        self._least_zeros: Mapping[str, int] = {}
         stored = raw.infos()
         scales = {name for name in stored if name.endswith(SCALE_SUFFIX)}
         self._float8 = {name for name, info in stored.items() if info.dtype.startswith("F8_") and name not in scales}
@@ -77,6 +82,11 @@ class Fp8Source:
         self.raw.share(copies)
         self._infos |= {name: self.raw.infos()[name] for name in copies}
 
+    def refuse_zeros(self, least: Mapping[str, int]) -> None:
+        """From now on reading a tensor, or rows of it, raises `SourceError` for ``least[name]`` zeros in a row or more.
+        Other tensors may hold any."""
+        self._least_zeros = least
+
     def is_float8(self, name: str) -> bool:
         """Whether a tensor of `infos` is stored as FP8 with a block scale."""
         return name in self._float8
@@ -93,6 +103,9 @@ class Fp8Source:
             scale = self.raw.read(name + SCALE_SUFFIX).float()
             self._check_scale(name, scale, stored)
             weight = decode_blocks(weight, scale.to(device), self.block_size)
+            self._check_zeros(name, weight, scale)
+        else:
+            self._check_zeros(name, weight)
         require_finite(name, str(self.raw.path_of(name)), weight)
         return weight
 
@@ -102,8 +115,11 @@ class Fp8Source:
         Raises `SourceError` for a code that is NaN or a scale that is not a positive finite number, nor 0 for a block
         of zeros.
         """
+        import torch
+
         codes, scale = self.raw.read(name), self.raw.read(name + SCALE_SUFFIX)
         self._check_scale(name, scale.float(), codes)
+        self._check_zeros(name, codes.view(torch.uint8), scale.float())
         return codes, scale
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -112,7 +128,9 @@ class Fp8Source:
         Raises `SourceError` for NaN, infinity and bad scales.
         """
         if name not in self._float8:
-            return self.raw.read(name, rows)
+            tensor = self.raw.read(name, rows)
+            self._check_zeros(name, tensor, first_row=rows[0] if rows else 0)
+            return tensor
         block_rows, _ = self.block_size
         start, stop = rows or (0, self._infos[name].shape[0])
         scale = self.raw.read(name + SCALE_SUFFIX, (start // block_rows, math.ceil(stop / block_rows))).float()
@@ -120,6 +138,7 @@ class Fp8Source:
         self._check_scale(name, scale, codes, skipped)
         weight = decode_blocks(codes, scale, self.block_size, skipped)
         require_finite(name, str(self.raw.path_of(name)), weight)
+        self._check_zeros(name, weight, scale, start)
         return weight
 
     def read_rows(self, name: str, indices: Sequence[int]) -> Tensor:
@@ -133,9 +152,6 @@ class Fp8Source:
 
     def chunks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
         """The decoded tensor in consecutive pieces, see `SafetensorsSource.chunks`."""
-        if name not in self._float8:
-            yield from self.raw.chunks(name, max_bytes)
-            return
         for rows in row_ranges(self._infos[name], max_bytes):
             yield self.read(name, rows)
 
@@ -159,6 +175,24 @@ class Fp8Source:
 
     def _decoded(self, info: TensorInfo) -> TensorInfo:
         return TensorInfo(info.name, info.shape, "BF16") if info.name in self._float8 else info
+
+    def _check_zeros(self, name: str, tensor: Tensor, scale: Tensor | None = None, first_row: int = 0) -> None:
+        """Raise for more zeros in a row than `refuse_zeros` allows. ``tensor``: rows from ``first_row`` on; ``scale``:
+        of their blocks. Blocks with the scale 0 were zeros when they were stored: a hole leaves the scales."""
+        least = self._least_zeros.get(name)
+        if least is None:
+            return
+        columns = math.prod(tensor.shape[1:])
+        for run in zero_runs(tensor, least):
+            rows = first_row + run.start // columns, first_row + (run.stop - 1) // columns
+            first_block = first_row // self.block_size[0]
+            blocks = slice(rows[0] // self.block_size[0] - first_block, rows[1] // self.block_size[0] - first_block + 1)
+            if scale is None or scale[blocks].any():
+                raise self._hole(name, run, rows)
+
+    def _hole(self, name: str, run: ZeroRun, rows: tuple[int, int]) -> SourceError:
+        problem = f"{run.stop - run.start:,} weights in a row are zero, in rows {rows[0]:,} to {rows[1]:,}"
+        return self._refusal(name, problem, ZEROS_HINT)
 
     def _check_pair(self, name: str) -> None:
         """Raise unless an FP8 tensor is an e4m3 matrix with a scale of the right shape and dtype."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from quantkit.calibrate.dataset import check_text
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.errors import CalibrationError, SourceError
+from quantkit.formats.fp8_source import ZEROS_HINT
 from quantkit.formats.side_files import side_file_bytes
 from quantkit.formats.sizes import short_size
 from quantkit.plan.batch_sizes import Expected, expected
@@ -124,8 +125,7 @@ def forecast_of(
         more = f"\n... and {len(headers.zeros) - 5:,} more shards." if len(headers.zeros) > 5 else ""
         raise SourceError(
             "\n".join(headers.zeros[:5]) + more,
-            hint="Interrupted downloads end so: fetch the shards again. If the model is so, set allow_zeros: true in "
-            "the recipe.",
+            hint=ZEROS_HINT,
         )
     plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
     plan = replace(plan, warnings=(*headers.notes, *length_notes(recipe, headers.arch), *plan.warnings))

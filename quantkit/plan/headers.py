@@ -12,9 +12,10 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError, SourceError
 from quantkit.formats.fp8_source import SCALE_SUFFIX, Fp8Source
+from quantkit.formats.safetensors.file_holes import file_holes
 from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.formats.safetensors.reader import read_index
-from quantkit.formats.safetensors.zero_tail import zero_tails
+from quantkit.formats.safetensors.zero_tail import ZERO_ROWS, zero_tails
 from quantkit.formats.side_files import folder_notes
 from quantkit.formats.source import (
     DEFAULT_BLOCK_SIZE,
@@ -25,16 +26,18 @@ from quantkit.formats.source import (
     read_config,
 )
 from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies
-from quantkit.tensors import TensorInfo
+from quantkit.tensors import Role, TensorInfo
 
 IsFloat8 = Callable[[str], bool]
+LEAST_ZEROS = 32_768
+"""64 KiB of BF16: the smallest piece in which downloads come. 4.6 rows of DeepSeek V3's hidden size."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceHeaders:
     """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name, in blocks of ``block_size``.
     ``has_shards``: False if all was derived from config.json. ``notes``: what is unusual about the folder, a line
-    each; ``zeros``: shards that end in rows of zeros, a line each."""
+    each; ``zeros``: shards that end in rows of zeros or have holes, a line each."""
 
     directory: Path
     config: Mapping[str, object]
@@ -87,8 +90,29 @@ def headers_of(source: Fp8Source) -> SourceHeaders:
         True,
         source.block_size,
         notes,
-        zero_tails(source.directory, source.raw.headers),
+        _zeros(source, zero_limits(arch)),
     )
+
+
+def zero_limits(arch: ModelArch) -> dict[str, int]:
+    """By the name of a matrix how many zeros in a row no trained model has, but a file with a hole.
+
+    Rows of a vocabulary that no text has may be zero, up to 1 % of them in a row. In other matrices some rows may be:
+    dead units, which FP8 rounds to zero. Vectors, such as biases, may be zero as a whole.
+    """
+    limits: dict[str, int] = {}
+    for spec in arch.tensors():
+        if len(spec.shape) > 1:
+            vocabulary = spec.base_role in (Role.EMBED, Role.LM_HEAD)
+            some_rows = (int(ZERO_ROWS * spec.shape[0]) + 1) * spec.shape[1] if vocabulary else 0
+            limits[spec.name] = max(LEAST_ZEROS, some_rows)
+    return limits
+
+
+def _zeros(source: Fp8Source, limits: Mapping[str, int]) -> tuple[str, ...]:
+    """A line for each shard that ends in rows of zeros; without any, for each that has a hole."""
+    headers = source.raw.headers
+    return zero_tails(source.directory, headers) or file_holes(source.directory, headers, limits)
 
 
 def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[dict[str, TensorInfo], IsFloat8]:

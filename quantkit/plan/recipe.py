@@ -272,7 +272,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         "recipe's folder.",
     )
     allow_zeros: bool = Field(
-        False, description="Take shards whose last matrix ends in rows of zeros, as interrupted downloads leave them."
+        False,
+        description="Take shards with rows of zeros at the end, or long runs of them within, as interrupted downloads "
+        "leave them.",
     )
     propagate: Literal["quantized", "original"] = Field(
         "quantized",

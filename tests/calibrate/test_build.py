@@ -1,60 +1,22 @@
-"""Calibration sets: what is drawn, what is left out, and that memory has a bound."""
+"""Calibration sets: what is drawn, what the manifest says, what is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from quantkit.calibrate.chats import ChatDocument
-from quantkit.calibrate.documents import TextFile, builtin_dir, read_documents, stream_documents
-from quantkit.calibrate.pieces import TextReader
-from quantkit.calibrate.sets.cutting import pieces_of
-from quantkit.calibrate.sets.pool import FULL, Pool, PooledDocument, draw
+from quantkit.calibrate.documents import TextFile, read_documents
 from quantkit.calibrate.sets.run import BuildOptions, build, manifest_path
 from quantkit.calibrate.sets.scripts import script_of
-from quantkit.calibrate.sets.shingles import NEAR_RUN, ExcludedText, shingles, similarity, sketch_of, words_of
 from quantkit.documents.calibration_set import CalibrationSet
 from quantkit.errors import CalibrationError, OutputError, QuantkitError
+from tests.calibrate.building import CYRILLIC, built, jsonl, prose, records, tokens_of
 from tests.calibrate.byte_checkpoint import write, write_checkpoint
-
-LATIN = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
-CYRILLIC = [f"{a}{b}{c}" for a in "бвгджз" for b in "аеиоу" for c in "нрст"]
-
-
-def prose(number: int, n_words: int = 60, words: Sequence[str] = LATIN) -> str:
-    """A text that no other number has anything in common with."""
-    return " ".join(random.Random(number).choices(words, k=n_words))
-
-
-def jsonl(path: Path, texts: Sequence[str], **more: str) -> str:
-    return write(path, "".join(json.dumps({"text": text, **more}, ensure_ascii=False) + "\n" for text in texts))
-
-
-def built(folder: Path, *names: str, tokens: int = 2000, replace: bool = True, **options: object) -> CalibrationSet:
-    return build(
-        names,
-        folder / "set.jsonl",
-        BuildOptions(tokens=tokens, **options),
-        folder,
-        replace=replace,  # type: ignore[arg-type]
-    )
-
-
-def records(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "set.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def tokens_of(made: CalibrationSet) -> dict[tuple[str, str], int]:
-    return {(one.domain, one.script): one.tokens for one in made.contents}
-
 
 # ------------------------------------------------------------------------------------------------------------- balance
 
@@ -140,84 +102,6 @@ def test_scripts(text: str, script: str) -> None:
     assert script_of(text) == script
 
 
-# ---------------------------------------------------------------------------------------------------------- duplicates
-
-
-def test_exact_and_near_duplicates_are_left_out(tmp_path: Path) -> None:
-    texts = [prose(i, 200) for i in range(5)]
-    changed = [text.replace(" ", "  ").upper() for text in texts[:2]]
-    words = texts[2].split()
-    words[100] = "zzz"
-    jsonl(tmp_path / "a.jsonl", [*texts, *texts[:3], *changed, " ".join(words)])
-    jsonl(tmp_path / "b.jsonl", [texts[4]])
-    made = built(tmp_path, "a.jsonl", "b.jsonl", tokens=100_000)
-    assert made.documents == 5
-    assert (made.left_out.exact_duplicates, made.left_out.near_duplicates) == (4, 3)
-    assert len({" ".join(str(record["text"]).lower().split())[:40] for record in records(tmp_path)}) == 5
-
-
-def test_of_near_duplicates_the_same_one_stays_in_any_order(tmp_path: Path) -> None:
-    text = prose(1, 200)
-    versions = [f"{text} end{i}" for i in range(6)]
-    kept: set[str] = set()
-    for order in (versions, versions[::-1]):
-        jsonl(tmp_path / "a.jsonl", order)
-        assert built(tmp_path, "a.jsonl").documents == 1
-        kept.add(str(records(tmp_path)[0]["text"]))
-    assert len(kept) == 1
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.integers(0, 150))
-def test_similarity_estimates_jaccard(seed: int, n_changed: int) -> None:
-    one = prose(seed, 400).split()
-    other = one[:-n_changed] + prose(seed + 1, n_changed).split() if n_changed else one
-    left, right = words_of(" ".join(one)), words_of(" ".join(other))
-    first, second = (set(shingles(words, NEAR_RUN).tolist()) for words in (left, right))
-    exact = len(first & second) / len(first | second)
-    assert similarity(sketch_of(left), sketch_of(right)) == pytest.approx(exact, abs=0.25)  # four standard errors
-
-
-def test_shingles_are_the_same_on_every_machine() -> None:
-    assert shingles(words_of("One two three"), 2).tolist() == PINNED
-    assert shingles(words_of("!!"), 2).size == 0
-    assert shingles(words_of("床前明月"), 3).size == 2  # a character is a word
-
-
-PINNED = [2124665179360163635, 15976512639192438460]
-
-
-# ---------------------------------------------------------------------------------------------------------- exclusions
-
-
-def test_text_in_common_with_excluded_files_is_left_out(tmp_path: Path) -> None:
-    held_out = [prose(i, 300) for i in range(3)]
-    write(tmp_path / "eval.txt", "\n\n".join(held_out))
-    leaking = f"{prose(50)} {' '.join(held_out[1].split()[100:113])} {prose(51)}"
-    harmless = f"{prose(60)} {' '.join(held_out[1].split()[100:111])} {prose(61)}"
-    jsonl(tmp_path / "a.jsonl", [leaking, harmless, held_out[2]])
-    made = built(tmp_path, "a.jsonl", exclude=("eval.txt",))
-    assert [record["text"] for record in records(tmp_path)] == [harmless]
-    assert made.left_out.excluded == 2
-    assert [one.file for one in made.excluded if not one.file.startswith("builtin:")] == ["eval.txt"]
-
-
-def test_the_evaluation_text_of_quantkit_never_comes_in(tmp_path: Path) -> None:
-    text = (builtin_dir() / "eval" / "prose.txt").read_text(encoding="utf-8")
-    write(tmp_path / "mine.txt", text[5000:15000])
-    with pytest.raises(CalibrationError, match="shares text with the files to be kept out"):
-        built(tmp_path, "mine.txt")
-    write(tmp_path / "more.txt", prose(1, 300))
-    made = built(tmp_path, "mine.txt", "more.txt")
-    assert {one.domain for one in made.contents} == {"more"}
-    assert "builtin:eval/prose.txt" in [one.file for one in made.excluded]
-
-
-def test_nothing_is_shared_with_no_text() -> None:
-    assert not ExcludedText([]).shares(words_of("some words"))
-    assert ExcludedText(["Some words!"]).shares(words_of("some words"))
-
-
 # -------------------------------------------------------------------------------------------------- bytes and manifest
 
 
@@ -286,85 +170,6 @@ def test_chats_are_whole_and_as_they_were(tmp_path: Path) -> None:
     assert len(after) == 2
     for text, chat in after.items():
         assert chat.record() == before[text].record()
-
-
-class CountingReader:
-    """Reads a text, and remembers the most that was asked for at once."""
-
-    def __init__(self, text: str) -> None:
-        self._reader, self.most = TextReader(text), 0
-
-    def read(self, n_characters: int, /) -> str:
-        self.most = max(self.most, n_characters)
-        return self._reader.read(n_characters)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(alphabet=st.sampled_from("ab .\n床д😀"), max_size=400), st.integers(4, 60))
-def test_pieces_hold_the_whole_text_and_are_short(text: str, most: int) -> None:
-    reader = CountingReader(text)
-    pieces = list(pieces_of(reader, most))
-    assert all(0 < len(piece.encode()) <= most for piece in pieces)
-    assert "".join("".join(pieces).split()) == "".join(text.split())
-    assert reader.most <= most + 1
-
-
-def test_pieces_end_at_paragraphs_lines_sentences_words() -> None:
-    def cut(text: str) -> list[str]:
-        return list(pieces_of(TextReader(text), 20))
-
-    assert cut("one two three\n\nfour five six\nseven eight") == ["one two three", "four five six", "seven eight"]
-    assert cut("One two three. Four five six.") == ["One two three. ", "Four five six."]
-    assert cut("one two three four five six") == ["one two three four ", "five six"]
-    assert cut("床前明月光。疑是地上霜。") == ["床前明月光。", "疑是地上霜。"]
-    assert cut("x" * 45) == ["x" * 20, "x" * 20, "x" * 5]
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def candidates(n: int, n_strata: int = 5, seed: int = 0) -> Iterator[PooledDocument]:
-    """Made one at a time, no two alike."""
-    draws = random.Random(seed)
-    for number in range(n):
-        stratum = (f"d{min(draws.randrange(n_strata), draws.randrange(n_strata))}", "Latin")
-        yield PooledDocument(draws.getrandbits(64), stratum, draws.randrange(1, 100), b"", (2 * number, 2 * number + 1))
-
-
-def test_the_pool_holds_little_of_a_long_stream_and_draws_as_from_all_of_it() -> None:
-    pool, tokens, most = Pool(2000), 2000, 0
-    for candidate in candidates(50_000):
-        if pool.wants(candidate.stratum, candidate.key):
-            pool.add(candidate)
-        most = max(most, pool.n_tokens)
-    assert most <= FULL * tokens + 100
-    assert pool.draw(tokens) == draw(candidates(50_000), tokens)[0]
-
-
-def test_a_duplicate_that_comes_late_is_found_without_a_list_of_all(tmp_path: Path) -> None:
-    """The set of a text that is repeated a thousand times over is that of the text."""
-    texts = [prose(i) for i in range(200)]
-    jsonl(tmp_path / "a.jsonl", texts)
-    built(tmp_path, "a.jsonl", tokens=1000)
-    once = (tmp_path / "set.jsonl").read_bytes()
-    jsonl(tmp_path / "a.jsonl", texts * 20)
-    built(tmp_path, "a.jsonl", tokens=1000)
-    assert (tmp_path / "set.jsonl").read_bytes() == once
-
-
-def test_documents_come_before_the_file_has_been_read(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "two"}\nno JSON\n')
-    stream = stream_documents(TextFile("a.jsonl", tmp_path / "a.jsonl"), lambda block: None)
-    assert [next(stream).where, next(stream).where] == ["a.jsonl:1", "a.jsonl:2"]
-    with pytest.raises(CalibrationError, match=r"a.jsonl:3: is not JSON"):
-        next(stream)
-
-
-def test_reading_is_told(tmp_path: Path) -> None:
-    size = sum((tmp_path / jsonl(tmp_path / f"{i}.jsonl", [prose(i)])).stat().st_size for i in range(3))
-    told: list[tuple[int, int]] = []
-    build(("*.jsonl",), tmp_path / "set.jsonl", BuildOptions(), tmp_path, on_read=lambda *now: told.append(now))
-    assert told[-1] == (size, size)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -109,3 +109,8 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a finished output as a runtime computes with it."""
     with FolderSource(folder, COMPRESSED_TENSORS.reader) as source:
         return {name: source.read(name) for name in source.infos()}
+
+
+def data_free(**changes: Any) -> Any:
+    """A recipe without calibration."""
+    return recipe_of(int4(kind="rtn"), tokens=None, **changes)

@@ -19,7 +19,7 @@ from quantkit.convert.routing import route
 from quantkit.errors import CalibrationError
 from quantkit.quantizers import Rtn
 from quantkit.schemes import IntScheme
-from tests.convert.test_layer import GPTQ, SCHEME, Case
+from tests.convert.layer_case import GPTQ, SCHEME, Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

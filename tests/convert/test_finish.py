@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from quantkit.convert.events import Event, StageStarted
-from quantkit.convert.journal import Journal
+from quantkit.convert.journal import Journal, checked_line
 from quantkit.documents.journal import ENTRY
 from quantkit.errors import OutputError
 from tests.convert.gguf_jobs import RTN, gguf_output, gguf_recipe
@@ -74,11 +74,14 @@ def test_a_journal_that_does_not_fit_the_plan_is_refused(name: str, tmp_path: Pa
     with pytest.raises(Stopped):
         run(tmp_path / "model", recipe, out, on_event=stop_before_files)
     journal = tmp_path / "out.partial" / "journal.jsonl"
-    *lines, line, mtp = journal.read_bytes().splitlines(keepends=True)
-    entry = ENTRY.validate_json(line)
+    header, *lines = journal.read_bytes().splitlines()
+    *entries, entry, mtp = map(ENTRY.validate_json, lines)
     first, *others = entry.tensors
     tensors = (*others, replace(first, name="a.weight")) if name == "unknown" else tuple(others)
-    edited = entry.model_copy(update={"tensors": tensors}).model_dump_json().encode() + b"\n"
-    journal.write_bytes(b"".join([*lines, edited, mtp]))
+    content, end = checked_line(header, None)
+    for edited in (*entries, entry.model_copy(update={"tensors": tensors}), mtp):
+        line, end = checked_line(edited.model_dump_json().encode(), end)
+        content += line
+    journal.write_bytes(content)
     with pytest.raises(OutputError, match=r"journal\.jsonl: does not fit this job: .* --restart"):
         run(tmp_path / "model", recipe, out)

@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.convert import journal as journal_module
-from quantkit.convert.journal import Journal
+from quantkit.convert.journal import End, Journal, checked_line
 from quantkit.documents.journal import ExpertRecord, FileState, JournalHeader, LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.plan.memory import JOURNAL_BYTES_PER_TENSOR
@@ -60,6 +62,56 @@ def test_lines_are_json_with_a_name_for_each_value(tmp_path: Path) -> None:
     record = {"output": 0, "name": "b", "relative_loss": 1e-17, "n_tokens": 3, "fallback": "x"}
     assert last["tensors"][0] == record
     assert last["experts"] == {"e": [[1, 0.3, 0], [0, 0.0, 128]]}
+
+
+def test_a_line_ends_in_the_crc32_of_all_that_was_said_up_to_it(tmp_path: Path) -> None:
+    said = b""
+    for number, line in enumerate(written(tmp_path / "j").splitlines()):
+        text, _, checksum = line.partition(b',"crc32":')
+        said += text + b"}" if checksum else text
+        assert checksum == (b"%d}" % zlib.crc32(said) if number else b"")
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_edited_loss_is_not_believed(at: int, tmp_path: Path) -> None:
+    """Whoever edits a line does not know its checksum: its step and those after it are done again."""
+    path = tmp_path / "j"
+    lines = written(path).splitlines(keepends=True)
+    edited = re.sub(rb'"relative_loss":[^,]*', b'"relative_loss":0.001', lines[at], count=1)
+    assert edited != lines[at]
+    path.write_bytes(b"".join([*lines[:at], edited, *lines[at + 1 :]]))
+    journal = Journal(path, HEADER, SOURCE)
+    journal.close()
+    assert journal.entries == ENTRIES[: at - 1]
+    assert path.read_bytes() == b"".join(lines[:at])
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3), (0, 1, 3), (0, 2, 1, 3), (0, 1, 2, 2, 3)])
+def test_a_line_that_is_lost_moved_or_twice_ends_the_journal(order: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    lines = written(path).splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[at] for at in order))
+    journal = Journal(path, HEADER, SOURCE)
+    journal.close()
+    right = next(place for place, at in enumerate(order) if place != at)
+    assert journal.entries == ENTRIES[: right - 1]
+
+
+def test_lines_without_checksums_are_no_entries(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    path.write_bytes(re.sub(rb',"crc32":\d+', b"", written(path)))
+    journal = Journal(path, HEADER, SOURCE)
+    journal.close()
+    assert journal.entries == []
+
+
+def test_lines_under_another_first_one_are_done_again(tmp_path: Path) -> None:
+    """What a header may differ in, such as the memory budget, is in the checksums too."""
+    path = tmp_path / "j"
+    path.write_bytes(written(path).replace(b'"memory budget":null', b'"memory budget":1024', 1))
+    journal = Journal(path, HEADER, SOURCE)
+    journal.close()
+    assert journal.entries == []
 
 
 def test_a_loss_that_is_no_number_comes_back_as_none(tmp_path: Path) -> None:
@@ -115,11 +167,16 @@ def test_a_journal_cut_or_torn_anywhere_keeps_its_whole_lines(
         "1" * 10_000,
     ],
 )
-def test_a_line_that_is_no_entry_ends_the_journal(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_line_that_is_no_entry_ends_the_journal(line: str, summed: bool, tmp_path: Path) -> None:
     """Its step, and those of the lines after it, are done again."""
     path = tmp_path / "j"
     first, *lines = written(path).splitlines(keepends=True)
-    path.write_bytes(b"".join([first, lines[0], line.encode() + b"\n", *lines[1:]]))
+    content = line.encode() + b"\n"
+    if summed:
+        before = End(0, zlib.crc32(lines[0].partition(b',"crc32":')[0] + b"}", zlib.crc32(first[:-1])))
+        content, _ = checked_line(line.encode(), before)
+    path.write_bytes(b"".join([first, lines[0], content, *lines[1:]]))
     journal = Journal(path, HEADER, SOURCE)
     journal.close()
     assert journal.entries == ENTRIES[:1]

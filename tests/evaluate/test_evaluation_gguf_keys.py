@@ -31,6 +31,7 @@ COMPUTED = {
     "expert_weights_scale": "1 (config.json: 2.5)",
     "expert_weights_norm": "false (config.json: true)",
     "expert_gating_func": "1 (config.json: 2)",
+    "rope.scaling.type": "linear (config.json: yarn)",
     "rope.scaling.factor": "1 (config.json: 4)",
     "rope.scaling.original_context_length": "2048 (config.json: 512)",
     "rope.scaling.yarn_log_multiplier": "0 (config.json: 0.1)",
@@ -119,6 +120,15 @@ def test_a_missing_key_means_what_llama_cpp_takes_for_it(tmp_path: Path, whole: 
         assert_same_scores(candidate.result.overall, expected(path, whole))
 
 
+@pytest.mark.parametrize("more", ["yarn_log_multiplier", "original_context_length"])
+def test_without_type_and_another_key_of_scaling(more: str, tmp_path: Path, whole: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    path = write(tmp_path / "part.gguf", without("rope.scaling.type", f"rope.scaling.{more}"))
+    (candidate,) = scored(path).candidates
+    assert any("rope.scaling.type: computed as llama.cpp does, with linear" in note for note in candidate.model.notes)
+    assert_same_scores(candidate.result.overall, expected(path, whole))
+
+
 def test_missing_keys_that_change_nothing(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{key}.gguf", without(key)) for key in UNCHANGED]
     for candidate in scored(*paths).candidates:
@@ -126,7 +136,7 @@ def test_missing_keys_that_change_nothing(tmp_path: Path) -> None:
         assert candidate.result.overall.kld.max < 1e-6
 
 
-@pytest.mark.parametrize("key", [*REFUSED, *ABORTED, "rope.scaling.type"])
+@pytest.mark.parametrize("key", [*REFUSED, *ABORTED])
 def test_what_llama_cpp_does_not_load_is_refused(key: str, tmp_path: Path) -> None:
     path = write(tmp_path / "part.gguf", without(key))
     with pytest.raises(SourceError, match=rf"part\.gguf: lacks deepseek2\.{key}: llama\.cpp ") as caught:

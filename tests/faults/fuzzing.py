@@ -7,6 +7,7 @@ reader's name and n alone.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -100,6 +101,7 @@ def _in_child(reader: Reader, seed: int, cases: range, at: mmap.mmap) -> Found |
     child = os.fork()
     if child == 0:
         try:
+            faulthandler.disable()  # pytest's: a crash is told as a problem, not as a dump of every thread
             os.close(answer)
             with os.fdopen(asked, "w") as pipe:
                 json.dump(asdict(_cases(reader, seed, cases, at)), pipe)

@@ -9,7 +9,7 @@ from pathlib import Path
 from quantkit.errors import SourceError
 from quantkit.formats.safetensors.header import ShardHeader, StoredTensor, open_regular, printable
 
-_SHARE = 0.01
+ZERO_ROWS = 0.01
 """Of a matrix's rows that may hold only zeros at the end of a file: vocabularies are padded."""
 _PIECE = 2**20
 
@@ -29,7 +29,7 @@ def _zero_tail(path: Path, header: ShardHeader) -> str | None:
                 continue
             matrix = len(tensor.info.shape) > 1
             rows = tensor.info.shape[0] if matrix else 1
-            suspicious = int(_SHARE * rows) + 1
+            suspicious = int(ZERO_ROWS * rows) + 1
             if not _only_zeros(fd, tensor, suspicious * (tensor.info.nbytes // rows)):
                 return None
             if matrix:
