@@ -253,6 +253,33 @@ def vllm_load(data: Document) -> str:
     )
 
 
+def humming(data: Document) -> str:
+    """What vLLM's Humming kernels compute of the packed bytes."""
+    rows = [
+        [
+            row["case"],
+            "yes" if row.get("right") else f"no: {row['error']}" if "error" in row else "no",
+            f"{row['difference']:.5f}" if "difference" in row else UNKNOWN,
+            f"{row['noise']:.5f}",
+            f"{row['unquantised']:.4f}",
+            f"{row['signs_dropped']:.4f}" if "signs_dropped" in row else "",
+            f"{row['ms']:.3f}" if "ms" in row else UNKNOWN,
+            f"{row['ms_bf16']:.3f}" if "ms_bf16" in row else "",
+        ]
+        for row in data["rows"]
+    ]
+    head = ("case", "right", "difference", "noise", "to the original", "signs dropped", "ms", "torch bf16, ms")
+    shapes = {f"{row['tokens']} tokens, {row['shape'][0]} x {row['shape'][1]}" for row in data["rows"]}
+    return "\n".join(
+        [
+            "Relative difference from the float64 product of the weights as quantkit decodes the same bytes; noise is\n"
+            "torch's bf16 product. A file that the kernels misread would be as far as the two columns after it say.\n",
+            run_facts(data, recipe="one for each row", text="random; " + ", ".join(sorted(shapes))),
+            table(head, rows),
+        ]
+    )
+
+
 def _distance(value: Document | None) -> str:
     return f"{value['mean']:.4f}, {value['median']:.4f}" if value else UNKNOWN
 

@@ -52,13 +52,19 @@ def recipe_path(path_or_name: str | Path) -> Path:
     )
 
 
+_USUAL = "deepseek-v3-w4a16-gptq"
+"""The recipe for who does not say more than "DeepSeek V3 at 4 bits"."""
+
+
 def _calibrated_first(word: str, shipped: Mapping[str, Path]) -> list[str]:
-    """At most two shipped recipes with names like this: one that is all but the same first, then calibrated ones."""
+    """At most two shipped recipes with names like this: the usual one first if its name begins so, then one that is all
+    but the same, then calibrated ones."""
     close = difflib.get_close_matches(word.casefold(), tuple(shipped), n=3, cutoff=0.5)
     close += [name for name in shipped if word and word.casefold() in name and name not in close]
     misspelt = difflib.get_close_matches(word.casefold(), close, n=1, cutoff=0.94)
     calibrated = [name for name in close if "calibration:" in shipped[name].read_text(encoding="utf-8")]
-    return list(dict.fromkeys([*misspelt, *calibrated, *close]))[:2]
+    usual = [_USUAL] if word and _USUAL in shipped and _USUAL.startswith(word.casefold()) else []
+    return list(dict.fromkeys([*usual, *misspelt, *calibrated, *close]))[:2]
 
 
 def shipped_recipes() -> list[Path]:

@@ -9,7 +9,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import FolderOutput, Rule
-from quantkit.runtimes import transformers
+from quantkit.runtimes import int4_g32, mlx, transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import ChosenScheme
 from quantkit.tensors import TensorSpec
@@ -58,7 +58,7 @@ class FolderTarget:
     def notes(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """What runtimes will not take of the layout, or take otherwise than asked."""
         layout = self._output.format
-        runtimes = (contract.notes, transformers.problems, transformers.notes)
+        runtimes = (contract.notes, transformers.problems, transformers.notes, mlx.notes, int4_g32.notes)
         return [line for of_runtime in runtimes for line in of_runtime(tensors, layout)]
 
     def check_source(self, source: Path) -> None:

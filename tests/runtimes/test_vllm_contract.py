@@ -98,7 +98,18 @@ def test_other_layouts_have_the_modules_of_vllm_but_not_the_packing_of_compresse
     ("rule", "note"),
     [
         (lambda spec: IntScheme(bits=3), "(int3 g128): vLLM multiplies 3 bits from 0.33 on, by its Humming"),
-        (lambda spec: IntScheme(bits=6), "transformers needs compressed-tensors 0.18 or newer"),
+        (
+            lambda spec: IntScheme(bits=6),
+            "transformers needs compressed-tensors 0.18 or newer for it, vLLM",
+        ),
+        (lambda spec: IntScheme(bits=3, group_size=8), "(int3 g8): vLLM's Humming kernels take groups of 16 or more"),
+        (lambda spec: IntScheme(group_size=None), "takes Humming kernels on H100 and H200, and ends with an Assertion"),
+        (lambda spec: IntScheme(group_size=None), "take group_size 128, or start it with --moe-backend marlin."),
+        (lambda spec: IntScheme(bits=3, group_size=None), "has only Humming kernels for this width, and ends with an"),
+        (
+            lambda spec: IntScheme(bits=8, symmetric=False),
+            "multiplies 8 bits with zero points from 0.33 on, by its Humm",
+        ),
         (lambda spec: IntScheme(group_size=16), "(int4 g16): vLLM's Marlin kernels take group_size 32, 64, 128"),
         (lambda spec: IntScheme(symmetric=False), "transformers 5.23 cannot load zero points"),
         (lambda spec: IntScheme(scale_dtype="float32"), "vLLM rounds scales to the model's dtype"),
@@ -114,6 +125,25 @@ def test_other_layouts_have_the_modules_of_vllm_but_not_the_packing_of_compresse
 )
 def test_limits_of_runtimes_are_noted(rule: Rule, note: str) -> None:
     assert any(note in line for line in notes(plan(tiny_config(), rule)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_each_width_names_the_version_and_the_kernels_that_it_needs(bits: int) -> None:
+    """4 and 8 bits: nothing, since every version has kernels; 2 bits were never packed otherwise."""
+    found = contract.notes(plan(tiny_config(), lambda spec: IntScheme(bits=bits)), COMPRESSED_TENSORS)
+    humming = [text for text in found if f"vLLM multiplies {bits} bits from 0.33 on, by its Humming kernels" in text]
+    assert len(humming) == (bits not in (4, 8))
+    assert any("compressed-tensors 0.18" in text for text in humming) == (bits in (3, 5, 6, 7))
+
+
+def test_rows_are_a_matter_of_experts_alone() -> None:
+    found = notes(plan(tiny_config(), lambda spec: IntScheme() if is_expert(spec) else IntScheme(group_size=None)))
+    assert not any("AssertionError" in text for text in found)
+
+
+def test_groups_that_marlin_lacks_are_no_matter_for_other_widths() -> None:
+    found = notes(plan(tiny_config(), lambda spec: IntScheme(bits=3, group_size=16)))
+    assert not any("Marlin" in text or "Humming kernels take groups" in text for text in found)
 
 
 def test_a_plan_for_every_runtime_has_no_notes() -> None:

@@ -22,6 +22,8 @@ BITSANDBYTES = "bitsandbytes"
 """Layouts of which something is known beyond what holds for all."""
 MARLIN_GROUP_SIZES = (None, 32, 64, 128)
 MARLIN_BITS = (4, 8)
+HUMMING_SMALLEST_GROUP = 16
+"""With inputs of 16 bits."""
 PADDED_BITS = (3, 5, 6, 7)
 """Widths of which compressed-tensors packed whole codes into words before it packed a stream of bits."""
 WIDE_TENSOR_PARALLEL = 8
@@ -129,14 +131,35 @@ def _note_bits(linears: LinearsByScheme) -> Iterator[str]:
             f"vLLM multiplies {scheme.bits} bits from 0.33 on, by its Humming kernels, which it compiles at the first "
             "start (GPUs from compute capability 8.0 on; in float16 7.5)"
         )
-        old = "; transformers needs compressed-tensors 0.18 or newer for it" if scheme.bits in PADDED_BITS else ""
-        yield line(use.tensors, f"{text}{old}.")
+        old = "; transformers needs compressed-tensors 0.18 or newer for it, vLLM 0.33 installs 0.17"
+        yield line(use.tensors, f"{text}{old if scheme.bits in PADDED_BITS else ''}.")
 
 
 def _note_group_size(linears: LinearsByScheme) -> Iterator[str]:
     for use, scheme in _integers(linears):
-        if scheme.group_size not in MARLIN_GROUP_SIZES:
+        if scheme.bits not in MARLIN_BITS:
+            if scheme.group_size is not None and scheme.group_size < HUMMING_SMALLEST_GROUP:
+                yield line(use.tensors, f"vLLM's Humming kernels take groups of {HUMMING_SMALLEST_GROUP} or more.")
+        elif scheme.group_size not in MARLIN_GROUP_SIZES:
             yield line(use.tensors, "vLLM's Marlin kernels take group_size 32, 64, 128 or null (one scale a row).")
+
+
+def _note_expert_rows(linears: LinearsByScheme) -> Iterator[str]:
+    """The loader of experts asserts the strategy "group" for every kernel but Marlin; read in 0.33, not tried."""
+    for use, scheme in _integers(linears):
+        if not use.experts or scheme.group_size is not None:
+            continue
+        by_marlin = scheme.bits in MARLIN_BITS
+        where = "takes Humming kernels on H100 and H200" if by_marlin else "has only Humming kernels for this width"
+        way = "take group_size 128" + (", or start it with --moe-backend marlin" if by_marlin else "")
+        text = f"vLLM 0.33 {where}, and ends with an AssertionError for experts with one scale a row; {way}."
+        yield line(use.experts, text)
+
+
+def _note_zero_points(linears: LinearsByScheme) -> Iterator[str]:
+    for use, scheme in _integers(linears):
+        if not scheme.symmetric and scheme.bits == 8:
+            yield line(use.tensors, "vLLM multiplies 8 bits with zero points from 0.33 on, by its Humming kernels.")
 
 
 def _note_scale_dtype(linears: LinearsByScheme) -> Iterator[str]:
@@ -198,6 +221,8 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     COMPRESSED_TENSORS: (
         _note_bits,
         _note_group_size,
+        _note_expert_rows,
+        _note_zero_points,
         _note_scale_dtype,
         _note_int8_experts,
         _note_expert_width,
