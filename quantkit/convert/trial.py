@@ -105,13 +105,14 @@ def _validated(
         sink.finish(conversion.journal.steps_of(number))
         write_side_files(conversion, output, directory)
     device, cache_bytes = conversion.machine.device, conversion.share.cache // 2
-    reference = model_of(conversion.arch, conversion.source, device, cache_bytes)
+    named = str(conversion.source.directory)
+    reference = model_of(conversion.arch, conversion.source, device, cache_bytes, name=named)
     conversion.on_event(StageStarted(VALIDATION))
     with conversion.timer.stage("validation"), ExitStack() as stack:
         candidate = reference
         if any(tensor.scheme is not None for tensor in output.planned):  # else it is the original
             written = stack.enter_context(output.target.open_written(directory))
-            own = model_of(conversion.arch, written, device, cache_bytes)
+            own = model_of(conversion.arch, written, device, cache_bytes, name=str(directory))
             candidate = _merged(reference, own, frozenset(written.infos()))
         (found,) = compare_layers(
             conversion.arch,
@@ -135,7 +136,7 @@ def _merged(reference: Model, own: Model, written: frozenset[str]) -> Model:
     def weights(name: str) -> Tensor:
         return (own if name in written else reference).weights(name)
 
-    return replace(reference, weights=weights, forget=forget)
+    return replace(reference, weights=weights, forget=forget, name=own.name)
 
 
 def _corrected(tally: Tally, whole: Schedule) -> dict[str, float]:
