@@ -170,7 +170,9 @@ Jobs = Annotated[
 Restart = Annotated[
     bool,
     typer.Option(
-        "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
+        "--restart/--resume",
+        help="Start anew and replace OUT (with --layers: OUT.trial.json); the default resumes where a killed run "
+        "stopped.",
     ),
 ]
 Layers = Annotated[
@@ -187,6 +189,10 @@ LogFile = Annotated[
     typer.Option(
         "--log", metavar="FILE", help="Append plain lines of progress to this file too, one at least every 5 minutes."
     ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", "-f", help="Replace FILE whatever it is; by default only an older result of the same job."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]

@@ -8,6 +8,7 @@ They lie in a folder OUT.trial-... that goes at the end: what is left is OUT.tri
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,10 +32,12 @@ from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.tally import Tally
 from quantkit.documents.journal import TensorRecord
 from quantkit.documents.trial import TrialDocument, TrialLayer, TrialOutput
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.evaluate.compare import LayerScore, Model, compare_layers
 from quantkit.evaluate.validation import model_of
 from quantkit.formats.preallocated import disk_errors
 from quantkit.formats.source import checkpoint_name
+from quantkit.inspect.trial import inspect_trial
 from quantkit.plan.machine import Machine, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan
 from quantkit.plan.recipe import Validation
@@ -54,6 +57,22 @@ def trial_folder(out: Path) -> Generator[Path]:
         folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.trial-")
     with folder as name:
         yield Path(name)
+
+
+def refuse_other_trial(path: Path, job: Job, layers: tuple[int, ...]) -> None:
+    """Raise `OutputError` if ``path`` exists and is no report of these layers by this recipe."""
+    if not os.path.lexists(path):
+        return
+    try:
+        found = inspect_trial(path)
+    except QuantkitError:
+        found = None
+    asked = (checkpoint_name(job.source.directory), layers, recipe_values(job.plan.recipe))
+    if found is None or (found.document.source, found.document.trial, found.document.recipe) != asked:
+        raise OutputError(
+            f"{path}: exists already, and is no trial of the same source, recipe and layers.",
+            hint="Choose another -o, or replace it with --restart.",
+        )
 
 
 def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: OnEvent) -> TrialDocument:
