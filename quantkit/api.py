@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from quantkit.arguments import (
+    check_context,
     evaluation_of,
     let_threads_sleep,
     parsed,
@@ -23,7 +24,7 @@ from quantkit.arguments import (
     threads,
     write_text,
 )
-from quantkit.errors import CalibrationError, PlanError
+from quantkit.errors import CalibrationError
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
@@ -154,8 +155,7 @@ def plan(
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = recipe_and_folder(recipe, base_dir)
-    if context is not None and context < 1:
-        raise PlanError(f"context: found {context}, needed at least 1.")
+    check_context(context, gpus)
     from quantkit.plan.budget import budget_bytes
     from quantkit.plan.forecast import forecast
     from quantkit.plan.hardware import parse_gpu

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from quantkit.calibrate.counts import parse_count
 from quantkit.cli.exit_codes import missing_option
 from quantkit.errors import RecipeError
 from quantkit.plan.budget import MOST_JOBS, parse_budget
 from quantkit.plan.hardware import Gpu, parse_gpu
 from quantkit.plan.recipe import Recipe
-from quantkit.plan.shorthand import Shorthand, parse_count, shorthand_recipe
+from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from quantkit.runtimes.gpus import Gpus, parse_gpus
 
 
@@ -122,10 +123,10 @@ SchemeName = Annotated[
     str | None,
     typer.Option(
         "--scheme",
-        metavar="wNa16",
-        help="For vLLM and transformers. w4a16: routed experts int4, other linears int8, groups of 128; a dense model "
-        "is int4 throughout. w3a16: experts int3. w8a16: all int8. With -all (w4a16-all): all linears as narrow as "
-        "the experts. With -g32: groups of 32. nvfp4, mxfp4: all linears in 4-bit floats.",
+        metavar="NAME",
+        help="For vLLM and transformers: w4a16 (routed experts int4, other linears int8, groups of 128; a dense model "
+        "int4 throughout), w3a16 (experts int3), any width from w2a16 to w8a16 (all int8), nvfp4 or mxfp4 (all linears "
+        "in 4-bit floats). With -all (w4a16-all): all linears as narrow as the experts. With -g32: groups of 32.",
     ),
 ]
 PresetName = Annotated[

@@ -11,11 +11,12 @@ import yaml
 import quantkit
 from quantkit import api
 from quantkit.arch import arch_of
+from quantkit.calibrate.counts import parse_count
 from quantkit.errors import RecipeError
 from quantkit.formats.source import read_config
 from quantkit.plan.plan import RoleSize
 from quantkit.plan.recipe import FolderOutput, GgufOutput, Recipe
-from quantkit.plan.shorthand import TOKENS, Shorthand, parse_count, recipe_yaml, shorthand_recipe
+from quantkit.plan.shorthand import TOKENS, Shorthand, recipe_yaml, shorthand_recipe
 from quantkit.plan.text_notes import TOKENS_OF_MANY_EXPERTS, text_notes
 from tests.tiny_models import tiny_config
 
