@@ -15,7 +15,8 @@ from quantkit.formats.fp8_source import SCALE_SUFFIX
 from quantkit.formats.layouts import LAYOUTS
 from quantkit.formats.layouts.compressed_tensors_config import Resolver, is_module
 from quantkit.formats.planned import PlannedTensor
-from quantkit.formats.safetensors.reader import SafetensorsSource, unreadable_shards
+from quantkit.formats.safetensors.reader import SafetensorsSource
+from quantkit.formats.safetensors.unreadable import unreadable_shards
 from quantkit.formats.source import quant_method, read_config
 from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo, TensorSpec

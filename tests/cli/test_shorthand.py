@@ -11,7 +11,6 @@ from typer.testing import CliRunner, Result
 from quantkit.cli.app import app
 from quantkit.cli.options import spread
 from quantkit.plan.recipe import Recipe
-from tests.convert.jobs import write_model
 
 ROOT = Path(__file__).parent.parent.parent
 NANO = ROOT / "examples" / "nano-deepseek-v3"
@@ -108,8 +107,7 @@ def test_a_scheme_converts(tmp_path: Path) -> None:
 
 def test_what_is_dropped_and_taken_otherwise_is_told(tmp_path: Path) -> None:
     """By plan after its summary, by convert before its work."""
-    model = tmp_path / "model"
-    write_model(model)
+    model = NANO
     plan = quantkit("plan", model, "--scheme", "w4a16", "--method", "rtn")
     lines = plan.stdout.splitlines()
     mtp = next(line for line in lines if "leaves out the MTP layer of the source (" in line)

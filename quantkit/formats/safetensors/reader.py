@@ -58,14 +58,13 @@ class SafetensorsSource:
     """
 
     def __init__(self, directory: Path | str, *, without: Container[str] = ()) -> None:
-        """Read all headers, no weights. ``without``: shards that are taken for absent, and what the index says of them.
-        Raises `SourceError` for a damaged, incomplete or hostile folder."""
+        """Read headers, no weights; none of the shards ``without``. Raises `SourceError` for a damaged, incomplete or
+        hostile folder."""
         self.directory = Path(directory)
-        weight_map = _weight_map(self.directory)
-        files = [file for file in _files(self.directory, weight_map) if file not in without]
+        files, weight_map = listed_shards(self.directory)
         if weight_map is not None:
             weight_map = {name: file for name, file in weight_map.items() if file not in without}
-        self._headers = [read_shard(self.directory / file) for file in files]
+        self._headers = [read_shard(self.directory / file) for file in files if file not in without]
         everything = _merge(self.directory, self._headers)
         self._stored = everything if weight_map is None else _listed(self.directory, weight_map, everything)
         self.unlisted = tuple(name for name in everything if name not in self._stored)
@@ -311,29 +310,10 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     return read_index(directory) if os.path.lexists(directory / INDEX_NAME) else None
 
 
-def _files(directory: Path, weight_map: Mapping[str, str] | None) -> list[str]:
-    return sorted(set(weight_map.values())) if weight_map is not None else _files_without_index(directory)
-
-
-def unreadable_shards(directory: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Shards without a sound header, by file: what is wrong, and the tensors that the index expects there. Raises
-    `SourceError` for a folder without shards, or a damaged index."""
+def listed_shards(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the shards, and the index's weight_map if there is one. Raises `SourceError` as `read_index` does."""
     weight_map = _weight_map(directory)
-    problems = {file: _header_problem(directory / file) for file in _files(directory, weight_map)}
-    expected = (weight_map or {}).items()
-    return {
-        file: (problem, tuple(name for name, own in expected if own == file))
-        for file, problem in problems.items()
-        if problem
-    }
-
-
-def _header_problem(path: Path) -> str:
-    try:
-        read_shard(path)
-    except SourceError as error:
-        return error.message
-    return ""
+    return _files_without_index(directory) if weight_map is None else sorted(set(weight_map.values())), weight_map
 
 
 def _is_plain_name(file: str) -> bool:
