@@ -34,7 +34,7 @@ gate: $(INSTALLED)
 	@mkdir -p gate-out
 	$(BIN)/quantkit convert examples/nano-deepseek-v3 -r tests/baselines/nano.yaml -o gate-out/nano --restart
 	$(BIN)/quantkit evaluate examples/nano-deepseek-v3 gate-out/nano/w4a16 gate-out/nano/Q4_K_M \
-	  --context 256 --max-windows-per-file 16 --no-noise-floor -o gate-out/evaluation.json
+	  --context 256 --max-windows-per-file 16 --no-noise-floor -o gate-out/evaluation.json --force
 	$(BIN)/quantkit check gate-out/evaluation.json --baseline tests/baselines/nano.json $(CHECK)
 
 test: $(INSTALLED)

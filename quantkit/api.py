@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from quantkit.arguments import (
+    check_context,
     evaluation_of,
     let_threads_sleep,
     parsed,
@@ -23,7 +24,7 @@ from quantkit.arguments import (
     threads,
     write_text,
 )
-from quantkit.errors import CalibrationError, OutputError, PlanError
+from quantkit.errors import CalibrationError
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from quantkit.inspect.folder import Inspection
     from quantkit.inspect.gguf import GgufInspection
     from quantkit.inspect.imatrix import ImatrixInspection
+    from quantkit.inspect.trial import TrialInspection
     from quantkit.plan.forecast import Forecast
     from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
@@ -95,16 +97,17 @@ def trial(
     device: DeviceName = "auto",
     memory_budget: int | str | None = None,
     jobs: int | None = None,
+    restart: bool = False,
     on_event: OnEvent | None = None,
 ) -> TrialDocument:
     """Quantise only some ``layers`` ((0, 1, 10) or "0-1,10"), compare them with the original on held-out text, and say
     what the whole conversion would take. The other options are those of `convert`.
 
-    ``out``: where the whole would go. Tensors are not kept: what is left is the report, ``OUT.trial.json``, which
-    replaces an older one. Raises `QuantkitError`.
+    ``out``: where the whole would go. Tensors are not kept: what is left is the report, ``OUT.trial.json``. An older
+    one of the same source, recipe and layers is replaced, another file only with ``restart``. Raises `QuantkitError`.
     """
     from quantkit.convert.prepare import prepared
-    from quantkit.convert.trial import trial_folder, try_layers
+    from quantkit.convert.trial import refuse_other_trial, trial_folder, try_layers
     from quantkit.formats.preallocated import check_place, write_durably
     from quantkit.plan.budget import budget_bytes, check_device, check_jobs
     from quantkit.plan.hardware import default_budget
@@ -124,6 +127,8 @@ def trial(
             from quantkit.convert.events import ignore
             from quantkit.plan.machine import Machine
 
+            if not restart:
+                refuse_other_trial(place, found, wanted)
             document = try_layers(found, wanted, Machine.of(device, budget), on_event or ignore)
     write_durably(place, document.to_json().encode())
     return document
@@ -150,8 +155,7 @@ def plan(
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = recipe_and_folder(recipe, base_dir)
-    if context is not None and context < 1:
-        raise PlanError(f"context: found {context}, needed at least 1.")
+    check_context(context, gpus)
     from quantkit.plan.budget import budget_bytes
     from quantkit.plan.forecast import forecast
     from quantkit.plan.hardware import parse_gpu
@@ -233,9 +237,10 @@ def build_calibration(
     return build(entries, path_of(out), options, Path(), replace=force, on_read=on_read)
 
 
-def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection:
+def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
     """What a folder of safetensors, a GGUF model or an imatrix file holds: storage by role, bits per weight, and what
-    is unusual. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for damaged files."""
+    is unusual; of a trial, its report. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for
+    damaged files."""
     from quantkit.inspect.path import inspect_path
 
     return inspect_path(path_of(path))
@@ -281,6 +286,7 @@ def evaluate(
     device: DeviceName = "auto",
     memory_budget: int | str | None = None,
     out: Path | str | None = None,
+    force: bool = False,
     times: bool = False,
     base_dir: Path | str = ".",
     on_event: OnEvaluation | None = None,
@@ -290,13 +296,15 @@ def evaluate(
     ``text``: `builtin:NAME`, files or globs, relative to ``base_dir`` (default: builtin:eval); ``context``: tokens of a
     window (default: 512); ``noise_floor``: also score the reference against itself, rounded to bfloat16;
     ``save_reference``: keep what later calls need of the reference in a file, which may be their ``reference``;
-    ``out``: write the JSON document there; ``times``: put wall seconds into it.
+    ``out``: write the JSON document there, in place of an older one of the same models and text, with ``force`` of any
+    file; ``times``: put wall seconds into it.
 
     Scores with standard errors, overall, by domain and by layer, are in ``candidates[i].result``; KLD in nats per
     token. Raises `QuantkitError`.
     """
     from quantkit.evaluate.events import ignore
     from quantkit.evaluate.prepare import Asked, prepared
+    from quantkit.evaluate.replaceable import refuse_other_evaluation
     from quantkit.formats.preallocated import check_place, write_durably
     from quantkit.plan.budget import budget_bytes, check_device
 
@@ -310,6 +318,8 @@ def evaluate(
     asked = Asked(texts, context, max_windows_per_file, protocol, path_of(base_dir))
     save = None if save_reference is None else path_of(save_reference)
     with prepared(path_of(reference), paths_of(candidates), asked, save) as opened:
+        if place is not None and not force:
+            refuse_other_evaluation(place, opened)
         from quantkit.evaluate.run import evaluate as run
         from quantkit.plan.machine import Machine
 
@@ -361,32 +371,29 @@ def report(
     documents: Path | str | Sequence[Path | str],
     out: Path | str | None = None,
     *,
-    markdown: bool = False,
+    markdown: bool | None = None,
     title: str | None = None,
+    force: bool = False,
 ) -> str:
     """One HTML page, or markdown for a model card, about output folders of `convert` and documents of `evaluate`.
 
-    Returns the text, and writes it to ``out`` if that is given. The page needs no network. Raises `QuantkitError`.
+    ``markdown``: by default if ``out`` ends in .md. Returns the text, and writes it to ``out`` if that is given, in
+    place of an older page about the same checkpoints, with ``force`` of any file. Raises `QuantkitError`.
     """
     from quantkit.documents.read import read_documents
-    from quantkit.formats.preallocated import check_place
     from quantkit.report.build import report_of
     from quantkit.report.markdown import markdown as markdown_of
+    from quantkit.report.page import page
+    from quantkit.report.place import is_markdown, refuse_other_report
     from quantkit.report.scored import scored_checkpoints
 
     found = read_documents(paths_of(documents))
-    contents = report_of(scored_checkpoints(found), title)
     place = None if out is None else path_of(out)
+    as_markdown = is_markdown(place, [file.path for file in found], markdown)
+    contents = report_of(scored_checkpoints(found), title)
+    made = markdown_of(contents) if as_markdown else page(contents)
     if place is not None:
-        check_place(place)
-        if place.resolve() in (file.path.resolve() for file in found):
-            raise OutputError(f"{out}: is a document that the report is made of.", hint="Give another file name.")
-    if markdown:
-        made = markdown_of(contents)
-    else:
-        from quantkit.report.page import page
-
-        made = page(contents)
-    if place is not None:
+        if not force:
+            refuse_other_report(place, made)
         write_text(place, made)
     return made

@@ -50,6 +50,17 @@ def threads(jobs: int | None) -> Generator[None]:
         torch.set_num_threads(threads)
 
 
+def check_context(context: int | None, gpus: object) -> None:
+    """Raise `PlanError` for a length of sequences that is none, or that no GPUs are to fit."""
+    if context is not None and context < 1:
+        raise PlanError(f"context: found {context}, needed at least 1.")
+    if context is not None and gpus is None:
+        raise PlanError(
+            f"--context {context:,}: is the sequence that --gpus must fit, and no GPUs were given.",
+            hint="Give --gpus too, such as --gpus 8xH200-141GB, or leave --context out.",
+        )
+
+
 def recipe_and_folder(recipe: Recipe | Path | str, base_dir: Path | str | None) -> tuple[Recipe, Path]:
     """The recipe, and the folder that its relative paths count from."""
     from quantkit.plan.recipe import Recipe

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quantkit.calibrate.counts import TokenCount
 from quantkit.calibrate.documents import TextFile, find_files, read_documents
 from quantkit.calibrate.repetition import repetition_warning
 from quantkit.calibrate.tokenizer import CheckpointTokenizer, load_tokenizer
@@ -48,8 +49,8 @@ class Calibration(BaseModel):
 
     data: Annotated[tuple[str, ...], Field(min_length=1)]
     """`builtin:NAME`, files and globs of .txt, .jsonl and .parquet; relative names count from the recipe's folder."""
-    tokens: Annotated[int, Field(ge=1, strict=True)]
-    """Tokens to calibrate with, BOS included; rounded up to whole rows."""
+    tokens: TokenCount
+    """Tokens to calibrate with, BOS included, such as 131072, 64k, 512Ki or 1e5; rounded up to whole rows."""
     sequence_length: Annotated[int, Field(ge=2, strict=True)]
     """Tokens of a row, BOS included."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0

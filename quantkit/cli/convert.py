@@ -85,7 +85,7 @@ def convert(
         if out is None:
             missing_option("'--out' / '-o'")
         if layers is not None:
-            _try(source, chosen, out, layers, as_json, log, device.value, memory_budget, jobs)
+            _try(source, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
             return
         options = shorthand.words if recipe is None else ("-r", recipe)
         with interruptible(lambda: _advice(source, options, out)), progress(log) as on_event:
@@ -112,11 +112,20 @@ def _try(
     device: commands.DeviceName,
     memory_budget: int | None,
     jobs: int | None,
+    restart: bool,
 ) -> None:
     """Convert some layers, and print what was found."""
     with interruptible(lambda: "Nothing was written."), progress(log) as on_event:
         found = commands.trial(
-            source, recipe, out, layers, device=device, memory_budget=memory_budget, jobs=jobs, on_event=on_event
+            source,
+            recipe,
+            out,
+            layers,
+            device=device,
+            memory_budget=memory_budget,
+            jobs=jobs,
+            restart=restart,
+            on_event=on_event,
         )
     if as_json:
         show_json(found.model_dump(mode="json"))

@@ -10,7 +10,7 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.exit_codes import interruptible, refusals
-from quantkit.cli.options import AsJson, Device, DeviceOption, LogFile, size
+from quantkit.cli.options import AsJson, Device, DeviceOption, Force, LogFile, size
 from quantkit.cli.render import show_json
 from quantkit.text.evaluation import evaluation_text
 from quantkit.text.progress import progress
@@ -101,6 +101,7 @@ def evaluate(
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
     out: Out = None,
+    force: Force = False,
     times: Times = False,
     log: LogFile = None,
     as_json: AsJson = False,
@@ -124,6 +125,7 @@ def evaluate(
             device=device.value,
             memory_budget=memory_budget,
             out=out,
+            force=force,
             times=times,
             on_event=on_event,
         )

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from quantkit.calibrate.counts import parse_count
 from quantkit.cli.exit_codes import missing_option
 from quantkit.errors import RecipeError
 from quantkit.plan.budget import MOST_JOBS, parse_budget
 from quantkit.plan.hardware import Gpu, parse_gpu
 from quantkit.plan.recipe import Recipe
-from quantkit.plan.shorthand import Shorthand, parse_count, shorthand_recipe
+from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from quantkit.runtimes.gpus import Gpus, parse_gpus
 
 
@@ -122,10 +123,10 @@ SchemeName = Annotated[
     str | None,
     typer.Option(
         "--scheme",
-        metavar="wNa16",
-        help="For vLLM and transformers. w4a16: routed experts int4, other linears int8, groups of 128; a dense model "
-        "is int4 throughout. w3a16: experts int3. w8a16: all int8. With -all (w4a16-all): all linears as narrow as "
-        "the experts. With -g32: groups of 32. nvfp4, mxfp4: all linears in 4-bit floats.",
+        metavar="NAME",
+        help="For vLLM and transformers: w4a16 (routed experts int4, other linears int8, groups of 128; a dense model "
+        "int4 throughout), w3a16 (experts int3), any width from w2a16 to w8a16 (all int8), nvfp4 or mxfp4 (all linears "
+        "in 4-bit floats). With -all (w4a16-all): all linears as narrow as the experts. With -g32: groups of 32.",
     ),
 ]
 PresetName = Annotated[
@@ -170,7 +171,9 @@ Jobs = Annotated[
 Restart = Annotated[
     bool,
     typer.Option(
-        "--restart/--resume", help="Start anew and replace OUT; the default resumes where a killed run stopped."
+        "--restart/--resume",
+        help="Start anew and replace OUT (with --layers: OUT.trial.json); the default resumes where a killed run "
+        "stopped.",
     ),
 ]
 Layers = Annotated[
@@ -187,6 +190,10 @@ LogFile = Annotated[
     typer.Option(
         "--log", metavar="FILE", help="Append plain lines of progress to this file too, one at least every 5 minutes."
     ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", "-f", help="Replace FILE whatever it is; by default only an older result of the same job."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]

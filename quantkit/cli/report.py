@@ -9,6 +9,7 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.exit_codes import refusals
+from quantkit.cli.options import Force
 
 
 def report(
@@ -22,9 +23,13 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="File to write. Default: report.html; markdown goes to stdout."
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="File to write: .html, or .md for markdown. Default: report.html; markdown goes to stdout.",
         ),
     ] = None,
+    force: Force = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Write markdown for a model card in place of the HTML page.")
     ] = False,
@@ -40,5 +45,5 @@ def report(
             typer.echo(commands.report(documents, markdown=True, title=title), nl=False)
             return
         path = Path("report.html") if out is None else out
-        text = commands.report(documents, path, markdown=markdown, title=title)
+        text = commands.report(documents, path, markdown=markdown or None, title=title, force=force)
     typer.echo(f"{path}  {len(text.encode()) / 1e6:.1f} MB")

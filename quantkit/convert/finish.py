@@ -180,8 +180,8 @@ def _validate(conversion: Conversion, output: OutputPlan, directory: Path, base_
     with output.target.open_written(directory) as written:
         scores = compare(
             conversion.arch,
-            model_of(conversion.arch, conversion.source, device, cache_bytes),
-            model_of(conversion.arch, written, device, cache_bytes),
+            model_of(conversion.arch, conversion.source, device, cache_bytes, name=str(conversion.source.directory)),
+            model_of(conversion.arch, written, device, cache_bytes, name=str(directory)),
             torch.from_numpy(windows.tokens).long(),
             conversion.stores.new,
             on_layer=lambda layer: conversion.on_event(ValidationProgress(layer + 1, conversion.arch.n_layers)),

@@ -20,9 +20,10 @@ def report_finished(job: Job, folder: OutputFolder, header: JobHeader, on_event:
     """Remove what is left of OUT.partial, and report what quantkit.json says. Raises `OutputError` if OUT is another
     job's: then it only exists already."""
     outputs = job.plan.outputs
-    documents = results_of(job.out, [output.output.name for output in outputs])
+    names = [output.output.name for output in outputs]
+    documents = results_of(job.out, names)
     if not documents or not all(_is_of(document, job, header) for document in documents):
-        raise exists_already(job.out)
+        raise exists_already(job.out, names)
     folder.discard()
     experts = [
         expert for blocks in documents[0].expert_tokens.values() for block in blocks.values() for expert in block

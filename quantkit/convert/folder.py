@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from quantkit.convert.replaceable import refuse_foreign, results_of
+from quantkit.convert.replaceable import refuse_foreign, results_of, why_foreign
 from quantkit.errors import OutputError
 from quantkit.formats.preallocated import disk_errors, sync_directory
 from quantkit.formats.safetensors.header import printable
@@ -192,7 +192,7 @@ def refuse_taken(out: Path, outputs: Sequence[str], *, restart: bool) -> None:
     if may_replace:
         refuse_foreign(out, outputs)
     elif not partial.exists() or (partial / _RESULT).exists() or not results_of(out, outputs):
-        raise exists_already(out)
+        raise exists_already(out, outputs)
 
 
 def is_begun(out: Path) -> bool:
@@ -200,8 +200,11 @@ def is_begun(out: Path) -> bool:
     return os.path.lexists(_partial(out) / _JOURNAL)
 
 
-def exists_already(out: Path) -> OutputError:
-    """What is said of an OUT that may not be replaced."""
+def exists_already(out: Path, outputs: Sequence[str]) -> OutputError:
+    """What is said of an OUT that may not be replaced. --restart is named only if it would replace it."""
+    problem = why_foreign(out, outputs)
+    if problem:
+        return OutputError(f"{out}: exists already, and {problem}.", hint="Choose another -o, or remove it yourself.")
     return OutputError(f"{out}: exists already.", hint="Choose another -o, or replace it with --restart.")
 
 

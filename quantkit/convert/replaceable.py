@@ -19,13 +19,18 @@ def refuse_foreign(out: Path, outputs: Sequence[str]) -> None:
 
     An empty folder holds none. A result's files are those of its own quantkit.json, compared by name.
     """
-    with disk_errors(out):
-        problem = _problem(out, outputs)
+    problem = why_foreign(out, outputs)
     if problem:
         raise OutputError(
             f"{out}: {problem}, and --restart would delete it.",
             hint="Choose another -o, or remove it yourself.",
         )
+
+
+def why_foreign(out: Path, outputs: Sequence[str]) -> str:
+    """What `refuse_foreign` says, "" if it lets ``out`` be replaced."""
+    with disk_errors(out):
+        return _problem(out, outputs)
 
 
 def results_of(out: Path, outputs: Sequence[str]) -> tuple[ConversionDocument, ...]:

@@ -39,10 +39,8 @@ from quantkit.errors import OutputError
 from quantkit.evaluate.validation import model_of
 from quantkit.formats.checksums import WrittenRange
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.formats.side_files import folder_notes
 from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
-from quantkit.plan.lengths import length_notes
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.memory import check_free_disk
 from quantkit.plan.plan import OutputPlan, Plan
@@ -143,8 +141,7 @@ def quantize_layers(conversion: Conversion, rows: TokenRows | None, schedule: Sc
     done = {entry.layer for entry in conversion.journal.layers}
     n_tokens = 0 if rows is None else rows.tokens.size
     doubtful = () if rows is None else rows.warnings
-    lengths = length_notes(conversion.plan.recipe, conversion.arch)
-    warnings = (*folder_notes(conversion.source.directory), *lengths, *doubtful)
+    warnings = (*conversion.plan.warnings, *doubtful)
     conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings, schedule))
     if not conversion.journal.outside_done:
         with conversion.timer.stage("copy"):

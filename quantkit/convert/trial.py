@@ -8,6 +8,7 @@ They lie in a folder OUT.trial-... that goes at the end: what is left is OUT.tri
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,10 +32,12 @@ from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.tally import Tally
 from quantkit.documents.journal import TensorRecord
 from quantkit.documents.trial import TrialDocument, TrialLayer, TrialOutput
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.evaluate.compare import LayerScore, Model, compare_layers
 from quantkit.evaluate.validation import model_of
 from quantkit.formats.preallocated import disk_errors
 from quantkit.formats.source import checkpoint_name
+from quantkit.inspect.trial import inspect_trial
 from quantkit.plan.machine import Machine, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan
 from quantkit.plan.recipe import Validation
@@ -54,6 +57,22 @@ def trial_folder(out: Path) -> Generator[Path]:
         folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.trial-")
     with folder as name:
         yield Path(name)
+
+
+def refuse_other_trial(path: Path, job: Job, layers: tuple[int, ...]) -> None:
+    """Raise `OutputError` if ``path`` exists and is no report of these layers by this recipe."""
+    if not os.path.lexists(path):
+        return
+    try:
+        found = inspect_trial(path)
+    except QuantkitError:
+        found = None
+    asked = (checkpoint_name(job.source.directory), layers, recipe_values(job.plan.recipe))
+    if found is None or (found.document.source, found.document.trial, found.document.recipe) != asked:
+        raise OutputError(
+            f"{path}: exists already, and is no trial of the same source, recipe and layers.",
+            hint="Choose another -o, or replace it with --restart.",
+        )
 
 
 def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: OnEvent) -> TrialDocument:
@@ -105,13 +124,14 @@ def _validated(
         sink.finish(conversion.journal.steps_of(number))
         write_side_files(conversion, output, directory)
     device, cache_bytes = conversion.machine.device, conversion.share.cache // 2
-    reference = model_of(conversion.arch, conversion.source, device, cache_bytes)
+    named = str(conversion.source.directory)
+    reference = model_of(conversion.arch, conversion.source, device, cache_bytes, name=named)
     conversion.on_event(StageStarted(VALIDATION))
     with conversion.timer.stage("validation"), ExitStack() as stack:
         candidate = reference
         if any(tensor.scheme is not None for tensor in output.planned):  # else it is the original
             written = stack.enter_context(output.target.open_written(directory))
-            own = model_of(conversion.arch, written, device, cache_bytes)
+            own = model_of(conversion.arch, written, device, cache_bytes, name=str(directory))
             candidate = _merged(reference, own, frozenset(written.infos()))
         (found,) = compare_layers(
             conversion.arch,
@@ -135,7 +155,7 @@ def _merged(reference: Model, own: Model, written: frozenset[str]) -> Model:
     def weights(name: str) -> Tensor:
         return (own if name in written else reference).weights(name)
 
-    return replace(reference, weights=weights, forget=forget)
+    return replace(reference, weights=weights, forget=forget, name=own.name)
 
 
 def _corrected(tally: Tally, whole: Schedule) -> dict[str, float]:

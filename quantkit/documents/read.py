@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -39,6 +40,19 @@ class DocumentFile:
 class _Kind(DocumentPart):
     kind: JsonValue = None
     quantkit: JsonValue = None
+    trial: JsonValue = None
+
+
+IS_EVALUATION, IS_BASELINE, IS_CONVERSION, IS_TRIAL = (
+    "an evaluation",
+    "a baseline of `quantkit check`",
+    "a record of a conversion",
+    "the report of a trial (`convert --layers`)",
+)
+"""What `kind_of` says."""
+_KINDS = {"quantkit evaluation": IS_EVALUATION, "quantkit baseline": IS_BASELINE}
+_READERS = {IS_BASELINE: "quantkit check EVALUATION --baseline", IS_TRIAL: "quantkit inspect"}
+"""Commands that read what a report is not made of."""
 
 
 def first_problem(error: ValidationError) -> str:
@@ -95,11 +109,16 @@ def document_bytes(path: Path) -> bytes:
 
 def _read(path: Path) -> DocumentFile:
     content = document_bytes(path)
-    kind = _parsed(path, content, _Kind)
-    if kind.kind == "quantkit evaluation":
-        document: ConversionDocument | Evaluation = _parsed(path, content, Evaluation)
-    elif isinstance(kind.quantkit, str):
-        document = _parsed(path, content, ConversionDocument)
+    kind = kind_of(path, content)
+    if kind == IS_EVALUATION:
+        document: ConversionDocument | Evaluation = parsed_document(path, content, Evaluation)
+    elif kind == IS_CONVERSION:
+        document = parsed_document(path, content, ConversionDocument)
+    elif kind:
+        raise OutputError(
+            f"{path}: is {kind}, of which no report is made.",
+            hint=f"See what it says: {_READERS[kind]} {shlex.quote(str(path))}",
+        )
     else:
         raise OutputError(
             f"{path}: is neither a conversion's {CONVERSION} nor an evaluation.",
@@ -111,7 +130,19 @@ def _read(path: Path) -> DocumentFile:
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def _parsed(path: Path, content: bytes, model: type[_Model]) -> _Model:
+def kind_of(path: Path, content: bytes) -> str:
+    """Which document of quantkit this is, "" for none: `IS_EVALUATION` and its like. Raises `OutputError` for what is
+    no JSON object."""
+    found = parsed_document(path, content, _Kind)
+    if isinstance(found.kind, str) and found.kind in _KINDS:
+        return _KINDS[found.kind]
+    if isinstance(found.trial, list):
+        return IS_TRIAL
+    return IS_CONVERSION if isinstance(found.quantkit, str) else ""
+
+
+def parsed_document(path: Path, content: bytes, model: type[_Model]) -> _Model:
+    """Raises `OutputError` with the first thing that the model refuses."""
     try:
         return model.model_validate_json(content)
     except ValidationError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.stream import embed, forward_layer, row_batches
+from quantkit.evaluate.finite import check_hidden
 from quantkit.evaluate.token_scores import Head, TokenScores, token_scores
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Model:
     ``embed_rows(ids)``: ids (n,) int64 -> (n, hidden); ``head_rows(start, stop)`` -> (stop - start, hidden), all
     float32. ``forget()``: no weight asked for so far is needed again soon. ``arch``: how it computes, None: as the
     reference. ``at_border``: what happens to the hidden states (rows, tokens, hidden) after the embedding and after
-    each layer.
+    each layer. ``name``: what messages call it.
     """
 
     weights: Weights
@@ -45,6 +46,7 @@ class Model:
     forget: Callable[[], None] = lambda: None
     arch: ModelArch | None = None
     at_border: Callable[[Tensor], Tensor] | None = None
+    name: str = "a model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +94,24 @@ class Stream:
     x: RowStore
 
     def forward(self, layer: int, scratch: RowStore) -> list[Tensor]:
-        """Through a layer, and over its border -> routing indices of its expert blocks."""
+        """Through a layer, and over its border -> routing indices of its expert blocks. Raises `EvaluationError` if a
+        hidden state is not finite after it."""
         model = self.model
         routings = forward_layer(self.arch.sublayers(layer), model.weights, self.x, scratch, model.device)
+        self.cross(layer)
         model.forget()
-        self.cross()
         return routings
 
-    def cross(self) -> None:
-        """Apply `Model.at_border`."""
+    def cross(self, layer: int | None) -> None:
+        """Apply `Model.at_border` after ``layer`` (None: the embedding), and refuse what is not finite."""
         if self.model.at_border is not None:
             for start, stop in row_batches(self.x):
                 self.x.write(start, self.model.at_border(self.x.read(start, stop)))
+        check_hidden(self.model.name, self.arch, self.model.weights, self.x, layer)
 
     def head(self) -> Head:
         """The model after its last layer."""
-        return Head(self.arch, self.model.weights, self.model.head_rows, self.x, self.model.device)
+        return Head(self.arch, self.model.weights, self.model.head_rows, self.x, self.model.device, self.model.name)
 
 
 def start_streams(
@@ -119,7 +123,7 @@ def start_streams(
     scratch = new_rows(n_rows, length, arch.hidden_size)
     for stream in streams:
         embed(stream.model.embed_rows, tokens, stream.x)
-        stream.cross()
+        stream.cross(None)
     return streams, scratch
 
 
@@ -149,7 +153,7 @@ def compare_all(
 ) -> list[Comparison]:
     """Score candidates on tokens (n_rows, length) int64, predictions at positions ``first_scored`` on. There are two
     stores more than candidates. All models have the reference's number of layers, width and vocabulary. ``recorder``
-    hears of the reference."""
+    hears of the reference. Raises `EvaluationError` for hidden states or losses that are not finite."""
     streams, scratch = start_streams(arch, (reference, *candidates), tokens, new_rows)
     layers = _through(arch.n_layers, streams, scratch, on_layer, recorder)
     heads = [stream.head() for stream in streams]

@@ -54,7 +54,9 @@ class FileRecorder:
         for start, stop in _groups(len(tokens), scored):
             inputs = head.final(start, stop, first)
             targets = tokens[start:stop, first + 1 :].flatten().to(inputs.device)
-            self._writer.positions(start * scored, _top(head, inputs, targets, self._writer.top))
+            found = _top(head, inputs, targets, self._writer.top)
+            head.check(found.target_nll.view(-1, scored), start, first)
+            self._writer.positions(start * scored, found)
 
 
 def _top(head: Head, inputs: Tensor, targets: Tensor, n_top: int) -> Positions:
@@ -127,7 +129,9 @@ def _token_scores(heads: Sequence[Head], reference: ReferenceStatistics) -> list
         known = reference.positions(start * scored, stop * scored)
         targets = reference.tokens[start:stop, first + 1 :].flatten()
         for own, head in zip(parts, heads, strict=True):
-            own.append(_scores(head, head.final(start, stop, first), targets, known))
+            scores = _scores(head, head.final(start, stop, first), targets, known)
+            head.check(scores[1].view(-1, scored), start, first)
+            own.append(scores)
     columns = ([torch.cat(column).view(-1, scored) for column in zip(*own, strict=True)] for own in parts)
     return [TokenScores(*own) for own in columns]
 

@@ -70,7 +70,9 @@ class EvaluationRun:
         self, opened: Sequence[Evaluated], n_models: int, tokens: Tensor
     ) -> Generator[tuple[list[Model], NewRows, Callable[[int], None]]]:
         stores_bytes, cache_bytes = self._share(n_models, (tokens.shape[0], tokens.shape[1]))
-        models = [model_of(one.arch, one.source, self.machine.device, cache_bytes) for one in opened]
+        models = [
+            model_of(one.arch, one.source, self.machine.device, cache_bytes, name=one.facts.path) for one in opened
+        ]
         names = names_by_layer(self.arch)
 
         def read_ahead(layer: int) -> None:

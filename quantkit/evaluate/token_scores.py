@@ -23,6 +23,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.chunk_sizes import POSITIONS, VOCAB_BLOCK
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.stream import row_batches
+from quantkit.evaluate.finite import check_losses
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
@@ -54,16 +55,22 @@ class Head:
     head_rows: Callable[[int, int], Tensor]
     x: RowStore
     device: torch.device
+    name: str
 
     def final(self, start: int, stop: int, first: int) -> Tensor:
         """Inputs of the output matrix at the scored positions of rows [start, stop): (n, hidden)."""
         x = self.x.read(start, stop)[:, first:-1].reshape(-1, self.x.width).to(self.device)
         return self.arch.final_hidden(self.weights, x)
 
+    def check(self, losses: Tensor, row: int, first: int) -> None:
+        """Raise `EvaluationError` if one of the losses (rows, scored) is not finite; they begin at ``row`` and at
+        position ``first``."""
+        check_losses(self.name, self.arch, self.weights, losses, (row, first))
+
 
 def token_scores(heads: Sequence[Head], tokens: Tensor, first: int = 0) -> list[TokenScores]:
     """Scores of all but the first head against the first. tokens (n_rows, length) int64; position i predicts token
-    i + 1, scored from position ``first`` on."""
+    i + 1, scored from position ``first`` on. Raises `EvaluationError` for a loss that is not finite."""
     scored = tokens.shape[1] - 1 - first
     targets = tokens[:, first + 1 :].flatten().to(heads[0].device)
     softmaxes = [OnlineSoftmax(targets) for _ in heads]
@@ -83,6 +90,8 @@ def token_scores(heads: Sequence[Head], tokens: Tensor, first: int = 0) -> list[
                     softmaxes[number + 1].add(span, token, candidate)
                     difference = (weights * (reference - candidate)).sum(-1, dtype=torch.float64)
                     moved[number][span] = moved[number][span] * factor + difference
+    for head, softmax in zip(heads, softmaxes, strict=True):
+        head.check(softmax.nll().view(-1, scored), 0, first)
     found = [_finish(softmaxes[0], *pair) for pair in zip(softmaxes[1:], moved, strict=True)]
     return [TokenScores(*(column.view(-1, scored).cpu() for column in columns)) for columns in found]
 

@@ -18,9 +18,11 @@ from quantkit.evaluate.token_scores import TokenScores
 from quantkit.tensors import RowSource
 
 
-def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_bytes: int) -> Model:
+def model_of(
+    arch: ModelArch, source: RowSource, device: torch.device, cache_bytes: int, *, name: str = "a model"
+) -> Model:
     """A source as `compare` runs it: by ``arch``, float32 on ``device``, read when asked for, the latest weights of a
-    layer kept up to ``cache_bytes``."""
+    layer kept up to ``cache_bytes``. ``name``: what messages call it."""
     weights = WeightCache(lambda name: source.read(name).to(device).float(), cache_bytes)
     return Model(
         weights=weights,
@@ -29,6 +31,7 @@ def model_of(arch: ModelArch, source: RowSource, device: torch.device, cache_byt
         device=device,
         forget=weights.forget,
         arch=arch,
+        name=name,
     )
 
 
@@ -53,7 +56,8 @@ def rounded_to_bf16(arch: ModelArch, model: Model) -> Model:
     def head_rows(start: int, stop: int) -> Tensor:
         return _bf16(model.head_rows(start, stop))
 
-    return replace(model, weights=weights, embed_rows=embed_rows, head_rows=head_rows, at_border=_bf16)
+    name = f"{model.name} rounded to bfloat16"
+    return replace(model, weights=weights, embed_rows=embed_rows, head_rows=head_rows, at_border=_bf16, name=name)
 
 
 def _bf16(x: Tensor) -> Tensor:

@@ -46,14 +46,25 @@ def check_folder(path: Path) -> None:
     hint = "Give the folder of a checkpoint: config.json and, to convert it, its safetensors shards."
     if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path), re.ASCII):
         hint = f"Nothing is loaded from the hub: fetch it first, hf download {path} --local-dir {path.name}"
+    if path.suffix == ".gguf" and path.is_file():
+        raise _no_source(path)
     what = "is not a folder" if os.path.lexists(path) else "no such folder"
     raise SourceError(f"{printable(str(path))}: {what}.", hint=hint)
+
+
+def _no_source(path: Path) -> SourceError:
+    return SourceError(
+        f"{printable(str(path))}: is a GGUF model, which is written and not read as a source.",
+        hint="Give the original's folder: config.json and safetensors shards in BF16, F16, F32 or FP8 blocks.",
+    )
 
 
 def read_config(directory: Path) -> dict[str, object]:
     """The raw config.json of a folder. Raises `SourceError` if either is missing, or it is not JSON, or no object."""
     check_folder(directory)
     path = directory / "config.json"
+    if not os.path.lexists(path) and any(directory.glob("*.gguf")):
+        raise _no_source(directory)
     inside = [] if os.path.lexists(path) else sorted(found.parent for found in directory.glob("*/config.json"))
     if inside:
         listed = ", ".join(printable(str(folder)) for folder in inside[:3])

@@ -44,7 +44,8 @@ _SCALE_DTYPES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 @dataclass(frozen=True, slots=True, repr=False)
 class Inspection:
     """All that headers tell. ``family``: the architecture's name, "" if unknown; ``quantization``: what config.json
-    says, "" for nothing."""
+    says, "" for nothing; ``unusual``: a line for each thing that may be a mistake; ``notes``: for each that a runtime
+    takes otherwise than one may expect."""
 
     directory: Path
     family: str
@@ -53,6 +54,7 @@ class Inspection:
     stored_tensors: int
     holdings: tuple[StorageSummary, ...]
     unusual: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -115,12 +117,13 @@ def inspect_folder(directory: Path | str) -> Inspection:
         _compare_with_family(arch, specs, weights, planned, unusual)
     _compare_with_config(config, planned, infos, unusual)
     method = quant_method(config) or ""
+    notes: list[str] = []
     if method == contract.COMPRESSED_TENSORS and any(tensor and tensor.scheme for tensor in planned.values()):
         known = [tensor for tensor in planned.values() if tensor is not None]
         unusual += contract.problems(known, method)
-        unusual += contract.notes(known, method) + transformers.notes(known, method)
+        notes += contract.notes(known, method) + transformers.notes(known, method)
     holdings = _storage(weights, planned, specs)
-    return Inspection(directory, family, method, shards, len(infos), holdings, tuple(unusual))
+    return Inspection(directory, family, method, shards, len(infos), holdings, tuple(unusual), tuple(notes))
 
 
 def _config(directory: Path, unusual: list[str]) -> dict[str, object]:

@@ -12,10 +12,12 @@ from quantkit.inspect.folder import Inspection, inspect_folder
 from quantkit.inspect.gguf import GgufInspection, inspect_gguf
 from quantkit.inspect.imatrix import ImatrixInspection, inspect_imatrix
 from quantkit.inspect.storage import NAMES_SHOWN
+from quantkit.inspect.trial import TrialInspection, inspect_trial
 
 
-def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection:
-    """A folder with safetensors or, if it has none, with a GGUF model; a .gguf file; an imatrix file of either form.
+def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
+    """A folder with safetensors or, if it has none, with a GGUF model; a .gguf file; an imatrix file of either form; a
+    trial's report.
 
     Raises `SourceError` for damaged files, and for files of other kinds.
     """
@@ -31,6 +33,8 @@ def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection:
         return inspect_gguf(path)
     if path.suffix == ".dat" or "imatrix" in path.name:
         return inspect_imatrix(path)
+    if path.suffix == ".json" and (trial := inspect_trial(path)) is not None:
+        return trial
     raise SourceError(
         f"{path}: is neither a GGUF file nor a folder.",
         hint="Give the folder of a checkpoint, a .gguf file, or an imatrix file.",

@@ -7,7 +7,7 @@ All that can be known to fail is refused here, in one `PlanError` that lists eve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from quantkit.arch.base import ModelArch
@@ -170,8 +170,21 @@ def _plan_output(
             problems.add("format problems", f"output {output.name}: {line}")
     if problems.lines:
         return OutputPlan(output, target, decisions, (), ())
-    warnings += [f"output {output.name}: {line}" for line in target.notes(tuple(planned.values()))]
+    lines = [*_dropped_mtp(target, decisions, source), *target.notes(tuple(planned.values()))]
+    warnings += [f"output {output.name}: {line}" for line in lines]
     return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
+
+
+def _dropped_mtp(target: Target, decisions: Mapping[str, Decision], source: SourceTensors) -> Iterator[str]:
+    """A line if MTP layers that the source has are left out."""
+    dropped = [d.spec for d in decisions.values() if d.action is Action.DROP and d.spec.official not in source.faults]
+    layers = len({spec.layer for spec in dropped})
+    if layers:
+        counted = "the MTP layer" if layers == 1 else f"the {layers} MTP layers"
+        yield (
+            f"leaves out {counted} of the source ({len(dropped):,} tensors): runtimes cannot use it for speculative "
+            f"decoding. A recipe keeps it by {target.keep_mtp} (--print-recipe writes one)."
+        )
 
 
 def _decisions(

@@ -31,8 +31,8 @@ SEQUENCE_LENGTH, WINDOW = 2048, 512
 SPLIT_SIZE = "50GB"
 """Largest file of a GGUF output: what model hubs take."""
 METHODS = ("gptq", "awq", "rtn")
-SCHEMES = ("w4a16", "w3a16", "w2a16", "w5a16", "w6a16", "w8a16")
-"""Names that messages show; each bit width from 2 to 8 has one."""
+SCHEMES = ("w4a16", "w8a16", "w2a16", "w3a16", "w5a16", "w6a16", "w7a16")
+"""Names that messages show: one for each bit width from 2 to 8."""
 _FLOATS = {"nvfp4": "nvfp4", "nvfp4a16": "nvfp4", "mxfp4": "mxfp4", "mxfp4a16": "mxfp4"}
 """4-bit floats without case and punctuation, and the kind of their scheme, which all linears get."""
 
@@ -44,8 +44,6 @@ _PRESETS = {
 """Presets without case and punctuation, and llama-quantize's short names of three of them."""
 _LINEARS = (Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT, Role.EXPERT)
 _OTHERS = (Role.NORM, Role.ROUTER, Role.EMBED, Role.LM_HEAD)
-_COUNT = re.compile(r"(\d{1,15}(?:\.\d{1,6})?(?:e\d{1,2})?)([kmg]i?)?", re.ASCII | re.IGNORECASE)
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _FOREIGN = {
     ("4bit", "int4", "w4"): ("a width alone", "--scheme w4a16"),
     ("8bit", "int8", "w8"): ("a width alone", "--scheme w8a16"),
@@ -169,18 +167,6 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 
-def parse_count(text: str) -> int:
-    """131072 of "131072", "131,072", "128Ki"; 64000 of "64k"; 100000 of "1e5". Raises `ValueError` with what was found
-    and what is allowed."""
-    found = _COUNT.fullmatch(text.strip().replace(",", "").replace("_", ""))
-    if found is None:
-        raise ValueError(f"found {text[:40]!r}, needed a number such as 131072, 64k, 128Ki or 1e5")
-    count = float(found[1]) * _FACTORS[(found[2] or "").lower()]
-    if count != int(count) or not 1 <= count <= 10**12:
-        raise ValueError(f"found {text[:40]!r}, needed a whole number from 1 to 1e12")
-    return int(count)
-
-
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -280,8 +266,10 @@ def _no_scheme(name: str) -> str:
     said = _foreign(name)
     if said:
         return f"{said}."
+    guess = nearest(name, (*SCHEMES, *dict.fromkeys(_FLOATS.values())))
+    meant = f" (did you mean {guess}?)" if guess else ""
     return (
-        f"is no scheme, needed one of {', '.join(SCHEMES)}, each also with -all (every linear as narrow as "
+        f"is no scheme{meant}, needed one of {', '.join(SCHEMES)}, each also with -all (every linear as narrow as "
         "the experts) and -gN (group size), nvfp4 or mxfp4."
     )
 
@@ -306,7 +294,9 @@ def _foreign_method(method: str) -> str:
         return f"{shown}: is another tool's name; the nearest here is --method gptq."
     if plain in ("roundtonearest", "nearest", "minmax", "datafree", "none"):
         return f"{shown}: is called --method rtn here (round to nearest, data-free)."
-    return f"{shown}: is no method, needed gptq or awq (calibrated), or rtn (round to nearest, data-free)."
+    guess = nearest(method, METHODS)
+    meant = f" (did you mean {guess}?)" if guess else ""
+    return f"{shown}: is no method{meant}, needed gptq or awq (calibrated), or rtn (round to nearest, data-free)."
 
 
 def _shown(text: str) -> str:

@@ -18,6 +18,8 @@ from quantkit.tensors import TensorSpec
 class FolderTarget:
     """A `Target`."""
 
+    keep_mtp: str = '{match: "role:mtp", keep: source} in place of the rule that drops them'
+
     def __init__(self, output: FolderOutput, layout: FolderLayout, specs: tuple[TensorSpec, ...]) -> None:
         self.label: str = layout.reader.label
         self.specs: tuple[TensorSpec, ...] = specs

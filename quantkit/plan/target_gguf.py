@@ -39,6 +39,7 @@ class GgufTarget:
     """A `Target`."""
 
     label: str = "gguf"
+    keep_mtp: str = "mtp: keep"
 
     def __init__(self, output: GgufOutput, recipe: Recipe, arch: ModelArch, specs: Sequence[TensorSpec]) -> None:
         self._output = output

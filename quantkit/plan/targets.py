@@ -80,6 +80,9 @@ class Target(Protocol):
     specs: tuple[TensorSpec, ...]
     """What it stores, in official order: the source's tensors, or parts of them."""
 
+    keep_mtp: str
+    """What a recipe says to store MTP layers."""
+
     def omits(self, spec: TensorSpec) -> bool:
         """Whether an option of the output leaves a tensor out, whatever its rules say."""
         ...

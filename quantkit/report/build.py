@@ -23,6 +23,7 @@ def report_of(found: ScoredCheckpoints, title: str | None = None) -> ReportPage:
         sections=tuple(_sections(found)),
         warnings=tuple(_warnings(found)),
         groups=_groups(found),
+        checkpoints=tuple(checkpoint.label for checkpoint in found.checkpoints),
     )
 
 

@@ -80,7 +80,8 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class ReportPage:
-    """The whole page. ``groups``: what is said beside the name of a checkpoint that has sections of its own."""
+    """The whole page. ``groups``: what is said beside the name of a checkpoint that has sections of its own;
+    ``checkpoints``: names of all that it is about."""
 
     title: str
     subtitle: str
@@ -88,3 +89,4 @@ class ReportPage:
     sections: tuple[Section, ...]
     warnings: tuple[Note, ...] = ()
     groups: Mapping[str, str] = field(default_factory=dict[str, str])
+    checkpoints: tuple[str, ...] = ()

@@ -6,23 +6,24 @@ from collections.abc import Mapping
 
 from quantkit.formats.sizes import short_size
 from quantkit.plan.batch_sizes import Expected
-from quantkit.plan.forecast import Forecast
+from quantkit.plan.forecast import Forecast, OutputFit
 from quantkit.plan.memory import Needs
 from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
 from quantkit.plan.schedule import Duration
 from quantkit.plan.text_notes import TokensPerExpert, expert_tokens
 from quantkit.text.fits import fit_document, fit_text
-from quantkit.text.tables import both_units, rough, table
+from quantkit.text.tables import both_units, counted, rough, table
 
 BESIDE = "the interpreter comes on top of the budget; a first run, which compiles kernels, takes 0.1 to 0.4 GB more"
 
 
 def forecast_text(found: Forecast) -> str:
-    """Tables of sizes by role, then needs, term by term, and notes."""
+    """A summary; tables of sizes by role, then needs, term by term, and notes."""
     headers, made, fits = found.source, found.plan, found.fits
     origin = "" if headers.has_shards else "  (no shards here: derived from config.json)"
     blocks = [f"source  {headers.directory}: {len(headers.infos):,} tensors, {both_units(made.source_bytes)}{origin}"]
+    blocks.append(_summary(found))
     for number, output in enumerate(made.outputs):
         blocks.append(f"\noutput  {output.output.name}: {output.output.format}\n\n{_size_table(output)}")
         if fits is not None:
@@ -34,6 +35,31 @@ def forecast_text(found: Forecast) -> str:
     if made.warnings:
         blocks.append("\n" + "\n".join(f"note: {warning}" for warning in made.warnings))
     return "\n".join(blocks)
+
+
+def _summary(found: Forecast) -> str:
+    """What most readers want to know, in a few lines: sizes, fits, needs, hours, and whether there are notes."""
+    fits = found.fits or (None,) * len(found.outputs)
+    lines = [_output_summary(output, fit) for output, fit in zip(found.outputs, fits, strict=True)]
+    ram = f"{short_size(found.needs.working_bytes)} at least"
+    peak = f", peak {short_size(found.expected.ram_bytes)} on the processor" if found.expected is not None else ""
+    lines.append(f"RAM {ram}{peak}{_gpu_summary(found.on_gpu)}; disk {short_size(found.needs.disk_bytes)}")
+    if found.duration is not None:
+        lines.append(f"about {rough(found.duration.seconds)} on this machine ({_where(found.duration)})")
+    lines.append(f"{counted(len(found.warnings), 'note')} at the end" if found.warnings else "no notes")
+    return "\n".join(f"{'summary' if number == 0 else '':7} {line}" for number, line in enumerate(lines))
+
+
+def _gpu_summary(expected: Expected | None) -> str:
+    if expected is None or expected.hardware.gpu is None:
+        return ""
+    return f"; {short_size(expected.gpu_bytes)} of GPU memory on {expected.hardware.gpu.name}"
+
+
+def _output_summary(output: OutputPlan, fit: OutputFit | None) -> str:
+    """One line."""
+    line = f"{output.output.name}: {output.nbytes:,} bytes, {both_units(output.nbytes)}, {output.bpw:.3f} bpw"
+    return line if fit is None else f"{line}; {'fits' if fit.fits else 'does not fit'} {fit.fit.gpus}"
 
 
 def _size_table(output: OutputPlan) -> str:
@@ -84,14 +110,16 @@ def _duration_lines(found: Duration) -> list[str]:
     cost = found.cost
     shares = ((cost.computing, "computing"), (cost.reading + cost.ahead, "reading"), (cost.writing, "writing"))
     parts = ", ".join(f"{what} {rough(seconds)}" for seconds, what in sorted(shares, reverse=True))
-    where = f"{found.threads} thread{'s' if found.threads > 1 else ''} of the processor"
-    device = where if found.device == "cpu" else found.device
     stages = f"layers {rough(found.seconds - found.after_layers)}, then validation and checksums"
     return [
-        f"takes   about {rough(found.seconds)} on this machine ({device}): {parts}",
+        f"takes   about {rough(found.seconds)} on this machine ({_where(found)}): {parts}",
         f"          {stages} {rough(found.after_layers)}; estimated from a benchmark of some seconds, for a machine "
         "that does nothing else",
     ]
+
+
+def _where(found: Duration) -> str:
+    return f"{counted(found.threads, 'thread')} of the processor" if found.device == "cpu" else found.device
 
 
 def _term_lines(terms: tuple[Term, ...]) -> list[str]:
@@ -121,7 +149,7 @@ def _gpu_line(expected: Expected) -> str:
 
 def _experts(expected: Expected) -> str:
     count = expected.share.experts_at_once
-    return f"{count} expert{'s' if count > 1 else ''} at once (limited by: {expected.share.limited_by})"
+    return f"{counted(count, 'expert')} at once (limited by: {expected.share.limited_by})"
 
 
 def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:

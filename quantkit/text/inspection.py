@@ -8,25 +8,33 @@ from quantkit.inspect.folder import Inspection
 from quantkit.inspect.gguf import GgufInspection
 from quantkit.inspect.imatrix import ImatrixBeside, ImatrixInspection
 from quantkit.inspect.storage import StorageSummary
+from quantkit.inspect.trial import TrialInspection
 from quantkit.text.tables import both_units, table
+from quantkit.text.trial import trial_text
 
-AnyInspection = Inspection | GgufInspection | ImatrixInspection
+AnyInspection = Inspection | GgufInspection | ImatrixInspection | TrialInspection
 
 
 def inspection_text(found: AnyInspection) -> str:
-    """A headline, tables, and one line for each unusual thing."""
+    """A headline, tables, and one line for each unusual thing, and each that is only to be known; a trial as `convert`
+    shows it."""
+    if isinstance(found, TrialInspection):
+        return trial_text(found.document, found.path)
     if isinstance(found, Inspection):
         blocks = _folder_blocks(found)
     elif isinstance(found, GgufInspection):
         blocks = _gguf_blocks(found)
     else:
         blocks = _imatrix_blocks(found)
-    unusual = "\n".join(f"unusual: {line}" for line in found.unusual)
-    return "\n\n".join([*blocks, unusual or "nothing unusual"])
+    notes = [f"note: {line}" for line in found.notes] if isinstance(found, Inspection) else []
+    unusual = [f"unusual: {line}" for line in found.unusual] or ["nothing unusual"]
+    return "\n\n".join([*blocks, "\n".join([*unusual, *notes])])
 
 
 def inspection_document(found: AnyInspection) -> Mapping[str, object]:
-    """An inspection for --json. Sizes in bytes; ``format`` says which document it is."""
+    """An inspection for --json. Sizes in bytes; ``format`` says which document it is; of a trial, its report."""
+    if isinstance(found, TrialInspection):
+        return found.document.model_dump(mode="json")
     if isinstance(found, Inspection):
         return _folder_document(found)
     return _gguf_document(found) if isinstance(found, GgufInspection) else _imatrix_document(found)
@@ -64,6 +72,7 @@ def _folder_document(found: Inspection) -> Mapping[str, object]:
         "bpw": round(found.bpw, 5),
         "holdings": _storage_documents(found.holdings),
         "unusual": list(found.unusual),
+        "notes": list(found.notes),
     }
 
 

@@ -18,7 +18,7 @@ from quantkit.convert.tally import Tally
 from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
 from quantkit.plan.schedule import COMPILING
-from quantkit.text.tables import duration
+from quantkit.text.tables import counted, duration
 
 HEARTBEAT_S = 300.0
 """A log has a line at least so often."""
@@ -206,11 +206,10 @@ def _fifth(event: ValidationProgress | LayerPassed) -> bool:
 def start_line(event: Started | EvaluationStarted) -> str:
     """What begins, and how long it should take if that was measured."""
     if isinstance(event, EvaluationStarted):
-        candidates = "1 candidate" if event.candidates == 1 else f"{event.candidates} candidates"
-        return f"{candidates}, {event.windows:,} windows, {event.tokens:,} tokens"
+        return f"{counted(event.candidates, 'candidate')}, {counted(event.windows, 'window')}, {event.tokens:,} tokens"
     calibration = f"{event.tokens:,} calibration tokens" if event.tokens else "no calibration"
     resumed = f", resuming after layer {event.layers_done}" if event.layers_done else ""
-    line = f"{event.total_layers} layers, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"
+    line = f"{counted(event.total_layers, 'layer')}, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"
     return "\n".join([line, *(f"note: {warning}" for warning in event.warnings)])
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quantkit.inspect.folder import Inspection
     from quantkit.inspect.gguf import GgufInspection
     from quantkit.inspect.imatrix import ImatrixInspection
+    from quantkit.inspect.trial import TrialInspection
     from quantkit.plan.forecast import Forecast
 
 
@@ -23,6 +24,7 @@ def text(
     | Inspection
     | GgufInspection
     | ImatrixInspection
+    | TrialInspection
     | CalibrationSet
     | Sequence[Verdict],
 ) -> str:
@@ -33,6 +35,7 @@ def text(
     from quantkit.inspect.folder import Inspection
     from quantkit.inspect.gguf import GgufInspection
     from quantkit.inspect.imatrix import ImatrixInspection
+    from quantkit.inspect.trial import TrialInspection
     from quantkit.plan.forecast import Forecast
     from quantkit.text.calibration_set import calibration_set_text
     from quantkit.text.converted import report_text
@@ -50,14 +53,21 @@ def text(
             return evaluation_text(result)
         case CalibrationSet():
             return calibration_set_text(result)
-        case Inspection() | GgufInspection() | ImatrixInspection():
+        case Inspection() | GgufInspection() | ImatrixInspection() | TrialInspection():
             return inspection_text(result)
         case _:
             return verdicts_text(result)
 
 
 def document(
-    result: Report | Forecast | Evaluation | Inspection | GgufInspection | ImatrixInspection | CalibrationSet,
+    result: Report
+    | Forecast
+    | Evaluation
+    | Inspection
+    | GgufInspection
+    | ImatrixInspection
+    | TrialInspection
+    | CalibrationSet,
 ) -> Mapping[str, object]:
     """Plain values that JSON can say, as ``--json`` prints them: sizes in bytes, times in seconds, divergences in nats;
     null for what is no number."""

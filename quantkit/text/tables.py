@@ -7,6 +7,11 @@ from collections.abc import Iterable, Sequence
 GB, GIB = 1e9, 2**30
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 layer", "61 layers"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def both_units(nbytes: int) -> str:
     """ "348.91 GB (324.95 GiB)": decimal first, because disks and downloads are sold so. Below 1 GB in MB and MiB."""
     if nbytes < GB:

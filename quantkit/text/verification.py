@@ -20,7 +20,10 @@ def verification_text(found: Verification) -> str:
         lines.append(f"sha256: {files}, {both_units(contents.hashed_bytes)}, as quantkit.json says")
     if contents.decoded:
         compared = ", and compared with the original" if contents.compared else ""
-        lines.append(f"decoded: {contents.decoded} linears{compared}")
+        counted = "1 linear" if contents.decoded == 1 else f"{contents.decoded} linears"
+        lines.append(f"decoded: {counted}{compared}")
+    if contents.not_decoded:
+        lines.append("decoded: no linears, because of the fault" + ("s" if len(found.faults) > 1 else ""))
     return "\n".join([*lines, _verdict(found)])
 
 

@@ -16,6 +16,7 @@ from quantkit.formats.layouts import LAYOUTS
 from quantkit.formats.layouts.compressed_tensors_config import Resolver, is_module
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
+from quantkit.formats.safetensors.unreadable import unreadable_shards
 from quantkit.formats.source import quant_method, read_config
 from quantkit.plan.source_tensors import listed_specs
 from quantkit.schemes import Float8Scheme
@@ -27,7 +28,8 @@ from quantkit.verify.stated import FP8, PLAIN, SchemeOf, Stored, stated
 class Checkpoint:
     """``method``: quant_method of config.json, or `PLAIN`; ``section``: its quantization_config; ``resolver``: what its
     lists of targets say, where the method has such; ``read``: see `Stated`; ``planned``: every tensor of the family,
-    MTP layers included, as config.json says it is stored."""
+    MTP layers included, as config.json says it is stored; ``unreadable``: see `unreadable_shards`, ``raw`` is without
+    them."""
 
     directory: Path
     config: Mapping[str, object]
@@ -38,6 +40,7 @@ class Checkpoint:
     raw: SafetensorsSource
     arch: ModelArch
     planned: tuple[PlannedTensor, ...]
+    unreadable: Mapping[str, tuple[str, tuple[str, ...]]]
 
     def needed(self, tensor: PlannedTensor) -> tuple[TensorInfo, ...]:
         """Names, shapes and dtypes of what the file must hold of a tensor."""
@@ -52,18 +55,19 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(directory: Path) -> Generator[Checkpoint]:
-    """Open a folder by its headers. Raises `SourceError` for what is damaged or stored in a way that is not known,
-    `ConfigError` for another architecture."""
+    """Open a folder by its headers; shards that have none are left to `Checkpoint.unreadable`. Raises `SourceError` for
+    what else is damaged or stored in a way that is not known, `ConfigError` for another architecture."""
     config = read_config(directory)
     arch = arch_of(config)
     method = quant_method(config) or PLAIN
-    with SafetensorsSource(directory) as raw:
+    unreadable = unreadable_shards(directory)
+    with SafetensorsSource(directory, without=unreadable) as raw:
         where = str(directory / "config.json")
         section = object_of(where, "quantization_config", config.get("quantization_config") or {})
         said = stated(Stored(directory, config, section, raw), method)
         specs = listed_specs(arch, raw.infos())
         planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in specs)
-        yield Checkpoint(directory, config, method, section, said.resolver, said.read, raw, arch, planned)
+        yield Checkpoint(directory, config, method, section, said.resolver, said.read, raw, arch, planned, unreadable)
 
 
 def _planned(spec: TensorSpec, scheme_of: SchemeOf, stored: Mapping[str, TensorInfo]) -> PlannedTensor:

@@ -54,7 +54,12 @@ def faults(checkpoint: Checkpoint) -> Iterator[str]:
                 shapes.append(f"{info.name} is {list(found.shape)}, needed {list(info.shape)}")
             elif not _same_kind(found, info):
                 dtypes.append(f"{info.name} is {found.dtype}, needed {info.dtype}")
+    lost = {name for _, names in checkpoint.unreadable.values() for name in names}
+    missing = [name for name in missing if name not in lost]
+    yield from (message for message, _ in checkpoint.unreadable.values())
     yield from _line(missing, "missing", "Runtimes load such a checkpoint without a word and compute nonsense.")
+    if checkpoint.unreadable:
+        return  # of a linear whose parts lie in several shards too little is known to judge the others
     yield from _line(shapes, "of another shape", "vLLM copies a part of what is smaller and refuses what is larger.")
     yield from _line(dtypes, "of another dtype", "")
     yield from _line(packed, "stored otherwise than config.json says", "")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE
+from quantkit.documents.read import CONVERSION
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.gguf.reader import GgufReader
@@ -18,9 +19,11 @@ LLAMA_CPP = "llama.cpp"
 
 
 def holds_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder with one and without safetensors."""
+    """Whether a path is a GGUF file, or a folder with one and without safetensors, or with nothing but the record of
+    one."""
     if path.is_dir():
-        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+        recorded = (path / CONVERSION).is_file() and not (path / "config.json").exists()
+        return (recorded or any(path.glob("*.gguf"))) and not any(path.glob("*.safetensors"))
     return path.suffix == ".gguf" or (path.is_file() and is_gguf(path))
 
 

@@ -5,13 +5,14 @@ Headers and config.json first, which takes seconds for DeepSeek V3; then, if wan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
-from quantkit.errors import PlanError
+from quantkit.errors import PlanError, SourceError
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.source import read_config
 from quantkit.verify import completeness, surroundings, transformers, vllm
@@ -66,35 +67,46 @@ class Scope:
 def verify_path(path: Path, scope: Scope) -> Verification:
     """A folder of safetensors, a GGUF file or a folder with one.
 
-    Raises `SourceError` for what is damaged, `ConfigError` for an architecture that is not known, `PlanError` for a
-    runtime that does not read the format.
+    A damaged or missing shard is a fault as others are. Raises `SourceError` for a folder that cannot be opened at all
+    and for config.json or an index that is damaged, `ConfigError` for an architecture that is not known, `PlanError`
+    for a runtime that does not read the format.
     """
+    _check_path(path)
     if holds_gguf(path):
         return _verify_gguf(path, scope)
     runtimes = _chosen(path, scope.runtimes, tuple(CONTRACTS), (VLLM, TRANSFORMERS))
     with open_checkpoint(path) as found:
-        required = scope.runtimes or (TRANSFORMERS if found.method == BITSANDBYTES else VLLM,)
-        findings = [*_of_all(found), *_of_runtimes(found, runtimes, required, scope.parallel)]
-        n_tensors, method, arch = len(found.planned), found.method, found.arch
-    contents = Contents()
-    if scope.hashes:
-        contents = _hashed(path, findings)
-    if scope.sample and not any(finding.fault for finding in findings):
+        findings: list[Finding] = []
+        if found.method == BITSANDBYTES and not scope.runtimes:
+            runtimes = (TRANSFORMERS,)
+            findings.append(Finding(VLLM, False, vllm.BITSANDBYTES_UNREAD))
+        required = scope.runtimes or runtimes[:1]
+        findings += _of_all(found)
+        if found.unreadable:
+            findings.append(Finding(ANY, False, "without all shards, what runtimes demand of them is not checked."))
+        else:
+            findings += _of_runtimes(found, runtimes, required, scope.parallel)
+        n_tensors, method, arch, unreadable = len(found.planned), found.method, found.arch, found.unreadable
+    contents = _hashed(path, findings, unreadable) if scope.hashes else Contents()
+    if scope.sample:
         contents = _sampled(path, arch, scope, contents, findings)
     return Verification(path, method, runtimes, n_tensors, tuple(findings), contents)
 
 
 def _verify_gguf(path: Path, scope: Scope) -> Verification:
     runtimes = _chosen(path, scope.runtimes, (LLAMA_CPP,), (LLAMA_CPP,))
-    faults, notes, n_tensors = read_gguf(path)
-    findings = [*(Finding(LLAMA_CPP, True, text) for text in faults)]
+    try:
+        faults, notes, n_tensors = read_gguf(path)
+    except SourceError as error:
+        faults, notes, n_tensors = (error.message,), (), 0
+    findings = [Finding(LLAMA_CPP, True, text) for text in faults]
     findings += [Finding(LLAMA_CPP, False, text) for text in notes]
     folder = path if path.is_dir() else path.parent
-    contents = _hashed(folder, findings) if scope.hashes else Contents()
+    contents = _hashed(folder, findings, ()) if scope.hashes else Contents()
     if scope.sample and scope.source is None:
         text = "values were not decoded: give the original's folder, which says what the tensors belong to."
         findings.append(Finding(ANY, False, text))
-    elif scope.sample and scope.source is not None and not any(finding.fault for finding in findings):
+    elif scope.sample and scope.source is not None:
         contents = _sampled(path, arch_of(read_config(scope.source)), scope, contents, findings)
     return Verification(path, "GGUF", runtimes, n_tensors, tuple(findings), contents)
 
@@ -113,17 +125,32 @@ def _chosen(
     return wanted or default
 
 
-def _hashed(path: Path, findings: list[Finding]) -> Contents:
+def _check_path(path: Path) -> None:
+    """Raise `SourceError` for a file that is only a part of a checkpoint, or that is not there."""
+    if path.suffix == ".safetensors":
+        raise SourceError(
+            f"{path}: is one file of a checkpoint, its folder was needed.",
+            hint=f"quantkit verify {shlex.quote(str(path.parent))}",
+        )
+    if path.suffix == ".gguf" and not path.exists():
+        raise SourceError(f"{path}: no such file.", hint="Give a .gguf file that exists, or the folder of one.")
+
+
+def _hashed(path: Path, findings: list[Finding], known: Container[str]) -> Contents:
+    """``known``: files that have a fault already."""
     hashed = hash_files(path)
-    findings += [Finding(ANY, True, text) for text in hashed.faults]
+    findings += [Finding(ANY, True, text) for text in hashed.faults if text.partition(": ")[0] not in known]
     if not hashed.recorded:
         findings.append(Finding(ANY, False, "no quantkit.json with checksums: the bytes were not compared."))
     return Contents(hashed=hashed.files, hashed_bytes=hashed.nbytes)
 
 
 def _sampled(path: Path, arch: ModelArch, scope: Scope, contents: Contents, findings: list[Finding]) -> Contents:
+    """Linears are decoded only if nothing else is wrong."""
     from quantkit.verify.sample import decode_sample
 
+    if any(finding.fault for finding in findings):
+        return replace(contents, not_decoded=True)
     original = scope.source
     if original is not None and is_rescaled(path if path.is_dir() else path.parent):
         text = "the recipe rescales channels (awq), so linears are not those of the original: they were not compared."

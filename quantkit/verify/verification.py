@@ -25,12 +25,13 @@ class Finding:
 class Contents:
     """What was read beyond headers. ``hashed_bytes`` in ``hashed`` files agreed with quantkit.json's sha256;
     ``decoded``: linears of which every value was decoded; ``compared``: those of them that were compared with the
-    original."""
+    original; ``not_decoded``: linears were to be, and were not because of faults."""
 
     hashed: int = 0
     hashed_bytes: int = 0
     decoded: int = 0
     compared: int = 0
+    not_decoded: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)

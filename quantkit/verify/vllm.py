@@ -9,7 +9,7 @@ from typing import cast
 from quantkit.formats.layouts.compressed_tensors_config import is_module, mistakes
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.vllm import contract
-from quantkit.runtimes.vllm.memory import tensor_parallel_problem
+from quantkit.runtimes.vllm.tensor_parallel import cut_problem, cuts_of
 from quantkit.tensors import Projection, Role
 from quantkit.verify import vllm_integers
 from quantkit.verify.checkpoint import Checkpoint
@@ -17,13 +17,14 @@ from quantkit.verify.completeness import stored_mtp_layers
 from quantkit.verify.stated import BITSANDBYTES
 
 NAMED = 3
+BITSANDBYTES_UNREAD = "quant_method is bitsandbytes: vLLM 0.33 does not read it, transformers does."
 
 
 def faults(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Iterator[str]:
     """What keeps vLLM from loading the folder, or makes it compute something else."""
     present = in_files(checkpoint)
     if checkpoint.method == BITSANDBYTES:
-        yield "quant_method is bitsandbytes: vLLM 0.33 does not read it, transformers does."
+        yield BITSANDBYTES_UNREAD
     yield from contract.problems(present, checkpoint.method)
     for check in _FAULTS:
         yield from check(checkpoint)
@@ -135,7 +136,7 @@ _FAULTS: tuple[Callable[[Checkpoint], Iterator[str]], ...] = (
 
 def _parallel(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Iterator[str]:
     heads = checkpoint.arch.serving().heads
-    problem = tensor_parallel_problem(in_files(checkpoint), heads, tensor_parallel)
+    problem = cut_problem(cuts_of(in_files(checkpoint)), heads, tensor_parallel)
     if problem is not None:
         yield f"tensor parallelism over {tensor_parallel} GPUs: {problem}."
     if pipeline_parallel > checkpoint.arch.n_layers:

@@ -44,6 +44,19 @@ def test_a_clean_seed_passes(tmp_path: Path, baseline: Path) -> None:
     assert done.stdout.endswith("\n\nall 6 checks passed\n")
 
 
+def test_an_evaluation_is_no_baseline(tmp_path: Path, baseline: Path) -> None:
+    made = write(tmp_path / "e.json", CLEAN)
+    done = quantkit("check", made, "-b", made)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {made}: is an evaluation, not a baseline.\nhint: Make one of an evaluation")
+    done = quantkit("check", baseline, "-b", baseline)
+    assert done.stderr.startswith(f"error: {baseline}: is a baseline of `quantkit check`, not an evaluation.\nhint: ")
+    done = quantkit("report", baseline)
+    assert done.stderr.startswith(
+        f"error: {baseline}: is a baseline of `quantkit check`, of which no report is made.\n"
+    )
+
+
 def test_a_regression_fails_with_a_line(tmp_path: Path, baseline: Path) -> None:
     junit, summary = tmp_path / "junit.xml", tmp_path / "summary.md"
     files = ("--junit", junit, "--markdown", summary)

@@ -122,3 +122,17 @@ def test_interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "interrupted. Nothing was written."
     assert not list(tmp_path.iterdir())
+
+
+def test_another_result_is_replaced_only_by_force(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    for _ in range(2):
+        assert quantkit(*words(folder, "fp8"), "-o", out).exit_code == 0
+    before = out.read_bytes()
+    for other in (words(folder, "other"), (*words(folder, "fp8"), "--context", 16)):
+        done = quantkit(*other, "-o", out)
+        assert done.exit_code == 1
+        assert f"error: {out}: exists already, and is no evaluation of the same models on the" in done.stderr
+        assert out.read_bytes() == before
+    assert quantkit(*words(folder, "other"), "-o", out, "--force").exit_code == 0
+    assert out.read_bytes() != before

@@ -86,3 +86,31 @@ def test_markdown_needs_no_plotly(out: Path) -> None:
     done = without_plotly("report", str(out), "--markdown")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("## w4\n")
+
+
+def test_an_ending_says_the_form(out: Path) -> None:
+    assert CliRunner().invoke(app, ["report", str(out), "-o", "r.md"]).exit_code == 0
+    assert Path("r.md").read_text(encoding="utf-8").startswith("## w4\n")
+    for words in (["-o", "r.txt"], ["-o", "page"], ["--markdown", "-o", "r.html"]):
+        result = CliRunner().invoke(app, ["report", str(out), *words])
+        assert result.exit_code == 1
+        assert "was asked for, and the name ends in" in result.stderr
+        assert not Path(words[-1]).exists()
+
+
+def test_another_file_is_replaced_only_by_force(out: Path) -> None:
+    written(Path("q4"), conversion())
+    page, card = Path("report.html"), Path("card.md")
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["report", "w4"]).exit_code == 0
+        assert CliRunner().invoke(app, ["report", "w4", "-o", str(card)]).exit_code == 0
+    assert CliRunner().invoke(app, ["report", "w4", "--title", "Another heading"]).exit_code == 0
+    card.write_text(f"{card.read_text(encoding='utf-8')}My own words.\n", encoding="utf-8")
+    before = page.read_bytes(), card.read_bytes()
+    for words in (["q4"], ["w4", "q4"], ["w4", "-o", str(card)]):
+        result = CliRunner().invoke(app, ["report", *words])
+        assert result.exit_code == 1
+        assert ": exists already, and is no report on the same checkpoints.\nhint: " in result.stderr
+    assert (page.read_bytes(), card.read_bytes()) == before
+    assert CliRunner().invoke(app, ["report", "q4", "--force"]).exit_code == 0
+    assert "<title>q4 " in page.read_text(encoding="utf-8")

@@ -57,6 +57,15 @@ def test_data_takes_all_words_up_to_the_next_option(words: str, spread_words: st
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
+        (
+            ("--scheme", "w4a17"),
+            1,
+            "is no scheme (did you mean w4a16?), needed one of w4a16, w8a16, w2a16",
+        ),
+        (("--scheme", "w9a16"), 1, "w6a16, w7a16, each also with -all"),
+        (("--scheme", "w4a16", "--method", "gtpq"), 1, "--method gtpq: is no method (did you mean gptq?), needed gptq"),
+        (("--preset", "Q4_K_N"), 1, "(did you mean Q4_K_"),
+        (("--scheme", "w4a16", "--context", "128"), 1, "--context 128: is the sequence that --gpus must fit, and no"),
         (("--scheme", "nf4"), 1, "error: --scheme nf4: is bitsandbytes NF4, which only a recipe's rules write"),
         (("--scheme", "w4a16", "-r", "nano-demo"), 1, "error: found --recipe and --scheme"),
         (("--data", "a.txt", "-r", "nano-demo"), 1, "error: found --recipe and --data"),
@@ -94,3 +103,44 @@ def test_a_scheme_converts(tmp_path: Path) -> None:
     document = json.loads((out / "quantkit.json").read_text())
     assert [entry["rows"] for entry in document["calibration"]] == [1, 1]
     assert {size["stored_as"] for size in document["contents"]} >= {"int4 g128 gptq", "int8 g128 gptq", "dropped"}
+
+
+def test_what_is_dropped_and_taken_otherwise_is_told(tmp_path: Path) -> None:
+    """By plan after its summary, by convert before its work."""
+    model = NANO
+    plan = quantkit("plan", model, "--scheme", "w4a16", "--method", "rtn")
+    lines = plan.stdout.splitlines()
+    mtp = next(line for line in lines if "leaves out the MTP layer of the source (" in line)
+    assert mtp.startswith("note: output w4a16: ")
+    assert 'A recipe keeps it by {match: "role:mtp", keep: source}' in mtp
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert lines[1].startswith("summary w4a16: ")
+    assert f"        {len(notes)} notes at the end" in lines[:6]
+    assert notes == lines[-len(notes) :]
+    done = quantkit("convert", model, "--scheme", "w4a16", "--method", "rtn", "-o", tmp_path / "out")
+    assert [line for line in done.stderr.splitlines() if line.startswith("note: ")] == notes
+    gguf = quantkit("plan", model, "--preset", "Q8_0", "--method", "rtn")
+    assert "A recipe keeps it by mtp: keep (--print-recipe writes one)." in gguf.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "convert"])
+def test_gguf_is_no_source(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for source in (file, tmp_path):
+        done = quantkit(command, source, "--scheme", "w4a16", *(("-o", tmp_path / "x") if command == "convert" else ()))
+        assert done.exit_code == 1
+        assert done.stderr.splitlines() == [
+            f"error: {source}: is a GGUF model, which is written and not read as a source.",
+            "hint: Give the original's folder: config.json and safetensors shards in BF16, F16, F32 or FP8 blocks.",
+        ]
+
+
+def test_a_folder_that_restart_would_not_replace_gets_another_hint(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").touch()
+    done = quantkit("convert", NANO, "--scheme", "w4a16", "--method", "rtn", "-o", tmp_path / "docs")
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path / 'docs'}: exists already, and is no folder that quantkit made: it holds index.md.",
+        "hint: Choose another -o, or remove it yourself.",
+    ]

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import quantkit
 from quantkit import QuantkitError, trial
 from quantkit.convert.events import Event, LayerDone, StageStarted
 from quantkit.documents.trial import TrialDocument
-from quantkit.errors import PlanError
+from quantkit.errors import OutputError, PlanError
+from quantkit.inspect.path import inspect_path
+from quantkit.inspect.trial import TrialInspection
 from quantkit.plan.schedule import KEPT, PASSING, VALIDATION, Cost, Step
 from quantkit.plan.trial import parse_layers, trial_schedule
 from quantkit.text.trial import trial_text
@@ -71,6 +74,24 @@ def test_only_the_report_is_left(place: Path, tmp_path: Path) -> None:
     assert "second" in trial_text(found, tmp_path / "out.trial.json")
     assert found.total_seconds > 0
     assert {"attention", "experts", VALIDATION, "files"} <= found.whole_seconds.keys()
+
+
+def test_another_file_is_replaced_only_with_restart(place: Path, tmp_path: Path) -> None:
+    report = tmp_path / "out.trial.json"
+    for _ in range(2):
+        tried(place, "0", tmp_path / "out")
+    for old in (report.read_bytes(), b"hours of work", b'{"trial": 1}'):
+        report.write_bytes(old)
+        with pytest.raises(OutputError, match=r"out\.trial\.json: exists already, and is no trial"):
+            tried(place, "0-1", tmp_path / "out")
+        assert report.read_bytes() == old
+    trial(place / "model", RECIPE, tmp_path / "out", "0-1", restart=True, base_dir=place, memory_budget=BUDGET)
+    shown = inspect_path(report)
+    assert isinstance(shown, TrialInspection)
+    assert shown.document.trial == (0, 1)
+    assert quantkit.text(shown) == trial_text(shown.document, report)
+    with pytest.raises(OutputError, match=r"is the report of a trial .*, of which no report is made.*quantkit inspect"):
+        quantkit.report(report)
 
 
 def test_layers_before_are_passed_as_they_are(place: Path, tmp_path: Path) -> None:

@@ -436,7 +436,7 @@ def test_the_baseline_there_and_back(tmp_path: Path) -> None:
     again = read_baseline(path)
     assert again.to_json() == made.to_json()
     assert again.evaluation.seconds is None
-    with pytest.raises(EvaluationError, match="is not an evaluation"):
+    with pytest.raises(EvaluationError, match="is a baseline of `quantkit check`, not an evaluation"):
         read_evaluation(path)
 
 

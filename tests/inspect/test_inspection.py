@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from quantkit.errors import SourceError
 from quantkit.inspect.folder import inspect_folder
+from quantkit.text.inspection import inspection_document, inspection_text
+from tests.convert.jobs import LINEARS, recipe_of, run, write_model
 from tests.formats.test_other_packages import golden, write
 from tests.tiny_models import tiny_config, write_checkpoint
 
@@ -64,6 +66,20 @@ def test_packed_output(tmp_path: Path) -> None:
     del packed[f"{name}_scale"]
     save_file(packed, out / "model.safetensors")
     assert any(line.startswith(f"{name}: stored as") for line in inspect_folder(out).unusual)
+
+
+def test_what_a_runtime_does_is_no_more_than_a_note(tmp_path: Path) -> None:
+    """Groups of 16 load in vLLM, by another kernel than most."""
+    config = tiny_config(num_hidden_layers=1, num_nextn_predict_layers=0)
+    write_model(tmp_path / "source", config)
+    rule = {"match": LINEARS, "scheme": {"kind": "int", "bits": 4, "group_size": 16}, "method": {"kind": "rtn"}}
+    run(tmp_path / "source", recipe_of(rule, tokens=None), tmp_path / "out")
+    found = inspect_folder(tmp_path / "out")
+    assert found.unusual == ()
+    assert any("Marlin kernels take group_size" in line for line in found.notes)
+    shown = inspection_text(found)
+    assert "nothing unusual\nnote: " in shown
+    assert inspection_document(found)["notes"] == list(found.notes)
 
 
 def test_unusual(tmp_path: Path) -> None:

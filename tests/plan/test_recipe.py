@@ -346,3 +346,16 @@ def test_a_wrong_name_leads_to_a_calibrated_recipe(name: str, first: str) -> Non
     with pytest.raises(RecipeError) as refused:
         Recipe.from_yaml(name)
     assert refused.value.hint.startswith(f"Did you mean {first}")
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("16k", 16000), ("512Ki", 524288), ("1e5", 100000), ("4096", 4096)])
+def test_tokens_are_written_as_the_option_takes_them(text: str, tokens: int, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    calibration = f"calibration: {{data: [a.txt], tokens: {text}, sequence_length: 64}}\n"
+    path.write_text(f"version: 1\n{calibration}outputs:\n  - {{name: q, format: gguf, preset: Q4_K_M}}\n")
+    found = Recipe.from_yaml(path)
+    assert found.calibration is not None
+    assert found.calibration.tokens == tokens
+    path.write_text(path.read_text().replace(text, "many"))
+    with pytest.raises(RecipeError, match=r"r\.yaml:2: calibration\.tokens: found 'many', needed a number such as"):
+        Recipe.from_yaml(path)

@@ -11,11 +11,12 @@ import yaml
 import quantkit
 from quantkit import api
 from quantkit.arch import arch_of
+from quantkit.calibrate.counts import parse_count
 from quantkit.errors import RecipeError
 from quantkit.formats.source import read_config
 from quantkit.plan.plan import RoleSize
 from quantkit.plan.recipe import FolderOutput, GgufOutput, Recipe
-from quantkit.plan.shorthand import TOKENS, Shorthand, parse_count, recipe_yaml, shorthand_recipe
+from quantkit.plan.shorthand import TOKENS, Shorthand, recipe_yaml, shorthand_recipe
 from quantkit.plan.text_notes import TOKENS_OF_MANY_EXPERTS, text_notes
 from tests.tiny_models import tiny_config
 
@@ -75,7 +76,8 @@ def test_a_dense_model_is_narrow_throughout(tmp_path: Path) -> None:
     assert set(stored(source, Shorthand("w4a16-g32")).values()) == {"int4 g32 gptq"}
     (output,) = shorthand_recipe(source, Shorthand("w4a16")).outputs
     assert [rule.match for rule in output.rules] == ["role:norm|embed|lm_head", "role:mlp|attention"]
-    assert api.plan(source, shorthand_recipe(source, Shorthand("w4a16-g32"))).warnings == ()
+    (note,) = api.plan(source, shorthand_recipe(source, Shorthand("w4a16-g32"))).warnings
+    assert "o_proj: 128 inputs are 4 groups of 32" in note
 
 
 def test_text_and_method() -> None:
@@ -149,7 +151,7 @@ def test_outputs_are_named_after_what_they_are() -> None:
         (Shorthand("int4"), "the nearest here is --scheme w4a16."),
         (Shorthand("4bit"), "the nearest here is --scheme w4a16."),
         (Shorthand("q4_k_m"), "take --preset Q4_K_M"),
-        (Shorthand("w9a16"), "is no scheme, needed one of w4a16, w3a16"),
+        (Shorthand("w9a16"), "is no scheme (did you mean w8a16?), needed one of w4a16, w8a16"),
         (Shorthand("w4a16\n"), "is no scheme"),
         (Shorthand(preset="w4a16"), "take --scheme w4a16"),
         (Shorthand(preset="nf4"), "the nearest here is --scheme w4a16"),

@@ -114,7 +114,17 @@ def test_other_layouts_have_the_modules_of_vllm_but_not_the_packing_of_compresse
         (lambda spec: IntScheme(symmetric=False), "transformers 5.23 cannot load zero points"),
         (lambda spec: IntScheme(scale_dtype="float32"), "vLLM rounds scales to the model's dtype"),
         (lambda spec: INT8, "vLLM 0.24 takes 8-bit routed experts only with group_size null"),
-        (lambda spec: INT4, "128 inputs are 1 groups of 128, so vLLM can split experts over at most 1 GPUs"),
+        (lambda spec: INT4, "o_proj: 128 inputs are 1 group of 128, so vLLM cannot split the model by tensor"),
+        (
+            lambda spec: IntScheme(group_size=32) if is_expert(spec) else IntScheme(group_size=16),
+            "experts.0.down_proj: 128 inputs are 4 groups of 32, so vLLM can split experts over at most 4 GPUs by "
+            "tensor parallelism; expert and pipeline parallelism are free.",
+        ),
+        (
+            lambda spec: IntScheme(group_size=16) if is_expert(spec) else IntScheme(group_size=32),
+            "o_proj: 128 inputs are 4 groups of 32, so vLLM can split the model over at most 4 GPUs by tensor "
+            "parallelism; pipeline parallelism is free.",
+        ),
         (lambda spec: Float8Scheme(), "vLLM rounds their inputs to FP8 too"),
         (lambda spec: None if is_expert(spec) else INT4, "loses unquantised routed experts"),
         (

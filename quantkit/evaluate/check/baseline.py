@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from quantkit.documents.baseline import Baseline, ConversionLosses
 from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import SCHEMA_VERSIONS, Candidate, Evaluation, Windows
-from quantkit.documents.read import CONVERSION, document_bytes, first_problem
+from quantkit.documents.read import CONVERSION, IS_CONVERSION, document_bytes, first_problem, kind_of
 from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.formats.safetensors.header import printable
 
@@ -24,7 +24,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """A file of ``quantkit evaluate --out``. Raises `EvaluationError` with one line."""
     if not path.exists():
         raise EvaluationError(f"{path}: no such file.", hint="Make it: quantkit evaluate REFERENCE OUT -o FILE.")
-    found = _read(path, Evaluation, "an evaluation")
+    found = _read(path, Evaluation, "an evaluation", "quantkit evaluate REFERENCE OUT -o FILE makes one.")
     _check_version(path, found, "an evaluation")
     check_windows(path, found)
     return found
@@ -36,7 +36,9 @@ def read_baseline(path: Path) -> Baseline:
         raise EvaluationError(
             f"{path}: there is no such baseline.", hint="Make it from an evaluation you trust with --update-baseline."
         )
-    found = _read(path, Baseline, "a baseline")
+    found = _read(
+        path, Baseline, "a baseline", "Make one of an evaluation you trust: --baseline NEW --update-baseline."
+    )
     _check_version(path, found.evaluation, "a baseline")
     check_windows(path, found.evaluation)
     return found
@@ -50,7 +52,7 @@ def read_losses(evaluation: Evaluation, base: Path) -> dict[str, ConversionLosse
         path = base / candidate.model.path
         file = (path if path.is_dir() else path.parent) / CONVERSION
         if file.is_file():
-            found[name] = ConversionLosses.of(_read(file, ConversionDocument, "a record of a conversion"))
+            found[name] = ConversionLosses.of(_read(file, ConversionDocument, IS_CONVERSION, ""))
     return found
 
 
@@ -125,13 +127,27 @@ def _experts(evaluation: Evaluation) -> tuple[int, ...]:
     return tuple(len(layer.expert_errors or ()) for layer in evaluation.candidates[0].result.layers)
 
 
-def _read(path: Path, model: type[_Model], what: str) -> _Model:
+def _read(path: Path, model: type[_Model], what: str, hint: str) -> _Model:
+    """``what`` is expected there, and ``hint`` says how it is made."""
     try:
-        return model.model_validate_json(document_bytes(path))
+        content = document_bytes(path)
     except QuantkitError as error:
         raise EvaluationError(error.message, hint=error.hint) from None
+    try:
+        return model.model_validate_json(content)
     except ValidationError as error:
-        raise EvaluationError(f"{path}: is not {what} of this version: {first_problem(error)}.") from None
+        raise _no_document(path, content, what, hint, error) from None
+
+
+def _no_document(path: Path, content: bytes, what: str, hint: str, error: ValidationError) -> EvaluationError:
+    """Another document of quantkit is named; what is none, by the first thing that is wrong."""
+    try:
+        kind = kind_of(path, content)
+    except QuantkitError:
+        kind = ""
+    if kind and not kind.startswith(what):
+        return EvaluationError(f"{path}: is {kind}, not {what}.", hint=hint)
+    return EvaluationError(f"{path}: is not {what} of this version: {first_problem(error)}.")
 
 
 def _check_version(path: Path, evaluation: Evaluation, what: str) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -57,12 +57,14 @@ class SafetensorsSource:
     shards); the caller reports them.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        """Read all headers, no weights. Raises `SourceError` for a damaged, incomplete or hostile folder."""
+    def __init__(self, directory: Path | str, *, without: Container[str] = ()) -> None:
+        """Read headers, no weights; none of the shards ``without``. Raises `SourceError` for a damaged, incomplete or
+        hostile folder."""
         self.directory = Path(directory)
-        weight_map = _weight_map(self.directory)
-        files = sorted(set(weight_map.values())) if weight_map is not None else _files_without_index(self.directory)
-        self._headers = [read_shard(self.directory / file) for file in files]
+        files, weight_map = listed_shards(self.directory)
+        if weight_map is not None:
+            weight_map = {name: file for name, file in weight_map.items() if file not in without}
+        self._headers = [read_shard(self.directory / file) for file in files if file not in without]
         everything = _merge(self.directory, self._headers)
         self._stored = everything if weight_map is None else _listed(self.directory, weight_map, everything)
         self.unlisted = tuple(name for name in everything if name not in self._stored)
@@ -306,6 +308,12 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         raise SourceError(f"{printable(str(directory))}: is not a folder.", hint=hint)
     # lexists: a dangling link must be reported, not taken for "there is no index".
     return read_index(directory) if os.path.lexists(directory / INDEX_NAME) else None
+
+
+def listed_shards(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the shards, and the index's weight_map if there is one. Raises `SourceError` as `read_index` does."""
+    weight_map = _weight_map(directory)
+    return _files_without_index(directory) if weight_map is None else sorted(set(weight_map.values())), weight_map
 
 
 def _is_plain_name(file: str) -> bool:

@@ -14,6 +14,7 @@ from quantkit.formats.bitpack import WORD_BITS
 from quantkit.formats.layouts.compressed_tensors_config import KEPT, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, line
+from quantkit.runtimes.vllm.tensor_parallel import cut_of, cuts_of, most_ranks
 from quantkit.schemes import Float8Scheme, IntScheme, describe
 from quantkit.tensors import Projection, Role
 
@@ -176,19 +177,36 @@ def _note_int8_experts(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.experts, text)
 
 
-def _note_expert_width(linears: LinearsByScheme) -> Iterator[str]:
-    """Tensor parallelism cuts the input of the down projection; a group must not be cut."""
-    for use, scheme in _integers(linears):
-        down = next((t for t in use.experts if t.spec is not None and t.spec.projection is Projection.DOWN), None)
-        if down is None or scheme.group_size is None:
-            continue
-        in_features = down.info.shape[1]
-        ways = scheme.n_groups(in_features)
-        if ways < WIDE_TENSOR_PARALLEL:
-            yield (
-                f"{down.module}: {in_features} inputs are {ways} groups of {scheme.group_size}, so vLLM can split "
-                f"experts over at most {ways} GPUs by tensor parallelism; expert and pipeline parallelism are free."
-            )
+def _note_row_parallel(linears: LinearsByScheme) -> Iterator[str]:
+    """Tensor parallelism cuts the inputs of attention's and the MLPs' last linears; a group must not be cut. Expert
+    parallelism spares the experts, and nothing else."""
+    tensors = [*linears.kept, *(tensor for use in linears.uses for tensor in use.tensors)]
+    cut = [tensor for tensor in tensors if cut_of(tensor) is not None and tensor.role is not Role.MTP]
+    others, other = _tightest([tensor for tensor in cut if tensor.expert is None])
+    experts, expert = _tightest([tensor for tensor in cut if tensor.expert is not None])
+    if experts < min(others, WIDE_TENSOR_PARALLEL):
+        yield f"{expert}, so {_split('experts', experts)}; expert and pipeline parallelism are free."
+    if others < WIDE_TENSOR_PARALLEL:
+        yield f"{other}, so {_split('the model', others)}; pipeline parallelism is free."
+
+
+def _split(what: str, ranks: int) -> str:
+    if ranks == 1:
+        return f"vLLM cannot split {what} by tensor parallelism"
+    return f"vLLM can split {what} over at most {ranks} GPUs by tensor parallelism"
+
+
+def _tightest(tensors: Sequence[PlannedTensor]) -> tuple[int, str]:
+    """Ranks that all of these can be cut for, and the linear that allows no more."""
+    cuts = cuts_of(tensors)
+    if not cuts:
+        return WIDE_TENSOR_PARALLEL, ""
+    cut = min(cuts, key=most_ranks)
+    in_features, group = cut
+    module = cuts[cut].removesuffix(".weight")
+    groups = -(-in_features // group)
+    counted = f"1 group of {group}" if groups == 1 else f"{groups} groups of {group}"
+    return most_ranks(cut), f"{module}: {in_features} inputs are {counted}"
 
 
 def _note_gptq(linears: LinearsByScheme) -> Iterator[str]:
@@ -216,7 +234,7 @@ def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.tensors, text)
 
 
-_GPTQ_NOTES = (_note_gptq, _note_group_size, _note_scale_dtype, _note_expert_width)
+_GPTQ_NOTES = (_note_gptq, _note_group_size, _note_scale_dtype, _note_row_parallel)
 _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     COMPRESSED_TENSORS: (
         _note_bits,
@@ -225,11 +243,11 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
         _note_zero_points,
         _note_scale_dtype,
         _note_int8_experts,
-        _note_expert_width,
+        _note_row_parallel,
         _note_float8,
     ),
     GPTQ: (*_GPTQ_NOTES, _note_zero_points_of_v1),
     GPTQ_V2: _GPTQ_NOTES,
     BITSANDBYTES: (_note_bitsandbytes,),
-    AWQ: (_note_group_size, _note_scale_dtype, _note_expert_width),
+    AWQ: (_note_group_size, _note_scale_dtype, _note_row_parallel),
 }

@@ -9,15 +9,13 @@ parallelism, under tensor parallelism only if it has heads (a latent has none).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from quantkit.arch.base import ModelArch, ServingSizes
-from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.gpus import GIB, Gpus, SizedOutput, check_context, partition_layers
 from quantkit.runtimes.vllm.command import MAX_BATCHED_TOKENS, MAX_SEQS, serve_spread
-from quantkit.schemes import IntScheme, Mxfp4Scheme, Nvfp4Scheme
+from quantkit.runtimes.vllm.tensor_parallel import Cuts, cut_problem, cuts_of
 from quantkit.tensors import Projection, Role, TensorSpec
 
 UTILIZATIONS = (0.92, 0.95)
@@ -25,8 +23,6 @@ UTILIZATIONS = (0.92, 0.95)
 RUNTIME_BYTES = GIB
 """CUDA context, NCCL buffers, allocator rounding."""
 GRAPH_BYTES = GIB
-_ROW_PARALLEL = (Projection.OUT, Projection.DOWN)
-"""Linears whose inputs are cut by tensor parallelism; others are cut along their outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,7 @@ def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
     placements: list[Placement] = []
     for tensor_parallel in sorted((n for n in range(1, gpus.count + 1) if gpus.count % n == 0), reverse=True):
         stages = gpus.count // tensor_parallel
-        problem = _cut_problem(weights.cuts, sizes.heads, tensor_parallel)
+        problem = cut_problem(weights.cuts, sizes.heads, tensor_parallel)
         if problem is None and stages > n_layers:
             problem = f"{stages} pipeline stages for {n_layers} layers"
         if problem is not None:
@@ -102,17 +98,15 @@ def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
 @dataclass(frozen=True, slots=True)
 class _Weights:
     """Bytes after loading, MTP left out: [first stage's embedding, layer 0, ..., last layer, final norm and head].
-    ``whole`` is on every tensor-parallel rank, ``divided`` is cut. ``cuts``: (in_features, group_size) of the linears
-    whose inputs are cut, with one's name."""
+    ``whole`` is on every tensor-parallel rank, ``divided`` is cut. ``cuts``: of its row-parallel linears."""
 
     whole: list[int]
     divided: list[int]
-    cuts: Mapping[tuple[int, int], str]
+    cuts: Cuts
 
     @classmethod
     def of(cls, plan: SizedOutput, n_layers: int) -> _Weights:
         whole, divided = [0] * (n_layers + 2), [0] * (n_layers + 2)
-        cuts: dict[tuple[int, int], str] = {}
         measured: dict[tuple[object, ...], int] = {}
         for tensor in plan.planned:
             spec, scheme = tensor.spec, tensor.scheme
@@ -127,8 +121,7 @@ class _Weights:
             (whole if _is_replicated(spec) else divided)[place] += measured[key]
             if spec.projection is Projection.KV_B:
                 divided[place] += spec.shape[0] * spec.shape[1] * 2
-            _add_cut(cuts, tensor)
-        return cls(whole, divided, cuts)
+        return cls(whole, divided, cuts_of(tensor for tensor in plan.planned if tensor.role is not Role.MTP))
 
     def on_one_rank(self, tensor_parallel: int) -> list[int]:
         """Bytes of each entry on one tensor-parallel rank."""
@@ -137,32 +130,6 @@ class _Weights:
 
 def _is_replicated(spec: TensorSpec) -> bool:
     return spec.replicated or spec.role in (Role.NORM, Role.ROUTER)
-
-
-def tensor_parallel_problem(planned: Iterable[PlannedTensor], heads: int, size: int) -> str | None:
-    """Why the tensors of a model with so many attention heads cannot be cut into ``size`` tensor-parallel ranks, None
-    if they can."""
-    cuts: dict[tuple[int, int], str] = {}
-    for tensor in planned:
-        _add_cut(cuts, tensor)
-    return _cut_problem(cuts, heads, size)
-
-
-def _add_cut(cuts: dict[tuple[int, int], str], tensor: PlannedTensor) -> None:
-    spec, scheme = tensor.spec, tensor.scheme
-    if spec is not None and spec.projection in _ROW_PARALLEL:
-        grouped = isinstance(scheme, IntScheme | Nvfp4Scheme | Mxfp4Scheme)
-        group = (scheme.group_size if grouped else None) or 1
-        cuts.setdefault((spec.shape[1], group), spec.name)
-
-
-def _cut_problem(cuts: Mapping[tuple[int, int], str], heads: int, size: int) -> str | None:
-    if heads % size:
-        return f"{heads} attention heads are not divisible by {size}"
-    for (in_features, group), name in cuts.items():
-        if in_features % size or in_features // size % group:
-            return f"{name}: {in_features} inputs over {size} ranks are no multiple of group_size {group}"
-    return None
 
 
 def _place(weights: _Weights, arch: ModelArch, tensor_parallel: int, stages: int, context: int) -> Placement:
