@@ -27,7 +27,7 @@ from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies, sort_unlisted
 from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
-from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, describe
 from quantkit.tensors import SCALE_DTYPES, Role, TensorInfo, TensorSpec
 
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
@@ -195,7 +195,8 @@ def _planned(
         and parts[""].dtype == "F8_E4M3"
         and len(parts[""].shape) == 2
     ):
-        return PlannedTensor(parts[""], Float8Scheme(), None, spec)
+        by_group = "_scale" in parts and parts["_scale"].dtype == "U8"
+        return PlannedTensor(parts[""], Mxfp8Scheme() if by_group else Float8Scheme(), None, spec)
     fp4 = _FP4.get(frozenset(parts))
     if fp4 is not None and parts["_packed"].dtype == "U8" and len(parts["_packed"].shape) == 2:
         n_out, n_words = parts["_packed"].shape

@@ -109,7 +109,7 @@ def _packing(scheme: Nvfp4Scheme | Mxfp4Scheme, strategy: str, scale_dtype: str)
         "zp_dtype": scale_dtype,
     }
 
-    def says(where: str, found: Mapping[str, object]) -> Scheme | None:
+    def says(where: str, found: Mapping[str, object], inputs: Mapping[str, object]) -> Scheme | None:
         keys = ("num_bits", "type", "strategy", "group_size")
         return scheme if all(found.get(key) == weights[key] for key in keys) else None
 

@@ -14,7 +14,7 @@ from quantkit.formats.bitpack import WORD_BITS
 from quantkit.formats.layouts.compressed_tensors_config import KEPT, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, line
-from quantkit.schemes import Float8Scheme, IntScheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp8Scheme, W4AFp8Scheme, describe
 from quantkit.tensors import Projection, Role
 
 COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ = "compressed-tensors", "gptq", "gptq_v2", "awq"
@@ -25,6 +25,8 @@ MARLIN_BITS = (4, 8)
 PADDED_BITS = (3, 5, 6, 7)
 """Widths of which compressed-tensors packed whole codes into words before it packed a stream of bits."""
 WIDE_TENSOR_PARALLEL = 8
+W4AFP8_WIDTH = 128
+"""Outputs of a module, as of its inputs, of which vLLM's kernel for int4 with FP8 inputs takes multiples."""
 _PLAIN_ROLES = (Role.ROUTER, Role.EMBED, Role.LM_HEAD)
 """vLLM builds these modules, and the input projection of an MTP layer, without a quantisation config: they need a plain
 ``weight``."""
@@ -106,8 +108,25 @@ def _packed_zero_points(planned: Planned) -> Iterator[str]:
             )
 
 
+def _widths_of_w4afp8(planned: Planned) -> Iterator[str]:
+    """Linears other than routed experts, which go through a kernel of their own."""
+    modules: dict[str, Planned] = {}
+    for tensor, key in planned:
+        if isinstance(tensor.scheme, W4AFp8Scheme) and tensor.expert is None:
+            fused = tensor.spec.fused if tensor.spec is not None else None
+            parent = tensor.module.rpartition(".")[0]
+            modules.setdefault(f"{parent}.{fused}" if fused else tensor.module, []).append((tensor, key))
+    for module, parts in modules.items():
+        outputs = sum(tensor.info.shape[0] for tensor, _ in parts)
+        if outputs % W4AFP8_WIDTH:
+            yield (
+                f"{module}: {outputs} outputs as {describe(parts[0][0].scheme)}; vLLM's kernel takes multiples of "
+                f"{W4AFP8_WIDTH}: take integers or keep it."
+            )
+
+
 _PROBLEMS_OF: Mapping[str, tuple[Callable[[Planned], Iterator[str]], ...]] = {
-    COMPRESSED_TENSORS: (_packed_zero_points,)
+    COMPRESSED_TENSORS: (_packed_zero_points, _widths_of_w4afp8)
 }
 """What vLLM demands of one layout beyond what its modules demand of all."""
 
@@ -155,12 +174,13 @@ def _note_int8_experts(linears: LinearsByScheme) -> Iterator[str]:
 
 def _note_expert_width(linears: LinearsByScheme) -> Iterator[str]:
     """Tensor parallelism cuts the input of the down projection; a group must not be cut."""
-    for use, scheme in _integers(linears):
+    for use in linears.uses:
+        scheme = use.scheme
         down = next((t for t in use.experts if t.spec is not None and t.spec.projection is Projection.DOWN), None)
-        if down is None or scheme.group_size is None:
+        if down is None or not isinstance(scheme, IntScheme | W4AFp8Scheme) or scheme.group_size is None:
             continue
         in_features = down.info.shape[1]
-        ways = scheme.n_groups(in_features)
+        ways = in_features // scheme.group_size
         if ways < WIDE_TENSOR_PARALLEL:
             yield (
                 f"{down.module}: {in_features} inputs are {ways} groups of {scheme.group_size}, so vLLM can split "
@@ -193,6 +213,27 @@ def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.tensors, text)
 
 
+def _note_w4afp8(linears: LinearsByScheme) -> Iterator[str]:
+    text = (
+        "vLLM has kernels for it on Hopper alone (compute capability 9.0: H100, H200), for models in bfloat16. They "
+        "round inputs, scales, and products of codes and scales to FP8. SGLang's own quant_method w4afp8 is another "
+        "format."
+    )
+    for use in linears.uses:
+        if isinstance(use.scheme, W4AFp8Scheme):
+            yield line(use.tensors, text)
+
+
+def _note_mxfp8(linears: LinearsByScheme) -> Iterator[str]:
+    text = (
+        "vLLM 0.33 reads it. On Blackwell it rounds their inputs to MXFP8 too; on other GPUs from compute capability "
+        "7.5 on Marlin kernels compute in 16 bits."
+    )
+    for use in linears.uses:
+        if isinstance(use.scheme, Mxfp8Scheme):
+            yield line(use.tensors, text)
+
+
 _GPTQ_NOTES = (_note_gptq, _note_group_size, _note_scale_dtype, _note_expert_width)
 _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     COMPRESSED_TENSORS: (
@@ -202,6 +243,8 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
         _note_int8_experts,
         _note_expert_width,
         _note_float8,
+        _note_w4afp8,
+        _note_mxfp8,
     ),
     GPTQ: (*_GPTQ_NOTES, _note_zero_points_of_v1),
     GPTQ_V2: _GPTQ_NOTES,

@@ -17,7 +17,7 @@ from quantkit.arch.base import ModelArch, ServingSizes
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.gpus import GIB, Gpus, SizedOutput, check_context, partition_layers
 from quantkit.runtimes.vllm.command import MAX_BATCHED_TOKENS, MAX_SEQS, serve_spread
-from quantkit.schemes import IntScheme, Mxfp4Scheme, Nvfp4Scheme
+from quantkit.schemes import IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, W4AFp8Scheme
 from quantkit.tensors import Projection, Role, TensorSpec
 
 UTILIZATIONS = (0.92, 0.95)
@@ -151,7 +151,7 @@ def tensor_parallel_problem(planned: Iterable[PlannedTensor], heads: int, size: 
 def _add_cut(cuts: dict[tuple[int, int], str], tensor: PlannedTensor) -> None:
     spec, scheme = tensor.spec, tensor.scheme
     if spec is not None and spec.projection in _ROW_PARALLEL:
-        grouped = isinstance(scheme, IntScheme | Nvfp4Scheme | Mxfp4Scheme)
+        grouped = isinstance(scheme, IntScheme | Nvfp4Scheme | Mxfp4Scheme | Mxfp8Scheme | W4AFp8Scheme)
         group = (scheme.group_size if grouped else None) or 1
         cuts.setdefault((spec.shape[1], group), spec.name)
 
