@@ -20,6 +20,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.errors import ConfigError, SourceError
 from quantkit.formats.folder import PackedLinear
 from quantkit.formats.layouts import READERS
+from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
@@ -36,7 +37,7 @@ _FP4: Mapping[frozenset[str], Nvfp4Scheme | Mxfp4Scheme] = {
     frozenset({"_packed", "_scale"}): Mxfp4Scheme(),
 }
 """By the tensors of a linear whose codes lie in bytes."""
-_NAMED_OTHERWISE = ("gptq", "awq")
+_NAMED_OTHERWISE = ("gptq", "awq", "auto-round")
 """quant_method of layouts whose tensors are not named after the weight."""
 _SCALE_DTYPES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
@@ -169,6 +170,9 @@ def _weights(infos: Mapping[str, TensorInfo], linears: Mapping[str, PackedLinear
             continue
         suffix = next((part for part in _PARTS if name.endswith(f".weight{part}")), "")
         owner = name.removesuffix(suffix)
+        module = name.removesuffix(f".{INPUT_SCALE}")
+        if f"{module}.weight_packed" in infos:  # what inputs are divided by, of no interest here but for its bytes
+            suffix, owner = INPUT_SCALE, f"{module}.weight"
         weights.setdefault(owner, _Weight(owner)).parts[suffix] = info
     return weights
 
@@ -197,7 +201,7 @@ def _planned(
     ):
         by_group = "_scale" in parts and parts["_scale"].dtype == "U8"
         return PlannedTensor(parts[""], Mxfp8Scheme() if by_group else Float8Scheme(), None, spec)
-    fp4 = _FP4.get(frozenset(parts))
+    fp4 = _FP4.get(frozenset(parts) - {INPUT_SCALE})
     if fp4 is not None and parts["_packed"].dtype == "U8" and len(parts["_packed"].shape) == 2:
         n_out, n_words = parts["_packed"].shape
         return PlannedTensor(TensorInfo(weight.name, (n_out, 2 * n_words), "BF16"), fp4, None, spec)

@@ -126,7 +126,7 @@ def _group(where: str, value: object) -> ConfigGroup:
     group = object_of(where, "group", value)
     weights = object_of(where, "weights", group.get("weights"))
     inputs = object_of(where, "input_activations", group.get("input_activations") or {})
-    return ConfigGroup(_scheme(where, weights, inputs), _strings(where, group.get("targets")))
+    return ConfigGroup(_scheme(where, weights, inputs), _strings(where, group.get("targets")), inputs)
 
 
 def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, object]) -> Scheme:
