@@ -17,6 +17,7 @@ from typing import Any
 import quantkit
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf.header import is_gguf
+from quantkit.verify.verification import Finding
 from quantkit.version import __version__
 
 RESULTS = Path(__file__).resolve().parent / "results" / "verify_peers.json"
@@ -49,10 +50,15 @@ def found(path: Path, source: Path) -> dict[str, Any]:
         "stored_as": said.stored_as,
         "tensors": said.tensors,
         "compared": said.contents.compared,
-        "faults": [f"{finding.runtime}: {finding.text}" for finding in said.faults],
-        "notes": [f"{finding.runtime}: {finding.text}" for finding in said.notes if NOT_OF_PEERS not in finding.text],
+        "faults": [line(finding) for finding in said.faults],
+        "notes": [line(finding) for finding in said.notes if NOT_OF_PEERS not in finding.text],
         "unusual": unusual(path),
     }
+
+
+def line(finding: Finding) -> str:
+    """As the command line prints it."""
+    return f"{finding.runtime}: {finding.text}" if finding.runtime else finding.text
 
 
 def unusual(path: Path) -> list[str]:

@@ -1,10 +1,11 @@
 """A checkpoint of tiny-deepseek-v3 as other packages write it, calibrated on a few windows: for `quantkit verify`.
 
-    .venvs/llmcompressor/bin/python benchmarks/peers/write_checkpoint.py llmcompressor W4A16 OUT   (NVFP4, MXFP8, W4AFP8)
+    .venvs/llmcompressor/bin/python benchmarks/peers/write_checkpoint.py llmcompressor W4A16 OUT
     .venvs/gptqmodel/bin/python benchmarks/peers/write_checkpoint.py gptqmodel int4 OUT
     .venvs/autoround/bin/python benchmarks/peers/write_checkpoint.py autoround auto_gptq OUT  (auto_round, auto_awq)
 
-The package's own defaults, model in bfloat16. auto-round makes a folder with the model's name in OUT.
+llm-compressor also takes NVFP4, MXFP8 and W4AFP8. The package's own defaults, model in bfloat16. auto-round makes a
+folder with the model's name in OUT.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the stored tensors are listed as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -108,9 +108,10 @@ def inspect_folder(directory: Path | str) -> Inspection:
     planned = {
         name: PlannedTensor(linears[name].info, None, _label(config), specs.get(name))
         if name in linears
-        else _planned(weight, specs.get(name), groups, unusual)
+        else _planned(weight, specs.get(name), groups)
         for name, weight in weights.items()
     }
+    unusual += _of_no_scheme([weight for name, weight in weights.items() if planned[name] is None])
     if arch is not None:
         unusual += _unlisted(arch, specs, weights, tied)
         _compare_with_family(arch, specs, weights, planned, unusual)
@@ -187,9 +188,15 @@ def _stated_groups(config: Mapping[str, object]) -> set[tuple[object, object]]:
         return set()
 
 
-def _planned(
-    weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object, object]], unusual: list[str]
-) -> PlannedTensor | None:
+def _of_no_scheme(weights: Sequence[_Weight]) -> Iterator[str]:
+    """One line for all weights whose tensors tell no scheme."""
+    if weights:
+        parts = ", ".join(f"{info.name} {info.dtype}" for _, info in sorted(weights[0].parts.items()))
+        more = f" and {len(weights) - 1:,} more" if len(weights) > 1 else ""
+        yield f"{weights[0].name}{more}: stored as {parts}, which fits no known scheme."
+
+
+def _planned(weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object, object]]) -> PlannedTensor | None:
     """The weight as a plan would have it, None if its storage is not understood."""
     parts = weight.parts
     if set(parts) == {""}:
@@ -209,8 +216,6 @@ def _planned(
         scheme, shape = _int_scheme(parts, spec, groups)
         if scheme is not None:
             return PlannedTensor(TensorInfo(weight.name, shape, "BF16"), scheme, None, spec)
-    stored = ", ".join(sorted(info.name for info in parts.values()))
-    unusual.append(f"{weight.name}: stored as {stored}, which fits no known scheme.")
     return None
 
 

@@ -71,8 +71,14 @@ def notes(checkpoint: Checkpoint) -> Iterator[str]:
         for tensor in checkpoint.planned
         if tensor.spec is not None and tensor.spec.float32 and tensor.scheme is None and tensor.keep_dtype != "F32"
     ]
+    widened = [
+        tensor.name
+        for tensor in checkpoint.planned
+        if tensor.spec is not None and not tensor.spec.float32 and tensor.keep_dtype == "F32" and tensor.name in stored
+    ]
     yield from _line(derived, "buffers that follow from config.json", "Runtimes leave them out.")
     yield from _line([name for name in narrowed if name in stored], "float32 in the official release and not here", "")
+    yield from _line(widened, "float32 here and 16 bits in the official release", "They take twice the space.")
     yield from _line(list(checkpoint.raw.unlisted), "in the shards but not in the index", "No runtime sees them.")
 
 

@@ -462,6 +462,16 @@ def test_codes_that_are_not_packed_are_named(sound: Path, tmp_path: Path) -> Non
     assert "missing" not in text
 
 
+def test_what_is_stored_wider_than_it_was_is_a_note(sound: Path, tmp_path: Path) -> None:
+    def widened(tensors: Tensors, config: Config) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
+
+    found = quantkit.verify(broken(sound, tmp_path / "wide", widened), sample=0)
+    assert found.passed
+    (text,) = (finding.text for finding in found.notes if "lm_head" in finding.text)
+    assert text == "float32 here and 16 bits in the official release: lm_head.weight. They take twice the space."
+
+
 def test_bitsandbytes_must_load_in_transformers(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     rules = [

@@ -116,13 +116,15 @@ def _widths_of_w4afp8(planned: Planned) -> Iterator[str]:
             fused = tensor.spec.fused if tensor.spec is not None else None
             parent = tensor.module.rpartition(".")[0]
             modules.setdefault(f"{parent}.{fused}" if fused else tensor.module, []).append((tensor, key))
-    for module, parts in modules.items():
-        outputs = sum(tensor.info.shape[0] for tensor, _ in parts)
-        if outputs % W4AFP8_WIDTH:
-            yield (
-                f"{module}: {outputs} outputs as {describe(parts[0][0].scheme)}; vLLM's kernel takes multiples of "
-                f"{W4AFP8_WIDTH}: take integers or keep it."
-            )
+    outputs = {module: sum(tensor.info.shape[0] for tensor, _ in parts) for module, parts in modules.items()}
+    wrong = [module for module, width in outputs.items() if width % W4AFP8_WIDTH]
+    if wrong:
+        more = f" and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+        scheme = modules[wrong[0]][0][0].scheme
+        yield (
+            f"{wrong[0]}{more}: {outputs[wrong[0]]:,} outputs as {describe(scheme)}; vLLM's kernel takes multiples of "
+            f"{W4AFP8_WIDTH}: take integers or keep them."
+        )
 
 
 _PROBLEMS_OF: Mapping[str, tuple[Callable[[Planned], Iterator[str]], ...]] = {
