@@ -16,7 +16,8 @@ from typing import Any
 
 import quantkit
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf.header import is_gguf
+from quantkit.inspect.folder import Inspection
+from quantkit.inspect.gguf import GgufInspection
 from quantkit.verify.verification import Finding
 from quantkit.version import __version__
 
@@ -62,8 +63,9 @@ def line(finding: Finding) -> str:
 
 
 def unusual(path: Path) -> list[str]:
-    """What `inspect` says, in a word for GGUF: it is `verify`'s own reading."""
-    return [] if path.is_file() and is_gguf(path) else list(quantkit.inspect(path).unusual)
+    """What `inspect` says."""
+    said = quantkit.inspect(path)
+    return list(said.unusual) if isinstance(said, Inspection | GgufInspection) else []
 
 
 if __name__ == "__main__":
