@@ -10,7 +10,8 @@ from torch import Tensor
 from quantkit.calibrate.inputs import InputStats
 from quantkit.errors import SchemeError
 from quantkit.quantizers import Gptq, Rtn
-from quantkit.schemes import IntScheme, Mxfp8Scheme, Scheme, W4AFp8Scheme
+from quantkit.quantizers.ldlq.levels import fits_gpu_kernels
+from quantkit.schemes import IntScheme, Mxfp4Scheme, Mxfp8Scheme, Scheme, W4AFp8Scheme
 from tests.quantizers.test_ldlq import heavy_tailed_problem
 from tests.quantizers.test_methods import loss
 from tests.schemes.test_fp4 import weight_of
@@ -111,6 +112,12 @@ def test_groups_of_zeros_and_tiny_and_huge_weights(scheme: Mxfp8Scheme | W4AFp8S
         torch.testing.assert_close(decoded[0, 2, 0], torch.tensor(3e4), rtol=0.25, atol=0)
         rest = slice(128, None)
         assert float((decoded[0, 3, rest] - weight[0, 3, rest]).norm() / weight[0, 3, rest].norm()) < 0.25
+
+
+def test_long_tables_are_left_to_torch_on_gpus() -> None:
+    weight = wide()
+    grids = [scheme.grid(weight, None, points=0, signed=True) for scheme in (MXFP8, W4AFP8, Mxfp4Scheme())]
+    assert [fits_gpu_kernels(grid) for grid in grids] == [False, True, True]
 
 
 def test_mxfp8_refuses_what_is_no_number() -> None:
