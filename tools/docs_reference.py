@@ -113,6 +113,8 @@ TITLES = {
     "GgmlScheme": "`scheme: {kind: ggml}`",
     "Nvfp4Scheme": "`scheme: {kind: nvfp4}`",
     "Mxfp4Scheme": "`scheme: {kind: mxfp4}`",
+    "Mxfp8Scheme": "`scheme: {kind: mxfp8}`",
+    "W4AFp8Scheme": "`scheme: {kind: w4afp8}`",
     "Bnb4Scheme": "`scheme: {kind: bnb4}`",
     "Rtn": "`method: {kind: rtn}`",
     "Gptq": "`method: {kind: gptq}`",

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results_faults import faults, fuzz
+from results_faults import faults, fuzz, verify_peers
 from results_markdown import device, facts, versions
 from results_quality import (
     awq_tiny,
@@ -83,6 +83,7 @@ SECTIONS: tuple[Section, ...] = (
         "benchmarks/vllm/humming_kernels.py",
         humming,
     ),
+    ("Verify: what other packages write", "verify_peers", "benchmarks/verify_peers.py", verify_peers),
     ("Reliability: damaged files", "fuzz", "benchmarks/fuzz.py", fuzz),
     ("Reliability: failing disks, kills, tampering", "faults", "benchmarks/faults.py", faults),
     ("The regression gate", "regression_gate", "benchmarks/regression_gate.py", regression_gate),

@@ -1,8 +1,8 @@
-"""Sections of docs/results.md about damaged files, failing disks and kills."""
+"""Sections of docs/results.md about damaged files, failing disks and kills, and files of other packages."""
 
 from __future__ import annotations
 
-from results_markdown import UNKNOWN, Document, number, run_facts, table
+from results_markdown import UNKNOWN, Document, facts, number, run_facts, table, versions
 
 
 def fuzz(data: Document) -> str:
@@ -45,3 +45,19 @@ def faults(data: Document) -> str:
     ]
     told = run_facts(data, calls=f"{data['calls']:,} that write")
     return "\n".join([told, table(("fault", "cases", "at every n-th call", "kills", "problems"), rows)])
+
+
+def verify_peers(data: Document) -> str:
+    """What `verify` says of checkpoints that other packages wrote."""
+    rows = [
+        [row["name"], row.get("stored_as", UNKNOWN), number(row.get("compared"), 0), _findings(row)]
+        for row in data["rows"]
+    ]
+    head = ("package, its scheme or format", "stored as", "linears compared with the original", "findings")
+    return "\n".join([facts(what=data["what"], date=data["date"], versions=versions(data)), table(head, rows)])
+
+
+def _findings(row: Document) -> str:
+    faults = [f"fault: {text}" for text in row.get("faults", [row.get("error")])]
+    notes = [f"note: {text}" for text in row.get("notes", [])]
+    return "<br>".join([*faults, *notes]).replace("|", "\\|") or "none"

@@ -124,9 +124,10 @@ SchemeName = Annotated[
     typer.Option(
         "--scheme",
         metavar="NAME",
-        help="For vLLM and transformers: w4a16 (routed experts int4, other linears int8, groups of 128; a dense model "
-        "int4 throughout), w3a16 (experts int3), any width from w2a16 to w8a16 (all int8), nvfp4 or mxfp4 (all linears "
-        "in 4-bit floats). With -all (w4a16-all): all linears as narrow as the experts. With -g32: groups of 32.",
+        help="For vLLM and transformers. w4a16: routed experts int4, other linears int8, groups of 128; a dense model "
+        "is int4 throughout. w3a16: experts int3; any width from w2a16 to w8a16 (all int8). With -all (w4a16-all): all "
+        "linears as narrow as the experts. With -g32: groups of 32. w4afp8: as w4a16, inputs of the experts in FP8 "
+        "(vLLM on Hopper). nvfp4, mxfp4, mxfp8: all linears in floats of 4 or 8 bits.",
     ),
 ]
 PresetName = Annotated[

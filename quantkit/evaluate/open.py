@@ -31,8 +31,8 @@ from quantkit.formats.source import checkpoint_name, open_source, quant_method, 
 from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
 
 READABLE = (
-    "BF16, F16, F32 and FP8-block folders, compressed-tensors, GPTQ, AWQ and bitsandbytes (NF4, FP4) folders, and GGUF "
-    "can be read."
+    "BF16, F16, F32 and FP8-block folders, compressed-tensors, GPTQ, AWQ, auto-round and bitsandbytes (NF4, FP4) "
+    "folders, and GGUF can be read."
 )
 _TOKENIZER = "tokenizer.json"
 _SAMPLE_BYTES = 4096

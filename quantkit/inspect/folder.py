@@ -8,7 +8,7 @@ the stored tensors are listed as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -20,6 +20,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.errors import ConfigError, SourceError
 from quantkit.formats.folder import PackedLinear
 from quantkit.formats.layouts import READERS
+from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, read_config
@@ -27,7 +28,7 @@ from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.plan.source_tensors import contradicts_tied, listed_specs, note_of_copies, shared_copies, sort_unlisted
 from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
-from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, describe
 from quantkit.tensors import SCALE_DTYPES, Role, TensorInfo, TensorSpec
 
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
@@ -36,7 +37,7 @@ _FP4: Mapping[frozenset[str], Nvfp4Scheme | Mxfp4Scheme] = {
     frozenset({"_packed", "_scale"}): Mxfp4Scheme(),
 }
 """By the tensors of a linear whose codes lie in bytes."""
-_NAMED_OTHERWISE = ("gptq", "awq")
+_NAMED_OTHERWISE = ("gptq", "awq", "auto-round")
 """quant_method of layouts whose tensors are not named after the weight."""
 _SCALE_DTYPES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
@@ -109,9 +110,10 @@ def inspect_folder(directory: Path | str) -> Inspection:
     planned = {
         name: PlannedTensor(linears[name].info, None, _label(config), specs.get(name))
         if name in linears
-        else _planned(weight, specs.get(name), groups, unusual)
+        else _planned(weight, specs.get(name), groups)
         for name, weight in weights.items()
     }
+    unusual += _of_no_scheme([weight for name, weight in weights.items() if planned[name] is None])
     if arch is not None:
         unusual += _unlisted(arch, specs, weights, tied)
         _compare_with_family(arch, specs, weights, planned, unusual)
@@ -172,6 +174,9 @@ def _weights(infos: Mapping[str, TensorInfo], linears: Mapping[str, PackedLinear
             continue
         suffix = next((part for part in _PARTS if name.endswith(f".weight{part}")), "")
         owner = name.removesuffix(suffix)
+        module = name.removesuffix(f".{INPUT_SCALE}")
+        if f"{module}.weight_packed" in infos:  # what inputs are divided by, of no interest here but for its bytes
+            suffix, owner = INPUT_SCALE, f"{module}.weight"
         weights.setdefault(owner, _Weight(owner)).parts[suffix] = info
     return weights
 
@@ -186,9 +191,15 @@ def _stated_groups(config: Mapping[str, object]) -> set[tuple[object, object]]:
         return set()
 
 
-def _planned(
-    weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object, object]], unusual: list[str]
-) -> PlannedTensor | None:
+def _of_no_scheme(weights: Sequence[_Weight]) -> Iterator[str]:
+    """One line for all weights whose tensors tell no scheme."""
+    if weights:
+        parts = ", ".join(f"{info.name} {info.dtype}" for _, info in sorted(weights[0].parts.items()))
+        more = f" and {len(weights) - 1:,} more" if len(weights) > 1 else ""
+        yield f"{weights[0].name}{more}: stored as {parts}, which fits no known scheme."
+
+
+def _planned(weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object, object]]) -> PlannedTensor | None:
     """The weight as a plan would have it, None if its storage is not understood."""
     parts = weight.parts
     if set(parts) == {""}:
@@ -198,8 +209,9 @@ def _planned(
         and parts[""].dtype == "F8_E4M3"
         and len(parts[""].shape) == 2
     ):
-        return PlannedTensor(parts[""], Float8Scheme(), None, spec)
-    fp4 = _FP4.get(frozenset(parts))
+        by_group = "_scale" in parts and parts["_scale"].dtype == "U8"
+        return PlannedTensor(parts[""], Mxfp8Scheme() if by_group else Float8Scheme(), None, spec)
+    fp4 = _FP4.get(frozenset(parts) - {INPUT_SCALE})
     if fp4 is not None and parts["_packed"].dtype == "U8" and len(parts["_packed"].shape) == 2:
         n_out, n_words = parts["_packed"].shape
         return PlannedTensor(TensorInfo(weight.name, (n_out, 2 * n_words), "BF16"), fp4, None, spec)
@@ -207,8 +219,6 @@ def _planned(
         scheme, shape = _int_scheme(parts, spec, groups)
         if scheme is not None:
             return PlannedTensor(TensorInfo(weight.name, shape, "BF16"), scheme, None, spec)
-    stored = ", ".join(sorted(info.name for info in parts.values()))
-    unusual.append(f"{weight.name}: stored as {stored}, which fits no known scheme.")
     return None
 
 

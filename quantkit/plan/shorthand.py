@@ -33,8 +33,10 @@ SPLIT_SIZE = "50GB"
 METHODS = ("gptq", "awq", "rtn")
 SCHEMES = ("w4a16", "w8a16", "w2a16", "w3a16", "w5a16", "w6a16", "w7a16")
 """Names that messages show: one for each bit width from 2 to 8."""
-_FLOATS = {"nvfp4": "nvfp4", "nvfp4a16": "nvfp4", "mxfp4": "mxfp4", "mxfp4a16": "mxfp4"}
-"""4-bit floats without case and punctuation, and the kind of their scheme, which all linears get."""
+_FLOATS = {"nvfp4": "nvfp4", "nvfp4a16": "nvfp4", "mxfp4": "mxfp4", "mxfp4a16": "mxfp4", "mxfp8": "mxfp8"}
+"""Floats without case and punctuation, and the kind of their scheme, which all linears get."""
+_FP8_INPUTS = "w4afp8"
+"""w4a16 with inputs of the experts in FP8."""
 
 _SCHEME = re.compile(r"w([2-8])a16(-all)?(?:-g(\d{1,6})|(-channel))?(-all)?")
 _PRESETS = {
@@ -60,7 +62,7 @@ _FOREIGN = {
     ("fp4",): ("the name of several formats, which only a recipe's rules write", "--scheme w4a16"),
     ("w4a4",): ("4-bit activations, which are not written", "--scheme w4a16"),
     ("fp8", "w8a8", "fp8dynamic", "fp8block"): ("8-bit activations, which are not written", "--scheme w8a16"),
-    ("w4a8", "w4afp8"): ("8-bit activations, which are not written", "--scheme w4a16"),
+    ("w4a8", "w4aint8"): ("8-bit integer activations, which are not written", "--scheme w4afp8"),
     ("w4a16asym",): ("an asymmetric grid, which only a recipe's rules give (symmetric: false)", "--scheme w4a16"),
     ("hqq", "exl2", "exl3", "eetq", "aqlm", "quip", "spqr"): ("a format that is not written", "--scheme w4a16"),
     ("gguf", "llamacpp"): ("a file format for many mixes of types", "--preset Q4_K_M"),
@@ -112,22 +114,26 @@ class Shorthand:
 
 @dataclass(frozen=True, slots=True)
 class _Widths:
-    """Bits of the routed experts and of the other linears; ``group_size`` None is one scale a row."""
+    """Bits of the routed experts and of the other linears; ``group_size`` None is one scale a row; ``fp8_inputs``:
+    those of the experts are rounded to FP8."""
 
     experts: int
     others: int
     group_size: int | None
+    fp8_inputs: bool = False
 
     @property
     def name(self) -> str:
-        """ "w4a16", "w3a16-all-g32", "w4a16-channel"."""
+        """ "w4a16", "w3a16-all-g32", "w4a16-channel", "w4afp8"."""
+        if self.fp8_inputs:
+            return _FP8_INPUTS
         group = {None: "-channel", 128: ""}.get(self.group_size, f"-g{self.group_size}")
         return f"w{self.experts}a16{'-all' if self.experts == self.others != 8 else ''}{group}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Float:
-    """A 4-bit float for all linears; ``name``: of its scheme and of the output."""
+    """A float of 4 or 8 bits for all linears; ``name``: of its scheme and of the output."""
 
     name: str
 
@@ -191,6 +197,8 @@ def _rules_by_bits(widths: _Widths, roles: set[Role]) -> list[Mapping[str, objec
             by_bits.setdefault(bits, []).append(role)
     for bits, quantised in by_bits.items():
         scheme = {"kind": "int", "bits": bits, "group_size": widths.group_size}
+        if widths.fp8_inputs and bits == widths.experts:
+            scheme = {"kind": "w4afp8"}
         rules.append({"match": _match(tuple(quantised), roles), "scheme": scheme})
     return rules
 
@@ -217,7 +225,11 @@ def _stored(options: Shorthand) -> _Widths | _Float | str:
     if options.method is not None and options.method not in METHODS:
         raise RecipeError(_foreign_method(options.method))
     if options.scheme is not None:
-        kind = _FLOATS.get(_plain(options.scheme))
+        plain = _plain(options.scheme)
+        if plain == _FP8_INPUTS:
+            _check_own_groups(plain, options.group_size)
+            return _Widths(4, 8, 128, fp8_inputs=True)
+        kind = _FLOATS.get(plain)
         return _widths(options.scheme, options.group_size) if kind is None else _float(kind, options.group_size)
     if options.preset is None:
         raise RecipeError("found neither --scheme nor --preset, needed one of them, such as --scheme w4a16.")
@@ -227,9 +239,13 @@ def _stored(options: Shorthand) -> _Widths | _Float | str:
 
 
 def _float(kind: str, group_size: int | None) -> _Float:
+    _check_own_groups(kind, group_size)
+    return _Float(kind)
+
+
+def _check_own_groups(kind: str, group_size: int | None) -> None:
     if group_size is not None:
         raise RecipeError(f"--group-size: belongs to integers; {kind} has groups of its own.")
-    return _Float(kind)
 
 
 def _widths(scheme: str, group_size: int | None) -> _Widths:
@@ -270,7 +286,7 @@ def _no_scheme(name: str) -> str:
     meant = f" (did you mean {guess}?)" if guess else ""
     return (
         f"is no scheme{meant}, needed one of {', '.join(SCHEMES)}, each also with -all (every linear as narrow as "
-        "the experts) and -gN (group size), nvfp4 or mxfp4."
+        "the experts) and -gN (group size), w4afp8, nvfp4, mxfp4 or mxfp8."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, by_scheme, line
-from quantkit.schemes import Float8Scheme, IntScheme, Nvfp4Scheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp8Scheme, Nvfp4Scheme, describe
 
 
 def load(folder: str) -> str:
@@ -35,10 +35,11 @@ def zero_points(linears: LinearsByScheme) -> Iterator[str]:
 
 
 def float8_experts(linears: LinearsByScheme) -> Iterator[str]:
-    """Blocks of routed experts; those of other linears load."""
+    """Routed experts; other linears load."""
     for use in linears.uses:
-        if isinstance(use.scheme, Float8Scheme) and use.experts:
-            yield line(use.experts, "transformers 5.23 cannot load FP8 block routed experts; vLLM can.")
+        if isinstance(use.scheme, Float8Scheme | Mxfp8Scheme) and use.experts:
+            kind = "FP8 block" if isinstance(use.scheme, Float8Scheme) else "MXFP8"
+            yield line(use.experts, f"transformers 5.23 cannot load {kind} routed experts; vLLM can.")
 
 
 def nvfp4_experts(linears: LinearsByScheme) -> Iterator[str]:

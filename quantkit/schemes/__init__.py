@@ -15,17 +15,23 @@ from quantkit.schemes.bnb4 import Bnb4Scheme
 from quantkit.schemes.float8 import Float8Scheme
 from quantkit.schemes.ggml.scheme import GgmlScheme
 from quantkit.schemes.mxfp4 import Mxfp4Scheme
+from quantkit.schemes.mxfp8 import Mxfp8Scheme
 from quantkit.schemes.nvfp4 import Nvfp4Scheme
+from quantkit.schemes.w4afp8 import W4AFp8Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored
 
-ChosenScheme = Annotated[IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Bnb4Scheme, Field(discriminator="kind")]
+ChosenScheme = Annotated[
+    IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Mxfp8Scheme | W4AFp8Scheme | Bnb4Scheme,
+    Field(discriminator="kind"),
+]
 """Schemes whose codes a method chooses."""
 Scheme = Annotated[
-    IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Bnb4Scheme | Float8Scheme, Field(discriminator="kind")
+    IntScheme | GgmlScheme | Nvfp4Scheme | Mxfp4Scheme | Mxfp8Scheme | W4AFp8Scheme | Bnb4Scheme | Float8Scheme,
+    Field(discriminator="kind"),
 ]
 
 
@@ -52,8 +58,9 @@ class QuantizedTensor:
     ``int``: codes (out, in) uint8 (unsigned, unpacked: packing is the format's business), scale (out, groups) and, if
     asymmetric, zero_point (out, groups) uint8. ``float8``: codes (out, in) float8_e4m3fn, scale (out blocks, in
     blocks). ``ggml``: blocks (out, row bytes) uint8. ``nvfp4``, ``mxfp4``: codes (out, in) uint8, sign and e2m1, scale
-    (out, groups) float8_e4m3fn or uint8 exponents; ``nvfp4`` also global_scale (out, 1) float32. ``bnb4``: codes (out,
-    in) uint8, scale (out, blocks) float32, or uint8 codes with nested_absmax (out, 1) float32.
+    (out, groups) float8_e4m3fn or uint8 exponents; ``nvfp4`` also global_scale (out, 1) float32. ``mxfp8``: codes (out,
+    in) uint8, the bits of e4m3, scale (out, groups) uint8 exponents. ``w4afp8``: as ``int``. ``bnb4``: codes (out, in)
+    uint8, scale (out, blocks) float32, or uint8 codes with nested_absmax (out, 1) float32.
     """
 
     name: str
@@ -78,9 +85,11 @@ __all__ = [
     "GgmlScheme",
     "IntScheme",
     "Mxfp4Scheme",
+    "Mxfp8Scheme",
     "Nvfp4Scheme",
     "QuantError",
     "QuantizedTensor",
     "Scheme",
+    "W4AFp8Scheme",
     "describe",
 ]

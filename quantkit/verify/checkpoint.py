@@ -12,8 +12,9 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.formats.folder import object_of
 from quantkit.formats.fp8_source import SCALE_SUFFIX
-from quantkit.formats.layouts import LAYOUTS
-from quantkit.formats.layouts.compressed_tensors_config import Resolver, is_module
+from quantkit.formats.layouts import LAYOUTS, auto_round
+from quantkit.formats.layouts.compressed_tensors_config import KEPT, Resolver, is_module
+from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.safetensors.unreadable import unreadable_shards
@@ -26,14 +27,16 @@ from quantkit.verify.stated import FP8, PLAIN, SchemeOf, Stored, stated
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``method``: quant_method of config.json, or `PLAIN`; ``section``: its quantization_config; ``resolver``: what its
-    lists of targets say, where the method has such; ``read``: see `Stated`; ``planned``: every tensor of the family,
-    MTP layers included, as config.json says it is stored; ``unreadable``: see `unreadable_shards`, ``raw`` is without
-    them."""
+    """``method``: quant_method of config.json, or `PLAIN`; ``layout``: the method that stores the same tensors (of
+    auto-round GPTQ or AWQ, else the method itself); ``section``: quantization_config in the words of ``layout``;
+    ``resolver``: what its lists of targets say, where the method has such; ``read``: see `Stated`; ``planned``: every
+    tensor of the family, MTP layers included, as config.json says it is stored; ``unreadable``: see
+    `unreadable_shards`, ``raw`` is without them."""
 
     directory: Path
     config: Mapping[str, object]
     method: str
+    layout: str
     section: Mapping[str, object]
     resolver: Resolver | None
     read: Mapping[str, tuple[str, ...]]
@@ -50,7 +53,14 @@ class Checkpoint:
             assert isinstance(tensor.scheme, Float8Scheme)
             scale = TensorInfo(tensor.name + SCALE_SUFFIX, tensor.scheme.scale_shape(tensor.info.shape), "F32")
             return TensorInfo(tensor.name, tensor.info.shape, "F8_E4M3"), scale
-        return LAYOUTS[self.method].stored(tensor)
+        return (*LAYOUTS[self.layout].stored(tensor), *self._of_inputs(tensor))
+
+    def _of_inputs(self, tensor: PlannedTensor) -> tuple[TensorInfo, ...]:
+        """What NVFP4 inputs are divided by: found in calibration, where config.json says that it is not dynamic."""
+        number = KEPT if self.resolver is None else self.resolver.group(tensor.module)
+        if self.resolver is None or number == KEPT or self.resolver.groups[number].inputs.get("dynamic") != "local":
+            return ()
+        return (TensorInfo(f"{tensor.module}.{INPUT_SCALE}", (1,), "F32"),)
 
 
 @contextmanager
@@ -64,10 +74,11 @@ def open_checkpoint(directory: Path) -> Generator[Checkpoint]:
     with SafetensorsSource(directory, without=unreadable) as raw:
         where = str(directory / "config.json")
         section = object_of(where, "quantization_config", config.get("quantization_config") or {})
-        said = stated(Stored(directory, config, section, raw), method)
-        specs = listed_specs(arch, raw.infos())
-        planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in specs)
-        yield Checkpoint(directory, config, method, section, said.resolver, said.read, raw, arch, planned, unreadable)
+        layout, section = auto_round.equivalent(where, section) if method == auto_round.METHOD else (method, section)
+        said = stated(Stored(directory, config, section, raw), layout)
+        planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in listed_specs(arch, raw.infos()))
+        resolver, read = said.resolver, said.read
+        yield Checkpoint(directory, config, method, layout, section, resolver, read, raw, arch, planned, unreadable)
 
 
 def _planned(spec: TensorSpec, scheme_of: SchemeOf, stored: Mapping[str, TensorInfo]) -> PlannedTensor:

@@ -38,8 +38,9 @@ def faults(checkpoint: Checkpoint) -> Iterator[str]:
             continue
         needed = checkpoint.needed(tensor)
         known.update(info.name for info in needed)
-        if tensor.scheme is not None and tensor.name in stored and not _any_of(needed, stored):
-            packed.append(f"{tensor.name} is stored unquantised, by config.json it is {tensor.scheme.label}")
+        if tensor.scheme is not None and tensor.name in stored and needed[0].name not in stored:
+            found = _stored_as(stored[tensor.name])
+            packed.append(f"{tensor.name} is stored {found}, by config.json it is {tensor.scheme.label}")
             known.add(tensor.name)
             continue
         if tensor.scheme is None and tensor.name not in stored and _is_packed(tensor, stored):
@@ -75,8 +76,14 @@ def notes(checkpoint: Checkpoint) -> Iterator[str]:
         for tensor in checkpoint.planned
         if tensor.spec is not None and tensor.spec.float32 and tensor.scheme is None and tensor.keep_dtype != "F32"
     ]
+    widened = [
+        tensor.name
+        for tensor in checkpoint.planned
+        if tensor.spec is not None and not tensor.spec.float32 and tensor.keep_dtype == "F32" and tensor.name in stored
+    ]
     yield from _line(derived, "buffers that follow from config.json", "Runtimes leave them out.")
     yield from _line([name for name in narrowed if name in stored], "float32 in the official release and not here", "")
+    yield from _line(widened, "float32 here and 16 bits in the official release", "They take twice the space.")
     yield from _line(list(checkpoint.raw.unlisted), "in the shards but not in the index", "No runtime sees them.")
 
 
@@ -91,8 +98,8 @@ def stored_mtp_layers(checkpoint: Checkpoint) -> set[int]:
     return {number for prefix, number in layers.items() if any(name.startswith(prefix) for name in names)}
 
 
-def _any_of(needed: Iterable[TensorInfo], stored: Mapping[str, TensorInfo]) -> bool:
-    return any(info.name in stored for info in needed)
+def _stored_as(found: TensorInfo) -> str:
+    return "unquantised" if found.dtype in _FLOATS else f"as {found.dtype}, a number for each weight"
 
 
 def _is_packed(tensor: PlannedTensor, stored: Mapping[str, TensorInfo]) -> bool:

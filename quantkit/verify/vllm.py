@@ -25,7 +25,7 @@ def faults(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int)
     present = in_files(checkpoint)
     if checkpoint.method == BITSANDBYTES:
         yield BITSANDBYTES_UNREAD
-    yield from contract.problems(present, checkpoint.method)
+    yield from contract.problems(present, checkpoint.layout)
     for check in _FAULTS:
         yield from check(checkpoint)
     yield from vllm_integers.faults(checkpoint)
@@ -34,7 +34,7 @@ def faults(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int)
 
 def notes(checkpoint: Checkpoint) -> Iterator[str]:
     """What it takes otherwise than one may expect."""
-    yield from contract.notes(in_files(checkpoint), checkpoint.method)
+    yield from contract.notes(in_files(checkpoint), checkpoint.layout)
     if _n_mtp(checkpoint) and not stored_mtp_layers(checkpoint):
         yield "config.json counts MTP layers and none is stored: speculative decoding by MTP is refused."
 

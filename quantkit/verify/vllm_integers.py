@@ -18,7 +18,7 @@ _SAMPLED = 64
 
 def faults(checkpoint: Checkpoint) -> Iterator[str]:
     """One line for each."""
-    for check in _FAULTS.get(checkpoint.method, ()):
+    for check in _FAULTS.get(checkpoint.layout, ()):
         yield from check(checkpoint)
 
 
@@ -63,7 +63,9 @@ def _left_out(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _awq_kernels(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.section.get("zero_point") is False:
-        yield "quantization_config.zero_point is false: vLLM's kernels take AWQ with zero points only."
+        stored = any(name.endswith(".qzeros") for name in checkpoint.raw.infos())
+        repair = " They are stored: write true." if stored else ""
+        yield f"quantization_config.zero_point is false: vLLM's kernels take AWQ with zero points only.{repair}"
     if checkpoint.section.get("bits", checkpoint.section.get("w_bit")) != 4:
         yield "quantization_config.bits: vLLM takes AWQ of 4 bits."
 

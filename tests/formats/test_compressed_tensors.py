@@ -11,19 +11,30 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from quantkit.arch import arch_of
-from quantkit.errors import OutputError, SchemeError
+from quantkit.errors import OutputError, SchemeError, SourceError
 from quantkit.formats.bundle import write_config
 from quantkit.formats.folder import FolderSink, FolderSource
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.compressed_tensors_config import quantization_config
 from quantkit.formats.planned import PlannedTensor
-from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, QuantError, QuantizedTensor, Scheme
+from quantkit.schemes import (
+    Float8Scheme,
+    IntScheme,
+    Mxfp4Scheme,
+    Mxfp8Scheme,
+    Nvfp4Scheme,
+    QuantError,
+    QuantizedTensor,
+    Scheme,
+    W4AFp8Scheme,
+)
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 from tests.tiny_models import encode_fp8_blocks, random_weights, tiny_config
 
@@ -51,7 +62,7 @@ def plan(config: dict[str, object], rule: Rule) -> list[PlannedTensor]:
 
 def quantize(name: str, weight: torch.Tensor, scheme: Scheme, *, negate: bool = False) -> QuantizedTensor:
     """Round to nearest; ``negate`` turns every other scale negative."""
-    if isinstance(scheme, Nvfp4Scheme | Mxfp4Scheme):
+    if isinstance(scheme, Nvfp4Scheme | Mxfp4Scheme | Mxfp8Scheme | W4AFp8Scheme):
         stored = scheme.rounded(weight.float().unsqueeze(0), None, points=0, signed=False)
         return QuantizedTensor(name, scheme, {key: value[0] for key, value in stored.items()}, QuantError(0.0))
     if isinstance(scheme, Float8Scheme):
@@ -98,7 +109,7 @@ def decoded(weights: dict[str, torch.Tensor], quantized: dict[str, QuantizedTens
     result = {name: weight.float() for name, weight in weights.items()}
     for name, tensor in quantized.items():
         weight = tensor.decode()
-        if isinstance(tensor.scheme, Nvfp4Scheme | Mxfp4Scheme):
+        if isinstance(tensor.scheme, Nvfp4Scheme | Mxfp4Scheme | Mxfp8Scheme):
             weight = weight.bfloat16().float()
         elif ".experts." in name:
             weight = weight.to(tensor.stored["scale"].dtype).float()
@@ -143,6 +154,7 @@ CASES: dict[str, Rule] = {
     "experts only": lambda spec: INT4 if is_expert(spec) else None,
     "int8 channel": lambda spec: IntScheme(bits=8, group_size=None),
     "mxfp4": lambda spec: Mxfp4Scheme(),
+    "w4afp8 experts, int8 rest": lambda spec: W4AFp8Scheme() if is_expert(spec) else INT8,
     "nvfp4 beside int4 experts": lambda spec: INT4 if is_expert(spec) else Nvfp4Scheme(),
     "int3 g64, kv_b kept": lambda spec: None if "kv_b" in spec.name else IntScheme(bits=3, group_size=64),
     "int5 experts, int4 f32 shared, kept dense": lambda spec: (
@@ -168,14 +180,15 @@ def test_transformers_gives_the_logits_of_our_decoded_weights(case: str, tmp_pat
     assert expected.std() > 0.01
 
 
-def test_kept_fp8_blocks_beside_int4_experts_load_in_transformers(tmp_path: Path) -> None:
-    """transformers rounds the inputs of FP8 linears while computing, as the config asks; the weights themselves are
+@pytest.mark.parametrize("scheme", [Float8Scheme(), Mxfp8Scheme(), W4AFp8Scheme()], ids=["blocks", "mxfp8", "w4afp8"])
+def test_weights_with_fp8_inputs_beside_int4_experts_load_in_transformers(scheme: Scheme, tmp_path: Path) -> None:
+    """transformers rounds the inputs of such linears while computing, as the config asks; the weights themselves are
     exact."""
     weights = random_weights(CONFIG)
-    planned = plan(CONFIG, lambda spec: INT4 if is_expert(spec) else Float8Scheme())
+    planned = plan(CONFIG, lambda spec: INT4 if is_expert(spec) else scheme)
     quantized = write_all(tmp_path / "out", planned, weights)
     section = quantization_config(planned)
-    assert section["format"] == "mixed-precision"
+    assert section["format"] == ("pack-quantized" if isinstance(scheme, W4AFp8Scheme) else "mixed-precision")
     groups = section["config_groups"]
     assert isinstance(groups, dict)
     write_config(
@@ -183,11 +196,12 @@ def test_kept_fp8_blocks_beside_int4_experts_load_in_transformers(tmp_path: Path
         CONFIG,
         {**section, "config_groups": {k: {**g, "input_activations": None} for k, g in groups.items()}},
     )
+    dtype = torch.bfloat16 if isinstance(scheme, Mxfp8Scheme) else torch.float32
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     expected = dense_logits(tmp_path / "twin", CONFIG, decoded(weights, quantized), tokens)
-    assert (loaded_logits(tmp_path / "out", tokens) - expected).abs().max() <= 1e-4
+    assert (loaded_logits(tmp_path / "out", tokens, dtype) - expected).abs().max() <= 1e-4
     write_config(tmp_path / "out", CONFIG, section)
-    assert (loaded_logits(tmp_path / "out", tokens) - expected).abs().max() > 1e-4
+    assert (loaded_logits(tmp_path / "out", tokens, dtype) - expected).abs().max() > 1e-4
 
 
 def compress_args(planned: list[PlannedTensor]) -> QuantizationConfig:
@@ -206,6 +220,8 @@ ONE_OF_EACH: dict[str, Scheme] = {
     "fp8 block": Float8Scheme(),
     "nvfp4": Nvfp4Scheme(),
     "mxfp4": Mxfp4Scheme(),
+    "mxfp8": Mxfp8Scheme(),
+    "w4afp8": W4AFp8Scheme(),
 }
 
 
@@ -221,13 +237,14 @@ def test_compressed_tensors_decodes_exactly_what_we_mean(name: str, tmp_path: Pa
     state = {
         key.removeprefix("a.layers.0.b."): value for key, value in load_file(tmp_path / "model.safetensors").items()
     }
-    if not isinstance(scheme, Mxfp4Scheme):  # it decodes in the scale's dtype; float32 keeps products exact
+    if not isinstance(scheme, Mxfp4Scheme | Mxfp8Scheme):  # decoded in the scale's dtype; float32 is exact
         state["weight_scale"] = state["weight_scale"].float()
     group = compress_args(planned).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(CompressionFormat(group.format).value)
     weight = compressor.decompress(state, group)["weight"]
     expected = quantized[info.name].decode()
-    assert weight.dtype == (torch.float32 if isinstance(scheme, IntScheme | Float8Scheme) else torch.bfloat16)
+    whole = isinstance(scheme, IntScheme | Float8Scheme | W4AFp8Scheme)
+    assert weight.dtype == (torch.float32 if whole else torch.bfloat16)
     assert torch.equal(weight, expected.to(weight.dtype))
     source = FolderSource(with_config(tmp_path, planned), COMPRESSED_TENSORS.reader)
     assert source.infos() == {info.name: TensorInfo(info.name, info.shape, "F32")}
@@ -238,8 +255,10 @@ def test_compressed_tensors_decodes_exactly_what_we_mean(name: str, tmp_path: Pa
     assert torch.equal(torch.cat(list(source.chunks(info.name, 50_000))), expected)
 
 
-@pytest.mark.parametrize("scheme", [Nvfp4Scheme(), Mxfp4Scheme()], ids=str)
-def test_compressed_tensors_packs_the_same_bytes(scheme: Nvfp4Scheme | Mxfp4Scheme, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [Nvfp4Scheme(), Mxfp4Scheme(), Mxfp8Scheme(), W4AFp8Scheme()], ids=str)
+def test_compressed_tensors_packs_the_same_bytes(
+    scheme: Nvfp4Scheme | Mxfp4Scheme | Mxfp8Scheme | W4AFp8Scheme, tmp_path: Path
+) -> None:
     """What it makes of our decoded weight and our scales. Our zeros have no sign."""
     info = TensorInfo("a.layers.0.b.weight", (192, 256), "BF16")
     planned = [PlannedTensor(info, scheme, None)]
@@ -248,16 +267,68 @@ def test_compressed_tensors_packs_the_same_bytes(scheme: Nvfp4Scheme | Mxfp4Sche
     stored = {k.removeprefix("a.layers.0.b."): v for k, v in load_file(tmp_path / "model.safetensors").items()}
     group = compress_args(planned).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(CompressionFormat(group.format).value)
-    powers = torch.exp2(stored["weight_scale"].float() - 127)
-    scale = powers if isinstance(scheme, Mxfp4Scheme) else stored["weight_scale"].float()
-    given = {**stored, "weight": tensor.decode() + 0.0, "weight_scale": scale}
-    del given["weight_packed"]
+    scale = stored["weight_scale"]
+    powers = torch.exp2(scale.float() - 127)
+    given_scale = powers if scale.dtype == torch.uint8 else scale if isinstance(scheme, W4AFp8Scheme) else scale.float()
+    given = {**stored, "weight": tensor.decode() + 0.0, "weight_scale": given_scale}
+    given.pop("weight_packed", None)
+    given.pop("weight_shape", None)
     packed = compressor.compress(given, group)
     assert {name: (value.dtype, value.shape) for name, value in packed.items()} == {
         name: (value.dtype, value.shape) for name, value in stored.items()
     }
     for name, value in stored.items():
         assert torch.equal(packed[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def test_mxfp8_rounded_to_nearest_is_what_compressed_tensors_writes() -> None:
+    """Scales of its own, codes and bytes, of a group of zeros and of groups whose largest weight is at the edge."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).bfloat16().float() * 0.02
+    weight[:2, 0] = torch.tensor([448.0, 447.9]) * 2**-6
+    scheme = preset_name_to_scheme("MXFP8", ["Linear"])
+    exponents = generate_mx_scales(weight.view(64, 4, 32).abs().amax(-1), num_bits=8)
+    compressor = BaseCompressor.get_value_from_registry("mxfp8-quantized")
+    theirs = compressor.compress({"weight": weight, "weight_scale": torch.exp2(exponents - 127)}, scheme)
+    ours = Mxfp8Scheme().rounded(weight.unsqueeze(0), None, points=0, signed=True)
+    assert torch.equal(theirs["weight"].view(torch.uint8), ours["codes"][0])
+    assert torch.equal(theirs["weight_scale"], ours["scale"][0])
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("MXFP8", Mxfp8Scheme()), ("W4AFP8", W4AFp8Scheme())])
+def test_the_config_says_what_the_preset_says(name: str, scheme: Scheme) -> None:
+    planned = [PlannedTensor(TensorInfo("a.weight", (128, 128), "BF16"), scheme, None)]
+    ours, theirs = compress_args(planned).config_groups["group_0"], preset_name_to_scheme(name, ["Linear"])
+    for found, wanted in ((ours.weights, theirs.weights), (ours.input_activations, theirs.input_activations)):
+        assert found is not None
+        assert wanted is not None
+        for key in ("num_bits", "type", "symmetric", "group_size", "strategy", "dynamic", "scale_dtype"):
+            assert getattr(found, key) == getattr(wanted, key), key
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "w4afp8"])
+def test_what_the_config_says_of_inputs_decides_the_scheme(name: str, tmp_path: Path) -> None:
+    """Without inputs, MXFP8 is the same weights, and int4 is int4."""
+    planned = [PlannedTensor(TensorInfo("a.weight", (128, 128), "BF16"), ONE_OF_EACH[name], None)]
+    write_all(tmp_path, planned, {"a.weight": torch.randn(128, 128)})
+    section = quantization_config(planned)
+    groups = section["config_groups"]
+    assert isinstance(groups, dict)
+    groups["group_0"]["input_activations"] = None
+    write_config(tmp_path, CONFIG, section)
+    found = FolderSource(tmp_path, COMPRESSED_TENSORS.reader).scheme("a.weight")
+    assert found == (Mxfp8Scheme() if name == "mxfp8" else INT4)
+
+
+def test_mxfp8_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
+    planned = [PlannedTensor(TensorInfo("a.weight", (8, 128), "BF16"), Mxfp8Scheme(), None)]
+    write_all(tmp_path, planned, {"a.weight": torch.randn(8, 128)})
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {**stored, "a.weight_scale": stored["a.weight_scale"][:, :2].contiguous()}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
+    with pytest.raises(SourceError, match=r"a\.weight: weight_scale is U8 \[8, 2\], which does not fit \[8, 128\]"):
+        FolderSource(with_config(tmp_path, planned), COMPRESSED_TENSORS.reader)
 
 
 def with_config(directory: Path, planned: list[PlannedTensor]) -> Path:
@@ -362,6 +433,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     [
         (lambda spec: IntScheme(symmetric=False), "cannot load zero points"),
         (lambda spec: Float8Scheme(), "cannot load FP8 block routed experts"),
+        (lambda spec: Mxfp8Scheme(), "cannot load MXFP8 routed experts"),
         (lambda spec: None if is_expert(spec) else INT4, "loses unquantised routed experts"),
     ],
 )

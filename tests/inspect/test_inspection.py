@@ -141,3 +141,20 @@ def test_fp4_is_told_by_its_tensors(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors")
     found = {holding.what: holding.parameters for holding in inspect_folder(tmp_path).holdings}
     assert found == {"NVFP4": 8 * 32, "MXFP4": 8 * 64}
+
+
+def test_weights_of_no_known_scheme_are_one_line(tmp_path: Path) -> None:
+    """Codes of a byte each beside scales, as compressed-tensors' int-quantized has them."""
+    stored = {f"{name}.weight": torch.zeros(8, 128, dtype=torch.int8) for name in ("a", "b", "c")}
+    save_file({**stored, **{f"{name}_scale": torch.ones(8, 1) for name in stored}}, tmp_path / "model.safetensors")
+    (line,) = (line for line in inspect_folder(tmp_path).unusual if "scheme" in line)
+    assert line == "a.weight and 2 more: stored as a.weight I8, a.weight_scale F32, which fits no known scheme."
+
+
+def test_mxfp8_is_told_from_blocks_by_its_scales(tmp_path: Path) -> None:
+    codes = torch.zeros(8, 128).to(torch.float8_e4m3fn)
+    save_file(
+        {"a.weight": codes, "a.weight_scale": torch.zeros(8, 4, dtype=torch.uint8)}, tmp_path / "model.safetensors"
+    )
+    (holding,) = inspect_folder(tmp_path).holdings
+    assert (holding.what, holding.nbytes) == ("MXFP8", 8 * 132)

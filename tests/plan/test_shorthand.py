@@ -18,6 +18,7 @@ from quantkit.plan.plan import RoleSize
 from quantkit.plan.recipe import FolderOutput, GgufOutput, Recipe
 from quantkit.plan.shorthand import TOKENS, Shorthand, recipe_yaml, shorthand_recipe
 from quantkit.plan.text_notes import TOKENS_OF_MANY_EXPERTS, text_notes
+from quantkit.schemes import IntScheme, W4AFp8Scheme
 from tests.tiny_models import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -117,7 +118,9 @@ def test_the_printed_recipe_is_the_recipe(options: Shorthand, tmp_path: Path) ->
     ]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("nvfp4", "nvfp4"), ("NVFP4A16", "nvfp4"), ("mxfp4", "mxfp4")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("nvfp4", "nvfp4"), ("NVFP4A16", "nvfp4"), ("mxfp4", "mxfp4"), ("MXFP8", "mxfp8")]
+)
 def test_a_float_scheme_is_for_all_linears(name: str, kind: str) -> None:
     (output,) = shorthand_recipe(V3, Shorthand(name)).outputs
     assert (output.name, output.format) == (kind, "compressed-tensors")
@@ -127,6 +130,16 @@ def test_a_float_scheme_is_for_all_linears(name: str, kind: str) -> None:
     assert (quantised.match, quantised.scheme.kind) == ("role:expert|shared_expert|mlp|attention", kind)
     with pytest.raises(RecipeError, match=f"--group-size: belongs to integers; {kind} has groups"):
         shorthand_recipe(V3, Shorthand(name, group_size=32))
+
+
+def test_fp8_inputs_are_for_routed_experts_beside_int8() -> None:
+    (output,) = shorthand_recipe(V3, Shorthand("W4AFP8")).outputs
+    (plain,) = shorthand_recipe(V3, Shorthand("w4a16")).outputs
+    assert output.name == "w4afp8"
+    changed = [(a.scheme, b.scheme) for a, b in zip(output.rules, plain.rules, strict=True) if a != b]
+    assert changed == [(W4AFp8Scheme(), IntScheme())]
+    with pytest.raises(RecipeError, match="--group-size: belongs to integers; w4afp8 has groups"):
+        shorthand_recipe(V3, Shorthand("w4afp8", group_size=64))
 
 
 def test_outputs_are_named_after_what_they_are() -> None:

@@ -12,7 +12,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes import transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.runtimes.vllm.contract import COMPRESSED_TENSORS
-from quantkit.schemes import Float8Scheme, IntScheme
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp8Scheme, Scheme, W4AFp8Scheme
 from quantkit.tensors import Role, TensorInfo
 from tests.counted import calls
 from tests.formats.test_compressed_tensors_config import INT4, INT8, RULES, V3, Rule, is_expert, plan
@@ -185,3 +185,27 @@ def test_of_an_unknown_family_only_shapes_are_judged() -> None:
     assert problems(planned) == []
     (line,) = notes(planned)
     assert line.startswith("a.experts.1.up_proj (int3 g128): vLLM multiplies 3 bits from 0.33 on")
+
+
+def test_w4afp8_needs_outputs_that_the_kernel_takes() -> None:
+    """Of V3 that leaves out q_a beside kv_a: 1536 and 576 outputs in one module."""
+    (found,) = problems(plan(V3, lambda spec: W4AFp8Scheme()))
+    first = "model.layers.0.self_attn.fused_qkv_a_proj and 61 more: 2,112 outputs as int4 g128 FP8 inputs"
+    assert found.startswith(first)  # one more is the MTP layer's
+    assert problems(plan(V3, lambda spec: W4AFp8Scheme() if is_expert(spec) else INT8)) == []
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        (W4AFp8Scheme(), "Hopper alone (compute capability 9.0: H100, H200)"),
+        (Mxfp8Scheme(), "On Blackwell it rounds their inputs to MXFP8 too"),
+    ],
+    ids=["w4afp8", "mxfp8"],
+)
+def test_which_gpus_compute_with_fp8_inputs_is_said(scheme: Scheme, said: str) -> None:
+    found = [line for line in notes(plan(V3, lambda spec: scheme if is_expert(spec) else INT8)) if said in line]
+    assert len(found) == 1
+    assert not any(said in line for line in notes(plan(V3, lambda spec: INT4)))
+    cut = [line for line in notes(plan(tiny_config(), lambda spec: scheme)) if "GPUs by tensor parallelism" in line]
+    assert len(cut) == isinstance(scheme, W4AFp8Scheme)

@@ -227,7 +227,7 @@ TRAPS: dict[str, tuple[Callable[[Tensors, Config], None], str]] = {
     ),
     "no scoring_func": (without("scoring_func"), "config.json: scoring_func is missing"),
     "no topk_method": (without("topk_method"), "config.json: topk_method is missing"),
-    "another quant_method": (stated("quant_method", "auto-round"), "'auto-round', whose load contract is not known"),
+    "another quant_method": (stated("quant_method", "quark"), "'quark', whose load contract is not known"),
     "a section that is stale": (without("quantization_config"), "is stored quantised, by config.json it is not"),
     "the sizes of another model": (key("moe_intermediate_size", 256), "of another shape: "),
     "a pattern that is none": (stated("ignore", ["re:*"]), "a target or ignore pattern is malformed"),
@@ -423,6 +423,55 @@ def test_global_scales_of_joined_linears_that_differ_are_named(tmp_path: Path) -
     assert f"{EXPERT}.up_proj.weight_global_scale: differ, but vLLM joins these linears" in text
 
 
+def test_what_nvfp4_inputs_are_divided_by_belongs_to_each_linear(tmp_path: Path) -> None:
+    """As llm-compressor writes its preset NVFP4: the weights are those of NVFP4A16."""
+    write_model(tmp_path / "model")
+    rule = {"match": LINEARS, "scheme": {"kind": "nvfp4"}, "method": {"kind": "rtn"}}
+    run(tmp_path / "model", recipe_of({"match": "role:mtp", "drop": True}, rule, tokens=None), tmp_path / "out")
+    missing = f"{EXPERT}.up_proj.input_global_scale"
+
+    def four_bit_inputs(tensors: Tensors, config: Config) -> None:
+        group(config)["input_activations"] = {**group(config)["weights"], "dynamic": "local"}
+        names = [name for name in tensors if name.endswith(".weight_global_scale")]
+        tensors |= {name.replace("weight_global", "input_global"): torch.ones(1) for name in names}
+
+    def but_one(tensors: Tensors, config: Config) -> None:
+        four_bit_inputs(tensors, config)
+        del tensors[missing]
+
+    whole = broken(tmp_path / "out", tmp_path / "whole", four_bit_inputs)
+    assert faults(whole, sample=1000, source=tmp_path / "model") == ""
+    assert quantkit.inspect(whole).unusual == quantkit.inspect(tmp_path / "out").unusual
+    assert f"missing: {missing}." in faults(broken(tmp_path / "out", tmp_path / "but-one", but_one))
+
+
+def test_codes_that_are_not_packed_are_named(sound: Path, tmp_path: Path) -> None:
+    """compressed-tensors 0.20 writes so where integers have FP8 inputs and no format is given."""
+
+    def unpacked(tensors: Tensors, config: Config) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_packed")]:
+            words = tensors.pop(name)
+            tensors[name.removesuffix("_packed")] = torch.zeros(len(words), 8 * words.shape[1], dtype=torch.int8)
+            del tensors[name.replace("_packed", "_shape")]
+
+    text = faults(broken(sound, tmp_path / "broken", unpacked))
+    assert (
+        "model.layers.0.self_attn.q_a_proj.weight is stored as I8, a number for each weight, by config.json it is int4"
+        in text
+    )
+    assert "missing" not in text
+
+
+def test_what_is_stored_wider_than_it_was_is_a_note(sound: Path, tmp_path: Path) -> None:
+    def widened(tensors: Tensors, config: Config) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
+
+    found = quantkit.verify(broken(sound, tmp_path / "wide", widened), sample=0)
+    assert found.passed
+    (text,) = (finding.text for finding in found.notes if "lm_head" in finding.text)
+    assert text == "float32 here and 16 bits in the official release: lm_head.weight. They take twice the space."
+
+
 def test_bitsandbytes_must_load_in_transformers(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     rules = [
@@ -514,7 +563,7 @@ def test_every_trap_of_gptq_is_named(name: str, gptq: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (stated("zero_point", False), "AWQ with zero points only"),
+        (stated("zero_point", False), "AWQ with zero points only. They are stored: write true."),
         (stated("bits", 8), "vLLM takes AWQ of 4 bits"),
         (stated("modules_to_not_convert", ["mlp.gate"]), "'mlp.gate' is a part of model.layers.0.mlp.gate_proj"),
         (drop(f"{EXPERT}.down_proj.scales"), f"missing: {EXPERT}.down_proj.scales"),
@@ -533,3 +582,53 @@ def test_sound_layouts_of_others_load_in_vllm_and_not_in_transformers(
     folder = request.getfixturevalue(layout)
     assert faults(folder, sample=1000, source=folder.parent / "model") == ""
     assert "leaves routed experts of this format random" in faults(folder, "transformers")
+
+
+# --- auto-round -------------------------------------------------------------------------------------------------------
+
+
+def in_its_words(packing: str, **extra: dict[str, Any]) -> Callable[[Tensors, Config], None]:
+    """config.json as auto-round's own format has it, for the tensors of GPTQ or AWQ."""
+
+    def change(tensors: Tensors, config: Config) -> None:
+        said = {"quant_method": "auto-round", "packing_format": packing, "sym": True, "bits": 4, "group_size": 64}
+        gates = {r".*model\.layers\.1\.mlp\.gate.*": {"bits": 16, "data_type": "float"}}
+        config["quantization_config"] = {**said, "extra_config": {**gates, **extra}}
+
+    return change
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_what_auto_round_writes_is_read_as_the_layout_that_it_packs(
+    layout: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """transformers leaves it to auto-round's own code, which takes experts too."""
+    made = request.getfixturevalue(layout)
+    folder = broken(made, tmp_path / "theirs", in_its_words(f"auto_round:auto_{layout}"))
+    assert faults(folder, sample=1000, source=made.parent / "model") == ""
+    assert faults(folder, "transformers") == ""
+    assert quantkit.verify(folder, sample=0).stored_as == "auto-round"
+    lost = f"{EXPERT}.up_proj.scales"
+    assert f"missing: {lost}." in faults(broken(folder, tmp_path / "less", drop(lost)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (in_its_words("auto_round:llm_compressor"), "packing_format is 'auto_round:llm_compressor', 'auto_round:auto_"),
+        (
+            in_its_words("auto_round:auto_gptq", **{f"{EXPERT}.up_proj": {"bits": 16}}),
+            f"{EXPERT}.up_proj.weight is stored quantised, by config.json it is not",
+        ),
+        (
+            in_its_words("auto_round:auto_gptq", **{r".*experts\.3\.up": {"bits": 8}}),
+            "of another shape: model.layers.1.mlp.experts.3.up_proj.qweight",
+        ),
+        (in_its_words("auto_round:auto_gptq", **{"*": {"bits": 8}}), "is no pattern"),
+    ],
+    ids=["packing", "one linear", "pattern", "no pattern"],
+)
+def test_what_auto_round_says_of_single_linears_is_held_against_the_files(
+    change: Callable[[Tensors, Config], None], said: str, gptq: Path, tmp_path: Path
+) -> None:
+    assert said in faults(broken(gptq, tmp_path / "broken", change))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.formats.folder import FolderLayout, FolderReader
+from quantkit.formats.layouts import auto_round
 from quantkit.formats.layouts.awq import AWQ
 from quantkit.formats.layouts.bitsandbytes import BITSANDBYTES
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
@@ -24,6 +25,7 @@ READERS: Mapping[str, FolderReader] = {
     "gptq": GPTQ.reader,
     "awq": AWQ.reader,
     "bitsandbytes": BITSANDBYTES.reader,
+    auto_round.METHOD: auto_round.AUTO_ROUND_READER,
 }
 """What can be read, by the ``quant_method`` of config.json."""
 

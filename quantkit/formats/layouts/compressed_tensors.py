@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _BESIDE = ("_scale", "_shape", "_zero_point", "_global_scale")
 """What lies beside the codes of a linear."""
+_UNPACKED = ("float8", "mxfp8")
+"""Kinds of schemes whose codes have the name of the weight, one to a byte."""
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -57,7 +59,7 @@ def _find(raw: SafetensorsSource, section: Mapping[str, object]) -> Mapping[str,
             owner = name.removesuffix("_packed")
             linears[owner] = _packed_linear(raw, owner, resolver.scheme(owner.removesuffix(".weight")))
         elif name.endswith(".weight") and f"{name}_scale" in stored:
-            linears[name] = _float8_linear(raw, info, resolver.scheme(name.removesuffix(".weight")))
+            linears[name] = _plain_linear(raw, info, resolver.scheme(name.removesuffix(".weight")))
         elif not _is_part(name, stored):
             _check_plain(raw, info)
     return linears
@@ -73,18 +75,18 @@ def _check_plain(raw: SafetensorsSource, info: TensorInfo) -> None:
 
 def _packed_linear(raw: SafetensorsSource, name: str, scheme: Scheme | None) -> PackedLinear:
     where = f"{raw.path_of(f'{name}_packed')}: {printable(name)}"
-    if scheme is None or scheme.kind == "float8":
+    if scheme is None or scheme.kind in _UNPACKED:
         raise SourceError(f"{where} is packed, but {raw.directory / 'config.json'} gives it no scheme of packed codes.")
     if f"{name}_scale" not in raw.infos():
         raise SourceError(f"{where}: weight_packed has no weight_scale beside it.")
     return PACKINGS[scheme.kind].find(raw, name, scheme)
 
 
-def _float8_linear(raw: SafetensorsSource, info: TensorInfo, scheme: Scheme | None) -> PackedLinear:
-    if scheme is None or scheme.kind != "float8" or info.dtype != "F8_E4M3":
+def _plain_linear(raw: SafetensorsSource, info: TensorInfo, scheme: Scheme | None) -> PackedLinear:
+    if scheme is None or scheme.kind not in _UNPACKED or info.dtype != "F8_E4M3":
         raise SourceError(
             f"{raw.path_of(info.name)}: {printable(info.name)} is {info.dtype} with a weight_scale, but "
-            f"{raw.directory / 'config.json'} gives it no FP8 block scheme."
+            f"{raw.directory / 'config.json'} gives it no scheme of FP8 blocks and no MXFP8."
         )
     return PACKINGS[scheme.kind].find(raw, info.name, scheme)
 
@@ -122,21 +124,21 @@ def _targets(where: str, section: Mapping[str, object]) -> Targets:
 
 def _group(where: str, value: object) -> ConfigGroup:
     group = object_of(where, "group", value)
-    return ConfigGroup(
-        _scheme(where, object_of(where, "weights", group.get("weights"))), _strings(where, group.get("targets"))
-    )
+    weights = object_of(where, "weights", group.get("weights"))
+    inputs = object_of(where, "input_activations", group.get("input_activations") or {})
+    return ConfigGroup(_scheme(where, weights, inputs), _strings(where, group.get("targets")), inputs)
 
 
-def _scheme(where: str, weights: Mapping[str, object]) -> Scheme:
+def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, object]) -> Scheme:
     """The grid of a group."""
     for packing in PACKINGS.values():
-        scheme = packing.scheme(where, weights)
+        scheme = packing.scheme(where, weights, inputs)
         if scheme is not None:
             return scheme
     found = ", ".join(f"{key} {weights.get(key)!r}" for key in ("type", "num_bits", "strategy", "group_size"))
     raise SourceError(
         f"{where}: {printable(found)} cannot be read.",
-        hint="int of 2 to 8 bits (group, channel), FP8 blocks, NVFP4 and MXFP4 can.",
+        hint="int of 2 to 8 bits (group, channel), FP8 blocks, NVFP4, MXFP4 and MXFP8 can.",
     )
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from quantkit.formats.layouts.packings import PACKINGS
 from quantkit.formats.planned import PlannedTensor
@@ -31,10 +31,12 @@ ALWAYS_IGNORED = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class ConfigGroup:
-    """A scheme and the targets (module names, ``re:`` patterns, or the class ``Linear``) that have it."""
+    """A scheme and the targets (module names, ``re:`` patterns, or the class ``Linear``) that have it. ``inputs``: what
+    a file says beside the scheme of how inputs are rounded while serving."""
 
     scheme: Scheme
     targets: tuple[str, ...]
+    inputs: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def _weights(scheme: Scheme) -> dict[str, object]:
     }
 
 
-def _scheme(where: str, weights: Mapping[str, object]) -> Scheme | None:
+def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, object]) -> Scheme | None:
     if (weights.get("type"), weights.get("num_bits"), weights.get("strategy")) != ("float", 8, "block"):
         return None
     value = weights.get("block_structure")

@@ -5,7 +5,10 @@
                            uint8 (out, in / 32)       MXFP4: exponents, 2**(n - 127)
     P.weight_global_scale  F32 (1,)                   NVFP4 only, a divisor
 
-Inputs stay in 16 bits (compressed-tensors' presets NVFP4A16 and MXFP4A16).
+Inputs stay in 16 bits (compressed-tensors' presets NVFP4A16 and MXFP4A16). Files of other tools with the preset NVFP4,
+of which the weights are the same, also hold what inputs are divided by:
+
+    P.input_global_scale   F32 (1,)                    P without ``.weight``
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PARTS = ("_packed", "_scale", "_global_scale")
+INPUT_SCALE = "input_global_scale"
 
 
 def _needed(name: str, shape: tuple[int, int], scheme: Nvfp4Scheme | Mxfp4Scheme) -> tuple[TensorInfo, ...]:
@@ -78,7 +82,8 @@ class _Linear:
 
         packed, scale = (raw.read(name, (start, stop)) for name in self.parts[:2])
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
-        beside = {"global_scale": raw.read(self.parts[2]).expand(stop - start, 1)} if len(self.parts) > 2 else {}
+        shared = self.scheme.shares_scale
+        beside = {"global_scale": raw.read(self.parts[2]).expand(stop - start, 1)} if shared else {}
         return self.scheme.decode(codes, scale, **beside)
 
 
@@ -93,6 +98,7 @@ def _find(raw: SafetensorsSource, name: str, scheme: Scheme) -> _Linear:
     shape = packed.shape[0], packed.shape[1] * 2
     require(raw, name, {info.name: (info.dtype, info.shape) for info in _needed(name, shape, scheme)})
     parts = parts_of(raw, name, _PARTS if scheme.shares_scale else _PARTS[:2])
+    parts += parts_of(raw, name.removesuffix("weight"), (INPUT_SCALE,))
     return _Linear(scheme, TensorInfo(name, shape, "F32"), parts)
 
 
@@ -109,7 +115,7 @@ def _packing(scheme: Nvfp4Scheme | Mxfp4Scheme, strategy: str, scale_dtype: str)
         "zp_dtype": scale_dtype,
     }
 
-    def says(where: str, found: Mapping[str, object]) -> Scheme | None:
+    def says(where: str, found: Mapping[str, object], inputs: Mapping[str, object]) -> Scheme | None:
         keys = ("num_bits", "type", "strategy", "group_size")
         return scheme if all(found.get(key) == weights[key] for key in keys) else None
 

@@ -77,7 +77,7 @@ def _weights(scheme: Scheme) -> dict[str, object]:
     }
 
 
-def _scheme(where: str, weights: Mapping[str, object]) -> Scheme | None:
+def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, object]) -> Scheme | None:
     """The dtype of the scales is not said here; each tensor's header says it."""
     bits, kind, strategy, group_size = (weights.get(key) for key in ("num_bits", "type", "strategy", "group_size"))
     symmetric = weights.get("symmetric") is not False

@@ -24,9 +24,9 @@ class Packing:
 
     ``format``: its name. ``stored``, ``pack``: as in `FolderLayout`. ``weights``: the ``weights`` section of a config
     group; ``inputs``: its ``input_activations``.
-    ``scheme(where, weights)``: what such a section says, None if it is another format's; raises `SourceError` for what
-    it says wrongly. ``find(raw, name, scheme)``: the linear ``name`` in this scheme, headers checked; raises
-    `SourceError`.
+    ``scheme(where, weights, inputs)``: what the two sections say, ``inputs`` {} where inputs stay as they are; None if
+    it is another format's; raises `SourceError` for what they say wrongly. ``find(raw, name, scheme)``: the linear
+    ``name`` in this scheme, headers checked; raises `SourceError`.
     """
 
     format: str
@@ -34,7 +34,7 @@ class Packing:
     pack: Callable[[QuantizedTensor], Mapping[str, Tensor]]
     weights: Callable[[Scheme], dict[str, object]]
     inputs: Mapping[str, object] | None
-    scheme: Callable[[str, Mapping[str, object]], Scheme | None]
+    scheme: Callable[[str, Mapping[str, object], Mapping[str, object]], Scheme | None]
     find: Callable[[SafetensorsSource, str, Scheme], PackedLinear]
 
 

@@ -10,6 +10,8 @@ _HOLDERS = {
     "float8": "format: compressed-tensors keeps FP8 blocks; keep: bf16 decodes them.",
     "nvfp4": "format: compressed-tensors stores NVFP4.",
     "mxfp4": "format: compressed-tensors stores MXFP4; in GGUF it is the block type MXFP4.",
+    "mxfp8": "format: compressed-tensors stores MXFP8.",
+    "w4afp8": "format: compressed-tensors stores integers whose inputs are rounded to FP8.",
     "bnb4": "format: bitsandbytes stores NF4 and FP4 of dense linears.",
     "ggml": "Block types of ggml go into outputs of format: gguf.",
 }

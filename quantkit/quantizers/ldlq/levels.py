@@ -7,6 +7,14 @@ from torch import Tensor
 
 from quantkit.schemes.grid import Grid
 
+_UNROLLED = 32
+"""Levels of a table that the GPU kernels compare with one by one, in code as long as the table."""
+
+
+def fits_gpu_kernels(grid: Grid) -> bool:
+    """Whether the kernels for GPUs are to take a grid: MXFP8's 253 levels are left to torch, which bisects."""
+    return grid.table is None or grid.top < _UNROLLED
+
 
 class Levels:
     """The nearest code of a value in units of its scale, and the level of a code."""

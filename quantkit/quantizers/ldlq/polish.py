@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.backend import Backend, backend_of
-from quantkit.quantizers.ldlq.levels import Levels, divisor
+from quantkit.quantizers.ldlq.levels import Levels, divisor, fits_gpu_kernels
 from quantkit.schemes.grid import Grid
 
 _AT_ONCE = 16  # codes moved one at a time; the rest of their group follows through a matrix product
@@ -36,7 +36,7 @@ def polish(grid: Grid, target: Tensor, codes: Tensor, hessian: Tensor, rounds: i
     target (B, out, in) float32, codes uint8 the same, hessian (B, in, in) damped.
     """
     backend = backend_of(target)
-    if backend is Backend.TRITON:
+    if backend is Backend.TRITON and fits_gpu_kernels(grid):
         from quantkit.kernels.triton import polish as polish_triton
 
         return Polished(*polish_triton.polish(grid, target, codes, hessian, rounds))

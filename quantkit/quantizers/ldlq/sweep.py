@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantkit.kernels.backend import Backend, backend_of
 from quantkit.quantizers.ldlq.factor import Factor, columns_in
-from quantkit.quantizers.ldlq.levels import Levels, divisor
+from quantkit.quantizers.ldlq.levels import Levels, divisor, fits_gpu_kernels
 from quantkit.schemes.grid import Grid
 
 _BLOCK = 16  # columns rounded one at a time; wider spans go through matrix products
@@ -35,7 +35,7 @@ def sweep(grid: Grid, target: Tensor, factor: Factor, loss: Tensor | None = None
     each row is added to it.
     """
     backend = backend_of(target)
-    if backend is Backend.TRITON:
+    if backend is Backend.TRITON and fits_gpu_kernels(grid):
         from quantkit.kernels.triton import sweep as sweep_triton
 
         return sweep_triton.sweep(grid, target, factor.layout, factor.lower, factor.pivots, loss)

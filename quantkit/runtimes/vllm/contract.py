@@ -15,7 +15,7 @@ from quantkit.formats.layouts.compressed_tensors_config import KEPT, is_module, 
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, line
 from quantkit.runtimes.vllm.tensor_parallel import cut_of, cuts_of, most_ranks
-from quantkit.schemes import Float8Scheme, IntScheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp8Scheme, W4AFp8Scheme, describe
 from quantkit.tensors import Projection, Role
 
 COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ = "compressed-tensors", "gptq", "gptq_v2", "awq"
@@ -28,6 +28,8 @@ HUMMING_SMALLEST_GROUP = 16
 PADDED_BITS = (3, 5, 6, 7)
 """Widths of which compressed-tensors packed whole codes into words before it packed a stream of bits."""
 WIDE_TENSOR_PARALLEL = 8
+W4AFP8_WIDTH = 128
+"""Outputs of a module, as of its inputs, of which vLLM's kernel for int4 with FP8 inputs takes multiples."""
 _PLAIN_ROLES = (Role.ROUTER, Role.EMBED, Role.LM_HEAD)
 """vLLM builds these modules, and the input projection of an MTP layer, without a quantisation config: they need a plain
 ``weight``."""
@@ -109,8 +111,27 @@ def _packed_zero_points(planned: Planned) -> Iterator[str]:
             )
 
 
+def _widths_of_w4afp8(planned: Planned) -> Iterator[str]:
+    """Linears other than routed experts, which go through a kernel of their own."""
+    modules: dict[str, Planned] = {}
+    for tensor, key in planned:
+        if isinstance(tensor.scheme, W4AFp8Scheme) and tensor.expert is None:
+            fused = tensor.spec.fused if tensor.spec is not None else None
+            parent = tensor.module.rpartition(".")[0]
+            modules.setdefault(f"{parent}.{fused}" if fused else tensor.module, []).append((tensor, key))
+    outputs = {module: sum(tensor.info.shape[0] for tensor, _ in parts) for module, parts in modules.items()}
+    wrong = [module for module, width in outputs.items() if width % W4AFP8_WIDTH]
+    if wrong:
+        more = f" and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+        scheme = modules[wrong[0]][0][0].scheme
+        yield (
+            f"{wrong[0]}{more}: {outputs[wrong[0]]:,} outputs as {describe(scheme)}; vLLM's kernel takes multiples of "
+            f"{W4AFP8_WIDTH}: take integers or keep them."
+        )
+
+
 _PROBLEMS_OF: Mapping[str, tuple[Callable[[Planned], Iterator[str]], ...]] = {
-    COMPRESSED_TENSORS: (_packed_zero_points,)
+    COMPRESSED_TENSORS: (_packed_zero_points, _widths_of_w4afp8)
 }
 """What vLLM demands of one layout beyond what its modules demand of all."""
 
@@ -234,6 +255,27 @@ def _note_float8(linears: LinearsByScheme) -> Iterator[str]:
             yield line(use.tensors, text)
 
 
+def _note_w4afp8(linears: LinearsByScheme) -> Iterator[str]:
+    text = (
+        "vLLM has kernels for it on Hopper alone (compute capability 9.0: H100, H200), for models in bfloat16. They "
+        "round inputs, scales, and products of codes and scales to FP8. SGLang's own quant_method w4afp8 is another "
+        "format."
+    )
+    for use in linears.uses:
+        if isinstance(use.scheme, W4AFp8Scheme):
+            yield line(use.tensors, text)
+
+
+def _note_mxfp8(linears: LinearsByScheme) -> Iterator[str]:
+    text = (
+        "vLLM 0.33 reads it. On Blackwell it rounds their inputs to MXFP8 too; on other GPUs from compute capability "
+        "7.5 on Marlin kernels compute in 16 bits."
+    )
+    for use in linears.uses:
+        if isinstance(use.scheme, Mxfp8Scheme):
+            yield line(use.tensors, text)
+
+
 _GPTQ_NOTES = (_note_gptq, _note_group_size, _note_scale_dtype, _note_row_parallel)
 _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
     COMPRESSED_TENSORS: (
@@ -245,6 +287,8 @@ _NOTES_OF: Mapping[str, tuple[Check, ...]] = {
         _note_int8_experts,
         _note_row_parallel,
         _note_float8,
+        _note_w4afp8,
+        _note_mxfp8,
     ),
     GPTQ: (*_GPTQ_NOTES, _note_zero_points_of_v1),
     GPTQ_V2: _GPTQ_NOTES,

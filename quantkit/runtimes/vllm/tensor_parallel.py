@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from quantkit.formats.planned import PlannedTensor
-from quantkit.schemes import IntScheme, Mxfp4Scheme, Nvfp4Scheme
+from quantkit.schemes import IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, W4AFp8Scheme
 from quantkit.tensors import Projection
 
 _ROW_PARALLEL = (Projection.OUT, Projection.DOWN)
@@ -31,7 +31,7 @@ def cut_of(tensor: PlannedTensor) -> tuple[int, int] | None:
     spec, scheme = tensor.spec, tensor.scheme
     if spec is None or spec.projection not in _ROW_PARALLEL:
         return None
-    grouped = isinstance(scheme, IntScheme | Nvfp4Scheme | Mxfp4Scheme)
+    grouped = isinstance(scheme, IntScheme | Nvfp4Scheme | Mxfp4Scheme | Mxfp8Scheme | W4AFp8Scheme)
     return spec.shape[1], (scheme.group_size if grouped else None) or 1
 
 
