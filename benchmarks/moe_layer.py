@@ -51,11 +51,12 @@ from quantkit.convert.outputs import Importance, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
 from quantkit.formats import open_source
 from quantkit.formats.folder import FolderSink
-from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
+from quantkit.formats.model_source import ModelSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
 from quantkit.plan.batch_sizes import share_of
+from quantkit.plan.headers import headers_of
 from quantkit.plan.machine import Machine
 from quantkit.plan.memory import conversion_needs
 from quantkit.plan.plan import Plan, make_plan
@@ -241,7 +242,7 @@ class Stages:
 @dataclass(frozen=True)
 class Setting:
     arch: ModelArch
-    source: Fp8Source
+    source: ModelSource
     x: RowStore
     original: RowStore
     out: Path
@@ -273,7 +274,7 @@ class Writer:
             self.losses.append(tensor.error.relative_loss)
 
 
-def planned_layer(source: Fp8Source, arch: ModelArch, method: Gptq, tokens: int) -> Plan:
+def planned_layer(source: ModelSource, arch: ModelArch, method: Gptq, tokens: int) -> Plan:
     """What `convert` would plan for this layer, whose memory it divides."""
     linears = {
         "match": "role:attention|shared_expert|expert",
@@ -288,7 +289,7 @@ def planned_layer(source: Fp8Source, arch: ModelArch, method: Gptq, tokens: int)
             "outputs": [{"name": "w4a16", "format": "compressed-tensors", "rules": rules}],
         }
     )
-    return make_plan(recipe, arch, source.infos(), source.is_float8, source.block_size)
+    return make_plan(recipe, arch, source.infos(), headers_of(source).stored)
 
 
 def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str, Any]:

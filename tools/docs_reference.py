@@ -119,6 +119,7 @@ TITLES = {
     "Rtn": "`method: {kind: rtn}`",
     "Gptq": "`method: {kind: gptq}`",
     "Awq": "`method: {kind: awq}`",
+    "Repack": "`method: {kind: repack}`",
     "Validation": "`validation`",
 }
 
@@ -173,7 +174,7 @@ def with_sizes(path: Path) -> str:
     from quantkit.plan.recipe import Recipe
 
     headers = v3_headers()
-    plan = make_plan(Recipe.from_yaml(path), headers.arch, headers.infos, headers.is_float8)
+    plan = make_plan(Recipe.from_yaml(path), headers.arch, headers.infos, headers.stored)
     output, needs = plan.outputs[0], conversion_needs(plan, headers.arch)
     size = f"{output.nbytes / 1e9:.2f} GB ({output.nbytes / 2**30:.2f} GiB), {output.bpw:.3f} bits per weight"
     ram = f"{needs.working_bytes / 1e9:.1f} GB of RAM"

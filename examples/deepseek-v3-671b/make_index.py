@@ -24,9 +24,9 @@ SHARDS = 163
 
 def stored_tensors(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Name and bytes of every stored tensor in official order; an FP8 weight is followed by its scale."""
-    infos, is_float8 = headers_from_arch(arch_of(config), config)
+    infos, stored = headers_from_arch(arch_of(config), config)
     for name, info in infos.items():
-        if is_float8(name):
+        if name in stored:
             rows, columns = Float8Scheme().scale_shape(info.shape)
             yield name, info.numel
             yield f"{name}_scale_inv", 4 * rows * columns

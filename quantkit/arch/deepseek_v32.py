@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.deepseek_v3_config import Count, DeepseekConfig, DeepseekV3Config, Size
+from quantkit.arch.deepseek_v3_config import DeepseekConfig, DeepseekV32Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 
 ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 """What transformers leaves out of a config.json."""
-
-
-class DeepseekV32Config(DeepseekV3Config):
-    """DeepSeek V3's, with the sizes of the indexer."""
-
-    q_lora_rank: Size  # pyright: ignore[reportIncompatibleVariableOverride]
-    index_n_heads: Count
-    index_head_dim: Size
-    index_topk: Size
 
 
 class DeepseekV32(DeepseekV3):

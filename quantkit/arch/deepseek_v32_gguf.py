@@ -3,8 +3,8 @@ as in ``deepseek2``. Sources: src/models/deepseek32.cpp, glm-dsa.cpp and convers
 
 from __future__ import annotations
 
+from quantkit.arch.deepseek_v3_config import DeepseekV32Config
 from quantkit.arch.deepseek_v3_gguf import Dialect
-from quantkit.arch.deepseek_v32 import DeepseekV32Config
 
 _IN_LAYER = {
     "self_attn.indexer.wq_b.weight": "indexer.attn_q_b.weight",

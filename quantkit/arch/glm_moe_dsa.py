@@ -8,8 +8,8 @@ from typing import Annotated, Literal, cast
 
 from pydantic import Field
 
-from quantkit.arch.deepseek_v3_config import DeepseekConfig
-from quantkit.arch.deepseek_v32 import ROUTING, DeepseekV32, DeepseekV32Config
+from quantkit.arch.deepseek_v3_config import DeepseekConfig, DeepseekV32Config
+from quantkit.arch.deepseek_v32 import ROUTING, DeepseekV32
 
 Kind = Literal["full", "shared"]
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.model_source import ModelSource
 from quantkit.kernels.backend import PRIORITY
 from quantkit.plan.phases import MOST_WAITING, READ_AHEAD_BYTES
 from quantkit.tensors import TensorInfo
@@ -27,7 +27,7 @@ READERS = 4
 class DirectSource:
     """Weights that are read when they are asked for, in the processor's memory."""
 
-    def __init__(self, source: Fp8Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self._source = source
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -46,7 +46,7 @@ class AheadSource:
     """Weights on the device that computes. Those that were announced are read ahead by threads; for a GPU into
     page-locked memory, copied, decoded and checked on streams of the threads' own."""
 
-    def __init__(self, source: Fp8Source, device: torch.device) -> None:
+    def __init__(self, source: ModelSource, device: torch.device) -> None:
         self._source = source
         self._device = device
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="read")

@@ -11,7 +11,7 @@ from quantkit.convert.events import OnEvent
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
 from quantkit.convert.weights import WeightSource
-from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.model_source import ModelSource
 from quantkit.plan.batch_sizes import Share
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.plan import Plan
@@ -29,7 +29,7 @@ class Conversion:
 
     plan: Plan
     arch: ModelArch
-    source: Fp8Source
+    source: ModelSource
     machine: Machine
     folder: OutputFolder
     journal: Journal

@@ -9,13 +9,14 @@ import torch
 
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.events import CopyDone
+from quantkit.convert.repack import taken_over
 from quantkit.errors import SchemeError
-from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.model_source import ModelSource
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.phases import KEPT_CHUNK_BYTES
 from quantkit.plan.targets import Sink
 from quantkit.quantizers.rescaling import NO_FOLDING, Folding
-from quantkit.schemes import QuantError, QuantizedTensor
+from quantkit.schemes import QuantError
 
 
 def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Folding] = ()) -> None:
@@ -28,9 +29,8 @@ def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Fold
         for name, decision in output.decisions.items():
             if decision.spec.layer != layer or decision.action is not Action.KEEP:
                 continue
-            if decision.scheme is not None:  # kept in it: FP8 blocks of the source
-                codes, scale = source.read_float8(name)
-                sink.write(QuantizedTensor(name, decision.scheme, {"codes": codes, "scale": scale}, QuantError(0.0)))
+            if decision.scheme is not None:
+                sink.write(taken_over(source, decision))
             elif decision.spec.part_of is not None:
                 whole = decision.spec.part_of
                 sink.write_kept(name, 0, parts[name].take(folding.folded(whole, source.read(whole))))
@@ -56,7 +56,7 @@ def quantize_tables(conversion: Conversion, layer: int | None) -> list[tuple[int
     return records
 
 
-def _quantize_rows(source: Fp8Source, sink: Sink, name: str, decision: Decision, device: torch.device) -> QuantError:
+def _quantize_rows(source: ModelSource, sink: Sink, name: str, decision: Decision, device: torch.device) -> QuantError:
     assert decision.quantising is not None, f"{name}: its decision has no method"
     scheme, method = decision.quantising
     quantize = method.quantizer(None)
@@ -75,7 +75,7 @@ def _quantize_rows(source: Fp8Source, sink: Sink, name: str, decision: Decision,
     return QuantError(lost / max(total, 1e-30))
 
 
-def _copy_rows(source: Fp8Source, sink: Sink, name: str) -> None:
+def _copy_rows(source: ModelSource, sink: Sink, name: str) -> None:
     row = 0
     for chunk in source.chunks(name, KEPT_CHUNK_BYTES):
         sink.write_kept(name, row, chunk)

@@ -98,7 +98,8 @@ class ExpertTokenStats:
 class OutputReport:
     """One finished checkpoint. ``nbytes``: tensor data; ``bpw``: stored bits per weight of the whole checkpoint;
     ``serve``: shell lines that serve it; ``faults``: what `quantkit.verify` finds in headers and config, nothing unless
-    something went wrong; ``poor_fits``: linears that lose far more than their scheme should."""
+    something went wrong; ``poor_fits``: linears that lose far more than their scheme should;
+    ``repacked``: those with the codes of the source."""
 
     name: str
     path: Path
@@ -111,6 +112,7 @@ class OutputReport:
     serve: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     poor_fits: tuple[PoorFit, ...] = ()
+    repacked: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -12,7 +12,7 @@ from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.documents.journal import FileState, JournalHeader
 from quantkit.errors import SourceError
-from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.model_source import ModelSource
 from quantkit.formats.safetensors.reader import read_small
 from quantkit.plan.machine import Machine
 from quantkit.plan.recipe import Recipe
@@ -29,7 +29,7 @@ _TOKENIZER_FILES = (
 
 
 def journal_header(
-    recipe: Recipe, source: Fp8Source, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
+    recipe: Recipe, source: ModelSource, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
 ) -> JournalHeader:
     """The journal's first line. Device and threads are in it: sums in another order may round a code the other way."""
     return JournalHeader(

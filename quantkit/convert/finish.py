@@ -300,6 +300,7 @@ def _output_report(
         bpw=output.bpw,
         tensors=output.tensors,
         quantized=len(records),
+        repacked=output.repacked,
         fallbacks=sum(bool(record.fallback) for record in records.values()),
         validation=result,
         serve=output.target.serve_commands(conversion.source.directory, output.planned, shlex.quote(str(path))),

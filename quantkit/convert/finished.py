@@ -58,6 +58,7 @@ def _output(job: Job, output: OutputPlan, document: ConversionDocument) -> Outpu
         bpw=document.bpw,
         tensors=output.tensors,
         quantized=sum(decision.action is Action.QUANTIZE for decision in output.decisions.values()),
+        repacked=output.repacked,
         fallbacks=sum(bool(linear.fallback) for linear in document.tensors.values()),
         validation=document.validation,
         poor_fits=document.poor_fits,

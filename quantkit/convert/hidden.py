@@ -17,7 +17,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.hidden_states import RowStore, load
 from quantkit.calibrate.stream import embed
-from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.model_source import ModelSource
 from quantkit.formats.preallocated import disk_errors, sync_directory
 from quantkit.plan.machine import Stores
 
@@ -57,7 +57,7 @@ class StreamFiles:
         self._shape = (0, 0)
         self._pause_ends = 0.0
 
-    def open(self, rows: TokenRows, arch: ModelArch, source: Fp8Source, *, after: int | None) -> Streams:
+    def open(self, rows: TokenRows, arch: ModelArch, source: ModelSource, *, after: int | None) -> Streams:
         """The streams after layer ``after``, which `save` left, or the embeddings."""
         self._shape = (rows.tokens.shape[0], rows.tokens.shape[1])
         stores = [self._stores.new(*self._shape, arch.hidden_size) for _ in range(self._count)]

@@ -15,7 +15,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.convert.folder import is_begun, refuse_taken, refuse_to_lose
 from quantkit.formats import open_source
-from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.model_source import ModelSource
 from quantkit.plan.forecast import forecast_of
 from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.memory import Needs, check_free_disk
@@ -29,7 +29,7 @@ class Job:
     if data-free; ``base_dir``: where the recipe's relative files lie; ``restart``: discard an unfinished job and
     replace an existing ``out``."""
 
-    source: Fp8Source
+    source: ModelSource
     arch: ModelArch
     plan: Plan
     needs: Needs

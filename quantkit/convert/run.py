@@ -24,7 +24,7 @@ from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, St
 from quantkit.convert.fingerprint import journal_header
 from quantkit.convert.finish import finish, result_folder
 from quantkit.convert.finished import report_finished
-from quantkit.convert.folder import OutputFolder
+from quantkit.convert.folder import OutputFolder, is_begun
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.convert.journal import Journal
 from quantkit.convert.layer import LayerResult, quantize_layer, quantize_without_inputs
@@ -32,13 +32,14 @@ from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.layer_writer import LayerWriter
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
+from quantkit.convert.repack import refuse_misfits
 from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.weights import LayerWeights, WeightSource
 from quantkit.documents.journal import LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
 from quantkit.evaluate.validation import model_of
 from quantkit.formats.checksums import WrittenRange
-from quantkit.formats.fp8_source import Fp8Source
+from quantkit.formats.model_source import ModelSource
 from quantkit.plan.batch_sizes import share_of
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
@@ -60,6 +61,8 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         stack.enter_context(foreground(machine.device))
         importance = open_imatrix(stack, job)
         names = [output.output.name for output in job.plan.outputs]
+        if not is_begun(job.out):
+            refuse_misfits(job.source, job.plan)
         folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
         first = journal_header(job.plan.recipe, job.source, job.rows, importance, machine)
         if folder.finished:
@@ -118,7 +121,7 @@ def open_imatrix(stack: ExitStack, job: Job) -> ImportanceFile | None:
     return importance
 
 
-def _threads_beside(stack: ExitStack, source: Fp8Source, machine: Machine) -> tuple[WeightSource, Deliveries | None]:
+def _threads_beside(stack: ExitStack, source: ModelSource, machine: Machine) -> tuple[WeightSource, Deliveries | None]:
     """What reads weights and what writes: beside the computation, where that leaves the processors free."""
     if not _works_beside(machine):
         return DirectSource(source), None

@@ -27,7 +27,7 @@ from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.layouts import READERS
 from quantkit.formats.safetensors.header import open_regular, printable
-from quantkit.formats.source import checkpoint_name, open_source, quant_method, read_config
+from quantkit.formats.source import checkpoint_name, open_plain, quant_method, read_config
 from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
 
 READABLE = (
@@ -119,7 +119,7 @@ def _open_folder(path: Path) -> Evaluated:
     if method is not None and method in READERS:
         kind, source = READERS[method].label, FolderSource(path, READERS[method])
     else:
-        source = open_source(path)
+        source = open_plain(path)
         kind = _stored_dtype(source, arch)
     facts = _facts(
         path,
@@ -133,7 +133,7 @@ def _open_folder(path: Path) -> Evaluated:
 
 def _stored_dtype(source: Fp8Source, arch: ModelArch) -> str:
     """FP8 blocks, or the dtype of the embedding."""
-    if any(map(source.is_float8, source.infos())):
+    if any(map(source.stored_as, source.infos())):
         return "FP8 blocks"
     embed = source.infos().get(arch.embed)
     return "safetensors" if embed is None else embed.dtype

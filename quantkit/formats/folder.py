@@ -21,7 +21,7 @@ from quantkit.formats.preallocated import Steps
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource, row_ranges
 from quantkit.formats.safetensors.writer import MAX_SHARD_BYTES, ShardWriter, layout_shards
-from quantkit.formats.source import read_config
+from quantkit.formats.source import quantization_section, read_config
 from quantkit.schemes import QuantizedTensor, Scheme
 from quantkit.tensors import DTYPES, TensorInfo
 
@@ -244,7 +244,7 @@ class FolderSource:
         self.directory = Path(directory)
         self.config: Mapping[str, object] = read_config(self.directory)
         where = str(self.directory / "config.json")
-        section = object_of(where, "quantization_config", self.config.get("quantization_config"))
+        section = object_of(where, "quantization_config", quantization_section(self.config))
         self.raw = SafetensorsSource(self.directory)
         try:
             self._linears = reader.find(self.raw, section)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from quantkit.schemes.grid import Stored
+
 SCALE_SUFFIX = "_scale_inv"
 ZEROS_HINT = (
     "Interrupted downloads look so: fetch the shards again. If the model is so, set allow_zeros: true in the recipe."
@@ -87,9 +89,9 @@ class Fp8Source:
         Other tensors may hold any."""
         self._least_zeros = least
 
-    def is_float8(self, name: str) -> bool:
-        """Whether a tensor of `infos` is stored as FP8 with a block scale."""
-        return name in self._float8
+    def stored_as(self, name: str) -> Float8Scheme | None:
+        """FP8 blocks where a tensor of `infos` is stored so, else None."""
+        return Float8Scheme(block_size=self.block_size) if name in self._float8 else None
 
     def read_on(self, name: str, device: torch.device) -> Tensor:
         """The tensor on a device, which decodes and checks it: the same values as `read` gives. For a GPU through
@@ -109,18 +111,22 @@ class Fp8Source:
         require_finite(name, str(self.raw.path_of(name)), weight)
         return weight
 
-    def read_float8(self, name: str) -> tuple[Tensor, Tensor]:
-        """The stored pair: codes (out, in) float8_e4m3fn, scale (out blocks, in blocks) in its stored dtype.
+    def read_stored(self, name: str) -> Stored:
+        """The stored pair: ``codes`` (out, in) float8_e4m3fn, ``scale`` (out blocks, in blocks) in its stored dtype.
 
         Raises `SourceError` for a code that is NaN or a scale that is not a positive finite number, nor 0 for a block
         of zeros.
         """
         import torch
 
-        codes, scale = self.raw.read(name), self.raw.read(name + SCALE_SUFFIX)
+        codes, scale = self.raw.read(name), self.read_scale(name)
         self._check_scale(name, scale.float(), codes)
         self._check_zeros(name, codes.view(torch.uint8), scale.float())
-        return codes, scale
+        return {"codes": codes, "scale": scale}
+
+    def read_scale(self, name: str) -> Tensor:
+        """The scales alone, unchecked, in their stored dtype."""
+        return self.raw.read(name + SCALE_SUFFIX)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor, or rows ``[start, stop)``, on the CPU; FP8 weights as BF16.
@@ -217,6 +223,8 @@ class Fp8Source:
     def _missing_scale_hint(self, name: str) -> str:
         if name + SCALE_SUFFIX in self.unlisted:
             return "A shard holds it, but the index does not list it."
+        if name.removesuffix(".weight") + ".scale" in self.raw.infos():
+            return "Its scale is named as in DeepSeek V4, an architecture that quantkit does not know."
         return "Only FP8 with block scales named weight_scale_inv (as in DeepSeek V3) can be read."
 
     def _check_owner(self, scale_name: str) -> None:

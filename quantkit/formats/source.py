@@ -1,7 +1,7 @@
-"""`open_source`: a folder on disk -> a decoded `TensorSource` with its raw config.json, to be quantised.
+"""config.json of a folder, and `open_plain`: a checkpoint in BF16, F16, F32 or FP8 blocks -> a decoded source.
 
-Here config.json and the shards must agree on whether the checkpoint is BF16/F16/F32 or FP8-block. A checkpoint that
-is already quantised to few bits is refused; reading those back is the business of its own format's reader.
+config.json and the shards must agree on which of these it is. A checkpoint that is quantised to few bits is not opened
+here: `quantkit.formats.packed_source` opens those that can be decoded.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from quantkit.formats.safetensors.header import parse_json_object, printable
 from quantkit.formats.safetensors.reader import SafetensorsSource, read_small
 
 DEFAULT_BLOCK_SIZE = (128, 128)
+PACKED_METHOD = "compressed-tensors"
+"""The ``quant_method`` whose packed linears can be decoded."""
+_NAMED = {"mxfp4": " (MXFP4 blocks of gpt-oss)", "gptq": " (GPTQ)", "awq": " (AWQ)", "bitsandbytes": " (NF4 or FP4)"}
+"""What other methods are, for messages."""
 
 
-def open_source(path: Path | str) -> Fp8Source:
-    """Open a checkpoint by its headers alone. ``.config`` is the raw config.json, ``.directory`` the folder.
+def open_plain(path: Path | str) -> Fp8Source:
+    """Open a checkpoint that is not packed, by its headers alone. ``.config``: the raw config.json, ``.directory``: the
+    folder.
 
     Raises `SourceError` if anything about config, index, headers, or FP8 pairs is missing, damaged or contradictory.
     """
@@ -93,10 +98,17 @@ def language_config(config: Mapping[str, object]) -> Mapping[str, object]:
     return cast("Mapping[str, object]", text) if isinstance(text, Mapping) else config
 
 
+def quantization_section(config: Mapping[str, object]) -> object:
+    """What config.json says of its quantisation, for a model with vision perhaps in the config of its language model.
+    Old releases of compressed-tensors named it compression_config."""
+    keys = "quantization_config", "compression_config"
+    found = [part.get(key) for part in (config, language_config(config)) for key in keys]
+    return next((section for section in found if section), None)
+
+
 def quant_method(config: Mapping[str, object]) -> str | None:
     """What config.json says the weights are quantised with ("fp8", "gptq", ...), None if it says nothing."""
-    # Old compressed-tensors releases wrote the block under the name compression_config.
-    section = config.get("quantization_config") or config.get("compression_config")
+    section = quantization_section(config)
     if not section:
         return None
     method = cast("dict[str, object]", section).get("quant_method") if isinstance(section, dict) else None
@@ -112,10 +124,11 @@ def float8_block_size(directory: Path, config: Mapping[str, object]) -> tuple[in
         return None
     if method != "fp8":
         raise SourceError(
-            f"{where} says {printable(repr(method))}: this checkpoint is already quantised.",
-            hint="Start from the original BF16 or FP8-block checkpoint.",
+            f"{where} says {printable(repr(method))}{_NAMED.get(method, '')}: already quantised, in a way that is not "
+            "decoded as a source.",
+            hint=f"Start from the original, or from a checkpoint in BF16, FP8 blocks or {PACKED_METHOD}.",
         )
-    section = cast("dict[str, object]", config["quantization_config"])
+    section = cast("dict[str, object]", quantization_section(config))
     if section.get("fmt", "e4m3") != "e4m3":
         raise SourceError(f"{where}.fmt is {printable(repr(section['fmt']))}, 'e4m3' was needed.")
     return _two_positive(f"{where}.weight_block_size", section.get("weight_block_size", list(DEFAULT_BLOCK_SIZE)))

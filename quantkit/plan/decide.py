@@ -9,8 +9,9 @@ from quantkit.errors import PlanError, SchemeError
 from quantkit.formats.safetensors.header import printable
 from quantkit.plan.recipe import Output, Rule
 from quantkit.plan.targets import Target
-from quantkit.quantizers import Gptq, Method, Rtn
-from quantkit.schemes import ChosenScheme, Float8Scheme, Scheme
+from quantkit.quantizers import AskedMethod, Gptq, Method, Repack, Rtn
+from quantkit.schemes import ChosenScheme, Float8Scheme, Scheme, describe
+from quantkit.schemes.repacking import repacks
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 
 LINES_PER_KIND = 5
@@ -32,9 +33,9 @@ class Decision:
     """What happens to one tensor in one output.
 
     ``source_dtype``: dtype of the decoded source tensor. ``dtype``: dtype that a kept tensor is stored in (decoded
-    view). ``scheme``: the grid of a quantised weight, `Float8Scheme` for one whose FP8 bytes are kept, else None.
-    ``method`` only with QUANTIZE. ``rule``: number of the rule in the output, from 1, as messages count them; 0 for a
-    preset or an option.
+    view). ``scheme``: the grid of a quantised weight, also of one whose codes and scales are kept, else None.
+    ``stored``: the source's scheme, None for plain tensors. ``method`` only with QUANTIZE. ``rule``: number of the rule
+    in the output, from 1, as messages count them; 0 for a preset or an option.
     """
 
     spec: TensorSpec
@@ -44,6 +45,12 @@ class Decision:
     dtype: str
     scheme: Scheme | None = None
     method: Method | None = None
+    stored: Scheme | None = None
+
+    @property
+    def repacks(self) -> bool:
+        """Whether codes and scales of a packed source are kept (FP8 blocks are not meant, which are kept as bytes)."""
+        return self.action is Action.KEEP and self.scheme is not None and not isinstance(self.scheme, Float8Scheme)
 
     @property
     def quantising(self) -> tuple[ChosenScheme, Method] | None:
@@ -113,19 +120,23 @@ class Decider:
     calibrated: bool
     problems: Problems
 
-    def __call__(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
-        decision = self._decide(spec, number, rule, dtype, float8)
+    def __call__(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, stored: Scheme | None) -> Decision:
+        decision = self._decide(spec, number, rule, dtype, stored)
         _check_decision(self.output, rule, decision, self.calibrated, self.problems)
         return decision
 
-    def _decide(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, float8: Float8Scheme | None) -> Decision:
+    def _decide(self, spec: TensorSpec, number: int, rule: Rule, dtype: str, stored: Scheme | None) -> Decision:
         if rule.drop:
             return Decision(spec, Action.DROP, number, dtype, dtype)
         if rule.scheme is not None:
             scheme = self._fitting(spec, number, rule.scheme)
-            return Decision(spec, Action.QUANTIZE, number, dtype, dtype, scheme, self._method(spec, rule))
-        if rule.keep == "source" and float8 is not None:
-            return Decision(spec, Action.KEEP, number, dtype, dtype, float8)
+            method = self._method(spec, rule)
+            if isinstance(method, Repack):
+                self._check_repack(spec, number, scheme, dtype, stored)
+                return Decision(spec, Action.KEEP, number, dtype, dtype, scheme, None, stored)
+            return Decision(spec, Action.QUANTIZE, number, dtype, dtype, scheme, method, stored)
+        if rule.keep == "source" and stored is not None:
+            return Decision(spec, Action.KEEP, number, dtype, dtype, stored, None, stored)
         kept = dtype if rule.keep in (None, "source") else rule.keep.upper()
         return Decision(spec, Action.KEEP, number, dtype, self.target.kept_dtype(spec, kept))
 
@@ -141,7 +152,21 @@ class Decider:
             return scheme
         return fitting
 
-    def _method(self, spec: TensorSpec, rule: Rule) -> Method:
+    def _check_repack(
+        self, spec: TensorSpec, number: int, scheme: ChosenScheme, dtype: str, stored: Scheme | None
+    ) -> None:
+        """A problem unless ``scheme`` holds what the source stores exactly."""
+        if stored is not None and spec.part_of is None and repacks(stored, scheme):
+            return
+        found = dtype if stored is None else describe(stored)
+        why = "is stored in parts, one of them transposed" if spec.part_of else f"is {found} in the source"
+        instead = None if stored is None else self.target.exact_rule(spec, stored)
+        where = f"output {self.output.name}: {spec.name} ({named_rule(number)})"
+        line = f"{where}: {why}, nothing that {describe(scheme)} holds without rounding."
+        hint = f"Take {instead}." if instead else "Give it keep: source or bf16, or method: {kind: rtn}, which rounds."
+        self.problems.add_for_rule((self.output.name, named_rule(number)), spec.name, "no exact repack", line, hint)
+
+    def _method(self, spec: TensorSpec, rule: Rule) -> AskedMethod:
         """The rule's method, or the output's where this tensor has the inputs that it needs."""
         if rule.method is not None:
             return rule.method

@@ -7,9 +7,11 @@ What reads a producer is part of how a family computes its layers, so a plan wit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from quantkit.arch.base import DenseBlock, ModelArch, Producer
 from quantkit.plan.decide import Action, Decision, Problems, named_rule
+from quantkit.quantizers import Method
 from quantkit.quantizers.rescaling import RescalingMethod
 from quantkit.tensors import Role
 
@@ -38,7 +40,8 @@ def _refuse(output: str, rescaling: list[Decision], changing: list[Decision], pr
     for decision in changing:
         if decision.action is Action.KEEP and decision.scheme is not None:
             name, rule = decision.spec.name, named_rule(decision.rule)
-            line = f"output {output}: {name} ({rule}): keeps its FP8 bytes, which factors for {by} would change."
+            what = "codes" if decision.repacks else "FP8 bytes"
+            line = f"output {output}: {name} ({rule}): keeps its {what}, which factors for {by} would change."
             hint = "Quantise it too, give it keep: bf16, or take gptq in place of awq."
             problems.add_for_rule((output, rule), name, "tensors that cannot be folded", line, hint)
     for decision in rescaling:
@@ -68,7 +71,13 @@ def _producers(arch: ModelArch, layer: int) -> Iterator[Producer]:
 
 
 def _rescales(decision: Decision) -> bool:
-    return isinstance(decision.method, RescalingMethod)
+    return decision.method is not None and _is_rescaling(decision.method)
+
+
+@lru_cache(maxsize=64)
+def _is_rescaling(method: Method) -> bool:
+    # A look at a protocol takes as many calls as much of what is planned of a tensor, and few methods are asked often.
+    return isinstance(method, RescalingMethod)
 
 
 def _kind(decision: Decision) -> str:

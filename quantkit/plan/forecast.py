@@ -127,7 +127,7 @@ def forecast_of(
             "\n".join(headers.zeros[:5]) + more,
             hint=ZEROS_HINT,
         )
-    plan = make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
+    plan = make_plan(recipe, headers.arch, headers.infos, headers.stored)
     plan = replace(plan, warnings=(*headers.notes, *length_notes(recipe, headers.arch), *plan.warnings))
     if headers.has_shards or os.path.lexists(headers.directory / "tokenizer.json"):
         for output in plan.outputs:

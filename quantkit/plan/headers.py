@@ -11,31 +11,35 @@ from pathlib import Path
 from quantkit.arch import arch_of
 from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError, SourceError
-from quantkit.formats.fp8_source import SCALE_SUFFIX, Fp8Source
+from quantkit.formats.folder import object_of
+from quantkit.formats.fp8_source import SCALE_SUFFIX
+from quantkit.formats.layouts import compressed_tensors
+from quantkit.formats.model_source import ModelSource, open_source
+from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.file_holes import file_holes
 from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.formats.safetensors.reader import read_index
 from quantkit.formats.safetensors.zero_tail import ZERO_ROWS, zero_tails
 from quantkit.formats.side_files import folder_notes
 from quantkit.formats.source import (
-    DEFAULT_BLOCK_SIZE,
+    PACKED_METHOD,
     check_folder,
     float8_block_size,
-    open_source,
     quant_method,
+    quantization_section,
     read_config,
 )
 from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies
-from quantkit.tensors import Role, TensorInfo
+from quantkit.schemes import Float8Scheme, Scheme
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 
-IsFloat8 = Callable[[str], bool]
 LEAST_ZEROS = 32_768
 """64 KiB of BF16: the smallest piece in which downloads come. 4.6 rows of DeepSeek V3's hidden size."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceHeaders:
-    """A source as a plan sees it: ``infos`` decoded, ``is_float8`` by name, in blocks of ``block_size``.
+    """A source as a plan sees it: ``infos`` decoded; ``stored``: what linears are stored in that are not plain.
     ``has_shards``: False if all was derived from config.json. ``notes``: what is unusual about the folder, a line
     each; ``zeros``: shards that end in rows of zeros or have holes, a line each."""
 
@@ -43,9 +47,8 @@ class SourceHeaders:
     config: Mapping[str, object]
     arch: ModelArch
     infos: Mapping[str, TensorInfo]
-    is_float8: IsFloat8
+    stored: Mapping[str, Scheme]
     has_shards: bool
-    block_size: tuple[int, int] = DEFAULT_BLOCK_SIZE
     notes: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
 
@@ -63,15 +66,14 @@ def read_headers(directory: Path | str) -> SourceHeaders:
         with open_source(directory) as source:
             return headers_of(source)
     config = read_config(directory)
-    block_size = float8_block_size(directory, config) or DEFAULT_BLOCK_SIZE
     arch = arch_of(config)
-    infos, is_float8 = headers_from_arch(arch, config)
+    infos, stored = headers_from_arch(arch, config, directory)
     if (directory / INDEX_NAME).exists():
-        _check_index(directory, arch, infos, is_float8)
-    return SourceHeaders(directory, config, arch, infos, is_float8, False, block_size)
+        _check_index(directory, arch, infos, stored)
+    return SourceHeaders(directory, config, arch, infos, stored, False)
 
 
-def headers_of(source: Fp8Source) -> SourceHeaders:
+def headers_of(source: ModelSource) -> SourceHeaders:
     """Headers of an open checkpoint, which from then on shows the main model's tensors where MTP layers lack their
     copies of them.
 
@@ -86,9 +88,8 @@ def headers_of(source: Fp8Source) -> SourceHeaders:
         source.config,
         arch,
         source.infos(),
-        source.is_float8,
+        {name: scheme for name in source.infos() if (scheme := source.stored_as(name)) is not None},
         True,
-        source.block_size,
         notes,
         _zeros(source, zero_limits(arch)),
     )
@@ -109,29 +110,45 @@ def zero_limits(arch: ModelArch) -> dict[str, int]:
     return limits
 
 
-def _zeros(source: Fp8Source, limits: Mapping[str, int]) -> tuple[str, ...]:
+def _zeros(source: ModelSource, limits: Mapping[str, int]) -> tuple[str, ...]:
     """A line for each shard that ends in rows of zeros; without any, for each that has a hole."""
     headers = source.raw.headers
     return zero_tails(source.directory, headers) or file_holes(source.directory, headers, limits)
 
 
-def headers_from_arch(arch: ModelArch, config: Mapping[str, object]) -> tuple[dict[str, TensorInfo], IsFloat8]:
-    """The decoded view that an official checkpoint of this config has, and which of its tensors are stored as FP8
-    blocks.
+def headers_from_arch(
+    arch: ModelArch, config: Mapping[str, object], directory: Path = Path()
+) -> tuple[dict[str, TensorInfo], dict[str, Scheme]]:
+    """The decoded view that an official checkpoint of this config has, and what its linears are stored in.
 
-    BF16, F32 where the release stores F32, and FP8 linears if ``quantization_config`` says fp8.
+    BF16, F32 where the release stores F32; FP8 linears if ``quantization_config`` says fp8, packed ones (decoded:
+    F32) as one of compressed-tensors says. Raises `SourceError` for what is quantised in another way.
     """
+    scheme_of = _stated_schemes(config, directory)
     infos: dict[str, TensorInfo] = {}
-    float8: set[str] = set()
-    says_float8 = quant_method(config) == "fp8"
+    stored: dict[str, Scheme] = {}
     for spec in arch.tensors():
-        infos[spec.name] = TensorInfo(spec.name, spec.shape, "F32" if spec.float32 else "BF16")
-        if says_float8 and spec.linear:
-            float8.add(spec.name)
-    return infos, float8.__contains__
+        scheme = scheme_of(spec) if spec.linear else None
+        plain = scheme is None or isinstance(scheme, Float8Scheme)
+        infos[spec.name] = TensorInfo(spec.name, spec.shape, "F32" if spec.float32 or not plain else "BF16")
+        if scheme is not None:
+            stored[spec.name] = scheme
+    return infos, stored
 
 
-def _check_tied(source: Fp8Source, arch: ModelArch) -> None:
+def _stated_schemes(config: Mapping[str, object], directory: Path) -> Callable[[TensorSpec], Scheme | None]:
+    """What config.json says that a linear is stored in."""
+    if quant_method(config) == PACKED_METHOD:
+        where = str(directory / "config.json")
+        section = object_of(where, "quantization_config", quantization_section(config))
+        resolver = compressed_tensors.resolver_of(where, section)
+        return lambda spec: resolver.scheme(spec.name.removesuffix(".weight"))
+    block_size = float8_block_size(directory, config)
+    float8 = None if block_size is None else Float8Scheme(block_size=block_size)
+    return lambda spec: float8
+
+
+def _check_tied(source: ModelSource, arch: ModelArch) -> None:
     """Raise `SourceError` for a head that is not the embedding, where config.json says that it is."""
     found = contradicts_tied(arch.variants(), source.infos(), source.raw.equal)
     if found is not None:
@@ -142,16 +159,18 @@ def _check_tied(source: Fp8Source, arch: ModelArch) -> None:
         )
 
 
-def _share_copies(source: Fp8Source, arch: ModelArch) -> tuple[str, ...]:
+def _share_copies(source: ModelSource, arch: ModelArch) -> tuple[str, ...]:
     """Show copies that MTP layers leave out -> a note about each."""
     shared = shared_copies(arch, source.infos())
     source.share(shared)
     return note_of_copies(shared)
 
 
-def _check_index(directory: Path, arch: ModelArch, infos: Mapping[str, TensorInfo], is_float8: IsFloat8) -> None:
+def _check_index(
+    directory: Path, arch: ModelArch, infos: Mapping[str, TensorInfo], stored: Mapping[str, Scheme]
+) -> None:
     variants = arch.variants()
-    needed = set(infos) | {name + SCALE_SUFFIX for name in infos if is_float8(name)}
+    needed = {part for info in infos.values() for part in _parts(info, stored.get(info.name))}
     listed = {name for name in read_index(directory) if not any(fnmatchcase(name, glob) for glob in variants.derived)}
     listed |= set(variants.copies)
     if listed == needed:
@@ -161,3 +180,13 @@ def _check_index(directory: Path, arch: ModelArch, infos: Mapping[str, TensorInf
     if unexpected:
         found += f" and lists {len(unexpected):,} unknown ones (such as {unexpected[0]})"
     raise PlanError(f"{directory / INDEX_NAME}: {found}, needed the {len(needed):,} that config.json describes.")
+
+
+def _parts(info: TensorInfo, scheme: Scheme | None) -> tuple[str, ...]:
+    """Names of the tensors that store a weight."""
+    if scheme is None:
+        return (info.name,)
+    if isinstance(scheme, Float8Scheme):
+        return info.name, info.name + SCALE_SUFFIX
+    planned = PlannedTensor(info, scheme, None)
+    return tuple(part.name for part in compressed_tensors.COMPRESSED_TENSORS.stored(planned))

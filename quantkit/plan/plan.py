@@ -14,12 +14,12 @@ from quantkit.arch.base import ModelArch
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.decide import Action, Decider, Decision, Problems, unused_rule
 from quantkit.plan.foldable import refuse_unfoldable
-from quantkit.plan.headers import IsFloat8
+from quantkit.plan.packed import rounded_again
 from quantkit.plan.recipe import Output, Recipe
 from quantkit.plan.source_tensors import SourceTensors, listed_specs, match_source
 from quantkit.plan.targets import Target, target_of
 from quantkit.plan.text_notes import text_notes
-from quantkit.schemes import Float8Scheme, describe
+from quantkit.schemes import Scheme, describe
 from quantkit.tensors import Role, TensorInfo
 
 
@@ -60,6 +60,11 @@ class OutputPlan:
     def parameters(self) -> int:
         """Weights that the output holds."""
         return sum(size.parameters for size in self.sizes if size.nbytes)
+
+    @property
+    def repacked(self) -> int:
+        """Linears whose codes and scales are the source's."""
+        return sum(decision.repacks for decision in self.decisions.values())
 
     @property
     def nbytes(self) -> int:
@@ -116,11 +121,10 @@ def make_plan(
     recipe: Recipe,
     arch: ModelArch,
     infos: Mapping[str, TensorInfo],
-    is_float8: IsFloat8,
-    block_size: tuple[int, int] = (128, 128),
+    stored: Mapping[str, Scheme],
 ) -> Plan:
-    """Decide every tensor of every output. ``infos``: the decoded view of the source; ``is_float8``: whether a tensor
-    is stored as FP8, in blocks of ``block_size``.
+    """Decide every tensor of every output. ``infos``: the decoded view of the source; ``stored``: what linears are
+    stored in that are not plain.
 
     Raises `PlanError` with every problem, one line each: tensors that are missing, unexpected or of the wrong shape;
     tensors that no rule matches; rules that cannot do what they say; schemes that do not fit a shape; what the
@@ -131,25 +135,20 @@ def make_plan(
     source = match_source(arch, specs, infos, problems)
     warnings += source.notes
     problems.raise_if_any()
-    blocks = Float8Scheme(block_size=block_size)
-    float8 = {spec.name: blocks for spec in specs if is_float8(spec.name)}
     outputs = tuple(
-        _plan_output(output, target_of(output, recipe, arch, specs), arch, recipe, source, float8, problems, warnings)
+        _plan_output(output, target_of(output, recipe, arch, specs), arch, recipe, source, stored, problems, warnings)
         for output in recipe.outputs
     )
     problems.raise_if_any()
     warnings += text_notes(recipe, arch)
-    stored = [spec.name for spec in specs if spec.name in infos]
-    source_bytes = sum(source_nbytes(infos[name], float8.get(name)) for name in stored)
+    present = [spec.name for spec in specs if spec.name in infos]
+    source_bytes = sum(source_nbytes(infos[name], stored.get(name)) for name in present)
     return Plan(recipe, outputs, source_bytes, tuple(warnings))
 
 
-def source_nbytes(info: TensorInfo, float8: Float8Scheme | None) -> int:
-    """Stored bytes behind a decoded tensor: itself, or FP8 codes and their float32 block scales."""
-    if float8 is None:
-        return info.nbytes
-    rows, columns = float8.scale_shape(info.shape)
-    return info.numel + 4 * rows * columns
+def source_nbytes(info: TensorInfo, stored: Scheme | None) -> int:
+    """Stored bytes behind a decoded tensor: itself, or codes and scales."""
+    return info.nbytes if stored is None else round(info.numel * stored.bpw(info.shape) / 8)
 
 
 def _plan_output(
@@ -158,11 +157,11 @@ def _plan_output(
     arch: ModelArch,
     recipe: Recipe,
     source: SourceTensors,
-    float8: Mapping[str, Float8Scheme],
+    stored: Mapping[str, Scheme],
     problems: Problems,
     warnings: list[str],
 ) -> OutputPlan:
-    decisions = _decisions(output, target, recipe, source, float8, problems, warnings)
+    decisions = _decisions(output, target, recipe, source, stored, problems, warnings)
     refuse_unfoldable(output.name, decisions, arch, problems)
     planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}
     if not problems.lines:
@@ -170,7 +169,9 @@ def _plan_output(
             problems.add("format problems", f"output {output.name}: {line}")
     if problems.lines:
         return OutputPlan(output, target, decisions, (), ())
-    lines = [*_dropped_mtp(target, decisions, source), *target.notes(tuple(planned.values()))]
+    tensors = tuple(planned.values())
+    lines = [*_dropped_mtp(target, decisions, source), *target.notes(tensors)]
+    lines += rounded_again(decisions.values(), target)
     warnings += [f"output {output.name}: {line}" for line in lines]
     return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
 
@@ -192,7 +193,7 @@ def _decisions(
     target: Target,
     recipe: Recipe,
     source: SourceTensors,
-    float8: Mapping[str, Float8Scheme],
+    stored: Mapping[str, Scheme],
     problems: Problems,
     warnings: list[str],
 ) -> dict[str, Decision]:
@@ -224,7 +225,7 @@ def _decisions(
         if number is not None:
             used[number] = True
         place = 0 if number is None else number + 1
-        decisions[spec.name] = decide(spec, place, rule, source.infos[spec.official].dtype, float8.get(spec.official))
+        decisions[spec.name] = decide(spec, place, rule, source.infos[spec.official].dtype, stored.get(spec.official))
     source.refuse_kept(decisions.values(), problems)
     for number, rule in enumerate(output.rules):
         if not used[number]:
@@ -264,4 +265,5 @@ def _what(decision: Decision) -> str:
         return "dropped"
     if decision.scheme is None:
         return decision.dtype.lower()
-    return describe(decision.scheme) + (f" {decision.method.kind}" if decision.method else "")
+    how = decision.method.kind if decision.method else "repack" if decision.repacks else ""
+    return f"{describe(decision.scheme)} {how}".rstrip()

@@ -18,15 +18,15 @@ from pydantic_core import PydanticCustomError
 
 from quantkit.calibrate.dataset import Calibration
 from quantkit.plan.recipe_file import model_of, nearest, read_model, recipe_path, shipped_recipes
-from quantkit.quantizers import Method
+from quantkit.quantizers import AskedMethod
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
 from quantkit.schemes import ChosenScheme
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.tensors import Role, TensorSpec
 
 Keep = Literal["source", "bf16", "f16", "f32"]
-"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes); bf16, f16, f32: converted, decoded if
-it was FP8."""
+"""source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes, a packed one its codes and scales);
+bf16, f16, f32: converted, decoded if it was FP8 or packed."""
 
 SIZE_UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -74,7 +74,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
         "{kind: ggml, type: Q4_K}.",
         json_schema_extra=_with_type_names,
     )
-    method: Method | None = Field(None, description="How the codes are chosen; null: the output's method.")
+    method: AskedMethod | None = Field(None, description="How the codes are chosen; null: the output's method.")
 
     @field_validator("match")
     @classmethod
@@ -133,7 +133,7 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = Field(
         description="Names the output in reports, and its folder when the recipe has several outputs."
     )
-    method: Method | None = Field(
+    method: AskedMethod | None = Field(
         None,
         description="How the codes are chosen where a rule does not say; null: gptq with calibration text, else rtn. "
         "Tensors that no calibration input reaches take rtn.",

@@ -310,6 +310,8 @@ def _foreign_method(method: str) -> str:
         return f"{shown}: is another tool's name; the nearest here is --method gptq."
     if plain in ("roundtonearest", "nearest", "minmax", "datafree", "none"):
         return f"{shown}: is called --method rtn here (round to nearest, data-free)."
+    if plain in ("repack", "lossless", "passthrough"):
+        return f"{shown}: belongs to rules that name what they repack; take a recipe, such as -r repack-int4-gguf."
     guess = nearest(method, METHODS)
     meant = f" (did you mean {guess}?)" if guess else ""
     return f"{shown}: is no method{meant}, needed gptq or awq (calibrated), or rtn (round to nearest, data-free)."

@@ -11,7 +11,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import FolderOutput, Rule
 from quantkit.runtimes import int4_g32, mlx, transformers
 from quantkit.runtimes.vllm import contract
-from quantkit.schemes import ChosenScheme
+from quantkit.schemes import ChosenScheme, Scheme
 from quantkit.tensors import TensorSpec
 
 
@@ -43,6 +43,14 @@ class FolderTarget:
         """The scheme itself. Raises `SchemeError` for one that the layout cannot store."""
         self._layout.check(spec.name, spec.shape, scheme)
         return scheme
+
+    def exact_rule(self, spec: TensorSpec, stored: Scheme) -> str | None:
+        """keep: source, where the layout has the scheme."""
+        try:
+            self._layout.check(spec.name, spec.shape, stored)
+        except SchemeError:
+            return None
+        return "keep: source"
 
     def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:
         """The dtype that was asked for."""

@@ -22,8 +22,9 @@ from quantkit.formats.source import checkpoint_name
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
 from quantkit.runtimes.llama_cpp import contract, presets
 from quantkit.runtimes.llama_cpp.command import serve
-from quantkit.schemes import ChosenScheme, GgmlScheme, describe
+from quantkit.schemes import ChosenScheme, GgmlScheme, Scheme, describe
 from quantkit.schemes.ggml.types import BLOCK_TYPES
+from quantkit.schemes.repacking import block_type
 from quantkit.tensors import Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class GgufTarget:
             return scheme
         self._fallbacks[self._model.stored_name(spec.name)[0].split(".", 2)[-1], scheme.type, kind] += 1
         return GgmlScheme.model_validate({"type": kind})
+
+    def exact_rule(self, spec: TensorSpec, stored: Scheme) -> str | None:
+        """The block type with the same numbers; there is none for parts, one of which is transposed."""
+        kind = None if spec.part_of else block_type(stored)
+        return None if kind is None else f"scheme: {kind}, method: {{kind: repack}}"
 
     def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:
         """Vectors and routers are float32 in every GGUF file: llama.cpp computes with them so."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from quantkit.arch.base import ModelArch
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import Output, Recipe, Rule
-from quantkit.schemes import ChosenScheme
+from quantkit.schemes import ChosenScheme, Scheme
 from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class Target(Protocol):
     def fitting(self, spec: TensorSpec, scheme: ChosenScheme) -> ChosenScheme:
         """The scheme itself, or what the format's own tools take where a shape does not fit it. Raises `SchemeError`
         if the format cannot store it for this tensor."""
+        ...
+
+    def exact_rule(self, spec: TensorSpec, stored: Scheme) -> str | None:
+        """What a rule says to store a linear as its source does, in ``stored``, without rounding; None if the format
+        cannot."""
         ...
 
     def kept_dtype(self, spec: TensorSpec, dtype: str) -> str:

@@ -36,6 +36,8 @@ def _output_text(output: OutputReport) -> str:
         ("size", both_units(output.nbytes)),
         ("quantised tensors", f"{output.quantized:,} of {output.tensors:,}"),
     ]
+    if output.repacked:
+        rows.append(("codes taken over from the source", f"{output.repacked:,} of {output.tensors:,}"))
     rows.append(("headers and config, for runtimes", "FAULTY" if output.faults else "sound"))
     if output.fallbacks:
         rows.append(("linears that fell back to a weaker method", f"{output.fallbacks:,} (see quantkit.json)"))
@@ -123,6 +125,7 @@ def _output_document(output: OutputReport) -> Mapping[str, object]:
         "bpw": round(output.bpw, 5),
         "tensors": output.tensors,
         "quantized": output.quantized,
+        "repacked": output.repacked,
         "fallbacks": output.fallbacks,
         "serve": list(output.serve),
         "poor_fits": [fit.model_dump(mode="json") for fit in output.poor_fits],

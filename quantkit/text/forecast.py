@@ -8,6 +8,7 @@ from quantkit.formats.sizes import short_size
 from quantkit.plan.batch_sizes import Expected
 from quantkit.plan.forecast import Forecast, OutputFit
 from quantkit.plan.memory import Needs
+from quantkit.plan.packed import packed_linears
 from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
 from quantkit.plan.schedule import Duration
@@ -22,7 +23,9 @@ def forecast_text(found: Forecast) -> str:
     """A summary; tables of sizes by role, then needs, term by term, and notes."""
     headers, made, fits = found.source, found.plan, found.fits
     origin = "" if headers.has_shards else "  (no shards here: derived from config.json)"
-    blocks = [f"source  {headers.directory}: {len(headers.infos):,} tensors, {both_units(made.source_bytes)}{origin}"]
+    packed = "".join(f", {count:,} linears in {scheme}" for scheme, count in packed_linears(headers.stored).items())
+    size = both_units(made.source_bytes)
+    blocks = [f"source  {headers.directory}: {len(headers.infos):,} tensors{packed}, {size}{origin}"]
     blocks.append(_summary(found))
     for number, output in enumerate(made.outputs):
         blocks.append(f"\noutput  {output.output.name}: {output.output.format}\n\n{_size_table(output)}")

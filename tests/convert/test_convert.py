@@ -194,7 +194,7 @@ def test_the_plan_knows_the_most_that_hidden_states_take(
     monkeypatch.setattr(machine_module.Stores, "new", noting)
     run(tmp_path / "model", recipe_of(rule, tokens=128), tmp_path / "out")
     headers = read_headers(tmp_path / "model")
-    plan = make_plan(recipe_of(rule, tokens=128), headers.arch, headers.infos, headers.is_float8, headers.block_size)
+    plan = make_plan(recipe_of(rule, tokens=128), headers.arch, headers.infos, headers.stored)
     needed = conversion_needs(plan, headers.arch).hidden_states
     assert needed is not None
     assert needed.nbytes == max(most)

@@ -72,8 +72,8 @@ def test_source_shows_bf16_and_reads_any_rows_across_shards(tmp_path: Path) -> N
         NAME: TensorInfo(NAME, (300, 200), "BF16"),
         "model.norm.weight": TensorInfo("model.norm.weight", (7,), "BF16"),
     }
-    assert source.is_float8(NAME)
-    assert not source.is_float8("model.norm.weight")
+    assert source.stored_as(NAME)
+    assert not source.stored_as("model.norm.weight")
     expected = decoded(tensors[NAME], tensors[SCALE])
     assert torch.equal(source.read(NAME), expected)
     for rows in ((0, 300), (0, 1), (127, 129), (128, 256), (100, 299), (299, 300), (256, 300), (5, 5), (128, 128)):
@@ -91,7 +91,7 @@ def test_source_shows_bf16_and_reads_any_rows_across_shards(tmp_path: Path) -> N
 def test_stored_pair_comes_back_exactly(tmp_path: Path) -> None:
     tensors = pair()
     source = open_source(checkpoint(tmp_path, tensors))
-    codes, scale = source.read_float8(NAME)
+    codes, scale = source.read_stored(NAME).values()
     assert torch.equal(codes.view(torch.uint8), tensors[NAME].view(torch.uint8))
     assert torch.equal(scale, tensors[SCALE])
 
@@ -102,7 +102,7 @@ def test_scales_in_narrower_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors[SCALE] = (2.0 ** torch.arange(-3, 3).reshape(2, 3).float()).to(dtype)
     source = open_source(checkpoint(tmp_path, tensors))
     assert torch.equal(source.read(NAME), decoded(tensors[NAME], tensors[SCALE]))
-    assert source.read_float8(NAME)[1].dtype == dtype
+    assert source.read_stored(NAME)["scale"].dtype == dtype
 
 
 def test_block_size_from_config(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_scale_of_no_use(tmp_path: Path, bad: float) -> None:
     tensors[SCALE][1, 2] = bad
     source = open_source(checkpoint(tmp_path, tensors))
     assert source.read(NAME, (0, 128)).shape == (128, 300)
-    for read in (lambda: source.read(NAME), lambda: source.read_float8(NAME), lambda: source.read(NAME, (199, 200))):
+    for read in (lambda: source.read(NAME), lambda: source.read_stored(NAME), lambda: source.read(NAME, (199, 200))):
         with pytest.raises(SourceError) as caught:
             read()
         assert_one_line(caught.value, "model-00000.safetensors", SCALE)
@@ -206,7 +206,7 @@ def test_a_block_of_zeros_may_have_the_scale_zero(tmp_path: Path, zero: int) -> 
     assert source.read(NAME)[128:, :256].any()
     assert not source.read(NAME, (199, 200))[:, 256:].any()
     assert torch.equal(source.read_on(NAME, torch.device("cpu")), source.read(NAME))
-    assert source.read_float8(NAME)[1][1, 2] == 0
+    assert source.read_stored(NAME)["scale"][1, 2] == 0
 
 
 def test_a_matrix_of_zero_scales_is_a_hole_in_a_file(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_codes_that_are_not_numbers(tmp_path: Path) -> None:
     tensors = pair()
     tensors[NAME].view(torch.uint8)[7, 9] = 0xFF
     source = open_source(checkpoint(tmp_path, tensors))
-    for read in (lambda: source.read(NAME), lambda: source.read_float8(NAME)):
+    for read in (lambda: source.read(NAME), lambda: source.read_stored(NAME)):
         with pytest.raises(SourceError) as caught:
             read()
         assert_one_line(caught.value, "model-00001.safetensors", NAME, "[7, 9]")
@@ -242,11 +242,25 @@ def test_config_and_shards_disagree(tmp_path: Path) -> None:
     refused(checkpoint(tmp_path / "b", pair(), {"hidden_size": 1}), NAME, "no quantization_config", "weight_block_size")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "bitsandbytes"])
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_already_quantised(tmp_path: Path, method: str, key: str) -> None:
     folder = checkpoint(tmp_path, {"w": torch.ones(2, 2)}, {key: {"quant_method": method, "bits": 4}})
     refused(folder, "config.json", method, "already quantised", "original")
+
+
+def test_scales_of_deepseek_v4_are_named(tmp_path: Path) -> None:
+    scale, codes = pair().values()
+    folder = checkpoint(tmp_path, {"layers.0.attn.wq_a.weight": codes, "layers.0.attn.wq_a.scale": scale})
+    refused(folder, "layers.0.attn.wq_a.weight_scale_inv is missing", "DeepSeek V4")
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("vision", [False, True])
+def test_packed_without_groups(tmp_path: Path, key: str, vision: bool) -> None:
+    config = {key: {"quant_method": "compressed-tensors"}}
+    folder = checkpoint(tmp_path, {"w": torch.ones(2, 2)}, {"text_config": config} if vision else config)
+    refused(folder, "config.json", "config_groups", "an object was needed")
 
 
 @pytest.mark.parametrize("section", ["fp8", ["fp8"], {"bits": 4}, {"quant_method": 8}, 1])
@@ -298,10 +312,10 @@ def shared_model(name: str) -> Path:
 
 def test_trained_checkpoint_decodes_to_code_times_scale() -> None:
     source = open_source(shared_model("tiny-deepseek-v3-fp8"))
-    weights = [name for name in source.infos() if source.is_float8(name)]
+    weights = [name for name in source.infos() if source.stored_as(name)]
     assert len(weights) > 100
     for name in weights:
-        codes, scale = source.read_float8(name)
+        codes, scale = source.read_stored(name).values()
         expected = decoded(codes, scale)
         assert torch.equal(source.read(name), expected), name
         assert torch.equal(source.read(name, (17, 97)), expected[17:97]), name

@@ -27,6 +27,7 @@ from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_gguf import key_values
+from quantkit.formats import open_source
 from quantkit.plan.recipe import Recipe
 from tests.arch.test_deepseek_v3 import CHECKPOINTS, ROOT, SHARED
 from tests.oracles import gguf_reader, gguf_writer
@@ -340,3 +341,39 @@ def test_refusal_carries_the_message_of_llama_cpp(nano: Checkpoint, tmp_path: Pa
     path = write_changed(nano, tmp_path / "a.gguf", lambda keys: keys.pop("deepseek2.attention.q_lora_rank"))
     with pytest.raises(LlamaError, match=r"key not found in model: deepseek2\.attention\.q_lora_rank"):
         LlamaModel(path)
+
+
+# ------------------------------------------------------------------------------------------------- repacked experts
+
+PACKED = {
+    "Q4_0": {"kind": "int", "bits": 4, "group_size": 32},
+    "MXFP4": {"kind": "mxfp4"},
+}
+"""Block type -> the scheme of compressed-tensors with the same numbers."""
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_repacked_experts_compute_what_the_packed_ones_do(kind: str, nano: Checkpoint, tmp_path: Path) -> None:
+    """llama.cpp rounds the inputs of such experts to 8 bits, which moves logits a little; packing moved them over ten
+    times as far. That the weights are the same to the bit is tested with gguf-py."""
+    plain = {"match": "role:attention|mlp|shared_expert|lm_head|embed", "keep": "f32"}
+    packed = {"match": "role:expert", "scheme": PACKED[kind], "method": {"kind": "rtn"}}
+    rules = [{"match": "role:mtp", "drop": True}, packed, plain, {"match": "*", "keep": "source"}]
+    outputs = [{"name": "packed", "format": "compressed-tensors", "rules": rules}]
+    convert(nano.folder, recipe_of(outputs), tmp_path / "packed", memory_budget=2 * 2**30)
+    repack = {"match": "role:expert", "scheme": kind, "method": {"kind": "repack"}}
+    outputs = [{"name": "repacked", "format": "gguf", "rules": [repack, {"match": "*", "keep": "source"}]}]
+    convert(tmp_path / "packed", recipe_of(outputs), tmp_path / "repacked", memory_budget=2 * 2**30)
+    arch = arch_of(nano.config)
+    with open_source(tmp_path / "packed") as source, torch.inference_mode():
+        ours, _ = forward(arch, lambda name: source.read(name).float(), nano.rows[:4], nano.config)
+    with LlamaModel(min((tmp_path / "repacked").rglob("*.gguf"))) as model, model.context(LENGTH) as context:
+        theirs = torch.stack([torch.from_numpy(context.logits(row.numpy())) for row in nano.rows[:4]])
+    assert kl(ours, theirs) < 1e-3
+    assert kl(nano.logits[:4], ours) > 10 * kl(ours, theirs)
+
+
+def kl(reference: Tensor, candidate: Tensor) -> float:
+    """Mean KL divergence of a token in nats."""
+    reference, candidate = reference.log_softmax(-1), candidate.log_softmax(-1)
+    return float((reference.exp() * (reference - candidate)).sum(-1).mean())

@@ -89,7 +89,7 @@ def test_a_hole_is_refused_however_it_is_read(fp8: bool, tmp_path: Path) -> None
         (tmp_path / "m").mkdir()
         write_shards(tmp_path / "m", {"w": weight})
         source = Fp8Source(SafetensorsSource(tmp_path / "m"))
-    ways = ways_of(source) + ([lambda: source.read_float8("w")] if fp8 else [])
+    ways = ways_of(source) + ([lambda: source.read_stored("w")] if fp8 else [])
     with source:
         for read in ways:
             read()  # type: ignore[operator]
@@ -113,7 +113,7 @@ def test_fp8_blocks_of_zeros_with_the_scale_zero_are_no_hole(tmp_path: Path) -> 
     scale[2] = 0
     with fp8_source(tmp_path / "m", weight.to(torch.float8_e4m3fn), scale) as source:
         source.refuse_zeros({"w": LEAST})
-        for read in (*ways_of(source), lambda: source.read_float8("w"), lambda: source.read("w", (300, 500))):
+        for read in (*ways_of(source), lambda: source.read_stored("w"), lambda: source.read("w", (300, 500))):
             read()  # type: ignore[operator]
 
 

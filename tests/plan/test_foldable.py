@@ -20,7 +20,7 @@ LINEARS = "role:expert|shared_expert|mlp|attention"
 
 def plan_of(recipe: Recipe) -> Plan:
     headers = tiny_headers()
-    return make_plan(recipe, headers.arch, headers.infos, headers.is_float8)
+    return make_plan(recipe, headers.arch, headers.infos, headers.stored)
 
 
 def refusal(recipe: Recipe) -> PlanError:

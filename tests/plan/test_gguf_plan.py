@@ -47,7 +47,7 @@ def recipe_of(*rules: dict[str, Any], calibrated: bool = False, **output: Any) -
 
 
 def plan_of(headers: SourceHeaders, recipe: Recipe) -> Plan:
-    return make_plan(recipe, headers.arch, headers.infos, headers.is_float8)
+    return make_plan(recipe, headers.arch, headers.infos, headers.stored)
 
 
 def kinds(plan: Plan) -> dict[str, str]:
@@ -125,7 +125,7 @@ def planned():
     headers = read_headers(Path(sys.argv[1]))
     outputs = [{"name": "main", "format": "gguf", "preset": "Q4_K_M"}]
     recipe = Recipe.model_validate({"version": 1, "outputs": outputs})
-    plans.append(make_plan(recipe, headers.arch, headers.infos, headers.is_float8))
+    plans.append(make_plan(recipe, headers.arch, headers.infos, headers.stored))
 
 plans = []
 print(calls(planned), plans[0].outputs[0].nbytes, "torch" in sys.modules, "numba" in sys.modules)
@@ -279,7 +279,7 @@ REFUSED: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
     "fp8 bytes": (
         ({"match": "*.layers.2.*.o_proj.weight", "keep": "source"},),
         {"preset": "Q8_0"},
-        "output main: model.layers.2.self_attn.o_proj.weight: is stored as FP8 in the source, which GGUF lacks; "
+        "output main: model.layers.2.self_attn.o_proj.weight: is fp8 block in the source, which GGUF lacks; "
         "keep: bf16 decodes it.",
     ),
     "experts of two types": (
@@ -334,7 +334,7 @@ def test_many_faults_of_one_kind_are_counted() -> None:
         plan_of(tiny_headers(), recipe_of(fp8, preset="Q8_0"))
     lines = caught.value.message.splitlines()
     assert len(lines) == 6
-    assert all("is stored as FP8 in the source" in line for line in lines[:5])
+    assert all("is fp8 block in the source" in line for line in lines[:5])
     assert lines[5] == "... and 67 more: format problems."
 
 

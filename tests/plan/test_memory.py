@@ -40,8 +40,8 @@ def v3_layer() -> SourceHeaders:
     sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0, "vocab_size": 1024}
     config = {**headers.config, **sizes}
     arch = type(headers.arch)(config)
-    infos, is_float8 = headers_from_arch(arch, config)
-    return replace(headers, config=config, arch=arch, infos=infos, is_float8=is_float8)
+    infos, stored = headers_from_arch(arch, config)
+    return replace(headers, config=config, arch=arch, infos=infos, stored=stored)
 
 
 def planned(headers: SourceHeaders, method: dict[str, object], tokens: int) -> Plan:
@@ -59,7 +59,7 @@ def planned(headers: SourceHeaders, method: dict[str, object], tokens: int) -> P
             ],
         }
     )
-    return make_plan(recipe, headers.arch, headers.infos, headers.is_float8, headers.block_size)
+    return make_plan(recipe, headers.arch, headers.infos, headers.stored)
 
 
 @pytest.mark.parametrize("case", METHODS)
@@ -101,7 +101,7 @@ def v3() -> Needs:
 
 def needs_of(recipe: str) -> Needs:
     headers = read_headers(V3)
-    plan = make_plan(Recipe.from_yaml(recipe), headers.arch, headers.infos, headers.is_float8)
+    plan = make_plan(Recipe.from_yaml(recipe), headers.arch, headers.infos, headers.stored)
     return conversion_needs(plan, headers.arch)
 
 

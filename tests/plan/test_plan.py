@@ -51,7 +51,7 @@ def linears(v3: SourceHeaders) -> Plan:
 
 
 def plan_of(headers: SourceHeaders, recipe: Recipe) -> Plan:
-    return make_plan(recipe, headers.arch, headers.infos, headers.is_float8)
+    return make_plan(recipe, headers.arch, headers.infos, headers.stored)
 
 
 # --- the true size (figures: bytes of tensor data of the main model)
@@ -125,8 +125,8 @@ def tiny_headers(**changes: Any) -> SourceHeaders:
     """Headers of a tiny FP8 checkpoint, without files."""
     config = {**tiny_config(num_nextn_predict_layers=1, **changes), "quantization_config": {"quant_method": "fp8"}}
     arch = arch_of(config)
-    infos, is_float8 = headers_from_arch(arch, config)
-    return SourceHeaders(Path(), config, arch, infos, is_float8, False)
+    infos, stored = headers_from_arch(arch, config)
+    return SourceHeaders(Path(), config, arch, infos, stored, False)
 
 
 def refusal(headers: SourceHeaders, recipe: Recipe) -> PlanError:

@@ -170,6 +170,7 @@ def test_outputs_are_named_after_what_they_are() -> None:
         (Shorthand(preset="nf4"), "the nearest here is --scheme w4a16"),
         (Shorthand(preset="Q4_K_X"), "is no preset, needed one of F32, F16"),
         (Shorthand("w4a16", method="auto_awq"), "is called --method awq here."),
+        (Shorthand("w4a16", method="repack"), "take a recipe, such as -r repack-int4-gguf."),
         (Shorthand("w4a16", method="auto-round"), "another tool's name; the nearest here is --method gptq."),
         (Shorthand("w4a16", method="magic"), "is no method, needed gptq"),
         (Shorthand("w4a16", preset="Q4_K_M"), "found --scheme and --preset"),

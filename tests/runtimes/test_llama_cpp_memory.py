@@ -20,7 +20,7 @@ from tests.plan.test_plan import V3, tiny_headers
 def plan_of(headers: SourceHeaders, preset: str, mtp: str = "drop") -> Plan:
     output = {"name": "main", "format": "gguf", "preset": preset, "mtp": mtp}
     recipe = Recipe.model_validate({"version": 1, "outputs": [output]})
-    return make_plan(recipe, headers.arch, headers.infos, headers.is_float8)
+    return make_plan(recipe, headers.arch, headers.infos, headers.stored)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def v3() -> SourceHeaders:
 @lru_cache
 def output(recipe: str) -> OutputPlan:
     headers = v3()
-    (found,) = make_plan(Recipe.from_yaml(recipe), headers.arch, headers.infos, headers.is_float8).outputs
+    (found,) = make_plan(Recipe.from_yaml(recipe), headers.arch, headers.infos, headers.stored).outputs
     return found
 
 

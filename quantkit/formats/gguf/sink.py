@@ -17,7 +17,8 @@ from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_tensors
 from quantkit.formats.gguf.layout import GgufTensor
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.preallocated import FilesLayout, PreallocatedFiles, Steps
-from quantkit.schemes import GgmlScheme
+from quantkit.schemes import GgmlScheme, Scheme, describe
+from quantkit.schemes.repacking import block_type
 from quantkit.tensors import stacked_shape
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def problems(planned: Iterable[PlannedTensor], stored_name: StoredName) -> list[
     reported: set[str] = set()
     for tensor in planned:
         if tensor.scheme is not None and not isinstance(tensor.scheme, GgmlScheme):
-            lines.append(f"{tensor.name}: is stored as FP8 in the source, which GGUF lacks; keep: bf16 decodes it.")
+            lines.append(_not_of_gguf(tensor.name, tensor.scheme))
             continue
         name, place = stored_name(tensor.name)
         if place is None:
@@ -74,6 +75,12 @@ def problems(planned: Iterable[PlannedTensor], stored_name: StoredName) -> list[
             reported.add(name)
             lines.append(f"{tensor.name}: planned as {kind}, but {other[1]} as {other[0]}; {name} holds one type.")
     return lines
+
+
+def _not_of_gguf(name: str, scheme: Scheme) -> str:
+    kind = block_type(scheme)
+    exact = f"scheme: {kind}, method: {{kind: repack}} holds the same numbers, " if kind else ""
+    return f"{name}: is {describe(scheme)} in the source, which GGUF lacks; {exact}keep: bf16 decodes it."
 
 
 @dataclass(frozen=True, slots=True)

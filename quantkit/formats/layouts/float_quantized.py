@@ -24,6 +24,8 @@ from quantkit.tensors import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.schemes.grid import Stored
+
 # DeepSeek's own recipe ("activation_scheme": "dynamic"): inputs are rounded to FP8 per token and 128 channels while
 # serving.
 _INPUTS: dict[str, object] = {
@@ -78,7 +80,7 @@ def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, obje
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A `PackedLinear`."""
+    """A `StoredLinear`."""
 
     scheme: Float8Scheme
     info: TensorInfo
@@ -87,6 +89,14 @@ class _Linear:
     def decode(self, raw: SafetensorsSource, rows: Rows) -> Tensor:
         """See `PackedLinear`. Only these rows are read, and those that share a block with them."""
         return by_runs(rows, self.info.shape[1], partial(_read, raw, self.info.name, self.scheme))
+
+    def read_stored(self, raw: SafetensorsSource) -> Stored:
+        """See `StoredLinear`."""
+        return {"codes": raw.read(self.info.name), "scale": self.read_scale(raw)}
+
+    def read_scale(self, raw: SafetensorsSource) -> Tensor:
+        """See `StoredLinear`."""
+        return raw.read(f"{self.info.name}_scale")
 
 
 def _read(raw: SafetensorsSource, name: str, scheme: Float8Scheme, start: int, stop: int) -> Tensor:

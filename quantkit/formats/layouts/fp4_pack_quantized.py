@@ -30,6 +30,8 @@ from quantkit.tensors import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.schemes.grid import Stored
+
 _PARTS = ("_packed", "_scale", "_global_scale")
 INPUT_SCALE = "input_global_scale"
 
@@ -67,7 +69,7 @@ def _pack(tensor: QuantizedTensor) -> Mapping[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A `PackedLinear`."""
+    """A `StoredLinear`."""
 
     scheme: Nvfp4Scheme | Mxfp4Scheme
     info: TensorInfo
@@ -77,14 +79,25 @@ class _Linear:
         """See `PackedLinear`. Only these rows are read."""
         return by_runs(rows, self.info.shape[1], partial(self._run, raw))
 
+    def read_stored(self, raw: SafetensorsSource) -> Stored:
+        """See `StoredLinear`."""
+        return self._rows(raw, 0, self.info.shape[0])
+
+    def read_scale(self, raw: SafetensorsSource) -> Tensor:
+        """See `StoredLinear`."""
+        return raw.read(self.parts[1])
+
     def _run(self, raw: SafetensorsSource, start: int, stop: int) -> Tensor:
+        return self.scheme.decode(**self._rows(raw, start, stop))
+
+    def _rows(self, raw: SafetensorsSource, start: int, stop: int) -> Stored:
         import torch
 
         packed, scale = (raw.read(name, (start, stop)) for name in self.parts[:2])
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
         shared = self.scheme.shares_scale
         beside = {"global_scale": raw.read(self.parts[2]).expand(stop - start, 1)} if shared else {}
-        return self.scheme.decode(codes, scale, **beside)
+        return {"codes": codes, "scale": scale, **beside}
 
 
 def _find(raw: SafetensorsSource, name: str, scheme: Scheme) -> _Linear:

@@ -25,6 +25,8 @@ from quantkit.tensors import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.schemes.grid import Stored
+
 _WEIGHTS: dict[str, object] = {
     "num_bits": 8,
     "type": "float",
@@ -66,7 +68,7 @@ def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, obje
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A `PackedLinear`."""
+    """A `StoredLinear`."""
 
     scheme: Mxfp8Scheme
     info: TensorInfo
@@ -76,11 +78,22 @@ class _Linear:
         """See `PackedLinear`. Only these rows are read."""
         return by_runs(rows, self.info.shape[1], partial(self._run, raw))
 
+    def read_stored(self, raw: SafetensorsSource) -> Stored:
+        """See `StoredLinear`."""
+        return self._rows(raw, 0, self.info.shape[0])
+
+    def read_scale(self, raw: SafetensorsSource) -> Tensor:
+        """See `StoredLinear`."""
+        return raw.read(self.parts[1])
+
     def _run(self, raw: SafetensorsSource, start: int, stop: int) -> Tensor:
+        return self.scheme.decode(**self._rows(raw, start, stop))
+
+    def _rows(self, raw: SafetensorsSource, start: int, stop: int) -> Stored:
         import torch
 
         codes, scale = (raw.read(name, (start, stop)) for name in self.parts)
-        return self.scheme.decode(codes.view(torch.uint8), scale)
+        return {"codes": codes.view(torch.uint8), "scale": scale}
 
 
 def _find(raw: SafetensorsSource, name: str, scheme: Scheme) -> _Linear:

@@ -30,6 +30,8 @@ from quantkit.tensors import SCALE_DTYPES, TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.schemes.grid import Stored
+
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point")
 
 
@@ -92,7 +94,7 @@ def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, obje
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A `PackedLinear`."""
+    """A `StoredLinear`."""
 
     scheme: IntScheme
     info: TensorInfo
@@ -100,14 +102,26 @@ class _Linear:
 
     def decode(self, raw: SafetensorsSource, rows: Rows) -> Tensor:
         """See `PackedLinear`. Only these rows are read, and those that share a word with them."""
-        return by_runs(rows, self.info.shape[1], partial(_read, raw, self.info, self.scheme))
+        return by_runs(rows, self.info.shape[1], partial(self._run, raw))
 
+    def read_stored(self, raw: SafetensorsSource) -> Stored:
+        """See `StoredLinear`."""
+        return self._rows(raw, 0, self.info.shape[0])
 
-def _read(raw: SafetensorsSource, info: TensorInfo, scheme: IntScheme, start: int, stop: int) -> Tensor:
-    codes = unpack(raw.read(f"{info.name}_packed", (start, stop)), scheme.bits, info.shape[1])
-    scale = raw.read(f"{info.name}_scale", (start, stop))
-    zero_point = None if scheme.symmetric else _read_zero_point(raw, info, scheme, start, stop)
-    return scheme.decode(codes, scale, zero_point)
+    def read_scale(self, raw: SafetensorsSource) -> Tensor:
+        """See `StoredLinear`."""
+        return raw.read(f"{self.info.name}_scale")
+
+    def _run(self, raw: SafetensorsSource, start: int, stop: int) -> Tensor:
+        return self.scheme.decode(**self._rows(raw, start, stop))
+
+    def _rows(self, raw: SafetensorsSource, start: int, stop: int) -> Stored:
+        name, scheme = self.info.name, self.scheme
+        codes = unpack(raw.read(f"{name}_packed", (start, stop)), scheme.bits, self.info.shape[1])
+        stored = {"codes": codes, "scale": raw.read(f"{name}_scale", (start, stop))}
+        if not scheme.symmetric:
+            stored["zero_point"] = _read_zero_point(raw, self.info, scheme, start, stop)
+        return stored
 
 
 def _read_zero_point(raw: SafetensorsSource, info: TensorInfo, scheme: IntScheme, start: int, stop: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from quantkit.errors import SourceError
 from quantkit.formats.folder import PackedLinear
@@ -16,6 +16,22 @@ from quantkit.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from quantkit.schemes.grid import Stored
+
+
+@runtime_checkable
+class StoredLinear(PackedLinear, Protocol):
+    """A `PackedLinear` whose codes and scales can be taken over as they are."""
+
+    def read_stored(self, raw: SafetensorsSource) -> Stored:
+        """All of it by the names of its scheme's ``decode``, as in `QuantizedTensor`. Raises `SourceError` for scales
+        that are no numbers."""
+        ...
+
+    def read_scale(self, raw: SafetensorsSource) -> Tensor:
+        """The scales alone, (out, groups) in their dtype."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,7 @@ class Packing:
     weights: Callable[[Scheme], dict[str, object]]
     inputs: Mapping[str, object] | None
     scheme: Callable[[str, Mapping[str, object], Mapping[str, object]], Scheme | None]
-    find: Callable[[SafetensorsSource, str, Scheme], PackedLinear]
+    find: Callable[[SafetensorsSource, str, Scheme], StoredLinear]
 
 
 def require(raw: SafetensorsSource, name: str, needed: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

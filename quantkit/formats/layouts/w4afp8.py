@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from quantkit.formats.folder import PackedLinear, Rows
+from quantkit.formats.folder import Rows
 from quantkit.formats.layouts.pack_quantized import PACK_QUANTIZED
-from quantkit.formats.layouts.packing import Packing
+from quantkit.formats.layouts.packing import Packing, StoredLinear
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.schemes import QuantizedTensor, Scheme, W4AFp8Scheme
@@ -22,6 +22,8 @@ from quantkit.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from quantkit.schemes.grid import Stored
 
 _INPUTS: dict[str, object] = {
     "num_bits": 8,
@@ -54,9 +56,9 @@ def _scheme(where: str, weights: Mapping[str, object], inputs: Mapping[str, obje
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A `PackedLinear`."""
+    """A `StoredLinear`."""
 
-    weights: PackedLinear
+    weights: StoredLinear
     scheme: W4AFp8Scheme
 
     @property
@@ -72,6 +74,14 @@ class _Linear:
     def decode(self, raw: SafetensorsSource, rows: Rows) -> Tensor:
         """See `PackedLinear`."""
         return self.weights.decode(raw, rows)
+
+    def read_stored(self, raw: SafetensorsSource) -> Stored:
+        """See `StoredLinear`."""
+        return self.weights.read_stored(raw)
+
+    def read_scale(self, raw: SafetensorsSource) -> Tensor:
+        """See `StoredLinear`."""
+        return self.weights.read_scale(raw)
 
 
 def _find(raw: SafetensorsSource, name: str, scheme: Scheme) -> _Linear:

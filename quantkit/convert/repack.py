@@ -1,0 +1,42 @@
+"""Linears of a packed source whose codes and scales are taken over: nothing is computed, nothing is rounded."""
+
+from __future__ import annotations
+
+from quantkit.errors import SchemeError
+from quantkit.formats.model_source import ModelSource
+from quantkit.plan.decide import LINES_PER_KIND, Decision
+from quantkit.plan.plan import Plan
+from quantkit.schemes import QuantError, QuantizedTensor
+from quantkit.schemes.repacking import check_scale, repacked
+
+
+def taken_over(source: ModelSource, decision: Decision) -> QuantizedTensor:
+    """What an output stores of a linear that keeps its codes and scales. Raises `SchemeError` for a scale that its
+    scheme does not hold."""
+    name, scheme, stored = decision.spec.name, decision.scheme, decision.stored
+    assert scheme is not None, f"{name}: is kept plain"
+    assert stored is not None, f"{name}: is plain in the source"
+    return QuantizedTensor(name, scheme, repacked(stored, scheme, source.read_stored(name)), QuantError(0.0))
+
+
+def refuse_misfits(source: ModelSource, plan: Plan) -> None:
+    """Raise `SchemeError` naming the linears of which some scale does not fit the scheme that is to hold it exactly.
+    Reads scales only, an eighth of 4-bit linears at most, so that a long job does not fail in its midst."""
+    lines: list[str] = []
+    for output in plan.outputs:
+        for decision in output.decisions.values():
+            if not decision.repacks or decision.stored is None or decision.scheme is None:
+                continue
+            try:
+                check_scale(decision.stored, decision.scheme, source.read_scale(decision.spec.name))
+            except SchemeError as error:
+                lines.append(f"output {output.output.name}: {decision.spec.name}: {error.message}")
+    if lines:
+        more = f"\n... and {len(lines) - LINES_PER_KIND:,} more linears." if len(lines) > LINES_PER_KIND else ""
+        raise SchemeError("\n".join(lines[:LINES_PER_KIND]) + more, hint=_HINT)
+
+
+_HINT = (
+    "Give them (in GGUF all experts of their layer and projection) a rule of their own before: keep: f32 is exact, "
+    "scheme: Q8_0 with method: {kind: rtn} rounds."
+)

@@ -1,0 +1,103 @@
+"""`open_source`: a folder on disk -> the tensors of a model that is to be quantised, decoded, in whatever they are
+stored: BF16, F16, F32, FP8 blocks, or packed linears of compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from quantkit.formats.packed_source import PackedSource
+from quantkit.formats.safetensors.reader import SafetensorsSource
+from quantkit.formats.source import PACKED_METHOD, open_plain, quant_method, read_config
+from quantkit.schemes import Scheme
+from quantkit.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantkit.schemes.grid import Stored
+
+
+class ModelSource(AbstractContextManager["ModelSource"], Protocol):
+    """What a conversion reads. ``config``: the raw config.json; ``raw``: what is stored. Reads are thread-safe."""
+
+    config: Mapping[str, object]
+    raw: SafetensorsSource
+
+    @property
+    def directory(self) -> Path:
+        """The checkpoint's folder."""
+        ...
+
+    @property
+    def unlisted(self) -> tuple[str, ...]:
+        """Names that shards hold but the index does not list; they are not shown."""
+        ...
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, decoded, without scales and the like."""
+        ...
+
+    def stored_as(self, name: str) -> Scheme | None:
+        """What a linear is stored in, None for plain tensors."""
+        ...
+
+    def read_stored(self, name: str) -> Stored:
+        """What is stored of such a linear, by the names of its scheme's ``decode``."""
+        ...
+
+    def read_scale(self, name: str) -> Tensor:
+        """Its scales alone, in their dtype."""
+        ...
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The decoded tensor, or rows ``[start, stop)``, on the CPU."""
+        ...
+
+    def read_on(self, name: str, device: torch.device) -> Tensor:
+        """The decoded tensor on a device."""
+        ...
+
+    def read_rows(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Rows in the given order, repeats allowed."""
+        ...
+
+    def chunks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
+        """The decoded tensor in consecutive pieces of at most ``max_bytes``, but at least one row."""
+        ...
+
+    def prefetch(self, names: list[str]) -> None:
+        """Ask the operating system to read what is stored of these tensors ahead."""
+        ...
+
+    def share(self, copies: Mapping[str, str]) -> None:
+        """Show plain tensors under further names: name -> a tensor of `infos`."""
+        ...
+
+    def refuse_zeros(self, least: Mapping[str, int]) -> None:
+        """From now on reading a tensor, or rows of it, raises `SourceError` for ``least[name]`` zeros in a row or
+        more, in it or in its packed codes: what a hole in a file looks like."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what is stored, see `SafetensorsSource.fingerprint`."""
+        ...
+
+    def close(self) -> None:
+        """Give the file descriptors back."""
+        ...
+
+
+def open_source(path: Path | str) -> ModelSource:
+    """Open a checkpoint by its headers alone.
+
+    Raises `SourceError` if anything about config, index, headers, or what belongs to a packed linear is missing,
+    damaged or contradictory, or if it is quantised in a way that cannot be decoded.
+    """
+    directory = Path(path)
+    if quant_method(read_config(directory)) == PACKED_METHOD:
+        return PackedSource(directory)
+    return open_plain(directory)
