@@ -1,4 +1,7 @@
-"""The DeepSeek-V3 architecture in plain torch, to train small models, and its export under the official names.
+"""DeepSeek's architectures in plain torch, to train small models, and their export under the official names.
+
+V3 with its MTP layer; V2 (``scoring_func`` softmax, ``q_lora_rank`` null, no MTP layer); V3.2 (``index_topk``), which
+is trained with dense attention, and whose indexers learn from it afterwards (`train_relatives`).
 
 Written for a handful of experts: every expert sees every token, and the router's weights (zero for experts not
 chosen) are multiplied in before the down projection. That is one dense MLP of width experts * moe_intermediate_size,
@@ -40,6 +43,8 @@ def yarn_frequencies(config: Config) -> Tensor:
     """Angle per position of each rotated pair, (qk_rope_head_dim / 2,) float64. YaRN, arXiv 2309.00071, section 3.2."""
     dim, base, yarn = config["qk_rope_head_dim"], config["rope_theta"], config["rope_scaling"]
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if yarn is None:
+        return plain
 
     def pair_turning(rotations: float) -> float:
         return (
@@ -58,6 +63,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((even * cos - odd * sin, even * sin + odd * cos), -1).type_as(x)
 
 
+class Indexer(nn.Module):
+    """The lightning indexer of DeepSeek V3.2 (its report, section 2.1): scores of keys, learnt from attention."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads, self.dim, self.rope = config["index_n_heads"], config["index_head_dim"], config["qk_rope_head_dim"]
+        self.wq_b = linear(config["q_lora_rank"], self.heads * self.dim)
+        self.wk = linear(config["hidden_size"], self.dim)
+        self.k_norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.weights_proj = linear(config["hidden_size"], self.heads)
+
+    def forward(self, x: Tensor, latent: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (batch, length, hidden), latent (batch, length, rank), normed -> scores (batch, queries, keys)."""
+        q = self._rotated(self.wq_b(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2), cos, sin)
+        k = self._rotated(self.k_norm(self.wk(x)), cos, sin)
+        weights = self.weights_proj(x) * (self.heads * self.dim) ** -0.5
+        return torch.einsum("bhqk,bqh->bqk", (q @ k.mT.unsqueeze(1)).relu(), weights)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x[..., : self.rope].chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., self.rope :]), -1)
+
+
 class Attention(nn.Module):
     """Multi-head latent attention."""
 
@@ -66,25 +94,36 @@ class Attention(nn.Module):
         hidden, heads, eps = config["hidden_size"], config["num_attention_heads"], config["rms_norm_eps"]
         self.heads, self.latent = heads, config["kv_lora_rank"]
         self.nope, self.rope, self.value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-        self.q_a_proj = linear(hidden, config["q_lora_rank"])
-        self.q_a_layernorm = RMSNorm(config["q_lora_rank"], eps)
-        self.q_b_proj = linear(config["q_lora_rank"], heads * (self.nope + self.rope))
+        rank = config["q_lora_rank"]
+        if rank is None:
+            self.q_proj = linear(hidden, heads * (self.nope + self.rope))
+        else:
+            self.q_a_proj = linear(hidden, rank)
+            self.q_a_layernorm = RMSNorm(rank, eps)
+            self.q_b_proj = linear(rank, heads * (self.nope + self.rope))
+        self.q_lora = rank is not None
+        self.indexer = Indexer(config) if "index_topk" in config else None
         self.kv_a_proj_with_mqa = linear(hidden, self.latent + self.rope)
         self.kv_a_layernorm = RMSNorm(self.latent, eps)
         self.kv_b_proj = linear(self.latent, heads * (self.nope + self.value))
         self.o_proj = linear(heads * self.value, hidden, residual_gain)
         yarn = config["rope_scaling"]
-        mscale = 0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1
+        mscale = 1.0 if yarn is None else 0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1
         self.scale = (self.nope + self.rope) ** -0.5 * mscale**2
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, length, hidden) normed -> (batch, heads, length, dims) each, rotated."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora else self.q_proj(x)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split((self.nope, self.value), -1)
         k_rope = rotate(k_rope.unsqueeze(1), cos, sin).expand(-1, self.heads, -1, -1)
         q = torch.cat((q[..., : self.nope], rotate(q[..., self.nope :], cos, sin)), -1)
-        k = torch.cat((k_nope, k_rope), -1)
+        return q, torch.cat((k_nope, k_rope), -1), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.queries_keys_values(x, cos, sin)
         # Fused attention kernels want one head size for q, k and v.
         v = F.pad(v, (0, self.nope + self.rope - self.value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)[..., : self.value]
@@ -102,7 +141,7 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts in groups with a selection bias ("noaux_tc"), plus shared experts.
+    """Routed experts in groups with a selection bias ("noaux_tc"), or by softmax alone, plus shared experts.
 
     Returns the output, `load` (experts,), the share of the choices that each expert got, and the sequence-wise balance
     loss of the report's equations 17 to 20 (without its factor).
@@ -113,7 +152,8 @@ class MoE(nn.Module):
         hidden, width, experts = config["hidden_size"], config["moe_intermediate_size"], config["n_routed_experts"]
         self.experts, self.top_k = experts, config["num_experts_per_tok"]
         self.groups, self.top_groups = config["n_group"], config["topk_group"]
-        self.factor = config["routed_scaling_factor"]
+        self.factor, self.normalize = config["routed_scaling_factor"], config["norm_topk_prob"]
+        self.softmax = config["scoring_func"] == "softmax"
         self.router = nn.Parameter(torch.randn(experts, hidden) / math.sqrt(hidden))
         self.register_buffer("bias", torch.zeros(experts))
         self.gate = nn.Parameter(torch.randn(experts, width, hidden) / math.sqrt(hidden))
@@ -124,15 +164,16 @@ class MoE(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(weight per token and expert, share of choices per expert, balance loss) of x (batch, length, hidden)."""
         with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.float(), self.router.float()).sigmoid()
-        choice = scores + self.bias
+            logits = F.linear(x.float(), self.router.float())
+            scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
+        choice = scores if self.softmax else scores + self.bias
         group_score = choice.unflatten(-1, (self.groups, -1)).topk(2, -1).values.sum(-1)
         groups = torch.zeros_like(group_score).scatter(-1, group_score.topk(self.top_groups, -1).indices, 1.0)
         allowed = groups.repeat_interleave(self.experts // self.groups, -1) > 0
         chosen = choice.masked_fill(~allowed, float("-inf")).topk(self.top_k, -1).indices
         mask = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
         kept = scores * mask
-        weights = kept / (kept.sum(-1, keepdim=True) + 1e-20) * self.factor
+        weights = (kept / (kept.sum(-1, keepdim=True) + 1e-20) if self.normalize else kept) * self.factor
         fraction = mask.mean(1) * (self.experts / self.top_k)  # (batch, experts), 1 = balanced
         probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
         return weights, mask.mean((0, 1)) / self.top_k, (fraction * probability).sum(-1).mean()
@@ -171,7 +212,7 @@ class Output:
 
 
 class DeepseekV3(nn.Module):
-    """Main model plus one MTP layer which shares embedding and head."""
+    """Main model plus, if the config has one, an MTP layer which shares embedding and head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -181,9 +222,12 @@ class DeepseekV3(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(vocab, hidden)
         nn.init.normal_(self.embed_tokens.weight, std=0.5)
-        self.layers = nn.ModuleList(Layer(config, index < dense, gain) for index in range(layers + 1))
-        self.norm, self.enorm, self.hnorm, self.head_norm = (RMSNorm(hidden, eps) for _ in range(4))
-        self.eh_proj = linear(2 * hidden, hidden)
+        self.n_layers, self.mtp = layers, config["num_nextn_predict_layers"] > 0
+        self.layers = nn.ModuleList(Layer(config, index < dense, gain) for index in range(layers + self.mtp))
+        self.norm = RMSNorm(hidden, eps)
+        if self.mtp:
+            self.enorm, self.hnorm, self.head_norm = (RMSNorm(hidden, eps) for _ in range(3))
+            self.eh_proj = linear(2 * hidden, hidden)
         self.lm_head = linear(hidden, vocab, 0.5)
         self.register_buffer("frequencies", yarn_frequencies(config), persistent=False)
 
@@ -205,11 +249,11 @@ class DeepseekV3(nn.Module):
             return x
 
         x = self.embed_tokens(tokens)
-        for layer in self.layers[:-1]:
+        for layer in self.layers[: self.n_layers]:
             x = run(layer, x)
         hidden = self.norm(x)
         mtp_logits = None
-        if next_tokens is not None:
+        if next_tokens is not None and self.mtp:
             # Embedding first: vLLM and llama.cpp read eh_proj's columns in this order.
             joined = torch.cat((self.enorm(self.embed_tokens(next_tokens)), self.hnorm(hidden)), -1)
             mtp_logits = self.lm_head(self.head_norm(run(self.layers[-1], self.eh_proj(joined))))
@@ -225,7 +269,8 @@ def _layer_tensors(prefix: str, layer: Layer) -> dict[str, Tensor]:
     named[f"{prefix}.mlp.gate.weight"] = mlp.router.detach()
     # A constant added to all biases changes no choice. With the smallest at 0 every biased score is positive, so that
     # runtimes which mask the losing groups with 0 and those which mask with -inf agree.
-    named[f"{prefix}.mlp.gate.e_score_correction_bias"] = mlp.bias - mlp.bias.min()
+    if not mlp.softmax:
+        named[f"{prefix}.mlp.gate.e_score_correction_bias"] = mlp.bias - mlp.bias.min()
     for expert in range(mlp.experts):
         named[f"{prefix}.mlp.experts.{expert}.gate_proj.weight"] = mlp.gate[expert].detach()
         named[f"{prefix}.mlp.experts.{expert}.up_proj.weight"] = mlp.up[expert].detach()
@@ -233,24 +278,26 @@ def _layer_tensors(prefix: str, layer: Layer) -> dict[str, Tensor]:
     return named | {f"{prefix}.mlp.shared_experts.{name}": v for name, v in mlp.shared_experts.state_dict().items()}
 
 
-def official_tensors(model: DeepseekV3) -> dict[str, Tensor]:
-    """All tensors under the official names, in the order of the model: BF16 on the CPU, the selection biases F32."""
-    last = f"model.layers.{model.config['num_hidden_layers']}"
-    tensors = {"model.embed_tokens.weight": model.embed_tokens.weight}
-    for index, layer in enumerate(model.layers[:-1]):
-        tensors |= _layer_tensors(f"model.layers.{index}", layer)  # type: ignore[arg-type]
-    tensors |= {"model.norm.weight": model.norm.weight, "lm_head.weight": model.lm_head.weight}
-    tensors |= {
+def _mtp_tensors(last: str, model: DeepseekV3) -> dict[str, Tensor]:
+    return {
         f"{last}.embed_tokens.weight": model.embed_tokens.weight,
         f"{last}.enorm.weight": model.enorm.weight,
         f"{last}.hnorm.weight": model.hnorm.weight,
         f"{last}.eh_proj.weight": model.eh_proj.weight,
-    }
-    tensors |= _layer_tensors(last, model.layers[-1])  # type: ignore[arg-type]
-    tensors |= {
+        **_layer_tensors(last, model.layers[-1]),  # type: ignore[arg-type]
         f"{last}.shared_head.norm.weight": model.head_norm.weight,
         f"{last}.shared_head.head.weight": model.lm_head.weight,
     }
+
+
+def official_tensors(model: DeepseekV3) -> dict[str, Tensor]:
+    """All tensors under the official names, in the order of the model: BF16 on the CPU, the selection biases F32."""
+    tensors = {"model.embed_tokens.weight": model.embed_tokens.weight}
+    for index, layer in enumerate(model.layers[: model.n_layers]):
+        tensors |= _layer_tensors(f"model.layers.{index}", layer)  # type: ignore[arg-type]
+    tensors |= {"model.norm.weight": model.norm.weight, "lm_head.weight": model.lm_head.weight}
+    if model.mtp:
+        tensors |= _mtp_tensors(f"model.layers.{model.n_layers}", model)
     keep_f32 = "e_score_correction_bias"
     return {
         name: value.detach()

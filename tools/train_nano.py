@@ -99,6 +99,8 @@ def losses(model: torch.nn.Module, windows: Tensor, mtp_factor: Tensor, balance_
     length = windows.shape[1] - 2
     output = model(windows[:, :length], windows[:, 1 : length + 1])
     main = F.cross_entropy(output.logits.float().flatten(0, 1), windows[:, 1 : length + 1].flatten())
+    if output.mtp_logits is None:
+        return main + balance_factor * output.balance, main, main, torch.stack(output.loads)
     mtp = F.cross_entropy(output.mtp_logits.float().flatten(0, 1), windows[:, 2:].flatten())
     return main + mtp_factor * mtp + balance_factor * output.balance, main, mtp, torch.stack(output.loads)
 
@@ -122,8 +124,10 @@ def held_out_losses(
         chosen = torch.linspace(0, len(windows) - 1, EVAL_WINDOWS).long().unique()
         batch = F.pad(windows[chosen], (1, 0), value=BOS_ID).to(device)
         output = model(batch[:, :-1], batch[:, 1:])
-        assert output.mtp_logits is not None
         main = F.cross_entropy(output.logits.flatten(0, 1), batch[:, 1:].flatten())
+        if output.mtp_logits is None:
+            result[path.name.split(".")[0].removeprefix("eval_")] = (main.item(), main.item())
+            continue
         mtp = F.cross_entropy(output.mtp_logits[:, :-1].flatten(0, 1), batch[:, 2:].flatten())
         result[path.name.split(".")[0].removeprefix("eval_")] = (main.item(), mtp.item())
     return result
