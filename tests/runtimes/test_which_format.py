@@ -12,7 +12,7 @@ import pytest
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes import int4_g32, mlx, transformers
 from quantkit.runtimes.vllm import contract
-from quantkit.schemes import Bnb4Scheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme, Scheme
+from quantkit.schemes import Bnb4Scheme, IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, Scheme, W4AFp8Scheme
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 from tests.formats.test_compressed_tensors_config import V3_SPECS
 
@@ -25,12 +25,14 @@ ROWS: dict[str, tuple[str, Scheme | None, Scheme | None]] = {
     "int8 g128": (CT, IntScheme(bits=8), IntScheme(bits=8)),
     "NVFP4": (CT, Nvfp4Scheme(), Nvfp4Scheme()),
     "MXFP4": (CT, Mxfp4Scheme(), Mxfp4Scheme()),
+    "MXFP8": (CT, Mxfp8Scheme(), Mxfp8Scheme()),
+    "W4A8-FP8": (CT, W4AFp8Scheme(), IntScheme(bits=8)),
     "GPTQ": ("gptq", IntScheme(), IntScheme()),
     "AWQ": ("awq", IntScheme(symmetric=False), IntScheme(symmetric=False)),
     "bitsandbytes": ("bitsandbytes", None, Bnb4Scheme()),
 }
 """Row of the page -> layout, scheme of the routed experts, scheme of the other linears; GGUF is no folder."""
-VLLM, LLAMA_CPP, MLX, TRANSFORMERS = (0, 1, 2), 4, 6, 7
+VLLM, HOPPER, LLAMA_CPP, MLX, TRANSFORMERS = (0, 1, 2), 1, 4, 6, 7
 """Columns that the code knows."""
 
 
@@ -105,9 +107,11 @@ def test_cells_follow_the_notes(row: str, cells: dict[str, list[str]]) -> None:
         verdict = (
             "no" if any("does not read" in text for text in found.vllm) else "from 0.33 on" if found.vllm else "yes"
         )
+        if any("on Hopper alone" in text for text in found.vllm):
+            verdict = "from 0.33 on" if column == HOPPER else "no"
         assert own[column].partition(",")[0] == verdict, column
     wrong = [*found.wrong, *found.transformers]
-    if wrong or row not in ("int3 g128", "bitsandbytes"):
+    if wrong or row not in ("int3 g128", "W4A8-FP8", "bitsandbytes"):
         assert own[TRANSFORMERS] == ("no" if wrong else "yes")
     needs = "compressed-tensors 0.18 or newer"
     assert (own[TRANSFORMERS] == needs) == any(f"transformers needs {needs}" in text for text in found.vllm)
