@@ -167,7 +167,7 @@ def main() -> None:
     held_out = held_out_losses(model, arguments.tokens, device)
     indexers = train_indexers(model, streams, arguments.indexer_steps) if "index_topk" in config else []
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_bf16(model, config, arguments.nano, arguments.out)
+    write_bf16(model, config, arguments.nano, arguments.out, shards=4)
     record = {
         "schedule": asdict(schedule),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

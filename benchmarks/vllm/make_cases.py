@@ -78,6 +78,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "awq": all_linears(f"{INTEGER}, symmetric: false, scale_dtype: float16"),
     "nvfp4": all_linears("kind: nvfp4"),
     "mxfp4": all_linears("kind: mxfp4"),
+    "mxfp8": all_linears("kind: mxfp8"),
+    "w4afp8-int8": (DROP_MTP, KEPT, '{match: "role:expert", scheme: {kind: w4afp8}, method: {kind: gptq}}', LINEARS8),
     "int4-int8": (DROP_MTP, KEPT, EXPERTS, LINEARS8),
     "int4-bf16": (DROP_MTP, KEPT, EXPERTS, '{match: "*", keep: bf16}'),
     "int4-int8-mtp": (
