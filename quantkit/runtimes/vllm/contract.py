@@ -268,7 +268,7 @@ def _note_w4afp8(linears: LinearsByScheme) -> Iterator[str]:
 
 def _note_mxfp8(linears: LinearsByScheme) -> Iterator[str]:
     text = (
-        "vLLM 0.33 reads it. On Blackwell it rounds their inputs to MXFP8 too; on other GPUs from compute capability "
+        "vLLM reads it (0.24 or newer). On Blackwell it rounds their inputs to MXFP8 too; on other GPUs from compute capability "
         "7.5 on Marlin kernels compute in 16 bits."
     )
     for use in linears.uses:
