@@ -268,8 +268,8 @@ def _note_w4afp8(linears: LinearsByScheme) -> Iterator[str]:
 
 def _note_mxfp8(linears: LinearsByScheme) -> Iterator[str]:
     text = (
-        "vLLM reads it (0.24 or newer). On Blackwell it rounds their inputs to MXFP8 too; on other GPUs from compute capability "
-        "7.5 on Marlin kernels compute in 16 bits."
+        "vLLM reads it (0.24 or newer). On Blackwell it rounds their inputs to MXFP8 too; on other GPUs from compute "
+        "capability 7.5 on Marlin kernels compute in 16 bits."
     )
     for use in linears.uses:
         if isinstance(use.scheme, Mxfp8Scheme):
