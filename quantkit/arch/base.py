@@ -255,6 +255,10 @@ class GgufReading:
     notes: tuple[str, ...]
 
 
+KeyValue = int | float | bool | str | tuple[bool, ...]
+"""A value of GGUF metadata: int is stored as uint32, float as float32, a tuple as an array."""
+
+
 class GgufModel(Protocol):
     """What llama.cpp calls a model and its tensors."""
 
@@ -262,9 +266,8 @@ class GgufModel(Protocol):
         """GGUF name of an official tensor or of a part, and the place of a routed expert in its stacked tensor."""
         ...
 
-    def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
-        """Metadata of the architecture: int is stored as uint32, float as float32. Raises `ConfigError` for a model
-        that llama.cpp cannot run."""
+    def key_values(self, *, mtp: bool) -> dict[str, KeyValue]:
+        """Metadata of the architecture. Raises `ConfigError` for a model that llama.cpp cannot run."""
         ...
 
     def read(self, found: Callable[[str], object]) -> GgufReading:

@@ -11,29 +11,18 @@ from typing import TYPE_CHECKING
 
 from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.deepseek_v3_config import Count, DeepseekConfig, DeepseekV3Config, Size
+from quantkit.arch.deepseek_v3_config import DeepseekConfig
+from quantkit.arch.deepseek_v32_config import ROUTING, DeepseekV32Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
+    from quantkit.arch.deepseek_v3_gguf import Dialect
     from quantkit.arch.indexer import Indexer
-
-ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-"""What transformers leaves out of a config.json."""
-
-
-class DeepseekV32Config(DeepseekV3Config):
-    """DeepSeek V3's, with the sizes of the indexer."""
-
-    q_lora_rank: Size  # pyright: ignore[reportIncompatibleVariableOverride]
-    index_n_heads: Count
-    index_head_dim: Size
-    index_topk: Size
 
 
 class DeepseekV32(DeepseekV3):
     """A `ModelArch`."""
 
-    gguf_architecture: str = "deepseek32"
     interleaved_index: bool = False
     """Which pairs of the indexer's dimensions are rotated together."""
 
@@ -54,9 +43,13 @@ class DeepseekV32(DeepseekV3):
     def gguf(self) -> GgufModel:
         """``deepseek2`` of llama.cpp with indexers, which is an architecture of its own."""
         from quantkit.arch.deepseek_v3_gguf_model import DeepseekV3Gguf
-        from quantkit.arch.deepseek_v32_gguf import dialect
 
-        return DeepseekV3Gguf(self.config, self.computing, self.root, dialect(self.gguf_architecture, self.sparse))
+        return DeepseekV3Gguf(self.config, self.computing, self.root, self._dialect())
+
+    def _dialect(self) -> Dialect:
+        from quantkit.arch.deepseek_v32_gguf import deepseek32
+
+        return deepseek32(self.sparse)
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer of its own."""

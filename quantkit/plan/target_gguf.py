@@ -10,13 +10,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import ModelArch
+from quantkit.arch.base import KeyValue, ModelArch
 from quantkit.arch.parts import GgufEntry, in_parts, stored_tensors
 from quantkit.errors import SchemeError
 from quantkit.formats.gguf import sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
 from quantkit.formats.gguf.layout import layout_gguf
-from quantkit.formats.gguf.values import Value, boolean, f32, string, u32
+from quantkit.formats.gguf.values import Value, array, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.source import checkpoint_name
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
@@ -217,7 +217,9 @@ def _rule_of(kind: str) -> Rule:
     return Rule.model_validate({"match": "*", "scheme": kind})
 
 
-def _value(value: int | float | bool | str) -> Value:
+def _value(value: KeyValue) -> Value:
+    if isinstance(value, tuple):
+        return array("bool", value)
     if isinstance(value, bool):
         return boolean(value)
     if isinstance(value, int):

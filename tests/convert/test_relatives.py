@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from quantkit import verify
 from quantkit.arch import arch_of
 from quantkit.plan.recipe import Recipe
-from tests.arch.relatives import deepseek_v2, glm4_moe_lite, kimi_k25
+from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.convert.jobs import INT4_GPTQ, LINEARS, decoded, run, write_model, write_text
 from tests.oracles.forward import logits
 from tests.oracles.llama_cpp import LlamaModel
@@ -22,6 +23,10 @@ FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "deepseek_v2": deepseek_v2,
     "glm4_moe_lite": glm4_moe_lite,
     "kimi_k25": kimi_k25,
+    "deepseek_v32": deepseek_v32,
+    "deepseek_v32, dense": partial(deepseek_v32, index_topk=100),
+    "glm_moe_dsa": glm_moe_dsa,
+    "glm_moe_dsa, shared": partial(glm_moe_dsa, index_topk=100, indexer_types=["full", "shared", "full"]),
 }
 SMALL = {"vocab_size": 1024, "n_routed_experts": 8, "num_experts_per_tok": 2}
 VISION = {
@@ -33,7 +38,7 @@ VISION = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Source and outputs of one conversion: int4 by GPTQ in compressed-tensors, and a float32 GGUF."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("family")
     config = FAMILIES[request.param](**SMALL)
     weights = write_model(folder / "source", config)
     if request.param == "kimi_k25":
