@@ -214,7 +214,8 @@ class ServingSizes:
     ``context_width``: numbers that a head sums up from the cache. ``kv_bytes_per_token``: of the cache of one layer, in
     16 bits; ``kv_heads``: ranks of tensor parallelism that can share it, 1 if each needs all of it. ``top_k``: routed
     experts that a token takes; ``expert_width``: of their hidden. ``max_positions``: tokens of a sequence that the
-    model is made for.
+    model is made for. ``sparse_top_k``: keys that a query attends to if an indexer chooses them, None if it attends to
+    all.
     """
 
     heads: int
@@ -225,6 +226,7 @@ class ServingSizes:
     top_k: int
     expert_width: int
     max_positions: int
+    sparse_top_k: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +298,9 @@ class ModelArch(Protocol):
     final_norm: str
     lm_head: str
     """Tensor names; ``lm_head == embed`` when the embeddings are tied."""
+    longest_exact: int | None
+    """Tokens up to which a layer computes from its own inputs alone, so that the description here is the model; None:
+    always. Beyond, a layer needs what another layer chose."""
     stacked_experts: bool
     """Whether the official checkpoint stores the experts of a layer as one tensor (experts, out, in)."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel
+from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel, ServingSizes
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v32_config import ROUTING, DeepseekV32Config
@@ -50,6 +50,12 @@ class DeepseekV32(DeepseekV3):
         from quantkit.arch.deepseek_v32_gguf import deepseek32
 
         return deepseek32(self.sparse)
+
+    def serving(self) -> ServingSizes:
+        """DeepSeek V3's; the indexer's keys are cached too, in llama.cpp in 16 bits, in vLLM in 8."""
+        sizes = super().serving()
+        cached = sizes.kv_bytes_per_token + 2 * self.sparse.index_head_dim
+        return replace(sizes, kv_bytes_per_token=cached, sparse_top_k=self.sparse.index_topk)
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer of its own."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v32 import DeepseekV32
 from quantkit.arch.deepseek_v32_config import ROUTING, DeepseekV32Config
+from quantkit.arch.rope import LinearScaling
 
 if TYPE_CHECKING:
     from quantkit.arch.deepseek_v3_gguf import Dialect
@@ -49,6 +50,11 @@ class GlmMoeDsa(DeepseekV32):
         kinds = config.get("indexer_types")
         listed = {"indexer_types": tuple(cast("list[object]", kinds) if isinstance(kinds, list) else ())}
         return GlmMoeDsaConfig.of({**ROUTING, **unsaid, **config, **listed})
+
+    def _bind(self, config: DeepseekConfig, scaling: LinearScaling | None = None) -> None:
+        super()._bind(config, scaling)
+        shared = not all(self.has_indexer(layer) for layer in range(self.n_layers))
+        self.longest_exact: int | None = self.sparse.index_topk if shared else None
 
     def _dialect(self) -> Dialect:
         from quantkit.arch.deepseek_v32_gguf import glm_dsa

@@ -147,4 +147,4 @@ def target_of(output: Output, recipe: Recipe, arch: ModelArch, specs: tuple[Tens
 
     if output.format == "gguf":
         return GgufTarget(output, recipe, arch, specs)
-    return FolderTarget(output, LAYOUTS[output.format], specs)
+    return FolderTarget(output, LAYOUTS[output.format], specs, arch.serving())
