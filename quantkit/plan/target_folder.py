@@ -66,11 +66,12 @@ class FolderTarget:
         found = [line for of_runtime in runtimes for line in of_runtime(tensors, layout)]
         return [*contract.attention_notes(self._sizes), *found]
 
-    def check_source(self, source: Path) -> None:
+    def check_source(self, source: Path) -> tuple[str, ...]:
         """See `check_side_files`."""
         from quantkit.formats.side_files import check_side_files
 
         check_side_files(source)
+        return ()
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> FolderSink:
         """See `FolderSink.open`."""

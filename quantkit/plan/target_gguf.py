@@ -109,13 +109,16 @@ class GgufTarget:
         left = f"{self._carried:,} tensors of the vision tower: left out, llama.cpp reads them from an mmproj file."
         return [*replaced, *([left] if self._carried else []), *contract.notes(self._model)]
 
-    def check_source(self, source: Path) -> None:
-        """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied."""
+    def check_source(self, source: Path) -> tuple[str, ...]:
+        """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied. A line
+        if it cuts text otherwise."""
+        from quantkit.formats.gguf.pre_tokenizers import DIFFERENCES
         from quantkit.formats.gguf.vocabulary import vocabulary
         from quantkit.formats.side_files import LICENCE_FILES, check_side_files
 
         check_side_files(source, (*LICENCE_FILES, "*.json"))
-        vocabulary(source, self._arch.vocab_size, pre=self._output.pre)
+        pre = vocabulary(source, self._arch.vocab_size, pre=self._output.pre)["tokenizer.ggml.pre"].value
+        return tuple(line for name, line in DIFFERENCES.items() if name == pre)
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> sink.GgufSink:
         """See `GgufSink.open`."""

@@ -114,8 +114,9 @@ class Target(Protocol):
         """One line for each runtime that will not take it, or takes it otherwise than asked."""
         ...
 
-    def check_source(self, source: Path) -> None:
-        """Raise `SourceError` for files beside the weights, in folder ``source``, that the format cannot take over."""
+    def check_source(self, source: Path) -> tuple[str, ...]:
+        """Raise `SourceError` for files beside the weights, in folder ``source``, that the format cannot take over. A
+        line for each thing that a runtime takes from them otherwise than the model."""
         ...
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> Sink:
