@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION: of the block layouts."""
+_UNQUANTISED = ("F32", "F16", "BF16")
 MAX_STEM = 128
 """Characters of a folder's name that file names begin with: file systems allow 255 in all."""
 
@@ -60,9 +61,12 @@ class GgufTarget:
         return sum(tensor.nbytes for entry in self._importance_entries() for tensor in entry.tensors()) * calibrated
 
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
-        """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one."""
+        """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one.
+        What chooses experts or keys stays float32 too; llama-quantize quantises an indexer's small matrices."""
         if self._output.preset is None:
             return None
+        if spec.base_role is Role.ROUTER and self._output.preset not in _UNQUANTISED:
+            return _rule_of("F32")
         stored = self._stored[self._model.stored_name(spec.name)[0]]
         kind = presets.preset_type(
             self._output.preset,
