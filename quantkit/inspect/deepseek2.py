@@ -176,7 +176,7 @@ def _table(architecture: str, sizes: Mapping[str, object], n_experts: int) -> di
     arch = arch_of({**_FIXED, **sizes, "architectures": [FAMILIES[architecture]]})
     table: dict[str, TensorSpec] = {}
     for name, stored in stored_tensors(in_parts(arch), arch.gguf(), n_experts).items():
-        is_router = stored.first.base_role is Role.ROUTER  # a row for each expert
+        is_router = _block_and_suffix(name)[1] in (ROUTER, SELECTION_BIAS)  # a row for each expert
         shape = (n_experts, *stored.shape[1:]) if is_router else stored.shape
         table[name] = replace(stored.first, shape=shape)
     return table
