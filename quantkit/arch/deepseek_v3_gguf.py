@@ -203,7 +203,7 @@ def differences(config: DeepseekConfig, dialect: Dialect = DEEPSEEK2) -> tuple[s
             f"says: start it with {' '.join(flags)}."
         )
     if config.topk_method == "group_limited_greedy" and config.topk_group < config.n_group:
-        # build_moe_ffn has one way to rank groups; seen in the experts that it chooses (tests/convert/test_relatives).
+        # build_moe_ffn has one way to rank groups; seen in logits (tests/convert/test_relatives_gguf.py).
         lines.append(
             f"llama.cpp ranks the {config.n_group} groups of experts by the sum of their two best scores, this model "
             "by the best one: some tokens take other experts than in vLLM or transformers."
