@@ -43,6 +43,7 @@ KIMI_WORDS = "|".join(
 _RESERVED = 256
 """Special tokens behind the last rank, named by tokenizer_config.json or by their id."""
 _CODE, _CLASS = "tokenization_kimi", "TikTokenTokenizer"
+_LONGEST = 1024  # bytes of a token: all its splits are looked up; Kimi's longest are some 130
 _HINT = "Download the file again: it is damaged or was edited."
 
 
@@ -72,7 +73,7 @@ def as_tokenizer_json(folder: Path) -> dict[str, Any]:
     split = {"type": "Split", "pattern": {"Regex": KIMI_WORDS}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     letters = _letters()
-    vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    texts = {token: "".join(letters[byte] for byte in token) for token in ranks}
     return {
         "version": "1.0",
         "truncation": None,
@@ -85,8 +86,8 @@ def as_tokenizer_json(folder: Path) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "ignore_merges": True,
-            "vocab": vocabulary,
-            "merges": list(_merges(ranks, letters)),
+            "vocab": {texts[token]: rank for token, rank in ranks.items()},
+            "merges": list(_merges(ranks, texts)),
         },
     }
 
@@ -106,7 +107,7 @@ def _ranks(path: Path) -> dict[bytes, int]:
             token = base64.b64decode(encoded, validate=True)
         except binascii.Error:
             token = b""
-        if not token or token in ranks or rank.strip() != str(len(ranks)).encode():
+        if not 0 < len(token) <= _LONGEST or token in ranks or rank.strip() != str(len(ranks)).encode():
             found = ascii(line[:40].decode("latin-1"))
             raise SourceError(
                 f"{path}: line {number} is {found}, needed a new token in base64 and the rank {len(ranks)}.", hint=_HINT
@@ -126,13 +127,13 @@ def _letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(256)]
 
 
-def _merges(ranks: Mapping[bytes, int], letters: list[str]) -> Iterator[list[str]]:
+def _merges(ranks: Mapping[bytes, int], texts: Mapping[bytes, str]) -> Iterator[list[str]]:
     """Two tokens that make a third, in the order of the third's rank; among its own, in that of their ranks."""
     for token in ranks:
         splits = ((token[:at], token[at:]) for at in range(1, len(token)))
         pairs = [pair for pair in splits if pair[0] in ranks and pair[1] in ranks]
-        for pair in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
-            yield ["".join(letters[byte] for byte in part) for part in pair]
+        for left, right in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
+            yield [texts[left], texts[right]]
 
 
 def _special_tokens(settings: Mapping[str, Any], first: int) -> Iterator[dict[str, object]]:

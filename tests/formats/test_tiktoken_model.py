@@ -159,6 +159,7 @@ def test_it_is_converted_and_calibrated(tmp_path: Path) -> None:
         (b"<!DOCTYPE html>\n", r"line 1 is '<!DOCTYPE html>'"),
         (b"IQ== 0\n", r"has no token for 255 of the 256 bytes"),
         (b"IQ== " + b"9" * 5000, r"line 1 is 'IQ== 9+'"),
+        (base64.b64encode(bytes(3000)) + b" 0", r"line 1 is 'AAAA"),
         (b"", r"has no token for 256 of the 256 bytes"),
     ],
 )
