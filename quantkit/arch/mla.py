@@ -201,7 +201,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, allowed
     # Equal widths take torch's fused kernel, which never holds the (tokens, tokens) scores; zeros change no sum.
     width = max(qk_dim, v_dim)
     q, k, v = (_widened(part, width).transpose(1, 2) for part in (queries, keys, values))
-    attended = scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, scale=scale)
+    attended = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale)
     return attended[..., :v_dim].transpose(1, 2)
 
 
