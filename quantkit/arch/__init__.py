@@ -12,7 +12,10 @@ from quantkit.arch.deepseek_v32 import DeepseekV32
 from quantkit.arch.glm4_moe_lite import Glm4MoeLite
 from quantkit.arch.glm_moe_dsa import GlmMoeDsa
 from quantkit.arch.kimi_k25 import KimiK25
+from quantkit.arch.unknown import NOT_COMPUTED
 from quantkit.errors import ConfigError
+
+INSPECT = "`quantkit inspect` shows what a checkpoint of any architecture holds."
 
 ARCHS: dict[str, ArchFactory] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
@@ -32,4 +35,11 @@ def arch_of(config: Mapping[str, object]) -> ModelArch:
         if isinstance(name, str) and name in ARCHS:
             return ARCHS[name](config)
     found = repr(named)[:80] if named is not None else "missing"
-    raise ConfigError(f"config.json: architectures is {found}; quantkit knows {', '.join(sorted(ARCHS))}.")
+    known = f"quantkit knows {', '.join(sorted(ARCHS))}"
+    near = next((name for name in names if isinstance(name, str) and name in NOT_COMPUTED), None)
+    if near is None:
+        raise ConfigError(f"config.json: architectures is {found}; {known}.", hint=INSPECT)
+    raise ConfigError(
+        f"config.json: architectures is {found}: the model has {NOT_COMPUTED[near]}, which quantkit does not compute.",
+        hint=f"{INSPECT} {known[0].upper()}{known[1:]}.",
+    )

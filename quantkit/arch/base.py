@@ -214,7 +214,8 @@ class ServingSizes:
     ``context_width``: numbers that a head sums up from the cache. ``kv_bytes_per_token``: of the cache of one layer, in
     16 bits; ``kv_heads``: ranks of tensor parallelism that can share it, 1 if each needs all of it. ``top_k``: routed
     experts that a token takes; ``expert_width``: of their hidden. ``max_positions``: tokens of a sequence that the
-    model is made for.
+    model is made for. ``sparse_top_k``: keys that a query attends to if an indexer chooses them, None if it attends to
+    all.
     """
 
     heads: int
@@ -225,6 +226,7 @@ class ServingSizes:
     top_k: int
     expert_width: int
     max_positions: int
+    sparse_top_k: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +257,10 @@ class GgufReading:
     notes: tuple[str, ...]
 
 
+KeyValue = int | float | bool | str | tuple[bool, ...]
+"""A value of GGUF metadata: int is stored as uint32, float as float32, a tuple as an array."""
+
+
 class GgufModel(Protocol):
     """What llama.cpp calls a model and its tensors."""
 
@@ -262,9 +268,8 @@ class GgufModel(Protocol):
         """GGUF name of an official tensor or of a part, and the place of a routed expert in its stacked tensor."""
         ...
 
-    def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
-        """Metadata of the architecture: int is stored as uint32, float as float32. Raises `ConfigError` for a model
-        that llama.cpp cannot run."""
+    def key_values(self, *, mtp: bool) -> dict[str, KeyValue]:
+        """Metadata of the architecture. Raises `ConfigError` for a model that llama.cpp cannot run."""
         ...
 
     def read(self, found: Callable[[str], object]) -> GgufReading:
@@ -293,6 +298,9 @@ class ModelArch(Protocol):
     final_norm: str
     lm_head: str
     """Tensor names; ``lm_head == embed`` when the embeddings are tied."""
+    longest_exact: int | None
+    """Tokens up to which a layer computes from its own inputs alone, so that the description here is the model; None:
+    always. Beyond, a layer needs what another layer chose."""
     stacked_experts: bool
     """Whether the official checkpoint stores the experts of a layer as one tensor (experts, out, in)."""
 

@@ -42,6 +42,7 @@ class DeepseekV3:
     """A `ModelArch`. MTP layers are numbered from ``num_hidden_layers`` on, as in the official files."""
 
     stacked_experts: bool = False
+    longest_exact: int | None = None
     root: str = ""
     """What stands before every name."""
 

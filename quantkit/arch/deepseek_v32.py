@@ -9,22 +9,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel
+from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel, ServingSizes
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.deepseek_v3_config import DeepseekConfig, DeepseekV32Config
+from quantkit.arch.deepseek_v3_config import DeepseekConfig
+from quantkit.arch.deepseek_v32_config import ROUTING, DeepseekV32Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
+    from quantkit.arch.deepseek_v3_gguf import Dialect
     from quantkit.arch.indexer import Indexer
-
-ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-"""What transformers leaves out of a config.json."""
 
 
 class DeepseekV32(DeepseekV3):
     """A `ModelArch`."""
 
-    gguf_architecture: str = "deepseek32"
     interleaved_index: bool = False
     """Which pairs of the indexer's dimensions are rotated together."""
 
@@ -45,9 +43,19 @@ class DeepseekV32(DeepseekV3):
     def gguf(self) -> GgufModel:
         """``deepseek2`` of llama.cpp with indexers, which is an architecture of its own."""
         from quantkit.arch.deepseek_v3_gguf_model import DeepseekV3Gguf
-        from quantkit.arch.deepseek_v32_gguf import dialect
 
-        return DeepseekV3Gguf(self.config, self.computing, self.root, dialect(self.gguf_architecture, self.sparse))
+        return DeepseekV3Gguf(self.config, self.computing, self.root, self._dialect())
+
+    def _dialect(self) -> Dialect:
+        from quantkit.arch.deepseek_v32_gguf import deepseek32
+
+        return deepseek32(self.sparse)
+
+    def serving(self) -> ServingSizes:
+        """DeepSeek V3's; the indexer's keys are cached too, in llama.cpp in 16 bits, in vLLM in 8."""
+        sizes = super().serving()
+        cached = sizes.kv_bytes_per_token + 2 * self.sparse.index_head_dim
+        return replace(sizes, kv_bytes_per_token=cached, sparse_top_k=self.sparse.index_topk)
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer of its own."""

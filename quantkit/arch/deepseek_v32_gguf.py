@@ -3,9 +3,23 @@ as in ``deepseek2``. Sources: src/models/deepseek32.cpp, glm-dsa.cpp and convers
 
 from __future__ import annotations
 
-from quantkit.arch.deepseek_v3_config import DeepseekV32Config
-from quantkit.arch.deepseek_v3_gguf import Dialect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from quantkit.arch.base import KeyValue
+from quantkit.arch.deepseek_v3_gguf import SIGMOID, Dialect
+
+if TYPE_CHECKING:
+    from quantkit.arch.deepseek_v32_config import DeepseekV32Config
+
+DEEPSEEK32, GLM_DSA = "deepseek32", "glm-dsa"
+INDEXER_TYPES = "attention.indexer.types"
+INDEXER_SIZES = {
+    "attention.indexer.head_count": "index_n_heads",
+    "attention.indexer.key_length": "index_head_dim",
+    "attention.indexer.top_k": "index_topk",
+}
+"""Key of the metadata, without the architecture -> entry of config.json."""
 _IN_LAYER = {
     "self_attn.indexer.wq_b.weight": "indexer.attn_q_b.weight",
     "self_attn.indexer.wk.weight": "indexer.attn_k.weight",
@@ -13,13 +27,39 @@ _IN_LAYER = {
     "self_attn.indexer.k_norm.bias": "indexer.k_norm.bias",
     "self_attn.indexer.weights_proj.weight": "indexer.proj.weight",
 }
+DEFAULTS: Mapping[str, Mapping[str, KeyValue | None]] = {
+    DEEPSEEK32: {"attention.q_lora_rank": None, "expert_gating_func": None},
+    GLM_DSA: {"attention.q_lora_rank": None, "expert_gating_func": SIGMOID},
+}
+"""Architecture -> `Dialect.defaults`."""
 
 
-def dialect(architecture: str, config: DeepseekV32Config) -> Dialect:
-    """Names and keys of an architecture with indexers."""
-    sizes = {
-        "attention.indexer.head_count": config.index_n_heads,
-        "attention.indexer.key_length": config.index_head_dim,
-        "attention.indexer.top_k": config.index_topk,
-    }
-    return Dialect(architecture, _IN_LAYER, sizes)
+def deepseek32(config: DeepseekV32Config) -> Dialect:
+    """Names and keys of DeepSeek V3.2."""
+    return Dialect(DEEPSEEK32, _IN_LAYER, _sizes(config), DEFAULTS[DEEPSEEK32], _faults(config))
+
+
+def glm_dsa(config: DeepseekV32Config, full: tuple[bool, ...]) -> Dialect:
+    """Names and keys of GLM-5. ``full``: which decoder layers have an indexer of their own.
+
+    The kinds are always written: from 1,048,576 positions on llama.cpp takes GLM-5.2's pattern for a file without them.
+    """
+    faults = _faults(config)
+    if config.rope_scaling is not None and config.rope_scaling.factor > 1:
+        # glm-dsa.cpp does not read yarn_log_multiplier, so that sine and cosine would be scaled, not the softmax.
+        faults += ("rope_scaling has a factor, llama.cpp reads none of yarn's mscale for glm-dsa",)
+    return Dialect(GLM_DSA, _IN_LAYER, {**_sizes(config), INDEXER_TYPES: full}, DEFAULTS[GLM_DSA], faults)
+
+
+def _sizes(config: DeepseekV32Config) -> dict[str, KeyValue]:
+    return {key: getattr(config, entry) for key, entry in INDEXER_SIZES.items()}
+
+
+def _faults(config: DeepseekV32Config) -> tuple[str, ...]:
+    """Both graphs find an indexer's unrotated half at the offset of its own width."""
+    if config.index_head_dim == 2 * config.qk_rope_head_dim:
+        return ()
+    return (
+        f"index_head_dim {config.index_head_dim} is not twice qk_rope_head_dim {config.qk_rope_head_dim}, as "
+        "llama.cpp's indexer takes it to be",
+    )

@@ -135,15 +135,6 @@ class DeepseekV3Config(DeepseekConfig):
     topk_method: Literal["noaux_tc"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class DeepseekV32Config(DeepseekV3Config):
-    """DeepSeek V3's, with the sizes of the indexer."""
-
-    q_lora_rank: Size  # pyright: ignore[reportIncompatibleVariableOverride]
-    index_n_heads: Count
-    index_head_dim: Size
-    index_topk: Size
-
-
 def _dense_layers(config: Mapping[str, object]) -> dict[str, object]:
     """``first_k_dense_replace`` where a config lists the kind of each MLP instead, as transformers 5 writes it."""
     kinds = config.get("mlp_layer_types")

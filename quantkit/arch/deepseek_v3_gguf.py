@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from quantkit.arch.base import KeyValue
 from quantkit.errors import ConfigError, SourceError
 from quantkit.tensors import Role
 
@@ -108,12 +109,17 @@ _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(.+)")
 class Dialect:
     """``deepseek2``, or an architecture of llama.cpp that has its names and keys and some more.
 
-    ``in_layer``: official names inside a layer -> those of GGUF; ``key_values``: keys without the architecture.
+    ``in_layer``: official names inside a layer -> those of GGUF; ``key_values``: keys without the architecture;
+    ``defaults``: what llama.cpp takes for a missing key where that is not what it takes in deepseek2, None where it
+    then refuses the file; ``faults``: why it cannot run this model; ``differences``: as of `differences`.
     """
 
     architecture: str = GGUF_ARCHITECTURE
     in_layer: Mapping[str, str] = field(default_factory=dict[str, str])
-    key_values: Mapping[str, int | float | bool | str] = field(default_factory=dict[str, int | float | bool | str])
+    key_values: Mapping[str, KeyValue] = field(default_factory=dict[str, KeyValue])
+    defaults: Mapping[str, KeyValue | None] = field(default_factory=dict[str, "KeyValue | None"])
+    faults: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
 
 DEEPSEEK2 = Dialect()
@@ -138,17 +144,15 @@ def stored_name(name: str, dialect: Dialect = DEEPSEEK2) -> tuple[str, int | Non
     raise SourceError(f"{name}: a GGUF file of architecture {dialect.architecture} has no place for this tensor.")
 
 
-def key_values(
-    config: DeepseekConfig, *, mtp: bool, dialect: Dialect = DEEPSEEK2
-) -> dict[str, int | float | bool | str]:
+def key_values(config: DeepseekConfig, *, mtp: bool, dialect: Dialect = DEEPSEEK2) -> dict[str, KeyValue]:
     """general.architecture, general.type and every key of the architecture, in the order of llama.cpp's converter.
 
     int means uint32, float float32. ``mtp``: the file holds the MTP layer. Not here: tokenizer, file_type,
     quantization_version, names of the model. Raises ConfigError for what llama.cpp would refuse or compute otherwise.
     """
-    _check(config, mtp=mtp)
+    _check(config, dialect, mtp=mtp)
     c = config
-    values: dict[str, int | float | bool | str] = {
+    values: dict[str, KeyValue] = {
         "block_count": c.num_hidden_layers + (c.num_nextn_predict_layers if mtp else 0),
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
@@ -182,9 +186,9 @@ def is_lite(layers: int, vocab_size: int) -> bool:
     return layers in _LITE_LAYERS or (layers == 48 and vocab_size == _LITE_48_VOCABULARY)
 
 
-def differences(config: DeepseekConfig) -> tuple[str, ...]:
+def differences(config: DeepseekConfig, dialect: Dialect = DEEPSEEK2) -> tuple[str, ...]:
     """What llama.cpp computes otherwise than the checkpoint's own code, one line each, to be shown in a plan."""
-    lines: list[str] = []
+    lines = list(dialect.differences)
     if not math.isclose(config.rms_norm_eps, _LATENT_EPS, rel_tol=1e-6):
         # The official code norms the latents with 1e-6 whatever rms_norm_eps says; llama.cpp knows one eps.
         lines.append(
@@ -195,8 +199,14 @@ def differences(config: DeepseekConfig) -> tuple[str, ...]:
     if flags:
         fast, slow = YARN_BETAS
         lines.append(
-            f"llama.cpp takes beta_fast {fast:g} and beta_slow {slow:g} for {GGUF_ARCHITECTURE} whatever the file "
+            f"llama.cpp takes beta_fast {fast:g} and beta_slow {slow:g} for {dialect.architecture} whatever the file "
             f"says: start it with {' '.join(flags)}."
+        )
+    if config.topk_method == "group_limited_greedy" and config.topk_group < config.n_group:
+        # build_moe_ffn has one way to rank groups; seen in logits (tests/convert/test_relatives_gguf.py).
+        lines.append(
+            f"llama.cpp ranks the {config.n_group} groups of experts by the sum of their two best scores, this model "
+            "by the best one: some tokens take other experts than in vLLM or transformers."
         )
     return tuple(lines)
 
@@ -214,8 +224,8 @@ def server_flags(config: DeepseekConfig) -> tuple[str, ...]:
     return "--yarn-beta-fast", f"{yarn.beta_fast:g}", "--yarn-beta-slow", f"{yarn.beta_slow:g}"
 
 
-def _expert_values(c: DeepseekConfig) -> dict[str, int | float | bool | str]:
-    values: dict[str, int | float | bool | str] = {
+def _expert_values(c: DeepseekConfig) -> dict[str, KeyValue]:
+    values: dict[str, KeyValue] = {
         "expert_feed_forward_length": c.moe_intermediate_size,
         "expert_count": c.n_routed_experts,
         "expert_used_count": c.num_experts_per_tok,
@@ -231,11 +241,11 @@ def _expert_values(c: DeepseekConfig) -> dict[str, int | float | bool | str]:
     return values
 
 
-def _yarn_values(c: DeepseekConfig) -> dict[str, int | float | bool | str]:
+def _yarn_values(c: DeepseekConfig) -> dict[str, KeyValue]:
     yarn = c.rope_scaling
     if yarn is None:
         return {}
-    values: dict[str, int | float | bool | str] = {
+    values: dict[str, KeyValue] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(yarn.factor),
         "rope.scaling.original_context_length": yarn.original_max_position_embeddings or c.max_position_embeddings,
@@ -248,8 +258,8 @@ def _yarn_values(c: DeepseekConfig) -> dict[str, int | float | bool | str]:
     return values
 
 
-def _check(c: DeepseekConfig, *, mtp: bool) -> None:
-    faults = [*_layout_faults(c), *_rope_faults(c), *(_mtp_faults(c) if mtp else ())]
+def _check(c: DeepseekConfig, dialect: Dialect, *, mtp: bool) -> None:
+    faults = [*_layout_faults(c, dialect), *_rope_faults(c), *dialect.faults, *(_mtp_faults(c) if mtp else ())]
     if faults:
         raise ConfigError(
             f"config.json: {'; '.join(faults)}.",
@@ -257,10 +267,10 @@ def _check(c: DeepseekConfig, *, mtp: bool) -> None:
         )
 
 
-def _layout_faults(c: DeepseekConfig) -> list[str]:
+def _layout_faults(c: DeepseekConfig, dialect: Dialect) -> list[str]:
     faults: list[str] = []
-    layers = c.num_hidden_layers
-    if c.q_lora_rank is not None and is_lite(layers, c.vocab_size):
+    layers, may_be_lite = c.num_hidden_layers, dialect.architecture == GGUF_ARCHITECTURE
+    if may_be_lite and c.q_lora_rank is not None and is_lite(layers, c.vocab_size):
         faults.append(
             f"num_hidden_layers {layers} with q_lora_rank {c.q_lora_rank}: a model of so many layers is a lite one to "
             "llama.cpp, without q_lora_rank"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quantkit.arch.base import GgufReading, ModelArch
+from quantkit.arch.base import GgufReading, KeyValue, ModelArch
 from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v3_gguf import DEEPSEEK2, Dialect, differences, key_values, server_flags, stored_name
 from quantkit.arch.deepseek_v3_gguf_read import read_as_llama_cpp
@@ -27,7 +27,7 @@ class DeepseekV3Gguf:
         """See `stored_name`."""
         return stored_name(name.removeprefix(self.root) if self.root else name, self.dialect)
 
-    def key_values(self, *, mtp: bool) -> dict[str, int | float | bool | str]:
+    def key_values(self, *, mtp: bool) -> dict[str, KeyValue]:
         """See `key_values`."""
         return key_values(self.config, mtp=mtp, dialect=self.dialect)
 
@@ -40,7 +40,7 @@ class DeepseekV3Gguf:
 
     def differences(self) -> tuple[str, ...]:
         """See `differences`."""
-        return differences(self.config)
+        return differences(self.config, self.dialect)
 
     def server_flags(self) -> tuple[str, ...]:
         """See `server_flags`."""

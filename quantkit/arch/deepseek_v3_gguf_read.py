@@ -14,12 +14,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from quantkit.arch.base import KeyValue
 from quantkit.arch.deepseek_v3_config import DeepseekConfig
 from quantkit.arch.deepseek_v3_gguf import DEEPSEEK2, SIGMOID, SOFTMAX, Dialect, is_lite, key_values
 from quantkit.arch.rope import LinearScaling
 from quantkit.errors import SourceError
 
-Value = int | float | bool | str
+Value = KeyValue
 Found = Callable[[str], object]
 """Key without the architecture -> the file's value, None if it lacks the key."""
 
@@ -61,8 +62,10 @@ _COMPUTED = (
 _REWRITE = "Write the key into the file, or convert the checkpoint anew."
 
 
-def default_of(key: str, found: Found) -> Value | None:
+def default_of(key: str, found: Found, dialect: Dialect = DEEPSEEK2) -> Value | None:
     """What llama.cpp takes for ``key`` in a file that lacks it, None where it refuses to load such a file."""
+    if key in dialect.defaults:
+        return dialect.defaults[key]
     match key:
         case "attention.q_lora_rank":
             return 0 if is_lite(_number(found, "block_count"), _number(found, "vocab_size")) else None
@@ -156,7 +159,7 @@ def _taken(key: str, needed: Value, found: Found, dialect: Dialect) -> Value:
     """llama.cpp's default for a missing key. Raises SourceError if it does not run the model with it."""
     if key == "expert_group_used_count" and found("expert_group_count") is None:
         return needed  # not asked for without groups
-    value = default_of(key, found)
+    value = default_of(key, found, dialect)
     if value is not None and (key in _COMPUTED or _same(value, needed)):
         return value
     takes = "needs it" if value is None else f"takes {_written(value)} for it (config.json: {_written(needed)})"
@@ -186,7 +189,7 @@ def _changes(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, ob
 def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[str, object] | None:
     """Without yarn_log_multiplier sine, cosine and the root of the softmax scale are all multiplied by yarn's factor;
     with it only the softmax scale is (llama_context's constructor and the graph of deepseek2.cpp)."""
-    yarn, factor = config.rope_scaling, float(taken["rope.scaling.factor"])
+    yarn, factor = config.rope_scaling, _float(taken, "rope.scaling.factor")
     if yarn is None or factor == 1 or taken["rope.scaling.type"] != "yarn":
         return None
     original = taken["rope.scaling.original_context_length"]
@@ -199,13 +202,19 @@ def _rope_scaling(config: DeepseekConfig, taken: Mapping[str, Value]) -> dict[st
 def _linear(taken: Mapping[str, Value]) -> LinearScaling | None:
     """The scaling of a file that names none beside its factor. Sine and cosine are not multiplied, but the graph takes
     back a factor of yarn that llama_context has not put on, and then puts on that of yarn_log_multiplier."""
-    factor = float(taken["rope.scaling.factor"])
+    factor = _float(taken, "rope.scaling.factor")
     if factor == 1 or taken.get("rope.scaling.type") != "linear":
         return None
     log = 0.1 * math.log(factor)
     # A tenth of mscale_all_dim is stored.
-    mscale = (1 + log) * (1 + 10 * float(taken.get("rope.scaling.yarn_log_multiplier", 0)) * log)
+    mscale = (1 + log) * (1 + 10 * _float(taken, "rope.scaling.yarn_log_multiplier") * log)
     return LinearScaling(factor, mscale**2)
+
+
+def _float(taken: Mapping[str, Value], key: str) -> float:
+    value = taken.get(key, 0.0)
+    assert isinstance(value, int | float), key
+    return value
 
 
 def _number(found: Found, key: str) -> int:

@@ -4,12 +4,17 @@ that the indexer of a layer before them chose."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import Field
 
-from quantkit.arch.deepseek_v3_config import DeepseekConfig, DeepseekV32Config
-from quantkit.arch.deepseek_v32 import ROUTING, DeepseekV32
+from quantkit.arch.deepseek_v3_config import DeepseekConfig
+from quantkit.arch.deepseek_v32 import DeepseekV32
+from quantkit.arch.deepseek_v32_config import ROUTING, DeepseekV32Config
+from quantkit.arch.rope import LinearScaling
+
+if TYPE_CHECKING:
+    from quantkit.arch.deepseek_v3_gguf import Dialect
 
 Kind = Literal["full", "shared"]
 
@@ -37,7 +42,6 @@ class GlmMoeDsaConfig(DeepseekV32Config):
 class GlmMoeDsa(DeepseekV32):
     """A `ModelArch`."""
 
-    gguf_architecture = "glm-dsa"
     interleaved_index = True
 
     @staticmethod
@@ -46,6 +50,16 @@ class GlmMoeDsa(DeepseekV32):
         kinds = config.get("indexer_types")
         listed = {"indexer_types": tuple(cast("list[object]", kinds) if isinstance(kinds, list) else ())}
         return GlmMoeDsaConfig.of({**ROUTING, **unsaid, **config, **listed})
+
+    def _bind(self, config: DeepseekConfig, scaling: LinearScaling | None = None) -> None:
+        super()._bind(config, scaling)
+        shared = not all(self.has_indexer(layer) for layer in range(self.n_layers))
+        self.longest_exact: int | None = self.sparse.index_topk if shared else None
+
+    def _dialect(self) -> Dialect:
+        from quantkit.arch.deepseek_v32_gguf import glm_dsa
+
+        return glm_dsa(self.sparse, tuple(self.has_indexer(layer) for layer in range(self.n_layers)))
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer of its own."""

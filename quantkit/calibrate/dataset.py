@@ -32,6 +32,7 @@ from quantkit.calibrate.documents import TextFile, find_files, read_documents
 from quantkit.calibrate.repetition import repetition_warning
 from quantkit.calibrate.tokenizer import CheckpointTokenizer, load_tokenizer
 from quantkit.errors import CalibrationError
+from quantkit.formats.tiktoken_model import tokenizer_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,7 +155,7 @@ def check_text(data: Calibration | Sequence[str], checkpoint_dir: Path, base_dir
     """
     calibration = data if isinstance(data, Calibration) else None
     files = find_files(data.data if isinstance(data, Calibration) else data, base_dir)
-    if not (checkpoint_dir / "tokenizer.json").exists():
+    if not tokenizer_file(checkpoint_dir).exists():
         for file in files:
             read_documents(file)
         return

@@ -1,8 +1,8 @@
 """The checkpoint's own tokenizer: documents -> token ids.
 
-Enters: a checkpoint folder's tokenizer.json, tokenizer_config.json, config.json and chat_template.jinja. Leaves: ids of
-a whole file. No special token is added by the tokenizer itself: the packing puts BOS where it belongs, at the head of
-each row.
+Enters: a checkpoint folder's tokenizer.json (or tiktoken.model), tokenizer_config.json, config.json and
+chat_template.jinja. Leaves: ids of a whole file. No special token is added by the tokenizer itself: the packing puts
+BOS where it belongs, at the head of each row.
 
 BOS: `add_bos_token` of tokenizer_config.json decides where it is given; otherwise a model with a BOS token gets it. The
 token is `bos_token` of tokenizer_config.json, else `bos_token_id` of config.json.
@@ -27,6 +27,7 @@ from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.safetensors.header import check_json_size, printable
 from quantkit.formats.safetensors.reader import read_small
 from quantkit.formats.source import language_config
+from quantkit.formats.tiktoken_model import TIKTOKEN, as_tokenizer_json, tokenizer_file, tokenizer_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,9 +137,11 @@ def _write(label: str, spool: IO[bytes], content: bytes) -> None:
 
 def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
     """Raises CalibrationError: tokenizer.json missing or unreadable, contradictions about BOS, no vocab_size."""
-    tokenizer = _read_tokenizer(checkpoint_dir / "tokenizer.json")
+    tokenizer = _read_tokenizer(tokenizer_file(checkpoint_dir))
     config = _read_json(checkpoint_dir / "config.json", required=True)
     tokenizer_config = _read_json(checkpoint_dir / "tokenizer_config.json", required=False)
+    if tokenizer_file(checkpoint_dir).name == TIKTOKEN:
+        tokenizer_config = tokenizer_settings(checkpoint_dir)
     special = {
         name: text
         for name, value in tokenizer_config.items()
@@ -158,7 +161,7 @@ def load_tokenizer(checkpoint_dir: Path) -> CheckpointTokenizer:
 def _read_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    text = _read_text(path)
+    text = _made_text(path.parent) if path.name == TIKTOKEN else _read_text(path)
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - the tokenizers package raises nothing narrower
@@ -167,6 +170,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _made_text(folder: Path) -> str:
+    try:
+        return json.dumps(as_tokenizer_json(folder))
+    except SourceError as error:
+        raise CalibrationError(error.message, hint=error.hint) from error
 
 
 def _read_text(path: Path) -> str:

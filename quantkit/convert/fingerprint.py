@@ -14,6 +14,7 @@ from quantkit.documents.journal import FileState, JournalHeader
 from quantkit.errors import SourceError
 from quantkit.formats.model_source import ModelSource
 from quantkit.formats.safetensors.reader import read_small
+from quantkit.formats.tiktoken_model import TIKTOKEN, tokenizer_file
 from quantkit.plan.machine import Machine
 from quantkit.plan.recipe import Recipe
 from quantkit.version import __version__
@@ -50,7 +51,8 @@ def journal_header(
 def _tokenizer(directory: Path) -> str:
     """Hex digest of the files that turn text into tokens and go along with the weights."""
     digest = hashlib.sha256()
-    for name in _TOKENIZER_FILES:
+    extra = (TIKTOKEN,) if tokenizer_file(directory).name == TIKTOKEN else ()
+    for name in (*_TOKENIZER_FILES, *extra):
         content = read_small(directory / name) if os.path.lexists(directory / name) else b""
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()

@@ -28,13 +28,13 @@ from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.layouts import READERS
 from quantkit.formats.safetensors.header import open_regular, printable
 from quantkit.formats.source import checkpoint_name, open_plain, quant_method, read_config
+from quantkit.formats.tiktoken_model import tokenizer_file
 from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
 
 READABLE = (
     "BF16, F16, F32 and FP8-block folders, compressed-tensors, GPTQ, AWQ, auto-round and bitsandbytes (NF4, FP4) "
     "folders, and GGUF can be read."
 )
-_TOKENIZER = "tokenizer.json"
 _SAMPLE_BYTES = 4096
 
 
@@ -140,8 +140,8 @@ def _stored_dtype(source: Fp8Source, arch: ModelArch) -> str:
 
 
 def tokenizer_sha256(folder: Path) -> str | None:
-    """sha256 (hex) of the folder's tokenizer.json, None if there is none."""
-    path = folder / _TOKENIZER
+    """sha256 (hex) of the folder's tokenizer.json or tiktoken.model, None if there is none."""
+    path = tokenizer_file(folder)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 

@@ -120,6 +120,7 @@ def _against_file(stack: ExitStack, path: Path, candidates: Sequence[Path], aske
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
     if arch.vocab_size != record.vocab_size:
         raise SourceError(f"{path}: its record names two sizes of the vocabulary.")
+    check_length(f"{path}: context", record.protocol.context, arch)
     others = _open(stack, candidates, arch, record.tokenizer_sha256)
     return AgainstFile(reference, arch, others, time.monotonic() - start)
 

@@ -1,7 +1,8 @@
-"""What a GGUF file of llama.cpp's architecture ``deepseek2`` should hold, by its own metadata, and the known ways in
-which such files go wrong without any message when they are run.
+"""What a GGUF file of llama.cpp's architecture ``deepseek2``, or of ``deepseek32`` and ``glm-dsa`` with their indexers,
+should hold, by its own metadata, and the known ways in which such files go wrong without any message when they are run.
 
-Tensors and their shapes are those of the family DeepSeek V3, of which V2 is the special case without a selection bias.
+Tensors and their shapes are those of the family DeepSeek V3, of which V2 is the special case without a selection bias,
+and of DeepSeek V3.2 and GLM-5.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from quantkit.arch.deepseek_v3_gguf import (
     SIZES,
     WHOLE_KV_B,
     YARN_BETAS,
+    Dialect,
 )
 from quantkit.arch.deepseek_v3_gguf_read import Found, default_of, stores_whole_kv_b
+from quantkit.arch.deepseek_v32_gguf import DEEPSEEK32, DEFAULTS, GLM_DSA, INDEXER_SIZES, INDEXER_TYPES
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.reader import GgufReader
@@ -34,10 +37,14 @@ from quantkit.inspect.deepseek2_keys import missing_keys
 from quantkit.inspect.storage import counted
 from quantkit.tensors import Role, TensorSpec
 
-PREFIX = f"{GGUF_ARCHITECTURE}."
+FAMILIES = {
+    GGUF_ARCHITECTURE: "DeepseekV3ForCausalLM",
+    DEEPSEEK32: "DeepseekV32ForCausalLM",
+    GLM_DSA: "GlmMoeDsaForCausalLM",
+}
+"""Architectures whose tensors are known -> the family that has them."""
 
 _FIXED: dict[str, object] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
     "n_routed_experts": 2,  # experts are stacked: their number is a dimension
     "num_experts_per_tok": 1,
     "n_group": 1,
@@ -51,10 +58,25 @@ _FIXED: dict[str, object] = {
 }
 
 
+def architecture_of(model: GgufReader) -> str:
+    """general.architecture, a key of `FAMILIES` for a file of which more is asked here."""
+    return str(model.get("general.architecture"))
+
+
+def prefix_of(model: GgufReader) -> str:
+    """What stands before the architecture's keys."""
+    return f"{architecture_of(model)}."
+
+
+def _dialect(model: GgufReader) -> Dialect:
+    architecture = architecture_of(model)
+    return Dialect(architecture, defaults=DEFAULTS.get(architecture, {}))
+
+
 def role_of(model: GgufReader, name: str) -> Role | None:
     """The role of a tensor by its name, None for a name that the architecture does not know."""
     block, suffix = _block_and_suffix(name)
-    role = _roles().get(suffix)
+    role = _roles(architecture_of(model)).get(suffix)
     if role is None or not block.isascii() or not block.isdigit():
         return role
     layers, mtp = _count(model, "block_count"), _count(model, "nextn_predict_layers") or 0
@@ -77,8 +99,8 @@ def faults(model: GgufReader) -> list[str]:
 
 def _tensor_lines(model: GgufReader) -> list[str]:
     """Against the table of tensors that the metadata describes."""
-    keys = (*SIZES, "block_count", "expert_count", *_head_keys(model))
-    unknown = [PREFIX + key for key in keys if _size(model, key) is None]
+    keys = (*SIZES, *_indexer_sizes(model), "block_count", "expert_count", *_head_keys(model))
+    unknown = [prefix_of(model) + key for key in keys if _size(model, key) is None]
     if unknown:  # those that are missing have lines of their own
         odd = [key for key in unknown if model.get(key) is not None]
         return [counted("keys that the architecture needs are no whole numbers", odd)] if odd else []
@@ -116,11 +138,15 @@ def _expected(model: GgufReader) -> dict[str, TensorSpec]:
     mtp = _count(model, "nextn_predict_layers") or 0
     sizes = {entry: _size(model, found) for found, entry in SIZES.items()}
     rope = sizes["qk_rope_head_dim"] or 0
+    layers = (_count(model, "block_count") or 0) - mtp
     return _table(
+        architecture_of(model),
         {
             **sizes,
+            **{entry: _size(model, found) for found, entry in _indexer_sizes(model).items()},
+            "indexer_types": _indexer_kinds(model, layers),
             "vocab_size": _vocabulary(model),
-            "num_hidden_layers": (_count(model, "block_count") or 0) - mtp,
+            "num_hidden_layers": layers,
             "num_nextn_predict_layers": mtp,
             "q_lora_rank": _query_rank(model),
             "qk_nope_head_dim": key - rope,
@@ -130,28 +156,44 @@ def _expected(model: GgufReader) -> dict[str, TensorSpec]:
     )
 
 
-def _table(sizes: Mapping[str, object], n_experts: int) -> dict[str, TensorSpec]:
-    arch = arch_of({**_FIXED, **sizes})
+def _indexer_sizes(model: GgufReader) -> Mapping[str, str]:
+    return {} if architecture_of(model) == GGUF_ARCHITECTURE else INDEXER_SIZES
+
+
+def _indexer_kinds(model: GgufReader, layers: int) -> list[str]:
+    """Of each decoder layer, by the file's list, or by its tensors."""
+    listed = model.get(prefix_of(model) + INDEXER_TYPES)
+    if isinstance(listed, tuple) and len(listed) == layers:
+        full = [bool(entry) for entry in listed]
+    else:
+        full = [
+            f"blk.{layer}.indexer.attn_k.weight" in model.tensors for layer in range(min(layers, len(model.tensors)))
+        ]
+    return ["full" if own else "shared" for own in full]
+
+
+def _table(architecture: str, sizes: Mapping[str, object], n_experts: int) -> dict[str, TensorSpec]:
+    arch = arch_of({**_FIXED, **sizes, "architectures": [FAMILIES[architecture]]})
     table: dict[str, TensorSpec] = {}
     for name, stored in stored_tensors(in_parts(arch), arch.gguf(), n_experts).items():
-        is_router = stored.first.base_role is Role.ROUTER  # a row for each expert
+        is_router = _block_and_suffix(name)[1] in (ROUTER, SELECTION_BIAS)  # a row for each expert
         shape = (n_experts, *stored.shape[1:]) if is_router else stored.shape
         table[name] = replace(stored.first, shape=shape)
     return table
 
 
-@lru_cache(maxsize=1)
-def _roles() -> Mapping[str, Role]:
+@lru_cache(maxsize=len(FAMILIES))
+def _roles(architecture: str) -> Mapping[str, Role]:
     """Role by the end of a name, from a model with a layer of each kind, once with and once without q_lora_rank."""
     roles: dict[str, Role] = dict(OLDER)
-    for rank in (1, None):
+    for rank in (1, None) if architecture == GGUF_ARCHITECTURE else (1,):
         sizes: dict[str, object] = {
-            **dict.fromkeys(SIZES.values(), 2),
+            **dict.fromkeys((*SIZES.values(), *INDEXER_SIZES.values()), 2),
             "first_k_dense_replace": 1,
             "q_lora_rank": rank,
         }
         sizes |= {"vocab_size": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
-        table = _table({**sizes, "qk_nope_head_dim": 1, "v_head_dim": 1}, 2)
+        table = _table(architecture, {**sizes, "qk_nope_head_dim": 1, "v_head_dim": 1}, 2)
         for name, spec in table.items():
             roles.setdefault(_block_and_suffix(name)[1], spec.role)
     return roles
@@ -176,14 +218,15 @@ def _size(model: GgufReader, key: str) -> int | None:
     defaulted = key in ("attention.key_length", "attention.value_length") or (
         key == "leading_dense_block_count" and f"blk.0.{ROUTER}" in model.tensors
     )
-    if defaulted and model.get(PREFIX + key) is None:
-        default = default_of(key, _found(model))
+    if defaulted and model.get(prefix_of(model) + key) is None:
+        default = default_of(key, _found(model), _dialect(model))
         return default if isinstance(default, int) else None
     return _count(model, key)
 
 
 def _found(model: GgufReader) -> Found:
-    return lambda key: model.get(PREFIX + key)
+    prefix = prefix_of(model)
+    return lambda key: model.get(prefix + key)
 
 
 def _vocabulary(model: GgufReader) -> int:
@@ -201,7 +244,7 @@ def _query_rank(model: GgufReader) -> int | None:
 
 
 def _count(model: GgufReader, key: str) -> int | None:
-    found = model.get(PREFIX + key)
+    found = model.get(prefix_of(model) + key)
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
@@ -214,16 +257,16 @@ def _key_lines(model: GgufReader) -> list[str]:
     lines: list[str] = []
     if _is_biased(model) and gating not in (None, SIGMOID):
         lines.append(
-            f"{PREFIX}expert_gating_func is {gating}: experts with a selection bias (exp_probs_b) are gated by sigmoid "
-            f"({SIGMOID})."
+            f"{prefix_of(model)}expert_gating_func is {gating}: experts with a selection bias (exp_probs_b) are gated "
+            f"by sigmoid ({SIGMOID})."
         )
-    multiplier = model.get(f"{PREFIX}rope.scaling.yarn_log_multiplier")
+    multiplier = model.get(f"{prefix_of(model)}rope.scaling.yarn_log_multiplier")
     if isinstance(multiplier, float) and abs(multiplier) >= 0.5:
         lines.append(
-            f"{PREFIX}rope.scaling.yarn_log_multiplier is {multiplier:g}: for this architecture a tenth of "
+            f"{prefix_of(model)}rope.scaling.yarn_log_multiplier is {multiplier:g}: for this architecture a tenth of "
             "mscale_all_dim is stored (0.1 for DeepSeek V3), llama.cpp multiplies it by ten."
         )
-    return [*lines, *missing_keys(model.get, model.tensors)]
+    return [*lines, *missing_keys(model.get, model.tensors, _dialect(model))]
 
 
 def _is_biased(model: GgufReader) -> bool:
@@ -236,7 +279,7 @@ def _is_biased(model: GgufReader) -> bool:
 def _unread_kv_b(model: GgufReader) -> list[str]:
     """kv_b_proj whole where llama.cpp reads parts."""
     whole = _whole_kv_b(model)
-    if not whole or model.get(f"{PREFIX}attention.key_length_mla") is None:
+    if not whole or model.get(f"{prefix_of(model)}attention.key_length_mla") is None:
         return []
     text = "with attention.key_length_mla llama.cpp looks for attn_k_b and attn_v_b instead."
     return [f"{counted('layers with kv_b_proj in one tensor', whole)}: {text}"]
@@ -250,17 +293,17 @@ def _costs(model: GgufReader) -> list[str]:
     """What is computed rightly, at a price; and what a flag of llama-server mends."""
     lines: list[str] = []
     whole = _whole_kv_b(model)
-    if whole and model.get(f"{PREFIX}attention.key_length_mla") is None:
+    if whole and model.get(f"{prefix_of(model)}attention.key_length_mla") is None:
         lines.append(
             f"{counted('layers with kv_b_proj in one tensor', whole)}: a file from before latent attention, llama.cpp "
             "caches full keys and values of every head."
         )
-    betas = [model.get(f"{PREFIX}rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")]
+    betas = [model.get(f"{prefix_of(model)}rope.scaling.yarn_beta_{end}") for end in ("fast", "slow")]
     if any(isinstance(found, float) and found != read for found, read in zip(betas, YARN_BETAS, strict=True)):
         fast, slow = YARN_BETAS
         lines.append(
-            f"{PREFIX}rope.scaling.yarn_beta_fast or _slow is not {fast:g} or {slow:g}: llama.cpp takes these whatever "
-            "the file says; start it with --yarn-beta-fast and --yarn-beta-slow of the model."
+            f"{prefix_of(model)}rope.scaling.yarn_beta_fast or _slow is not {fast:g} or {slow:g}: llama.cpp takes "
+            "these whatever the file says; start it with --yarn-beta-fast and --yarn-beta-slow of the model."
         )
     parts = [name for name, entry in model.tensors.items() if entry.kind == "MXFP4" and name.endswith(KV_B_PARTS)]
     if parts:

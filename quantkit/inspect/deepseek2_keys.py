@@ -1,4 +1,5 @@
-"""Keys that a GGUF file of architecture ``deepseek2`` lacks: what llama.cpp takes for each, and what follows.
+"""Keys that a GGUF file of architecture ``deepseek2`` or a near one lacks: what llama.cpp takes for each, and what
+follows.
 
 In: a file's metadata and the names of its tensors. Out: one line for each key that DeepSeek V3 needs. The values are
 those of `default_of`; what they lead to follows from src/models/deepseek2.cpp and llm_graph_context::build_moe_ffn of
@@ -11,8 +12,10 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE, MTP_INPUT, ROUTER, SELECTION_BIAS, SIGMOID, WHOLE_KV_B
+from quantkit.arch.base import KeyValue
+from quantkit.arch.deepseek_v3_gguf import DEEPSEEK2, MTP_INPUT, ROUTER, SELECTION_BIAS, SIGMOID, WHOLE_KV_B, Dialect
 from quantkit.arch.deepseek_v3_gguf_read import Found, default_of, stores_whole_kv_b
+from quantkit.arch.deepseek_v32_gguf import INDEXER_SIZES
 
 V3_EXPERTS = 256
 """Routed experts of V3, V3.1 and R1, whose experts are chosen in groups; models without groups have other numbers."""
@@ -41,9 +44,13 @@ class _File:
 
     found: Found
     names: Collection[str]
+    dialect: Dialect
 
     def lacks(self, key: str) -> bool:
         return self.found(key) is None
+
+    def default(self, key: str) -> KeyValue | None:
+        return default_of(key, self.found, self.dialect)
 
     def holds(self, ending: str) -> bool:
         return any(name.endswith(ending) for name in self.names)
@@ -58,16 +65,18 @@ class _File:
         return self.biased and self.found("expert_count") == V3_EXPERTS
 
 
-def missing_keys(get: Callable[[str], object], names: Collection[str]) -> list[str]:
+def missing_keys(get: Callable[[str], object], names: Collection[str], dialect: Dialect = DEEPSEEK2) -> list[str]:
     """A line for each key that is missing. ``get``: key with the architecture -> value, None if it is not there."""
-    file = _File(lambda key: get(f"{GGUF_ARCHITECTURE}.{key}"), names)
-    parts = (_sizes(file), _heads(file), _experts(file), _rope(file))
-    return [f"{GGUF_ARCHITECTURE}.{key} is missing: {what}." for part in parts for key, what in part]
+    architecture = dialect.architecture
+    file = _File(lambda key: get(f"{architecture}.{key}"), names, dialect)
+    indexed = () if dialect == DEEPSEEK2 else INDEXER_SIZES
+    parts = (_sizes(file), _heads(file), _experts(file), _rope(file), _needed(file, indexed))
+    return [f"{architecture}.{key} is missing: {what}." for part in parts for key, what in part]
 
 
 def _sizes(file: _File) -> Iterator[tuple[str, str]]:
     for key in filter(file.lacks, _SIZES):
-        default = default_of(key, file.found)
+        default = file.default(key)
         if key == "attention.q_lora_rank":
             if default is None:
                 yield key, "llama.cpp refuses the file (0 says that there is none)"
@@ -81,6 +90,10 @@ def _sizes(file: _File) -> Iterator[tuple[str, str]]:
         yield "feed_forward_length", "llama.cpp takes 0 and does not load the file"
     if file.lacks("nextn_predict_layers") and file.holds(f".{MTP_INPUT}"):
         yield "nextn_predict_layers", "llama.cpp takes the MTP layer for a decoder layer and does not load the file"
+
+
+def _needed(file: _File, keys: Collection[str]) -> Iterator[tuple[str, str]]:
+    return ((key, "llama.cpp does not load the file") for key in keys if file.lacks(key))
 
 
 def _heads(file: _File) -> Iterator[tuple[str, str]]:
@@ -114,7 +127,10 @@ def _experts(file: _File) -> Iterator[tuple[str, str]]:
             "expert_weights_norm",
             "llama.cpp takes false, the weights of a token's experts do not sum to 1 (DeepSeek V3: true)",
         )
-    if file.lacks("expert_gating_func") and default_of("expert_gating_func", file.found) != SIGMOID:
+    gating = file.default("expert_gating_func")
+    if file.lacks("expert_gating_func") and gating is None:
+        yield "expert_gating_func", "llama.cpp does not load the file"
+    elif file.lacks("expert_gating_func") and gating != SIGMOID:
         yield (
             "expert_gating_func",
             "llama.cpp then takes softmax, but experts with a selection bias (exp_probs_b) are gated by sigmoid "

@@ -1,7 +1,7 @@
 """What a GGUF model holds: metadata that matters, weights by role and type, and what is unusual about it. Headers only.
 
-Files of every architecture are listed by type; those of ``deepseek2`` by role too, and compared with the tensors that
-their own metadata describes.
+Files of every architecture are listed by type; those of ``deepseek2`` and near ones by role too, and compared with the
+tensors that their own metadata describes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.values import Scalar
 from quantkit.formats.safetensors.header import printable
@@ -48,6 +47,8 @@ SETTINGS = (
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.yarn_log_multiplier",
+    "attention.indexer.head_count",
+    "attention.indexer.top_k",
     "vocab_size",
 )
 """Keys of an architecture that are shown, without its name in front."""
@@ -127,7 +128,7 @@ def _inspection(model: GgufReader) -> GgufInspection:
     vocabulary = _vocabulary(model)
     unusual = [*_general_lines(model, architecture), *_vocabulary_lines(model, architecture, vocabulary)]
     unusual += [*_layer_lines(model, architecture), *_type_lines(model)]
-    if architecture == GGUF_ARCHITECTURE:
+    if architecture in deepseek2.FAMILIES:
         unusual += deepseek2.oddities(model)
     imatrix = imatrix_beside(model, unusual)
     return GgufInspection(
@@ -187,7 +188,7 @@ def _storage(model: GgufReader, architecture: str) -> tuple[StorageSummary, ...]
     """By role where the architecture is known, and by type; roles in their usual order, large types first."""
     totals: dict[tuple[str, str], list[int]] = {}
     for name, entry in model.tensors.items():
-        role = deepseek2.role_of(model, name) if architecture == GGUF_ARCHITECTURE else None
+        role = deepseek2.role_of(model, name) if architecture in deepseek2.FAMILIES else None
         total = totals.setdefault((UNKNOWN_ROLE if role is None else role.value, entry.kind), [0, 0, 0])
         for place, amount in enumerate((1, math.prod(entry.shape), entry.nbytes)):
             total[place] += amount

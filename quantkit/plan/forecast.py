@@ -13,6 +13,7 @@ from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.fp8_source import ZEROS_HINT
 from quantkit.formats.side_files import side_file_bytes
 from quantkit.formats.sizes import short_size
+from quantkit.formats.tiktoken_model import tokenizer_file
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
@@ -129,9 +130,10 @@ def forecast_of(
         )
     plan = make_plan(recipe, headers.arch, headers.infos, headers.stored)
     plan = replace(plan, warnings=(*headers.notes, *length_notes(recipe, headers.arch), *plan.warnings))
-    if headers.has_shards or os.path.lexists(headers.directory / "tokenizer.json"):
+    if headers.has_shards or os.path.lexists(tokenizer_file(headers.directory)):
         for output in plan.outputs:
-            output.target.check_source(headers.directory)
+            notes = (f"output {output.output.name}: {line}" for line in output.target.check_source(headers.directory))
+            plan = replace(plan, warnings=(*plan.warnings, *notes))
     _find_text(recipe, headers, base_dir)
     if recipe.imatrix is not None:
         ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()
@@ -156,7 +158,7 @@ def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:
     ):
         if text:
             check_text(text, headers.directory, base_dir, context or 2)
-            if headers.has_shards and not (headers.directory / "tokenizer.json").exists():
+            if headers.has_shards and not tokenizer_file(headers.directory).exists():
                 raise CalibrationError(
                     f"{headers.directory / 'tokenizer.json'}: no such file.",
                     hint=f"{name} needs the checkpoint's tokenizer files.",

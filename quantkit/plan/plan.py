@@ -14,6 +14,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.decide import Action, Decider, Decision, Problems, unused_rule
 from quantkit.plan.foldable import refuse_unfoldable
+from quantkit.plan.lengths import length_problems
 from quantkit.plan.packed import rounded_again
 from quantkit.plan.recipe import Output, Recipe
 from quantkit.plan.source_tensors import SourceTensors, listed_specs, match_source
@@ -139,6 +140,10 @@ def make_plan(
         _plan_output(output, target_of(output, recipe, arch, specs), arch, recipe, source, stored, problems, warnings)
         for output in recipe.outputs
     )
+    for line in length_problems(recipe, arch):
+        problems.add(
+            "length", line, "Take shorter sequences: until then attention is dense, and nothing is approximate."
+        )
     problems.raise_if_any()
     warnings += text_notes(recipe, arch)
     present = [spec.name for spec in specs if spec.name in infos]

@@ -21,7 +21,7 @@ from quantkit.plan.recipe import Recipe
 from quantkit.plan.recipe_file import nearest
 from quantkit.plan.text_notes import MANY_EXPERTS, TOKENS_OF_MANY_EXPERTS, routed_experts
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
-from quantkit.tensors import Role
+from quantkit.tensors import Role, TensorSpec
 
 MIXED = "builtin:mixed"
 """Calibration text that comes with quantkit."""
@@ -68,6 +68,11 @@ _FOREIGN = {
     ("gguf", "llamacpp"): ("a file format for many mixes of types", "--preset Q4_K_M"),
 }
 """What other tools call their schemes, without case and punctuation: what that is, and the nearest thing here."""
+
+
+_Smaller = Mapping[str, int | None]
+_SMALLER_SIZES = (64, 32)
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,7 @@ def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     stored = _stored(options)
     arch = arch_of(read_config(source))
     if not isinstance(stored, str):
-        rules = _rules(stored, {spec.role for spec in arch.tensors()})
+        rules = _rules(stored, tuple(arch.tensors()))
         output: dict[str, object] = {"name": stored.name, "format": "compressed-tensors", "rules": rules}
     else:
         output = {"name": stored, "format": "gguf", "preset": stored, "split_max_size": SPLIT_SIZE}
@@ -176,17 +181,19 @@ def recipe_yaml(recipe: Recipe) -> str:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _rules(stored: _Widths | _Float, roles: set[Role]) -> list[Mapping[str, object]]:
-    """MTP is dropped, what is no linear kept, and each scheme has one rule."""
+def _rules(stored: _Widths | _Float, specs: Sequence[TensorSpec]) -> list[Mapping[str, object]]:
+    """MTP is dropped, what is no linear kept, and each scheme has one rule; where groups do not divide the inputs of
+    some linears, these have a rule before it."""
+    roles = {spec.role for spec in specs}
     rules: list[Mapping[str, object]] = [{"match": "role:mtp", "drop": True}] if Role.MTP in roles else []
     rules.append({"match": _match(_OTHERS, roles), "keep": "source"})
     if isinstance(stored, _Float):
         linears = tuple(reversed(_LINEARS))
         return [*rules, {"match": _match(linears, roles), "scheme": {"kind": stored.name}}]
-    return [*rules, *_rules_by_bits(stored, roles)]
+    return [*rules, *_rules_by_bits(stored, roles, _smaller_groups(stored.group_size, specs))]
 
 
-def _rules_by_bits(widths: _Widths, roles: set[Role]) -> list[Mapping[str, object]]:
+def _rules_by_bits(widths: _Widths, roles: set[Role], smaller: Mapping[Role, _Smaller]) -> list[Mapping[str, object]]:
     expert_bits = widths.experts if Role.EXPERT in roles else None
     other_bits = widths.others if expert_bits is not None else widths.experts
     rules: list[Mapping[str, object]] = []
@@ -199,8 +206,32 @@ def _rules_by_bits(widths: _Widths, roles: set[Role]) -> list[Mapping[str, objec
         scheme = {"kind": "int", "bits": bits, "group_size": widths.group_size}
         if widths.fp8_inputs and bits == widths.experts:
             scheme = {"kind": "w4afp8"}
+        else:
+            for role in quantised:
+                for pattern, size in smaller.get(role, {}).items():
+                    rules.append({"match": pattern, **_smaller_rule(scheme, size)})
         rules.append({"match": _match(tuple(quantised), roles), "scheme": scheme})
     return rules
+
+
+def _smaller_rule(scheme: Mapping[str, object], size: int | None) -> Mapping[str, object]:
+    return {"keep": "source"} if size is None else {"scheme": {**scheme, "group_size": size}}
+
+
+def _smaller_groups(size: int | None, specs: Sequence[TensorSpec]) -> Mapping[Role, _Smaller]:
+    """Of the linears whose inputs are no whole groups of ``size``: by role, a glob and the largest usual size that
+    divides them, None if none does. The experts of a model have one size, as runtimes take them."""
+    found: dict[Role, dict[str, int | None]] = {}
+    for spec in specs:
+        if size is None or not spec.linear or spec.role not in _LINEARS or spec.shape[-1] % size == 0:
+            continue
+        smaller = [usual for usual in _SMALLER_SIZES if usual < size and spec.shape[-1] % usual == 0]
+        fitting = max(smaller, default=None)
+        whole = spec.role is Role.EXPERT
+        pattern = "role:expert" if whole else _NUMBER.sub(".*.", spec.name)
+        sizes = found.setdefault(spec.role, {})
+        sizes[pattern] = None if fitting is None else min(sizes.get(pattern) or fitting, fitting)
+    return found
 
 
 def _match(wanted: Sequence[Role], roles: set[Role]) -> str:

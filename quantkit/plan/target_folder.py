@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from quantkit.arch.base import ServingSizes
 from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
@@ -20,11 +21,14 @@ class FolderTarget:
 
     keep_mtp: str = '{match: "role:mtp", keep: source} in place of the rule that drops them'
 
-    def __init__(self, output: FolderOutput, layout: FolderLayout, specs: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self, output: FolderOutput, layout: FolderLayout, specs: tuple[TensorSpec, ...], sizes: ServingSizes
+    ) -> None:
         self.label: str = layout.reader.label
         self.specs: tuple[TensorSpec, ...] = specs
         self._output = output
         self._layout = layout
+        self._sizes = sizes
 
     def omits(self, spec: TensorSpec) -> bool:
         """False: only rules say what is dropped."""
@@ -69,13 +73,15 @@ class FolderTarget:
         """What runtimes will not take of the layout, or take otherwise than asked."""
         layout = self._output.format
         runtimes = (contract.notes, transformers.problems, transformers.notes, mlx.notes, int4_g32.notes)
-        return [line for of_runtime in runtimes for line in of_runtime(tensors, layout)]
+        found = [line for of_runtime in runtimes for line in of_runtime(tensors, layout)]
+        return [*contract.attention_notes(self._sizes), *found]
 
-    def check_source(self, source: Path) -> None:
+    def check_source(self, source: Path) -> tuple[str, ...]:
         """See `check_side_files`."""
         from quantkit.formats.side_files import check_side_files
 
         check_side_files(source)
+        return ()
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> FolderSink:
         """See `FolderSink.open`."""

@@ -10,13 +10,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantkit.arch.base import ModelArch
+from quantkit.arch.base import KeyValue, ModelArch
 from quantkit.arch.parts import GgufEntry, in_parts, stored_tensors
 from quantkit.errors import SchemeError
 from quantkit.formats.gguf import sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
 from quantkit.formats.gguf.layout import layout_gguf
-from quantkit.formats.gguf.values import Value, boolean, f32, string, u32
+from quantkit.formats.gguf.values import Value, array, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.source import checkpoint_name
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION: of the block layouts."""
+_UNQUANTISED = ("F32", "F16", "BF16")
 MAX_STEM = 128
 """Characters of a folder's name that file names begin with: file systems allow 255 in all."""
 
@@ -62,9 +63,12 @@ class GgufTarget:
         return sum(tensor.nbytes for entry in self._importance_entries() for tensor in entry.tensors()) * calibrated
 
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
-        """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one."""
+        """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one.
+        What chooses experts or keys stays float32 too; llama-quantize quantises an indexer's small matrices."""
         if self._output.preset is None:
             return None
+        if spec.base_role is Role.ROUTER and self._output.preset not in _UNQUANTISED:
+            return _rule_of("F32")
         stored = self._stored[self._model.stored_name(spec.name)[0]]
         kind = presets.preset_type(
             self._output.preset,
@@ -116,13 +120,16 @@ class GgufTarget:
         left = f"{self._carried:,} tensors of the vision tower: left out, llama.cpp reads them from an mmproj file."
         return [*replaced, *([left] if self._carried else []), *contract.notes(self._model)]
 
-    def check_source(self, source: Path) -> None:
-        """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied."""
+    def check_source(self, source: Path) -> tuple[str, ...]:
+        """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied. A line
+        if it cuts text otherwise."""
+        from quantkit.formats.gguf.pre_tokenizers import DIFFERENCES
         from quantkit.formats.gguf.vocabulary import vocabulary
         from quantkit.formats.side_files import LICENCE_FILES, check_side_files
 
         check_side_files(source, (*LICENCE_FILES, "*.json"))
-        vocabulary(source, self._arch.vocab_size, pre=self._output.pre)
+        pre = vocabulary(source, self._arch.vocab_size, pre=self._output.pre)["tokenizer.ggml.pre"].value
+        return tuple(line for name, line in DIFFERENCES.items() if name == pre)
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> sink.GgufSink:
         """See `GgufSink.open`."""
@@ -224,7 +231,9 @@ def _rule_of(kind: str) -> Rule:
     return Rule.model_validate({"match": "*", "scheme": kind})
 
 
-def _value(value: int | float | bool | str) -> Value:
+def _value(value: KeyValue) -> Value:
+    if isinstance(value, tuple):
+        return array("bool", value)
     if isinstance(value, bool):
         return boolean(value)
     if isinstance(value, int):

@@ -122,8 +122,9 @@ class Target(Protocol):
         """One line for each runtime that will not take it, or takes it otherwise than asked."""
         ...
 
-    def check_source(self, source: Path) -> None:
-        """Raise `SourceError` for files beside the weights, in folder ``source``, that the format cannot take over."""
+    def check_source(self, source: Path) -> tuple[str, ...]:
+        """Raise `SourceError` for files beside the weights, in folder ``source``, that the format cannot take over. A
+        line for each thing that a runtime takes from them otherwise than the model."""
         ...
 
     def open_sink(self, directory: Path, source: Path, tensors: Sequence[PlannedTensor]) -> Sink:
@@ -155,4 +156,4 @@ def target_of(output: Output, recipe: Recipe, arch: ModelArch, specs: tuple[Tens
 
     if output.format == "gguf":
         return GgufTarget(output, recipe, arch, specs)
-    return FolderTarget(output, LAYOUTS[output.format], specs)
+    return FolderTarget(output, LAYOUTS[output.format], specs, arch.serving())

@@ -14,6 +14,8 @@ from quantkit.formats.planned import PlannedTensor
 GIB = 2**30
 KNOWN_GPUS_GIB = {"A100-40GB": 39.4, "A100-80GB": 79.2, "H100-80GB": 79.1, "H200-141GB": 139.8, "B200-180GB": 178.3}
 """Memory that CUDA reports. Others count as 98 % of the GiB in their name."""
+CAPABILITIES = {"V100": 7.0, "T4": 7.5, "A100": 8.0, "A40": 8.6, "A10": 8.6, "L40": 8.9, "L4": 8.9, "H100": 9.0}
+"""Compute capability, by the name without its size. Newer ones are not listed."""
 
 
 class SizedOutput(Protocol):
@@ -36,6 +38,11 @@ class Gpus:
     count: int
     name: str
     total_bytes: int
+
+    @property
+    def capability(self) -> float | None:
+        """CUDA's compute capability, None if it is not known here."""
+        return CAPABILITIES.get(self.name.partition("-")[0].upper())
 
     def __str__(self) -> str:
         return f"{self.count}x{self.name}"

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantkit.arch.deepseek_v3_gguf import GGUF_ARCHITECTURE
 from quantkit.documents.read import CONVERSION
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.header import is_gguf
@@ -29,14 +28,14 @@ def holds_gguf(path: Path) -> bool:
 
 def read_gguf(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """Faults, notes, and the number of tensors. Raises `SourceError` for a damaged file, `ConfigError` for an imatrix
-    and for another architecture than deepseek2."""
+    and for another architecture than `deepseek2.FAMILIES`."""
     found = inspect_gguf(path)
     if isinstance(found, ImatrixInspection):
         raise ConfigError(f"{path}: is an imatrix, not a model.")
-    if found.architecture != GGUF_ARCHITECTURE:
+    if found.architecture not in deepseek2.FAMILIES:
         raise ConfigError(
             f"{found.path}: general.architecture is {found.architecture or 'missing'}, of which only the storage is "
-            f"known; {GGUF_ARCHITECTURE} can be verified.",
+            f"known; {', '.join(deepseek2.FAMILIES)} can be verified.",
             hint="See what it holds: quantkit inspect.",
         )
     with GgufReader(path) as model:
@@ -46,12 +45,13 @@ def read_gguf(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], int]:
 
 def _row_faults(model: GgufReader) -> Iterator[str]:
     """Sizes that llama.cpp's graph asserts."""
-    experts, used = (model.get(f"{deepseek2.PREFIX}{key}") for key in ("expert_count", "expert_used_count"))
-    groups, kept = (model.get(f"{deepseek2.PREFIX}expert_group_{key}") for key in ("count", "used_count"))
+    prefix = deepseek2.prefix_of(model)
+    experts, used = (model.get(f"{prefix}{key}") for key in ("expert_count", "expert_used_count"))
+    groups, kept = (model.get(f"{prefix}expert_group_{key}") for key in ("count", "used_count"))
     if isinstance(experts, int) and isinstance(used, int) and not 0 < used <= experts:
-        yield f"{deepseek2.PREFIX}expert_used_count is {used}, of {experts} experts: llama.cpp ends with an assertion."
+        yield f"{prefix}expert_used_count is {used}, of {experts} experts: llama.cpp ends with an assertion."
     if isinstance(experts, int) and isinstance(groups, int) and groups > 1:
         if groups >= experts or experts % groups:
-            yield f"{deepseek2.PREFIX}expert_group_count is {groups}, which does not divide {experts} experts."
+            yield f"{prefix}expert_group_count is {groups}, which does not divide {experts} experts."
         if not isinstance(kept, int) or not 0 < kept < groups:
-            yield f"{deepseek2.PREFIX}expert_group_used_count is {kept}, 1 to {groups - 1} was needed."
+            yield f"{prefix}expert_group_used_count is {kept}, 1 to {groups - 1} was needed."

@@ -60,7 +60,7 @@ def kimi_k25(**changes: Any) -> dict[str, Any]:
 
 
 def deepseek_v32(**changes: Any) -> dict[str, Any]:
-    """V3.2's: an indexer of small top_k; with so many heads no two keys have the same score."""
+    """V3.2's: an indexer of small top_k, and of so many heads that no two keys have the score 0."""
     sizes = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 40, "num_nextn_predict_layers": 0}
     names = {"architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32"}
     return tiny_config(**{**names, **sizes, **changes})

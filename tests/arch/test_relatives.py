@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantkit.arch import arch_of
+from quantkit import inspect
+from quantkit.arch import ARCHS, arch_of
+from quantkit.arch.unknown import NOT_COMPUTED
 from quantkit.errors import ConfigError
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.arch.test_forward import random_tokens
 from tests.oracles import forward
-from tests.tiny_models import YARN, random_weights, write_checkpoint, write_shards
+from tests.tiny_models import YARN, random_weights, tiny_config, write_checkpoint, write_shards
 
 transformers = pytest.importorskip("transformers")
 
@@ -105,3 +108,35 @@ def test_what_no_model_of_the_family_has_is_refused(config: dict[str, Any], foun
 def test_v2_has_no_selection_bias() -> None:
     names = random_weights(deepseek_v2())
     assert not [name for name in names if name.endswith("e_score_correction_bias")]
+
+
+def test_near_architectures_are_refused_by_what_they_have() -> None:
+    near = tiny_config(architectures=["AXK1ForCausalLM"])
+    with pytest.raises(ConfigError, match=r"post_mlp_layernorm\), which quantkit does not compute") as caught:
+        arch_of(near)
+    assert "quantkit inspect" in caught.value.hint
+    assert "DeepseekV3ForCausalLM" in caught.value.hint
+    assert not NOT_COMPUTED.keys() & ARCHS.keys()
+
+
+def test_an_unknown_name_is_refused_however_alike_its_config_is() -> None:
+    with pytest.raises(ConfigError, match=r"architectures is \['OtherForCausalLM'\]; quantkit knows"):
+        arch_of(tiny_config(architectures=["OtherForCausalLM"]))
+
+
+@pytest.mark.parametrize("name", NOT_COMPUTED)
+def test_inspect_works_without_the_family(name: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config())
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(architectures=[name])))
+    found = inspect(tmp_path)
+    assert any(NOT_COMPUTED[name] in line for line in found.unusual)
+    assert found.parameters > 1_000_000
+
+
+def test_transformers_and_vllm_know_these_names() -> None:
+    """The names are no inventions: transformers has most of them."""
+    names = set(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    names |= set(transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    ours = {"DeepseekV41ForCausalLM", "KimiK3ForConditionalGeneration", "MistralLarge3ForCausalLM"}  # vLLM's alone
+    ours |= {"DeepseekV4ForConditionalGeneration", "Glm5NextForCausalLM"}
+    assert NOT_COMPUTED.keys() - ours - names == set()

@@ -51,6 +51,7 @@ class Toy:
     """Mixtral's names; attention of equal heads without positions, and experts chosen by softmax."""
 
     embed, final_norm, lm_head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+    longest_exact: int | None = None
     stacked_experts = False
 
     def __init__(self, config: Mapping[str, object]) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quantkit import verify
+from quantkit import evaluate, verify
 from quantkit.arch import arch_of
 from quantkit.plan.recipe import Recipe
-from tests.arch.relatives import deepseek_v2, glm4_moe_lite, kimi_k25
+from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.convert.jobs import INT4_GPTQ, LINEARS, decoded, run, write_model, write_text
 from tests.oracles.forward import logits
 from tests.oracles.llama_cpp import LlamaModel
@@ -22,6 +23,11 @@ FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "deepseek_v2": deepseek_v2,
     "glm4_moe_lite": glm4_moe_lite,
     "kimi_k25": kimi_k25,
+    "deepseek_v32": deepseek_v32,
+    "deepseek_v32, dense": partial(deepseek_v32, index_topk=100),
+    "deepseek_v32, MTP": partial(deepseek_v32, num_nextn_predict_layers=1),
+    "glm_moe_dsa": glm_moe_dsa,
+    "glm_moe_dsa, shared": partial(glm_moe_dsa, index_topk=100, indexer_types=["full", "shared", "full"]),
 }
 SMALL = {"vocab_size": 1024, "n_routed_experts": 8, "num_experts_per_tok": 2}
 VISION = {
@@ -33,13 +39,13 @@ VISION = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Source and outputs of one conversion: int4 by GPTQ in compressed-tensors, and a float32 GGUF."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("family")
     config = FAMILIES[request.param](**SMALL)
     weights = write_model(folder / "source", config)
     if request.param == "kimi_k25":
         write_shards(folder / "source", {**weights, **VISION})
     write_text(folder / "calibration.txt")
-    rules = [{"match": "role:mtp", "drop": True}] * (request.param == "glm4_moe_lite")
+    rules = [{"match": "role:mtp", "drop": True}] * bool(config.get("num_nextn_predict_layers"))
     rules += [{"match": LINEARS, **INT4_GPTQ}, {"match": "*", "keep": "source"}]
     recipe = Recipe.model_validate(
         {
@@ -47,7 +53,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             "calibration": {"data": ["calibration.txt"], "tokens": 256, "sequence_length": 32, "min_expert_tokens": 16},
             "outputs": [
                 {"name": "int4", "format": "compressed-tensors", "rules": rules},
-                {"name": "f32", "format": "gguf", "preset": "F32"},
+                {"name": "f32", "format": "gguf", "preset": "F32", "mtp": "keep"},
             ],
         }
     )
@@ -79,6 +85,25 @@ def test_llama_cpp_computes_the_same(converted: tuple[Path, dict[str, Any]]) -> 
     expected = source_logits(folder, config)[0]
     assert expected.std() > 0.3
     assert (found - expected).abs().max() <= 1e-4
+
+
+def test_verify_finds_no_fault_in_gguf(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = converted
+    assert not verify(folder / "out" / "f32").faults
+
+
+def test_an_evaluation_takes_the_gguf_for_the_same_model(converted: tuple[Path, dict[str, Any]]) -> None:
+    """Read back as llama.cpp reads it, key by key, indexers and their kinds included."""
+    folder, _ = converted
+    (folder / "eval.txt").write_text((folder / "calibration.txt").read_text())
+    scored = evaluate(
+        folder / "source",
+        [folder / "out" / "f32"],
+        text=(str(folder / "eval.txt"),),
+        context=64,
+        max_windows_per_file=2,
+    )
+    assert scored.candidates[0].result.overall.kld.mean == pytest.approx(0, abs=1e-5)
 
 
 def test_transformers_loads_the_int4_checkpoint(converted: tuple[Path, dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from quantkit.calibrate.tokenizer import load_tokenizer
 from quantkit.documents.calibration_set import CalibrationSet, DomainTokens, LeftOut
 from quantkit.errors import CalibrationError, OutputError
 from quantkit.formats.preallocated import check_place, sha256_of, write_durably
+from quantkit.formats.tiktoken_model import tokenizer_file
 
 TOKENS = 524288
 BYTES_PER_TOKEN = 4
@@ -62,7 +63,7 @@ class _Counter:
         if model is None:
             return cls(lambda text: -(-len(text.encode()) // BYTES_PER_TOKEN), f"{BYTES_PER_TOKEN} bytes a token", None)
         tokenizer = load_tokenizer(model).tokenizer
-        path = model / "tokenizer.json"
+        path = tokenizer_file(model)
         return cls(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), path.name, sha256_of(path))
 
 

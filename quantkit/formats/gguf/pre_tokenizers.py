@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from quantkit.formats.tiktoken_model import KIMI_WORDS
+
 Step = tuple[str | bool, ...]
 """A normaliser or a step of a pre-tokenizer: its type, and what of its settings changes ids."""
 
@@ -30,6 +32,10 @@ def _split(regex: str) -> Step:
 
 
 _BYTES_ONLY: Step = ("ByteLevel", False, False)
+_LLAMA_WORDS = _split(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _GPT2_WORDS: Step = ("ByteLevel", False, True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
@@ -50,22 +56,20 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     ),
     "llama-bpe": PreTokenizer(
         normalizer=(),
-        steps=(
-            _split(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            ),
-            _BYTES_ONLY,
-        ),
+        steps=(_LLAMA_WORDS, _BYTES_ONLY),
         ignore_merges=True,
     ),
+    "glm4": PreTokenizer(normalizer=(), steps=(_LLAMA_WORDS, _BYTES_ONLY)),
     "gpt-2": PreTokenizer(normalizer=(), steps=(_GPT2_WORDS,)),
+    "kimi-k2": PreTokenizer(normalizer=(), steps=(_split(KIMI_WORDS), _BYTES_ONLY), ignore_merges=True),
 }
 """By the name in ``tokenizer.ggml.pre``. Each was compared with llama.cpp, id for id; the tests do it again."""
 
-NAMED_ONLY = ("kimi-k2",)
-"""Names that a recipe may give to rules that are not recognised. Kimi's are code of tiktoken's, which llama.cpp follows
-by hand but for capitals inside words."""
+DIFFERENCES = {
+    "kimi-k2": "llama.cpp cuts text as Kimi's tokenizer does but for capitals inside words: it takes getUserName for "
+    "one word, the model was trained on three.",
+}
+"""What llama.cpp cuts otherwise than the rules that a name stands for."""
 
 
 def pre_tokenizer(tokenizer: Mapping[str, object]) -> PreTokenizer:

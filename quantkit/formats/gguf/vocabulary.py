@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from quantkit.errors import SourceError
-from quantkit.formats.gguf.pre_tokenizers import NAMED_ONLY, PRE_TOKENIZERS, pre_tokenizer
+from quantkit.formats.gguf.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
 from quantkit.formats.gguf.values import Value, array, boolean, string, strings, u32
 from quantkit.formats.safetensors.header import parse_json_object
+from quantkit.formats.tiktoken_model import TIKTOKEN, as_tokenizer_json, tokenizer_file, tokenizer_settings
 
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 24
 """Largest of the small files that is read. The largest tokenizer.json of a released model is some 35 MB."""
+
+_MISSING_HINT = "A GGUF file holds the tokenizer: add the checkpoint's own files."
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """enum llama_token_type."""
@@ -42,9 +45,12 @@ def vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> dict
     Raises SourceError: a file missing, malformed or too large; not byte-level BPE; an unknown pre-tokenizer; ids that
     are taken twice or beyond ``vocab_size``; anything that llama.cpp's tokenizer has no place for.
     """
-    path = folder / "tokenizer.json"
-    tokenizer = _read_json(path, MAX_TOKENIZER_BYTES)
-    settings = _read_optional(folder / "tokenizer_config.json")
+    path = tokenizer_file(folder)
+    if path.name == TIKTOKEN:
+        tokenizer, settings = as_tokenizer_json(folder), tokenizer_settings(folder)
+    else:
+        tokenizer = _read_json(path, MAX_TOKENIZER_BYTES)
+        settings = _read_optional(folder / "tokenizer_config.json")
     model = _bpe_model(path, tokenizer)
     entries, added = _token_ids(path, model), _added_tokens(path, tokenizer)
     _check_added_ids(path, entries, added)
@@ -189,8 +195,8 @@ def _merges(path: Path, model: Mapping[str, Any], ids: Mapping[str, int]) -> lis
 
 def _pre_name(path: Path, tokenizer: Mapping[str, Any], wanted: str | None) -> str:
     """The name of the rules in tokenizer.json, or ``wanted`` for rules that have none here."""
-    options = ", ".join((*PRE_TOKENIZERS, *NAMED_ONLY))
-    if wanted is not None and wanted not in (*PRE_TOKENIZERS, *NAMED_ONLY):
+    options = ", ".join(PRE_TOKENIZERS)
+    if wanted is not None and wanted not in PRE_TOKENIZERS:
         raise SourceError(f"pre: found {_excerpt(wanted)}, needed one of: {options}.")
     found = pre_tokenizer(tokenizer)
     name = next((name for name, known in PRE_TOKENIZERS.items() if known == found), None)
@@ -228,6 +234,7 @@ def _special_values(
         raise SourceError(
             f"{folder}: no {missing[0]} token is named in tokenizer_config.json or config.json, llama.cpp needs one."
         )
+    found |= _turn_endings(folder, ids, found["eos"])
     return {
         **{f"tokenizer.ggml.{name}_token_id": u32(number) for name, number in found.items()},
         "tokenizer.ggml.add_bos_token": boolean(add_bos),
@@ -261,6 +268,16 @@ def _special_id(
             raise SourceError(f"{path}: {entry}_id is {_excerpt(number)}, needed an id below {vocab_size}.")
         return number
     return None
+
+
+def _turn_endings(folder: Path, ids: Mapping[str, int], eos: int) -> dict[str, int]:
+    """Where generation ends besides EOS, by generation_config.json: GLM's <|user|> and <|observation|>, which llama.cpp
+    knows by no text. It has two names more, the end of a turn and of a message, and does the same at both."""
+    listed = _read_optional(folder / "generation_config.json").get("eos_token_id")
+    numbers = cast("list[object]", listed) if isinstance(listed, list) else []
+    known = set(ids.values())
+    others = [number for number in numbers if type(number) is int and number in known and number != eos]
+    return dict(zip(("eot", "eom"), others, strict=False))
 
 
 def _template_starts_with(tokenizer: Mapping[str, Any], bos: int, ids: Mapping[str, int]) -> bool:
@@ -310,7 +327,7 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
 def _read_text(path: Path, limit: int) -> str:
     try:
         if not path.is_file():
-            raise SourceError(f"{path}: is missing or no file.", hint=_missing_hint(path.parent))
+            raise SourceError(f"{path}: is missing or no file.", hint=_MISSING_HINT)
         if (size := path.stat().st_size) > limit:
             raise SourceError(f"{path}: has {size:,} bytes, at most {limit:,} are read.")
         return path.read_text(encoding="utf-8-sig")
@@ -318,15 +335,6 @@ def _read_text(path: Path, limit: int) -> str:
         raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise _malformed(path, "it is not UTF-8") from error
-
-
-def _missing_hint(folder: Path) -> str:
-    if any(folder.glob("*tiktoken*")):
-        return (
-            "The folder has tiktoken's file only, as Kimi K2: transformers.integrations.tiktoken's "
-            "convert_tiktoken_to_fast makes a tokenizer.json of its encoding; then set `pre: kimi-k2` in the recipe."
-        )
-    return "A GGUF file holds the tokenizer: add the checkpoint's own files."
 
 
 def _mapping(path: Path, value: object, what: str) -> dict[str, Any]:

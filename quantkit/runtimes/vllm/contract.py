@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from quantkit.arch.base import ServingSizes
 from quantkit.formats.bitpack import WORD_BITS
 from quantkit.formats.layouts.compressed_tensors_config import KEPT, is_module, numbered_schemes
 from quantkit.formats.planned import PlannedTensor
@@ -27,6 +28,11 @@ HUMMING_SMALLEST_GROUP = 16
 """With inputs of 16 bits."""
 PADDED_BITS = (3, 5, 6, 7)
 """Widths of which compressed-tensors packed whole codes into words before it packed a stream of bits."""
+SPARSE_CAPABILITY = 9.0
+SPARSE_NEEDS = (
+    f"vLLM 0.33 has kernels of sparse attention for compute capability {SPARSE_CAPABILITY} and more (H100, H200, "
+    "B200), none for A100; llama.cpp runs it anywhere"
+)
 WIDE_TENSOR_PARALLEL = 8
 W4AFP8_WIDTH = 128
 """Outputs of a module, as of its inputs, of which vLLM's kernel for int4 with FP8 inputs takes multiples."""
@@ -56,6 +62,11 @@ def notes(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
     """One line for each thing that vLLM will not take of this layout, or take only in part."""
     linears = by_scheme(planned)
     return [text for check in _NOTES_OF.get(layout, ()) for text in check(linears)]
+
+
+def attention_notes(sizes: ServingSizes) -> list[str]:
+    """One line if the model's attention is none that vLLM runs on every GPU."""
+    return [] if sizes.sparse_top_k is None else [f"{SPARSE_NEEDS}."]
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------

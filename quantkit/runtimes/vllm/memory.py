@@ -15,6 +15,7 @@ from itertools import pairwise
 from quantkit.arch.base import ModelArch, ServingSizes
 from quantkit.runtimes.gpus import GIB, Gpus, SizedOutput, check_context, partition_layers
 from quantkit.runtimes.vllm.command import MAX_BATCHED_TOKENS, MAX_SEQS, serve_spread
+from quantkit.runtimes.vllm.contract import SPARSE_CAPABILITY, SPARSE_NEEDS
 from quantkit.runtimes.vllm.tensor_parallel import Cuts, cut_problem, cuts_of
 from quantkit.tensors import Projection, Role, TensorSpec
 
@@ -75,6 +76,8 @@ def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
     """
     sizes, n_layers = arch.serving(), arch.n_layers
     check_context(sizes, context)
+    if sizes.sparse_top_k is not None and (gpus.capability or SPARSE_CAPABILITY) < SPARSE_CAPABILITY:
+        return Fit(gpus, None, None, (f"{gpus.name}: {SPARSE_NEEDS}",))
     weights = _Weights.of(plan, n_layers)
     refused: list[str] = []
     placements: list[Placement] = []
