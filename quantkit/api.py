@@ -381,13 +381,14 @@ def report(
     place of an older page about the same checkpoints, with ``force`` of any file. Raises `QuantkitError`.
     """
     from quantkit.documents.read import read_documents
+
+    found = read_documents(paths_of(documents))  # what is missing is said before the page's templates load
     from quantkit.report.build import report_of
     from quantkit.report.markdown import markdown as markdown_of
     from quantkit.report.page import page
     from quantkit.report.place import is_markdown, refuse_other_report
     from quantkit.report.scored import scored_checkpoints
 
-    found = read_documents(paths_of(documents))
     place = None if out is None else path_of(out)
     as_markdown = is_markdown(place, [file.path for file in found], markdown)
     contents = report_of(scored_checkpoints(found), title)

@@ -91,7 +91,7 @@ def refused(folder: Path, words: str) -> tuple[int, str]:
         ("convert N -r no-validation-text.yaml -o out", 1, "error: absent.txt: no such file."),
         ("convert N -r too-little-text.yaml -o out", 1, "error: calibration: 1,000,000 tokens were asked for"),
         ("convert N -r no-imatrix.yaml -o out", 1, "absent.gguf: no such imatrix file."),
-        ("convert N -r good.yaml -o taken", 1, "error: taken: exists already."),
+        ("convert N -r good.yaml -o taken", 1, "error: taken: exists already, and is no folder that quantkit made"),
         ("convert N -r good.yaml -o taken --restart", 1, "error: taken: is no folder that quantkit made"),
         ("convert N -r good.yaml -o .", 1, "error: .: is or holds"),
         ("convert N -r good.yaml -o N", 1, "which would be replaced."),
