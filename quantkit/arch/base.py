@@ -287,6 +287,26 @@ class GgufModel(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class MtpLayer:
+    """What an MTP layer computes around the decoder layer inside it (`ModelArch.sublayers`), at each position i.
+
+    ``embed``, ``lm_head``: names of its copies of the two vocabulary matrices, which a checkpoint may leave out.
+    ``inputs(weights, hidden, embeddings)`` -> what enters the decoder layer; all (rows, tokens, hidden) float32.
+    hidden: what `ModelArch.final_hidden` gives at i, *after* the model's final norm: so pass it vLLM 0.33
+    (``DeepseekV2Model.forward`` returns it normed), llama.cpp (``h_nextn``) and transformers (``hidden_states[-1]``);
+    of the MTP layer before it, if there is one, that one's ``final_hidden``. embeddings: of the token at i + 1 (at
+    i + k for the k-th MTP layer).
+    ``final_hidden(weights, x)``: x after the decoder layer -> input of its ``lm_head``, which predicts the token
+    after that one.
+    """
+
+    embed: str
+    lm_head: str
+    inputs: Callable[[Weights, torch.Tensor, torch.Tensor], torch.Tensor]
+    final_hidden: Callable[[Weights, torch.Tensor], torch.Tensor]
+
+
 class ModelArch(Protocol):
     """One model family bound to one config.json."""
 
@@ -318,6 +338,10 @@ class ModelArch(Protocol):
 
     def sublayers(self, layer: int) -> tuple[Sublayer, ...]:
         """How decoder layer ``layer`` computes (MTP layers: the decoder layer inside)."""
+        ...
+
+    def mtp_layers(self) -> Mapping[int, MtpLayer]:
+        """Layers for multi-token prediction by number, in order; {} if the model has none."""
         ...
 
     def gguf(self) -> GgufModel:

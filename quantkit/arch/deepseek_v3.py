@@ -18,11 +18,13 @@ from quantkit.arch.base import (
     GgufModel,
     LinearPart,
     MlpNames,
+    MtpLayer,
     NormWeight,
     ServingSizes,
     Sublayer,
 )
 from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekConfig, DeepseekV3Config
+from quantkit.arch.mtp import mtp_layer
 from quantkit.arch.rope import LinearScaling
 from quantkit.tensors import Projection, Role, TensorSpec
 
@@ -206,27 +208,10 @@ class DeepseekV3:
 
         return ops.rms_norm(x, weights(self.final_norm), self.config.rms_norm_eps)
 
-    def mtp_inputs(self, weights: Weights, layer: int, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """What enters the decoder layer inside an MTP layer: eh_proj(enorm(embedding) | hnorm(hidden)), section 2.2.
-
-        hidden (rows, tokens, hidden) float32: what `final_hidden` gives at position i. embeddings, same shape: of the
-        token at i + 1.
-        """
-        import torch
-        from torch.nn.functional import linear
-
-        from quantkit.arch import ops
-
-        prefix, eps = self._prefix(layer), self.config.rms_norm_eps
-        embedded = ops.rms_norm(embeddings, weights(f"{prefix}enorm.weight"), eps)
-        previous = ops.rms_norm(hidden, weights(f"{prefix}hnorm.weight"), eps)
-        return linear(torch.cat((embedded, previous), dim=-1), weights(f"{prefix}eh_proj.weight"))
-
-    def mtp_hidden(self, weights: Weights, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """x after the decoder layer inside an MTP layer -> input of its shared_head.head, same shape, float32."""
-        from quantkit.arch import ops
-
-        return ops.rms_norm(x, weights(f"{self._prefix(layer)}shared_head.norm.weight"), self.config.rms_norm_eps)
+    def mtp_layers(self) -> Mapping[int, MtpLayer]:
+        """By number, from ``num_hidden_layers`` on."""
+        numbers = range(self.n_layers, self.n_layers + self.n_mtp_layers)
+        return {layer: mtp_layer(self._prefix(layer), self.config.rms_norm_eps) for layer in numbers}
 
     def _prefix(self, layer: int) -> str:
         return f"{self.root}model.layers.{layer}."

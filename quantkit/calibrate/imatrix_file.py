@@ -10,7 +10,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import SourceError
 from quantkit.formats.preallocated import sha256_of
-from quantkit.tensors import Role, TensorSpec
+from quantkit.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +111,9 @@ class ImportanceFile:
 
 
 def _linears(arch: ModelArch) -> dict[str, TensorSpec]:
-    """Linears of the decoder layers by the names that GGUF stores: those with parts by these."""
-    return {spec.name: spec for spec in in_parts(arch) if spec.linear and spec.role is not Role.MTP}
+    """Linears by the names that GGUF stores, those with parts by these. MTP layers are among them: llama.cpp's own
+    imatrix files lack those, quantkit's have them where the layer was calibrated."""
+    return {spec.name: spec for spec in in_parts(arch) if spec.linear}
 
 
 def _sizes(arch: ModelArch, specs: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,7 @@ from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, EXPERT_CHUNK, at_once, 
 from quantkit.calibrate.hidden_states import CPU, RowStore
 
 if TYPE_CHECKING:
-    from quantkit.arch.base import Weights
+    from quantkit.arch.base import ModelArch, MtpLayer, Weights
 
 
 def row_batches(
@@ -43,8 +43,40 @@ def embed(embed_rows: Callable[[Tensor], Tensor], tokens: Tensor, store: RowStor
     """Fill ``store`` with the embeddings of tokens (n_rows, length) int64. ``embed_rows``: ids (n,) -> (n, hidden)
     float32."""
     for start, stop in row_batches(store):
-        ids, back = tokens[start:stop].flatten().unique(return_inverse=True)
-        store.write(start, embed_rows(ids)[back])
+        store.write(start, _embedded(embed_rows, tokens[start:stop]))
+
+
+def _embedded(embed_rows: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """(n_rows, length) -> (n_rows * length, hidden). Each token is read once."""
+    ids, back = tokens.flatten().unique(return_inverse=True)
+    return embed_rows(ids)[back]
+
+
+@dataclass(frozen=True, slots=True)
+class MtpEntrance:
+    """What leads into an MTP layer: ``final_hidden`` of the model, or of the MTP layer before; ``embed_rows`` as for
+    `embed`."""
+
+    mtp: MtpLayer
+    final_hidden: Callable[[Weights, Tensor], Tensor]
+    weights: Weights
+    embed_rows: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, arch: ModelArch, layer: int, weights: Weights, embed_rows: Callable[[Tensor], Tensor]) -> MtpEntrance:
+        """The entrance of MTP layer ``layer``."""
+        layers = arch.mtp_layers()
+        before = layers.get(layer - 1)
+        return cls(layers[layer], arch.final_hidden if before is None else before.final_hidden, weights, embed_rows)
+
+    def enter(self, x: RowStore, tokens: Tensor, entered: RowStore, device: torch.device) -> None:
+        """Fill ``entered`` (n_rows, length) with what the layer's decoder layer reads. ``x``: hidden states after the
+        layer before, of at least so many positions, may be the same store; tokens (n_rows, length) int64: those whose
+        embeddings meet these positions, one further for each MTP layer."""
+        for start, stop in row_batches(x, device):
+            hidden = self.final_hidden(self.weights, x.read(start, stop)[:, : entered.length].to(device))
+            embeddings = _embedded(self.embed_rows, tokens[start:stop]).to(device).view(hidden.shape)
+            entered.write(start, self.mtp.inputs(self.weights, hidden, embeddings))
 
 
 @dataclass(frozen=True, slots=True)

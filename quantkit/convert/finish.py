@@ -38,9 +38,9 @@ from quantkit.documents.journal import ExpertRecord, JobHeader, LayerEntry, Tens
 from quantkit.documents.portable import without_folder, without_folders
 from quantkit.documents.read import CONVERSION
 from quantkit.errors import OutputError
-from quantkit.evaluate.compare import compare
+from quantkit.evaluate.compare import compare_all
 from quantkit.evaluate.scores import limits_exceeded
-from quantkit.evaluate.validation import model_of, summarise
+from quantkit.evaluate.validation import scored_model, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
 from quantkit.formats.preallocated import UNFINISHED, disk_errors, sha256_of, write_durably
 from quantkit.formats.safetensors.header import printable
@@ -178,15 +178,17 @@ def _validate(conversion: Conversion, output: OutputPlan, directory: Path, base_
     conversion.on_event(StageStarted(VALIDATION))
     device, cache_bytes = conversion.machine.device, conversion.share.cache // 2
     with output.target.open_written(directory) as written:
-        scores = compare(
+        (found,) = compare_all(
             conversion.arch,
-            model_of(conversion.arch, conversion.source, device, cache_bytes, name=str(conversion.source.directory)),
-            model_of(conversion.arch, written, device, cache_bytes, name=str(directory)),
+            scored_model(
+                conversion.arch, conversion.source, device, cache_bytes, name=str(conversion.source.directory)
+            ),
+            [scored_model(conversion.arch, written, device, cache_bytes, str(directory))],
             torch.from_numpy(windows.tokens).long(),
             conversion.stores.new,
             on_layer=lambda layer: conversion.on_event(ValidationProgress(layer + 1, conversion.arch.n_layers)),
         )
-    return _result(output, wanted, summarise(scores))
+    return _result(output, wanted, summarise(found.tokens, found.drafts))
 
 
 def _result(output: OutputPlan, wanted: Validation, scores: ValidationScores) -> ValidationResult:
@@ -268,6 +270,7 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
             "perplexity, this checkpoint": scores.candidate_perplexity.shown(4),
             "mean KL divergence": f"{scores.mean_kl.shown(5)} nats per token",
             "same most likely token": scores.top1.percent(),
+            **({} if scores.draft is None else {"MTP draft agreement": scores.draft.shown()}),
             "measured on": f"{scores.tokens:,} tokens in {scores.windows:,} windows",
             "limits of the recipe": {True: "met", False: "exceeded", None: "no limits set"}[result.passed],
         }

@@ -70,6 +70,16 @@ class StreamFiles:
                 embed(lambda ids: source.read_rows(arch.embed, ids.tolist()).float(), tokens, store)
         return Streams(stores[0], stores[1] if self._count > 1 else None, self._scratch)
 
+    def shortened(self, streams: Streams, fill: Callable[[RowStore, RowStore], None]) -> Streams:
+        """Streams whose rows have one token less: ``fill(old, new)`` makes each of the old one, which is closed."""
+        self._shape = (self._shape[0], self._shape[1] - 1)
+        stores: list[RowStore] = []
+        for old in streams.stores():
+            stores.append(self._stores.new(*self._shape, old.width))
+            fill(old, stores[-1])
+            old.close()
+        return Streams(stores[0], stores[1] if self._count > 1 else None, self._scratch)
+
     def due(self) -> bool:
         """Whether the next border is to be saved."""
         return time.monotonic() >= self._pause_ends

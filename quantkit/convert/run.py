@@ -12,11 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from quantkit.arch.base import Block
+from quantkit.arch.base import Block, ModelArch
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.calibrate.stream import forward_layer
+from quantkit.calibrate.stream import MtpEntrance, forward_layer
 from quantkit.convert.background import AheadSource, Deliveries, DirectSource, foreground
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.copying import copy_kept, quantize_tables
@@ -45,7 +46,7 @@ from quantkit.plan.decide import Action
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.memory import check_free_disk
 from quantkit.plan.plan import OutputPlan, Plan
-from quantkit.plan.schedule import KEPT, OUTSIDE, PASSING, Schedule
+from quantkit.plan.schedule import KEPT, MTP_INPUTS, OUTSIDE, PASSING, Schedule
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
 from quantkit.schemes import ChosenScheme, QuantError
@@ -159,21 +160,45 @@ def quantize_layers(conversion: Conversion, rows: TokenRows | None, schedule: Sc
         two=conversion.plan.follows_original,
         scratch_dtype=_scratch_dtype(conversion),
     )
+    streams, border = None, _calibrated_layers(conversion.plan, conversion.arch)
     with conversion.timer.stage("embeddings"):
-        streams = None
-        if rows is not None and any(layer < conversion.arch.n_layers for layer in layers if layer not in done):
+        if rows is not None and any(layer < border for layer in layers if layer not in done):
             saved = [entry.layer for entry in conversion.journal.layers if entry.saved]
             streams = files.open(rows, conversion.arch, conversion.source, after=max(saved, default=None))
     for layer in range(max(layers, default=-1) + 1):
         if layer in done:
             continue
-        own = streams if layer < conversion.arch.n_layers else None
+        if streams is not None and layer >= border:
+            streams.close()
+            streams = None
+        if streams is not None and rows is not None and layer >= conversion.arch.n_layers:
+            streams = _enter_mtp(conversion, layer, streams, files, torch.from_numpy(rows.tokens).long())
         if layer in layers:
-            _layer(conversion, layer, own, files, n_tokens)
-        elif own is not None:
-            _pass(conversion, layer, own)
+            _layer(conversion, layer, streams, files)
+        elif streams is not None:
+            _pass(conversion, layer, streams)
     if streams is not None:
         streams.close()
+
+
+def _calibrated_layers(plan: Plan, arch: ModelArch) -> int:
+    """Layers that the calibration text goes through: the model's, and MTP layers that learn from it."""
+    return arch.n_layers + (len(arch.mtp_layers()) if plan.calibrates_mtp else 0)
+
+
+def _enter_mtp(conversion: Conversion, layer: int, streams: Streams, files: StreamFiles, tokens: Tensor) -> Streams:
+    """Carry the streams from the layer before into an MTP layer. Position i takes the embedding of a later token, so
+    the last position of each row has none and is left out."""
+    conversion.on_event(StageStarted(MTP_INPUTS, layer))
+    arch, source, device = conversion.arch, conversion.source, conversion.machine.device
+    with conversion.timer.stage("layers"):
+        model = model_of(arch, source, device, conversion.share.cache // 2)
+        embed = arch.mtp_layers()[layer].embed
+        entrance = MtpEntrance.of(arch, layer, model.weights, lambda ids: source.read_rows(embed, ids.tolist()).float())
+        following = tokens[:, layer - arch.n_layers + 1 :]
+        entered = files.shortened(streams, lambda old, new: entrance.enter(old, following, new, device))
+        model.forget()
+    return entered
 
 
 def _pass(conversion: Conversion, layer: int, streams: Streams) -> None:
@@ -201,13 +226,13 @@ def _rewind(conversion: Conversion, *, calibrated: bool) -> None:
     """Take back the layers after the last saved border, unless all that need hidden states are done."""
     entries = conversion.journal.entries
     layers = [entry.layer for entry in conversion.journal.layers]
-    if not calibrated or conversion.arch.n_layers - 1 in layers:
+    if not calibrated or _calibrated_layers(conversion.plan, conversion.arch) - 1 in layers:
         return
     kept = [number for number, entry in enumerate(entries, 1) if isinstance(entry, OutsideEntry) or entry.saved]
     conversion.journal.rewind(max(kept, default=0))
 
 
-def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: StreamFiles, n_tokens: int) -> None:
+def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: StreamFiles) -> None:
     """Quantise one layer, bring it to the disk, and say so in the journal."""
     start = time.monotonic()
     sublayers = conversion.arch.sublayers(layer)
@@ -229,8 +254,10 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
         records = _table_records([*writer.tensors, *quantize_tables(conversion, layer)])
     with conversion.timer.stage("sync"):
         _sync(conversion)
-        # Nothing needs the hidden states after the last decoder layer.
-        saved = streams is not None and layer < conversion.arch.n_layers - 1 and files.due()
+        # Nothing needs the hidden states after the last calibrated layer. Those of MTP layers are short: they are not
+        # saved, a resumed run goes on from before.
+        last = min(conversion.arch.n_layers, _calibrated_layers(conversion.plan, conversion.arch) - 1)
+        saved = streams is not None and layer < last and files.due()
         if streams is not None and saved:
             files.save(streams, layer)
 
@@ -241,7 +268,8 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
         )
         if saved:
             files.forget_before(layer)
-    conversion.on_event(LayerDone(layer, time.monotonic() - start, n_tokens if streams is not None else 0))
+    n_tokens = 0 if streams is None else streams.x.n_rows * streams.x.length
+    conversion.on_event(LayerDone(layer, time.monotonic() - start, n_tokens))
 
 
 def _layer_job(conversion: Conversion, layer: int, streams: Streams | None, blocks: tuple[Block, ...]) -> LayerJob:

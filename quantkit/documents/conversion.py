@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer
 
 from quantkit.documents.journal import ExpertRecord, JobHeader
 from quantkit.documents.json_text import finite
-from quantkit.documents.values import Count, DocumentPart, Mean, Number
+from quantkit.documents.values import Count, DocumentPart, DraftAgreement, Mean, Number
 
 Loss = Annotated[
     float | None,
@@ -40,6 +40,8 @@ class ValidationScores(DocumentPart):
     p99_kl: Number
     top1: Mean
     """Share of tokens whose most likely successor is the same."""
+    draft: DraftAgreement | None = None
+    """Null if the output has no MTP layer, and in older documents."""
 
 
 class ValidationResult(DocumentPart):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from quantkit.documents.json_text import json_text
-from quantkit.documents.values import Count, DocumentPart, Mean, Number, estimate
+from quantkit.documents.values import Count, DocumentPart, DraftAgreement, Mean, Number, estimate
 
 SCHEMA_VERSIONS = (1, 2)
 """Versions of the document: 2 has `Windows`, the domain of each window and errors by expert. Reports take what they
@@ -90,6 +90,16 @@ class Result(DocumentPart):
     layers: tuple[Layer, ...] = ()
     windows: Windows | None = None
     """Null in documents of version 1."""
+    draft: DraftAgreement | None = None
+    """Missing if the checkpoint has no MTP layer, and in older documents."""
+
+    @model_serializer(mode="wrap")
+    def _written(self, whole: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """What was read without ``draft`` is written without it."""
+        values: dict[str, object] = whole(self)
+        if self.draft is None:
+            values.pop("draft", None)
+        return values
 
 
 class CheckpointFacts(DocumentPart):

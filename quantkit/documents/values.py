@@ -40,6 +40,22 @@ class Mean(DocumentPart):
         return percent(self.mean, self.standard_error)
 
 
+class DraftAgreement(DocumentPart):
+    """Of a checkpoint that has an MTP layer: the share of positions where the token that the MTP layer puts first is
+    the one that the same checkpoint puts first one position later, where it predicts the same token. That is what
+    speculative decoding with greedy sampling accepts of first drafts."""
+
+    reference: Mean | None = None
+    """The reference's MTP layer against the reference; null if it was not run, or has none."""
+    candidate: Mean
+    """The candidate's MTP layer against the candidate."""
+
+    def shown(self) -> str:
+        """ "61.23% ± 0.30% (original 62.10% ± 0.31%)"."""
+        original = "" if self.reference is None else f" (original {self.reference.percent()})"
+        return self.candidate.percent() + original
+
+
 _TABLE_WIDTH = 1e7  # from here on digits break tables
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.stream import embed, forward_layer, row_batches
+from quantkit.evaluate.drafts import Draft, DraftScores, same_drafts
 from quantkit.evaluate.finite import check_hidden
 from quantkit.evaluate.token_scores import Head, TokenScores, token_scores
 
@@ -36,7 +38,8 @@ class Model:
     ``embed_rows(ids)``: ids (n,) int64 -> (n, hidden); ``head_rows(start, stop)`` -> (stop - start, hidden), all
     float32. ``forget()``: no weight asked for so far is needed again soon. ``arch``: how it computes, None: as the
     reference. ``at_border``: what happens to the hidden states (rows, tokens, hidden) after the embedding and after
-    each layer. ``name``: what messages call it.
+    each layer. ``name``: what messages call it. ``draft``: its first MTP layer, if the checkpoint has one that is to be
+    scored.
     """
 
     weights: Weights
@@ -47,6 +50,7 @@ class Model:
     arch: ModelArch | None = None
     at_border: Callable[[Tensor], Tensor] | None = None
     name: str = "a model"
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,11 @@ class LayerScore:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What was found of one candidate."""
+    """What was found of one candidate. ``drafts``: None without an MTP layer."""
 
     tokens: TokenScores
     layers: tuple[LayerScore, ...]
+    drafts: DraftScores | None = None
 
 
 class Recorder(Protocol):
@@ -112,6 +117,15 @@ class Stream:
     def head(self) -> Head:
         """The model after its last layer."""
         return Head(self.arch, self.model.weights, self.model.head_rows, self.x, self.model.device, self.model.name)
+
+    def drafts(self, tokens: Tensor, scratch: RowStore, first: int) -> Tensor | None:
+        """See `same_drafts`; None without an MTP layer. Uses the hidden states up."""
+        draft = self.model.draft
+        if draft is None:
+            return None
+        found = same_drafts(self.head(), draft, tokens, scratch, first, partial(self.cross, draft.layer))
+        self.model.forget()
+        return found
 
 
 def start_streams(
@@ -160,9 +174,21 @@ def compare_all(
     if recorder is not None:
         recorder.logits(heads[0], tokens, first_scored)
     scores = token_scores(heads, tokens, first_scored) if candidates else []
+    drafts = all_drafts(streams[0], streams[1:], tokens, scratch, first_scored)
     for store in (*(stream.x for stream in streams), scratch):
         store.close()
-    return [Comparison(found, tuple(own)) for found, own in zip(scores, layers, strict=True)]
+    return [Comparison(found, tuple(own), *more) for found, own, *more in zip(scores, layers, drafts, strict=True)]
+
+
+def all_drafts(
+    reference: Stream | None, candidates: Sequence[Stream], tokens: Tensor, scratch: RowStore, first: int
+) -> list[DraftScores | None]:
+    """Of each candidate, and of the reference if some candidate has an MTP layer."""
+    found = [stream.drafts(tokens, scratch, first) for stream in candidates]
+    if all(own is None for own in found):
+        return [None] * len(found)
+    expected = None if reference is None else reference.drafts(tokens, scratch, first)
+    return [None if own is None else DraftScores(expected, own) for own in found]
 
 
 def compare_layers(

@@ -160,7 +160,7 @@ def _open_gguf(path: Path, reference: ModelArch) -> Evaluated:
     with GgufReader(path) as reader:
         reading = _reading(reader, model)
         specs = [spec for spec in reading.specs if spec.role is not Role.MTP]
-        names = {spec.name: model.stored_name(spec.name) for spec in specs}
+        names = {spec.name: model.stored_name(spec.name) for spec in reading.specs}
         for stored in stored_tensors(specs, model).values():
             entry = reader.tensors.get(stored.name)
             shape = None if entry is None else entry.shape

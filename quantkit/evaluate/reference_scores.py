@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.chunk_sizes import POSITIONS, SCORED_GROUP, VOCAB_BLOCK
-from quantkit.evaluate.compare import Comparison, LayerScore, Model, NewRows, agreement, start_streams
+from quantkit.evaluate.compare import Comparison, LayerScore, Model, NewRows, agreement, all_drafts, start_streams
 from quantkit.evaluate.reference_file import Positions, ReferenceStatistics, ReferenceWriter
 from quantkit.evaluate.token_scores import Head, OnlineSoftmax, TokenScores
 
@@ -105,9 +105,10 @@ def compare_recorded(
             found.append(_layer_score(blocks, layer, expected, stream.forward(layer, scratch)))
         on_layer(layer)
     scores = _token_scores([stream.head() for stream in streams], reference)
+    drafts = all_drafts(None, streams, tokens, scratch, tokens.shape[1] - 1 - reference.scored)
     for store in (*(stream.x for stream in streams), scratch):
         store.close()
-    return [Comparison(found, tuple(own)) for found, own in zip(scores, layers, strict=True)]
+    return [Comparison(found, tuple(own), *more) for found, own, *more in zip(scores, layers, drafts, strict=True)]
 
 
 def _layer_score(

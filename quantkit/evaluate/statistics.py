@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Layer, Result, Scores, Windows
-from quantkit.documents.values import Mean
+from quantkit.documents.values import DraftAgreement, Mean
 from quantkit.evaluate.compare import Comparison
+from quantkit.evaluate.drafts import DraftScores
 from quantkit.evaluate.token_scores import TokenScores
 
 
@@ -40,7 +41,16 @@ def result_of(comparison: Comparison, domains: Sequence[str]) -> Result:
             same_top=_rounded(tokens.same_top.double().mean(1).tolist()),
             layers=tuple(_rounded(found.window_errors) for found in comparison.layers),
         ),
+        draft=drafts_of(comparison.drafts),
     )
+
+
+def drafts_of(drafts: DraftScores | None) -> DraftAgreement | None:
+    """Shares of positions with their standard errors, None without an MTP layer."""
+    if drafts is None:
+        return None
+    reference = None if drafts.reference is None else _mean(drafts.reference.double())
+    return DraftAgreement(reference=reference, candidate=_mean(drafts.candidate.double()))
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from quantkit.evaluate.compare import Comparison, Model, NewRows, Recorder, comp
 from quantkit.evaluate.open import Evaluated, names_by_layer
 from quantkit.evaluate.reference_file import ReferenceStatistics
 from quantkit.evaluate.reference_scores import compare_recorded
-from quantkit.evaluate.validation import model_of, rounded_to_bf16
+from quantkit.evaluate.validation import rounded_to_bf16, scored_model
 from quantkit.plan.machine import Machine, Stores
 from quantkit.plan.memory import evaluation_needs, total
 from quantkit.plan.shapes import ModelSizes
@@ -71,7 +71,7 @@ class EvaluationRun:
     ) -> Generator[tuple[list[Model], NewRows, Callable[[int], None]]]:
         stores_bytes, cache_bytes = self._share(n_models, (tokens.shape[0], tokens.shape[1]))
         models = [
-            model_of(one.arch, one.source, self.machine.device, cache_bytes, name=one.facts.path) for one in opened
+            scored_model(one.arch, one.source, self.machine.device, cache_bytes, name=one.facts.path) for one in opened
         ]
         names = names_by_layer(self.arch)
 

@@ -14,6 +14,8 @@ from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.documents.conversion import ValidationScores
 from quantkit.documents.values import Mean
 from quantkit.evaluate.compare import Model
+from quantkit.evaluate.drafts import Draft, DraftScores
+from quantkit.evaluate.statistics import drafts_of
 from quantkit.evaluate.token_scores import TokenScores
 from quantkit.tensors import RowSource
 
@@ -32,6 +34,31 @@ def model_of(
         forget=weights.forget,
         arch=arch,
         name=name,
+    )
+
+
+def scored_model(
+    arch: ModelArch, source: RowSource, device: torch.device, cache_bytes: int, name: str = "a model"
+) -> Model:
+    """`model_of`, with the first MTP layer if ``source`` has all of it. Where it lacks its copies of the vocabulary's
+    matrices, the model's serve, as in runtimes."""
+    return replace(model_of(arch, source, device, cache_bytes, name=name), draft=_draft_of(arch, source, device))
+
+
+def _draft_of(arch: ModelArch, source: RowSource, device: torch.device) -> Draft | None:
+    layers = arch.mtp_layers()
+    if not layers:
+        return None
+    infos, copies, first = source.infos(), arch.variants().copies, min(layers)
+    if any(spec.name not in infos for spec in arch.tensors() if spec.layer == first and spec.name not in copies):
+        return None
+    own = layers[first]
+    embed = own.embed if own.embed in infos else arch.embed
+    head = own.lm_head if own.lm_head in infos else arch.lm_head
+    return Draft(
+        first,
+        embed_rows=lambda ids: source.read_rows(embed, ids.tolist()).float(),
+        head_rows=lambda start, stop: source.read(head, (start, stop)).to(device).float(),
     )
 
 
@@ -56,15 +83,23 @@ def rounded_to_bf16(arch: ModelArch, model: Model) -> Model:
     def head_rows(start: int, stop: int) -> Tensor:
         return _bf16(model.head_rows(start, stop))
 
+    draft = model.draft
+    if draft is not None:
+        draft = Draft(
+            draft.layer,
+            embed_rows=lambda ids, rows=draft.embed_rows: _bf16(rows(ids)),
+            head_rows=lambda start, stop, rows=draft.head_rows: _bf16(rows(start, stop)),
+        )
     name = f"{model.name} rounded to bfloat16"
-    return replace(model, weights=weights, embed_rows=embed_rows, head_rows=head_rows, at_border=_bf16, name=name)
+    rounded = replace(model, weights=weights, embed_rows=embed_rows, head_rows=head_rows, at_border=_bf16)
+    return replace(rounded, name=name, draft=draft)
 
 
 def _bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def summarise(scores: TokenScores) -> ValidationScores:
+def summarise(scores: TokenScores, drafts: DraftScores | None = None) -> ValidationScores:
     """Means over tokens with standard errors over windows (rows)."""
     reference, candidate = scores.reference_nll.mean(1), scores.candidate_nll.mean(1)
     kld = scores.kld.flatten()
@@ -78,6 +113,7 @@ def summarise(scores: TokenScores) -> ValidationScores:
         median_kl=float(kld.median()),
         p99_kl=float(kld.sort().values[min(len(kld) - 1, int(0.99 * len(kld)))]),
         top1=_mean(scores.same_top.double().mean(1)),
+        draft=drafts_of(drafts),
     )
 
 

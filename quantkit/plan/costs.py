@@ -17,7 +17,7 @@ from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, POSITIONS, VOCAB_BLOCK
 from quantkit.documents.speed import DiskSpeed, SpeedDocument
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.plan import OutputPlan, Plan
-from quantkit.plan.schedule import FILES, KEPT, OUTSIDE, SCORES, VALIDATION, Cost, Schedule, Step
+from quantkit.plan.schedule import FILES, KEPT, MTP_INPUTS, OUTSIDE, SCORES, VALIDATION, Cost, Schedule, Step
 from quantkit.plan.shapes import Work, matrices
 from quantkit.plan.speed import treatment_key
 from quantkit.tensors import Projection, Role
@@ -77,6 +77,8 @@ class _Costs:
         members = _members(self.plan.outputs)
         share = self.plan.source_bytes / max(1, sum(_sources([m for group in members.values() for m in group])))
         for layer in (None, *sorted({layer for layer, _ in members if layer is not None})):
+            if layer is not None and self.arch.n_layers <= layer < self._calibrated:
+                yield Step(MTP_INPUTS, layer, Cost(self._mtp_inputs(self.work.tokens * self.work.streams)))
             for kind in (OUTSIDE, *BLOCKS.values(), KEPT):
                 if found := members.get((layer, kind)):
                     cost = self._block(layer, kind, found) + self._moved(found, share)
@@ -86,13 +88,24 @@ class _Costs:
             if self.work.windows is not None:
                 yield from self._validation(number, members, share)
 
+    @property
+    def _calibrated(self) -> int:
+        """Layers that the text goes through, MTP layers included."""
+        return self.arch.n_layers + self.work.mtp_layers if self.work.tokens else 0
+
+    def _mtp_inputs(self, tokens: int) -> float:
+        """eh_proj and its norms."""
+        hidden = self.work.hidden
+        nbytes = tokens * hidden * NUMBER
+        return 4 * tokens * hidden**2 / self.speed.flops + self._passes(PASSES * nbytes, nbytes)
+
     def _moved(self, members: list[_Member], share: float) -> Cost:
         stored = sum(member.stored for member in members)
         return Cost(writing=stored / self.disk.write, ahead=share * sum(_sources(members)) / self.disk.read)
 
     def _saved(self, layer: int | None, kind: str) -> Cost:
         """Hidden states after a layer, to resume from."""
-        if kind != KEPT or layer is None or layer >= self.arch.n_layers - 1:
+        if kind != KEPT or layer is None or layer >= min(self.arch.n_layers, self._calibrated - 1):
             return Cost()
         return Cost(writing=self.work.tokens * self.work.streams * self.work.hidden * NUMBER / self.disk.write)
 
@@ -101,7 +114,7 @@ class _Costs:
     def _block(self, layer: int | None, kind: str, members: list[_Member]) -> Cost:
         decisions = [member.decision for member in members]
         seconds = self._chosen(decisions) + self._widened(decisions)
-        if self.work.tokens and layer is not None and layer < self.arch.n_layers and kind in BLOCKS.values():
+        if layer is not None and layer < self._calibrated and kind in BLOCKS.values():
             carried = [member.decision for member in members if not member.output]
             seconds += self._decoded(carried)
             seconds += self._experts(decisions) if kind == EXPERTS else self._dense(decisions)
@@ -190,17 +203,28 @@ class _Costs:
         n_windows, length = self.work.windows
         tokens = n_windows * length
         for layer in range(self.arch.n_layers):
-            cost = Cost()
-            for kind in BLOCKS.values():
-                own = [m for m in members.get((layer, kind), []) if m.output == output]
-                if own:
-                    cost += self._compared(kind, own, tokens, length, share)
-            yield Step(VALIDATION, layer, cost)
+            yield Step(VALIDATION, layer, self._compared_layer(output, layer, members, share))
         sides = self.arch.vocab_size
         flops = 2 * 2 * tokens * sides * self.work.hidden / self.speed.flops
         at_once = POSITIONS * min(sides, VOCAB_BLOCK) * NUMBER
         passes = self._passes(2 * tokens * sides * NUMBER * LOGIT_PASSES, at_once)
-        yield Step(SCORES, None, Cost(flops + passes))
+        scores = Cost(flops + passes)
+        first = self.arch.n_layers  # an MTP layer, whose drafts are compared with what the model chooses
+        if any(m.output == output for m in members.get((first, EXPERTS), ())):
+            drafts = Cost(2 * scores.computing + 2 * self._mtp_inputs(tokens))
+            scores += drafts + self._compared_layer(output, first, members, share)
+        yield Step(SCORES, None, scores)
+
+    def _compared_layer(self, output: int, layer: int, members: _Members, share: float) -> Cost:
+        """A layer of source and result, side by side."""
+        assert self.work.windows is not None, "only a recipe with validation has windows"
+        n_windows, length = self.work.windows
+        cost = Cost()
+        for kind in BLOCKS.values():
+            own = [m for m in members.get((layer, kind), []) if m.output == output]
+            if own:
+                cost += self._compared(kind, own, n_windows * length, length, share)
+        return cost
 
     def _compared(self, kind: str, members: list[_Member], tokens: int, length: int, share: float) -> Cost:
         """A block of source and result, side by side."""

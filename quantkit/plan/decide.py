@@ -173,7 +173,7 @@ class Decider:
         wanted = self.output.method or (_GPTQ if self.calibrated else _RTN)
         if self.output.method is not None and not self.calibrated:
             return wanted  # asked for by name: `_check_decision` says what it lacks
-        usable = self.calibrated and not spec.table and spec.role is not Role.MTP
+        usable = self.calibrated and not spec.table
         return wanted if usable or not wanted.needs_inputs else _RTN
 
 
@@ -221,10 +221,9 @@ def _missing_inputs(spec: TensorSpec, method: str, calibrated: bool) -> tuple[st
     if not calibrated:
         hint = "Add calibration:, or use method: {kind: rtn}."
         return f"{method} without calibration", f"{method} needs calibration text.", hint
-    if spec.role is Role.MTP or spec.table:
-        what = "MTP layers see" if spec.role is Role.MTP else "this tensor sees"
+    if spec.table:
         hint = f"Use method: {{kind: rtn}} for role:{spec.role.value}."
-        return f"{method} without inputs", f"{what} no calibration tokens.", hint
+        return f"{method} without inputs", "this tensor sees no calibration tokens.", hint
     return None
 
 

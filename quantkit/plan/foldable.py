@@ -13,7 +13,6 @@ from quantkit.arch.base import DenseBlock, ModelArch, Producer
 from quantkit.plan.decide import Action, Decision, Problems, named_rule
 from quantkit.quantizers import Method
 from quantkit.quantizers.rescaling import RescalingMethod
-from quantkit.tensors import Role
 
 
 def refuse_unfoldable(output: str, decisions: Mapping[str, Decision], arch: ModelArch, problems: Problems) -> None:
@@ -22,7 +21,7 @@ def refuse_unfoldable(output: str, decisions: Mapping[str, Decision], arch: Mode
     by_official: dict[str, list[Decision]] = {}
     for decision in decisions.values():
         by_official.setdefault(decision.spec.official, []).append(decision)
-    asking = {d.spec.layer for d in decisions.values() if _rescales(d) and d.spec.role is not Role.MTP}
+    asking = {d.spec.layer for d in decisions.values() if _rescales(d)}
     for layer in sorted(layer for layer in asking if layer is not None):
         for producer in dict.fromkeys(_producers(arch, layer)):
             readers = [d for name in producer.readers for d in by_official.get(name, ())]

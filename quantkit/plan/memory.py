@@ -164,13 +164,15 @@ def check_free_disk(needs: Needs, out: Path, already_written: int = 0) -> None:
 
 def _hidden_states(work: Work) -> Term | None:
     """The streams, and the widest scratch that a block keeps beside them: what its output projection reads in the
-    calibrated stream; or what routed experts read in each, while the shared one passes."""
+    calibrated stream; or what routed experts read in each, while the shared one passes; or the first stream on its way
+    into an MTP layer."""
     if not work.tokens:
         return None
     streams = work.streams * work.hidden
     shared = max((block.context for block in work.blocks if block.role is Role.SHARED_EXPERT), default=0)
     routed = streams + shared if work.experts else 0
-    scratch = max(routed, *(block.context for block in work.blocks if block.role is not Role.MTP))
+    entering = work.hidden if work.mtp_layers else 0
+    scratch = max(routed, entering, *(block.context for block in work.blocks))
     nbytes = work.tokens * (streams + scratch) * 4
     formula = f"{work.tokens:,} tokens x ({work.streams} x {work.hidden:,} + {scratch:,}) x 4 B"
     return Term("hidden states", nbytes, formula)

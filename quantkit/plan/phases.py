@@ -114,6 +114,8 @@ def phases(work: Work, place: Place, experts: int, cache: int) -> Iterator[Phase
         yield from expert_phases(work, shape, place, min(experts, shape.count))
     for shape in work.untaught:
         yield _untaught(shape, place, min(experts, shape.count))
+    if work.mtp_layers:
+        yield _entering_mtp(work, place)
 
 
 # --------------------------------------------------------------------------------------------------- outside the layers
@@ -131,6 +133,17 @@ def _table(decision: Decision) -> Phase:
     copies = 1.5 + buffers_of(decision)
     formula = f"{decision.spec.name}: {piece:,} B x {copies}"
     return Phase("quantising a table", (Term("rows of a table", int(piece * copies), formula),))
+
+
+def _entering_mtp(work: Work, place: Place) -> Phase:
+    """A stream on its way into an MTP layer: its successor is made beside it."""
+    tokens = min(work.tokens, max(place.times * BATCH_TOKENS, work.length))
+    weight, wide, copies = 2 * work.hidden**2, 2 * work.hidden, ACTIVATION_COPIES
+    terms = (
+        Term("weight", weight * READ_BYTES, f"{weight:,} x {READ_BYTES} B"),
+        Term("activations", tokens * wide * 4 * copies, f"{tokens:,} x {wide:,} x 4 B x {copies}"),
+    )
+    return Phase("entering an MTP layer", terms, (work.tokens * work.hidden * 4,))
 
 
 # --------------------------------------------------------------------------------------------------------- dense blocks

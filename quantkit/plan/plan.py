@@ -110,6 +110,18 @@ class Plan:
         methods = (decision.method for output in self.outputs for decision in output.decisions.values())
         return self.recipe.propagate == "quantized" and any(m is not None and m.follows_original for m in methods)
 
+    @property
+    def calibrates_mtp(self) -> bool:
+        """Whether the calibration text goes on into the MTP layers: if a method of some output learns from their
+        inputs, or an imatrix of theirs is written. Else they are rounded without, at no cost."""
+        if self.recipe.calibration is None:
+            return False
+        decisions = (decision for output in self.outputs for decision in output.decisions.values())
+        methods = (decision.method for decision in decisions if decision.spec.role is Role.MTP)
+        return any(method is not None and method.needs_inputs for method in methods) or any(
+            output.target.wants_mtp_importance for output in self.outputs
+        )
+
     def decision(self, name: str, output: int = 0) -> Decision:
         """What happens to a tensor in one output."""
         return self.outputs[output].decisions[name]

@@ -16,7 +16,7 @@ OUTSIDE, KEPT, FILES, VALIDATION, SCORES = "embeddings", "kept", "files", "valid
 READING = 250
 """A weight is read and decoded in the time in which so many tokens are multiplied with it."""
 AFTER_LAYERS = (FILES, VALIDATION, SCORES)
-COMPILING, PASSING, LAYER = "compiling kernels", "passing", "layer"
+COMPILING, PASSING, LAYER, MTP_INPUTS = "compiling kernels", "passing", "layer", "mtp inputs"
 
 
 @dataclass(frozen=True, slots=True)

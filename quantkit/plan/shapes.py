@@ -76,9 +76,9 @@ class Work:
     row; ``streams``: 2 if the unquantised model goes along; ``methods``: different ones that learn, those that rescale
     channels counted by output; ``bf16``: whether all linears of the source are.
 
-    ``blocks`` and ``experts`` differ in shape or treatment. ``untaught``: experts without calibration, of MTP layers or
-    in a data-free conversion. ``largest_kept``: bytes of the largest tensor that passes through.
-    ``windows``: of the validation and tokens of one, None without.
+    ``blocks`` and ``experts`` differ in shape or treatment. ``untaught``: experts without calibration, of MTP layers
+    that need none or in a data-free conversion. ``mtp_layers``: those that the text goes on into. ``largest_kept``:
+    bytes of the largest tensor that passes through. ``windows``: of the validation and tokens of one, None without.
     """
 
     hidden: int
@@ -91,6 +91,7 @@ class Work:
     blocks: tuple[DenseShape, ...]
     experts: tuple[Experts, ...]
     untaught: tuple[Experts, ...]
+    mtp_layers: int
     tables: tuple[Decision, ...]
     largest_kept: int
     sizes: ModelSizes
@@ -103,7 +104,8 @@ class Work:
         decisions = [decision for output in plan.outputs for decision in output.decisions.values()]
         linears = [d for d in plan.outputs[0].decisions.values() if d.spec.linear]
         experts = _experts(decisions)
-        taught = [] if calibration is None else [shape for role, shape in experts if role is not Role.MTP]
+        mtp = plan.calibrates_mtp
+        taught = [] if calibration is None else [shape for role, shape in experts if mtp or role is not Role.MTP]
         return cls(
             hidden=arch.hidden_size,
             top_k=arch.serving().top_k,
@@ -112,9 +114,10 @@ class Work:
             streams=streams_of(plan),
             methods=_factors(plan),
             bf16={d.source_dtype for d in linears} == {"BF16"},
-            blocks=tuple(_blocks(decisions, calibrated=calibration is not None)),
+            blocks=tuple(_blocks(decisions, calibrated=calibration is not None, mtp=mtp)),
             experts=tuple(taught),
             untaught=tuple(shape for _, shape in experts if shape.decisions and shape not in taught),
+            mtp_layers=len(arch.mtp_layers()) * mtp,
             tables=tuple(distinct(d for d in decisions if d.spec.table and d.action is Action.QUANTIZE)),
             largest_kept=max((_kept_bytes(d) for d in decisions), default=0),
             sizes=ModelSizes.of(arch),
@@ -178,8 +181,8 @@ def _kept_bytes(decision: Decision) -> int:
     return max(decision.source_nbytes, TensorInfo(decision.spec.name, decision.spec.shape, decision.dtype).nbytes)
 
 
-def _blocks(decisions: list[Decision], *, calibrated: bool) -> Iterator[DenseShape]:
-    """Blocks that differ. MTP layers are rounded without calibration: their linears are groups of one."""
+def _blocks(decisions: list[Decision], *, calibrated: bool, mtp: bool) -> Iterator[DenseShape]:
+    """Blocks that differ. Without calibration (of MTP layers: unless ``mtp``) linears are groups of one."""
     layers: dict[tuple[int | None, Role], list[Decision]] = {}
     for decision in decisions:
         spec = decision.spec
@@ -190,7 +193,7 @@ def _blocks(decisions: list[Decision], *, calibrated: bool) -> Iterator[DenseSha
         known = tuple(_treatment(decision) for decision in members)
         if known not in seen:
             seen.add(known)
-            yield _block(role, members, together=calibrated and members[0].spec.role is not Role.MTP)
+            yield _block(role, members, together=calibrated and (mtp or members[0].spec.role is not Role.MTP))
 
 
 def _block(role: Role, members: list[Decision], *, together: bool) -> DenseShape:

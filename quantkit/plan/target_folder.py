@@ -35,6 +35,11 @@ class FolderTarget:
         return False
 
     @property
+    def wants_mtp_importance(self) -> bool:
+        """No: a folder has no place for importance."""
+        return False
+
+    @property
     def companion_bytes(self) -> int:
         """0: there are only small files."""
         return 0

@@ -59,8 +59,17 @@ class GgufTarget:
     @property
     def companion_bytes(self) -> int:
         """Bytes of imatrix.gguf."""
-        calibrated = self._recipe.calibration is not None and self._output.imatrix
-        return sum(tensor.nbytes for entry in self._importance_entries() for tensor in entry.tensors()) * calibrated
+        entries = self._importance_entries() if self._writes_imatrix else []
+        return sum(tensor.nbytes for entry in entries for tensor in entry.tensors())
+
+    @property
+    def _writes_imatrix(self) -> bool:
+        return self._recipe.calibration is not None and self._output.imatrix
+
+    @property
+    def wants_mtp_importance(self) -> bool:
+        """Of a stored MTP layer, in imatrix.gguf."""
+        return self._writes_imatrix and self._output.mtp == "keep" and any(s.role is Role.MTP for s in self.specs)
 
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """What the preset says: a block type, float32 for what llama-quantize leaves alone, or nothing without one.
@@ -143,7 +152,7 @@ class GgufTarget:
         )
         importance: dict[str, ImatrixEntry] = {}
         calibration = self._recipe.calibration
-        if calibration is not None and self._output.imatrix:
+        if calibration is not None and self._writes_imatrix:
             entries = self._importance_entries()
             chunks = -(-calibration.tokens // calibration.sequence_length)
             layout = combined(layout, imatrix_layout(entries, calibration.data, chunks, calibration.sequence_length))
@@ -220,7 +229,7 @@ class GgufTarget:
         return [
             ImatrixEntry(stored.name, stored.n_matrices, stored.shape[-1], experts=stored.stacked)
             for stored in self._stored.values()
-            if stored.first.linear and stored.first.role is not Role.MTP
+            if stored.first.linear and not self.omits(stored.first)
         ]
 
 

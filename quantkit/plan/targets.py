@@ -92,6 +92,11 @@ class Target(Protocol):
         """Bytes of large files beside the weights."""
         ...
 
+    @property
+    def wants_mtp_importance(self) -> bool:
+        """Whether what the linears of MTP layers read is kept beside the weights."""
+        ...
+
     def preset_rule(self, spec: TensorSpec) -> Rule | None:
         """What a preset says of a tensor that no rule matched."""
         ...

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quantkit.documents.evaluation import HISTOGRAM_EDGES, Divergence, Layer, Result, Scores
-from quantkit.documents.values import Mean
+from quantkit.documents.values import DraftAgreement, Mean
 from quantkit.report import figures, numbers
 from quantkit.report.contents import Block, Figure, Note, Section, Table
 from quantkit.report.pareto import pareto
@@ -113,7 +113,17 @@ def in_practice(checkpoint: ScoredCheckpoint) -> str:
         f"In practice, {checkpoint.label}: with a mean KLD of {kld_text(score)} nats the most likely token is the "
         f"original's in {numbers.number(100 * score.same_top.mean)} % of all places, and perplexity is "
         f"{numbers.estimate(perplexity)} times the original's. Half of the tokens have a KLD below {halves[0]}."
+        f"{_drafts(score.draft)}"
     )
+
+
+def _drafts(draft: DraftAgreement | None) -> str:
+    """A sentence about the MTP layer, "" without one."""
+    if draft is None:
+        return ""
+    own = numbers.percentage_estimate(draft.candidate)
+    original = "" if draft.reference is None else f", the original's at {numbers.percentage_estimate(draft.reference)}"
+    return f" Its MTP layer drafts the token that it chooses itself at {own} of all places{original}."
 
 
 def _pareto(group: Sequence[ScoredCheckpoint], floor: float | None) -> Figure:

@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 
 from quantkit.documents.conversion import ConversionDocument, ValidationResult
-from quantkit.documents.evaluation import Candidate, Evaluation, Result, Scores
+from quantkit.documents.evaluation import Candidate, Evaluation, Result
 from quantkit.documents.read import DocumentFile
-from quantkit.documents.values import Mean
+from quantkit.documents.values import DraftAgreement, Mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Score:
     quantiles: tuple[tuple[float, float], ...]
     same_top: Mean
     lower_bound: bool = False
+    draft: DraftAgreement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def _candidate(
         model.name if conversion is None else conversion.label,
         model.nbytes,
         model.bpw if conversion is None else conversion.document.bpw,
-        _evaluated(evaluation, found.result.overall),
+        _evaluated(evaluation, found.result),
         found.result,
         conversion,
     )
@@ -158,7 +159,8 @@ def _own(conversion: LabelledConversion) -> ScoredCheckpoint:
     return ScoredCheckpoint(conversion.label, document.tensor_bytes, document.bpw, score, None, conversion)
 
 
-def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:
+def _evaluated(evaluation: Evaluation, result: Result) -> Score:
+    scores = result.overall
     kld, file = scores.kld, evaluation.reference_file
     measured = f"{evaluation.tokens_sha256} {evaluation.reference.fingerprint} {evaluation.protocol.name}"
     return Score(
@@ -173,6 +175,7 @@ def _evaluated(evaluation: Evaluation, scores: Scores) -> Score:
         quantiles=((0.5, kld.median), (0.9, kld.p90), (0.99, kld.p99), (0.999, kld.p999)),
         same_top=scores.same_top,
         lower_bound=file is not None,
+        draft=result.draft,
     )
 
 
@@ -196,4 +199,5 @@ def _validated(validation: ValidationResult) -> Score:
         kld=scores.mean_kl,
         quantiles=((0.5, scores.median_kl), (0.99, scores.p99_kl)),
         same_top=scores.top1,
+        draft=scores.draft,
     )

@@ -68,6 +68,7 @@ def _validation_rows(result: ValidationResult) -> list[tuple[str, str]]:
         ("mean KL divergence", f"{scores.mean_kl.shown(5)} nats"),
         ("KL divergence, median / 99th percentile", f"{scores.median_kl:.5f} / {scores.p99_kl:.5f} nats"),
         ("same most likely token", scores.top1.percent()),
+        *([] if scores.draft is None else [("MTP draft agreement", scores.draft.shown())]),
         ("measured on", f"{scores.tokens:,} tokens in {scores.windows:,} windows"),
         ("limits of the recipe", {True: "met", False: "EXCEEDED", None: "no limits set"}[result.passed]),
     ]

@@ -1,4 +1,4 @@
-"""An evaluation as text for people: tables overall, by domain, by layer."""
+"""An evaluation as text for people: tables overall, by domain, by layer, of drafts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from quantkit.text.tables import table
 
 
 def evaluation_text(found: Evaluation) -> str:
-    """Tables: overall, by domain, by layer; then what was measured on."""
+    """Tables: overall, by domain, by layer, of MTP drafts; then what was measured on."""
     rows = _named_results(found)
-    tables = [_overall(found, rows), _domains(found, rows), _layers(rows)] if rows else []
+    tables = [_overall(found, rows), _domains(found, rows), _layers(rows), *_drafts(rows)] if rows else []
     return "\n\n".join([*tables, _footer(found)])
 
 
@@ -90,6 +90,17 @@ def _layer(layer: Layer) -> str:
     agreement = "" if layer.router_agreement is None else f"{layer.router_agreement:.2%}"
     error = "-" if math.isnan(layer.hidden_error) else f"{layer.hidden_error:.5f}"
     return f"{error} {agreement:>8}"
+
+
+def _drafts(rows: Sequence[tuple[str, float | None, Result]]) -> list[str]:
+    """Where MTP layers draft what their own model chooses; nothing if there are none."""
+    found = [(name, result.draft) for name, _, result in rows if result.draft is not None]
+    head = ("MTP draft agreement", "original", "checkpoint")
+    cells = [
+        (name, "" if draft.reference is None else draft.reference.percent(), draft.candidate.percent())
+        for name, draft in found
+    ]
+    return [table(head, cells)] if found else []
 
 
 def _footer(found: Evaluation) -> str:

@@ -100,6 +100,7 @@ def test_mtp_layer_equals_transformers() -> None:
     layers = pytest.importorskip("transformers.modeling_layers")
     config = tiny_config()
     arch = DeepseekV3(config)
+    mtp = arch.mtp_layers()[3]
     weights = {name: tensor.float() for name, tensor in random_weights(config, seed=2).items()}
     reference_config = transformers.DeepseekV3Config(**config)
     reference = layers.MtpLayer(reference_config, deepseek.DeepseekV3DecoderLayer, deepseek.DeepseekV3RMSNorm, 3).eval()
@@ -110,9 +111,9 @@ def test_mtp_layer_equals_transformers() -> None:
     with torch.inference_mode():
         rotation = deepseek.DeepseekV3RotaryEmbedding(reference_config)(hidden, positions)
         expected = reference(embeddings, hidden, rotation, mask, positions, None)
-        x = arch.mtp_inputs(weights.__getitem__, 3, hidden, embeddings)
+        x = mtp.inputs(weights.__getitem__, hidden, embeddings)
         x = forward.forward_layer(arch.sublayers(3), weights.__getitem__, x)
-        found = arch.mtp_hidden(weights.__getitem__, 3, x)
+        found = mtp.final_hidden(weights.__getitem__, x)
     assert (found - expected).abs().max() <= TOLERANCE
 
 

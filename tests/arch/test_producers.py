@@ -54,9 +54,10 @@ def rescaled(arch: DeepseekV3, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def mtp_logits(arch: DeepseekV3, weights: dict[str, Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
     prefix = f"model.layers.{arch.n_layers}."
     embedded = embedding(tokens, weights[f"{prefix}embed_tokens.weight"])
-    x = arch.mtp_inputs(weights.__getitem__, arch.n_layers, hidden, embedded)
+    mtp = arch.mtp_layers()[arch.n_layers]
+    x = mtp.inputs(weights.__getitem__, hidden, embedded)
     x = forward_layer(arch.sublayers(arch.n_layers), weights.__getitem__, x)
-    return linear(arch.mtp_hidden(weights.__getitem__, arch.n_layers, x), weights[f"{prefix}shared_head.head.weight"])
+    return linear(mtp.final_hidden(weights.__getitem__, x), weights[mtp.lm_head])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

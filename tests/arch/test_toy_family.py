@@ -23,6 +23,7 @@ from quantkit.arch.base import (
     LinearPart,
     LinearRows,
     MlpNames,
+    MtpLayer,
     NormWeight,
     Routing,
     ServingSizes,
@@ -102,6 +103,9 @@ class Toy:
         return CheckpointVariants()
 
     def parts(self) -> Mapping[str, LinearPart]:
+        return {}
+
+    def mtp_layers(self) -> Mapping[int, MtpLayer]:
         return {}
 
     def gguf(self) -> GgufModel:

@@ -35,10 +35,11 @@ def words(folder: Path, *candidates: str) -> tuple[object, ...]:
 def test_tables_and_file(folder: Path, tmp_path: Path) -> None:
     done = quantkit(*words(folder, "fp8", "other"), "-o", tmp_path / "evaluation.json")
     assert done.exit_code == 0, done.stderr
-    overall, domains, layers, footer = done.stdout.strip().split("\n\n")
+    overall, domains, layers, drafts, footer = done.stdout.strip().split("\n\n")
     assert [line.split("  ")[0] for line in overall.splitlines()[2:]] == ["source", "bf16 noise floor", "fp8", "other"]
     assert [line.split()[0] for line in domains.splitlines()[2::3]] == ["one", "two"]
     assert [line.split()[0] for line in layers.splitlines()[2:]] == ["0", "1"]
+    assert [line.split("  ")[0] for line in drafts.splitlines()[2:]] == ["bf16 noise floor", "fp8", "other"]
     assert footer.startswith("186 tokens scored in 6 windows of 32 (windows), 2 files, on cpu.")
     assert [line.split("  ")[0] for line in done.stderr.splitlines()] == [
         "2 candidates, 6 windows, 192 tokens",
@@ -73,10 +74,11 @@ def test_a_reference_that_is_kept_in_a_file(folder: Path, tmp_path: Path) -> Non
     assert saved.stderr.startswith("0 candidates, 6 windows, 192 tokens\n")
     done = quantkit("evaluate", tmp_path / "file", folder / "other", "--device", "cpu", "--memory-budget", "1GiB")
     assert done.exit_code == 0, done.stderr
-    overall, domains, layers, footer = done.stdout.strip().split("\n\n")
+    overall, domains, layers, drafts, footer = done.stdout.strip().split("\n\n")
     assert "KLD mean, at least" in overall
     assert "KLD mean, at least" in domains
     assert [line.split()[:2] for line in layers.splitlines()[2:]] == [["0", "-"], ["1", "-"]]
+    assert drafts.splitlines()[2].count("%") == 2  # mean and error of the candidate: of the original nothing is known
     notes = footer.splitlines()[1:]
     assert notes[0].startswith(f"note: the reference is {tmp_path / 'file'}. KLD: A lower bound: exact on the ")
     assert notes[1].startswith("note: no hidden_error, expert_errors: The reference's hidden states are not kept")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,28 +157,10 @@ class Case:
 
     def quantised(self, monkeypatch: pytest.MonkeyPatch) -> LayerJob:
         """Run the layer, noting the statistics that each linear's method is given."""
-        real = outputs_module.quantize_linears
-
-        def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, *shrink: Any) -> Any:
-            assert stats is not None
-            raw = stats
-            for linears in group:
-                method = next((o.methods[linears.names[0]][1] for o in outputs if linears.names[0] in o.methods), None)
-                stats = replace(
-                    raw, hessian=raw.hessian.clone(), cross=None if raw.cross is None else raw.cross.clone()
-                )
-                if shrink and method is not None:
-                    stats = shrink[0](stats, method)
-                for i, name in enumerate(linears.names):
-                    assert torch.equal(linears.weight[i], self.weights[name])
-                    cross = None if stats.cross is None else stats.cross[i : i + 1].clone()
-                    self.given[name] = InputStats(stats.hessian[i : i + 1].clone(), cross, stats.n_tokens[i : i + 1])
-            return real(outputs, group, raw, *shrink)
-
         job = self.job()
         with monkeypatch.context() as patch:
             for module in (dense_module, experts_module):
-                patch.setattr(module, "quantize_linears", note)
+                patch.setattr(module, "quantize_linears", noting(self.given, self.weights))
             self.experts = quantize_layer(job, self.sublayers, self).experts
         return job
 
@@ -191,6 +173,43 @@ class Case:
         method = next((m for _, m in self.outputs[0].values() if isinstance(m, Gptq)), GPTQ)
         settings = Settings(self.weights.__getitem__, self.carried, self.min_tokens, method.shrink, method.down_shrink)
         return expected_statistics(self.sublayers, settings, self.x, self.original)
+
+
+def noting(given: dict[str, InputStats], weights: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """`quantize_linears`, which notes in ``given`` the statistics that each linear's method is given."""
+    real = outputs_module.quantize_linears
+
+    def note(outputs: Any, group: tuple[Linears, ...], stats: InputStats, *shrink: Any) -> Any:
+        assert stats is not None
+        raw = stats
+        for linears in group:
+            method = next((o.methods[linears.names[0]][1] for o in outputs if linears.names[0] in o.methods), None)
+            stats = replace(raw, hessian=raw.hessian.clone(), cross=None if raw.cross is None else raw.cross.clone())
+            if shrink and method is not None:
+                stats = shrink[0](stats, method)
+            for i, name in enumerate(linears.names):
+                assert torch.equal(linears.weight[i], weights[name])
+                cross = None if stats.cross is None else stats.cross[i : i + 1].clone()
+                given[name] = InputStats(stats.hessian[i : i + 1].clone(), cross, stats.n_tokens[i : i + 1])
+        return real(outputs, group, raw, *shrink)
+
+    return note
+
+
+def assert_given(given: Mapping[str, InputStats], expected: Result, tolerance: float = 1e-5) -> None:
+    """The statistics are those of the plain loop."""
+    for name, found in given.items():
+        wanted = expected.stats[name]
+        assert found.n_tokens == (wanted.n_tokens,), name
+        _assert_near(found.hessian[0], wanted.hessian, name, tolerance)
+        assert (found.cross is None) == (wanted.cross is None), name
+        if found.cross is not None and wanted.cross is not None:
+            _assert_near(found.cross[0], wanted.cross, f"cross of {name}", tolerance)
+
+
+def _assert_near(found: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
+    distance = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-12))
+    assert distance < tolerance, f"{what}: {distance:.1e}"
 
 
 def _methods(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:

@@ -124,7 +124,8 @@ def test_the_validation_is_that_of_the_written_files(
         for weights in (original, decoded(tmp_path / "out"))
     ]
     expected = summarise(compare(arch, models[0], models[1], tokens, MemoryRows))
-    assert found.scores == expected
+    assert found.scores.draft is not None  # tests/evaluate/test_drafts.py says what it is
+    assert found.scores.model_copy(update={"draft": None}) == expected
     assert found.scores.mean_kl.mean > 1e-4
 
 
@@ -315,12 +316,13 @@ def test_text_that_repeats_itself_is_named_at_the_start(tmp_path: Path, capsys: 
     assert second.startswith("note: ")
 
 
+@pytest.mark.parametrize("mtp", ["gptq", "rtn"])
 def test_the_bar_follows_a_conversion_that_is_stopped_and_goes_on(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mtp: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All stages are on the schedule, so the bar rises from 0 to 1, stands still nowhere, and falls nowhere."""
     monkeypatch.setattr(hidden_module, "SAVING_PAUSE", 0)
-    rules = ({"match": "role:mtp", **INT4_RTN}, int4())
+    rules = (int4("role:mtp", kind=mtp), int4())
     recipe = recipe_of(*rules, others={"second": [int4("role:expert", kind="rtn")]}, validated=True)
     first, second = Followed(stop_after=0), Followed()
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from quantkit.arch.base import ExpertBlock
 from quantkit.calibrate import stream
@@ -21,7 +20,7 @@ from quantkit.schemes import IntScheme
 from tests.convert.jobs import (
     small_config,
 )
-from tests.convert.layer_case import GPTQ, LENGTH, ROWS, SCHEME, Case
+from tests.convert.layer_case import GPTQ, LENGTH, ROWS, SCHEME, Case, assert_given
 from tests.oracles import forward
 
 
@@ -43,20 +42,8 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_statistics(case: Case) -> None:
-    expected = case.expected()
     assert set(case.given) == {name for name in case.linears if any(name in sink.written for sink in case.sinks)}
-    for name, given in case.given.items():
-        wanted = expected.stats[name]
-        assert given.n_tokens == (wanted.n_tokens,), name
-        _assert_near(given.hessian[0], wanted.hessian, name)
-        assert (given.cross is None) == (wanted.cross is None), name
-        if given.cross is not None and wanted.cross is not None:
-            _assert_near(given.cross[0], wanted.cross, f"cross of {name}")
-
-
-def _assert_near(found: Tensor, expected: Tensor, what: str) -> None:
-    distance = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-12))
-    assert distance < 1e-5, f"{what}: {distance:.1e}"
+    assert_given(case.given, case.expected())
 
 
 def assert_streams(case: Case) -> None:

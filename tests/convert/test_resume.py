@@ -30,7 +30,7 @@ from quantkit.errors import OutputError
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.schedule import COMPILING
 from quantkit.text.converted import report_text
-from tests.convert.jobs import INT4_RTN, files_of, int4, recipe_of, run, small_config, write_model, write_text
+from tests.convert.jobs import files_of, int4, recipe_of, run, small_config, write_model, write_text
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names files by /proc"),
 ]
 RECIPE = recipe_of(
-    {"match": "role:mtp", **INT4_RTN},
+    int4("role:mtp", grid=2, polish=0),
     int4(grid=2, polish=0),
     others={"second": [int4("role:expert", kind="rtn", grid=2)]},
     tokens=128,

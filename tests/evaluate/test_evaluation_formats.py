@@ -95,8 +95,9 @@ def test_gptq_and_awq_score_as_the_same_numbers_in_compressed_tensors(w4: Path, 
     first, *others = found.candidates
     assert [candidate.model.format for candidate in found.candidates] == ["compressed-tensors", "GPTQ", "AWQ"]
     assert first.result.overall.kld.mean > 1e-3
+    assert first.result.draft is not None
     for other in others:
-        assert other.result == first.result
+        assert other.result == first.result.model_copy(update={"draft": None})  # repacked without the MTP layer
         assert 4.1 < other.model.bpw < 7
     assert others[0].model.nbytes > others[1].model.nbytes  # g_idx
 

@@ -9,7 +9,7 @@ from quantkit.plan.phases import Place, phases
 from quantkit.plan.plan import Plan, make_plan
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shapes import Work
-from quantkit.quantizers import Awq, Rtn
+from quantkit.quantizers import Awq
 from quantkit.tensors import Role
 from tests.convert.recipes import INT4, KEEP_REST, recipe_of
 from tests.plan.test_plan import tiny_headers
@@ -63,7 +63,7 @@ def test_awq_needs_calibration() -> None:
     assert "awq needs calibration text (and" in error.message
 
 
-def test_where_no_token_passes_an_outputs_awq_is_rtn() -> None:
+def test_an_outputs_awq_reaches_the_mtp_layer() -> None:
     recipe = recipe_of(f'{{match: "{LINEARS}|mtp", {INT4}}}', KEEP_REST).model_dump(exclude_unset=True)
     (output,) = recipe["outputs"]
     output["method"] = {"kind": "awq"}
@@ -71,7 +71,7 @@ def test_where_no_token_passes_an_outputs_awq_is_rtn() -> None:
         rule.pop("method", None)
     decisions = plan_of(Recipe.model_validate(recipe)).outputs[0].decisions.values()
     found = {(d.spec.role is Role.MTP, d.method) for d in decisions if d.method is not None}
-    assert found == {(True, Rtn()), (False, Awq())}
+    assert found == {(True, Awq()), (False, Awq())}
 
 
 def test_the_search_for_factors_is_counted() -> None:

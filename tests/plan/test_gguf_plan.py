@@ -256,8 +256,9 @@ def test_methods_go_where_their_inputs_are() -> None:
         for name, decision in plan.outputs[0].decisions.items():
             if decision.method is None:
                 continue
-            inputs = decision.spec.linear and decision.spec.layer is not None and decision.spec.layer < 3
+            inputs = decision.spec.linear  # of the MTP layer too
             assert decision.method.kind == ("gptq" if calibrated and inputs else "rtn"), name
+        assert plan.calibrates_mtp == calibrated
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

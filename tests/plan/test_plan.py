@@ -17,9 +17,11 @@ from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.safetensors.writer import layout_shards
 from quantkit.plan.decide import Action
 from quantkit.plan.headers import SourceHeaders, headers_from_arch, read_headers
-from quantkit.plan.memory import check_free_disk, conversion_needs
+from quantkit.plan.memory import check_free_disk, conversion_needs, conversion_phases
+from quantkit.plan.phases import Place
 from quantkit.plan.plan import Plan, make_plan
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.shapes import Work
 from quantkit.runtimes.gpus import parse_gpus
 from quantkit.runtimes.vllm.memory import fit
 from quantkit.schemes import Float8Scheme
@@ -214,7 +216,6 @@ def test_missing_mtp_has_a_hint() -> None:
             (f'{{match: "role:attention", {INT4}}}'.replace("128", "96"), KEEP_REST),
             "model.layers.0.self_attn.q_a_proj.weight: in_features 128 is not a multiple of group_size 96",
         ),
-        ((f'{{match: "role:mtp", {INT4}}}', KEEP_REST), "MTP layers see no calibration tokens"),
         (('{match: "*", keep: bf16}',), "e_score_correction_bias (rule 1): is float32 and loses its meaning in bf16"),
         (
             (f'{{match: "model.layers.1.*.experts.5.up_proj.weight", {INT4}}}', KEEP_REST),
@@ -281,6 +282,25 @@ def test_text_passes_a_model_that_is_kept_too(v3: SourceHeaders) -> None:
     assert kept.hidden_states is not None
     assert kept.hidden_states.nbytes == 524288 * (7168 + 18432) * 4
     assert 18432 * 7168 * 6 < kept.working_bytes < conversion_needs(calibrated, v3.arch).working_bytes
+
+
+def test_an_mtp_layer_that_learns_is_planned_as_the_others(v3: SourceHeaders) -> None:
+    """Experts with Hessians, groups of linears that read the same; nothing of it where rounding needs no text."""
+    rtn = INT4.replace("gptq", "rtn")
+    dropped, rounded, learning = (
+        plan_of(v3, recipe_of(rule, f'{{match: "role:expert", {INT4}}}', KEEP_REST))
+        for rule in (
+            '{match: "role:mtp", drop: true}',
+            f'{{match: "role:mtp", {rtn}}}',
+            f'{{match: "role:mtp", {INT4}}}',
+        )
+    )
+    assert [plan.calibrates_mtp for plan in (dropped, rounded, learning)] == [False, False, True]
+    without, with_mtp = Work.of(rounded, v3.arch), Work.of(learning, v3.arch)
+    assert (len(without.experts), len(without.untaught), without.mtp_layers) == (1, 1, 0)
+    assert (len(with_mtp.experts), len(with_mtp.untaught), with_mtp.mtp_layers) == (2, 0, 1)
+    phases = {phase.what: phase for phase in conversion_phases(with_mtp, Place(None, narrow=False), 1, 0)}
+    assert phases["entering an MTP layer"].scratch == (with_mtp.tokens * 7168 * 4,)
 
 
 def test_a_second_method_takes_a_hessian_of_its_own(v3: SourceHeaders) -> None:

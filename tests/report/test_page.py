@@ -143,6 +143,19 @@ def test_a_divergence_is_said_in_words_of_the_same_measurement(tmp_path: Path) -
     assert [name for name in "xyz" if f"In practice, {name}:" in several] == ["x", "z"]
 
 
+@pytest.mark.parametrize("reference", [True, False])
+def test_drafts_of_an_mtp_layer_are_a_sentence(reference: bool, tmp_path: Path) -> None:
+    document = evaluation({"x": (1, 0.03)})
+    original = {"mean": 0.7, "standard_error": 0.01} if reference else None
+    own = {"mean": 0.68, "standard_error": 0.012}
+    document["candidates"][0]["result"]["draft"] = {"reference": original, "candidate": own}
+    text = page_of(written(tmp_path, document, "e.json"))
+    said = "Its MTP layer drafts the token that it chooses itself at 68.0 ± 1.2 % of all places"
+    more = ", the original&#39;s at 70.0 ± 1.0 %." if reference else "."
+    assert f"below 0.0150. {said}{more}" in text
+    assert "MTP layer drafts" not in page_of(written(tmp_path, evaluation({"x": (1, 0.03)}), "e.json"))
+
+
 def test_outputs_of_one_job_state_it_once(tmp_path: Path) -> None:
     paths = [written(tmp_path / name, conversion()) for name in "ab"]
     text = page_of(*paths)
