@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from synthetic import machine
 
 from quantkit import convert
@@ -95,7 +96,9 @@ def main() -> None:
             print(name, json.dumps(rows[name]), flush=True)
     if options.save is not None:
         before = json.loads(options.save.read_text()) if options.save.exists() else {"models": {}}
-        model = {**machine(), "device_used": options.device, "tokens": options.tokens, "cases": rows}
+        cuda = options.device != "cpu" and torch.cuda.is_available()
+        used = torch.cuda.get_device_name() if cuda else "cpu"
+        model = {**machine(), "device_used": used, "tokens": options.tokens, "cases": rows}
         options.save.write_text(
             json.dumps({"models": {**before["models"], options.model.name: model}}, indent=1) + "\n"
         )

@@ -26,6 +26,7 @@ from results_quality import (
     peers_tiny,
     reference_file,
     regression_gate,
+    relatives,
     vllm_load,
 )
 from results_speed import (
@@ -63,6 +64,7 @@ SECTIONS: tuple[Section, ...] = (
         peers_tiny,
     ),
     ("Quality: AWQ, trained models", "awq_tiny", "benchmarks/awq_tiny.py", awq_tiny),
+    ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
     ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
     ("Quality: the tiny model on a GPU", "convert_cuda", "", convert_cuda),
     ("Quality: a file in the reference's place", "reference_file", "benchmarks/reference_file.py", reference_file),

@@ -124,6 +124,33 @@ def awq_tiny(data: Document) -> str:
     return "\n".join(parts)
 
 
+def relatives(data: Document) -> str:
+    """Trained models of other families, under several treatments."""
+    parts = [
+        "Models that `tools/train_relatives.py` trained: 48 experts in one group (tiny-kimi), softmax routing without a query\n"
+        "latent (tiny-v2-lite), sparse attention of 256 keys (tiny-v32), 18 to 24 million weights. KL divergence from the\n"
+        "original on builtin:eval, windows of 512 tokens, ± one standard error over windows; calibrated with builtin:mixed.\n"
+    ]
+    head = ("treatment", "bits per weight", "mean KLD, nats", "perplexity", "same first token")
+    for name, model in data["models"].items():
+        rows = [
+            [
+                case,
+                number(found["bpw"], 3),
+                f"{found['mean_kl']['mean']:.4f} ± {found['mean_kl']['standard_error']:.4f}",
+                f"{100 * (found['perplexity_ratio']['mean'] - 1):+.2f} %",
+                f"{100 * found['top1']:.1f} %",
+            ]
+            for case, found in model["cases"].items()
+        ]
+        windows = next(iter(model["cases"].values()))["windows"]
+        told = run_facts(
+            model, gpu=model["device_used"], calibration=f"{model['tokens']:,} tokens", windows=str(windows)
+        )
+        parts.append(f"### {name}\n\n{told}\n\n{table(head, rows)}")
+    return "\n".join(parts)
+
+
 def _awq_row(row: Document, rows: Sequence[Document]) -> list[str]:
     plain = {"awq": "rtn", "awq+gptq": "gptq", "rtn": "", "gptq": ""}.get(row["method"], "awq")
     other = next((one for one in rows if (one["scheme"], one["method"]) == (row["scheme"], plain)), None)
