@@ -127,9 +127,10 @@ def awq_tiny(data: Document) -> str:
 def relatives(data: Document) -> str:
     """Trained models of other families, under several treatments."""
     parts = [
-        "Models that `tools/train_relatives.py` trained: 48 experts in one group (tiny-kimi), softmax routing without a query\n"
-        "latent (tiny-v2-lite), sparse attention of 256 keys (tiny-v32), 18 to 24 million weights. KL divergence from the\n"
-        "original on builtin:eval, windows of 512 tokens, ± one standard error over windows; calibrated with builtin:mixed.\n"
+        "Models that `tools/train_relatives.py` trained, 18 to 24 million weights: 48 experts in one group (tiny-kimi),\n"
+        "softmax routing without a query latent (tiny-v2-lite), sparse attention of 256 keys (tiny-v32). KL divergence\n"
+        "from the original on builtin:eval, windows of 512 tokens, one standard error over windows; calibrated with\n"
+        "builtin:mixed.\n"
     ]
     head = ("treatment", "bits per weight", "mean KLD, nats", "perplexity", "same first token")
     for name, model in data["models"].items():
