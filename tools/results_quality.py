@@ -127,10 +127,9 @@ def awq_tiny(data: Document) -> str:
 def relatives(data: Document) -> str:
     """Trained models of other families, under several treatments."""
     parts = [
-        "Models that `tools/train_relatives.py` trained, 18 to 24 million weights: 48 experts in one group (tiny-kimi),\n"
+        "Models of 18 to 24 million weights, trained by `tools/train_relatives.py`: 48 experts in one group (tiny-kimi),\n"
         "softmax routing without a query latent (tiny-v2-lite), sparse attention of 256 keys (tiny-v32). KL divergence\n"
-        "from the original on builtin:eval, windows of 512 tokens, one standard error over windows; calibrated with\n"
-        "builtin:mixed.\n"
+        "from the original on builtin:eval, windows of 512 tokens, with one standard error; builtin:mixed calibrates.\n"
     ]
     head = ("treatment", "bits per weight", "mean KLD, nats", "perplexity", "same first token")
     for name, model in data["models"].items():
@@ -146,7 +145,13 @@ def relatives(data: Document) -> str:
         ]
         windows = next(iter(model["cases"].values()))["windows"]
         told = run_facts(
-            model, gpu=model["device_used"], calibration=f"{model['tokens']:,} tokens", windows=str(windows)
+            model,
+            what="conversion and validation of each treatment",
+            recipe="in the script",
+            command=code("python benchmarks/relatives.py MODEL --device cuda"),
+            gpu=model["device_used"],
+            calibration=f"{model['tokens']:,} tokens",
+            windows=str(windows),
         )
         parts.append(f"### {name}\n\n{told}\n\n{table(head, rows)}")
     return "\n".join(parts)

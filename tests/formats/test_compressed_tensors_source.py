@@ -94,7 +94,7 @@ def test_channels_of_odd_width_need_weight_shape(tmp_path: Path) -> None:
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 
 FAULTS: dict[str, tuple[Change, str]] = {
-    "no section": (lambda section, _: section.clear(), "quant_method is None, compressed-tensors was needed"),
+    "no section": (lambda section, _: section.clear(), "quantization_config is None, an object was needed"),
     "gptq": (lambda section, _: section.update(quant_method="gptq"), "quant_method is 'gptq'"),
     "no groups": (lambda section, _: section.pop("config_groups"), "config_groups is None, an object was needed"),
     "floats of six bits": (

@@ -66,7 +66,7 @@ def test_good_recipe() -> None:
             "{kind: gptq}",
             "{kind: gtpq}",
             "r.yaml:10: outputs[0].rules[1].method: found 'gtpq', needed one of the allowed values "
-            "(allowed: 'rtn', 'gptq', 'awq') (did you mean gptq?).",
+            "(allowed: 'rtn', 'gptq', 'awq', 'repack') (did you mean gptq?).",
         ),
         (
             "grid: 20",
