@@ -95,13 +95,12 @@ def main() -> None:
             rows[name] = measured(options.model, output, options.tokens, options.device)
             print(name, json.dumps(rows[name]), flush=True)
     if options.save is not None:
-        before = json.loads(options.save.read_text()) if options.save.exists() else {"models": {}}
+        before = json.loads(options.save.read_text())["rows"] if options.save.exists() else []
+        others = [row for row in before if row["model"] != options.model.name]
         cuda = options.device != "cpu" and torch.cuda.is_available()
         used = torch.cuda.get_device_name() if cuda else "cpu"
-        model = {**machine(), "device_used": used, "tokens": options.tokens, "cases": rows}
-        options.save.write_text(
-            json.dumps({"models": {**before["models"], options.model.name: model}}, indent=1) + "\n"
-        )
+        row = {"model": options.model.name, **machine(), "device_used": used, "tokens": options.tokens, "cases": rows}
+        options.save.write_text(json.dumps({"rows": [*others, row]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

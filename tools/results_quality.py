@@ -127,12 +127,13 @@ def awq_tiny(data: Document) -> str:
 def relatives(data: Document) -> str:
     """Trained models of other families, under several treatments."""
     parts = [
-        "Models of 18 to 24 million weights, trained by `tools/train_relatives.py`: 48 experts in one group (tiny-kimi),\n"
-        "softmax routing without a query latent (tiny-v2-lite), sparse attention of 256 keys (tiny-v32). KL divergence\n"
-        "from the original on builtin:eval, windows of 512 tokens, with one standard error; builtin:mixed calibrates.\n"
+        "Models of 18 to 24 million weights, trained by `tools/train_relatives.py`: 48 experts in one group\n"
+        "(tiny-kimi), softmax routing without a query latent (tiny-v2-lite), sparse attention of 256 keys (tiny-v32).\n"
+        "KL divergence from the original on builtin:eval, windows of 512 tokens, with one standard error;\n"
+        "builtin:mixed calibrates.\n"
     ]
     head = ("treatment", "bits per weight", "mean KLD, nats", "perplexity", "same first token")
-    for name, model in data["models"].items():
+    for model in data["rows"]:
         rows = [
             [
                 case,
@@ -153,7 +154,7 @@ def relatives(data: Document) -> str:
             calibration=f"{model['tokens']:,} tokens",
             windows=str(windows),
         )
-        parts.append(f"### {name}\n\n{told}\n\n{table(head, rows)}")
+        parts.append(f"### {model['model']}\n\n{told}\n\n{table(head, rows)}")
     return "\n".join(parts)
 
 
