@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 from quantkit.documents.speed import DiskSpeed, KernelSpeed, SpeedDocument
 from quantkit.plan import benchmark
+
+# A job in the background of a script ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("no clock", deadline=None)  # an example takes as long as other work on the machine lets it
 settings.load_profile("no clock")
