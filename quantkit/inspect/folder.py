@@ -23,7 +23,7 @@ from quantkit.formats.layouts import READERS
 from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
-from quantkit.formats.source import quant_method, read_config
+from quantkit.formats.source import quant_method, quantization_section, read_config
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.plan.source_tensors import contradicts_tied, listed_specs, note_of_copies, shared_copies, sort_unlisted
 from quantkit.runtimes import transformers
@@ -153,7 +153,7 @@ def _linears(source: SafetensorsSource, config: Mapping[str, object], unusual: l
     if method not in _NAMED_OTHERWISE:
         return {}
     try:
-        return READERS[method].find(source, cast("dict[str, object]", config["quantization_config"]))
+        return READERS[method].find(source, cast("dict[str, object]", quantization_section(config)))
     except SourceError as error:
         unusual.append(str(error))
         return {}
@@ -183,7 +183,7 @@ def _weights(infos: Mapping[str, TensorInfo], linears: Mapping[str, PackedLinear
 
 def _stated_groups(config: Mapping[str, object]) -> set[tuple[object, object]]:
     """(bits, group_size) of each config group of compressed-tensors; empty for anything that is not formed like one."""
-    section = cast("dict[str, dict[str, dict[str, dict[str, object]]]]", config.get("quantization_config") or {})
+    section = cast("dict[str, dict[str, dict[str, dict[str, object]]]]", quantization_section(config) or {})
     try:
         weights = [group["weights"] for group in section["config_groups"].values()]
         return {(entry["num_bits"], entry["group_size"]) for entry in weights}

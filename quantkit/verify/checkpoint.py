@@ -18,7 +18,7 @@ from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.safetensors.unreadable import unreadable_shards
-from quantkit.formats.source import quant_method, read_config
+from quantkit.formats.source import quant_method, quantization_section, read_config
 from quantkit.plan.source_tensors import listed_specs
 from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo, TensorSpec
@@ -73,7 +73,7 @@ def open_checkpoint(directory: Path) -> Generator[Checkpoint]:
     unreadable = unreadable_shards(directory)
     with SafetensorsSource(directory, without=unreadable) as raw:
         where = str(directory / "config.json")
-        section = object_of(where, "quantization_config", config.get("quantization_config") or {})
+        section = object_of(where, "quantization_config", quantization_section(config) or {})
         layout, section = auto_round.equivalent(where, section) if method == auto_round.METHOD else (method, section)
         said = stated(Stored(directory, config, section, raw), layout)
         planned = tuple(_planned(spec, said.scheme_of, raw.infos()) for spec in listed_specs(arch, raw.infos()))

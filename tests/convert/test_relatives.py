@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit import evaluate, verify
+from quantkit import evaluate, inspect, verify
 from quantkit.arch import arch_of
 from quantkit.plan.recipe import Recipe
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
@@ -137,6 +139,21 @@ def test_vision_is_carried(converted: tuple[Path, dict[str, Any]]) -> None:
     for name, tensor in carried.items():
         assert tensor.dtype == VISION[name].dtype
         assert torch.equal(tensor, VISION[name])
+
+
+def test_a_section_inside_text_config_is_read(converted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Where Kimi's own releases have it."""
+    folder, config = converted
+    if "text_config" not in config:
+        pytest.skip("a language model alone")
+    shutil.copytree(folder / "out" / "int4", tmp_path / "int4")
+    (tmp_path / "int4" / "quantkit.json").unlink()
+    place = tmp_path / "int4" / "config.json"
+    document = json.loads(place.read_text())
+    document["text_config"]["quantization_config"] = document.pop("quantization_config")
+    place.write_text(json.dumps(document))
+    assert not verify(tmp_path / "int4").faults
+    assert inspect(tmp_path / "int4").quantization == "compressed-tensors"
 
 
 def test_verify_finds_no_fault(converted: tuple[Path, dict[str, Any]]) -> None:
