@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel, ServingSizes
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.deepseek_v3_config import DeepseekConfig
-from quantkit.arch.deepseek_v32_config import ROUTING, DeepseekV32Config
+from quantkit.arch.deepseek_v3_config import SIGMOID_ROUTING, DeepseekConfig
+from quantkit.arch.deepseek_v32_config import DeepseekV32Config
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class DeepseekV32(DeepseekV3):
 
     @staticmethod
     def _checked(config: Mapping[str, object]) -> DeepseekConfig:
-        return DeepseekV32Config.of({**ROUTING, **config})
+        return DeepseekV32Config.of({**SIGMOID_ROUTING, **config})
 
     @property
     def sparse(self) -> DeepseekV32Config:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from quantkit.arch.deepseek_v3_config import Count, DeepseekV3Config, Size
 
-ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-"""What transformers leaves out of a config.json."""
-
 
 class DeepseekV32Config(DeepseekV3Config):
     """DeepSeek V3's, with the sizes of the indexer."""

@@ -26,6 +26,11 @@ LATENT_NORM_EPS = 1e-6
 transformers."""
 
 
+SIGMOID_ROUTING: Mapping[str, object] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+"""How DeepSeek V3 routes, for families whose config.json does not say it."""
+ONE_GROUP: Mapping[str, object] = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}
+
+
 class DeepseekConfig(BaseModel):
     """What config.json says about tensors and arithmetic, by the official names. Other entries are ignored."""
 
@@ -79,31 +84,29 @@ class DeepseekConfig(BaseModel):
     def _agree(self) -> Self:
         group_size, rest = divmod(self.n_routed_experts, self.n_group)
         if rest:
-            raise _contradiction(
-                f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}"
-            )
+            raise contradiction(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
         if self.topk_group > self.n_group:
-            raise _contradiction(f"topk_group {self.topk_group} is larger than n_group {self.n_group}")
+            raise contradiction(f"topk_group {self.topk_group} is larger than n_group {self.n_group}")
         if group_size < 2 and self.topk_method == "noaux_tc":
-            raise _contradiction(
+            raise contradiction(
                 f"n_group {self.n_group} leaves one expert per group, groups are ranked by their best two"
             )
         if self.num_experts_per_tok > self.topk_group * group_size:
-            raise _contradiction(
+            raise contradiction(
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than the {self.topk_group * group_size} "
                 "experts in topk_group groups"
             )
         if self.num_key_value_heads not in (None, self.num_attention_heads):
-            raise _contradiction(
+            raise contradiction(
                 f"num_key_value_heads {self.num_key_value_heads} is not num_attention_heads {self.num_attention_heads}"
             )
         if self.first_k_dense_replace > self.num_hidden_layers:
-            raise _contradiction(
+            raise contradiction(
                 f"first_k_dense_replace {self.first_k_dense_replace} is more than "
                 f"num_hidden_layers {self.num_hidden_layers}"
             )
         if self.qk_rope_head_dim % 2:
-            raise _contradiction(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd, rotation needs pairs")
+            raise contradiction(f"qk_rope_head_dim {self.qk_rope_head_dim} is odd, rotation needs pairs")
         return self
 
     @property
@@ -154,7 +157,8 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _contradiction(text: str) -> PydanticCustomError:
+def contradiction(text: str) -> PydanticCustomError:
+    """What a validator raises for entries that do not go together."""
     return PydanticCustomError("contradiction", "{text}", {"text": text})
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.deepseek_v3_config import DeepseekConfig, DeepseekV3Config
+from quantkit.arch.deepseek_v3_config import ONE_GROUP, SIGMOID_ROUTING, DeepseekConfig, DeepseekV3Config
 
 
 class Glm4MoeLite(DeepseekV3):
@@ -14,5 +14,4 @@ class Glm4MoeLite(DeepseekV3):
 
     @staticmethod
     def _checked(config: Mapping[str, object]) -> DeepseekConfig:
-        unsaid = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-        return DeepseekV3Config.of({**unsaid, "n_group": 1, "topk_group": 1, **config})
+        return DeepseekV3Config.of({**SIGMOID_ROUTING, **ONE_GROUP, **config})

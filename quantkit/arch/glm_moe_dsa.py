@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from quantkit.arch.deepseek_v3_config import DeepseekConfig
+from quantkit.arch.deepseek_v3_config import ONE_GROUP, SIGMOID_ROUTING, DeepseekConfig, contradiction
 from quantkit.arch.deepseek_v32 import DeepseekV32
-from quantkit.arch.deepseek_v32_config import ROUTING, DeepseekV32Config
+from quantkit.arch.deepseek_v32_config import DeepseekV32Config
 from quantkit.arch.rope import LinearScaling
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from quantkit.arch.deepseek_v3_gguf import Dialect
 
 Kind = Literal["full", "shared"]
@@ -26,6 +28,13 @@ class GlmMoeDsaConfig(DeepseekV32Config):
     index_topk_pattern: Annotated[str, Field(pattern="^F[FS]*$")] | None = None
     index_topk_freq: Annotated[int, Field(ge=1)] = 1
     index_skip_topk_offset: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _says_each_layer(self) -> Self:
+        for key, listed in (("indexer_types", self.indexer_types), ("index_topk_pattern", self.index_topk_pattern)):
+            if listed and len(listed) < self.num_hidden_layers:
+                raise contradiction(f"{key} has {len(listed)} entries, num_hidden_layers is {self.num_hidden_layers}")
+        return self
 
     def kind(self, layer: int) -> Kind:
         """Of a layer's indexer: one of its own, or that of the last full layer."""
@@ -46,10 +55,9 @@ class GlmMoeDsa(DeepseekV32):
 
     @staticmethod
     def _checked(config: Mapping[str, object]) -> DeepseekConfig:
-        unsaid: dict[str, object] = {"norm_topk_prob": True, "n_group": 1, "topk_group": 1}
         kinds = config.get("indexer_types")
         listed = {"indexer_types": tuple(cast("list[object]", kinds) if isinstance(kinds, list) else ())}
-        return GlmMoeDsaConfig.of({**ROUTING, **unsaid, **config, **listed})
+        return GlmMoeDsaConfig.of({**SIGMOID_ROUTING, **ONE_GROUP, **config, **listed})
 
     def _bind(self, config: DeepseekConfig, scaling: LinearScaling | None = None) -> None:
         super()._bind(config, scaling)

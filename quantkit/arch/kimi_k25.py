@@ -9,7 +9,7 @@ from typing import cast
 
 from quantkit.arch.base import CheckpointVariants
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.deepseek_v3_config import DeepseekConfig, DeepseekV3Config
+from quantkit.arch.deepseek_v3_config import SIGMOID_ROUTING, DeepseekConfig, DeepseekV3Config
 from quantkit.errors import ConfigError
 
 
@@ -23,8 +23,7 @@ class KimiK25(DeepseekV3):
         text = config.get("text_config")
         if not isinstance(text, Mapping):
             raise ConfigError("config.json: text_config is missing, needed the config of the language model.")
-        routing = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        return DeepseekV3Config.of({**routing, **cast("Mapping[str, object]", text)})
+        return DeepseekV3Config.of({**SIGMOID_ROUTING, **cast("Mapping[str, object]", text)})
 
     def variants(self) -> CheckpointVariants:
         """DeepSeek V3's, and the tensors of the vision tower and its projector."""

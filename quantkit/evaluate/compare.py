@@ -177,7 +177,7 @@ def compare_all(
     drafts = all_drafts(streams[0], streams[1:], tokens, scratch, first_scored)
     for store in (*(stream.x for stream in streams), scratch):
         store.close()
-    return [Comparison(found, tuple(own), *more) for found, own, *more in zip(scores, layers, drafts, strict=True)]
+    return [Comparison(found, tuple(own), drafted) for found, own, drafted in zip(scores, layers, drafts, strict=True)]
 
 
 def all_drafts(

@@ -39,8 +39,9 @@ def write_config(
     language = dict(language_config(config))
     if mtp_dropped and "num_nextn_predict_layers" in language:
         language["num_nextn_predict_layers"] = 0
-    if "text_config" in config:
-        language.pop("quantization_config", None)
+    if isinstance(config.get("text_config"), Mapping):
+        for section in ("quantization_config", "compression_config"):
+            language.pop(section, None)
         config["text_config"] = language
     else:
         config = language

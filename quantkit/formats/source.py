@@ -60,7 +60,7 @@ def check_folder(path: Path) -> None:
 def _no_source(path: Path) -> SourceError:
     return SourceError(
         f"{printable(str(path))}: is a GGUF model, which is written and not read as a source.",
-        hint="Give the original's folder: config.json and safetensors shards in BF16, F16, F32 or FP8 blocks.",
+        hint="Give the original's folder: config.json and shards in BF16, FP8 blocks or compressed-tensors.",
     )
 
 

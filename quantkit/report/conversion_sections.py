@@ -123,7 +123,8 @@ def _poor_fits(converted: LabelledConversion) -> list[Block]:
 
 
 def _blind_sentence(grid: ErrorGrid) -> str:
-    """Which rows cannot be compared with the others: MTP layers are quantised without text."""
+    """Which rows cannot be compared with the others: layers that no text reached, such as an MTP layer whose method
+    learns nothing from it."""
     if not grid.calibrated or not grid.blind:
         return ""
     layers = ", ".join(map(str, grid.blind[:5])) + (" and others" if len(grid.blind) > 5 else "")

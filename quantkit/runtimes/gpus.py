@@ -14,8 +14,15 @@ from quantkit.formats.planned import PlannedTensor
 GIB = 2**30
 KNOWN_GPUS_GIB = {"A100-40GB": 39.4, "A100-80GB": 79.2, "H100-80GB": 79.1, "H200-141GB": 139.8, "B200-180GB": 178.3}
 """Memory that CUDA reports. Others count as 98 % of the GiB in their name."""
-CAPABILITIES = {"V100": 7.0, "T4": 7.5, "A100": 8.0, "A40": 8.6, "A10": 8.6, "L40": 8.9, "L4": 8.9, "H100": 9.0}
-"""Compute capability, by the name without its size. Newer ones are not listed."""
+CAPABILITIES = {
+    **dict.fromkeys(("V100",), 7.0),
+    **dict.fromkeys(("T4", "RTX8000"), 7.5),
+    **dict.fromkeys(("A100", "A800", "A30"), 8.0),
+    **dict.fromkeys(("A40", "A10", "A10G", "A16", "A6000", "RTXA6000", "A5000", "RTX3090"), 8.6),
+    **dict.fromkeys(("L40", "L40S", "L4", "L20", "RTX4090", "RTX6000ADA"), 8.9),
+    "H100": 9.0,
+}
+"""Compute capability, by the name without its size. A name that is not here is taken to be newer than all of these."""
 
 
 class SizedOutput(Protocol):

@@ -98,6 +98,8 @@ def test_kimi_k25_without_text_config_is_refused() -> None:
         (deepseek_v2(topk_method="noaux_tc"), "topk_method"),
         (deepseek_v2(norm_topk_prob=True), "norm_topk_prob"),
         (glm4_moe_lite(mlp_layer_types=["sparse", "dense", "sparse"]), "mlp_layer_types"),
+        (glm_moe_dsa(indexer_types=["full"]), "indexer_types has 1 entries, num_hidden_layers is 3"),
+        (glm_moe_dsa(index_topk_pattern="FS"), "index_topk_pattern has 2 entries"),
     ],
 )
 def test_what_no_model_of_the_family_has_is_refused(config: dict[str, Any], found: str) -> None:

@@ -132,7 +132,7 @@ def test_gguf_is_no_source(command: str, tmp_path: Path) -> None:
         assert done.exit_code == 1
         assert done.stderr.splitlines() == [
             f"error: {source}: is a GGUF model, which is written and not read as a source.",
-            "hint: Give the original's folder: config.json and safetensors shards in BF16, F16, F32 or FP8 blocks.",
+            "hint: Give the original's folder: config.json and shards in BF16, FP8 blocks or compressed-tensors.",
         ]
 
 

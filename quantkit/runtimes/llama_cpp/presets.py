@@ -129,16 +129,11 @@ def fitting_type(kind: str, in_features: int) -> str:
     return "F16" if in_features % WRITABLE[kind].block else kind
 
 
-_CHOOSING = ("indexer.attn_k.weight", "indexer.proj.weight")
-
-
 def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama-quantize touches the tensor. ``shape`` in numpy's order; dimensions of 1 in front do not count."""
     if len(shape) < 2 or max(shape[:-1]) == 1:
         return False
-    # Of the indexer of sparse attention only the queries: keys and weights of heads are small, and choose.
-    kept = "_norm.weight" in name or "ffn_gate_inp.weight" in name
-    return name.endswith("weight") and not kept and not name.endswith(_CHOOSING)
+    return name.endswith("weight") and "_norm.weight" not in name and "ffn_gate_inp.weight" not in name
 
 
 def preset_type(
