@@ -31,6 +31,7 @@ from results_quality import (
 )
 from results_speed import (
     cpu_gptq,
+    eta,
     ggml_encode,
     ggml_encode_gpu,
     gptq_expert,
@@ -74,6 +75,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Speed: block types of ggml on a GPU", "ggml_encode_gpu", "benchmarks/ggml_encode_gpu.py", ggml_encode_gpu),
     ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),
     ("Speed: GPTQ on a processor", "cpu_gptq", "benchmarks/cpu_gptq.py", cpu_gptq),
+    ("Time: forecast and ETA", "eta", "benchmarks/eta.py", eta),
     ("Memory: does it grow with the layers?", "memory_growth", "benchmarks/memory_growth.py", memory_growth),
     ("Memory: does convert take what plan says?", "memory_model", "benchmarks/memory_model.py", memory_model),
     ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),

@@ -184,6 +184,21 @@ def ggml_encode(data: Document) -> str:
     )
 
 
+def eta(data: Document) -> str:
+    """Forecast and ETA of conversions against the time that they took."""
+    rows = [
+        [name, number(run["seconds"], 1), *(number(run[key], 2) for key in _ETA)]
+        for name, runs in data["cases"].items()
+        for run in runs
+    ]
+    head = ("conversion", "s", "forecast / real", "ETA off, from a tenth on", "from half on")
+    told = run_facts(data, recipe="scheme or preset, and method, of each row", source=data["source"])
+    return "\n".join([told, table(head, rows)])
+
+
+_ETA = ("forecast_of_real", "worst_from_a_tenth", "worst_from_half")
+
+
 def cpu_gptq(data: Document) -> str:
     """GPTQ on a processor: kernels beside their torch twins."""
     rows = [
