@@ -74,6 +74,6 @@ def test_what_cannot_work_is_refused_before_any_work(place: Path, tmp_path: Path
 
 def test_a_device_that_is_not_there_is_refused(place: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU")
     with pytest.raises(PlanError, match="torch sees no GPU"):
         run(place / "model", data_free(), tmp_path / "out", device="cuda")

@@ -7,20 +7,34 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.errors import QuantkitError
 from tests.convert.jobs import LINEARS, int4, recipe_of, run, write_model
-
-Tensors = dict[str, torch.Tensor]
-Config = dict[str, Any]
-EXPERT = "model.layers.1.mlp.experts.3"
-ATTENTION = "model.layers.1.self_attn"
+from tests.verify.breaking import (
+    ATTENTION,
+    EXPERT,
+    Config,
+    Tensors,
+    add,
+    broken,
+    cast,
+    drop,
+    faults,
+    group,
+    ignored,
+    key,
+    narrowed,
+    own_group,
+    rename,
+    section,
+    stated,
+    weights,
+    without,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,134 +44,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "model")
     run(folder / "model", recipe_of({"match": "role:mtp", "drop": True}, int4(kind="rtn"), tokens=None), folder / "out")
     return folder / "out"
-
-
-def broken(sound: Path, out: Path, change: Callable[[Tensors, Config], None]) -> Path:
-    """A copy in one shard after ``change(tensors, config)``, without quantkit.json."""
-    shutil.copytree(sound, out)
-    tensors: Tensors = {}
-    for shard in sorted(out.glob("*.safetensors")):
-        tensors |= load_file(shard)
-        shard.unlink()
-    for name in ("model.safetensors.index.json", "quantkit.json"):
-        (out / name).unlink(missing_ok=True)
-    config = json.loads((out / "config.json").read_text())
-    change(tensors, config)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
-def faults(folder: Path, runtime: str = "vllm", **options: Any) -> str:
-    try:
-        found = quantkit.verify(folder, runtimes=runtime, **{"sample": 0, **options})
-    except QuantkitError as error:
-        return error.message
-    return "\n".join(f"{finding.runtime}: {finding.text}" for finding in found.faults)
-
-
-def section(config: Config) -> dict[str, Any]:
-    return config["quantization_config"]
-
-
-def group(config: Config) -> dict[str, Any]:
-    return section(config)["config_groups"]["group_0"]
-
-
-def drop(*names: str) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        for name in names:
-            del tensors[name]
-
-    return change
-
-
-def rename(old: str, new: str) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        tensors[new] = tensors.pop(old)
-
-    return change
-
-
-def cast(name: str, dtype: torch.dtype) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        tensors[name] = tensors[name].to(dtype)
-
-    return change
-
-
-def narrowed(name: str) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        tensors[name] = tensors[name][:, :1]
-
-    return change
-
-
-def add(name: str, tensor: torch.Tensor) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        tensors[name] = tensor
-
-    return change
-
-
-def key(name: str, value: Any) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        config[name] = value
-
-    return change
-
-
-def without(name: str) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        del config[name]
-
-    return change
-
-
-def stated(name: str, value: Any) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        section(config)[name] = value
-
-    return change
-
-
-def weights(name: str, value: Any) -> Callable[[Tensors, Config], None]:
-    def change(tensors: Tensors, config: Config) -> None:
-        group(config)["weights"][name] = value
-
-    return change
-
-
-def ignored(*patterns: str) -> Callable[[Tensors, Config], None]:
-    """Modules that config.json says are not quantised, with a plain weight in the place of the packed one."""
-
-    def change(tensors: Tensors, config: Config) -> None:
-        section(config)["ignore"] += patterns
-        for pattern in patterns:
-            for part in ("packed", "scale", "shape"):
-                del tensors[f"{pattern}.weight_{part}"]
-            shape = {"kv_a_proj_with_mqa": (160, 128)}.get(pattern.rpartition(".")[2], (128, 128))
-            tensors[f"{pattern}.weight"] = torch.zeros(shape, dtype=torch.bfloat16)
-
-    return change
-
-
-def own_group(pattern: str, **changes: Any) -> Callable[[Tensors, Config], None]:
-    """A second group, whose tensors have the sizes that it says."""
-
-    def change(tensors: Tensors, config: Config) -> None:
-        first = group(config)
-        second = {**first, "targets": [pattern], "weights": {**first["weights"], **changes}}
-        section(config)["config_groups"]["group_1"] = second
-        n_out, n_in = tensors[f"{pattern}.weight_shape"].tolist()
-        bits, size = second["weights"]["num_bits"], second["weights"]["group_size"]
-        tensors[f"{pattern}.weight_packed"] = torch.zeros(n_out, n_in * bits // 32, dtype=torch.int32)
-        tensors[f"{pattern}.weight_scale"] = torch.ones(n_out, n_in // size, dtype=torch.bfloat16)
-        if not second["weights"]["symmetric"]:
-            zero = torch.zeros(n_out * bits // 32, n_in // size, dtype=torch.int32)
-            tensors[f"{pattern}.weight_zero_point"] = zero
-
-    return change
 
 
 TRAPS: dict[str, tuple[Callable[[Tensors, Config], None], str]] = {
@@ -492,143 +378,3 @@ def test_bitsandbytes_must_load_in_transformers(tmp_path: Path) -> None:
 
 
 # --- GPTQ and AWQ -----------------------------------------------------------------------------------------------------
-
-
-def integers(folder: Path, layout: str) -> Path:
-    """The same model in a layout of others."""
-    write_model(folder / "model")
-    rules: list[dict[str, Any]] = [{"match": "role:mtp", "drop": True}, int4(kind="rtn")]
-    for rule in rules[1:]:
-        rule["scheme"] = {**rule["scheme"], "symmetric": layout != "awq", "scale_dtype": "float16"}
-    recipe = recipe_of(*rules, tokens=None)
-    output = recipe.outputs[0].model_copy(update={"format": layout})
-    run(folder / "model", recipe.model_copy(update={"outputs": (output,)}), folder / "out")
-    return folder / "out"
-
-
-@pytest.fixture(scope="module")
-def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return integers(tmp_path_factory.mktemp("gptq"), "gptq")
-
-
-@pytest.fixture(scope="module")
-def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return integers(tmp_path_factory.mktemp("awq"), "awq")
-
-
-def permuted(tensors: Tensors, config: Config) -> None:
-    name = f"{ATTENTION}.o_proj.g_idx"
-    tensors[name] = tensors[name].flip(0)
-
-
-GPTQ_TRAPS: dict[str, tuple[Callable[[Tensors, Config], None], str]] = {
-    "codes of an expert are missing": (drop(f"{EXPERT}.up_proj.qweight"), f"missing: {EXPERT}.up_proj.qweight"),
-    "zero points are missing": (drop(f"{EXPERT}.up_proj.qzeros"), f"missing: {EXPERT}.up_proj.qzeros"),
-    "act-order whose config lies": (permuted, "permuted, though desc_act is false"),
-    "act-order": (stated("desc_act", True), "vLLM takes act-order no longer"),
-    "not symmetric": (stated("sym", False), "vLLM takes symmetric GPTQ only"),
-    "three bits": (stated("bits", 3), "vLLM takes GPTQ of 4 and 8 bits"),
-    "a rule that says other bits": (
-        lambda tensors, config: section(config)["dynamic"].update({f"+:.*{EXPERT}\\.up_proj": {"bits": 8}}),
-        f"of another shape: {EXPERT}.up_proj.qweight",
-    ),
-    "a rule that leaves out what is quantised": (
-        lambda tensors, config: section(config)["dynamic"].update({f"-:{EXPERT}\\.up_proj": {}}),
-        f"{EXPERT}.up_proj.weight is stored quantised, by config.json it is not",
-    ),
-    "half of a shared expert is kept": (
-        lambda tensors, config: plain_gptq(tensors, "model.layers.1.mlp.shared_experts.up_proj"),
-        "vLLM joins them into gate_up_proj",
-    ),
-    "a rule that is no pattern": (
-        lambda tensors, config: section(config)["dynamic"].update({"+:*": {"bits": 8}}),
-        "is no pattern",
-    ),
-}
-
-
-def plain_gptq(tensors: Tensors, module: str) -> None:
-    words, n_out = tensors[f"{module}.qweight"].shape
-    for part in ("qweight", "qzeros", "scales", "g_idx"):
-        del tensors[f"{module}.{part}"]
-    tensors[f"{module}.weight"] = torch.zeros(n_out, words * 8, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", GPTQ_TRAPS)
-def test_every_trap_of_gptq_is_named(name: str, gptq: Path, tmp_path: Path) -> None:
-    change, said = GPTQ_TRAPS[name]
-    assert said in faults(broken(gptq, tmp_path / "broken", change))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (stated("zero_point", False), "AWQ with zero points only. They are stored: write true."),
-        (stated("bits", 8), "vLLM takes AWQ of 4 bits"),
-        (stated("modules_to_not_convert", ["mlp.gate"]), "'mlp.gate' is a part of model.layers.0.mlp.gate_proj"),
-        (drop(f"{EXPERT}.down_proj.scales"), f"missing: {EXPERT}.down_proj.scales"),
-    ],
-)
-def test_every_trap_of_awq_is_named(
-    change: Callable[[Tensors, Config], None], said: str, awq: Path, tmp_path: Path
-) -> None:
-    assert said in faults(broken(awq, tmp_path / "broken", change))
-
-
-@pytest.mark.parametrize("layout", ["gptq", "awq"])
-def test_sound_layouts_of_others_load_in_vllm_and_not_in_transformers(
-    layout: str, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(layout)
-    assert faults(folder, sample=1000, source=folder.parent / "model") == ""
-    assert "leaves routed experts of this format random" in faults(folder, "transformers")
-
-
-# --- auto-round -------------------------------------------------------------------------------------------------------
-
-
-def in_its_words(packing: str, **extra: dict[str, Any]) -> Callable[[Tensors, Config], None]:
-    """config.json as auto-round's own format has it, for the tensors of GPTQ or AWQ."""
-
-    def change(tensors: Tensors, config: Config) -> None:
-        said = {"quant_method": "auto-round", "packing_format": packing, "sym": True, "bits": 4, "group_size": 64}
-        gates = {r".*model\.layers\.1\.mlp\.gate.*": {"bits": 16, "data_type": "float"}}
-        config["quantization_config"] = {**said, "extra_config": {**gates, **extra}}
-
-    return change
-
-
-@pytest.mark.parametrize("layout", ["gptq", "awq"])
-def test_what_auto_round_writes_is_read_as_the_layout_that_it_packs(
-    layout: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """transformers leaves it to auto-round's own code, which takes experts too."""
-    made = request.getfixturevalue(layout)
-    folder = broken(made, tmp_path / "theirs", in_its_words(f"auto_round:auto_{layout}"))
-    assert faults(folder, sample=1000, source=made.parent / "model") == ""
-    assert faults(folder, "transformers") == ""
-    assert quantkit.verify(folder, sample=0).stored_as == "auto-round"
-    lost = f"{EXPERT}.up_proj.scales"
-    assert f"missing: {lost}." in faults(broken(folder, tmp_path / "less", drop(lost)))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (in_its_words("auto_round:llm_compressor"), "packing_format is 'auto_round:llm_compressor', 'auto_round:auto_"),
-        (
-            in_its_words("auto_round:auto_gptq", **{f"{EXPERT}.up_proj": {"bits": 16}}),
-            f"{EXPERT}.up_proj.weight is stored quantised, by config.json it is not",
-        ),
-        (
-            in_its_words("auto_round:auto_gptq", **{r".*experts\.3\.up": {"bits": 8}}),
-            "of another shape: model.layers.1.mlp.experts.3.up_proj.qweight",
-        ),
-        (in_its_words("auto_round:auto_gptq", **{"*": {"bits": 8}}), "is no pattern"),
-    ],
-    ids=["packing", "one linear", "pattern", "no pattern"],
-)
-def test_what_auto_round_says_of_single_linears_is_held_against_the_files(
-    change: Callable[[Tensors, Config], None], said: str, gptq: Path, tmp_path: Path
-) -> None:
-    assert said in faults(broken(gptq, tmp_path / "broken", change))
