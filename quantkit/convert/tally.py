@@ -23,7 +23,7 @@ from quantkit.convert.events import (
 )
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
 from quantkit.plan.schedule import AFTER_LAYERS, LAYER, VALIDATION, Schedule, Step, even
-from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted
+from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted, LossesLayer
 
 MANY = 16
 """Tensors of a block of experts at least."""
@@ -185,6 +185,11 @@ class Tally:
                 self.layers_done, self.stage = event.done, event.direction
                 layer = event.done - 1 if event.direction == "forward" else event.layers - event.done
                 self._reach(lambda step: (step.kind, step.layer) == (event.direction, layer), 1.0)
+            case LossesLayer():
+                if event.done == 0:
+                    self._start(event.layers, ())
+                self.layers_done, self.stage = event.done, "losses of types"
+                self._reach(lambda step: step.layer == event.done - 1, 1.0)
             case Finished():
                 self.stage = "finished"
                 if self.pace is not None:

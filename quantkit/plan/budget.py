@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from quantkit.errors import PlanError
 from quantkit.formats.safetensors.header import printable
-from quantkit.plan.recipe import parse_size
+from quantkit.plan.recipe_values import parse_size
 
 DEVICES = ("auto", "cpu", "cuda")
 LEAST_BUDGET = 2**28

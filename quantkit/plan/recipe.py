@@ -14,10 +14,11 @@ from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, field_validator, model_validator
 from pydantic.config import JsonDict, JsonValue
-from pydantic_core import PydanticCustomError
 
 from quantkit.calibrate.dataset import Calibration
-from quantkit.plan.recipe_file import model_of, nearest, read_model, recipe_path, shipped_recipes
+from quantkit.plan.output_target import OutputTarget
+from quantkit.plan.recipe_file import model_of, read_model, recipe_path, shipped_recipes
+from quantkit.plan.recipe_values import checked_size, fault, one_of, parse_size
 from quantkit.quantizers import AskedMethod
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
 from quantkit.schemes import ChosenScheme
@@ -27,26 +28,6 @@ from quantkit.tensors import Role, TensorSpec
 Keep = Literal["source", "bf16", "f16", "f32"]
 """source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes, a packed one its codes and scales);
 bf16, f16, f32: converted, decoded if it was FP8 or packed."""
-
-SIZE_UNITS = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB" (decimal), "20GiB" (binary) or "4096". Raises `ValueError` with what was found and what is
-    allowed."""
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    unit = SIZE_UNITS.get((found[2] or "B").upper()) if found else None
-    if found is None or unit is None:
-        raise ValueError(
-            f"found {text[:40]!r}, needed a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 20GiB"
-        )
-    size = round(float(found[1]) * unit)
-    if size < 1:
-        raise ValueError(f"found {text[:40]!r}, needed at least one byte")
-    return size
-
 
 def _with_type_names(schema: JsonDict) -> None:
     """Tell editors that a scheme may be the name of a block type."""
@@ -82,9 +63,9 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
         if match.startswith("role:"):
             for name in match.removeprefix("role:").split("|"):
                 if name not in _ROLES:
-                    raise _fault(f"found role {name[:40]!r}, needed {_one_of(name, _ROLES)}")
+                    raise fault(f"found role {name[:40]!r}, needed {one_of(name, _ROLES)}")
         elif "|" in match:
-            raise _fault(f"found {match[:60]!r}, needed role:a|b or one glob ('|' joins roles, not globs)")
+            raise fault(f"found {match[:60]!r}, needed role:a|b or one glob ('|' joins roles, not globs)")
         return match
 
     @field_validator("scheme", mode="before")
@@ -93,7 +74,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
         if not isinstance(value, str):
             return value
         if value not in BLOCK_TYPES:
-            raise _fault(f"found {value[:40]!r}, needed a mapping, or {_one_of(value, tuple(BLOCK_TYPES))}")
+            raise fault(f"found {value[:40]!r}, needed a mapping, or {one_of(value, tuple(BLOCK_TYPES))}")
         return {"kind": "ggml", "type": value}
 
     @model_validator(mode="after")
@@ -101,7 +82,7 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
         given = [key for key in ("keep", "drop", "scheme", "method") if getattr(self, key) is not None]
         if given not in (["keep"], ["drop"], ["scheme"], ["scheme", "method"]):
             found = " and ".join(given) or "no action"
-            raise _fault(f"found {found}, needed exactly one of: keep, drop, or scheme (with or without method)")
+            raise fault(f"found {found}, needed exactly one of: keep, drop, or scheme (with or without method)")
         return self
 
     @property
@@ -138,6 +119,18 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
         description="How the codes are chosen where a rule does not say; null: gptq with calibration text, else rtn. "
         "Tensors that no calibration input reaches take rtn.",
     )
+    target: OutputTarget | None = Field(
+        None,
+        description="How large the output may be: the type of each linear that no rule matches is chosen so that the "
+        "predicted loss is least. Needs calibration and sensitivity.",
+    )
+    predicted_kl: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="What the choice of types expects of the mean KL divergence, for reports; written by "
+        "--print-recipe, changes no byte.",
+    )
 
 
 class FolderOutput(_Output, frozen=True, extra="forbid"):
@@ -147,8 +140,8 @@ class FolderOutput(_Output, frozen=True, extra="forbid"):
         description="Which bytes hold the result: compressed-tensors for integers, NVFP4, MXFP4 and FP8; gptq (as "
         "AutoGPTQ wrote it), gptq_v2 (zero points as they are) and awq for integers; bitsandbytes for NF4 and FP4."
     )
-    rules: Annotated[Rules, Field(min_length=1)] = Field(
-        description="First match wins; together they must match every tensor of the checkpoint."
+    rules: Rules = Field(
+        (), description="First match wins; without a target they must match every tensor of the checkpoint."
     )
     max_shard_size: str = Field(
         "5GB", description="Largest shard file, as a number with unit (GB is decimal, GiB binary)."
@@ -157,7 +150,15 @@ class FolderOutput(_Output, frozen=True, extra="forbid"):
     @field_validator("max_shard_size")
     @classmethod
     def _is_size(cls, text: str) -> str:
-        return _checked_size(text)
+        return checked_size(text)
+
+    @model_validator(mode="after")
+    def _says_what(self) -> FolderOutput:
+        if not self.rules and self.target is None:
+            raise fault("found neither rules nor target, needed one of them, or both")
+        if self.target is not None and self.format != "compressed-tensors":
+            raise fault(f"found target with format {self.format}, needed compressed-tensors or gguf")
+        return self
 
     @property
     def max_shard_bytes(self) -> int:
@@ -190,18 +191,20 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
     @classmethod
     def _preset_exists(cls, preset: str | None) -> str | None:
         if preset is not None and preset not in FILE_TYPES:
-            raise _fault(f"found {preset[:40]!r}, needed {_one_of(preset, tuple(FILE_TYPES))}")
+            raise fault(f"found {preset[:40]!r}, needed {one_of(preset, tuple(FILE_TYPES))}")
         return preset
 
     @field_validator("split_max_size")
     @classmethod
     def _is_size(cls, text: str | None) -> str | None:
-        return None if text is None else _checked_size(text)
+        return None if text is None else checked_size(text)
 
     @model_validator(mode="after")
     def _says_what(self) -> GgufOutput:
-        if self.preset is None and not self.rules:
-            raise _fault("found neither preset nor rules, needed one of them, or both")
+        if self.preset is not None and self.target is not None:
+            raise fault("found preset and target, needed one of them (rules may stand beside a target)")
+        if self.preset is None and self.target is None and not self.rules:
+            raise fault("found neither preset, rules nor target, needed one of them")
         return self
 
     @property
@@ -211,16 +214,6 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
 
 
 Output = Annotated[FolderOutput | GgufOutput, Field(discriminator="format")]
-
-
-def _checked_size(text: str) -> str:
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise _fault(str(error)) from None
-    if size < 2**20:
-        raise _fault(f"found {text!r}, needed at least 1MiB")
-    return text
 
 
 class Validation(BaseModel, frozen=True, extra="forbid"):
@@ -256,7 +249,7 @@ class Validation(BaseModel, frozen=True, extra="forbid"):
             return value
         found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", value, re.ASCII)
         if found is None:
-            raise _fault(f'found {value[:40]!r}, needed a percentage such as "2%" or a fraction such as 0.02')
+            raise fault(f'found {value[:40]!r}, needed a percentage such as "2%" or a fraction such as 0.02')
         return float(found[1]) / 100
 
 
@@ -270,6 +263,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         None,
         description="An imatrix file of llama.cpp for this model, in place of calibration text; relative to the "
         "recipe's folder.",
+    )
+    sensitivity: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = Field(
+        None,
+        description="The folder of a finished `quantkit sensitivity` of this checkpoint, for outputs with a target; "
+        "relative to the recipe's folder.",
     )
     allow_zeros: bool = Field(
         False,
@@ -324,24 +322,24 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         names = [output.name.casefold() for output in outputs]
         for place, name in enumerate(names):
             if name in names[:place]:
-                raise _fault(f"found two outputs named {outputs[place].name!r}, needed different names")
+                raise fault(f"found two outputs named {outputs[place].name!r}, needed different names")
         return outputs
+
+    @model_validator(mode="after")
+    def _targets_are_known(self) -> Recipe:
+        if not any(output.target is not None for output in self.outputs):
+            return self
+        if self.calibration is None:
+            raise fault("found a target in a data-free recipe, needed calibration (and sensitivity)")
+        if self.sensitivity is None:
+            raise fault("found a target, needed sensitivity: FOLDER, as `quantkit sensitivity` leaves it")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_importance(self) -> Recipe:
         if self.calibration is not None and self.imatrix is not None:
-            raise _fault("found calibration and imatrix, needed one of them (or neither)")
+            raise fault("found calibration and imatrix, needed one of them (or neither)")
         return self
 
 
 _ROLES = tuple(role.value for role in Role if role is not Role.VISION)
-
-
-def _one_of(word: str, known: tuple[str, ...]) -> str:
-    guess = nearest(word, known)
-    return f"one of {', '.join(known)}" + (f" (did you mean {guess}?)" if guess else "")
-
-
-def _fault(text: str) -> PydanticCustomError:
-    """A complete "found X, needed Y", which the loader prints as it stands."""
-    return PydanticCustomError("recipe", "{text}", {"text": text})

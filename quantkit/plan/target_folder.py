@@ -10,6 +10,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import FolderOutput, Rule
+from quantkit.plan.targets import named_schemes
 from quantkit.runtimes import int4_g32, mlx, transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import ChosenScheme, Scheme
@@ -68,6 +69,25 @@ class FolderTarget:
     def nbytes(self, tensor: PlannedTensor) -> int:
         """What the layout stores, scales and the like included, or the tensor itself."""
         return sum(info.nbytes for info in self._layout.infos(tensor))
+
+    def choices(self, names: Sequence[str]) -> tuple[ChosenScheme, ...]:
+        """Integers that vLLM multiplies."""
+        return named_schemes({scheme.label: scheme for scheme in contract.CHOICES}, names, contract.CHOICES)
+
+    def joined(self, spec: TensorSpec) -> str:
+        """The module of vLLM."""
+        return contract.joined(spec)
+
+    def unchosen(self, spec: TensorSpec) -> ChosenScheme | None:
+        """8 bits for linears; tables are kept, as vLLM reads them."""
+        return contract.UNSEEN if spec.linear else None
+
+    def file_bytes(self, source: Path, tensors: Sequence[PlannedTensor]) -> int:
+        """Shards and their index."""
+        from quantkit.formats.safetensors.writer import layout_shards
+
+        layout = layout_shards(map(self._layout.infos, tensors), self._output.max_shard_bytes)
+        return layout.nbytes + len(layout.index())
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """What the layout cannot store (FP8 weights that are kept) or say, and what vLLM would not load."""

@@ -20,6 +20,7 @@ from quantkit.formats.gguf.values import Value, array, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.source import checkpoint_name
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
+from quantkit.plan.targets import named_schemes
 from quantkit.runtimes.llama_cpp import contract, presets
 from quantkit.runtimes.llama_cpp.command import serve
 from quantkit.schemes import ChosenScheme, GgmlScheme, Scheme, describe
@@ -101,7 +102,7 @@ class GgufTarget:
         if kind == scheme.type or kind not in BLOCK_TYPES:
             return scheme
         self._fallbacks[self._model.stored_name(spec.name)[0].split(".", 2)[-1], scheme.type, kind] += 1
-        return GgmlScheme.model_validate({"type": kind})
+        return _type(kind)
 
     def exact_rule(self, spec: TensorSpec, stored: Scheme) -> str | None:
         """The block type with the same numbers; there is none for parts, one of which is transposed."""
@@ -115,6 +116,27 @@ class GgufTarget:
     def nbytes(self, tensor: PlannedTensor) -> int:
         """Blocks, or the tensor itself."""
         return sink.nbytes_of(tensor)
+
+    def choices(self, names: Sequence[str]) -> tuple[ChosenScheme, ...]:
+        """Block types."""
+        return named_schemes({kind: _type(kind) for kind in BLOCK_TYPES}, names, [_type(k) for k in contract.CHOICES])
+
+    def joined(self, spec: TensorSpec) -> str:
+        """The file's tensor: a projection's experts of a layer are stacked, gate and up lie apart."""
+        return self._model.stored_name(spec.name)[0]
+
+    def unchosen(self, spec: TensorSpec) -> ChosenScheme | None:
+        """Wide types, as presets give tables."""
+        return _type(contract.TABLE_TYPE if spec.table else contract.UNSEEN_TYPE)
+
+    def file_bytes(self, source: Path, tensors: Sequence[PlannedTensor]) -> int:
+        """All splits."""
+        from quantkit.formats.tiktoken_model import tokenizer_file
+
+        known = tokenizer_file(source).exists()
+        values = self._key_values(source, tensors) if known else {}
+        stored = sink.stacked_tensors(tensors, self._model.stored_name)
+        return layout_gguf(self.stem(source), values, stored, self._output.max_shard_bytes).nbytes
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """See `contract.problems`."""
@@ -231,6 +253,11 @@ class GgufTarget:
             for stored in self._stored.values()
             if stored.first.linear and not self.omits(stored.first)
         ]
+
+
+@lru_cache(maxsize=64)
+def _type(kind: str) -> GgmlScheme:
+    return GgmlScheme.model_validate({"type": kind})
 
 
 @lru_cache(maxsize=64)

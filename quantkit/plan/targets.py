@@ -8,12 +8,14 @@ at files of any origin, name it once more each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from quantkit.arch.base import ModelArch
+from quantkit.errors import SchemeError
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.recipe import Output, Recipe, Rule
 from quantkit.schemes import ChosenScheme, Scheme
@@ -115,8 +117,27 @@ class Target(Protocol):
         """The dtype that a kept tensor really gets."""
         ...
 
+    def choices(self, names: Sequence[str]) -> tuple[ChosenScheme, ...]:
+        """What may be chosen for a linear, all that its runtimes load by default or what ``names`` say. Raises
+        `SchemeError` for a name that they do not load."""
+        ...
+
+    def joined(self, spec: TensorSpec) -> str:
+        """Name of the tensor, or the module of a runtime, that holds a linear: those with the same name need one
+        scheme."""
+        ...
+
+    def unchosen(self, spec: TensorSpec) -> ChosenScheme | None:
+        """The scheme of a linear or table of which no sensitivity is known, None to keep it."""
+        ...
+
     def nbytes(self, tensor: PlannedTensor) -> int:
         """Exact bytes of a tensor's data."""
+        ...
+
+    def file_bytes(self, source: Path, tensors: Sequence[PlannedTensor]) -> int:
+        """Exact bytes of the files that hold the weights, headers, padding and index included. ``source``: the
+        checkpoint's folder; without a tokenizer there, a GGUF's is left out."""
         ...
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
@@ -151,6 +172,23 @@ class Target(Protocol):
     def open_written(self, directory: Path) -> AbstractContextManager[RowSource]:
         """What was written, decoded, by official names."""
         ...
+
+
+def named_schemes(
+    known: Mapping[str, ChosenScheme], names: Sequence[str], usual: Sequence[ChosenScheme]
+) -> tuple[ChosenScheme, ...]:
+    """``usual`` if there are no ``names``, else the schemes that they mean: labels without case and punctuation
+    ("int4-g128"), integers also without their usual group size ("int4"). Raises `SchemeError` for another name."""
+    by_name = {_plain(label): scheme for label, scheme in known.items()}
+    found = {name: by_name.get(_plain(name)) or by_name.get(_plain(f"{name}g128")) for name in names}
+    unknown = next((name for name, scheme in found.items() if scheme is None), None)
+    if unknown is not None:
+        raise SchemeError(f"found {unknown[:40]!r}, needed some of {', '.join(known)}.")
+    return tuple(scheme for scheme in found.values() if scheme is not None) or tuple(usual)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def target_of(output: Output, recipe: Recipe, arch: ModelArch, specs: tuple[TensorSpec, ...]) -> Target:

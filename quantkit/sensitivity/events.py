@@ -37,5 +37,13 @@ class FisherLayer:
     layers: int
 
 
-FisherEvent = FisherStarted | FisherLayer
+@dataclass(frozen=True, slots=True)
+class LossesLayer:
+    """The losses of types were measured for ``done`` of ``layers`` (0: it begins)."""
+
+    done: int
+    layers: int
+
+
+FisherEvent = FisherStarted | FisherLayer | LossesLayer
 OnFisher = Callable[[FisherEvent], None]

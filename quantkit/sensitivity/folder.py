@@ -50,6 +50,11 @@ def is_begun(folder: Path) -> bool:
     return (folder / PROGRESS).exists()
 
 
+def add_losses(folder: Path, document: SensitivityDocument) -> None:
+    """Replace the document of a finished pass by one with more losses. Raises `OutputError`."""
+    write_durably(folder / SENSITIVITY, document.to_json().encode())
+
+
 class PassFolder:
     """The folder, locked for this process. Use it in ``with``. ``progress``: of this very job."""
 

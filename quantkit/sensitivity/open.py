@@ -21,11 +21,11 @@ import torch
 from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.documents.sensitivity import LinearFisher, SensitivityDocument, read_sensitivity
-from quantkit.errors import SourceError
 from quantkit.formats.model_source import ModelSource
 from quantkit.sensitivity.backward import LayerPass, NewRows
 from quantkit.sensitivity.layer_files import INPUT, check_file, file_name, fill, gradient_name
 from quantkit.sensitivity.output_gradients import ExpertGradients, Named, dense_gradients
+from quantkit.sensitivity.same_model import check_model
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
@@ -87,21 +87,22 @@ class Sensitivity:
             return new_store(job.rows, job.length, job.hidden)
 
         own = LayerPass(weights, new_rows, device)
-        before = self._read(layer, INPUT, new_rows)
+        before = self.read(layer, INPUT, new_rows)
         x = own.inputs_of(self._sublayers(layer), number, before)
         before.close()
-        return SublayerGradients(own, x, self._read(layer, gradient_name(number), new_rows))
+        return SublayerGradients(own, x, self.read(layer, gradient_name(number), new_rows))
 
     def gradient_after(self, layer: int, new_store: NewStore) -> RowStore:
         """The gradient of the loss at a layer's output, for `output_metric`."""
         job = self.document.job
         name = gradient_name(job.sublayers[layer] - 1)
-        return self._read(layer, name, lambda: new_store(job.rows, job.length, job.hidden))
+        return self.read(layer, name, lambda: new_store(job.rows, job.length, job.hidden))
 
     def _sublayers(self, layer: int) -> tuple[Sublayer, ...]:
         return self.arch.sublayers(layer)
 
-    def _read(self, layer: int, name: str, new_rows: NewRows) -> RowStore:
+    def read(self, layer: int, name: str, new_rows: NewRows) -> RowStore:
+        """A tensor of a layer's file, in a new store."""
         store = new_rows()
         fill(self.folder / file_name(layer), self.places[layer][name], self.document.job, store)
         return store
@@ -117,20 +118,3 @@ def open_sensitivity(folder: Path, source: ModelSource, arch: ModelArch) -> Sens
     check_model(folder, document, source.fingerprint(), arch)
     places = tuple(check_file(folder, document.job, layer) for layer in range(arch.n_layers))
     return Sensitivity(folder, document, arch, places)
-
-
-def check_model(folder: Path, document: SensitivityDocument, fingerprint: str, arch: ModelArch) -> None:
-    """Raise `SourceError` if the document is of another checkpoint than the one with this fingerprint."""
-    job = document.job
-    sublayers = tuple(len(arch.sublayers(layer)) for layer in range(arch.n_layers))
-    linears = {spec.name for spec in arch.tensors() if spec.linear}
-    if (job.hidden, job.sublayers) != (arch.hidden_size, sublayers):
-        what = f"of another model: {len(job.sublayers):,} layers of width {job.hidden:,}"
-        needed = f"{arch.n_layers:,} layers of width {arch.hidden_size:,} were needed"
-    elif unknown := sorted(document.linears.keys() - linears):
-        what, needed = "of another model", f"it names {unknown[0]!r}, which this one lacks"
-    elif job.source != fingerprint:
-        what, needed = "of another checkpoint", "the same model in other files counts as another"
-    else:
-        return
-    raise SourceError(f"{folder}: is {what}; {needed}.", hint="Make it of this checkpoint: quantkit sensitivity.")

@@ -30,6 +30,7 @@ from quantkit.sensitivity.head import SampledHead
 from quantkit.sensitivity.layer_files import INPUT, LayerFiles, gradient_name
 from quantkit.sensitivity.needs import check_memory, needs_of, schedule_of
 from quantkit.sensitivity.prepare import FisherRequest
+from quantkit.sensitivity.weights import original_weights
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -183,15 +184,7 @@ class _Pass:
         return self.request.source.read(self.request.arch.lm_head, (start, stop)).to(self.machine.device).float()
 
     def _weights(self) -> WeightCache:
-        """Of the original model on the device, in the dtype in which calibration computes with them."""
-        source, infos, machine = self.request.source, self.request.source.infos(), self.machine
-
-        def read(name: str) -> Tensor:
-            narrow = infos[name].dtype == "BF16" and self.job.dtype == "BF16"
-            return source.read_on(name, machine.device).to(torch.bfloat16 if narrow else torch.float32)
-
-        room = machine.device_bytes // 20 if machine.device.type == "cuda" else machine.budget // 4
-        return WeightCache(read, room)
+        return original_weights(self.request.source, self.machine, self.job)
 
     def _new_rows(self) -> Callable[[], RowStore]:
         stores = Stores(

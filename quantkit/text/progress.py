@@ -19,7 +19,7 @@ from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
 from quantkit.formats.sizes import short_size
 from quantkit.plan.schedule import COMPILING
-from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted
+from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted, LossesLayer
 from quantkit.text.tables import counted, duration, rough
 
 HEARTBEAT_S = 300.0
@@ -149,7 +149,7 @@ class PlainProgress:
                 return state_line(self._tally)
             case LayerPassed() if _fifth(event):
                 return state_line(self._tally)
-            case FisherLayer():
+            case FisherLayer() | LossesLayer():
                 return state_line(self._tally)
             case _:
                 return ""

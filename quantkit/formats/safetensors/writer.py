@@ -60,6 +60,12 @@ class ShardLayout:
         """Bytes of all files, headers included."""
         return sum(shard.nbytes for shard in self.shards)
 
+    def index(self) -> bytes:
+        """Content of the index: which file holds which tensor."""
+        weight_map = {info.name: shard.file for shard in self.shards for info in shard.tensors}
+        index = {"metadata": {"total_size": self.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        return (json.dumps(index, indent=2) + "\n").encode()
+
     @property
     def layout(self) -> FilesLayout:
         """The files as `preallocated` makes them."""
@@ -157,7 +163,5 @@ class ShardWriter:
         """Sync, write the index, and return file name -> sha256 (hex) of the shards and the index. Raises `OutputError`
         if the shards no longer hold what ``steps`` wrote."""
         self.sync()
-        weight_map = {info.name: shard.file for shard in self._layout.shards for info in shard.tensors}
-        index = {"metadata": {"total_size": self._layout.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_durably(self.directory / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+        write_durably(self.directory / INDEX_NAME, self._layout.index())
         return {**self._files.sha256(steps), INDEX_NAME: sha256_of(self.directory / INDEX_NAME)}

@@ -17,7 +17,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, line
 from quantkit.runtimes.vllm.tensor_parallel import cut_of, cuts_of, most_ranks
 from quantkit.schemes import Float8Scheme, IntScheme, Mxfp8Scheme, W4AFp8Scheme, describe
-from quantkit.tensors import Projection, Role
+from quantkit.tensors import Projection, Role, TensorSpec
 
 COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ = "compressed-tensors", "gptq", "gptq_v2", "awq"
 BITSANDBYTES = "bitsandbytes"
@@ -33,6 +33,12 @@ SPARSE_NEEDS = (
     f"vLLM 0.33 has kernels of sparse attention for compute capability {SPARSE_CAPABILITY} and more (H100, H200, "
     "B200), none for A100; llama.cpp runs it anywhere"
 )
+CHOICES = tuple(
+    IntScheme(bits=bits, group_size=size) for bits in (2, 3, 4, 8) for size in (128, 64, 32)
+)
+"""What is chosen among for a given size: Marlin takes 4 and 8 bits, Humming (0.33) the others."""
+UNSEEN = CHOICES[9]
+"""int8 g128, of linears of which no sensitivity is known."""
 WIDE_TENSOR_PARALLEL = 8
 W4AFP8_WIDTH = 128
 """Outputs of a module, as of its inputs, of which vLLM's kernel for int4 with FP8 inputs takes multiples."""
@@ -62,6 +68,14 @@ def notes(planned: Sequence[PlannedTensor], layout: str) -> list[str]:
     """One line for each thing that vLLM will not take of this layout, or take only in part."""
     linears = by_scheme(planned)
     return [text for check in _NOTES_OF.get(layout, ()) for text in check(linears)]
+
+
+def joined(spec: TensorSpec) -> str:
+    """Name of the module in which vLLM holds a linear: linears with the same name need one scheme."""
+    module = spec.name.removesuffix(".weight")
+    if spec.expert is not None:
+        return module.rpartition(f".{spec.expert}.")[0]
+    return module if spec.fused is None else f"{module.rpartition('.')[0]}.{spec.fused}"
 
 
 def attention_notes(sizes: ServingSizes) -> list[str]:
