@@ -32,6 +32,7 @@ import quantkit.verify  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from quantkit.api import (
     build_calibration,
     check,
+    choose_types,
     convert,
     evaluate,
     inspect,
@@ -83,6 +84,7 @@ __all__ = [
     "__version__",
     "build_calibration",
     "check",
+    "choose_types",
     "convert",
     "document",
     "evaluate",

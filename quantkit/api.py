@@ -21,6 +21,7 @@ from quantkit.arguments import (
     path_of,
     paths_of,
     recipe_and_folder,
+    settled,
     threads,
     write_text,
 )
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
     from quantkit.runtimes.gpus import Gpus
-    from quantkit.sensitivity.events import OnFisher
+    from quantkit.sensitivity.events import OnFisher, OnLosses
     from quantkit.verify.verification import Verification
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -80,6 +81,7 @@ def convert(
     let_threads_sleep()
     loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
+    loaded = settled(path_of(source), loaded, folder, device, budget, on_event).recipe
     job = prepared(path_of(source), loaded, path_of(out), base_dir=folder, memory_budget=budget, restart=restart)
     with job as found, threads(jobs):
         from quantkit.convert.events import ignore
@@ -122,6 +124,7 @@ def trial(
     loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = budget_bytes(memory_budget) or default_budget()
     place = Path(f"{out}.trial.json")
+    loaded = settled(path_of(source), loaded, folder, device, budget, on_event).recipe
     with trial_folder(path_of(out)) as made:
         check_place(place)
         job = prepared(path_of(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
@@ -146,6 +149,7 @@ def plan(
     memory_budget: int | str | None = None,
     convert_on: Gpu | str | None = None,
     hours: bool = False,
+    on_event: OnLosses | None = None,
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
 
@@ -154,6 +158,7 @@ def plan(
     32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. ``convert_on``
     ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). ``hours``: also say how
     long it would take on this machine, which is measured for some seconds the first time; only then torch is loaded.
+    ``on_event``: is told how far the losses of types are, if a target needs some that its folder of sensitivity lacks.
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = recipe_and_folder(recipe, base_dir)
@@ -163,15 +168,18 @@ def plan(
     from quantkit.plan.hardware import parse_gpu
     from quantkit.runtimes.gpus import parse_gpus
 
+    budget = budget_bytes(memory_budget)
+    chosen = settled(path_of(source), loaded, folder, "auto", budget, on_event)
     found = forecast(
         path_of(source),
-        loaded,
+        chosen.recipe,
         base_dir=folder,
         gpus=parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
         context=context,
-        memory_budget=budget_bytes(memory_budget),
+        memory_budget=budget,
         convert_on=parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
     )
+    found = replace(found, choices=chosen.choices)
     if not hours:
         return found
     from quantkit.plan.duration import duration_of
@@ -189,17 +197,50 @@ def recipe_for(
     method: str | None = None,
     data: str | Sequence[str] = (),
     tokens: int | None = None,
+    fit: str | None = None,
+    context: int | None = None,
+    target_bpw: float | None = None,
+    target_size: str | None = None,
+    format: str | None = None,
+    sensitivity: Path | str | None = None,
 ) -> Recipe:
-    """The recipe that ``scheme`` ("w4a16", for vLLM) or ``preset`` ("Q4_K_M", for llama.cpp) stands for on a model.
+    """The recipe that ``scheme`` ("w4a16", for vLLM), ``preset`` ("Q4_K_M", for llama.cpp) or a size stands for on a
+    model.
 
     ``group_size``: of a scheme, -1 for one scale a row; ``method``: "gptq" (default), "awq" or "rtn"; ``data``:
-    calibration text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. Raises
-    `QuantkitError`.
+    calibration text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. A size is one
+    of ``fit`` ("5xA100-80GB", with a sequence of ``context`` tokens), ``target_bpw`` and ``target_size`` ("350GB"), of
+    an output in ``format`` ("compressed-tensors" or "gguf"), and needs the folder ``sensitivity``; `choose_types` puts
+    rules in its place. Raises `QuantkitError`.
     """
     from quantkit.plan.shorthand import Shorthand, shorthand_recipe
+    from quantkit.plan.target_words import TargetWords
 
     text = (data,) if isinstance(data, str) else tuple(data)
-    return shorthand_recipe(path_of(source), Shorthand(scheme, preset, group_size, method, text, tokens))
+    folder = None if sensitivity is None else str(sensitivity)
+    target = TargetWords(fit, context, target_bpw, target_size, format, folder)
+    return shorthand_recipe(path_of(source), Shorthand(scheme, preset, group_size, method, text, tokens, target))
+
+
+def choose_types(
+    source: Path | str,
+    recipe: Recipe | Path | str,
+    *,
+    base_dir: Path | str | None = None,
+    device: DeviceName = "auto",
+    memory_budget: int | str | None = None,
+    on_event: OnLosses | None = None,
+) -> Recipe:
+    """The recipe with rules in place of targets: the type of each linear, chosen so that the output keeps its size and
+    is predicted to lose least. A recipe without targets comes back as it is.
+
+    Losses that the recipe's folder of sensitivity lacks are measured on ``device`` and kept there; ``on_event``: is
+    told of each layer. `convert`, `trial` and `plan` do the same on their way. Raises `QuantkitError`.
+    """
+    from quantkit.plan.budget import budget_bytes
+
+    loaded, folder = recipe_and_folder(recipe, base_dir)
+    return settled(path_of(source), loaded, folder, device, budget_bytes(memory_budget), on_event).recipe
 
 
 def build_calibration(

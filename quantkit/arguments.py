@@ -15,6 +15,8 @@ from quantkit.errors import OutputError, PlanError, SourceError
 if TYPE_CHECKING:
     from quantkit.documents.evaluation import Evaluation
     from quantkit.plan.recipe import Recipe
+    from quantkit.sensitivity.events import OnLosses
+    from quantkit.sensitivity.settle import Settled
 
 Parsed = TypeVar("Parsed")
 
@@ -69,6 +71,18 @@ def recipe_and_folder(recipe: Recipe | Path | str, base_dir: Path | str | None) 
     if not isinstance(loaded, Recipe):  # pyright: ignore[reportUnnecessaryIsInstance] - not all callers are checked
         raise TypeError(f"recipe: found {type(loaded).__name__}, needed a Recipe, a file or the name of a shipped one")
     return loaded, loaded.folder if base_dir is None else path_of(base_dir)
+
+
+def settled(
+    source: Path, recipe: Recipe, folder: Path, device: str, budget: int | None, on_event: OnLosses | None
+) -> Settled:
+    """The recipe without targets, see `settle`."""
+    from quantkit.plan.budget import check_device
+    from quantkit.sensitivity.settle import settle
+
+    check_device(device)
+    let_threads_sleep()
+    return settle(source, recipe, folder, device=device, memory_budget=budget, on_event=on_event)
 
 
 def parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:

@@ -18,6 +18,9 @@ from quantkit.cli.options import (
     Data,
     Device,
     DeviceOption,
+    Fit,
+    FitContext,
+    FormatName,
     GroupSize,
     Jobs,
     Layers,
@@ -29,16 +32,20 @@ from quantkit.cli.options import (
     RecipeName,
     Restart,
     SchemeName,
+    SensitivityFolder,
     Source,
+    TargetBpw,
+    TargetSize,
     Tokens,
     chosen_recipe,
 )
-from quantkit.cli.plan import show_plan
+from quantkit.cli.plan import show_plan, show_recipe
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
 from quantkit.plan.recipe import Recipe
-from quantkit.plan.shorthand import Shorthand, recipe_yaml
+from quantkit.plan.shorthand import Shorthand
+from quantkit.plan.target_words import TargetWords
 from quantkit.text.converted import report_document, report_text
 from quantkit.text.progress import progress
 from quantkit.text.trial import trial_text
@@ -57,6 +64,12 @@ def convert(
     method: MethodName = None,
     data: Data = None,
     tokens: Tokens = None,
+    fit: Fit = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    format: FormatName = None,
+    sensitivity: SensitivityFolder = None,
+    context: FitContext = None,
     print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
@@ -69,15 +82,17 @@ def convert(
 ) -> None:
     """Quantise a checkpoint, layer by layer, and compare the result with the original.
 
-    What is made: --scheme (vLLM, transformers), --preset (llama.cpp) or a --recipe. `quantkit quantize` is the same.
+    What is made: --scheme (vLLM, transformers), --preset (llama.cpp), a size (--fit, --target-bpw) or a --recipe.
+    `quantkit quantize` is the same.
 
     A killed run resumes with the same command, and its files are byte for byte those of a run without interruption.
     """
-    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens)
+    target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
     with refusals():
         chosen = chosen_recipe(source, recipe, shorthand)
         if print_recipe:
-            typer.echo(recipe_yaml(chosen), nl=False)
+            show_recipe(source, chosen, memory_budget)
             return
         if dry_run:
             show_plan(source, chosen, recipe or shorthand.what, as_json, memory_budget=memory_budget)

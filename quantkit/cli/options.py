@@ -70,8 +70,8 @@ def chosen_recipe(source: Path, recipe: str | None, shorthand: Shorthand) -> Rec
         )
     if recipe is not None:
         return Recipe.from_yaml(recipe)
-    if shorthand.scheme is None and shorthand.preset is None:
-        missing_option("'--scheme', '--preset' or '--recipe' / '-r'")
+    if shorthand.scheme is None and shorthand.preset is None and not shorthand.target.words:
+        missing_option("'--scheme', '--preset', '--recipe' / '-r', '--fit' or '--target-bpw'")
     return shorthand_recipe(source, shorthand)
 
 
@@ -222,7 +222,8 @@ Context = Annotated[
         "--context",
         min=1,
         metavar="TOKENS",
-        help="Length of the sequence that --gpus must fit. Default: 32,768, or what the model is made for if less.",
+        help="Length of the sequence that --gpus or --fit must fit. Default: 32,768, or what the model is made for "
+        "if less.",
     ),
 ]
 MemoryBudget = Annotated[
@@ -234,4 +235,46 @@ MemoryBudget = Annotated[
         help="Memory that the work stays within, e.g. 20GiB; Python and its libraries take some 430 MB on top. "
         "Default: 60 % of the machine's memory, or of its container's.",
     ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="NxNAME-SIZEGB",
+        help="Choose the type of each linear so that these GPUs hold the result with one sequence of --context, e.g. "
+        "5xA100-80GB. Needs --sensitivity.",
+    ),
+]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bpw",
+        metavar="N",
+        help="Choose the type of each linear so that the whole takes this many bits per weight, e.g. 3.45. Needs "
+        "--sensitivity.",
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option("--target-size", metavar="SIZE", help="The same for the bytes of the weight files, e.g. 350GB."),
+]
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="gguf|compressed-tensors",
+        help="Of --fit, --target-bpw and --target-size: for llama.cpp, or for vLLM (default).",
+    ),
+]
+SensitivityFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="FOLDER",
+        help="What `quantkit sensitivity` made of SOURCE: how much the loss feels errors of each linear.",
+    ),
+]
+FitContext = Annotated[
+    int | None,
+    typer.Option("--context", min=1, metavar="TOKENS", help="Of --fit. Default: 32,768, or what the model allows."),
 ]

@@ -13,6 +13,8 @@ from quantkit.cli.options import (
     Context,
     ConvertOn,
     Data,
+    Fit,
+    FormatName,
     GpuOption,
     GroupSize,
     MemoryBudget,
@@ -21,7 +23,10 @@ from quantkit.cli.options import (
     PrintRecipe,
     RecipeName,
     SchemeName,
+    SensitivityFolder,
     Source,
+    TargetBpw,
+    TargetSize,
     Tokens,
     chosen_recipe,
 )
@@ -29,7 +34,9 @@ from quantkit.cli.render import show_json
 from quantkit.plan.hardware import Gpu
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, recipe_yaml
-from quantkit.runtimes.gpus import Gpus
+from quantkit.plan.target_words import TargetWords
+from quantkit.runtimes.gpus import Gpus, parse_gpus
+from quantkit.text.progress import progress
 
 
 def plan(
@@ -41,6 +48,11 @@ def plan(
     method: MethodName = None,
     data: Data = None,
     tokens: Tokens = None,
+    fit: Fit = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    format: FormatName = None,
+    sensitivity: SensitivityFolder = None,
     print_recipe: PrintRecipe = False,
     gpus: GpuOption = None,
     context: Context = None,
@@ -53,22 +65,30 @@ def plan(
     The first plan on a machine measures it for some seconds, and keeps that in the cache folder. SOURCE may hold only a
     config.json: then the official release of that config is planned.
     """
-    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens)
+    target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
     with refusals():
         chosen = chosen_recipe(source, recipe, shorthand)
         if print_recipe:
-            typer.echo(recipe_yaml(chosen), nl=False)
+            show_recipe(source, chosen, memory_budget)
             return
         show_plan(
             source,
             chosen,
             recipe or shorthand.what,
             as_json,
-            gpus=gpus,
+            gpus=parse_gpus(fit) if gpus is None and fit is not None else gpus,
             context=context,
             memory_budget=memory_budget,
             convert_on=convert_on,
         )
+
+
+def show_recipe(source: Path, recipe: Recipe, memory_budget: int | None) -> None:
+    """Print a recipe, with rules in place of targets."""
+    with progress() as on_event:
+        settled = commands.choose_types(source, recipe, memory_budget=memory_budget, on_event=on_event)
+    typer.echo(recipe_yaml(settled), nl=False)
 
 
 def show_plan(
@@ -85,9 +105,17 @@ def show_plan(
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common. ``name``: the recipe as given."""
     from quantkit.text.forecast import forecast_document, forecast_text
 
-    found = commands.plan(
-        source, recipe, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on, hours=True
-    )
+    with progress() as on_event:
+        found = commands.plan(
+            source,
+            recipe,
+            gpus=gpus,
+            context=context,
+            memory_budget=memory_budget,
+            convert_on=convert_on,
+            hours=True,
+            on_event=on_event,
+        )
     if as_json:
         show_json(forecast_document(found, name))
     else:

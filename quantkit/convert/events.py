@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quantkit.documents.conversion import PoorFit, ValidationResult
 from quantkit.plan.schedule import Schedule
+from quantkit.sensitivity.events import LossesLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ def _outline(output: OutputReport) -> str:
     return f"{text}, perplexity x {ratio}, mean KLD {kl}"
 
 
-Event = Started | StageStarted | TensorDone | LayerDone | CopyDone | ValidationProgress | Finished
+Event = LossesLayer | Started | StageStarted | TensorDone | LayerDone | CopyDone | ValidationProgress | Finished
 OnEvent = Callable[[Event], None]
 
 

@@ -4,7 +4,8 @@ No weight is read, no torch loaded."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantkit.calibrate.dataset import check_text
@@ -14,6 +15,7 @@ from quantkit.formats.fp8_source import ZEROS_HINT
 from quantkit.formats.side_files import side_file_bytes
 from quantkit.formats.sizes import short_size
 from quantkit.formats.tiktoken_model import tokenizer_file
+from quantkit.plan.allocation.choose import CONTEXT, Choice
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
@@ -27,8 +29,6 @@ from quantkit.runtimes.llama_cpp.memory import LlamaFit, fit_llama
 from quantkit.runtimes.vllm import contract
 from quantkit.runtimes.vllm.memory import Fit, fit
 
-CONTEXT = 32768
-"""Tokens of a sequence that is to fit, if nothing else is said and the model is made for as many."""
 COMMON_GPU = Gpu("a GPU of 80 GB", 80 * 10**9)
 """What a plan shows if no GPU is named."""
 OUT = "OUT"
@@ -53,7 +53,8 @@ class Forecast:
     """``plan``: what happens to every tensor, exact sizes; ``needs``: the least memory and the disk of the conversion,
     estimates; ``expected``: its peaks under the memory budget if a processor computes, and ``on_gpu`` if a GPU does;
     None if the budget of this machine is too small. ``fits``: one for each output if GPUs were named; ``duration``: how
-    long it should take here, if that was asked for."""
+    long it should take here, if that was asked for; ``choices``: by the name of the output, what was chosen for those
+    that had a target."""
 
     source: SourceHeaders
     plan: Plan
@@ -62,6 +63,7 @@ class Forecast:
     on_gpu: Expected | None
     fits: tuple[OutputFit, ...] | None = None
     duration: Duration | None = None
+    choices: Mapping[str, Choice] = field(default_factory=dict[str, Choice])
 
     @property
     def outputs(self) -> tuple[OutputPlan, ...]:

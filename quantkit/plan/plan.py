@@ -178,6 +178,9 @@ def _plan_output(
     problems: Problems,
     warnings: list[str],
 ) -> OutputPlan:
+    if output.target is not None:
+        problems.add("targets", f"output {output.name}: has a target, and no types were chosen (`choose_types`).")
+        return OutputPlan(output, target, {}, (), ())
     decisions = _decisions(output, target, recipe, source, stored, problems, warnings)
     refuse_unfoldable(output.name, decisions, arch, problems)
     planned = {name: _planned(decision) for name, decision in decisions.items() if decision.action is not Action.DROP}

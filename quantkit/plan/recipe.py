@@ -29,6 +29,7 @@ Keep = Literal["source", "bf16", "f16", "f32"]
 """source: as the checkpoint stores it (an FP8 block weight keeps its FP8 bytes, a packed one its codes and scales);
 bf16, f16, f32: converted, decoded if it was FP8 or packed."""
 
+
 def _with_type_names(schema: JsonDict) -> None:
     """Tell editors that a scheme may be the name of a block type."""
     cast("list[JsonValue]", schema["anyOf"]).insert(0, {"enum": list(BLOCK_TYPES)})

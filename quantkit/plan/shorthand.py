@@ -19,6 +19,7 @@ from quantkit.errors import RecipeError
 from quantkit.formats.source import read_config
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.recipe_file import nearest
+from quantkit.plan.target_words import SPLIT_SIZE, TargetWords
 from quantkit.plan.text_notes import MANY_EXPERTS, TOKENS_OF_MANY_EXPERTS, routed_experts
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
 from quantkit.tensors import Role, TensorSpec
@@ -28,8 +29,6 @@ MIXED = "builtin:mixed"
 TOKENS = 131072
 """Calibration tokens if nothing is said, but for text of one's own and many experts."""
 SEQUENCE_LENGTH, WINDOW = 2048, 512
-SPLIT_SIZE = "50GB"
-"""Largest file of a GGUF output: what model hubs take."""
 METHODS = ("gptq", "awq", "rtn")
 SCHEMES = ("w4a16", "w8a16", "w2a16", "w3a16", "w5a16", "w6a16", "w7a16")
 """Names that messages show: one for each bit width from 2 to 8."""
@@ -79,7 +78,7 @@ _NUMBER = re.compile(r"\.\d+\.")
 class Shorthand:
     """Options that stand for a recipe. One of ``scheme`` ("w4a16-g32") and ``preset`` ("Q4_K_M") says what is stored;
     ``group_size`` of a scheme: -1 is one scale a row; ``data``, ``tokens``: calibration text and how much of it;
-    ``method``: "gptq", "awq", "rtn", None for gptq."""
+    ``method``: "gptq", "awq", "rtn", None for gptq; ``target``: a size, in place of scheme and preset."""
 
     scheme: str | None = None
     preset: str | None = None
@@ -87,6 +86,7 @@ class Shorthand:
     method: str | None = None
     data: tuple[str, ...] = ()
     tokens: int | None = None
+    target: TargetWords = TargetWords()
 
     @property
     def given(self) -> bool:
@@ -102,7 +102,8 @@ class Shorthand:
             "--group-size": self.group_size,
             "--method": self.method,
         }
-        return " ".join(f"{option} {value}" for option, value in named.items() if value is not None)
+        given = [f"{option} {value}" for option, value in named.items() if value is not None]
+        return " ".join((*given, *self.target.words))
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -149,13 +150,14 @@ def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     Raises `RecipeError`, in one line, for options that are unknown or contradict each other, `SourceError` and
     `ConfigError` for a folder without a config.json that is known.
     """
-    stored = _stored(options)
+    stored = None if options.target.words else _stored(options)
+    output = _target(options) if stored is None else {}
     arch = arch_of(read_config(source))
-    if not isinstance(stored, str):
+    if isinstance(stored, _Widths | _Float):
         rules = _rules(stored, tuple(arch.tensors()))
-        output: dict[str, object] = {"name": stored.name, "format": "compressed-tensors", "rules": rules}
-    else:
-        output = {"name": stored, "format": "gguf", "preset": stored, "split_max_size": SPLIT_SIZE}
+        output |= {"name": stored.name, "format": "compressed-tensors", "rules": rules}
+    elif stored is not None:
+        output |= {"name": stored, "format": "gguf", "preset": stored, "split_max_size": SPLIT_SIZE}
     if options.method is not None:
         output["method"] = {"kind": options.method}
     window = min(WINDOW, arch.serving().max_positions)
@@ -167,6 +169,8 @@ def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     }
     if options.method != "rtn" or options.data or options.tokens:
         values["calibration"] = _calibration(options, arch)
+    if options.target.sensitivity is not None:
+        values["sensitivity"] = options.target.sensitivity
     return Recipe.from_dict(values)
 
 
@@ -232,6 +236,18 @@ def _smaller_groups(size: int | None, specs: Sequence[TensorSpec]) -> Mapping[Ro
         sizes = found.setdefault(spec.role, {})
         sizes[pattern] = None if fitting is None else min(sizes.get(pattern) or fitting, fitting)
     return found
+
+
+def _target(options: Shorthand) -> dict[str, object]:
+    """The output that a size stands for. Raises `RecipeError`."""
+    for option, value in (("--scheme", options.scheme), ("--preset", options.preset)):
+        if value is not None:
+            raise RecipeError(f"found {option} and {options.target.words[0]}, needed one of them.")
+    if options.group_size is not None:
+        raise RecipeError("--group-size: belongs to --scheme; with a size, group sizes are chosen.")
+    if options.method is not None and options.method not in METHODS:
+        raise RecipeError(_foreign_method(options.method))
+    return options.target.output()
 
 
 def _match(wanted: Sequence[Role], roles: set[Role]) -> str:

@@ -45,5 +45,6 @@ class LossesLayer:
     layers: int
 
 
-FisherEvent = FisherStarted | FisherLayer | LossesLayer
+FisherEvent = FisherStarted | FisherLayer
 OnFisher = Callable[[FisherEvent], None]
+OnLosses = Callable[[LossesLayer], None]

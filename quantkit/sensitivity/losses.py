@@ -21,7 +21,7 @@ from torch import Tensor
 from quantkit.arch.base import DenseBlock, ExpertBlock, LinearPart, ModelArch, Sublayer
 from quantkit.arch.ops import linear
 from quantkit.calibrate.hidden_states import MemoryRows, RowStore
-from quantkit.calibrate.stream import forward_layer, row_batches, route_all
+from quantkit.calibrate.stream import forward_layer, route_all, row_batches
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.documents.sensitivity import SensitivityDocument
 from quantkit.formats.model_source import ModelSource
@@ -176,9 +176,7 @@ def _errors(weight: Tensor, x: Tensor, schemes: Mapping[str, ChosenScheme]) -> d
     return found
 
 
-def _part_errors(
-    weight: Tensor, x: Tensor, part: LinearPart, schemes: Mapping[str, ChosenScheme]
-) -> dict[str, float]:
+def _part_errors(weight: Tensor, x: Tensor, part: LinearPart, schemes: Mapping[str, ChosenScheme]) -> dict[str, float]:
     """tr(E H E^T) of a part of a linear, all its rows; H as the whole linear reads it. A part that is stored turned
     has inputs of its own: its scales are searched without importance."""
     whole = weight.float()

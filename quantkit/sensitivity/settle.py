@@ -1,5 +1,5 @@
-"""A recipe with targets -> the same with ordinary rules. Losses of types that the folder of the Fisher pass does not hold
-yet are measured first, which takes weights and torch; all else takes neither."""
+"""A recipe with targets -> the same with ordinary rules. Losses of types that the folder of the Fisher pass does not
+hold yet are measured first, which takes weights and torch; all else takes neither."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from quantkit.documents.sensitivity import SensitivityDocument, read_sensitivity
 from quantkit.errors import PlanError
 from quantkit.formats import open_source
 from quantkit.plan.allocation.choose import Choice, choose
-from quantkit.plan.allocation.draft import Draft, draft_of
+from quantkit.plan.allocation.draft import OpenOutput, draft_of
 from quantkit.plan.headers import SourceHeaders, read_headers
 from quantkit.plan.recipe import Recipe
 from quantkit.schemes import ChosenScheme
-from quantkit.sensitivity.events import LossesLayer, OnFisher
+from quantkit.sensitivity.events import LossesLayer, OnLosses
 from quantkit.sensitivity.folder import add_losses
 from quantkit.sensitivity.same_model import check_model
 
@@ -35,7 +35,7 @@ class Settled:
 
 
 def settle(
-    source: Path, recipe: Recipe, base_dir: Path, *, device: str, memory_budget: int | None, on_event: OnFisher
+    source: Path, recipe: Recipe, base_dir: Path, *, device: str, memory_budget: int | None, on_event: OnLosses | None
 ) -> Settled:
     """Choose the types of every output that has a target. ``memory_budget``: bytes, None for the usual.
 
@@ -71,7 +71,7 @@ def _fingerprint(headers: SourceHeaders) -> str | None:
         return opened.fingerprint()
 
 
-def _missing(drafts: list[Draft], document: SensitivityDocument) -> Missing:
+def _missing(drafts: list[OpenOutput], document: SensitivityDocument) -> Missing:
     """What the drafts need and the document lacks."""
     known = document.losses or {}
     missing: dict[str, dict[str, ChosenScheme]] = {}
@@ -84,7 +84,7 @@ def _missing(drafts: list[Draft], document: SensitivityDocument) -> Missing:
 
 
 def _measured(
-    headers: SourceHeaders, folder: Path, missing: Missing, machine: Machine, on_event: OnFisher
+    headers: SourceHeaders, folder: Path, missing: Missing, machine: Machine, on_event: OnLosses | None
 ) -> SensitivityDocument:
     """The document with what was missing, which the folder keeps."""
     from quantkit.sensitivity.losses import measure_losses
@@ -92,8 +92,11 @@ def _measured(
 
     with open_source(headers.directory) as opened:
         found = open_sensitivity(folder, opened, headers.arch)
-        document = measure_losses(
-            found, opened, machine, missing, lambda done, layers: on_event(LossesLayer(done, layers))
-        )
+
+        def on_layer(done: int, layers: int) -> None:
+            if on_event is not None:
+                on_event(LossesLayer(done, layers))
+
+        document = measure_losses(found, opened, machine, missing, on_layer)
     add_losses(folder, document)
     return document

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.formats.sizes import short_size
+from quantkit.plan.allocation.choose import Choice
 from quantkit.plan.batch_sizes import Expected
 from quantkit.plan.forecast import Forecast, OutputFit
 from quantkit.plan.memory import Needs
@@ -13,6 +14,7 @@ from quantkit.plan.phases import Term
 from quantkit.plan.plan import OutputPlan, RoleSize
 from quantkit.plan.schedule import Duration
 from quantkit.plan.text_notes import TokensPerExpert, expert_tokens
+from quantkit.text.choices import choice_document, choice_text
 from quantkit.text.fits import fit_document, fit_text
 from quantkit.text.tables import both_units, counted, rough, table
 
@@ -29,6 +31,8 @@ def forecast_text(found: Forecast) -> str:
     blocks.append(_summary(found))
     for number, output in enumerate(made.outputs):
         blocks.append(f"\noutput  {output.output.name}: {output.output.format}\n\n{_size_table(output)}")
+        if output.output.name in found.choices:
+            blocks.append("\n" + choice_text(found.choices[output.output.name]))
         if fits is not None:
             blocks.append("\n" + fit_text(fits[number]))
     blocks.append("\n" + _needs_text(found))
@@ -167,7 +171,7 @@ def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
             "nbytes": made.source_bytes,
         },
         "recipe": recipe,
-        "outputs": [_output_document(output) for output in made.outputs],
+        "outputs": [_output_document(output, found.choices.get(output.output.name)) for output in made.outputs],
         "needs": {
             "ram_bytes": needs.working_bytes,
             "ram_bytes_with_hidden_states": needs.ram_bytes,
@@ -244,7 +248,7 @@ def _term_documents(terms: tuple[Term, ...]) -> list[Mapping[str, object]]:
     return [{"what": term.what, "nbytes": term.nbytes, "formula": term.formula} for term in terms]
 
 
-def _output_document(output: OutputPlan) -> Mapping[str, object]:
+def _output_document(output: OutputPlan, choice: Choice | None) -> Mapping[str, object]:
     return {
         "name": output.output.name,
         "format": output.output.format,
@@ -265,4 +269,5 @@ def _output_document(output: OutputPlan) -> Mapping[str, object]:
             }
             for size in output.sizes
         ],
+        "choice": None if choice is None else choice_document(choice),
     }

@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.layouts import LAYOUTS, READERS
 from quantkit.plan.recipe import FolderOutput, Recipe
-from quantkit.plan.recipe_values import parse_size
 from quantkit.plan.recipe_file import model_of, parse_model, recipe_path, schema_of, shipped_recipes
+from quantkit.plan.recipe_values import parse_size
 
 GOOD = """\
 version: 1

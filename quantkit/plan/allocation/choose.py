@@ -12,7 +12,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.documents.sensitivity import SensitivityDocument
 from quantkit.errors import PlanError
 from quantkit.formats.planned import PlannedTensor
-from quantkit.plan.allocation.draft import DROP_MTP, KEEP_REST, Draft, DraftGroup, measured, planned_with
+from quantkit.plan.allocation.draft import DROP_MTP, KEEP_REST, DraftGroup, OpenOutput, measured, planned_with
 from quantkit.plan.allocation.rules import rules_of
 from quantkit.plan.allocation.solve import Option, smallest, solve, total_bytes, total_loss
 from quantkit.plan.recipe import Output
@@ -29,6 +29,8 @@ POINTS = 9
 """Of the Pareto curve."""
 CONTEXT = 32768
 """Tokens of a sequence that GPUs must fit, if nothing else is said and the model is made for as many."""
+EXPECTED_WITHIN = "to be measured"
+"""How far measured values were from predicted ones, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Choice:
         return self.output.predicted_kl or 0.0
 
 
-def choose(draft: Draft, document: SensitivityDocument, arch: ModelArch, source: Path) -> Choice:
+def choose(draft: OpenOutput, document: SensitivityDocument, arch: ModelArch, source: Path) -> Choice:
     """The choice that the target asks for. ``document``: with every loss that ``draft`` needs; ``source``: the
     checkpoint's folder. Raises `PlanError` for a size below the smallest choice or above the largest, and GPUs that
     hold none."""
@@ -79,7 +81,7 @@ def choose(draft: Draft, document: SensitivityDocument, arch: ModelArch, source:
     )
 
 
-def _settled(draft: Draft, groups: Sequence[DraftGroup], predicted: float) -> Output:
+def _settled(draft: OpenOutput, groups: Sequence[DraftGroup], predicted: float) -> Output:
     """The output with rules: the user's, those of the choice, and what is done with the rest."""
     user = draft.output.rules
     assigned = [(spec, group.schemes[0]) for group in groups for spec in group.specs]
@@ -94,7 +96,7 @@ def _settled(draft: Draft, groups: Sequence[DraftGroup], predicted: float) -> Ou
     return type(draft.output).model_validate({**values, "rules": given, "predicted_kl": float(f"{predicted:.4g}")})
 
 
-def _left(groups: Sequence[DraftGroup], draft: Draft) -> str:
+def _left(groups: Sequence[DraftGroup], draft: OpenOutput) -> str:
     """Why nothing was chosen, "" if something was."""
     if all(len(group.schemes) == 1 for group in draft.groups):
         return "each linear has one type only that fits it: there is nothing to choose"
@@ -106,7 +108,7 @@ def _left(groups: Sequence[DraftGroup], draft: Draft) -> str:
 class _Work:
     """What the steps share. A choice is the place of each group's scheme."""
 
-    draft: Draft
+    draft: OpenOutput
     document: SensitivityDocument
     arch: ModelArch
     source: Path
@@ -195,8 +197,8 @@ class _Work:
         name, wanted = self.draft.output.name, self.draft.wanted
         if limit < least:
             raise PlanError(
-                f"output {name}: target {wanted}: the smallest choice of types takes {least:,} bytes, {least - limit:,} "
-                "more.",
+                f"output {name}: target {wanted}: the smallest choice of types takes {least:,} bytes, "
+                f"{least - limit:,} more.",
                 hint="Give it more, or let smaller types in (types:, and rules that fix linears or tables).",
             )
         if limit > most:
@@ -257,7 +259,7 @@ class _Sized:
     """A choice as the memory models of runtimes look at it."""
 
     planned: tuple[PlannedTensor, ...]
-    draft: Draft
+    draft: OpenOutput
 
     def stored_bytes(self, tensor: PlannedTensor) -> int:
         """Of one tensor, scales included."""

@@ -34,10 +34,10 @@ class DraftGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """``output``: as the recipe has it; ``plan``: with every free linear kept in bfloat16; ``groups``: what is to be chosen;
-    ``fixed``: linears to which rules give a scheme; ``others``: what gets the format's usual scheme, or is kept (None),
-    because no sensitivity of it is known."""
+class OpenOutput:
+    """``output``: as the recipe has it; ``plan``: with every free linear kept in bfloat16; ``groups``: what is to be
+    chosen; ``fixed``: linears to which rules give a scheme; ``others``: what gets the format's usual scheme, or is kept
+    (None), because no sensitivity of it is known."""
 
     output: Output
     plan: OutputPlan
@@ -72,9 +72,7 @@ def measured(specs: Sequence[TensorSpec]) -> Iterator[TensorSpec]:
     return (spec for spec in specs if spec.expert is None or spec.expert % step == 0)
 
 
-def draft_of(
-    output: Output, recipe: Recipe, headers: SourceHeaders, linears: Mapping[str, LinearFisher]
-) -> Draft:
+def draft_of(output: Output, recipe: Recipe, headers: SourceHeaders, linears: Mapping[str, LinearFisher]) -> OpenOutput:
     """``linears``: of the Fisher pass. Raises `PlanError` for what `make_plan` refuses, for types that the format
     lacks, and if nothing is left to be chosen."""
     wanted = output.target
@@ -92,7 +90,7 @@ def draft_of(
         )
     chosen = {spec.name for group in groups for spec in group.specs}
     others = tuple((s, _unchosen(plan.target, s)) for s in free if s.name not in chosen and (s.linear or s.table))
-    return Draft(output, plan, groups, tuple(_fixed(plan.decisions.values(), linears)), others)
+    return OpenOutput(output, plan, groups, tuple(_fixed(plan.decisions.values(), linears)), others)
 
 
 def _plan_of_rest(output: Output, recipe: Recipe, headers: SourceHeaders) -> OutputPlan:
@@ -158,7 +156,7 @@ def _fixed(decisions: Iterable[Decision], linears: Mapping[str, LinearFisher]) -
     return (DraftGroup(tuple(specs), (scheme,)) for scheme, specs in found.values())
 
 
-def planned_with(draft: Draft, schemes: Mapping[str, ChosenScheme]) -> list[PlannedTensor]:
+def planned_with(draft: OpenOutput, schemes: Mapping[str, ChosenScheme]) -> list[PlannedTensor]:
     """The output's tensors with these schemes, by name."""
     given = {spec.name: scheme for spec, scheme in draft.others if scheme is not None}
     given.update(schemes)

@@ -34,7 +34,7 @@ SPARSE_NEEDS = (
     "B200), none for A100; llama.cpp runs it anywhere"
 )
 CHOICES = tuple(
-    IntScheme(bits=bits, group_size=size) for bits in (2, 3, 4, 8) for size in (128, 64, 32)
+    IntScheme.model_validate({"bits": bits, "group_size": size}) for bits in (2, 3, 4, 8) for size in (128, 64, 32)
 )
 """What is chosen among for a given size: Marlin takes 4 and 8 bits, Humming (0.33) the others."""
 UNSEEN = CHOICES[9]
