@@ -39,6 +39,8 @@ class Linears:
     ``producers``: what makes the inputs of each, one for all, or () if nothing can absorb a rescaling of them.
     ``folded``: by number of the output, the weights of a part, which is cut from the folded linear. ``reach`` (B,): the
     largest |weight| of each and of the linears that share a scale with it, where these are not quantised together.
+    ``output_hessian`` (B, n, r, r) float32: of the model's loss in their outputs, None if it is not known (see
+    `quantkit.quantizers.ldlq.two_sided`).
     """
 
     names: tuple[str, ...]
@@ -46,6 +48,7 @@ class Linears:
     producers: tuple[Producer, ...] = ()
     folded: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     reach: Tensor | None = None
+    output_hessian: Tensor | None = None
 
     def as_stored(self, number: int, folding: Folding) -> Linears:
         """The linears as an output has them before they are quantised: the same, or folded in float32."""
@@ -115,7 +118,7 @@ def quantize_linears(
         for (number, scheme), linears in work[key].items():
             alike = [one.as_stored(number, outputs[number].folding) for one in linears]
             try:
-                batches = _quantized(quantize, alike, scheme)
+                batches = _quantized(quantize, alike, scheme, output_aware=key.method.output_aware)
             except SchemeError as error:
                 raise SchemeError(f"{_largest(alike)}: {error.message}", hint=error.hint) from error
             for one, batch in zip(alike, batches, strict=True):
@@ -176,19 +179,33 @@ def importance_of(
     return tuple(found)
 
 
-def _quantized(quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme) -> list[QuantizedBatch]:
+def _quantized(
+    quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme, *, output_aware: bool
+) -> list[QuantizedBatch]:
     """Each of the linears in ``scheme``. A GPU takes them one under the other: columns follow one another, so a sweep
-    over more rows takes hardly longer."""
+    over more rows takes hardly longer. Output Hessians are copied: another output may want them."""
     reach = _reach(alike) if scheme.shares_scale else None
-    if len(alike) == 1 or not alike[0].weight.is_cuda:
-        return [quantize(linears.weight.float(), scheme, reach=reach) for linears in alike]
-    batch, start = quantize(_stacked(alike), scheme, reach=reach), 0
+    outputs = [linears.output_hessian if output_aware else None for linears in alike]
+    if len(alike) == 1 or not alike[0].weight.is_cuda or len({_block_shape(one) for one in outputs}) > 1:
+        pairs = zip(alike, outputs, strict=True)
+        return [
+            quantize(one.weight.float(), scheme, reach=reach, output_hessian=None if o is None else o.clone())
+            for one, o in pairs
+        ]
+    blocks = [one for one in outputs if one is not None]
+    joined = torch.cat(blocks, 1) if blocks else None
+    batch, start = quantize(_stacked(alike), scheme, reach=reach, output_hessian=joined), 0
     parts: list[QuantizedBatch] = []
     for linears in alike:
         stop = start + linears.weight.shape[1]
         parts.append(batch.rows(start, stop))
         start = stop
     return parts
+
+
+def _block_shape(output_hessian: Tensor | None) -> tuple[int, ...]:
+    """() without one. Equal blocks of several linears can go through a sweep together."""
+    return () if output_hessian is None else tuple(output_hessian.shape[2:])
 
 
 def _reach(alike: list[Linears]) -> Tensor:

@@ -1,0 +1,90 @@
+"""LDLQ over rows and columns: errors are also weighed by what they do to the model's loss (YAQA, arXiv 2505.22988).
+
+With the output Hessian H_O = sum g g^T over tokens, g the gradient of the loss at a linear's outputs, the loss of an
+error E is tr(H_O E H E^T) in place of tr(E H E^T). H_O = R D R^T (R unit lower triangular) moves what rows have left over
+to rows that are still open, as H does for columns: rows are taken from the last to the first, and row i aims at
+
+    t_i = w_i + sum_{j>i} R[j, i] (w_j - q_j)
+
+With a row at a time that is exactly block LDL in both directions. Rows of one block do not hear of each other, so
+that a sweep has more than one row to work on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from quantkit.schemes.grid import Stored
+
+DAMPING = 0.1
+"""Share of the mean diagonal that is added to the diagonal of an output Hessian."""
+ROWS = 32
+"""Rows of a diagonal block that are rounded at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFactor:
+    """Damped output Hessians of B matrices, and their factors. A matrix has n diagonal blocks of r rows (one, or one a
+    head); between blocks nothing is known. hessian (B, n, r, r) float32, mean diagonal of each matrix 1; lower likewise:
+    R, unit lower triangular."""
+
+    hessian: Tensor
+    lower: Tensor
+
+
+def factorize_output(hessian: Tensor) -> OutputFactor:
+    """hessian (B, n, r, r) float32 of any scale, overwritten -> damped, scaled and factored. A block of zeros becomes
+    the identity times a small number: its rows do not hear of each other.
+
+    Raises `CalibrationError` if it is not finite.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    tiny = torch.finfo(torch.float32).tiny ** 0.5
+    hessian /= diagonal.mean((-2, -1)).clamp_min(tiny)[:, None, None, None]
+    diagonal += (DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(1e-6)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed.any() or not lower.diagonal(dim1=-2, dim2=-1).isfinite().all():
+        raise CalibrationError(
+            "the gradients at the outputs of these linears overflow or are not numbers.",
+            hint="Measure the sensitivity anew, or take output_aware: false for them.",
+        )
+    return OutputFactor(hessian, lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2))
+
+
+def round_rows(
+    target: Tensor, factor: OutputFactor, quantize: Callable[[Tensor], Stored], decode: Callable[[Stored], Tensor]
+) -> tuple[Stored, Tensor]:
+    """Quantise ``target`` (B, out, in) float32 with feedback between rows -> what is stored, and target - decoded.
+
+    ``quantize`` is given some rows (B, rows, in) where they should end up; ``decode`` undoes what it returns.
+    """
+    _, n_blocks, height, _ = factor.lower.shape
+    wanted = target.unflatten(1, (n_blocks, height))
+    error = torch.empty_like(wanted)
+    parts: list[Stored] = []
+    for stop in range(height, 0, -ROWS):
+        own = slice(max(0, stop - ROWS), stop)
+        moved = wanted[:, :, own]
+        if stop < height:
+            moved = moved + factor.lower[:, :, stop:, own].mT @ error[:, :, stop:]
+        stored = quantize(moved.flatten(1, 2).contiguous())
+        error[:, :, own] = wanted[:, :, own] - decode(stored).unflatten(1, (n_blocks, -1))
+        parts.append({key: values.unflatten(1, (n_blocks, -1)) for key, values in stored.items()})
+    joined = {key: torch.cat([part[key] for part in reversed(parts)], 2).flatten(1, 2) for key in parts[0]}
+    return joined, error.flatten(1, 2)
+
+
+def losses(error: Tensor, hessian: Tensor, output_hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """By row (B, out) the parts of tr(E H E^T) and of tr(H_O E H E^T): error (B, out, in), hessian (B, in, in),
+    output_hessian (B, n, r, r)."""
+    through = error @ hessian
+    across = (output_hessian @ error.unflatten(1, output_hessian.shape[1:3])).flatten(1, 2)
+    return (error * through).sum(-1), across.mul_(through).sum(-1)
