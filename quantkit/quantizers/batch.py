@@ -80,9 +80,8 @@ class QuantizedBatch:
     def rows(self, start: int, stop: int) -> QuantizedBatch:
         """The linears that are rows [start, stop) of each matrix."""
         stored = {key: value[:, start:stop] for key, value in self.stored.items()}
-        losses = (self.loss, self.norm, self.output_loss, self.output_norm)
-        loss, norm, *output = (None if one is None else one[:, start:stop] for one in losses)
-        assert loss is not None and norm is not None, "they are always there"
+        loss, norm = self.loss[:, start:stop], self.norm[:, start:stop]
+        output = (None if one is None else one[:, start:stop] for one in (self.output_loss, self.output_norm))
         return QuantizedBatch(self.scheme, stored, loss, norm, self.fallbacks, *output)
 
     def decode(self) -> Tensor:

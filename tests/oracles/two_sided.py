@@ -1,5 +1,5 @@
-"""Two-sided LDLQ by its definition, in float64: each weight is rounded near w + sum of R_O[i', i] e[i', k'] R_H[k', k] over
-all weights (i', k') that were rounded before it."""
+"""Two-sided LDLQ by its definition, in float64: each weight is rounded near w + sum of R_O[i', i] e[i', k'] R_H[k', k],
+over all weights (i', k') that were rounded before it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def two_sided_codes(
     layout: np.ndarray,
     block: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """weight (out, in), both Hessians damped, scale and zero (out, in) by column -> codes and margins (out, in), storage
-    order. Columns are rounded from the last of ``layout``, rows from the last; rows of one ``block``, counted from the
-    last row, do not hear of each other. Margins: as in `tests.oracles.gptq.gptq_codes`."""
+    """weight (out, in), both Hessians damped, scale and zero (out, in) by column -> codes and margins (out, in) in
+    storage order. Columns are rounded from the last of ``layout``, rows from the last; rows of one ``block``, counted
+    from the last row, do not hear of each other. Margins: as in `tests.oracles.gptq.gptq_codes`."""
     weight, scale, zero = (values[:, layout].astype(np.float64) for values in (weight, scale, zero))
     columns = unit_lower(hessian[np.ix_(layout, layout)])
     rows = unit_lower(output_hessian)

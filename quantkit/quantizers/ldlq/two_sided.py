@@ -1,8 +1,8 @@
 """LDLQ over rows and columns: errors are also weighed by what they do to the model's loss (YAQA, arXiv 2505.22988).
 
 With the output Hessian H_O = sum g g^T over tokens, g the gradient of the loss at a linear's outputs, the loss of an
-error E is tr(H_O E H E^T) in place of tr(E H E^T). H_O = R D R^T (R unit lower triangular) moves what rows have left over
-to rows that are still open, as H does for columns: rows are taken from the last to the first, and row i aims at
+error E is tr(H_O E H E^T) in place of tr(E H E^T). H_O = R D R^T (R unit lower triangular) moves what rows have left
+over to rows that are still open, as H does for columns: rows are taken from the last to the first, and row i aims at
 
     t_i = w_i + sum_{j>i} R[j, i] (w_j - q_j)
 
@@ -32,9 +32,9 @@ ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class OutputFactor:
-    """Damped output Hessians of B matrices, and their factors. A matrix has n diagonal blocks of r rows (one, or one a
-    head); between blocks nothing is known. hessian (B, n, r, r) float32, mean diagonal of each matrix 1; lower likewise:
-    R, unit lower triangular."""
+    """Damped output Hessians of B matrices, or one for all of them (B = 1), and their factors. A matrix has n diagonal
+    blocks of r rows (one, or one a head); between blocks nothing is known. hessian (B, n, r, r) float32, mean diagonal
+    of each matrix 1; lower likewise: R, unit lower triangular."""
 
     hessian: Tensor
     lower: Tensor
