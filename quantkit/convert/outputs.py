@@ -51,13 +51,15 @@ class Linears:
     output_hessian: Tensor | None = None
 
     def as_stored(self, number: int, folding: Folding) -> Linears:
-        """The linears as an output has them before they are quantised: the same, or folded in float32."""
+        """The linears as an output has them before they are quantised: the same, or folded in float32. Of folded rows no
+        output Hessian is known."""
         if number in self.folded:
-            return replace(self, weight=self.folded[number])
+            return replace(self, weight=self.folded[number], output_hessian=None)
         if len(self.names) != len(self.weight) or not any(map(folding.changes, self.names)):
             return self
         pairs = zip(self.names, self.weight, strict=True)
-        return replace(self, weight=torch.stack([folding.folded(name, weight).float() for name, weight in pairs]))
+        folded = torch.stack([folding.folded(name, weight).float() for name, weight in pairs])
+        return replace(self, weight=folded, output_hessian=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +262,12 @@ def any_quantised(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> 
 def any_wanted(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
     """Whether some output quantises one of these linears, or keeps the importance of its inputs."""
     return any_quantised(outputs, names) or any(name in output.importance for output in outputs for name in names)
+
+
+def output_aware(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
+    """Whether some output chooses the numbers of one of these linears by what they do to the model's loss."""
+    methods = (output.methods[name][1] for output in outputs for name in names if name in output.methods)
+    return any(method.output_aware for method in methods)
 
 
 def needs_hessian(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:

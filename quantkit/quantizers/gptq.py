@@ -132,8 +132,8 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         reach: Tensor | None = None,
         output_hessian: Tensor | None = None,
     ) -> QuantizedBatch:
-        """weight (B, out, in) float32 -> codes and scales. Without an output Hessian rows are independent and go through
-        a slice at a time."""
+        """weight (B, out, in) float32 -> codes and scales. Without an output Hessian rows are independent and go
+        through a slice at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
         if output_hessian is not None:

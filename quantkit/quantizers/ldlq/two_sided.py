@@ -2,12 +2,13 @@
 
 With the output Hessian H_O = sum g g^T over tokens, g the gradient of the loss at a linear's outputs, the loss of an
 error E is tr(H_O E H E^T) in place of tr(E H E^T). H_O = R D R^T (R unit lower triangular) moves what rows have left
-over to rows that are still open, as H does for columns: rows are taken from the last to the first, and row i aims at
+over to rows that are still open, as H does for columns. Rows are laid out by rising diag(H_O), taken from the last to
+the first, and row i aims at
 
     t_i = w_i + sum_{j>i} R[j, i] (w_j - q_j)
 
-With a row at a time that is exactly block LDL in both directions. Rows of one block do not hear of each other, so
-that a sweep has more than one row to work on.
+With a row at a time that is exactly LDLQ in both directions. Here some rows are rounded at once, so that a sweep has
+work; they do not hear of each other.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ if TYPE_CHECKING:
 
 DAMPING = 0.1
 """Share of the mean diagonal that is added to the diagonal of an output Hessian."""
-ROWS = 32
-"""Rows of a diagonal block that are rounded at once."""
+STEPS, LEAST_ROWS = 32, 16
+"""A diagonal block is rounded in at most so many steps, of at least so many rows: fewer leave kernels without work."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFactor:
     """Damped output Hessians of B matrices, or one for all of them (B = 1), and their factors. A matrix has n diagonal
     blocks of r rows (one, or one a head); between blocks nothing is known. hessian (B, n, r, r) float32, mean diagonal
-    of each matrix 1; lower likewise: R, unit lower triangular."""
+    of each matrix 1; layout (B, n, r) int64: the row at each place of a block, the last is rounded first; lower
+    (B, n, r, r): R in that order, unit lower triangular."""
 
     hessian: Tensor
+    layout: Tensor
     lower: Tensor
 
 
@@ -50,13 +53,14 @@ def factorize_output(hessian: Tensor) -> OutputFactor:
     tiny = torch.finfo(torch.float32).tiny ** 0.5
     hessian /= diagonal.mean((-2, -1)).clamp_min(tiny)[:, None, None, None]
     diagonal += (DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(1e-6)
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+    layout = diagonal.argsort(dim=-1, stable=True)
+    lower, failed = torch.linalg.cholesky_ex(_in_order(_in_order(hessian, layout).mT, layout))
     if failed.any() or not lower.diagonal(dim1=-2, dim2=-1).isfinite().all():
         raise CalibrationError(
             "the gradients at the outputs of these linears overflow or are not numbers.",
             hint="Measure the sensitivity anew, or take output_aware: false for them.",
         )
-    return OutputFactor(hessian, lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2))
+    return OutputFactor(hessian, layout, lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2))
 
 
 def round_rows(
@@ -67,19 +71,27 @@ def round_rows(
     ``quantize`` is given some rows (B, rows, in) where they should end up; ``decode`` undoes what it returns.
     """
     _, n_blocks, height, _ = factor.lower.shape
-    wanted = target.unflatten(1, (n_blocks, height))
-    error = torch.empty_like(wanted)
+    wanted = _in_order(target.unflatten(1, (n_blocks, height)), factor.layout)
+    error, step = torch.empty_like(wanted), max(LEAST_ROWS, -(-height // STEPS))
     parts: list[Stored] = []
-    for stop in range(height, 0, -ROWS):
-        own = slice(max(0, stop - ROWS), stop)
+    for stop in range(height, 0, -step):
+        own = slice(max(0, stop - step), stop)
         moved = wanted[:, :, own]
         if stop < height:
             moved = moved + factor.lower[:, :, stop:, own].mT @ error[:, :, stop:]
         stored = quantize(moved.flatten(1, 2).contiguous())
         error[:, :, own] = wanted[:, :, own] - decode(stored).unflatten(1, (n_blocks, -1))
         parts.append({key: values.unflatten(1, (n_blocks, -1)) for key, values in stored.items()})
-    joined = {key: torch.cat([part[key] for part in reversed(parts)], 2).flatten(1, 2) for key in parts[0]}
-    return joined, error.flatten(1, 2)
+    back = factor.layout.argsort(-1)
+    joined = {key: torch.cat([part[key] for part in reversed(parts)], 2) for key in parts[0]}
+    stored = {key: _in_order(values, back).flatten(1, 2) for key, values in joined.items()}
+    return stored, _in_order(error, back).flatten(1, 2)
+
+
+def _in_order(values: Tensor, order: Tensor) -> Tensor:
+    """values (B, n, r, ...) of any dtype, with the rows of each block in ``order`` (B or 1, n, r)."""
+    matrices, blocks = (torch.arange(count, device=order.device) for count in values.shape[:2])
+    return values[matrices[:, None, None], blocks[:, None], order]
 
 
 def losses(error: Tensor, hessian: Tensor, output_hessian: Tensor) -> tuple[Tensor, Tensor]:
