@@ -1,5 +1,5 @@
-"""sensitivity.json: how much the loss feels errors of each linear's output, from one Fisher pass over the original model.
-Plain values, no torch.
+"""sensitivity.json: how much the loss feels errors of each linear's output, from one Fisher pass over the original
+model. Plain values, no torch.
 
 It holds no times and no memory, so that the same job gives the same bytes. `quantkit sensitivity` sets every field but
 ``losses``; defaults say what a reader can do without.

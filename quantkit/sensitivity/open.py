@@ -1,5 +1,5 @@
-"""The folder of a finished Fisher pass, for later conversions of the same checkpoint: scalars by name, and the gradients
-of the outputs of any sublayer's linears by a backward of that sublayer alone.
+"""The folder of a finished Fisher pass, for later conversions of the same checkpoint: scalars by name, and the
+gradients of the outputs of any sublayer's linears by a backward of that sublayer alone.
 
     found = open_sensitivity(folder, source, arch)
     with found.sublayer(layer, number, weights, new_rows, device) as sublayer:

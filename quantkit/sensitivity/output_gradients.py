@@ -103,8 +103,8 @@ def rows_gradients(
             linear(block.stages[-1].inputs(outputs.weight, x)[0], outputs.weight(block.output)) for block in blocks
         ]
     given = [gradient.flatten(0, 1).to(own.dtype) for own in added]
-    edges = [output.edge for output in outputs.found]
-    own, *others = torch.autograd.grad(added, [x, *edges], given, allow_unused=True)
+    edges = [get_gradient_edge(x), *(output.edge for output in outputs.found)]
+    own, *others = torch.autograd.grad(added, edges, given, allow_unused=True)
     return own, list(outputs.joined(others))
 
 

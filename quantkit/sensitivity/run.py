@@ -33,7 +33,7 @@ from quantkit.sensitivity.prepare import FisherRequest
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.arch.base import Weights
+    pass
 
 BACKWARD_WORK = 3
 """Times a layer's forward: computed again, and the products with the transposed weights; attention a third time."""
