@@ -24,8 +24,9 @@ class Conversion:
     """Everything that is fixed or open from the first tensor of a conversion to the last.
 
     ``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
-    ``sensitivity``: the Fisher pass that the recipe names. ``weights``: the source as layers read it, ahead of a GPU. ``importance``: an imatrix file in place of calibration
-    text. ``deliveries``: the thread that writes beside a GPU, None where writing waits.
+    ``sensitivity``: the Fisher pass that the recipe names. ``weights``: the source as layers read it, ahead of a GPU.
+    ``importance``: an imatrix file in place of calibration text. ``deliveries``: the thread that writes beside a GPU,
+    None where writing waits.
     """
 
     plan: Plan

@@ -153,7 +153,7 @@ def _experts_task(
     block: ExpertBlock,
     routes: Routes,
     experts: tuple[int, ...],
-    of_outputs: ExpertHessians | None,
+    of_outputs: ExpertHessians | None = None,
 ) -> ExpertsTask:
     inputs = () if block.producer is None else (block.producer,)
     hidden = tuple(block.down_producers[expert] for expert in experts) if block.down_producers else ()

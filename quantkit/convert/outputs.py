@@ -51,8 +51,8 @@ class Linears:
     output_hessian: Tensor | None = None
 
     def as_stored(self, number: int, folding: Folding) -> Linears:
-        """The linears as an output has them before they are quantised: the same, or folded in float32. Of folded rows no
-        output Hessian is known."""
+        """The linears as an output has them before they are quantised: the same, or folded in float32. Of folded rows
+        no output Hessian is known."""
         if number in self.folded:
             return replace(self, weight=self.folded[number], output_hessian=None)
         if len(self.names) != len(self.weight) or not any(map(folding.changes, self.names)):

@@ -129,8 +129,8 @@ def open_imatrix(stack: ExitStack, job: Job) -> ImportanceFile | None:
 
 
 def open_fisher(job: Job) -> Sensitivity | None:
-    """The Fisher pass that the recipe names, if some method is output-aware. Raises `OutputError` or `SourceError` if it
-    is not finished, or of another checkpoint."""
+    """The Fisher pass that the recipe names, if some method is output-aware. Raises `OutputError` or `SourceError` if
+    it is not finished, or of another checkpoint."""
     named = job.plan.recipe.sensitivity
     if named is None or not job.plan.recipe.output_aware:
         return None

@@ -65,8 +65,7 @@ def output_losses(weight: Tensor, decoded: Tensor, hessian: Tensor, output: Tens
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows", [1, 8, 32])
 def test_codes_are_those_of_the_definition(rows: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_sided, "LEAST_ROWS", rows)
-    monkeypatch.setattr(two_sided, "STEPS", 1000)
+    monkeypatch.setattr(two_sided, "rows_at_once", lambda height: rows)
     weight, hessian, output = problem(40, 96)
     scheme = IntScheme(bits=4, group_size=32, symmetric=symmetric, scale_dtype="float32")
     method = Gptq(output_aware=True, polish=0, damp_percent=0.01)

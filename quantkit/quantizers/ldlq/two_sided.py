@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.quantizers.batch import rows_at_once
 
 if TYPE_CHECKING:
     from quantkit.schemes.grid import Stored
 
 DAMPING = 0.1
 """Share of the mean diagonal that is added to the diagonal of an output Hessian."""
-STEPS, LEAST_ROWS = 32, 16
-"""A diagonal block is rounded in at most so many steps, of at least so many rows: fewer leave kernels without work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ def round_rows(
     """
     _, n_blocks, height, _ = factor.lower.shape
     wanted = _in_order(target.unflatten(1, (n_blocks, height)), factor.layout)
-    error, step = torch.empty_like(wanted), max(LEAST_ROWS, -(-height // STEPS))
+    error, step = torch.empty_like(wanted), rows_at_once(height)
     parts: list[Stored] = []
     for stop in range(height, 0, -step):
         own = slice(max(0, stop - step), stop)
