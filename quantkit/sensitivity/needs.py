@@ -1,4 +1,4 @@
-"""What a Fisher pass needs of disk and memory: estimates, but for the bytes of the layers' files."""
+"""What a Fisher pass needs of disk, memory and time: estimates, but for the bytes of the layers' files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from quantkit.errors import PlanError
 from quantkit.plan.machine import Machine
 from quantkit.plan.memory import DECODING_COPIES, INTERPRETER_BYTES, total
 from quantkit.plan.phases import Term
+from quantkit.plan.schedule import Cost, Schedule, Step, layer_work
 from quantkit.plan.shapes import ModelSizes
 from quantkit.sensitivity.layer_files import layout_of
 
@@ -22,6 +23,12 @@ BYTES_PER_LINEAR = 200
 GRAPH_COPIES = 12
 """Numbers of a token's widest activation that autograd keeps in an attention: queries, keys, values, contexts, each
 before and after, and their gradients."""
+BACKWARD_WORK = 3
+"""Times a layer's forward: computed again, and the products with the transposed weights; attention a third time."""
+HEAD_PRODUCTS = 3
+"""With the output matrix: logits twice, and the gradient."""
+SHARE_OF_RATE = 0.5
+"""Of the rate of large matrix products, what a layer reaches with all that lies between its products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +78,14 @@ def check_memory(needs: FisherNeeds, machine: Machine) -> None:
             f"memory budget {machine.budget / 2**30:.2f} GiB: this pass needs at least {least / 2**30:.2f} GiB.",
             hint=f"Raise --memory-budget. The largest need is {largest.what}: {largest.formula}.",
         )
+
+
+def schedule_of(arch: ModelArch, job: FisherJob, rate: float) -> Schedule:
+    """A step for each layer forward, the head within the last, then one for each backward. ``rate``: floating-point
+    operations a second of matrix products."""
+    each = [2 * work / (SHARE_OF_RATE * rate) for work in layer_work(arch, job.tokens)]
+    head = HEAD_PRODUCTS * 2 * job.tokens * arch.vocab_size * arch.hidden_size / (SHARE_OF_RATE * rate)
+    forward = [Step("forward", layer, Cost(seconds)) for layer, seconds in enumerate(each)]
+    forward[-1] = Step("forward", len(each) - 1, Cost(each[-1] + head))
+    backward = [Step("backward", layer, Cost(BACKWARD_WORK * each[layer])) for layer in reversed(range(len(each)))]
+    return (*forward, *backward)

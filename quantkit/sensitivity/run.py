@@ -21,22 +21,19 @@ from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.documents.conversion import CalibrationFile
 from quantkit.documents.sensitivity import FisherJob, FisherProgress, LinearFisher, SensitivityDocument
 from quantkit.evaluate.open import names_by_layer
+from quantkit.plan.benchmark import product_rate
 from quantkit.plan.machine import Machine, Stores
-from quantkit.plan.schedule import layer_work, weighted
 from quantkit.sensitivity.backward import FisherSums, LayerPass
 from quantkit.sensitivity.events import FisherLayer, FisherStarted, OnFisher
 from quantkit.sensitivity.folder import PassFolder
 from quantkit.sensitivity.head import SampledHead
 from quantkit.sensitivity.layer_files import INPUT, LayerFiles, gradient_name
-from quantkit.sensitivity.needs import check_memory, needs_of
+from quantkit.sensitivity.needs import check_memory, needs_of, schedule_of
 from quantkit.sensitivity.prepare import FisherRequest
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
     pass
-
-BACKWARD_WORK = 3
-"""Times a layer's forward: computed again, and the products with the transposed weights; attention a third time."""
 
 
 def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> SensitivityDocument:
@@ -48,7 +45,6 @@ def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> Sensiti
     with PassFolder(request.folder, job, restart=request.restart) as folder:
         files = LayerFiles(folder.path, job)
         work = _Pass(request, machine, job, folder, files, on_event)
-        layers = layer_work(request.arch, job.tokens)
         on_event(
             FisherStarted(
                 layers=request.arch.n_layers,
@@ -59,7 +55,7 @@ def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> Sensiti
                 forward=folder.progress.forward,
                 backward=folder.progress.backward,
                 warnings=request.rows.warnings,
-                schedule=weighted([*layers, *(BACKWARD_WORK * one for one in reversed(layers))]),
+                schedule=schedule_of(request.arch, job, product_rate(machine.device)),
             )
         )
         work.forward()
