@@ -15,12 +15,15 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, LinearPart
 from quantkit.calibrate.stream import row_batches
+from quantkit.quantizers.ldlq.two_sided import scaled
 from quantkit.sensitivity.moments import OutputMoments, output_moments
 from quantkit.sensitivity.open import SublayerGradients
 from quantkit.sensitivity.output_gradients import ExpertGradients
 
-SHRINK = 0.5
-"""Tokens for each output at which an expert's own moments between outputs count half."""
+POOL = 0.3
+"""Share of the layer's mean in what an expert's gate or up is given."""
+POOLED = 16
+"""Experts that the mean is taken over, evenly spread: their weights are read twice for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,9 @@ class SublayerHessians:
     def of_experts(self, block: ExpertBlock) -> ExpertHessians:
         """Of the routed experts: who is routed where is found out here."""
         experts = self.gradients.experts(block)
-        return ExpertHessians(experts, _pooled_down(experts))
+        step = -(-block.n_experts // POOLED)
+        gate, up = _of_gate_up(experts, tuple(range(0, block.n_experts, step)))
+        return ExpertHessians(experts, gate.mean(0), up.mean(0), _of_all_downs(experts))
 
     def __enter__(self) -> SublayerHessians:
         return self
@@ -73,32 +78,46 @@ class SublayerHessians:
 
 @dataclass(frozen=True, slots=True)
 class ExpertHessians:
-    """Routed experts. ``down`` (1, 1, hidden, hidden): one for all of them, because all write to the residual stream
-    (of DeepSeek V3 it has 205 MB)."""
+    """Routed experts. ``gate``, ``up`` (1, inter, inter): means over some of them, mean diagonal 1; ``down`` (1, 1,
+    hidden, hidden): one for all of them, because all write to the residual stream (of DeepSeek V3 it has 205 MB)."""
 
     gradients: ExpertGradients
+    gate: Tensor
+    up: Tensor
     down: Tensor
 
     def of_gate_up(self, experts: tuple[int, ...], weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, 1, inter, inter) of gate and of up of some experts. ``weights``: theirs, by name."""
-        own = replace(self.gradients, weights=weights.__getitem__)
-        block, device = own.block, own.device
-        inter = len(weights[block.gates[experts[0]]])
-        gate, up = (torch.zeros(len(experts), 1, inter, inter, device=device) for _ in range(2))
-        for place, expert in enumerate(experts):
-            sums = OutputMoments(inter, device=device), OutputMoments(inter, device=device)
-            for part in own.passes(expert):
-                sums[0].add(part.gate)
-                sums[1].add(part.up)
-            gate[place], up[place] = (_shrunk(one) for one in sums)
-        return gate, up
+        """(B, 1, inter, inter) of gate and of up of some experts, mixed with the layer's. ``weights``: theirs, by
+        name."""
+        gate, up = _of_gate_up(replace(self.gradients, weights=weights.__getitem__), experts)
+        return gate.lerp_(self.gate.expand_as(gate), POOL), up.lerp_(self.up.expand_as(up), POOL)
 
     def close(self) -> None:
         """Free what the experts read."""
         self.gradients.close()
 
 
-def _pooled_down(experts: ExpertGradients) -> Tensor:
+def _of_gate_up(gradients: ExpertGradients, experts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(B, 1, inter, inter) each: of gate and of up of some experts, mean diagonal 1; zeros for one without tokens."""
+    gate, up = zip(*(_of_expert(gradients, expert) for expert in experts), strict=True)
+    return torch.stack(gate), torch.stack(up)
+
+
+def _of_expert(gradients: ExpertGradients, expert: int) -> tuple[Tensor, Tensor]:
+    """(1, inter, inter) of gate and of up."""
+    moments: list[OutputMoments] = []
+    for part in gradients.passes(expert):
+        moments = moments or [OutputMoments(part.gate.shape[1], device=gradients.device) for _ in range(2)]
+        for sums, values in zip(moments, (part.gate, part.up), strict=True):
+            sums.add(values)
+    if not moments:  # no token of the Fisher pass
+        inter = len(gradients.weights(gradients.block.gates[expert]))
+        moments = [OutputMoments(inter, device=gradients.device) for _ in range(2)]
+    gate, up = (scaled(sums.sums) for sums in moments)
+    return gate, up
+
+
+def _of_all_downs(experts: ExpertGradients) -> Tensor:
     """(1, 1, hidden, hidden): sum over experts and their tokens of share^2 g g^T, g the gradient at the sublayer's
     output."""
     store, device = experts.gradient, experts.device
@@ -112,16 +131,6 @@ def _pooled_down(experts: ExpertGradients) -> Tensor:
         own = squares[start * store.length : stop * store.length].sqrt().to(device)
         moments.add(rows * own.unsqueeze(1))
     return moments.sums.unsqueeze(0)
-
-
-def _shrunk(moments: OutputMoments) -> Tensor:
-    """The sums, with what was learnt between different outputs weakened, the more the fewer tokens an expert saw (as
-    `shrunk_to_diagonal` does it for inputs)."""
-    sums, k = moments.sums, SHRINK * moments.sums.shape[-1]
-    diagonal = sums.diagonal(dim1=-2, dim2=-1).clone()
-    sums.mul_(moments.n_tokens / (moments.n_tokens + k))
-    sums.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-    return sums
 
 
 def _rows_of(part: LinearPart, whole: Tensor) -> Tensor | None:
