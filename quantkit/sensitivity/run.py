@@ -8,7 +8,8 @@ the last border, and its files are the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from quantkit.calibrate.stream import embed, forward_layer
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.documents.conversion import CalibrationFile
 from quantkit.documents.sensitivity import FisherJob, FisherProgress, LinearFisher, SensitivityDocument
+from quantkit.errors import CalibrationError
 from quantkit.evaluate.open import names_by_layer
 from quantkit.plan.benchmark import product_rate
 from quantkit.plan.machine import Machine, Stores
@@ -105,6 +107,17 @@ def _in_order(request: FisherRequest, progress: FisherProgress) -> dict[str, Lin
     return {spec.name: found[spec.name] for spec in request.arch.tensors() if spec.name in found}
 
 
+def _checked(sums: Mapping[str, tuple[int, float]]) -> dict[str, LinearFisher]:
+    """Raises `CalibrationError` for a sum that is not finite."""
+    for name, (_, value) in sums.items():
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"{name}: gradients of its output are not finite.",
+                hint="Weights of its layer or of a later one are damaged, or overflow: `quantkit verify` says more.",
+            )
+    return {name: LinearFisher(tokens=count, fisher=value) for name, (count, value) in sums.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """Everything that the steps share."""
@@ -151,7 +164,7 @@ class _Pass:
             sums = FisherSums()
             self._back_through(layer, layer_pass, sums)
             weights.forget()
-            found = {name: LinearFisher(tokens=count, fisher=s) for name, (count, s) in sums.values().items()}
+            found = _checked(sums.values())
             progress = self.folder.progress
             self.folder.save(
                 progress.model_copy(update={"backward": done + 1, "linears": {**progress.linears, **found}})
