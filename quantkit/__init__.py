@@ -38,12 +38,12 @@ from quantkit.api import (
     plan,
     recipe_for,
     report,
-    sensitivity,
     trial,
     update_baseline,
     verify,
 )
 from quantkit.errors import QuantkitError
+from quantkit.fisher import sensitivity
 from quantkit.text.result import document, text
 from quantkit.version import __version__
 
