@@ -32,19 +32,18 @@ import quantkit.verify  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from quantkit.api import (
     build_calibration,
     check,
-    choose_types,
     convert,
     evaluate,
     inspect,
     plan,
-    recipe_for,
     report,
-    sensitivity,
     trial,
     update_baseline,
     verify,
 )
 from quantkit.errors import QuantkitError
+from quantkit.fisher import sensitivity
+from quantkit.making_recipes import choose_types, recipe_for
 from quantkit.text.result import document, text
 from quantkit.version import __version__
 

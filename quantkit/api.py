@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from quantkit.documents.baseline import Baseline
     from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
-    from quantkit.documents.sensitivity import SensitivityDocument
     from quantkit.documents.trial import TrialDocument
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
     from quantkit.runtimes.gpus import Gpus
-    from quantkit.sensitivity.events import OnFisher, OnLosses
+    from quantkit.sensitivity.events import OnLosses
     from quantkit.verify.verification import Verification
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -188,61 +187,6 @@ def plan(
     return replace(found, duration=duration_of(found))
 
 
-def recipe_for(
-    source: Path | str,
-    *,
-    scheme: str | None = None,
-    preset: str | None = None,
-    group_size: int | None = None,
-    method: str | None = None,
-    data: str | Sequence[str] = (),
-    tokens: int | None = None,
-    fit: str | None = None,
-    context: int | None = None,
-    target_bpw: float | None = None,
-    target_size: str | None = None,
-    format: str | None = None,
-    sensitivity: Path | str | None = None,
-) -> Recipe:
-    """The recipe that ``scheme`` ("w4a16", for vLLM), ``preset`` ("Q4_K_M", for llama.cpp) or a size stands for on a
-    model.
-
-    ``group_size``: of a scheme, -1 for one scale a row; ``method``: "gptq" (default), "awq" or "rtn"; ``data``:
-    calibration text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. A size is one
-    of ``fit`` ("5xA100-80GB", with a sequence of ``context`` tokens), ``target_bpw`` and ``target_size`` ("350GB"), of
-    an output in ``format`` ("compressed-tensors" or "gguf"), and needs the folder ``sensitivity``; `choose_types` puts
-    rules in its place. Raises `QuantkitError`.
-    """
-    from quantkit.plan.shorthand import Shorthand, shorthand_recipe
-    from quantkit.plan.target_words import TargetWords
-
-    text = (data,) if isinstance(data, str) else tuple(data)
-    folder = None if sensitivity is None else str(sensitivity)
-    target = TargetWords(fit, context, target_bpw, target_size, format, folder)
-    return shorthand_recipe(path_of(source), Shorthand(scheme, preset, group_size, method, text, tokens, target))
-
-
-def choose_types(
-    source: Path | str,
-    recipe: Recipe | Path | str,
-    *,
-    base_dir: Path | str | None = None,
-    device: DeviceName = "auto",
-    memory_budget: int | str | None = None,
-    on_event: OnLosses | None = None,
-) -> Recipe:
-    """The recipe with rules in place of targets: the type of each linear, chosen so that the output keeps its size and
-    is predicted to lose least. A recipe without targets comes back as it is.
-
-    Losses that the recipe's folder of sensitivity lacks are measured on ``device`` and kept there; ``on_event``: is
-    told of each layer. `convert`, `trial` and `plan` do the same on their way. Raises `QuantkitError`.
-    """
-    from quantkit.plan.budget import budget_bytes
-
-    loaded, folder = recipe_and_folder(recipe, base_dir)
-    return settled(path_of(source), loaded, folder, device, budget_bytes(memory_budget), on_event).recipe
-
-
 def build_calibration(
     files: str | Sequence[str],
     out: Path | str,
@@ -371,44 +315,6 @@ def evaluate(
     if place is not None:
         write_durably(place, found.to_json().encode())
     return found
-
-
-def sensitivity(
-    source: Path | str,
-    out: Path | str,
-    *,
-    data: str | Sequence[str] = (),
-    tokens: int = 32768,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    device: DeviceName = "auto",
-    memory_budget: int | str | None = None,
-    jobs: int | None = None,
-    restart: bool = False,
-    on_event: OnFisher | None = None,
-) -> SensitivityDocument:
-    """A Fisher pass over the original model in folder ``source``: how much the loss feels errors of each linear's
-    output, and what later conversions need for its gradients, into the folder ``out``.
-
-    ``data``: text, relative to the current folder (default: builtin:mixed); ``tokens``: of it, in rows of
-    ``sequence_length`` (default: 2,048, or what the model is made for); ``seed``: of the rows' places and of the
-    sampled labels; ``restart``: discard what is in ``out``, else a call that was interrupted goes on where it stopped.
-    The other options are those of `convert`. Raises `QuantkitError`.
-    """
-    from quantkit.plan.budget import budget_bytes, check_device, check_jobs
-    from quantkit.plan.hardware import default_budget
-    from quantkit.sensitivity.prepare import Text, prepared
-
-    check_device(device)
-    check_jobs(jobs)
-    let_threads_sleep()
-    text = Text((data,) if isinstance(data, str) else tuple(data), tokens, sequence_length, seed)
-    with prepared(path_of(source), path_of(out), text, restart=restart) as request, threads(jobs):
-        from quantkit.plan.machine import Machine
-        from quantkit.sensitivity.run import run
-
-        machine = Machine.of(device, budget_bytes(memory_budget) or default_budget())
-        return run(request, machine, on_event or (lambda event: None))
 
 
 def check(

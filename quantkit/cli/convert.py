@@ -102,19 +102,34 @@ def convert(
         if layers is not None:
             _try(source, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
             return
-        options = shorthand.words if recipe is None else ("-r", recipe)
-        with interruptible(lambda: _advice(source, options, out)), progress(log) as on_event:
-            report = commands.convert(
-                source,
-                chosen,
-                out,
-                device=device.value,
-                memory_budget=memory_budget,
-                jobs=jobs,
-                restart=restart,
-                on_event=on_event,
-            )
+        named = shorthand.words if recipe is None else ("-r", recipe)
+        report = _whole(source, chosen, out, named, log, device.value, memory_budget, jobs, restart)
     _show(source, report, as_json)
+
+
+def _whole(
+    source: Path,
+    recipe: Recipe,
+    out: Path,
+    named: Sequence[str],
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+    restart: bool,
+) -> Report:
+    """Convert everything. ``named``: the options that name the recipe."""
+    with interruptible(lambda: _advice(source, named, out)), progress(log) as on_event:
+        return commands.convert(
+            source,
+            recipe,
+            out,
+            device=device,
+            memory_budget=memory_budget,
+            jobs=jobs,
+            restart=restart,
+            on_event=on_event,
+        )
 
 
 def _try(

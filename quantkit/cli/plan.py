@@ -31,6 +31,7 @@ from quantkit.cli.options import (
     chosen_recipe,
 )
 from quantkit.cli.render import show_json
+from quantkit.making_recipes import choose_types
 from quantkit.plan.hardware import Gpu
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, recipe_yaml
@@ -87,7 +88,7 @@ def plan(
 def show_recipe(source: Path, recipe: Recipe, memory_budget: int | None) -> None:
     """Print a recipe, with rules in place of targets."""
     with progress() as on_event:
-        settled = commands.choose_types(source, recipe, memory_budget=memory_budget, on_event=on_event)
+        settled = choose_types(source, recipe, memory_budget=memory_budget, on_event=on_event)
     typer.echo(recipe_yaml(settled), nl=False)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit import api as commands
+from quantkit import fisher as commands
 from quantkit.cli.converted import program
 from quantkit.cli.exit_codes import interruptible, refusals
 from quantkit.cli.options import AsJson, Device, DeviceOption, Jobs, LogFile, Source, count, size

@@ -61,7 +61,7 @@ class LinearFisher(DocumentPart):
     """A linear, or a routed expert's linear over the tokens that the router sent there."""
 
     tokens: Count
-    fisher: Number
+    fisher: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Sum over these tokens of the mean over outputs of g^2; g is the gradient, with respect to the linear's output, of
     the cross-entropy summed over all positions, in nats."""
 

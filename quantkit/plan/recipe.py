@@ -267,8 +267,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     )
     sensitivity: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = Field(
         None,
-        description="The folder of a finished `quantkit sensitivity` of this checkpoint, for outputs with a target; "
-        "relative to the recipe's folder.",
+        description="The folder of a finished `quantkit sensitivity` of this checkpoint, for methods that are "
+        "output_aware and outputs with a target; relative to the recipe's folder.",
     )
     allow_zeros: bool = Field(
         False,
@@ -335,6 +335,22 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         if self.sensitivity is None:
             raise fault("found a target, needed sensitivity: FOLDER, as `quantkit sensitivity` leaves it")
         return self
+
+    @model_validator(mode="after")
+    def _outputs_are_known(self) -> Recipe:
+        if not self.output_aware:
+            return self
+        if self.calibration is None:
+            raise fault("found output_aware in a data-free recipe, needed calibration (and sensitivity)")
+        if self.sensitivity is None:
+            raise fault("found output_aware, needed sensitivity: FOLDER, as `quantkit sensitivity` leaves it")
+        return self
+
+    @property
+    def output_aware(self) -> bool:
+        """Whether some method takes output Hessians."""
+        methods = [method for output in self.outputs for method in (output.method, *(r.method for r in output.rules))]
+        return any(method is not None and method.output_aware for method in methods)
 
     @model_validator(mode="after")
     def _one_source_of_importance(self) -> Recipe:

@@ -9,8 +9,8 @@ from quantkit.arch.base import ServingSizes
 from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
 from quantkit.formats.planned import PlannedTensor
+from quantkit.plan.named_schemes import named_schemes
 from quantkit.plan.recipe import FolderOutput, Rule
-from quantkit.plan.targets import named_schemes
 from quantkit.runtimes import int4_g32, mlx, transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import ChosenScheme, Scheme

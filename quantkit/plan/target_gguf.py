@@ -19,8 +19,8 @@ from quantkit.formats.gguf.layout import layout_gguf
 from quantkit.formats.gguf.values import Value, array, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.source import checkpoint_name
+from quantkit.plan.named_schemes import named_schemes
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
-from quantkit.plan.targets import named_schemes
 from quantkit.runtimes.llama_cpp import contract, presets
 from quantkit.runtimes.llama_cpp.command import serve
 from quantkit.schemes import ChosenScheme, GgmlScheme, Scheme, describe

@@ -48,6 +48,11 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return False
 
     @property
+    def output_aware(self) -> bool:
+        """Whether the method takes output Hessians."""
+        return False
+
+    @property
     def shrinkage(self) -> tuple[float, float]:
         """None: the importance of single inputs needs few tokens."""
         return 0.0, 0.0
@@ -61,7 +66,12 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return None if stats is None else floored(stats.importance)
 
     def quantize(
-        self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None, reach: Tensor | None = None
+        self,
+        weight: Tensor,
+        scheme: ChosenScheme,
+        prepared: Tensor | None,
+        reach: Tensor | None = None,
+        output_hessian: Tensor | None = None,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices

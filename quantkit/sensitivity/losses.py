@@ -59,7 +59,8 @@ def measure_losses(
     asked = _asked(wanted, found.arch)
     layers = sorted({spec.layer for spec in found.arch.tensors() if spec.layer is not None and spec.name in asked})
     losses: Found = {name: dict(own) for name, own in (found.document.losses or {}).items()}
-    weights = original_weights(source, machine, found.document.job)
+    room = machine.device_bytes // 20 if machine.device.type == "cuda" else machine.budget // 4
+    weights = original_weights(source, machine.device, found.document.job, room)
     on_layer(0, len(layers))
     for done, layer in enumerate(layers):
         for name, own in _Layer(found, machine, weights, wanted, asked, layer).losses().items():

@@ -8,7 +8,8 @@ the last border, and its files are the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,11 @@ from quantkit.calibrate.stream import embed, forward_layer
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.documents.conversion import CalibrationFile
 from quantkit.documents.sensitivity import FisherJob, FisherProgress, LinearFisher, SensitivityDocument
+from quantkit.errors import CalibrationError
 from quantkit.evaluate.open import names_by_layer
 from quantkit.plan.benchmark import product_rate
 from quantkit.plan.machine import Machine, Stores
+from quantkit.plan.memory import LEAST_CACHE, total
 from quantkit.sensitivity.backward import FisherSums, LayerPass
 from quantkit.sensitivity.events import FisherLayer, FisherStarted, OnFisher
 from quantkit.sensitivity.folder import PassFolder
@@ -36,6 +39,9 @@ from quantkit.version import __version__
 if TYPE_CHECKING:
     pass
 
+DEVICE_STORES_SHARE = 0.4
+"""Hidden states take at most this share of a GPU's memory; weights and autograd's graph have the rest."""
+
 
 def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> SensitivityDocument:
     """Do a pass, or go on with one that was killed. Raises a `QuantkitError` with one line for whatever a file or the
@@ -45,7 +51,8 @@ def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> Sensiti
     check_memory(needs, machine)
     with PassFolder(request.folder, job, restart=request.restart) as folder:
         files = LayerFiles(folder.path, job)
-        work = _Pass(request, machine, job, folder, files, on_event)
+        spare = max(0, machine.budget - total(needs.working)) if machine.device.type == "cpu" else machine.budget
+        work = _Pass(request, machine, job, folder, files, on_event, spare)
         on_event(
             FisherStarted(
                 layers=request.arch.n_layers,
@@ -106,9 +113,21 @@ def _in_order(request: FisherRequest, progress: FisherProgress) -> dict[str, Lin
     return {spec.name: found[spec.name] for spec in request.arch.tensors() if spec.name in found}
 
 
+def _checked(sums: Mapping[str, tuple[int, float]]) -> dict[str, LinearFisher]:
+    """Raises `CalibrationError` for a sum that is not finite."""
+    for name, (_, value) in sums.items():
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"{name}: gradients of its output are not finite.",
+                hint="Weights of its layer or of a later one are damaged, or overflow: `quantkit verify` says more.",
+            )
+    return {name: LinearFisher(tokens=count, fisher=value) for name, (count, value) in sums.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """Everything that the steps share."""
+    """Everything that the steps share. ``spare``: bytes of RAM beside what the work needs, for hidden states and
+    weights that are kept."""
 
     request: FisherRequest
     machine: Machine
@@ -116,6 +135,7 @@ class _Pass:
     folder: PassFolder
     files: LayerFiles
     on_event: OnFisher
+    spare: int
 
     def forward(self) -> None:
         """Up to the gradient at the last layer's output."""
@@ -152,7 +172,7 @@ class _Pass:
             sums = FisherSums()
             self._back_through(layer, layer_pass, sums)
             weights.forget()
-            found = {name: LinearFisher(tokens=count, fisher=s) for name, (count, s) in sums.values().items()}
+            found = _checked(sums.values())
             progress = self.folder.progress
             self.folder.save(
                 progress.model_copy(update={"backward": done + 1, "linears": {**progress.linears, **found}})
@@ -184,12 +204,13 @@ class _Pass:
         return self.request.source.read(self.request.arch.lm_head, (start, stop)).to(self.machine.device).float()
 
     def _weights(self) -> WeightCache:
-        return original_weights(self.request.source, self.machine, self.job)
+        on_gpu = self.machine.device.type == "cuda"
+        room = self.machine.device_bytes // 20 if on_gpu else max(LEAST_CACHE, self.spare // 3)
+        return original_weights(self.request.source, self.machine.device, self.job, room)
 
     def _new_rows(self) -> Callable[[], RowStore]:
-        stores = Stores(
-            self.folder.path, self.machine.budget // 2, self.machine.device, int(self.machine.device_bytes * 0.4)
-        )
+        on_gpu = int(self.machine.device_bytes * DEVICE_STORES_SHARE)
+        stores = Stores(self.folder.path, self.spare // 2, self.machine.device, on_gpu)
         return lambda: stores.new(self.job.rows, self.job.length, self.job.hidden)
 
     def _read_ahead(self, layer: int) -> None:

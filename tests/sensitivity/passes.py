@@ -21,6 +21,7 @@ from quantkit.sensitivity.open import Sensitivity, open_sensitivity
 from quantkit.sensitivity.prepare import FisherRequest
 from quantkit.sensitivity.run import run
 
+PROCESSOR = Machine(torch.device("cpu"), 2**30)
 SEED = 5
 """With it no uniform number of these tests lies so near a border that rounding would move the label."""
 
@@ -37,13 +38,14 @@ def fisher_pass(
     on_event: Callable[[FisherEvent], None] = ignore,
     restart: bool = False,
     seed: int = SEED,
+    machine: Machine = PROCESSOR,
 ) -> SensitivityDocument:
     """The pass over tokens (rows, tokens) of the checkpoint in ``source``."""
     with open_source(source) as opened:
         arch = headers_of(opened).arch
         rows = TokenRows(tokens.numpy().astype(np.int32), ("text",) * len(tokens), ())
         request = FisherRequest(opened, arch, rows, seed, None, folder, restart)
-        return run(request, Machine(torch.device("cpu"), 2**30), on_event)
+        return run(request, machine, on_event)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from quantkit.arch.base import DenseBlock, ExpertBlock
 from quantkit.calibrate.dataset import Calibration, token_rows
 from quantkit.sensitivity.layer_files import INPUT, file_name, gradient_name
 from quantkit.sensitivity.moments import head_blocks, output_metric, output_moments
-from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa
+from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.arch.test_deepseek_v3 import CHECKPOINTS
 from tests.arch.test_forward import random_tokens, read_decoded
 from tests.oracles import fisher as oracle
@@ -135,3 +135,18 @@ def test_inputs_are_the_residual_stream(tmp_path: Path) -> None:
     for layer in range(3):
         with safetensors.safe_open(tmp_path / "pass" / file_name(layer), "pt") as file:
             assert relative(file.get_tensor(INPUT), states[layer]) <= CLOSE
+
+
+def test_kimi_k25_is_v3_under_other_names(tmp_path: Path) -> None:
+    """The language model of Kimi K2.5, whose checkpoint has a vision tower beside it in transformers."""
+    config = kimi_k25()
+    weights = write_checkpoint(tmp_path / "kimi", config, seed=1)
+    text = {**config["text_config"], "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    prefix = "language_model."
+    write_shards(tmp_path / "v3", {name.removeprefix(prefix): tensor for name, tensor in weights.items()}, 1)
+    (tmp_path / "v3" / "config.json").write_text(json.dumps(text))
+    tokens = random_tokens(text["vocab_size"], 3, 90)
+    check_against_whole_model(tmp_path / "v3", tmp_path / "pass", tokens)
+    found = fisher_pass(tmp_path / "kimi", tmp_path / "own", tokens).linears
+    expected = fisher_pass(tmp_path / "v3", tmp_path / "pass", tokens, restart=True).linears
+    assert {name.removeprefix(prefix): one for name, one in found.items()} == expected

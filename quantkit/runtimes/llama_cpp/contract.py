@@ -15,8 +15,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.tensors import Role
 
 CHOICES = ("Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-"""Block types that llama.cpp has fast kernels for on every backend, by size: what is chosen among for a given size. Rows
-that are no whole blocks get what `presets.fitting_type` says."""
+"""Block types to choose among for a size. Rows that are no whole blocks get what `presets.fitting_type` says."""
 TABLE_TYPE, UNSEEN_TYPE = "Q6_K", "Q8_0"
 """Of vocabulary matrices, as most presets store them, and of linears of which no sensitivity is known."""
 

@@ -1,0 +1,146 @@
+"""Output Hessians of a sublayer's linears, from a Fisher pass over the original model (`quantkit.sensitivity`): sums of
+g g^T over its tokens, g the gradient of the model's loss at a linear's outputs.
+
+They are made when a sublayer's turn comes, of the routed experts when a batch's turn comes, with the weights that are
+at hand then. All matrices are (B, n, r, r) float32, see `quantkit.quantizers.ldlq.two_sided`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantkit.arch.base import DenseBlock, ExpertBlock, LinearPart
+from quantkit.calibrate.stream import row_batches
+from quantkit.quantizers.ldlq.two_sided import scaled
+from quantkit.sensitivity.moments import OutputMoments, output_moments
+from quantkit.sensitivity.open import SublayerGradients
+from quantkit.sensitivity.output_gradients import ExpertGradients
+
+POOL = 0.3
+"""Share of the layer's mean in what an expert's gate or up is given."""
+POOLED = 16
+"""Experts that the mean is taken over, evenly spread: their weights are read twice for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGradients:
+    """A Fisher pass as the work on one layer sees it. ``open``: number of a sublayer -> its gradients, until they are
+    closed; ``heads``: linears whose rows belong to heads -> the number of heads, between which nothing is measured;
+    ``parts``: of linears, by name."""
+
+    open: Callable[[int], SublayerGradients]
+    heads: Mapping[str, int]
+    parts: Mapping[str, LinearPart]
+
+    def sublayer(self, number: int) -> SublayerHessians:
+        """That of sublayer ``number``, to be used in ``with``."""
+        return SublayerHessians(self.open(number), self.heads, self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class SublayerHessians:
+    """One sublayer. Use it in ``with``, which frees its gradients."""
+
+    gradients: SublayerGradients
+    heads: Mapping[str, int]
+    parts: Mapping[str, LinearPart]
+
+    def of_dense(self, block: DenseBlock) -> dict[str, Tensor]:
+        """Name -> (1, n, r, r), of each linear and of each part that is rows of one. Others have none: an indexer's
+        linears, keys that are stored transposed."""
+        moments = output_moments(self.gradients.dense(block), self.heads)
+        found = {name: one.sums.unsqueeze(0) for name, one in moments.items()}
+        for name in block.linears:
+            part = self.parts.get(name)
+            if part is not None and part.whole in found:
+                own = _rows_of(part, found[part.whole][0])
+                if own is not None:
+                    found[name] = own.unsqueeze(0)
+        return found
+
+    def of_experts(self, block: ExpertBlock) -> ExpertHessians:
+        """Of the routed experts: who is routed where is found out here."""
+        experts = self.gradients.experts(block)
+        step = -(-block.n_experts // POOLED)
+        gate, up = _of_gate_up(experts, tuple(range(0, block.n_experts, step)))
+        return ExpertHessians(experts, gate.mean(0), up.mean(0), _of_all_downs(experts))
+
+    def __enter__(self) -> SublayerHessians:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.gradients.__exit__(*exception)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertHessians:
+    """Routed experts. ``gate``, ``up`` (1, inter, inter): means over some of them, mean diagonal 1; ``down`` (1, 1,
+    hidden, hidden): one for all of them, because all write to the residual stream (of DeepSeek V3 it has 205 MB)."""
+
+    gradients: ExpertGradients
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def of_gate_up(self, experts: tuple[int, ...], weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, 1, inter, inter) of gate and of up of some experts, mixed with the layer's. ``weights``: theirs, by
+        name."""
+        gate, up = _of_gate_up(replace(self.gradients, weights=weights.__getitem__), experts)
+        return gate.lerp_(self.gate.expand_as(gate), POOL), up.lerp_(self.up.expand_as(up), POOL)
+
+    def close(self) -> None:
+        """Free what the experts read."""
+        self.gradients.close()
+
+
+def _of_gate_up(gradients: ExpertGradients, experts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(B, 1, inter, inter) each: of gate and of up of some experts, mean diagonal 1; zeros for one without tokens."""
+    gate, up = zip(*(_of_expert(gradients, expert) for expert in experts), strict=True)
+    return torch.stack(gate), torch.stack(up)
+
+
+def _of_expert(gradients: ExpertGradients, expert: int) -> tuple[Tensor, Tensor]:
+    """(1, inter, inter) of gate and of up."""
+    moments: list[OutputMoments] = []
+    for part in gradients.passes(expert):
+        moments = moments or [OutputMoments(part.gate.shape[1], device=gradients.device) for _ in range(2)]
+        for sums, values in zip(moments, (part.gate, part.up), strict=True):
+            sums.add(values)
+    if not moments:  # no token of the Fisher pass
+        inter = len(gradients.weights(gradients.block.gates[expert]))
+        moments = [OutputMoments(inter, device=gradients.device) for _ in range(2)]
+    gate, up = (scaled(sums.sums) for sums in moments)
+    return gate, up
+
+
+def _of_all_downs(experts: ExpertGradients) -> Tensor:
+    """(1, 1, hidden, hidden): sum over experts and their tokens of share^2 g g^T, g the gradient at the sublayer's
+    output."""
+    store, device = experts.gradient, experts.device
+    squares = torch.zeros(store.n_rows * store.length, device=store.device)
+    for expert in range(experts.block.n_experts):
+        token, share = experts.tokens.of_expert(expert)
+        squares.index_add_(0, token, share.square())
+    moments = OutputMoments(store.width, device=device)
+    for start, stop in row_batches(store, device):
+        rows = store.read(start, stop).to(device).float().flatten(0, 1)
+        own = squares[start * store.length : stop * store.length].sqrt().to(device)
+        moments.add(rows * own.unsqueeze(1))
+    return moments.sums.unsqueeze(0)
+
+
+def _rows_of(part: LinearPart, whole: Tensor) -> Tensor | None:
+    """(heads, rows, rows) of a part from those of its linear (n, r, r); None unless each head of the part is rows of
+    one block."""
+    n_blocks, height = whole.shape[:2]
+    numbers = torch.arange(n_blocks * height).unsqueeze(1).expand(part.whole_shape)
+    taken = part.take(numbers)  # which row of the linear each number comes from
+    rows = taken[:, :, 0]
+    if len(rows) != n_blocks or bool((taken != rows.unsqueeze(2)).any()):
+        return None
+    inside = (rows - height * torch.arange(n_blocks).unsqueeze(1)).to(whole.device)
+    return torch.stack([one[places][:, places] for one, places in zip(whole, inside, strict=True)])

@@ -1,0 +1,69 @@
+"""Recipes from options, and recipes whose targets have become rules, as functions. They keep the conventions of
+`quantkit.api`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from quantkit.arguments import path_of, recipe_and_folder, settled
+
+if TYPE_CHECKING:
+    from quantkit.plan.recipe import Recipe
+    from quantkit.sensitivity.events import OnLosses
+
+
+def recipe_for(
+    source: Path | str,
+    *,
+    scheme: str | None = None,
+    preset: str | None = None,
+    group_size: int | None = None,
+    method: str | None = None,
+    data: str | Sequence[str] = (),
+    tokens: int | None = None,
+    fit: str | None = None,
+    context: int | None = None,
+    target_bpw: float | None = None,
+    target_size: str | None = None,
+    format: str | None = None,
+    sensitivity: Path | str | None = None,
+) -> Recipe:
+    """The recipe that ``scheme`` ("w4a16", for vLLM), ``preset`` ("Q4_K_M", for llama.cpp) or a size stands for on a
+    model.
+
+    ``group_size``: of a scheme, -1 for one scale a row; ``method``: "gptq" (default), "awq" or "rtn"; ``data``:
+    calibration text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. A size is one
+    of ``fit`` ("5xA100-80GB", with a sequence of ``context`` tokens), ``target_bpw`` and ``target_size`` ("350GB"), of
+    an output in ``format`` ("compressed-tensors" or "gguf"), and needs the folder ``sensitivity``; `choose_types` puts
+    rules in its place. Raises `QuantkitError`.
+    """
+    from quantkit.plan.shorthand import Shorthand, shorthand_recipe
+    from quantkit.plan.target_words import TargetWords
+
+    text = (data,) if isinstance(data, str) else tuple(data)
+    folder = None if sensitivity is None else str(sensitivity)
+    target = TargetWords(fit, context, target_bpw, target_size, format, folder)
+    return shorthand_recipe(path_of(source), Shorthand(scheme, preset, group_size, method, text, tokens, target))
+
+
+def choose_types(
+    source: Path | str,
+    recipe: Recipe | Path | str,
+    *,
+    base_dir: Path | str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    memory_budget: int | str | None = None,
+    on_event: OnLosses | None = None,
+) -> Recipe:
+    """The recipe with rules in place of targets: the type of each linear, chosen so that the output keeps its size and
+    is predicted to lose least. A recipe without targets comes back as it is.
+
+    Losses that the recipe's folder of sensitivity lacks are measured on ``device`` and kept there; ``on_event``: is
+    told of each layer. `convert`, `trial` and `plan` do the same on their way. Raises `QuantkitError`.
+    """
+    from quantkit.plan.budget import budget_bytes
+
+    loaded, folder = recipe_and_folder(recipe, base_dir)
+    return settled(path_of(source), loaded, folder, device, budget_bytes(memory_budget), on_event).recipe
