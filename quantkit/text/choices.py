@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.formats.sizes import short_size
-from quantkit.plan.allocation.choose import EXPECTED_WITHIN, Choice, ParetoPoint
+from quantkit.plan.allocation.choose import Choice, ParetoPoint
 from quantkit.plan.allocation.draft import DraftGroup
+from quantkit.plan.allocation.expected import WITHIN
 from quantkit.plan.allocation.rules import ranges
-from quantkit.text.tables import table
+from quantkit.text.tables import both_units, table
 
 
 def choice_text(found: Choice) -> str:
     """The types by projection and layers, what they are expected to lose, and what other sizes would."""
     rows = [(what, types) for what, types in _by_projection(found.groups).items()]
-    lines = [f"chosen for {found.limit}: weight files of {found.nbytes:,} bytes ({short_size(found.nbytes)})"]
+    lines = [f"chosen for {found.limit}: weight files of {found.nbytes:,} bytes, {both_units(found.nbytes)}"]
     lines += [f"  {found.left}"] if found.left else []
     lines += ["", table(("linears", "types (layers)"), rows, left=2)]
-    lines += ["", f"  predicted mean KLD {_shown(found.predicted_kl)} nats, {EXPECTED_WITHIN}", ""]
+    lines += ["", f"  predicted mean KLD {_shown(found.predicted_kl)} nats, {WITHIN}", ""]
     points = [(f"{p.nbytes:,}", f"{p.bpw:.3f}", _shown(p.predicted_kl)) for p in found.curve]
     lines.append(table(("tensor bytes", "bpw", "predicted KLD"), points))
     return "\n".join(lines)

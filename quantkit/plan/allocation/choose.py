@@ -13,8 +13,9 @@ from quantkit.documents.sensitivity import SensitivityDocument
 from quantkit.errors import PlanError
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.allocation.draft import DROP_MTP, KEEP_REST, DraftGroup, OpenOutput, measured, planned_with
+from quantkit.plan.allocation.expected import expected_kl
 from quantkit.plan.allocation.rules import rules_of
-from quantkit.plan.allocation.solve import Option, smallest, solve, total_bytes, total_loss
+from quantkit.plan.allocation.solve import Option, smallest, solve, total_bytes
 from quantkit.plan.recipe import Output
 from quantkit.runtimes.gpus import Gpus
 from quantkit.runtimes.llama_cpp.memory import fit_llama
@@ -29,8 +30,6 @@ POINTS = 9
 """Of the Pareto curve."""
 CONTEXT = 32768
 """Tokens of a sequence that GPUs must fit, if nothing else is said and the model is made for as many."""
-EXPECTED_WITHIN = "to be measured"
-"""How far measured values were from predicted ones, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,20 @@ class _Work:
 
     def predicted(self, chosen: Sequence[int]) -> float:
         """Mean KL divergence, nats per token: with the linears whose schemes rules fix."""
-        fixed = sum(self._loss(group, group.schemes[0]) for group in self.draft.fixed)
-        return fixed + total_loss(self.options, chosen)
+        layers: dict[int | None, float] = dict(self._fixed)
+        for group, options, place in zip(self.draft.groups, self.options, chosen, strict=True):
+            layer = group.specs[0].layer
+            layers[layer] = layers.get(layer, 0.0) + options[place].loss
+        return expected_kl(layers.values())
+
+    @cached_property
+    def _fixed(self) -> Mapping[int | None, float]:
+        """Layer -> loss of linears whose schemes rules fix."""
+        layers: dict[int | None, float] = {}
+        for group in self.draft.fixed:
+            layer = group.specs[0].layer
+            layers[layer] = layers.get(layer, 0.0) + self._loss(group, group.schemes[0])
+        return layers
 
     def planned(self, chosen: Sequence[int]) -> list[PlannedTensor]:
         """All tensors of the output."""
