@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode
 @dataclass
 class WholeModel:
     """``outputs``: linear (experts by number, gate and up apart) -> gradients of its outputs (n, out), one row for each
-    token that it saw; ``residual``: (layer, sublayer) -> (rows, tokens, hidden) at the sublayer's output."""
+    token that it saw; ``inputs``: what it read (n, in); ``residual``: (layer, sublayer) -> (rows, tokens, hidden) at
+    the sublayer's output."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
@@ -81,7 +83,14 @@ class _Linears(TorchFunctionMode):
                 place = args[1].data_ptr() - start
                 if 0 <= place < parameter.nbytes and out.requires_grad:
                     out.register_hook(self._keep(name, place // parameter[0].nbytes))
+                    self._keep_inputs(name, place // parameter[0].nbytes, args[0].detach().flatten(0, -2).clone())
         return out
+
+    def _keep_inputs(self, name: str, first: int, values: Tensor) -> None:
+        stem, _, last = name.rpartition("experts.")
+        names = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(last)
+        for own in [name] if names is None else [f"{stem}experts.{first}.{which}_proj.weight" for which in names]:
+            self._found.inputs[own] = values
 
     def _keep(self, name: str, first: int) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
