@@ -8,6 +8,7 @@ from quantkit.errors import OutputError
 from quantkit.report import conversion_sections, figures, numbers, provenance, quality
 from quantkit.report.contents import Card, Figure, Note, ReportPage, Section, Table
 from quantkit.report.linears import expert_grid
+from quantkit.report.predicted import predicted
 from quantkit.report.scored import LabelledConversion, ScoredCheckpoint, ScoredCheckpoints
 
 
@@ -151,6 +152,9 @@ def _sections(found: ScoredCheckpoints) -> list[Section]:
         sections.append(quality.evaluation(evaluated, group, words))
     if not found.evaluations and not several_checkpoints:
         sections += _validation(found.checkpoints[0], words)
+    blocks = tuple(predicted(found.checkpoints))
+    if blocks:
+        sections.append(Section("expected", "Expected against measured", blocks))
     several = len(found.conversions) > 1
     if several:
         sections += _sizes(found.conversions)

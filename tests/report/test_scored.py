@@ -11,6 +11,7 @@ import pytest
 from quantkit.documents.read import read_documents
 from quantkit.documents.values import Mean
 from quantkit.report.build import report_of
+from quantkit.report.contents import Table
 from quantkit.report.markdown import markdown
 from quantkit.report.quality import change, comparable, survival
 from quantkit.report.scored import ScoredCheckpoints, front, scored_checkpoints
@@ -129,3 +130,15 @@ def test_without_a_histogram_the_tail_comes_from_the_quantiles(tmp_path: Path) -
     kld = found.checkpoints[0].result.overall.kld
     assert survival(kld, 4000) == [(0.05, 0.5), (0.2, 0.1), (0.8, 0.01), (2.0, 0.001), (4.0, 1 / 4000)]
     assert scores(0.1)["kld"]["max"] == 4.0
+
+
+def test_what_a_choice_of_types_expected_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    made = conversion(kld=0.03)
+    made["recipe"]["outputs"][0]["predicted_kl"] = 0.02
+    chosen = written(tmp_path / "chosen", made).parent
+    plain = written(tmp_path / "plain", conversion()).parent
+    sections = {section.anchor: section for section in report_of(checkpoints(chosen, plain), None).sections}
+    _, table = sections["expected"].blocks
+    assert isinstance(table, Table)
+    assert table.rows == (("chosen", "0.02", "0.0300 ± 0.0010", "1.50"),)
+    assert "expected" not in {section.anchor for section in report_of(checkpoints(plain), None).sections}

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-_STEPS = 100
+_STEPS = 60
 _CHEAPEST, _DEAREST = 1e-40, 1e20
 """Prices in nats for a byte between which every real one lies."""
 
