@@ -109,6 +109,7 @@ TITLES = {
     "Calibration": "`calibration`",
     "FolderOutput": "`outputs[]` that are folders of safetensors",
     "GgufOutput": "`outputs[]` with `format: gguf`",
+    "OutputTarget": "`outputs[].target`",
     "Rule": "`outputs[].rules[]`",
     "IntScheme": "`scheme: {kind: int}`",
     "GgmlScheme": "`scheme: {kind: ggml}`",

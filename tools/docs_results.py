@@ -40,6 +40,7 @@ from results_speed import (
     moe_layer,
     true_width,
 )
+from results_targets import target
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,6 +68,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Quality: AWQ, trained models", "awq_tiny", "benchmarks/awq_tiny.py", awq_tiny),
     ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
     ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
+    ("Quality: types chosen for a size", "target", "benchmarks/target.py", target),
     ("Quality: the tiny model on a GPU", "convert_cuda", "", convert_cuda),
     ("Quality: a file in the reference's place", "reference_file", "benchmarks/reference_file.py", reference_file),
     ("Quality: held-out error at DeepSeek V3's shapes", "held_out", "benchmarks/held_out.py", held_out),

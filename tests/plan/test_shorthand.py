@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from quantkit.formats.source import read_config
 from quantkit.plan.plan import RoleSize
 from quantkit.plan.recipe import FolderOutput, GgufOutput, Recipe
 from quantkit.plan.shorthand import TOKENS, Shorthand, recipe_yaml, shorthand_recipe
+from quantkit.plan.target_words import TargetWords
 from quantkit.plan.text_notes import TOKENS_OF_MANY_EXPERTS, text_notes
 from quantkit.schemes import IntScheme, W4AFp8Scheme
 from tests.tiny_models import tiny_config
@@ -24,6 +26,7 @@ from tests.tiny_models import tiny_config
 ROOT = Path(__file__).parent.parent.parent
 V3 = ROOT / "examples" / "deepseek-v3-671b"
 NANO = ROOT / "examples" / "nano-deepseek-v3"
+FELT = TargetWords(fit="5xA100-80GB", sensitivity="felt")
 
 
 def stored(source: Path, options: Shorthand) -> dict[str, str]:
@@ -104,6 +107,8 @@ def test_text_and_method() -> None:
         Shorthand("w3a16", group_size=-1, method="gptq", data=("text/*.txt",), tokens=4096),
         Shorthand("w8a16", method="rtn"),
         Shorthand("w4a16", method="awq"),
+        Shorthand(target=replace(FELT, context=65536)),
+        Shorthand(target=TargetWords(target_size="350GB", format="gguf", sensitivity="felt")),
         Shorthand(preset="IQ4_xs", data=("a b.txt",)),
     ],
     ids=lambda options: options.what,
@@ -178,6 +183,15 @@ def test_outputs_are_named_after_what_they_are() -> None:
         (Shorthand("w4a16", group_size=0), "found 0, needed -1 (one scale a row) or at least 8"),
         (Shorthand(preset="Q4_K_M", group_size=64), "belongs to --scheme"),
         (Shorthand(method="gptq"), "found neither --scheme nor --preset"),
+        (Shorthand(target=TargetWords(target_bpw=4.0)), "found --target-bpw, needed --sensitivity FOLDER with it."),
+        (Shorthand(target=TargetWords(format="gguf")), "needed --fit, --target-bpw or --target-size with it."),
+        (Shorthand("w4a16", target=FELT), "found --scheme and --fit, needed one of them."),
+        (Shorthand(preset="Q4_K_M", target=FELT), "found --preset and --fit, needed one of them."),
+        (Shorthand(group_size=32, target=FELT), "with a size, group sizes are chosen."),
+        (Shorthand(target=replace(FELT, format="awq")), "--format: found 'awq', needed compressed-tensors or gguf."),
+        (Shorthand(target=replace(FELT, fit="5xFOO")), "found '5xFOO', needed COUNTxNAME-SIZEGB such as 5xA100-80GB"),
+        (Shorthand(target=replace(FELT, target_bpw=4.0)), "found bpw and gpus, needed exactly one of: size, bpw, gpus"),
+        (Shorthand(method="rtn", target=FELT), "found a target in a data-free recipe, needed calibration"),
     ],
     ids=lambda value: value.what if isinstance(value, Shorthand) else "",
 )

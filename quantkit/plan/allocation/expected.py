@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-ROUNDING, FLIPS = 0.49, 0.041
+ROUNDING, FLIPS = 0.51, 0.040
 """Least squares over 12 outputs of one trained model of 5 layers (24 experts, 4 a token), GPTQ, 0.007 to 0.13 nats:
 benchmarks/results/target.json."""
-WITHIN = "fitted to GPTQ on one small model, there within 15 %"
+WITHIN = "fitted to GPTQ on one small model, there within 23 %"
 """How far measured values were from expected ones, for people."""
 
 
