@@ -4,8 +4,8 @@
     python benchmarks/two_sided.py --device cpu --shrink 4 --experts 2         # sides a quarter
 
 Gate and up go as one (B, 4096, 7168) on a GPU, as `quantkit convert` gives them; down is (B, 7168, 2048) with one
-output Hessian for all. Factors of both Hessians are counted. "steps" are those of the rows that hear of each other: fewer are
-faster and leave more of the loss. Rows go to results/two_sided.json.
+output Hessian for all. Factors of both Hessians are counted. "steps" are those of the rows that hear of each other:
+fewer are faster and leave more of the loss. Rows go to results/two_sided.json with --store.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock
 from quantkit.convert.output_hessians import POOL, LayerGradients, SublayerHessians
-from quantkit.errors import QuantkitError
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.formats import open_source
 from quantkit.plan.headers import headers_of
 from quantkit.plan.recipe import Recipe
 from quantkit.sensitivity.moments import head_blocks
 from quantkit.sensitivity.open import open_sensitivity
 from tests.convert.jobs import LINEARS, int4, recipe_of, run, shards_of, small_config, write_model
+from tests.convert.test_resume_refused import Stop, stop_after
 from tests.sensitivity.passes import fisher_pass, new_store
 
 CPU = torch.device("cpu")
@@ -131,6 +132,23 @@ def test_the_loss_that_was_lowered_is_recorded_and_the_bytes_repeat(place: Path,
     taught = {name: linear for name, linear in documents[1]["tensors"].items() if "layers.2." not in name}
     assert len(taught) > 20
     assert all(0 < linear["output_loss"] < 1 for linear in taught.values())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_stopped_job_goes_on_with_the_same_pass_only(place: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(4, 260, (2, 16), generator=torch.Generator().manual_seed(1))
+    recipe = recipe_of(aware(), sensitivity=str(tmp_path / "felt"))
+    fisher_pass(place / "model", tmp_path / "felt", tokens)
+    with pytest.raises(Stop):
+        run(place / "model", recipe, tmp_path / "out", on_event=stop_after(0))
+    fisher_pass(place / "model", tmp_path / "felt", tokens + 1, restart=True)
+    with pytest.raises(OutputError, match=r"an unfinished job that differs from this one: sensitivity\."):
+        run(place / "model", recipe, tmp_path / "out")
+    fisher_pass(place / "model", tmp_path / "felt", tokens, restart=True)
+    assert run(place / "model", recipe, tmp_path / "out").resumed
+    run(place / "model", recipe, tmp_path / "unbroken")
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "unbroken")
 
 
 def test_a_recipe_without_gradients_is_refused() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.kernels.backend import Backend, backend_of, narrow_product, tensor_float32
 from quantkit.quantizers.batch import rows_at_once
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def round_rows(
         own = slice(max(0, stop - step), stop)
         moved = wanted[:, :, own]
         if stop < height:
-            moved = moved + factor.lower[:, :, stop:, own].mT @ error[:, :, stop:]
+            with tensor_float32():
+                moved = moved + factor.lower[:, :, stop:, own].mT @ error[:, :, stop:]
         stored = quantize(moved.flatten(1, 2).contiguous())
         error[:, :, own] = wanted[:, :, own] - decode(stored).unflatten(1, (n_blocks, -1))
         parts.append({key: values.unflatten(1, (n_blocks, -1)) for key, values in stored.items()})
@@ -100,6 +102,11 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 def losses(error: Tensor, hessian: Tensor, output_hessian: Tensor) -> tuple[Tensor, Tensor]:
     """By row (B, out) the parts of tr(E H E^T) and of tr(H_O E H E^T): error (B, out, in), hessian (B, in, in),
     output_hessian (B, n, r, r)."""
-    through = error @ hessian
-    across = (output_hessian @ error.unflatten(1, output_hessian.shape[1:3])).flatten(1, 2)
+    blocks = error.unflatten(1, output_hessian.shape[1:3])
+    if backend_of(error) is Backend.TRITON:
+        through = narrow_product(error, hessian)
+        left = output_hessian.expand(len(error), *output_hessian.shape[1:]).flatten(0, 1)
+        across = narrow_product(left, blocks.flatten(0, 1)).view_as(error)
+    else:
+        through, across = error @ hessian, (output_hessian @ blocks).flatten(1, 2)
     return (error * through).sum(-1), across.mul_(through).sum(-1)
