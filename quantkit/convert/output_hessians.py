@@ -15,15 +15,13 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, LinearPart
 from quantkit.calibrate.stream import row_batches
-from quantkit.quantizers.ldlq.two_sided import scaled
 from quantkit.sensitivity.moments import OutputMoments, output_moments
 from quantkit.sensitivity.open import SublayerGradients
 from quantkit.sensitivity.output_gradients import ExpertGradients
 
-POOL = 0.3
-"""Share of the layer's mean in what an expert's gate or up is given."""
-POOLED = 16
-"""Experts that the mean is taken over, evenly spread: their weights are read twice for it."""
+SHRINK = 16.0
+"""Tokens for each output at which moments between outputs count half. Gradients are heavy-tailed: what few tokens say
+of two outputs makes the rounding worse than knowing nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ class SublayerHessians:
         """Name -> (1, n, r, r), of each linear and of each part that is rows of one. Others have none: an indexer's
         linears, keys that are stored transposed."""
         moments = output_moments(self.gradients.dense(block), self.heads)
-        found = {name: one.sums.unsqueeze(0) for name, one in moments.items()}
+        found = {name: _shrunk(one).unsqueeze(0) for name, one in moments.items()}
         for name in block.linears:
             part = self.parts.get(name)
             if part is not None and part.whole in found:
@@ -65,9 +63,7 @@ class SublayerHessians:
     def of_experts(self, block: ExpertBlock) -> ExpertHessians:
         """Of the routed experts: who is routed where is found out here."""
         experts = self.gradients.experts(block)
-        step = -(-block.n_experts // POOLED)
-        gate, up = _of_gate_up(experts, tuple(range(0, block.n_experts, step)))
-        return ExpertHessians(experts, gate.mean(0), up.mean(0), _of_all_downs(experts))
+        return ExpertHessians(experts, _of_all_downs(experts))
 
     def __enter__(self) -> SublayerHessians:
         return self
@@ -78,29 +74,21 @@ class SublayerHessians:
 
 @dataclass(frozen=True, slots=True)
 class ExpertHessians:
-    """Routed experts. ``gate``, ``up`` (1, inter, inter): means over some of them, mean diagonal 1; ``down`` (1, 1,
-    hidden, hidden): one for all of them, because all write to the residual stream (of DeepSeek V3 it has 205 MB)."""
+    """Routed experts. ``down`` (1, 1, hidden, hidden): one for all of them, because all write to the residual stream
+    (of DeepSeek V3 it has 205 MB)."""
 
     gradients: ExpertGradients
-    gate: Tensor
-    up: Tensor
     down: Tensor
 
     def of_gate_up(self, experts: tuple[int, ...], weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, 1, inter, inter) of gate and of up of some experts, mixed with the layer's. ``weights``: theirs, by
-        name."""
-        gate, up = _of_gate_up(replace(self.gradients, weights=weights.__getitem__), experts)
-        return gate.lerp_(self.gate.expand_as(gate), POOL), up.lerp_(self.up.expand_as(up), POOL)
+        """(B, 1, inter, inter) of gate and of up of some experts. ``weights``: theirs, by name."""
+        own = replace(self.gradients, weights=weights.__getitem__)
+        gate, up = zip(*(_of_expert(own, expert) for expert in experts), strict=True)
+        return torch.stack(gate), torch.stack(up)
 
     def close(self) -> None:
         """Free what the experts read."""
         self.gradients.close()
-
-
-def _of_gate_up(gradients: ExpertGradients, experts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(B, 1, inter, inter) each: of gate and of up of some experts, mean diagonal 1; zeros for one without tokens."""
-    gate, up = zip(*(_of_expert(gradients, expert) for expert in experts), strict=True)
-    return torch.stack(gate), torch.stack(up)
 
 
 def _of_expert(gradients: ExpertGradients, expert: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +101,7 @@ def _of_expert(gradients: ExpertGradients, expert: int) -> tuple[Tensor, Tensor]
     if not moments:  # no token of the Fisher pass
         inter = len(gradients.weights(gradients.block.gates[expert]))
         moments = [OutputMoments(inter, device=gradients.device) for _ in range(2)]
-    gate, up = (scaled(sums.sums) for sums in moments)
+    gate, up = map(_shrunk, moments)
     return gate, up
 
 
@@ -130,7 +118,16 @@ def _of_all_downs(experts: ExpertGradients) -> Tensor:
         rows = store.read(start, stop).to(device).float().flatten(0, 1)
         own = squares[start * store.length : stop * store.length].sqrt().to(device)
         moments.add(rows * own.unsqueeze(1))
-    return moments.sums.unsqueeze(0)
+    return _shrunk(moments).unsqueeze(0)
+
+
+def _shrunk(moments: OutputMoments) -> Tensor:
+    """The sums (n, r, r), those between different outputs weakened: times tokens / (tokens + k), k = SHRINK * r."""
+    sums, count = moments.sums, moments.n_tokens
+    diagonal = sums.diagonal(dim1=-2, dim2=-1).clone()
+    sums.mul_(count / (count + SHRINK * sums.shape[-1]))
+    sums.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return sums
 
 
 def _rows_of(part: LinearPart, whole: Tensor) -> Tensor | None:

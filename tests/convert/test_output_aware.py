@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock
-from quantkit.convert.output_hessians import POOL, LayerGradients, SublayerHessians
+from quantkit.convert.output_hessians import SHRINK, LayerGradients, SublayerHessians
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.formats import open_source
 from quantkit.plan.headers import headers_of
@@ -27,6 +27,7 @@ from tests.sensitivity.passes import fisher_pass, new_store
 
 CPU = torch.device("cpu")
 MOE_LAYER = 1
+FISHER_TOKENS = 6 * 32
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,13 @@ def sublayer(place: Path, fisher: Path, number: int) -> Iterator[tuple[SublayerH
             yield hessians, list(arch.sublayers(MOE_LAYER)[number])
 
 
-def squares(gradients: list[Tensor]) -> Tensor:
-    """Sum of g g^T in float64."""
+def shrunk(gradients: list[Tensor], blocks: int = 1, tokens: int | None = None) -> Tensor:
+    """Sum of g g^T in float64, its off-diagonal weakened as for moments of so many blocks, and so many tokens."""
     g = torch.cat(gradients).double()
-    return g.T @ g
-
-
-def scaled(matrix: Tensor) -> Tensor:
-    return matrix / matrix.diagonal().mean()
+    count = tokens or len(g)
+    whole, k = g.T @ g, SHRINK * g.shape[1] / blocks
+    diagonal = torch.diag(whole.diagonal())
+    return diagonal + (whole - diagonal) * count / (count + k)
 
 
 def check(found: Tensor, expected: Tensor) -> None:
@@ -79,8 +79,8 @@ def test_attention_has_one_for_each_linear_by_heads_and_by_parts(place: Path, fi
     config = small_config()
     heads, nope, v = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
     for name, own in gradients.items():
-        whole = squares(own)
         n = found[name].shape[1]
+        whole = shrunk(own, n)
         height = len(whole) // n
         assert n == (heads if "q_b" in name or "kv_b" in name else 1)
         for head in range(n):
@@ -95,7 +95,7 @@ def test_attention_has_one_for_each_linear_by_heads_and_by_parts(place: Path, fi
     assert len(gradients) == 5
 
 
-def test_experts_share_the_down_and_are_mixed_with_the_layers_mean(place: Path, fisher: Path) -> None:
+def test_experts_have_their_own_gate_and_up_and_share_the_down(place: Path, fisher: Path) -> None:
     with sublayer(place, fisher, 1) as (hessians, blocks):
         block = next(block for block in blocks if isinstance(block, ExpertBlock))
         found = hessians.of_experts(block)
@@ -107,12 +107,10 @@ def test_experts_share_the_down_and_are_mixed_with_the_layers_mean(place: Path, 
                 gradients.setdefault(name, []).append(values)
         down = found.down
         found.close()
-    check(down[0, 0], squares([g for name in block.downs for g in gradients[name]]))
+    check(down[0, 0], shrunk([g for name in block.downs for g in gradients[name]], tokens=FISHER_TOKENS))
     for made, names in ((gate, block.gates), (up, block.ups)):
-        mean = torch.stack([scaled(squares(gradients[name])) for name in names]).mean(0)
-        for place_, expert in enumerate((1, 3)):
-            expected = (1 - POOL) * scaled(squares(gradients[names[expert]])) + POOL * mean
-            check(made[place_, 0], expected)
+        for number, expert in enumerate((1, 3)):
+            check(made[number, 0], shrunk(gradients[names[expert]]))
 
 
 def test_the_loss_that_was_lowered_is_recorded_and_the_bytes_repeat(place: Path, fisher: Path, tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def factorize_output(hessian: Tensor) -> OutputFactor:
 
     Raises `CalibrationError` if it is not finite.
     """
-    diagonal = scaled(hessian).diagonal(dim1=-2, dim2=-1)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    tiny = torch.finfo(torch.float32).tiny
+    hessian /= diagonal.mean((-2, -1)).clamp_min(tiny)[:, None, None, None]
     diagonal += (DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(1e-6)
     layout = diagonal.argsort(dim=-1, stable=True)
     lower, failed = torch.linalg.cholesky_ex(_in_order(_in_order(hessian, layout).mT, layout))
@@ -59,12 +61,6 @@ def factorize_output(hessian: Tensor) -> OutputFactor:
             hint="Measure the sensitivity anew, or take output_aware: false for them.",
         )
     return OutputFactor(hessian, layout, lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2))
-
-
-def scaled(hessian: Tensor) -> Tensor:
-    """hessian (..., n, r, r), divided in place by the mean of the diagonal of its n blocks, unless that is zero."""
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean((-2, -1))
-    return hessian.div_(mean.clamp_min(torch.finfo(torch.float32).tiny)[..., None, None, None])
 
 
 def round_rows(
