@@ -22,7 +22,7 @@ again and again; larger ones are new pages each time, and zeroing them took long
 DEVICE_SLICE_BYTES = 3 * 2**29
 """Float32 bytes of the rows that a GPU quantises at once: there short slices cost launches."""
 
-ROW_STEPS, LEAST_ROWS = 32, 16
+ROW_STEPS, LEAST_ROWS = 16, 16
 """With an output Hessian rows go in at most so many steps, of at least so many rows each: fewer leave kernels without
 work."""
 
@@ -54,8 +54,8 @@ class QuantizedBatch:
     """``stored``: as in `QuantizedTensor`, each with a leading dimension B; loss and norm (B, out) float32: of error
     and weight, as the method weighs them; fallbacks: one for each matrix, as in `QuantError`.
 
-    ``output_loss`` and ``output_norm`` (B, out) float32: of error and weight under the output Hessian too; None without
-    one. Single rows may be negative, their sums are not."""
+    ``output_loss`` and ``output_norm`` (B, out) float32: of error and weight under the output Hessian too, of the
+    weight as if outputs were independent; None without one."""
 
     scheme: ChosenScheme
     stored: Stored

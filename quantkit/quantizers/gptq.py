@@ -150,20 +150,22 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         output_hessian: Tensor,
     ) -> QuantizedBatch:
         from quantkit.quantizers.batch import QuantizedBatch
+        from quantkit.quantizers.ldlq import factor as ldlq_factor
         from quantkit.quantizers.ldlq import two_sided
 
         if reach is None and scheme.shares_scale:
             reach = weight.abs().amax((-2, -1))  # of the whole matrix, not of the rows at hand
         factor, hessian = two_sided.factorize_output(output_hessian), prepared.factor.hessian
-        stored, error = two_sided.round_rows(
+        rounded = two_sided.round_rows(
             self._target(weight, prepared),
             factor,
             lambda rows: self._rounded(rows, scheme, prepared, reach)[0],
             lambda stored: scheme.decode(**stored),
         )
-        loss, output_loss = two_sided.losses(error, hessian, factor.hessian)
-        norm, output_norm = two_sided.losses(weight, hessian, factor.hessian)
-        return QuantizedBatch(scheme, stored, loss, norm, prepared.fallbacks(scheme), output_loss, output_norm)
+        loss, norm = (ldlq_factor.row_loss(one, hessian) for one in (rounded.error, weight))
+        output_loss = two_sided.output_losses(rounded, factor, hessian)
+        output_norm = norm * factor.diagonal.flatten(1, 2)
+        return QuantizedBatch(scheme, rounded.stored, loss, norm, prepared.fallbacks(scheme), output_loss, output_norm)
 
     def _target(self, weight: Tensor, prepared: PreparedInputs) -> Tensor:
         """What the codes are to come near to: the weight, moved towards the unquantised stream."""
