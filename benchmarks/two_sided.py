@@ -24,6 +24,7 @@ from torch import Tensor
 
 from quantkit.calibrate.inputs import InputStats
 from quantkit.quantizers import Gptq, batch
+from quantkit.quantizers.ldlq import two_sided
 from quantkit.schemes import GgmlScheme, IntScheme
 
 RESULTS = Path(__file__).resolve().parent / "results" / "two_sided.json"
@@ -71,7 +72,7 @@ def measured(
 
     def aware() -> Any:
         quantize = Gptq(output_aware=True).quantizer(InputStats(hessian.clone(), None, (1024,) * count))
-        return quantize(weight, scheme, output_hessian=output.clone())
+        return quantize(weight, scheme, output_factor=two_sided.factorize_output(output.clone()))
 
     before, after = seconds(plain, device, repeats), seconds(aware, device, repeats)
     with_output = float(aware().output_loss.sum())

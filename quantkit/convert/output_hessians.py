@@ -2,7 +2,7 @@
 g g^T over its tokens, g the gradient of the model's loss at a linear's outputs.
 
 They are made when a sublayer's turn comes, of the routed experts when a batch's turn comes, with the weights that are
-at hand then. All matrices are (B, n, r, r) float32, see `quantkit.quantizers.ldlq.two_sided`.
+at hand then, and factored at once (`quantkit.quantizers.ldlq.two_sided`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, LinearPart
 from quantkit.calibrate.stream import row_batches
+from quantkit.quantizers.ldlq.two_sided import OutputFactor, factorize_output
 from quantkit.sensitivity.moments import OutputMoments, output_moments
 from quantkit.sensitivity.open import SublayerGradients
 from quantkit.sensitivity.output_gradients import ExpertGradients
@@ -47,9 +48,9 @@ class SublayerHessians:
     heads: Mapping[str, int]
     parts: Mapping[str, LinearPart]
 
-    def of_dense(self, block: DenseBlock) -> dict[str, Tensor]:
-        """Name -> (1, n, r, r), of each linear and of each part that is rows of one. Others have none: an indexer's
-        linears, keys that are stored transposed."""
+    def of_dense(self, block: DenseBlock) -> dict[str, OutputFactor]:
+        """By name, of each linear and of each part that is rows of one. Others have none: an indexer's linears, keys
+        that are stored transposed."""
         moments = output_moments(self.gradients.dense(block), self.heads)
         found = {name: _shrunk(one).unsqueeze(0) for name, one in moments.items()}
         for name in block.linears:
@@ -58,7 +59,7 @@ class SublayerHessians:
                 own = _rows_of(part, found[part.whole][0])
                 if own is not None:
                     found[name] = own.unsqueeze(0)
-        return found
+        return {name: factorize_output(hessian) for name, hessian in found.items()}
 
     def of_experts(self, block: ExpertBlock) -> ExpertHessians:
         """Of the routed experts: who is routed where is found out here."""
@@ -74,17 +75,17 @@ class SublayerHessians:
 
 @dataclass(frozen=True, slots=True)
 class ExpertHessians:
-    """Routed experts. ``down`` (1, 1, hidden, hidden): one for all of them, because all write to the residual stream
-    (of DeepSeek V3 it has 205 MB)."""
+    """Routed experts. ``down``: one for all of them, because all write to the residual stream (of DeepSeek V3 it has
+    205 MB)."""
 
     gradients: ExpertGradients
-    down: Tensor
+    down: OutputFactor
 
-    def of_gate_up(self, experts: tuple[int, ...], weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, 1, inter, inter) of gate and of up of some experts. ``weights``: theirs, by name."""
+    def of_gate_up(self, experts: tuple[int, ...], weights: Mapping[str, Tensor]) -> tuple[OutputFactor, OutputFactor]:
+        """Of gate and of up of some experts, B = experts, n = 1. ``weights``: theirs, by name."""
         own = replace(self.gradients, weights=weights.__getitem__)
         gate, up = zip(*(_of_expert(own, expert) for expert in experts), strict=True)
-        return torch.stack(gate), torch.stack(up)
+        return factorize_output(torch.stack(gate)), factorize_output(torch.stack(up))
 
     def close(self) -> None:
         """Free what the experts read."""
@@ -105,8 +106,8 @@ def _of_expert(gradients: ExpertGradients, expert: int) -> tuple[Tensor, Tensor]
     return gate, up
 
 
-def _of_all_downs(experts: ExpertGradients) -> Tensor:
-    """(1, 1, hidden, hidden): sum over experts and their tokens of share^2 g g^T, g the gradient at the sublayer's
+def _of_all_downs(experts: ExpertGradients) -> OutputFactor:
+    """Of (1, 1, hidden, hidden): sum over experts and their tokens of share^2 g g^T, g the gradient at the sublayer's
     output."""
     store, device = experts.gradient, experts.device
     squares = torch.zeros(store.n_rows * store.length, device=store.device)
@@ -118,7 +119,7 @@ def _of_all_downs(experts: ExpertGradients) -> Tensor:
         rows = store.read(start, stop).to(device).float().flatten(0, 1)
         own = squares[start * store.length : stop * store.length].sqrt().to(device)
         moments.add(rows * own.unsqueeze(1))
-    return _shrunk(moments).unsqueeze(0)
+    return factorize_output(_shrunk(moments).unsqueeze(0))
 
 
 def _shrunk(moments: OutputMoments) -> Tensor:

@@ -11,6 +11,7 @@ from quantkit.schemes import ChosenScheme, QuantError, QuantizedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes.grid import Stored
 
 
@@ -128,9 +129,9 @@ class Quantizer(Protocol):
         scheme: ChosenScheme,
         *,
         reach: Tensor | None = None,
-        output_hessian: Tensor | None = None,
+        output_factor: OutputFactor | None = None,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 and the scheme to store it in -> what is stored. ``reach`` (B,): see `grid` of
-        schemes that have ``shares_scale``. ``output_hessian`` (B, n, r, r) float32: see `two_sided.OutputFactor`; for
-        methods that are ``output_aware``, which overwrite it."""
+        schemes that have ``shares_scale``. ``output_factor``: of what errors of the outputs cost, for
+        methods that are ``output_aware``."""
         ...

@@ -19,6 +19,7 @@ from quantkit.errors import OutputError, QuantkitError
 from quantkit.formats import open_source
 from quantkit.plan.headers import headers_of
 from quantkit.plan.recipe import Recipe
+from quantkit.quantizers.ldlq.two_sided import DAMPING, OutputFactor
 from quantkit.sensitivity.moments import head_blocks
 from quantkit.sensitivity.open import open_sensitivity
 from tests.convert.jobs import LINEARS, int4, recipe_of, run, shards_of, small_config, write_model
@@ -59,9 +60,15 @@ def shrunk(gradients: list[Tensor], blocks: int = 1, tokens: int | None = None) 
     return diagonal + (whole - diagonal) * count / (count + k)
 
 
-def check(found: Tensor, expected: Tensor) -> None:
-    """Equal but for the rounding of float32 sums, beside the largest of them."""
-    assert float((found.double() - expected).abs().max()) < 1e-5 * float(expected.diagonal().max())
+def check(found: OutputFactor, place: tuple[int, int], expected: Tensor, mean: float) -> None:
+    """R D R^T of one block is ``expected`` over the ``mean`` of the matrix's diagonal, damped, but for float32 sums."""
+    layout, lower, pivots = (values[place] for values in (found.layout, found.lower, found.pivots))
+    unit = lower.double().tril()
+    back = layout.argsort()
+    rebuilt = ((unit * pivots.double()) @ unit.T)[back][:, back]
+    wanted = expected / mean
+    wanted = wanted + DAMPING * wanted.diagonal().mean() * torch.eye(len(wanted), dtype=torch.float64)
+    assert float((rebuilt - wanted).abs().max()) < 1e-4 * float(wanted.diagonal().max())
 
 
 def aware(match: str = LINEARS, **options: Any) -> dict[str, Any]:
@@ -79,19 +86,20 @@ def test_attention_has_one_for_each_linear_by_heads_and_by_parts(place: Path, fi
     config = small_config()
     heads, nope, v = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
     for name, own in gradients.items():
-        n = found[name].shape[1]
+        n = found[name].lower.shape[1]
         whole = shrunk(own, n)
+        mean = float(whole.diagonal().mean())
         height = len(whole) // n
         assert n == (heads if "q_b" in name or "kv_b" in name else 1)
         for head in range(n):
             rows = slice(head * height, (head + 1) * height)
-            check(found[name][0, head], whole[rows, rows])
+            check(found[name], (0, head), whole[rows, rows], mean)
         if "kv_b" in name:
-            values = found[f"{name}:v"][0]
             assert f"{name}:k" not in found
-            for head in range(heads):
-                rows = slice(head * (nope + v) + nope, (head + 1) * (nope + v))
-                check(values[head], whole[rows, rows])
+            own_rows = torch.cat([torch.arange(nope, nope + v) + head * (nope + v) for head in range(heads)])
+            mean = float(whole.diagonal()[own_rows].mean())
+            for head, rows in enumerate(own_rows.view(heads, v)):
+                check(found[f"{name}:v"], (0, head), whole[rows][:, rows], mean)
     assert len(gradients) == 5
 
 
@@ -107,10 +115,12 @@ def test_experts_have_their_own_gate_and_up_and_share_the_down(place: Path, fish
                 gradients.setdefault(name, []).append(values)
         down = found.down
         found.close()
-    check(down[0, 0], shrunk([g for name in block.downs for g in gradients[name]], tokens=FISHER_TOKENS))
+    expected = shrunk([g for name in block.downs for g in gradients[name]], tokens=FISHER_TOKENS)
+    check(down, (0, 0), expected, float(expected.diagonal().mean()))
     for made, names in ((gate, block.gates), (up, block.ups)):
         for number, expert in enumerate((1, 3)):
-            check(made[number, 0], shrunk(gradients[names[expert]]))
+            expected = shrunk(gradients[names[expert]])
+            check(made, (number, 0), expected, float(expected.diagonal().mean()))
 
 
 def test_the_loss_that_was_lowered_is_recorded_and_the_bytes_repeat(place: Path, fisher: Path, tmp_path: Path) -> None:

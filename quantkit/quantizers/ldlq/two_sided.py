@@ -13,7 +13,7 @@ work; they do not hear of each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,12 @@ def factorize_output(hessian: Tensor) -> OutputFactor:
         )
     root = lower.diagonal(dim1=-2, dim2=-1).clone()
     return OutputFactor(diagonal.clone(), layout, lower.div_(root.unsqueeze(-2)), root.square_())
+
+
+def one_under_the_other(factors: Sequence[OutputFactor]) -> OutputFactor:
+    """Of linears with blocks of one size, whose rows follow one another."""
+    parts = zip(*((one.diagonal, one.layout, one.lower, one.pivots) for one in factors), strict=True)
+    return OutputFactor(*(torch.cat(values, 1) for values in parts))
 
 
 def round_rows(
