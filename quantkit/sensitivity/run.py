@@ -49,7 +49,7 @@ def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> Sensiti
     needs = needs_of(request.arch, job)
     check_memory(needs, machine)
     with PassFolder(request.folder, job, restart=request.restart) as folder:
-        files = LayerFiles(folder.path, job)
+        files = LayerFiles(folder.path, job, begun=folder.progress.forward > 0)
         spare = max(0, machine.budget - total(needs.working)) if machine.device.type == "cpu" else machine.budget
         work = _Pass(request, machine, job, folder, files, on_event, spare)
         on_event(
