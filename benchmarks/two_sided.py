@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.inputs import InputStats
-from quantkit.quantizers import Gptq, batch
+from quantkit.quantizers import Gptq
+from quantkit.quantizers.ldlq import rows as row_steps
 from quantkit.quantizers.ldlq import two_sided
 from quantkit.schemes import GgmlScheme, IntScheme
 
@@ -83,7 +84,7 @@ def measured(
     return {
         "what": what,
         "shape": list(shape),
-        "rows at once": batch.rows_at_once(height),
+        "rows at once": row_steps.rows_at_once(height),
         "plain s": round(before, 3),
         "output-aware s": round(after, 3),
         "times": round(after / before, 2),
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--experts", type=int, default=13)
     parser.add_argument("--shrink", type=int, default=1, help="divide both sides by this")
-    parser.add_argument("--steps", type=int, nargs="+", default=[batch.ROW_STEPS])
+    parser.add_argument("--steps", type=int, nargs="+", default=[row_steps.ROW_STEPS])
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--store", action="store_true", help="write results/two_sided.json")
@@ -107,7 +108,7 @@ def main() -> None:
     pair = 2 if device.type == "cuda" else 1
     rows: list[dict[str, Any]] = []
     for steps in arguments.steps:
-        batch.ROW_STEPS = steps
+        row_steps.ROW_STEPS = steps
         for scheme in arguments.scheme:
             for what, shape, blocks, shared in (
                 ("gate and up" if pair == 2 else "gate", (count, pair * inter, hidden), pair, False),

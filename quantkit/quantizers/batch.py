@@ -23,15 +23,6 @@ again and again; larger ones are new pages each time, and zeroing them took long
 DEVICE_SLICE_BYTES = 3 * 2**29
 """Float32 bytes of the rows that a GPU quantises at once: there short slices cost launches."""
 
-ROW_STEPS, LEAST_ROWS = 16, 16
-"""With an output Hessian rows go in at most so many steps, of at least so many rows each: fewer leave kernels without
-work."""
-
-
-def rows_at_once(height: int) -> int:
-    """Rows that are rounded together, of ``height`` that hear of each other."""
-    return max(LEAST_ROWS, -(-height // ROW_STEPS))
-
 
 def in_slices(weight: Tensor, *, short: bool = False) -> tuple[Tensor, ...]:
     """weight (B, out, in) float32 as slices of rows, which do not depend on each other; ``short`` ones on a

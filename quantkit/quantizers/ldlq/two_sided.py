@@ -22,8 +22,8 @@ from torch import Tensor
 
 from quantkit.errors import CalibrationError
 from quantkit.kernels.backend import tensor_float32
-from quantkit.quantizers.batch import rows_at_once
 from quantkit.quantizers.ldlq.factor import row_loss
+from quantkit.quantizers.ldlq.rows import rows_at_once
 
 if TYPE_CHECKING:
     from quantkit.schemes.grid import Stored
