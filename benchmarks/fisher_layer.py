@@ -29,7 +29,6 @@ from torch import Tensor
 from quantkit.arch import arch_of
 from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import MemoryRows, RowStore
-from quantkit.calibrate.stream import forward_layer
 from quantkit.sensitivity.backward import FisherSums, LayerPass
 from quantkit.sensitivity.moments import OutputMoments, head_blocks, output_moments
 from quantkit.sensitivity.output_gradients import ExpertGradients, dense_gradients
@@ -90,17 +89,22 @@ class Layer:
             store.write(row, 1e-3 * torch.randn(1, self.length, store.width, generator=generator, device=DEVICE))
         return store
 
+    def copy(self) -> RowStore:
+        """Of the stream before the layer."""
+        store = self.new_rows()
+        store.write(0, self.x.read(0, self.n_rows))
+        return store
+
     def forward(self) -> None:
         """The stream through the layer."""
-        store, scratch = self.new_rows(), self.new_rows()
-        store.write(0, self.x.read(0, self.n_rows))
-        forward_layer(self.sublayers, self.weights.__getitem__, store, scratch, DEVICE)
+        self.own.forward(self.sublayers, self.copy())
 
     def backward(self) -> None:
         """The gradient through the layer, and all scalars."""
         gradient, sums = self.gradient(), FisherSums()
         for number in reversed(range(len(self.sublayers))):
-            x = self.own.inputs_of(self.sublayers, number, self.x)
+            x = self.copy()
+            self.own.forward(self.sublayers[:number], x)
             self.own.backward(self.sublayers[number], x, gradient, sums)
             x.close()
         values = sums.values()

@@ -4,8 +4,8 @@
     python benchmarks/two_sided.py --device cpu --shrink 4 --experts 2         # sides a quarter
 
 Gate and up go as one (B, 4096, 7168) on a GPU, as `quantkit convert` gives them; down is (B, 7168, 2048) with one
-output Hessian for all. Factors of both Hessians are counted. "steps" are those of the rows that hear of each other: fewer are
-faster and leave more of the loss. Rows go to results/two_sided.json.
+output Hessian for all. Factors of both Hessians are counted. "steps" are those of the rows that hear of each other:
+fewer are faster and leave more of the loss. Rows go to results/two_sided.json with --store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.inputs import InputStats
-from quantkit.quantizers import Gptq, batch
+from quantkit.quantizers import Gptq
+from quantkit.quantizers.ldlq import rows as row_steps
+from quantkit.quantizers.ldlq import two_sided
 from quantkit.schemes import GgmlScheme, IntScheme
 
 RESULTS = Path(__file__).resolve().parent / "results" / "two_sided.json"
@@ -71,7 +73,7 @@ def measured(
 
     def aware() -> Any:
         quantize = Gptq(output_aware=True).quantizer(InputStats(hessian.clone(), None, (1024,) * count))
-        return quantize(weight, scheme, output_hessian=output.clone())
+        return quantize(weight, scheme, output_factor=two_sided.factorize_output(output.clone()))
 
     before, after = seconds(plain, device, repeats), seconds(aware, device, repeats)
     with_output = float(aware().output_loss.sum())
@@ -82,7 +84,7 @@ def measured(
     return {
         "what": what,
         "shape": list(shape),
-        "rows at once": batch.rows_at_once(height),
+        "rows at once": row_steps.rows_at_once(height),
         "plain s": round(before, 3),
         "output-aware s": round(after, 3),
         "times": round(after / before, 2),
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--experts", type=int, default=13)
     parser.add_argument("--shrink", type=int, default=1, help="divide both sides by this")
-    parser.add_argument("--steps", type=int, nargs="+", default=[batch.ROW_STEPS])
+    parser.add_argument("--steps", type=int, nargs="+", default=[row_steps.ROW_STEPS])
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--store", action="store_true", help="write results/two_sided.json")
@@ -106,7 +108,7 @@ def main() -> None:
     pair = 2 if device.type == "cuda" else 1
     rows: list[dict[str, Any]] = []
     for steps in arguments.steps:
-        batch.ROW_STEPS = steps
+        row_steps.ROW_STEPS = steps
         for scheme in arguments.scheme:
             for what, shape, blocks, shared in (
                 ("gate and up" if pair == 2 else "gate", (count, pair * inter, hidden), pair, False),

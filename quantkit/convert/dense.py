@@ -32,6 +32,7 @@ from quantkit.convert.outputs import (
     output_aware,
     quantize_linears,
 )
+from quantkit.quantizers.ldlq.two_sided import OutputFactor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,10 @@ def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink, hessians: 
 
 
 def group_task(
-    job: LayerJob, group: InputGroup, stats: Inputs | None, of_outputs: Mapping[str, Tensor] | None = None
+    job: LayerJob, group: InputGroup, stats: Inputs | None, of_outputs: Mapping[str, OutputFactor] | None = None
 ) -> GroupTask:
-    """The work on one input group, its weights read. ``of_outputs``: output Hessians by name."""
+    """The work on one input group, its weights read. ``of_outputs``: factors of output Hessians
+    by name."""
     batch = 1 if stats is None else len(stats.importance)
     producers = () if group.producer is None else (group.producer,)
     linears = tuple(
@@ -94,7 +96,7 @@ def group_task(
             _in_matrices(job.weights.read(name), batch),
             producers,
             _folded_part(job, name, batch),
-            output_hessian=(of_outputs or {}).get(name),
+            output_factor=(of_outputs or {}).get(name),
         )
         for name in group.linears
         if any_quantised(job.outputs, (name,))

@@ -182,9 +182,9 @@ def _with_output_hessians(
     }
     of_gate, of_up = known.of_gate_up(experts, weights)
     return (
-        replace(gate, output_hessian=of_gate),
-        replace(up, output_hessian=of_up),
-        replace(down, output_hessian=known.down),
+        replace(gate, output_factor=of_gate),
+        replace(up, output_factor=of_up),
+        replace(down, output_factor=known.down),
     )
 
 

@@ -2,7 +2,7 @@
 g g^T over its tokens, g the gradient of the model's loss at a linear's outputs.
 
 They are made when a sublayer's turn comes, of the routed experts when a batch's turn comes, with the weights that are
-at hand then. All matrices are (B, n, r, r) float32, see `quantkit.quantizers.ldlq.two_sided`.
+at hand then, and factored at once (`quantkit.quantizers.ldlq.two_sided`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, LinearPart
 from quantkit.calibrate.stream import row_batches
-from quantkit.quantizers.ldlq.two_sided import scaled
+from quantkit.quantizers.ldlq.two_sided import OutputFactor, factorize_output
 from quantkit.sensitivity.moments import OutputMoments, output_moments
 from quantkit.sensitivity.open import SublayerGradients
 from quantkit.sensitivity.output_gradients import ExpertGradients
 
-POOL = 0.3
-"""Share of the layer's mean in what an expert's gate or up is given."""
-POOLED = 16
-"""Experts that the mean is taken over, evenly spread: their weights are read twice for it."""
+SHRINK = 16.0
+"""Tokens for each output at which moments between outputs count half. Gradients are heavy-tailed: what few tokens say
+of two outputs makes the rounding worse than knowing nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +48,23 @@ class SublayerHessians:
     heads: Mapping[str, int]
     parts: Mapping[str, LinearPart]
 
-    def of_dense(self, block: DenseBlock) -> dict[str, Tensor]:
-        """Name -> (1, n, r, r), of each linear and of each part that is rows of one. Others have none: an indexer's
-        linears, keys that are stored transposed."""
+    def of_dense(self, block: DenseBlock) -> dict[str, OutputFactor]:
+        """By name, of each linear and of each part that is rows of one. Others have none: an indexer's linears, keys
+        that are stored transposed."""
         moments = output_moments(self.gradients.dense(block), self.heads)
-        found = {name: one.sums.unsqueeze(0) for name, one in moments.items()}
+        found = {name: _shrunk(one).unsqueeze(0) for name, one in moments.items()}
         for name in block.linears:
             part = self.parts.get(name)
             if part is not None and part.whole in found:
                 own = _rows_of(part, found[part.whole][0])
                 if own is not None:
                     found[name] = own.unsqueeze(0)
-        return found
+        return {name: factorize_output(hessian) for name, hessian in found.items()}
 
     def of_experts(self, block: ExpertBlock) -> ExpertHessians:
         """Of the routed experts: who is routed where is found out here."""
         experts = self.gradients.experts(block)
-        step = -(-block.n_experts // POOLED)
-        gate, up = _of_gate_up(experts, tuple(range(0, block.n_experts, step)))
-        return ExpertHessians(experts, gate.mean(0), up.mean(0), _of_all_downs(experts))
+        return ExpertHessians(experts, _of_all_downs(experts))
 
     def __enter__(self) -> SublayerHessians:
         return self
@@ -78,29 +75,21 @@ class SublayerHessians:
 
 @dataclass(frozen=True, slots=True)
 class ExpertHessians:
-    """Routed experts. ``gate``, ``up`` (1, inter, inter): means over some of them, mean diagonal 1; ``down`` (1, 1,
-    hidden, hidden): one for all of them, because all write to the residual stream (of DeepSeek V3 it has 205 MB)."""
+    """Routed experts. ``down``: one for all of them, because all write to the residual stream (of DeepSeek V3 it has
+    205 MB)."""
 
     gradients: ExpertGradients
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    down: OutputFactor
 
-    def of_gate_up(self, experts: tuple[int, ...], weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, 1, inter, inter) of gate and of up of some experts, mixed with the layer's. ``weights``: theirs, by
-        name."""
-        gate, up = _of_gate_up(replace(self.gradients, weights=weights.__getitem__), experts)
-        return gate.lerp_(self.gate.expand_as(gate), POOL), up.lerp_(self.up.expand_as(up), POOL)
+    def of_gate_up(self, experts: tuple[int, ...], weights: Mapping[str, Tensor]) -> tuple[OutputFactor, OutputFactor]:
+        """Of gate and of up of some experts, B = experts, n = 1. ``weights``: theirs, by name."""
+        own = replace(self.gradients, weights=weights.__getitem__)
+        gate, up = zip(*(_of_expert(own, expert) for expert in experts), strict=True)
+        return factorize_output(torch.stack(gate)), factorize_output(torch.stack(up))
 
     def close(self) -> None:
         """Free what the experts read."""
         self.gradients.close()
-
-
-def _of_gate_up(gradients: ExpertGradients, experts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(B, 1, inter, inter) each: of gate and of up of some experts, mean diagonal 1; zeros for one without tokens."""
-    gate, up = zip(*(_of_expert(gradients, expert) for expert in experts), strict=True)
-    return torch.stack(gate), torch.stack(up)
 
 
 def _of_expert(gradients: ExpertGradients, expert: int) -> tuple[Tensor, Tensor]:
@@ -113,12 +102,12 @@ def _of_expert(gradients: ExpertGradients, expert: int) -> tuple[Tensor, Tensor]
     if not moments:  # no token of the Fisher pass
         inter = len(gradients.weights(gradients.block.gates[expert]))
         moments = [OutputMoments(inter, device=gradients.device) for _ in range(2)]
-    gate, up = (scaled(sums.sums) for sums in moments)
+    gate, up = map(_shrunk, moments)
     return gate, up
 
 
-def _of_all_downs(experts: ExpertGradients) -> Tensor:
-    """(1, 1, hidden, hidden): sum over experts and their tokens of share^2 g g^T, g the gradient at the sublayer's
+def _of_all_downs(experts: ExpertGradients) -> OutputFactor:
+    """Of (1, 1, hidden, hidden): sum over experts and their tokens of share^2 g g^T, g the gradient at the sublayer's
     output."""
     store, device = experts.gradient, experts.device
     squares = torch.zeros(store.n_rows * store.length, device=store.device)
@@ -130,7 +119,16 @@ def _of_all_downs(experts: ExpertGradients) -> Tensor:
         rows = store.read(start, stop).to(device).float().flatten(0, 1)
         own = squares[start * store.length : stop * store.length].sqrt().to(device)
         moments.add(rows * own.unsqueeze(1))
-    return moments.sums.unsqueeze(0)
+    return factorize_output(_shrunk(moments).unsqueeze(0))
+
+
+def _shrunk(moments: OutputMoments) -> Tensor:
+    """The sums (n, r, r), those between different outputs weakened: times tokens / (tokens + k), k = SHRINK * r."""
+    sums, count = moments.sums, moments.n_tokens
+    diagonal = sums.diagonal(dim1=-2, dim2=-1).clone()
+    sums.mul_(count / (count + SHRINK * sums.shape[-1]))
+    sums.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return sums
 
 
 def _rows_of(part: LinearPart, whole: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from quantkit.calibrate.inputs import InputImportance, Inputs, InputStats
 from quantkit.errors import CalibrationError, SchemeError
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+from quantkit.quantizers.ldlq.two_sided import OutputFactor, one_under_the_other
 from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.schemes import ChosenScheme
 
@@ -39,8 +40,7 @@ class Linears:
     ``producers``: what makes the inputs of each, one for all, or () if nothing can absorb a rescaling of them.
     ``folded``: by number of the output, the weights of a part, which is cut from the folded linear. ``reach`` (B,): the
     largest |weight| of each and of the linears that share a scale with it, where these are not quantised together.
-    ``output_hessian`` (B, n, r, r) float32: of the model's loss in their outputs, None if it is not known (see
-    `quantkit.quantizers.ldlq.two_sided`).
+    ``output_factor``: of the Hessian of the model's loss in their outputs, None if it is not known.
     """
 
     names: tuple[str, ...]
@@ -48,18 +48,18 @@ class Linears:
     producers: tuple[Producer, ...] = ()
     folded: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     reach: Tensor | None = None
-    output_hessian: Tensor | None = None
+    output_factor: OutputFactor | None = None
 
     def as_stored(self, number: int, folding: Folding) -> Linears:
         """The linears as an output has them before they are quantised: the same, or folded in float32. Of folded rows
         no output Hessian is known."""
         if number in self.folded:
-            return replace(self, weight=self.folded[number], output_hessian=None)
+            return replace(self, weight=self.folded[number], output_factor=None)
         if len(self.names) != len(self.weight) or not any(map(folding.changes, self.names)):
             return self
         pairs = zip(self.names, self.weight, strict=True)
         folded = torch.stack([folding.folded(name, weight).float() for name, weight in pairs])
-        return replace(self, weight=folded, output_hessian=None)
+        return replace(self, weight=folded, output_factor=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,18 +185,15 @@ def _quantized(
     quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme, *, output_aware: bool
 ) -> list[QuantizedBatch]:
     """Each of the linears in ``scheme``. A GPU takes them one under the other: columns follow one another, so a sweep
-    over more rows takes hardly longer. Output Hessians are copied: another output may want them."""
+    over more rows takes hardly longer."""
     reach = _reach(alike) if scheme.shares_scale else None
-    outputs = [linears.output_hessian if output_aware else None for linears in alike]
-    if len(alike) == 1 or not alike[0].weight.is_cuda or len({_block_shape(one) for one in outputs}) > 1:
-        pairs = zip(alike, outputs, strict=True)
-        return [
-            quantize(one.weight.float(), scheme, reach=reach, output_hessian=None if o is None else o.clone())
-            for one, o in pairs
-        ]
-    blocks = [one for one in outputs if one is not None]
-    joined = torch.cat(blocks, 1) if blocks else None
-    batch, start = quantize(_stacked(alike), scheme, reach=reach, output_hessian=joined), 0
+    factors = [linears.output_factor if output_aware else None for linears in alike]
+    if len(alike) == 1 or not alike[0].weight.is_cuda or len({_block_shape(one) for one in factors}) > 1:
+        pairs = zip(alike, factors, strict=True)
+        return [quantize(one.weight.float(), scheme, reach=reach, output_factor=factor) for one, factor in pairs]
+    known = [one for one in factors if one is not None]
+    joined = one_under_the_other(known) if known else None
+    batch, start = quantize(_stacked(alike), scheme, reach=reach, output_factor=joined), 0
     parts: list[QuantizedBatch] = []
     for linears in alike:
         stop = start + linears.weight.shape[1]
@@ -205,9 +202,9 @@ def _quantized(
     return parts
 
 
-def _block_shape(output_hessian: Tensor | None) -> tuple[int, ...]:
+def _block_shape(factor: OutputFactor | None) -> tuple[int, ...]:
     """() without one. Equal blocks of several linears can go through a sweep together."""
-    return () if output_hessian is None else tuple(output_hessian.shape[2:])
+    return () if factor is None else tuple(factor.lower.shape[2:])
 
 
 def _reach(alike: list[Linears]) -> Tensor:

@@ -21,7 +21,7 @@ from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.schedule import FILES, KEPT, MTP_INPUTS, OUTSIDE, SCORES, VALIDATION, Cost, Schedule, Step
 from quantkit.plan.shapes import Work, matrices
 from quantkit.plan.speed import treatment_key
-from quantkit.quantizers.batch import rows_at_once
+from quantkit.quantizers.ldlq.rows import rows_at_once
 from quantkit.tensors import Projection, Role
 
 BLOCKS = {

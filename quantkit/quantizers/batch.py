@@ -11,6 +11,7 @@ from quantkit.schemes import ChosenScheme, QuantError, QuantizedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes.grid import Stored
 
 
@@ -21,15 +22,6 @@ SHORT_SLICE_BYTES = 16 * 2**20
 again and again; larger ones are new pages each time, and zeroing them took longer than rounding to nearest."""
 DEVICE_SLICE_BYTES = 3 * 2**29
 """Float32 bytes of the rows that a GPU quantises at once: there short slices cost launches."""
-
-ROW_STEPS, LEAST_ROWS = 32, 16
-"""With an output Hessian rows go in at most so many steps, of at least so many rows each: fewer leave kernels without
-work."""
-
-
-def rows_at_once(height: int) -> int:
-    """Rows that are rounded together, of ``height`` that hear of each other."""
-    return max(LEAST_ROWS, -(-height // ROW_STEPS))
 
 
 def in_slices(weight: Tensor, *, short: bool = False) -> tuple[Tensor, ...]:
@@ -54,8 +46,8 @@ class QuantizedBatch:
     """``stored``: as in `QuantizedTensor`, each with a leading dimension B; loss and norm (B, out) float32: of error
     and weight, as the method weighs them; fallbacks: one for each matrix, as in `QuantError`.
 
-    ``output_loss`` and ``output_norm`` (B, out) float32: of error and weight under the output Hessian too; None without
-    one. Single rows may be negative, their sums are not."""
+    ``output_loss`` and ``output_norm`` (B, out) float32: of error and weight under the output Hessian too, of the
+    weight as if outputs were independent; None without one."""
 
     scheme: ChosenScheme
     stored: Stored
@@ -128,9 +120,9 @@ class Quantizer(Protocol):
         scheme: ChosenScheme,
         *,
         reach: Tensor | None = None,
-        output_hessian: Tensor | None = None,
+        output_factor: OutputFactor | None = None,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 and the scheme to store it in -> what is stored. ``reach`` (B,): see `grid` of
-        schemes that have ``shares_scale``. ``output_hessian`` (B, n, r, r) float32: see `two_sided.OutputFactor`; for
-        methods that are ``output_aware``, which overwrite it."""
+        schemes that have ``shares_scale``. ``output_factor``: of what errors of the outputs cost, for
+        methods that are ``output_aware``."""
         ...

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
     from quantkit.quantizers.ldlq.factor import Factor
+    from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes import ChosenScheme
     from quantkit.schemes.grid import Stored
 
@@ -130,14 +131,14 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         scheme: ChosenScheme,
         prepared: PreparedInputs,
         reach: Tensor | None = None,
-        output_hessian: Tensor | None = None,
+        output_factor: OutputFactor | None = None,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Without an output Hessian rows are independent and go
         through a slice at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
-        if output_hessian is not None:
-            return self._two_sided(weight, scheme, prepared, reach, output_hessian)
+        if output_factor is not None:
+            return self._two_sided(weight, scheme, prepared, reach, output_factor)
         parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight)]
         return QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
 
@@ -147,23 +148,25 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         scheme: ChosenScheme,
         prepared: PreparedInputs,
         reach: Tensor | None,
-        output_hessian: Tensor,
+        output_factor: OutputFactor,
     ) -> QuantizedBatch:
         from quantkit.quantizers.batch import QuantizedBatch
+        from quantkit.quantizers.ldlq import factor as ldlq_factor
         from quantkit.quantizers.ldlq import two_sided
 
         if reach is None and scheme.shares_scale:
             reach = weight.abs().amax((-2, -1))  # of the whole matrix, not of the rows at hand
-        factor, hessian = two_sided.factorize_output(output_hessian), prepared.factor.hessian
-        stored, error = two_sided.round_rows(
+        hessian = prepared.factor.hessian
+        rounded = two_sided.round_rows(
             self._target(weight, prepared),
-            factor,
+            output_factor,
             lambda rows: self._rounded(rows, scheme, prepared, reach)[0],
             lambda stored: scheme.decode(**stored),
         )
-        loss, output_loss = two_sided.losses(error, hessian, factor.hessian)
-        norm, output_norm = two_sided.losses(weight, hessian, factor.hessian)
-        return QuantizedBatch(scheme, stored, loss, norm, prepared.fallbacks(scheme), output_loss, output_norm)
+        loss, norm = (ldlq_factor.row_loss(one, hessian) for one in (rounded.error, weight))
+        output_loss = two_sided.output_losses(rounded, output_factor, hessian)
+        output_norm = norm * output_factor.diagonal.flatten(1, 2)
+        return QuantizedBatch(scheme, rounded.stored, loss, norm, prepared.fallbacks(scheme), output_loss, output_norm)
 
     def _target(self, weight: Tensor, prepared: PreparedInputs) -> Tensor:
         """What the codes are to come near to: the weight, moved towards the unquantised stream."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
+    from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes import ChosenScheme
 
 ScaleSearch = Literal["range", "mse", "importance"]
@@ -71,7 +72,7 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         scheme: ChosenScheme,
         prepared: Tensor | None,
         reach: Tensor | None = None,
-        output_hessian: Tensor | None = None,
+        output_factor: OutputFactor | None = None,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices

@@ -48,16 +48,12 @@ class LayerPass:
     new_rows: NewRows
     device: torch.device
 
-    def inputs_of(self, sublayers: tuple[Sublayer, ...], number: int, x: RowStore) -> RowStore:
-        """The residual stream before sublayer ``number``, in a new store. ``x``: before the layer, which stays."""
-        inner = self.new_rows()
-        for start, stop in row_batches(x):
-            inner.write(start, x.read(start, stop))
-        if number:
+    def forward(self, sublayers: tuple[Sublayer, ...], x: RowStore) -> None:
+        """Carry ``x`` in place through some sublayers."""
+        if sublayers:
             scratch = self.new_rows()
-            forward_layer(sublayers[:number], self.weights, inner, scratch, self.device)
+            forward_layer(sublayers, self.weights, x, scratch, self.device)
             scratch.close()
-        return inner
 
     def backward(self, sublayer: Sublayer, x: RowStore, gradient: RowStore, sums: FisherSums) -> None:
         """Carry ``gradient`` in place from a sublayer's output to its input ``x``; add up what its linears' outputs

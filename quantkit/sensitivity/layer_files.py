@@ -17,7 +17,7 @@ import torch
 
 from quantkit.calibrate.hidden_states import RowStore, write_exactly
 from quantkit.documents.sensitivity import FisherJob
-from quantkit.errors import SourceError
+from quantkit.errors import OutputError, SourceError
 from quantkit.formats.casting import bytes_of
 from quantkit.formats.preallocated import FileLayout, FilesLayout, PreallocatedFiles, disk_errors
 from quantkit.formats.safetensors.header import read_header
@@ -48,27 +48,28 @@ def layout_of(job: FisherJob, layer: int) -> FileLayout:
 
 
 class LayerFiles:
-    """The files of a pass that goes on: read and written by rows. Use it in ``with``."""
+    """The files of a pass that goes on."""
 
-    def __init__(self, folder: Path, job: FisherJob) -> None:
-        """Make the files, or take up those of an interrupted pass. Raises `OutputError` if the disk has no room, or if
-        a file is not the planned one."""
+    def __init__(self, folder: Path, job: FisherJob, *, begun: bool) -> None:
+        """Make the files, or take up those of an interrupted pass. ``begun``: something was written into them. Raises
+        `OutputError` if the disk has no room, if a file is not the planned one, or if what was begun is gone."""
         self._folder, self._job = folder, job
         self._layouts = tuple(layout_of(job, layer) for layer in range(len(job.sublayers)))
-        PreallocatedFiles.open(folder, FilesLayout(self._layouts_named(), ("*.safetensors*",)))
-
-    def _layouts_named(self) -> tuple[FileLayout, ...]:
-        """The layouts without tensor names, which are the same in each."""
-        return tuple(FileLayout(one.file, one.header, {}, one.nbytes) for one in self._layouts)
+        gone = [one.file for one in self._layouts if begun and not (folder / one.file).exists()]
+        if gone:
+            raise OutputError(f"{folder}: {gone[0]} of the unfinished pass is gone.", hint="Begin anew with --restart.")
+        # Without the names of tensors, which are the same in each file: rows are written here.
+        nameless = tuple(FileLayout(one.file, one.header, {}, one.nbytes) for one in self._layouts)
+        PreallocatedFiles.open(folder, FilesLayout(nameless, ("*.safetensors*",)))
 
     def save(self, layer: int, name: str, store: RowStore) -> None:
         """Write a whole tensor, and return when it is on the disk."""
-        layout, row_bytes = self._layouts[layer], self._row_bytes
+        layout, row_bytes = self._layouts[layer], _row_bytes(self._job)
         path = self._folder / layout.file
         with disk_errors(path):
             fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                for start, stop in self._parts():
+                for start, stop in _parts(self._job):
                     rows = store.read(start, stop).to(_dtype(self._job))
                     write_exactly(fd, bytes_of(rows), layout.places[name].offset + start * row_bytes)
                 os.fsync(fd)
@@ -80,17 +81,10 @@ class LayerFiles:
         path = self._folder / self._layouts[layer].file
         fill(path, self._layouts[layer].places[name].offset, self._job, store)
 
-    @property
-    def _row_bytes(self) -> int:
-        return self._job.length * self._job.hidden * DTYPES[self._job.dtype][0]
 
-    def _parts(self) -> Iterator[tuple[int, int]]:
-        return parts(self._job)
-
-
-def parts(job: FisherJob) -> Iterator[tuple[int, int]]:
+def _parts(job: FisherJob) -> Iterator[tuple[int, int]]:
     """[start, stop) of the rows that are moved at once."""
-    step = max(1, _AT_ONCE // max(1, job.length * job.hidden * DTYPES[job.dtype][0]))
+    step = max(1, _AT_ONCE // _row_bytes(job))
     for start in range(0, job.rows, step):
         yield start, min(start + step, job.rows)
 
@@ -98,12 +92,11 @@ def parts(job: FisherJob) -> Iterator[tuple[int, int]]:
 def fill(path: Path, offset: int, job: FisherJob, store: RowStore) -> None:
     """Fill ``store`` from a file's bytes from ``offset`` on. Raises `SourceError` if it ends early."""
     files = ShardFiles(path.parent, {path.name: _size(path)})
-    row_bytes = job.length * job.hidden * DTYPES[job.dtype][0]
     try:
         with files.borrow(path.name) as fd:
-            for start, stop in parts(job):
+            for start, stop in _parts(job):
                 rows = torch.empty(stop - start, job.length, job.hidden, dtype=_dtype(job))
-                read_into(fd, rows, offset + start * row_bytes, str(path))
+                read_into(fd, rows, offset + start * _row_bytes(job), str(path))
                 store.write(start, rows)
     finally:
         files.close()
@@ -124,6 +117,10 @@ def check_file(folder: Path, job: FisherJob, layer: int) -> dict[str, int]:
                 hint="Make the folder anew: quantkit sensitivity SOURCE -o FOLDER --restart.",
             )
     return {name: tensor.start for name, tensor in stored.items()}
+
+
+def _row_bytes(job: FisherJob) -> int:
+    return job.length * job.hidden * DTYPES[job.dtype][0]
 
 
 def _size(path: Path) -> int:

@@ -16,8 +16,8 @@ from quantkit.plan.shapes import ModelSizes
 from quantkit.sensitivity.layer_files import layout_of
 
 STORES = 4
-"""Vectors of the residual stream's width that exist at once for each token: the stream before the layer and inside it,
-its gradient, and what routed experts read; their gradient takes the place of a scratch."""
+"""Vectors of the residual stream's width that exist at once for each token: the stream and its gradient, what routed
+experts read and the gradient there."""
 BYTES_PER_LINEAR = 200
 """In the documents, of which two exist for a moment."""
 GRAPH_COPIES = 12

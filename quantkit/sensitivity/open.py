@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch, Sublayer
+from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.documents.sensitivity import LinearFisher, SensitivityDocument, read_sensitivity
 from quantkit.formats.model_source import ModelSource
@@ -87,9 +87,8 @@ class Sensitivity:
             return new_store(job.rows, job.length, job.hidden)
 
         own = LayerPass(weights, new_rows, device)
-        before = self.read(layer, INPUT, new_rows)
-        x = own.inputs_of(self._sublayers(layer), number, before)
-        before.close()
+        x = self.read(layer, INPUT, new_rows)
+        own.forward(self.arch.sublayers(layer)[:number], x)
         return SublayerGradients(own, x, self.read(layer, gradient_name(number), new_rows))
 
     def gradient_after(self, layer: int, new_store: NewStore) -> RowStore:
@@ -97,9 +96,6 @@ class Sensitivity:
         job = self.document.job
         name = gradient_name(job.sublayers[layer] - 1)
         return self.read(layer, name, lambda: new_store(job.rows, job.length, job.hidden))
-
-    def _sublayers(self, layer: int) -> tuple[Sublayer, ...]:
-        return self.arch.sublayers(layer)
 
     def read(self, layer: int, name: str, new_rows: NewRows) -> RowStore:
         """A tensor of a layer's file, in a new store."""

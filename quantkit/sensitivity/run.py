@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.stream import embed, forward_layer
+from quantkit.calibrate.stream import embed
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.documents.conversion import CalibrationFile
 from quantkit.documents.sensitivity import FisherJob, FisherProgress, LinearFisher, SensitivityDocument
@@ -50,7 +50,7 @@ def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> Sensiti
     needs = needs_of(request.arch, job)
     check_memory(needs, machine)
     with PassFolder(request.folder, job, restart=request.restart) as folder:
-        files = LayerFiles(folder.path, job)
+        files = LayerFiles(folder.path, job, begun=folder.progress.forward > 0)
         spare = max(0, machine.budget - total(needs.working)) if machine.device.type == "cpu" else machine.budget
         work = _Pass(request, machine, job, folder, files, on_event, spare)
         on_event(
@@ -141,6 +141,7 @@ class _Pass:
         """Up to the gradient at the last layer's output."""
         arch, last = self.request.arch, self.request.arch.n_layers - 1
         weights, new_rows = self._weights(), self._new_rows()
+        layer_pass = LayerPass(weights, new_rows, self.machine.device)
         for layer in range(self.folder.progress.forward, arch.n_layers):
             self._read_ahead(layer + 1)
             x = new_rows()
@@ -148,9 +149,7 @@ class _Pass:
                 self._embed(x)
                 self.files.save(0, INPUT, x)
             self.files.load(layer, INPUT, x)
-            h = new_rows()
-            forward_layer(arch.sublayers(layer), weights, x, h, self.machine.device)
-            h.close()
+            layer_pass.forward(arch.sublayers(layer), x)
             if layer < last:
                 self.files.save(layer + 1, INPUT, x)
             else:
@@ -181,11 +180,12 @@ class _Pass:
 
     def _back_through(self, layer: int, layer_pass: LayerPass, sums: FisherSums) -> None:
         sublayers = self.request.arch.sublayers(layer)
-        gradient, before = layer_pass.new_rows(), layer_pass.new_rows()
+        gradient = layer_pass.new_rows()
         self.files.load(layer, gradient_name(len(sublayers) - 1), gradient)
-        self.files.load(layer, INPUT, before)
         for number in reversed(range(len(sublayers))):
-            x = layer_pass.inputs_of(sublayers, number, before)
+            x = layer_pass.new_rows()
+            self.files.load(layer, INPUT, x)
+            layer_pass.forward(sublayers[:number], x)
             layer_pass.backward(sublayers[number], x, gradient, sums)
             x.close()
             if number:
@@ -193,7 +193,6 @@ class _Pass:
             elif layer:
                 self.files.save(layer - 1, gradient_name(self.job.sublayers[layer - 1] - 1), gradient)
         gradient.close()
-        before.close()
 
     def _embed(self, x: RowStore) -> None:
         source, arch = self.request.source, self.request.arch

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock
-from quantkit.convert.output_hessians import POOL, LayerGradients, SublayerHessians
-from quantkit.errors import QuantkitError
+from quantkit.convert.output_hessians import SHRINK, LayerGradients, SublayerHessians
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.formats import open_source
 from quantkit.plan.headers import headers_of
 from quantkit.plan.recipe import Recipe
+from quantkit.quantizers.ldlq.two_sided import DAMPING, OutputFactor
 from quantkit.sensitivity.moments import head_blocks
 from quantkit.sensitivity.open import open_sensitivity
 from tests.convert.jobs import LINEARS, int4, recipe_of, run, shards_of, small_config, write_model
+from tests.convert.test_resume_refused import Stop, stop_after
 from tests.sensitivity.passes import fisher_pass, new_store
 
 CPU = torch.device("cpu")
 MOE_LAYER = 1
+FISHER_TOKENS = 6 * 32
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +51,24 @@ def sublayer(place: Path, fisher: Path, number: int) -> Iterator[tuple[SublayerH
             yield hessians, list(arch.sublayers(MOE_LAYER)[number])
 
 
-def squares(gradients: list[Tensor]) -> Tensor:
-    """Sum of g g^T in float64."""
+def shrunk(gradients: list[Tensor], blocks: int = 1, tokens: int | None = None) -> Tensor:
+    """Sum of g g^T in float64, its off-diagonal weakened as for moments of so many blocks, and so many tokens."""
     g = torch.cat(gradients).double()
-    return g.T @ g
+    count = tokens or len(g)
+    whole, k = g.T @ g, SHRINK * g.shape[1] / blocks
+    diagonal = torch.diag(whole.diagonal())
+    return diagonal + (whole - diagonal) * count / (count + k)
 
 
-def scaled(matrix: Tensor) -> Tensor:
-    return matrix / matrix.diagonal().mean()
-
-
-def check(found: Tensor, expected: Tensor) -> None:
-    """Equal but for the rounding of float32 sums, beside the largest of them."""
-    assert float((found.double() - expected).abs().max()) < 1e-5 * float(expected.diagonal().max())
+def check(found: OutputFactor, place: tuple[int, int], expected: Tensor, mean: float) -> None:
+    """R D R^T of one block is ``expected`` over the ``mean`` of the matrix's diagonal, damped, but for float32 sums."""
+    layout, lower, pivots = (values[place] for values in (found.layout, found.lower, found.pivots))
+    unit = lower.double().tril()
+    back = layout.argsort()
+    rebuilt = ((unit * pivots.double()) @ unit.T)[back][:, back]
+    wanted = expected / mean
+    wanted = wanted + DAMPING * wanted.diagonal().mean() * torch.eye(len(wanted), dtype=torch.float64)
+    assert float((rebuilt - wanted).abs().max()) < 1e-4 * float(wanted.diagonal().max())
 
 
 def aware(match: str = LINEARS, **options: Any) -> dict[str, Any]:
@@ -78,23 +86,24 @@ def test_attention_has_one_for_each_linear_by_heads_and_by_parts(place: Path, fi
     config = small_config()
     heads, nope, v = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
     for name, own in gradients.items():
-        whole = squares(own)
-        n = found[name].shape[1]
+        n = found[name].lower.shape[1]
+        whole = shrunk(own, n)
+        mean = float(whole.diagonal().mean())
         height = len(whole) // n
         assert n == (heads if "q_b" in name or "kv_b" in name else 1)
         for head in range(n):
             rows = slice(head * height, (head + 1) * height)
-            check(found[name][0, head], whole[rows, rows])
+            check(found[name], (0, head), whole[rows, rows], mean)
         if "kv_b" in name:
-            values = found[f"{name}:v"][0]
             assert f"{name}:k" not in found
-            for head in range(heads):
-                rows = slice(head * (nope + v) + nope, (head + 1) * (nope + v))
-                check(values[head], whole[rows, rows])
+            own_rows = torch.cat([torch.arange(nope, nope + v) + head * (nope + v) for head in range(heads)])
+            mean = float(whole.diagonal()[own_rows].mean())
+            for head, rows in enumerate(own_rows.view(heads, v)):
+                check(found[f"{name}:v"], (0, head), whole[rows][:, rows], mean)
     assert len(gradients) == 5
 
 
-def test_experts_share_the_down_and_are_mixed_with_the_layers_mean(place: Path, fisher: Path) -> None:
+def test_experts_have_their_own_gate_and_up_and_share_the_down(place: Path, fisher: Path) -> None:
     with sublayer(place, fisher, 1) as (hessians, blocks):
         block = next(block for block in blocks if isinstance(block, ExpertBlock))
         found = hessians.of_experts(block)
@@ -106,12 +115,12 @@ def test_experts_share_the_down_and_are_mixed_with_the_layers_mean(place: Path, 
                 gradients.setdefault(name, []).append(values)
         down = found.down
         found.close()
-    check(down[0, 0], squares([g for name in block.downs for g in gradients[name]]))
+    expected = shrunk([g for name in block.downs for g in gradients[name]], tokens=FISHER_TOKENS)
+    check(down, (0, 0), expected, float(expected.diagonal().mean()))
     for made, names in ((gate, block.gates), (up, block.ups)):
-        mean = torch.stack([scaled(squares(gradients[name])) for name in names]).mean(0)
-        for place_, expert in enumerate((1, 3)):
-            expected = (1 - POOL) * scaled(squares(gradients[names[expert]])) + POOL * mean
-            check(made[place_, 0], expected)
+        for number, expert in enumerate((1, 3)):
+            expected = shrunk(gradients[names[expert]])
+            check(made, (number, 0), expected, float(expected.diagonal().mean()))
 
 
 def test_the_loss_that_was_lowered_is_recorded_and_the_bytes_repeat(place: Path, fisher: Path, tmp_path: Path) -> None:
@@ -131,6 +140,23 @@ def test_the_loss_that_was_lowered_is_recorded_and_the_bytes_repeat(place: Path,
     taught = {name: linear for name, linear in documents[1]["tensors"].items() if "layers.2." not in name}
     assert len(taught) > 20
     assert all(0 < linear["output_loss"] < 1 for linear in taught.values())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_stopped_job_goes_on_with_the_same_pass_only(place: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(4, 260, (2, 16), generator=torch.Generator().manual_seed(1))
+    recipe = recipe_of(aware(), sensitivity=str(tmp_path / "felt"))
+    fisher_pass(place / "model", tmp_path / "felt", tokens)
+    with pytest.raises(Stop):
+        run(place / "model", recipe, tmp_path / "out", on_event=stop_after(0))
+    fisher_pass(place / "model", tmp_path / "felt", tokens + 1, restart=True)
+    with pytest.raises(OutputError, match=r"an unfinished job that differs from this one: sensitivity\."):
+        run(place / "model", recipe, tmp_path / "out")
+    fisher_pass(place / "model", tmp_path / "felt", tokens, restart=True)
+    assert run(place / "model", recipe, tmp_path / "out").resumed
+    run(place / "model", recipe, tmp_path / "unbroken")
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "unbroken")
 
 
 def test_a_recipe_without_gradients_is_refused() -> None:

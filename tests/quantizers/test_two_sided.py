@@ -45,6 +45,10 @@ def problem(out: int = OUT, width: int = IN) -> tuple[Tensor, Tensor, Tensor]:
     return weight, hessian, output.unsqueeze(1)
 
 
+def factored(output: Tensor) -> two_sided.OutputFactor:
+    return two_sided.factorize_output(output.clone())
+
+
 def inputs(hessian: Tensor) -> InputStats:
     return InputStats(hessian.clone(), None, (900,) * len(hessian))
 
@@ -70,7 +74,7 @@ def test_codes_are_those_of_the_definition(rows: int, symmetric: bool, monkeypat
     scheme = IntScheme(bits=4, group_size=32, symmetric=symmetric, scale_dtype="float32")
     method = Gptq(output_aware=True, polish=0, damp_percent=0.01)
     prepared = method.prepare(inputs(hessian))
-    batch = method.quantize(weight, scheme, prepared, output_hessian=output.clone())
+    batch = method.quantize(weight, scheme, prepared, output_factor=factored(output))
     different = 0
     for index in range(MATRICES):
         rows_by_weight = output[index, 0].diagonal().argsort().numpy()
@@ -103,7 +107,7 @@ def test_outputs_that_matter_alike_change_nothing(scheme: ChosenScheme) -> None:
     weight, hessian, _ = problem()
     plain = Gptq().quantizer(inputs(hessian))(weight, scheme)
     alike = 3.0 * torch.eye(OUT).expand(MATRICES, 1, OUT, OUT)
-    aware = Gptq(output_aware=True).quantizer(inputs(hessian))(weight, scheme, output_hessian=alike.clone())
+    aware = Gptq(output_aware=True).quantizer(inputs(hessian))(weight, scheme, output_factor=factored(alike))
     assert plain.stored.keys() == aware.stored.keys()
     torch.testing.assert_close(aware.decode(), plain.decode(), rtol=0, atol=0)
     torch.testing.assert_close(aware.relative_loss, plain.relative_loss, rtol=1e-3, atol=1e-7)
@@ -114,11 +118,12 @@ def test_outputs_that_matter_alike_change_nothing(scheme: ChosenScheme) -> None:
 def test_the_output_loss_falls_and_is_what_is_reported(scheme: ChosenScheme) -> None:
     weight, hessian, output = problem()
     plain = Gptq().quantizer(inputs(hessian))(weight, scheme)
-    aware = Gptq(output_aware=True).quantizer(inputs(hessian))(weight, scheme, output_hessian=output.clone())
+    aware = Gptq(output_aware=True).quantizer(inputs(hessian))(weight, scheme, output_factor=factored(output))
     both = damped(hessian, 0.01), damped(output, two_sided.DAMPING)
     before, after = (output_losses(weight, batch.decode(), *both) for batch in (plain, aware))
     assert float((after / before).mean()) < 0.93
-    relative = after / output_losses(weight, torch.zeros_like(weight), *both)
+    diagonal = torch.diag_embed(both[1].diagonal(dim1=-2, dim2=-1))
+    relative = after / output_losses(weight, torch.zeros_like(weight), both[0], diagonal)
     assert aware.relative_output_losses == pytest.approx(relative.tolist(), rel=2e-3)
     assert plain.relative_output_losses == [None, None]
 
@@ -128,9 +133,9 @@ def test_blocks_of_an_output_hessian_are_matrices_of_their_own() -> None:
     weight, hessian, output = problem()
     scheme, method = IntScheme(bits=4, group_size=64), Gptq(output_aware=True)
     blocks = torch.stack([output[:, 0, :36, :36], 5 * output[:, 0, 36:, 36:]], 1)
-    whole = method.quantizer(inputs(hessian))(weight, scheme, output_hessian=blocks.clone())
+    whole = method.quantizer(inputs(hessian))(weight, scheme, output_factor=factored(blocks))
     for part, own in ((slice(36), blocks[:, :1]), (slice(36, None), blocks[:, 1:])):
-        alone = method.quantizer(inputs(hessian))(weight[:, part], scheme, output_hessian=own.clone())
+        alone = method.quantizer(inputs(hessian))(weight[:, part], scheme, output_factor=factored(own))
         cut = whole.rows(part.start or 0, part.stop or OUT)
         torch.testing.assert_close(cut.decode(), alone.decode(), rtol=0, atol=0)
         assert cut.relative_output_losses == pytest.approx(alone.relative_output_losses, rel=1e-4)
@@ -142,7 +147,7 @@ def test_an_output_that_never_matters_is_rounded_as_without() -> None:
     scheme = IntScheme(bits=4, group_size=64)
     plain = Gptq().quantizer(inputs(hessian))(weight, scheme)
     none = torch.zeros(MATRICES, 1, OUT, OUT)
-    aware = Gptq(output_aware=True).quantizer(inputs(hessian))(weight, scheme, output_hessian=none)
+    aware = Gptq(output_aware=True).quantizer(inputs(hessian))(weight, scheme, output_factor=factored(none))
     torch.testing.assert_close(aware.decode(), plain.decode(), rtol=0, atol=0)
     assert all(loss is not None and np.isfinite(loss) for loss in aware.relative_output_losses)
 

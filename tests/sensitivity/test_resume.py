@@ -178,3 +178,14 @@ def test_foreign_folders_are_left_alone(source: Path, tokens: Tensor, tmp_path: 
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is no folder"):
         fisher_pass(source, tmp_path / "file", tokens)
+
+
+@pytest.mark.parametrize("gone", [1, LAYERS])
+def test_layers_that_are_gone(gone: int, source: Path, tokens: Tensor, tmp_path: Path) -> None:
+    """Not made anew: what they held is not there to go on with."""
+    stopped(source, tokens, tmp_path / "pass")
+    for layer in range(gone):
+        (tmp_path / "pass" / layer_files.file_name(layer)).unlink()
+    for _ in range(2):
+        with pytest.raises(OutputError, match="of the unfinished pass is gone"):
+            fisher_pass(source, tmp_path / "pass", tokens)
