@@ -3,9 +3,9 @@ tokens after each prompt. Needs vLLM and nothing of quantkit.
 
     python run_vllm.py DIR RESULTS.json [--jobs 4] [--limit 240] RUN...
 
-RUN is a folder of DIR, with options behind ``@`` joined by ``+``: ``mtp`` (speculative decoding with the checkpoint's
-MTP layer), ``graphs`` (CUDA graphs instead of eager mode), ``marlin`` (linears and attention as an A100 would take
-them: Marlin, Triton MLA). Each run is a process of its own; its log is written beside RESULTS.json.
+RUN is a folder of DIR, or of a folder in it, with options behind ``@`` joined by ``+``: ``mtp`` (speculative decoding
+with the checkpoint's MTP layer), ``graphs`` (CUDA graphs instead of eager mode), ``marlin`` (linears and attention as
+an A100 would take them: Marlin, Triton MLA). Each run is a process of its own; its log is written beside RESULTS.json.
 
 DeepGEMM is off: it compiles some two hundred shapes at start-up, which takes longer than everything else here.
 """
@@ -78,7 +78,7 @@ def run_one(directory: Path, result: Path, run: str) -> None:
         **settings,
     )
     load_s = time.time() - begun
-    prompts: list[list[int]] = json.loads((directory / "prompts.json").read_text())
+    prompts: list[list[int]] = json.loads((directory / case).with_name("prompts.json").read_text())
     sampling = SamplingParams(
         temperature=0, max_tokens=N_NEW, ignore_eos=True, detokenize=False, prompt_logprobs=0, logprobs=0
     )
@@ -170,7 +170,7 @@ def split(run: str) -> tuple[str, list[str]]:
 
 
 def part_of(results: Path, run: str, suffix: str) -> Path:
-    return results.with_name(f"{results.stem}.{run}.{suffix}")
+    return results.with_name(f"{results.stem}.{run.replace('/', '.')}.{suffix}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ from quantkit.verify.completeness import stored_mtp_layers
 from quantkit.verify.stated import BITSANDBYTES
 
 NAMED = 3
+WANTED_KEYS: Mapping[str, Mapping[str, str]] = {
+    "glm4_moe_lite": {"first_k_dense_replace": "AttributeError"},
+    "glm_moe_dsa": {"topk_method": "KeyError for the router's bias"},
+}
+"""By model_type, keys that transformers does without and vLLM 0.24 does not, and what it ends with."""
 BITSANDBYTES_UNREAD = "quant_method is bitsandbytes: vLLM 0.33 does not read it, transformers does."
 
 
@@ -43,6 +48,13 @@ def in_files(checkpoint: Checkpoint) -> list[PlannedTensor]:
     """The family's tensors without MTP layers that were dropped as a whole."""
     layers = stored_mtp_layers(checkpoint)
     return [tensor for tensor in checkpoint.planned if tensor.role is not Role.MTP or tensor.layer in layers]
+
+
+def _absent_keys(checkpoint: Checkpoint) -> Iterator[str]:
+    """What the family's own config.json says, and a rebuilt one may have lost."""
+    for key, error in WANTED_KEYS.get(str(checkpoint.config.get("model_type")), {}).items():
+        if key not in checkpoint.config:
+            yield f"config.json: {key} is missing; vLLM ends with {error}. Take it from the official config.json."
 
 
 def _caught_tables(checkpoint: Checkpoint) -> Iterator[str]:
@@ -126,6 +138,7 @@ def _n_mtp(checkpoint: Checkpoint) -> int:
 
 
 _FAULTS: tuple[Callable[[Checkpoint], Iterator[str]], ...] = (
+    _absent_keys,
     _caught_tables,
     _fused_names,
     _global_scales,

@@ -67,7 +67,7 @@ def deepseek_v32(**changes: Any) -> dict[str, Any]:
 
 
 def glm_moe_dsa(**changes: Any) -> dict[str, Any]:
-    """GLM-5's."""
+    """GLM-5's: nothing is said of the routing but sizes, unless ``changes`` say it."""
     config = deepseek_v32(
         **{
             "architectures": ["GlmMoeDsaForCausalLM"],
@@ -78,4 +78,5 @@ def glm_moe_dsa(**changes: Any) -> dict[str, Any]:
             **changes,
         }
     )
-    return {key: value for key, value in config.items() if key not in ("scoring_func", "topk_method")}
+    silent = {"scoring_func", "topk_method"} - changes.keys()
+    return {key: value for key, value in config.items() if key not in silent}
