@@ -280,8 +280,8 @@ class GgufModel(Protocol):
         file."""
         ...
 
-    def differences(self) -> tuple[str, ...]:
-        """What llama.cpp computes slightly otherwise, one line each."""
+    def differences(self, *, mtp: bool) -> tuple[str, ...]:
+        """What llama.cpp computes slightly otherwise, one line each. ``mtp``: the file holds the MTP layer."""
         ...
 
     def server_flags(self) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def deepseek32(config: DeepseekV32Config) -> Dialect:
     faults = _faults(config)
     if not all(map(config.has_indexer, range(config.num_hidden_layers))):
         faults += ("layers share an indexer, llama.cpp computes that for glm-dsa alone",)
-    return Dialect(DEEPSEEK32, _IN_LAYER, _sizes(config), DEFAULTS[DEEPSEEK32], faults)
+    return Dialect(DEEPSEEK32, _IN_LAYER, _sizes(config), DEFAULTS[DEEPSEEK32], faults, _mtp_differences(config))
 
 
 def glm_dsa(config: DeepseekV32Config) -> Dialect:
@@ -52,11 +52,20 @@ def glm_dsa(config: DeepseekV32Config) -> Dialect:
         # glm-dsa.cpp does not read yarn_log_multiplier, so that sine and cosine would be scaled, not the softmax.
         faults += ("rope_scaling has a factor, llama.cpp reads none of yarn's mscale for glm-dsa",)
     full = tuple(map(config.has_indexer, range(config.num_hidden_layers)))
-    return Dialect(GLM_DSA, _IN_LAYER, {**_sizes(config), INDEXER_TYPES: full}, DEFAULTS[GLM_DSA], faults)
+    values = {**_sizes(config), INDEXER_TYPES: full}
+    return Dialect(GLM_DSA, _IN_LAYER, values, DEFAULTS[GLM_DSA], faults, _mtp_differences(config))
 
 
 def _sizes(config: DeepseekV32Config) -> dict[str, KeyValue]:
     return {key: getattr(config, entry) for key, entry in INDEXER_SIZES.items()}
+
+
+def _mtp_differences(config: DeepseekV32Config) -> tuple[str, ...]:
+    """graph_mtp of both has no indexer; seen in logits (tests/convert/test_mtp_llama_cpp.py)."""
+    return (
+        f"llama.cpp's MTP layer attends to all keys: behind {config.index_topk:,} tokens it drafts otherwise than the "
+        "model's own, which costs speed, not quality.",
+    )
 
 
 def _faults(config: DeepseekV32Config) -> tuple[str, ...]:
