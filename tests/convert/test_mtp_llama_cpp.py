@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import embedding
 
 from quantkit import plan
-from quantkit.arch import arch_of
 from quantkit.plan.recipe import Recipe
 from tests.arch.relatives import deepseek_v32, glm4_moe_lite, glm_moe_dsa
+from tests.arch.test_mtp import drafted
 from tests.convert.jobs import run, write_model
-from tests.oracles import forward
 from tests.oracles.llama_mtp import draft_logits
 from tests.tiny_models import tiny_config
 
@@ -40,24 +37,6 @@ def kept(preset: str) -> Recipe:
     return Recipe.model_validate({"version": 1, "outputs": [output]})
 
 
-def drafted(config: dict[str, Any], weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """tokens (1, n) -> (n - 1, vocab): the layer of `ModelArch.mtp_layers` on what the model's layers give."""
-    arch = arch_of(config)
-    ((number, layer),) = arch.mtp_layers().items()
-
-    def weight(name: str) -> Tensor:
-        return weights[name].float()
-
-    with torch.inference_mode():
-        x = embedding(tokens, weight(arch.embed))
-        for main in range(arch.n_layers):
-            x = forward.forward_layer(arch.sublayers(main), weight, x)
-        hidden = arch.final_hidden(weight, x[0])[None, :-1]
-        entered = layer.inputs(weight, hidden, embedding(tokens[:, 1:], weight(layer.embed)))
-        left = forward.forward_layer(arch.sublayers(number), weight, entered)
-        return layer.final_hidden(weight, left[0]) @ weight(layer.lm_head).T
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_drafts_what_the_layer_computes(family: str, tmp_path: Path) -> None:
     """Behind ``index_topk`` tokens llama.cpp has no indexer in this layer, which the plan says."""
@@ -67,7 +46,7 @@ def test_llama_cpp_drafts_what_the_layer_computes(family: str, tmp_path: Path) -
     (path,) = (tmp_path / "out").glob("*.gguf")
     tokens = torch.randint(4, 260, (1, N_TOKENS), generator=torch.Generator().manual_seed(5))
     found = torch.from_numpy(draft_logits(path, tokens[0].numpy().astype(np.int32), config["hidden_size"]))
-    expected = drafted(config, weights, tokens)
+    expected = drafted(config, weights, tokens)[0]
     assert expected.std() > 0.3
     apart = (found - expected).abs().amax(dim=1)
     sparse = "index_topk" in config
