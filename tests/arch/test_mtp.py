@@ -51,6 +51,9 @@ def transformers_layer(folder: Path, config: dict[str, Any], weights: dict[str, 
     eps = config["rms_norm_eps"]
     left: list[Tensor] = []
 
+    def leave(_: object, __: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        left.append(out[0] if isinstance(out, tuple) else out)
+
     def enter(_: object, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         hidden = rms_norm(args[0].double(), weights["model.norm.weight"], eps)
         following = embedding(tokens.roll(-1, 1), weights[f"{PREFIX}embed_tokens.weight"].double())
@@ -63,7 +66,7 @@ def transformers_layer(folder: Path, config: dict[str, Any], weights: dict[str, 
 
     block = model.eval().model.layers[MTP]
     block.register_forward_pre_hook(enter, with_kwargs=True)
-    block.register_forward_hook(lambda _, __, out: left.append(out[0] if isinstance(out, tuple) else out))
+    block.register_forward_hook(leave)
     with torch.inference_mode():
         model(tokens)
     return left[0]
