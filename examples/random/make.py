@@ -33,7 +33,7 @@ KIMI_SECTION = {
     "format": "pack-quantized",
     "quantization_status": "compressed",
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
-    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
+    "ignore": ["re:.*(lm_head|self_attn|shared_experts|mlp\\.gate$|mlp\\.(gate|up|gate_up|down)_proj).*"],
 }
 KIMI_VISION = {"vision_tower.encoder.final_layernorm.weight": (64,), "mm_projector.proj.0.weight": (256, 64)}
 

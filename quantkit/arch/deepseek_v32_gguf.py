@@ -63,8 +63,8 @@ def _sizes(config: DeepseekV32Config) -> dict[str, KeyValue]:
 def _mtp_differences(config: DeepseekV32Config) -> tuple[str, ...]:
     """graph_mtp of both has no indexer; seen in logits (tests/convert/test_mtp_llama_cpp.py)."""
     return (
-        f"llama.cpp's MTP layer attends to all keys: behind {config.index_topk:,} tokens it drafts otherwise than the "
-        "model's own, which costs speed, not quality.",
+        f"llama.cpp's MTP layer attends to all keys: beyond {config.index_topk:,} tokens it drafts otherwise than the "
+        "model's own. What it accepts is the model's choice all the same.",
     )
 
 

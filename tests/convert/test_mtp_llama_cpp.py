@@ -39,7 +39,7 @@ def kept(preset: str) -> Recipe:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_drafts_what_the_layer_computes(family: str, tmp_path: Path) -> None:
-    """Behind ``index_topk`` tokens llama.cpp has no indexer in this layer, which the plan says."""
+    """Beyond ``index_topk`` tokens llama.cpp has no indexer in this layer, which the plan says."""
     config = FAMILIES[family](**SMALL)
     weights = write_model(tmp_path / "model", config)
     run(tmp_path / "model", kept("F32"), tmp_path / "out")
@@ -53,7 +53,7 @@ def test_llama_cpp_drafts_what_the_layer_computes(family: str, tmp_path: Path) -
     assert apart[: TOP_K if sparse else None].max() <= 1e-4
     assert (apart.max() > 0.1) == sparse
     warnings = plan(tmp_path / "model", kept("F32")).warnings
-    assert sum(f"behind {TOP_K} tokens it drafts otherwise" in line for line in warnings) == sparse
+    assert sum(f"beyond {TOP_K} tokens it drafts otherwise" in line for line in warnings) == sparse
 
 
 def completed(path: Path, *, mtp: bool) -> dict[str, Any]:
