@@ -80,6 +80,7 @@ def test_glm_dsa_without_the_kinds_of_its_indexers(tmp_path: Path) -> None:
     ("config", "said"),
     [
         (deepseek_v32(index_head_dim=96), "index_head_dim 96 is not twice qk_rope_head_dim 32"),
+        (deepseek_v32(indexer_types=["full", "full", "shared"]), "layers share an indexer"),
         (glm_moe_dsa(rope_scaling=deepseek_v32()["rope_scaling"]), "llama.cpp reads none of yarn's mscale for glm-dsa"),
     ],
 )
