@@ -1,7 +1,8 @@
 """`convert --layers`: some layers of a conversion, compared with the original on held-out text, and what the whole will
 take.
 
-The calibration text goes through all layers up to the last named one. Layers that are not named stay as they are.
+The calibration text goes through all layers up to the last named one. Layers that are not named stay as they are; MTP
+layers, which come after all others, cannot be named.
 Everything is done as the whole conversion does it: the same plan, the same loop, files of the same format, read back.
 They lie in a folder OUT.trial-... that goes at the end: what is left is OUT.trial.json, a report.
 """
@@ -84,7 +85,7 @@ def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: On
         tally.add(event)
         on_event(event)
 
-    part = replace(job, plan=trial_plan(job.plan, layers, job.arch.n_layers))
+    part = replace(job, plan=trial_plan(job.plan, layers, job.arch))
     windows = _held_out(job)
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))

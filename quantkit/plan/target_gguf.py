@@ -21,7 +21,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.source import checkpoint_name
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
 from quantkit.runtimes.llama_cpp import contract, presets
-from quantkit.runtimes.llama_cpp.command import serve
+from quantkit.runtimes.llama_cpp.command import DRAFT_FLAGS, serve
 from quantkit.schemes import ChosenScheme, GgmlScheme, Scheme, describe
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.schemes.repacking import block_type
@@ -127,7 +127,7 @@ class GgufTarget:
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
         left = f"{self._carried:,} tensors of the vision tower: left out, llama.cpp reads them from an mmproj file."
-        return [*replaced, *([left] if self._carried else []), *contract.notes(self._model)]
+        return [*replaced, *([left] if self._carried else []), *contract.notes(tensors, self._model)]
 
     def check_source(self, source: Path) -> tuple[str, ...]:
         """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied. A line
@@ -178,7 +178,8 @@ class GgufTarget:
         """llama.cpp's server on the first file."""
         stored = sink.stacked_tensors(tensors, self._model.stored_name)
         first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
-        return (serve(first if folder == "." else f"{folder}/{first}", self._model.server_flags()),)
+        flags = (*self._model.server_flags(), *(DRAFT_FLAGS if self._mtp_stored(tensors) else ()))
+        return (serve(first if folder == "." else f"{folder}/{first}", flags),)
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""
