@@ -15,6 +15,7 @@ from quantkit.cli.converted import next_text, program
 from quantkit.cli.exit_codes import REFUSED, interruptible, missing_option, refusals, show_error
 from quantkit.cli.options import (
     AsJson,
+    ConfigFolder,
     Data,
     Device,
     DeviceOption,
@@ -57,6 +58,7 @@ def convert(
     method: MethodName = None,
     data: Data = None,
     tokens: Tokens = None,
+    config: ConfigFolder = None,
     print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
@@ -75,17 +77,17 @@ def convert(
     """
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens)
     with refusals():
-        chosen = chosen_recipe(source, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:
             typer.echo(recipe_yaml(chosen), nl=False)
             return
         if dry_run:
-            show_plan(source, chosen, recipe or shorthand.what, as_json, memory_budget=memory_budget)
+            show_plan(source, chosen, recipe or shorthand.what, as_json, config=config, memory_budget=memory_budget)
             return
         if out is None:
             missing_option("'--out' / '-o'")
         if layers is not None:
-            _try(source, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
+            _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
             return
         options = shorthand.words if recipe is None else ("-r", recipe)
         with interruptible(lambda: _advice(source, options, out)), progress(log) as on_event:
@@ -93,6 +95,7 @@ def convert(
                 source,
                 chosen,
                 out,
+                config=config,
                 device=device.value,
                 memory_budget=memory_budget,
                 jobs=jobs,
@@ -104,6 +107,7 @@ def convert(
 
 def _try(
     source: Path,
+    config: Path | None,
     recipe: Recipe,
     out: Path,
     layers: str,
@@ -121,6 +125,7 @@ def _try(
             recipe,
             out,
             layers,
+            config=config,
             device=device,
             memory_budget=memory_budget,
             jobs=jobs,

@@ -10,6 +10,7 @@ from quantkit import api as commands
 from quantkit.cli.exit_codes import refusals
 from quantkit.cli.options import (
     AsJson,
+    ConfigFolder,
     Context,
     ConvertOn,
     Data,
@@ -41,6 +42,7 @@ def plan(
     method: MethodName = None,
     data: Data = None,
     tokens: Tokens = None,
+    config: ConfigFolder = None,
     print_recipe: PrintRecipe = False,
     gpus: GpuOption = None,
     context: Context = None,
@@ -55,7 +57,7 @@ def plan(
     """
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens)
     with refusals():
-        chosen = chosen_recipe(source, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:
             typer.echo(recipe_yaml(chosen), nl=False)
             return
@@ -64,6 +66,7 @@ def plan(
             chosen,
             recipe or shorthand.what,
             as_json,
+            config=config,
             gpus=gpus,
             context=context,
             memory_budget=memory_budget,
@@ -77,6 +80,7 @@ def show_plan(
     name: str,
     as_json: bool,
     *,
+    config: Path | None = None,
     gpus: Gpus | None = None,
     context: int | None = None,
     memory_budget: int | None = None,
@@ -86,7 +90,14 @@ def show_plan(
     from quantkit.text.forecast import forecast_document, forecast_text
 
     found = commands.plan(
-        source, recipe, gpus=gpus, context=context, memory_budget=memory_budget, convert_on=convert_on, hours=True
+        source,
+        recipe,
+        config=config,
+        gpus=gpus,
+        context=context,
+        memory_budget=memory_budget,
+        convert_on=convert_on,
+        hours=True,
     )
     if as_json:
         show_json(forecast_document(found, name))

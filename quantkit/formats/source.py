@@ -59,8 +59,8 @@ def check_folder(path: Path) -> None:
 
 def _no_source(path: Path) -> SourceError:
     return SourceError(
-        f"{printable(str(path))}: is a GGUF model, which is written and not read as a source.",
-        hint="Give the original's folder: config.json and shards in BF16, FP8 blocks or compressed-tensors.",
+        f"{printable(str(path))}: is a GGUF model, a folder with config.json was needed.",
+        hint="`convert` and `plan` read GGUF beside --config DIR, the folder of the original's config.json.",
     )
 
 

@@ -24,6 +24,7 @@ from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, quantization_section, read_config
+from quantkit.inspect import other_releases
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.plan.source_tensors import contradicts_tied, listed_specs, note_of_copies, shared_copies, sort_unlisted
 from quantkit.runtimes import transformers
@@ -177,6 +178,7 @@ def _weights(infos: Mapping[str, TensorInfo], linears: Mapping[str, PackedLinear
         module = name.removesuffix(f".{INPUT_SCALE}")
         if f"{module}.weight_packed" in infos:  # what inputs are divided by, of no interest here but for its bytes
             suffix, owner = INPUT_SCALE, f"{module}.weight"
+        owner, suffix = other_releases.part_of(name, infos) or (owner, suffix)
         weights.setdefault(owner, _Weight(owner)).parts[suffix] = info
     return weights
 
@@ -211,6 +213,8 @@ def _planned(weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object,
     ):
         by_group = "_scale" in parts and parts["_scale"].dtype == "U8"
         return PlannedTensor(parts[""], Mxfp8Scheme() if by_group else Float8Scheme(), None, spec)
+    if (found := other_releases.understood(parts)) is not None:
+        return PlannedTensor(TensorInfo(weight.name, found[0], "BF16"), found[1], None, spec)
     fp4 = _FP4.get(frozenset(parts) - {INPUT_SCALE})
     if fp4 is not None and parts["_packed"].dtype == "U8" and len(parts["_packed"].shape) == 2:
         n_out, n_words = parts["_packed"].shape

@@ -196,10 +196,14 @@ def _note_zero_points(linears: LinearsByScheme) -> Iterator[str]:
 
 
 def _note_scale_dtype(linears: LinearsByScheme) -> Iterator[str]:
-    text = "vLLM rounds scales to the model's dtype when it loads, but codes were chosen for float32 scales."
+    rounds = "vLLM rounds scales to the model's dtype when it loads"
+    texts = {
+        "float32": f"{rounds}, but codes were chosen for float32 scales.",
+        "float16": f"{rounds}: float16 ones need --dtype float16, unless config.json says it.",
+    }
     for use, scheme in _integers(linears):
-        if scheme.scale_dtype == "float32":
-            yield line(use.tensors, text)
+        if scheme.scale_dtype in texts:
+            yield line(use.tensors, texts[scheme.scale_dtype])
 
 
 def _note_int8_experts(linears: LinearsByScheme) -> Iterator[str]:
