@@ -14,7 +14,7 @@ from quantkit.tensors import Projection, Role
 from quantkit.verify import vllm_integers
 from quantkit.verify.checkpoint import Checkpoint
 from quantkit.verify.completeness import stored_mtp_layers
-from quantkit.verify.stated import BITSANDBYTES
+from quantkit.verify.stated import BITSANDBYTES, by_class_alone
 
 NAMED = 3
 WANTED_KEYS: Mapping[str, Mapping[str, str]] = {
@@ -69,9 +69,12 @@ def _caught_tables(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _fused_names(checkpoint: Checkpoint) -> Iterator[str]:
     """vLLM looks for its fused modules, gate_up_proj and the like, under their own names."""
-    if checkpoint.resolver is None:
+    resolver = checkpoint.resolver
+    if resolver is None:
         return
-    wrong = mistakes(checkpoint.resolver.targets, [tensor for tensor in in_files(checkpoint) if is_module(tensor)])
+    modules = [tensor for tensor in in_files(checkpoint) if is_module(tensor)]
+    modules = [t for t in modules if t.scheme is not None or t.spec is None or not by_class_alone(resolver, t.spec)]
+    wrong = mistakes(resolver.targets, modules)
     if wrong:
         more = f" and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
         yield f"{', '.join(wrong[:NAMED])}{more}: the targets of config.json give another scheme than their parts have."

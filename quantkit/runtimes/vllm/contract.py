@@ -17,7 +17,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes.linears import Check, LinearsByScheme, Use, by_scheme, line
 from quantkit.runtimes.vllm.tensor_parallel import cut_of, cuts_of, most_ranks
 from quantkit.schemes import Float8Scheme, IntScheme, Mxfp8Scheme, W4AFp8Scheme, describe
-from quantkit.tensors import Projection, Role
+from quantkit.tensors import Projection, Role, TensorSpec
 
 COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ = "compressed-tensors", "gptq", "gptq_v2", "awq"
 BITSANDBYTES = "bitsandbytes"
@@ -74,13 +74,13 @@ def attention_notes(sizes: ServingSizes) -> list[str]:
 
 def _plain_modules(planned: Planned) -> Iterator[str]:
     for tensor, key in planned:
-        if key != KEPT and _is_plain(tensor):
+        if key != KEPT and tensor.spec is not None and is_plain(tensor.spec):
             yield f"{tensor.module}: planned as {describe(tensor.scheme)}, but vLLM reads it only unquantised; keep it."
 
 
-def _is_plain(tensor: PlannedTensor) -> bool:
-    spec = tensor.spec
-    return spec is not None and (spec.base_role in _PLAIN_ROLES or spec.projection is Projection.MTP_INPUT)
+def is_plain(spec: TensorSpec) -> bool:
+    """Whether vLLM builds the module without a quantisation config, so that a target that is a class never takes it."""
+    return spec.base_role in _PLAIN_ROLES or spec.projection is Projection.MTP_INPUT
 
 
 def _split_fused(planned: Planned) -> Iterator[str]:
