@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "peers"))
 
 from evaluate import evaluate_decoded, show, store  # noqa: E402  (its folder is no package)
-from protocol import model_dir, shared_dir  # noqa: E402
+from protocol import GROUP_SIZE, NARROW_GROUP, model_dir, narrow, shared_dir  # noqa: E402
 
 BITS = {"int4": (4, 4), "int3": (3, 3), "mixed": (4, 8)}
 """Bits of the routed experts, and of attention, dense MLP and shared experts."""
@@ -34,8 +34,9 @@ def recipe(scheme: str, tokens: int) -> dict[str, object]:
     experts, rest = BITS[scheme]
     text = shared_dir() / "models" / "text"
 
-    def rule(match: str, bits: int) -> dict[str, object]:
-        return {"match": match, "scheme": {"kind": "int", "bits": bits, "group_size": 128}, "method": {"kind": "gptq"}}
+    def rule(match: str, bits: int, group: int = GROUP_SIZE) -> dict[str, object]:
+        scheme = {"kind": "int", "bits": bits, "group_size": group}
+        return {"match": match, "scheme": scheme, "method": {"kind": "gptq"}}
 
     return {
         "version": 1,
@@ -45,6 +46,7 @@ def recipe(scheme: str, tokens: int) -> dict[str, object]:
                 "name": scheme,
                 "format": "compressed-tensors",
                 "rules": [
+                    *(rule(f"{name}.weight", rest, NARROW_GROUP) for name in narrow()),
                     rule("role:expert", experts),
                     rule("role:attention|mlp|shared_expert", rest),
                     {"match": "*", "keep": "source"},
@@ -55,11 +57,12 @@ def recipe(scheme: str, tokens: int) -> dict[str, object]:
     }
 
 
-def convert(scheme: str, tokens: int, work: Path) -> tuple[Path, dict[str, object]]:
-    """Run the command line on the model -> (folder of the result, its --json document with wall seconds)."""
+def convert(scheme: str, tokens: int, work: Path, model: Path | None = None) -> tuple[Path, dict[str, object]]:
+    """Run the command line on the model (by default the protocol's) -> (folder of the result,
+    its --json document with wall seconds)."""
     path, out = work / f"{scheme}.yaml", work / scheme
     path.write_text(yaml.safe_dump(recipe(scheme, tokens), sort_keys=False))
-    command = [sys.executable, "-m", "quantkit", "convert", str(model_dir()), "-r", str(path), "-o", str(out)]
+    command = [sys.executable, "-m", "quantkit", "convert", str(model or model_dir()), "-r", str(path), "-o", str(out)]
     start = time.monotonic()
     done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)

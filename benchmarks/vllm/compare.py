@@ -34,6 +34,7 @@ from tests.oracles.forward import logits  # noqa: E402
 
 UNQUANTIZED = "bf16"
 FP8_MAX = 448.0
+WHAT = "log-probabilities by vLLM and by quantkit's own forward of the same files"
 KERNELS = ("Kernel for", "Selected", "MoE backend", "prefill backend", "attention backend", "AttentionBackend")
 
 
@@ -47,7 +48,8 @@ def main() -> None:
     prompts = torch.tensor(json.loads((given.directory / "prompts.json").read_text()))
     noise = Twin(given.directory / UNQUANTIZED)
     rows = [compare(given.directory, run, record, prompts, noise) for run, record in measured.pop("runs").items()]
-    document = {**measured, "prompts": list(prompts.shape), "runs": rows}
+    made = {"what": WHAT, "command": "python benchmarks/vllm/compare.py DIR RESULTS.json"}
+    document = {**made, **measured, "prompts": list(prompts.shape), "runs": rows}
     given.out.write_text(json.dumps(document, indent=2) + "\n")
     print(table(rows))
 
