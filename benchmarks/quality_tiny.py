@@ -57,12 +57,11 @@ def recipe(scheme: str, tokens: int) -> dict[str, object]:
     }
 
 
-def convert(scheme: str, tokens: int, work: Path, model: Path | None = None) -> tuple[Path, dict[str, object]]:
-    """Run the command line on the model (by default the protocol's) -> (folder of the result,
-    its --json document with wall seconds)."""
+def convert(scheme: str, tokens: int, work: Path) -> tuple[Path, dict[str, object]]:
+    """Run the command line on the model -> (folder of the result, its --json document with wall seconds)."""
     path, out = work / f"{scheme}.yaml", work / scheme
     path.write_text(yaml.safe_dump(recipe(scheme, tokens), sort_keys=False))
-    command = [sys.executable, "-m", "quantkit", "convert", str(model or model_dir()), "-r", str(path), "-o", str(out)]
+    command = [sys.executable, "-m", "quantkit", "convert", str(model_dir()), "-r", str(path), "-o", str(out)]
     start = time.monotonic()
     done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)

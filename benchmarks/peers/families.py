@@ -7,8 +7,8 @@ MODEL is a folder that tools/train_relatives.py wrote; text and windows are thos
 model's own tokenizer. Rows go to results/peers_families.json; of what does not run, the error. Half an hour a model on
 two cores. What a peer left under DIR (build/families) is not made again.
 
-transformers evaluates all of them, and quantkit's own evaluator must find the same for quantkit's. Kimi K2's model_type
-belongs to code of its own, which is that of DeepSeek V3: peers and evaluator read it as deepseek_v3.
+transformers evaluates all of them. Kimi K2's model_type belongs to code of its own, which is that of DeepSeek V3:
+peers and evaluator read it as deepseek_v3.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from decoded import Stopwatch  # noqa: E402  (its folder is no package)
 from evaluate import evaluate_decoded, evaluation_record, rtn_row, show  # noqa: E402
 from protocol import calibration_windows, narrow  # noqa: E402
 from quality import recipe as gguf_recipe  # noqa: E402
-from quality_tiny import convert, decode  # noqa: E402
+from quality_tiny import decode  # noqa: E402
+from quality_tiny import recipe as int_recipe  # noqa: E402
 from rows import row_of, row_of_weights  # noqa: E402
 
 from tests.oracles import ggml  # noqa: E402
@@ -82,16 +83,11 @@ def rtn(_work: Work) -> Row:
 
 
 def quantkit_int4(work: Work) -> Row:
-    out, report = convert("int4", TOKENS, fresh(work, "quantkit"), work.model)
-    decode(out, work.path("quantkit") / "decoded")
-    seconds: Any = report["seconds"]
-    outputs: Any = report["outputs"]
-    note = {
-        "settings": f"gptq with quantkit's defaults, {TOKENS:,} tokens",
-        "seconds": round(seconds["total"] - seconds["validation"], 1),
-        "own_evaluation": outputs[0]["validation"]["mean_kl"],
-    }
-    return evaluate_decoded(work.path("quantkit") / "decoded", "quantkit", "int4", note)
+    folder = fresh(work, "quantkit")
+    report = converted(work.model, {**int_recipe("int4", TOKENS), "validation": None}, folder)
+    decode(folder / "out", folder / "decoded")
+    note = {"settings": f"gptq with quantkit's defaults, {TOKENS:,} tokens", "seconds": report["seconds"]["total"]}
+    return evaluate_decoded(folder / "decoded", "quantkit", "int4", note)
 
 
 def peer(name: str, *settings: str, work: Work) -> Row:
@@ -107,7 +103,7 @@ def quantkit_gguf(mix: str, work: Work) -> Row:
     folder = fresh(work, f"quantkit-{mix}")
     report = converted(work.model, gguf_recipe(mix, TOKENS), folder)
     note = {"name": "quantkit", "scheme": mix, "settings": f"gptq, {TOKENS:,} tokens; wall seconds with calibration"}
-    return row_of(gguf_in(folder), {**note, "seconds": round(report["seconds"]["total"], 1)}, own=True)
+    return row_of(gguf_in(folder), {**note, "seconds": round(report["seconds"]["total"], 1)}, own=False)
 
 
 def llama_cpp(mix: str, work: Work) -> Row:
