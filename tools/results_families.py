@@ -20,7 +20,8 @@ def peers_families(data: Document) -> str:
     parts = [
         "The models of the section before, by the protocol of the tiny model: its text and windows, tokenised by\n"
         "their own tokenizer; transformers evaluates all rows. Bits per weight are those of the projections, scales\n"
-        "included. Against quantkit's: the mean difference by windows.\n",
+        "included. Against quantkit's: the mean difference by windows. A tool's setting is the best of its own on the\n"
+        "tiny model. Seconds are of a machine with much other work: they compare nothing.\n",
         facts(
             what=data.get("what"),
             recipe="scheme of each table; method and options under settings",
