@@ -36,7 +36,7 @@ from tests.oracles.gguf_reader import read_types, read_weights  # noqa: E402
 RESULTS = HERE.parent / "results" / "gguf_tiny.json"
 WHAT = "tiny-deepseek-v3 as GGUF, 88 held-out windows of 512 tokens, KLD in nats against the BF16 weights, float32"
 EXACT = ("token_embd", "output", "output_norm", "attn_norm", "ffn_norm", "attn_q_a_norm", "attn_kv_a_norm")
-EXACT += ("ffn_gate_inp", "exp_probs_b")
+EXACT += ("ffn_gate_inp", "exp_probs_b", "k_norm")
 """What is no projection, by the last part of its name but one."""
 HEAD = ["written by", "settings", "bpw", "bytes", "KLD ± SE", "median", "ppl", "top-1 %", "CPU s"]
 
@@ -61,7 +61,13 @@ def storage(path: Path) -> dict[str, Any]:
 
 
 def row_of(path: Path, note: Row, *, own: bool) -> Row:
-    reference, decoded = load_weights(model_dir()), read_weights(path)
+    """The row of a file."""
+    return row_of_weights(path, read_weights(path), note, own=own)
+
+
+def row_of_weights(path: Path, decoded: Mapping[str, Tensor], note: Row, *, own: bool = False) -> Row:
+    """The row of decoded weights whose types are those of the file ``path``."""
+    reference = load_weights(model_dir())
     if reference.keys() != decoded.keys():
         raise SystemExit(f"{path}: not the same weights: {sorted(reference.keys() ^ decoded.keys())[:3]}")
     start = time.perf_counter()

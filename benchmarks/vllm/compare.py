@@ -34,6 +34,7 @@ from tests.oracles.forward import logits  # noqa: E402
 
 UNQUANTIZED = "bf16"
 FP8_MAX = 448.0
+WHAT = "log-probabilities by vLLM and by quantkit's own forward of the same files"
 KERNELS = ("Kernel for", "Selected", "MoE backend", "prefill backend", "attention backend", "AttentionBackend")
 
 
@@ -45,7 +46,8 @@ def main() -> None:
     given = parser.parse_args()
     measured = json.loads(given.results.read_text())
     rows = [compare(given.directory, run, record) for run, record in measured.pop("runs").items()]
-    document = {**measured, "runs": rows}
+    made = {"what": WHAT, "command": "python benchmarks/vllm/compare.py DIR RESULTS.json"}
+    document = {**made, **measured, "runs": rows}
     given.out.write_text(json.dumps(document, indent=2) + "\n")
     print(table(rows))
 

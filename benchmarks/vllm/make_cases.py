@@ -87,6 +87,7 @@ def all_linears(scheme: str, method: str = GPTQ) -> tuple[str, ...]:
 
 
 INTEGER = "kind: int, bits: 4, group_size: 128"
+DENSE = "role:attention|shared_expert|mlp"
 CASES: dict[str, tuple[str, ...]] = {
     "int4": all_linears(INTEGER),
     "int4-awq": all_linears(INTEGER, "method: {kind: awq, then: gptq}"),
@@ -105,10 +106,17 @@ CASES: dict[str, tuple[str, ...]] = {
         EXPERTS,
         LINEARS8,
     ),
+    "dense-int4": (DROP_MTP, KEPT, f'{{match: "{DENSE}", scheme: {{{INTEGER}}}, {GPTQ}}}', '{match: "*", keep: bf16}'),
+    "dense-gptq": (
+        DROP_MTP,
+        KEPT,
+        f'{{match: "{DENSE}", scheme: {{{INTEGER}, scale_dtype: float16}}, {GPTQ}}}',
+        '{match: "*", keep: bf16}',
+    ),
     "int4-fp8": (DROP_MTP, KEPT, EXPERTS, '{match: "*", keep: source}'),
 }
 """Name of the case -> rules of its recipe."""
-FORMATS = {"gptq": "gptq", "gptq-int4-int8": "gptq", "awq": "awq"}
+FORMATS = {"gptq": "gptq", "gptq-int4-int8": "gptq", "dense-gptq": "gptq", "awq": "awq"}
 """Of the cases that are not in compressed-tensors."""
 
 

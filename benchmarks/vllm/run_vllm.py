@@ -147,7 +147,8 @@ def collect(results: Path, run: str, late: bool) -> dict[str, Any]:
     written = part_of(results, run, "json")
     if written.exists():
         return {**json.loads(written.read_text()), "log": noted}
-    last = next((line for line in reversed(log.splitlines()) if re.match(r"\w[\w.]*(Error|Exception)\b", line)), "")
+    said = (re.sub(r"^\[rank\d+\]: ", "", line) for line in reversed(log.splitlines()))
+    last = next((line for line in said if re.match(r"\w[\w.]*(Error|Exception)\b", line)), "")
     return {"error": "out of time" if late else last[:500] or "no result", "log": noted}
 
 
@@ -156,11 +157,19 @@ def versions() -> dict[str, str]:
     import vllm
 
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def processor() -> str:
+    """Its name as Linux gives it, with what decides which of vLLM's builds it runs."""
+    said = dict(line.partition(":")[::2] for line in Path("/proc/cpuinfo").read_text().splitlines())
+    said = {key.strip(): value.strip() for key, value in said.items()}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in said.get("flags", "").split()]
+    return f"{said.get('model name', 'unknown processor')} ({', '.join(wide)})"
 
 
 def split(run: str) -> tuple[str, list[str]]:
