@@ -26,6 +26,7 @@ import quantkit.evaluate  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.inspect  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.plan  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import quantkit.sensitivity  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.verify  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from quantkit.api import (
@@ -42,6 +43,7 @@ from quantkit.api import (
     verify,
 )
 from quantkit.errors import QuantkitError
+from quantkit.fisher import sensitivity
 from quantkit.text.result import document, text
 from quantkit.version import __version__
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from quantkit.convert.events import Event, Report
     from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
+    from quantkit.documents.sensitivity import SensitivityDocument
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import EvaluationEvent
     from quantkit.inspect.folder import Inspection
@@ -74,6 +77,7 @@ __all__ = [
     "QuantkitError",
     "Recipe",
     "Report",
+    "SensitivityDocument",
     "Verdict",
     "Verification",
     "__version__",
@@ -87,6 +91,7 @@ __all__ = [
     "progress",
     "recipe_for",
     "report",
+    "sensitivity",
     "text",
     "trial",
     "update_baseline",
@@ -106,6 +111,7 @@ _MODULES = {
     "Plan": "plan.plan",
     "Recipe": "plan.recipe",
     "Report": "convert.events",
+    "SensitivityDocument": "documents.sensitivity",
     "Verdict": "evaluate.check.verdict",
     "Verification": "verify.verification",
     "progress": "text.progress",

@@ -25,6 +25,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "evaluate",
+    "sensitivity",
     "check",
     "report",
     "calibration",

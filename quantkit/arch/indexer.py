@@ -43,11 +43,12 @@ class IndexerNames:
         )
 
 
+@torch.no_grad()
 def chosen_keys(
     indexer: Indexer, names: IndexerNames, weights: Weights, h: Tensor, latent: Tensor, rotation: tuple[Tensor, Tensor]
 ) -> Tensor:
     """h (rows, tokens, hidden) normed, latent (rows, tokens, q_lora_rank) normed -> (rows, 1, tokens, tokens) bool,
-    True where a query (third dimension) attends to a key."""
+    True where a query (third dimension) attends to a key. A choice: no gradient passes."""
     n_tokens = h.shape[1]
     queries = linear(latent, weights(names.queries)).unflatten(-1, (indexer.n_heads, indexer.head_dim)).float()
     keys = linear(h, weights(names.keys)).float()

@@ -21,8 +21,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., n) / sqrt(mean(x^2) + eps) * weight (n,), arXiv 1910.07467: computed in float32, on a GPU given in the
-    weight's dtype."""
-    if Backend.of(x.device) is Backend.TRITON:
+    weight's dtype. Autograd goes through it."""
+    if Backend.of(x.device) is Backend.TRITON and not x.requires_grad:
         from quantkit.kernels.triton import norm as norm_triton
 
         if x.shape[-1] <= norm_triton.WIDEST:
@@ -31,8 +31,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
         return functional.rms_norm(x, weight.shape, weight.float(), eps).to(weight.dtype)
     # On a CPU one reduction and one pass are twice as fast as torch's own rms_norm, which makes a copy for every step.
+    # The length itself stays: autograd needs it.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))).mul_(weight)
+    return (x * torch.rsqrt(length.square().div_(x.shape[-1]).add_(eps))).mul_(weight)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def rotate_heads_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """`rotate` in place: x (rows, tokens, heads, dim) of any float dtype, a slice of a contiguous tensor's last
     dimension; cos, sin (tokens, dim / 2) float32."""
-    if Backend.of(x.device) is Backend.TRITON:
+    if Backend.of(x.device) is Backend.TRITON and not x.requires_grad:
         from quantkit.kernels.triton import norm as norm_triton
 
         norm_triton.rotate_(x, cos, sin, interleaved)

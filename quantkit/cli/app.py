@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli import calibration, check, convert, docs, evaluate, inspect, plan, recipes, report, verify
+from quantkit.cli import (
+    calibration,
+    check,
+    convert,
+    docs,
+    evaluate,
+    inspect,
+    plan,
+    recipes,
+    report,
+    sensitivity,
+    verify,
+)
 from quantkit.cli.exit_codes import Commands
 from quantkit.cli.options import ManyFiles
 from quantkit.version import __version__
@@ -48,6 +60,7 @@ app.command("plan", cls=ManyFiles)(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("evaluate")(evaluate.evaluate)
+app.command("sensitivity", cls=ManyFiles)(sensitivity.sensitivity)
 app.command("check")(check.check)
 app.command("report")(report.report)
 app.add_typer(calibration.app, name="calibration")

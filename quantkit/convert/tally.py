@@ -1,4 +1,4 @@
-"""Events -> how far a conversion or an evaluation is, and when it will be done.
+"""Events -> how far a conversion, an evaluation or a Fisher pass is, and when it will be done.
 
 The schedule says how long each step should take. What the steps so far really took corrects that, each kind of work by
 itself: if attention took twice as long as expected, attention that is left does too, and so does what has not begun, by
@@ -23,6 +23,7 @@ from quantkit.convert.events import (
 )
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
 from quantkit.plan.schedule import AFTER_LAYERS, LAYER, VALIDATION, Schedule, Step, even
+from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted
 
 MANY = 16
 """Tensors of a block of experts at least."""
@@ -150,7 +151,7 @@ class Tally:
     tensors_total: int = 0
     tokens_per_s: float = 0.0
 
-    def add(self, event: Event | EvaluationEvent) -> None:
+    def add(self, event: Event | EvaluationEvent | FisherEvent) -> None:
         """Take one event into account."""
         match event:
             case Started():
@@ -176,6 +177,14 @@ class Tally:
             case LayerPassed():
                 self.layers_done = event.layer
                 self._reach(lambda step: step.layer == event.layer - 1, 1.0)
+            case FisherStarted():
+                self._start(event.layers, event.schedule)
+                if self.pace is not None:
+                    self.pace.skip(event.forward + event.backward)
+            case FisherLayer():
+                self.layers_done, self.stage = event.done, event.direction
+                layer = event.done - 1 if event.direction == "forward" else event.layers - event.done
+                self._reach(lambda step: (step.kind, step.layer) == (event.direction, layer), 1.0)
             case Finished():
                 self.stage = "finished"
                 if self.pace is not None:

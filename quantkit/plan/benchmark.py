@@ -75,8 +75,6 @@ def _disk_speed(source: Path | None, out: Path) -> DiskSpeed:
 
 def _base(device: torch.device, machine: str) -> SpeedDocument:
     cuda = device.type == "cuda"
-    side = 4096 if cuda else 1024
-    a = _weight((side, side), device)[0].to(torch.bfloat16 if cuda else torch.float32)
     short, long = torch.ones(2**21, device=device), torch.ones(2**24, device=device)
     one = torch.ones(8, 8, device=device)
     small, large = (_factor_seconds(n, device) for n in (512, 2048))
@@ -87,7 +85,7 @@ def _base(device: torch.device, machine: str) -> SpeedDocument:
         machine=machine,
         device=torch.cuda.get_device_name(device) if cuda else "cpu",
         threads=torch.get_num_threads(),
-        flops=2 * side**3 / _best(lambda: a @ a, device),
+        flops=product_rate(device),
         memory=8 * short.numel() / _best(lambda: short * 1.0, device),
         new_memory=8 * long.numel() / _best(lambda: long * 1.0, device),
         hashed=2**22 / _best(partial(hashlib.sha256, bytes(2**22)), device),
@@ -97,6 +95,14 @@ def _base(device: torch.device, machine: str) -> SpeedDocument:
         kernels={},
         disks={},
     )
+
+
+def product_rate(device: torch.device) -> float:
+    """Floating-point operations a second of matrix products, in the dtype that calibration computes with there."""
+    cuda = device.type == "cuda"
+    side = 4096 if cuda else 1024
+    a = _weight((side, side), device)[0].to(torch.bfloat16 if cuda else torch.float32)
+    return 2 * side**3 / _best(lambda: a @ a, device)
 
 
 def _factor_seconds(n: int, device: torch.device) -> float:

@@ -17,16 +17,19 @@ from quantkit.convert.events import Event, LayerDone, StageStarted, Started, Val
 from quantkit.convert.tally import Tally
 from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
+from quantkit.formats.sizes import short_size
 from quantkit.plan.schedule import COMPILING
-from quantkit.text.tables import counted, duration
+from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted
+from quantkit.text.tables import counted, duration, rough
 
 HEARTBEAT_S = 300.0
 """A log has a line at least so often."""
-AnyEvent = Event | EvaluationEvent
+AnyEvent = Event | EvaluationEvent | FisherEvent
+Beginning = Started | EvaluationStarted | FisherStarted
 
 
 def progress(log: Path | str | None = None) -> ProgressDisplay:
-    """Progress of a conversion or an evaluation, for ``on_event``::
+    """Progress of a conversion, an evaluation or a Fisher pass, for ``on_event``::
 
         with quantkit.progress() as on_event:
             quantkit.convert(source, recipe, out, on_event=on_event)
@@ -136,7 +139,7 @@ class PlainProgress:
     def _line(self, event: AnyEvent) -> str:
         self._tally.add(event)
         match event:
-            case Started() | EvaluationStarted():
+            case Started() | EvaluationStarted() | FisherStarted():
                 return start_line(event)
             case StageStarted() if event.stage == COMPILING:
                 return COMPILING
@@ -145,6 +148,8 @@ class PlainProgress:
             case ValidationProgress() if _fifth(event):
                 return state_line(self._tally)
             case LayerPassed() if _fifth(event):
+                return state_line(self._tally)
+            case FisherLayer():
                 return state_line(self._tally)
             case _:
                 return ""
@@ -176,7 +181,7 @@ class LiveProgress:
 
     def __call__(self, event: AnyEvent) -> None:
         """Take an event and redraw."""
-        if isinstance(event, Started | EvaluationStarted):
+        if isinstance(event, Beginning):
             self._progress.console.print(start_line(event), highlight=False)
         with self._lock:
             self._tally.add(event)
@@ -203,13 +208,27 @@ def _fifth(event: ValidationProgress | LayerPassed) -> bool:
     return event.layer == event.layers or event.layer % max(1, event.layers // 5) == 0
 
 
-def start_line(event: Started | EvaluationStarted) -> str:
+def start_line(event: Beginning) -> str:
     """What begins, and how long it should take if that was measured."""
+    if isinstance(event, FisherStarted):
+        return _fisher_line(event)
     if isinstance(event, EvaluationStarted):
         return f"{counted(event.candidates, 'candidate')}, {counted(event.windows, 'window')}, {event.tokens:,} tokens"
     calibration = f"{event.tokens:,} calibration tokens" if event.tokens else "no calibration"
     resumed = f", resuming after layer {event.layers_done}" if event.layers_done else ""
     line = f"{counted(event.total_layers, 'layer')}, {event.total_bytes / 1e9:.2f} GB to read, {calibration}{resumed}"
+    return "\n".join([line, *(f"note: {warning}" for warning in event.warnings)])
+
+
+def _fisher_line(event: FisherStarted) -> str:
+    """What a Fisher pass needs, and where it goes on."""
+    done = f"{event.forward} layers forward, {event.backward} backward"
+    resumed = f"; resuming after {done}" if event.forward else ""
+    seconds = sum(step.seconds for step in event.schedule[event.forward + event.backward :])
+    line = (
+        f"{counted(event.layers, 'layer')}, {event.tokens:,} tokens in {counted(event.rows, 'row')}: "
+        f"{short_size(event.disk)} of disk, {short_size(event.memory)} of memory, about {rough(seconds)}{resumed}"
+    )
     return "\n".join([line, *(f"note: {warning}" for warning in event.warnings)])
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from quantkit.convert.events import Report
     from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
+    from quantkit.documents.sensitivity import SensitivityDocument
     from quantkit.evaluate.check.verdict import Verdict
     from quantkit.inspect.folder import Inspection
     from quantkit.inspect.gguf import GgufInspection
@@ -26,12 +27,14 @@ def text(
     | ImatrixInspection
     | TrialInspection
     | CalibrationSet
+    | SensitivityDocument
     | Sequence[Verdict],
 ) -> str:
     """What a command prints of its result: aligned tables in plain text."""
     from quantkit.convert.events import Report
     from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
+    from quantkit.documents.sensitivity import SensitivityDocument
     from quantkit.inspect.folder import Inspection
     from quantkit.inspect.gguf import GgufInspection
     from quantkit.inspect.imatrix import ImatrixInspection
@@ -42,6 +45,7 @@ def text(
     from quantkit.text.evaluation import evaluation_text
     from quantkit.text.forecast import forecast_text
     from quantkit.text.inspection import inspection_text
+    from quantkit.text.sensitivity import sensitivity_text
     from quantkit.text.verdict import verdicts_text
 
     match result:
@@ -53,6 +57,8 @@ def text(
             return evaluation_text(result)
         case CalibrationSet():
             return calibration_set_text(result)
+        case SensitivityDocument():
+            return sensitivity_text(result)
         case Inspection() | GgufInspection() | ImatrixInspection() | TrialInspection():
             return inspection_text(result)
         case _:
@@ -67,7 +73,8 @@ def document(
     | GgufInspection
     | ImatrixInspection
     | TrialInspection
-    | CalibrationSet,
+    | CalibrationSet
+    | SensitivityDocument,
 ) -> Mapping[str, object]:
     """Plain values that JSON can say, as ``--json`` prints them: sizes in bytes, times in seconds, divergences in nats;
     null for what is no number."""
@@ -75,6 +82,7 @@ def document(
     from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.documents.json_text import finite
+    from quantkit.documents.sensitivity import SensitivityDocument
     from quantkit.plan.forecast import Forecast
     from quantkit.text.converted import report_document
     from quantkit.text.forecast import forecast_document
@@ -87,7 +95,7 @@ def document(
             found = forecast_document(result, result.plan.recipe.description)
         case Evaluation():
             found = result.document()
-        case CalibrationSet():
+        case CalibrationSet() | SensitivityDocument():
             found = result.model_dump(mode="json")
         case _:
             found = inspection_document(result)

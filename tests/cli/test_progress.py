@@ -24,6 +24,7 @@ from quantkit.convert.tally import Tally
 from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationStarted, LayerPassed
 from quantkit.plan.schedule import COMPILING, FILES, KEPT, OUTSIDE, SCORES, VALIDATION, Cost, Schedule, Step
+from quantkit.sensitivity.events import FisherLayer, FisherStarted
 from quantkit.text.progress import LiveProgress, PlainProgress, ProgressDisplay, state_line
 
 LAYERS, DENSE, TENSORS = 61, 3, 768
@@ -220,3 +221,26 @@ def test_a_file_gets_plain_lines_beside_the_bar(
 def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"), ProgressDisplay(PlainProgress(), tmp_path):
         pass
+
+
+def fisher_steps(layers: int) -> Schedule:
+    forward = [Step("forward", layer, Cost(10.0)) for layer in range(layers)]
+    return (*forward, *(Step("backward", layer, Cost(30.0)) for layer in reversed(range(layers))))
+
+
+def test_lines_of_a_fisher_pass() -> None:
+    """Needs first, then each layer; a resumed pass begins where it was."""
+    stream, clock = io.StringIO(), Clock()
+    shown = PlainProgress(stream, clock)
+    shown(FisherStarted(4, 2, 100, 2 * 10**9, 3 * 10**9, forward=3, warnings=("thin text",), schedule=fisher_steps(4)))
+    for event in (FisherLayer("forward", 4, 4), FisherLayer("backward", 1, 4), FisherLayer("backward", 4, 4)):
+        clock.now += 30 if event.direction == "backward" else 10
+        shown(event)
+    assert stream.getvalue().splitlines() == [
+        "4 layers, 100 tokens in 2 rows: 2.0 GB of disk, 3.0 GB of memory, about 2 min; resuming after 3 layers "
+        "forward, 0 backward",
+        "note: thin text",
+        "layer 4/4  forward  25 %  ETA 120 s",
+        "layer 1/4  backward  44 %  ETA 90 s",
+        "layer 4/4  backward  100 %  ETA 0 s",
+    ]

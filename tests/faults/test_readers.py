@@ -34,7 +34,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 NAMES = (
     *("safetensors", "GGUF", "imatrix .gguf", "imatrix .dat", "parquet", "reference statistics", "hidden states"),
     *("recipe", "config.json", "index.json", "tokenizer.json", "tokenizer_config.json", "quantkit.json"),
-    *("evaluation", "baseline", "journal", "jsonl", "chat template"),
+    *("evaluation", "baseline", "journal", "jsonl", "chat template", "sensitivity", "unfinished pass"),
 )
 
 

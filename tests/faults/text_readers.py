@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
 import yaml
 
 from quantkit import check, plan, report
@@ -21,18 +22,24 @@ from quantkit.calibrate.documents import TextDocument, TextFile, read_documents
 from quantkit.calibrate.tokenizer import load_tokenizer
 from quantkit.convert.journal import Journal, checked_line
 from quantkit.documents.read import read_documents as read_reported
+from quantkit.documents.sensitivity import SENSITIVITY, FisherJob, FisherProgress, LinearFisher, read_sensitivity
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.evaluate.check.reports import junit_xml, markdown
+from quantkit.formats import open_source
 from quantkit.formats.gguf.vocabulary import vocabulary
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.side_files import check_side_files, folder_notes
 from quantkit.inspect.path import inspect_path
+from quantkit.plan.headers import headers_of
 from quantkit.plan.recipe import Recipe
 from quantkit.report.build import report_of
 from quantkit.report.markdown import markdown as as_markdown
 from quantkit.report.page import page
 from quantkit.report.scored import scored_checkpoints
+from quantkit.sensitivity.folder import PROGRESS, PassFolder
+from quantkit.sensitivity.open import open_sensitivity
 from quantkit.text.inspection import inspection_text
+from quantkit.text.sensitivity import sensitivity_text
 from quantkit.text.verdict import verdicts_text
 from tests.convert.jobs import INT4_RTN, LINEARS, recipe_of, small_config, write_model, write_text
 from tests.convert.test_journal import HEADER, SOURCE, written
@@ -42,6 +49,7 @@ from tests.faults.fuzzing import Reader, empty_folder
 from tests.faults.mutations import mutated_bytes, mutated_json, mutated_json_text, mutated_words
 from tests.faults.words import CHAT_TEMPLATE, RECIPE_WORDS, TEMPLATE_WORDS
 from tests.report.jobs import conversion, evaluation
+from tests.sensitivity.passes import fisher_pass
 
 RTN = recipe_of({"match": LINEARS, **INT4_RTN}, tokens=None)
 TEXTS = [TextDocument("x", "Hello world, ünïcode \U0001f600 12345\n\n\tx"), TextDocument("y", "zz")]
@@ -51,7 +59,7 @@ def text_readers(place: Path) -> list[Reader]:
     """One reader for each kind of file; files lie below folder ``place``."""
     makers = (
         *(recipe, config, index, tokenizer, tokenizer_config, conversion_record, evaluation_file, baseline, journal),
-        *(calibration_text, chat_template),
+        *(calibration_text, chat_template, sensitivity, unfinished_pass),
     )
     return [maker(empty_folder(place / maker.__name__)) for maker in makers]
 
@@ -236,6 +244,47 @@ def _summed(lines: bytes) -> bytes:
         summed, end = checked_line(line, end)
         content += summed
     return content
+
+
+def sensitivity(folder: Path) -> Reader:
+    """sensitivity.json beside a pass's layers, as a conversion opens it, and what is printed of it."""
+    model, made = folder / "model", folder / "pass"
+    write_model(model, small_config(num_nextn_predict_layers=0))
+    fisher_pass(model, made, torch.zeros(1, 8, dtype=torch.int64))
+    document = json.loads((made / SENSITIVITY).read_bytes())
+    linears = dict(list(document["linears"].items())[:6])
+    losses = {"model.layers.0.self_attn.o_proj.weight": {"Q4_K": 0.001}}
+
+    def read() -> None:
+        sensitivity_text(read_sensitivity(made))
+        with open_source(model) as source:
+            open_sensitivity(made, source, headers_of(source).arch)
+
+    return _json_reader("sensitivity", made / SENSITIVITY, {**document, "linears": linears, "losses": losses}, read)
+
+
+def unfinished_pass(folder: Path) -> Reader:
+    """What an interrupted Fisher pass has done."""
+    job = FisherJob(
+        quantkit="1",
+        torch="2",
+        source="s",
+        tokens_sha256="t",
+        rows=1,
+        length=8,
+        seed=0,
+        device="cpu",
+        threads=1,
+        dtype="F32",
+        hidden=8,
+        sublayers=(2, 2),
+    )
+    progress = FisherProgress(job=job, forward=2, backward=1, linears={"a": LinearFisher(tokens=3, fisher=0.5)})
+
+    def read() -> None:
+        PassFolder(folder, job, restart=False).close()
+
+    return _json_reader("unfinished pass", folder / PROGRESS, progress.model_dump(mode="json"), read)
 
 
 def calibration_text(folder: Path) -> Reader:

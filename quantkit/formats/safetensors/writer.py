@@ -8,7 +8,7 @@ How files are made, taken up after a crash and refused is the matter of `preallo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def layout_shards(groups: Iterable[tuple[TensorInfo, ...]], max_shard_bytes: int
         files[-1] += group
         size += nbytes
     names = _file_names(len(files))
-    shards = tuple(_shard(name, tensors) for name, tensors in zip(names, files, strict=True))
+    shards = tuple(shard_of(name, tensors) for name, tensors in zip(names, files, strict=True))
     return ShardLayout(shards, sum(info.nbytes for tensors in files for info in tensors))
 
 
@@ -89,7 +89,8 @@ def _file_names(n_files: int) -> list[str]:
     return [f"model-{number:05d}-of-{n_files:05d}.safetensors" for number in range(1, n_files + 1)]
 
 
-def _shard(file: str, tensors: list[TensorInfo]) -> Shard:
+def shard_of(file: str, tensors: Sequence[TensorInfo]) -> Shard:
+    """One file with some tensors."""
     # Wide elements first: then every tensor starts at a multiple of its element size without gaps, which readers may
     # not have.
     ordered = sorted(tensors, key=lambda info: -DTYPES[info.dtype][0])

@@ -1,0 +1,131 @@
+"""`quantkit sensitivity` on the command line: table, document, needs first, refusals, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantkit import sensitivity
+from quantkit.documents.sensitivity import SENSITIVITY
+from quantkit.sensitivity.folder import PROGRESS
+from tests.cli.test_cli import quantkit
+from tests.cli.test_refusals import ROOT
+from tests.convert.jobs import write_model, write_text
+
+OPTIONS = ("--tokens", 96, "--sequence-length", 32, "--device", "cpu", "--memory-budget", "1GiB")
+STOPPED = """
+import os, signal, sys
+from quantkit.sensitivity import folder
+save = folder.PassFolder.save
+def stopping(self, progress):
+    save(self, progress)
+    if progress.backward:
+        os.kill(os.getpid(), signal.SIGINT)
+folder.PassFolder.save = stopping
+from quantkit.__main__ import main
+sys.argv = ["quantkit", *sys.argv[1:]]
+main()
+"""
+"""Ctrl-C comes when the gradient has passed a layer."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_model(root / "model")
+    write_text(root / "text.txt")
+    return root
+
+
+def words(source: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("sensitivity", source / "model", "-o", out, "--data", source / "text.txt", *OPTIONS, *more)
+
+
+def test_table_and_folder(source: Path, tmp_path: Path) -> None:
+    done = quantkit(*words(source, tmp_path / "pass"))
+    assert done.exit_code == 0, done.stderr
+    table, footer = done.stdout.strip().split("\n\n")
+    assert table.startswith("most sensitive for each token")
+    assert len(table.splitlines()) == 12
+    assert footer.startswith("28 linears")
+    assert "; 96 tokens, one sampled label each, seed 0." in footer
+    needs, *layers = done.stderr.splitlines()
+    assert needs.startswith("2 layers, 96 tokens in 3 rows: 314.6 kB of disk, ")
+    assert " of memory, about " in needs
+    assert [line.split("  ")[:2] for line in layers] == [
+        ["layer 1/2", "forward"],
+        ["layer 2/2", "forward"],
+        ["layer 1/2", "backward"],
+        ["layer 2/2", "backward"],
+    ]
+    found = sorted(path.name for path in (tmp_path / "pass").iterdir())
+    assert found == ["layer-00000.safetensors", "layer-00001.safetensors", SENSITIVITY]
+
+
+def test_json_is_the_document(source: Path, tmp_path: Path) -> None:
+    done = quantkit(*words(source, tmp_path / "pass", "--json"))
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "pass" / SENSITIVITY).read_text())
+
+
+def test_the_function_does_the_same(source: Path, tmp_path: Path) -> None:
+    quantkit(*words(source, tmp_path / "pass"))
+    found = sensitivity(
+        source / "model",
+        tmp_path / "other",
+        data=str(source / "text.txt"),
+        tokens=96,
+        sequence_length=32,
+        device="cpu",
+        memory_budget="1GiB",
+    )
+    assert (tmp_path / "pass" / SENSITIVITY).read_text() == found.to_json()
+
+
+def test_a_finished_pass_stays(source: Path, tmp_path: Path) -> None:
+    assert quantkit(*words(source, tmp_path / "pass")).exit_code == 0
+    done = quantkit(*words(source, tmp_path / "pass"))
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path / 'pass'}: holds a finished pass.",
+        "hint: Choose another -o, or replace it with --restart.",
+    ]
+    assert quantkit(*words(source, tmp_path / "pass", "--restart")).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--tokens", 10**7), "10,000,000 tokens were asked for"),
+        (("--sequence-length", 4096), "--sequence-length 4,096: "),
+        (("--data", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_refusals(more: tuple[object, ...], said: str, source: Path, tmp_path: Path) -> None:
+    done = quantkit(*words(source, tmp_path / "pass", *more))
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert not (tmp_path / "pass").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
+    given = [str(word) for word in words(source, tmp_path / "pass")]
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, *given],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr.splitlines()[-1].startswith("interrupted. Resume with: ")
+    assert " sensitivity " in done.stderr.splitlines()[-1]
+    assert (tmp_path / "pass" / PROGRESS).exists()
