@@ -1,6 +1,6 @@
 """What two bits cost: routed experts int2 in groups of 32, 64 and 128 beside Q2_K and int3, the rest in 8 bits.
 
-    python benchmarks/two_bits.py [--only "int2 g64" ...]       # tiny-deepseek-v3 and its text, as peers/ has them
+    python benchmarks/two_bits.py [--device cuda] [--only "int2 g64" ...]      # tiny-deepseek-v3 and its text, as peers/ has them
 
 Each case is a conversion by GPTQ, judged by its own validation: KL divergence from the BF16 weights in nats over the 88
 held-out windows of the peers' protocol. Bytes are those of DeepSeek V3 by the same rules without its MTP layer, as
@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "peers")]
@@ -26,7 +26,7 @@ from quantkit import convert, plan  # noqa: E402
 from quantkit.plan.recipe import Recipe  # noqa: E402
 
 RESULTS = HERE / "results" / "two_bits.json"
-TOKENS = 65_536
+TOKENS = 131_072
 V3 = HERE.parent / "examples" / "deepseek-v3-671b"
 OTHERS = "role:attention|shared_expert|mlp"
 DROP_MTP = {"match": "role:mtp", "drop": True}
@@ -73,10 +73,10 @@ def recipe(output: Output, *, validated: bool) -> Recipe:
     return Recipe.model_validate(document)
 
 
-def measured(output: Output) -> dict[str, Any]:
+def measured(output: Output, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """One conversion -> what its validation found, and the bytes of DeepSeek V3."""
     with tempfile.TemporaryDirectory() as folder:
-        report = convert(model_dir(), recipe(output, validated=True), Path(folder) / "out", device="cpu")
+        report = convert(model_dir(), recipe(output, validated=True), Path(folder) / "out", device=device)
     (found,) = report.outputs
     assert found.validation is not None
     scores = found.validation.scores
@@ -95,10 +95,11 @@ def measured(output: Output) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     cases = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"] if RESULTS.exists() else {}
     for name in given.only:
-        cases[name] = {**measured(CASES[name]), **machine()}
+        cases[name] = {**measured(CASES[name], given.device), **machine()}
         print(name, json.dumps(cases[name]), flush=True)
         head = {"what": "routed experts in two bits, the rest in eight; tiny-deepseek-v3", "tokens": TOKENS}
         document = {**head, "command": "python benchmarks/two_bits.py", **machine(), "cases": cases}
