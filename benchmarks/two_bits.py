@@ -1,10 +1,11 @@
 """What two bits cost: routed experts int2 in groups of 32, 64 and 128 beside Q2_K and int3, the rest in 8 bits.
 
-    python benchmarks/two_bits.py [--device cuda] [--only "int2 g64" ...]      # tiny-deepseek-v3 and its text, as peers/ has them
+    python benchmarks/two_bits.py [--device cuda] [--only "int2 g64" ...]
 
-Each case is a conversion by GPTQ, judged by its own validation: KL divergence from the BF16 weights in nats over the 88
-held-out windows of the peers' protocol. Bytes are those of DeepSeek V3 by the same rules without its MTP layer, as
-`quantkit plan` gives them. Results: results/two_bits.json.
+The model is tiny-deepseek-v3 with its text, as peers/ has them. Each case is a conversion by GPTQ, judged by its own
+validation: KL divergence from the BF16 weights in nats over the 88 held-out windows of the peers' protocol. Bytes are
+those of DeepSeek V3 by the same rules without its MTP layer, as `quantkit plan` gives them. Results:
+results/two_bits.json.
 """
 
 from __future__ import annotations

@@ -64,8 +64,10 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
         **{**MODEL, "first_k_dense_replace": 1, "qk_nope_head_dim": 192, "v_head_dim": 256, "rope_scaling": None}
     ),
     "v32": lambda: relatives.deepseek_v32(**SPARSE),
-    # vLLM 0.24 gives the router its bias only where config.json says it.
-    "glm-dsa": lambda: relatives.glm_moe_dsa(**{**SPARSE, "rope_scaling": None, "topk_method": "noaux_tc"}),
+    # vLLM 0.24 takes the router for one of DeepSeek V2's where config.json does not say both.
+    "glm-dsa": lambda: relatives.glm_moe_dsa(
+        **{**SPARSE, "rope_scaling": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    ),
 }
 """Name of a model -> its config.json."""
 

@@ -18,10 +18,13 @@ from quantkit.verify.stated import BITSANDBYTES, by_class_alone
 
 NAMED = 3
 WANTED_KEYS: Mapping[str, Mapping[str, str]] = {
-    "glm4_moe_lite": {"first_k_dense_replace": "AttributeError"},
-    "glm_moe_dsa": {"topk_method": "KeyError for the router's bias"},
+    "glm4_moe_lite": {"first_k_dense_replace": "ends with an AttributeError"},
+    "glm_moe_dsa": {
+        "scoring_func": "scores experts by softmax in place of sigmoid, without a word",
+        "topk_method": "ends with a KeyError for the router's bias",
+    },
 }
-"""By model_type, keys that transformers does without and vLLM 0.24 does not, and what it ends with."""
+"""By model_type, keys that transformers does without and vLLM 0.24 does not, and what it does then."""
 BITSANDBYTES_UNREAD = "quant_method is bitsandbytes: vLLM 0.33 does not read it, transformers does."
 
 
@@ -52,9 +55,9 @@ def in_files(checkpoint: Checkpoint) -> list[PlannedTensor]:
 
 def _absent_keys(checkpoint: Checkpoint) -> Iterator[str]:
     """What the family's own config.json says, and a rebuilt one may have lost."""
-    for key, error in WANTED_KEYS.get(str(checkpoint.config.get("model_type")), {}).items():
+    for key, consequence in WANTED_KEYS.get(str(checkpoint.config.get("model_type")), {}).items():
         if key not in checkpoint.config:
-            yield f"config.json: {key} is missing; vLLM ends with {error}. Take it from the official config.json."
+            yield f"config.json: {key} is missing; vLLM {consequence}. Take it from the official config.json."
 
 
 def _caught_tables(checkpoint: Checkpoint) -> Iterator[str]:

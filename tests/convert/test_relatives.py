@@ -28,7 +28,7 @@ FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "deepseek_v32": deepseek_v32,
     "deepseek_v32, dense": partial(deepseek_v32, index_topk=100),
     "deepseek_v32, MTP": partial(deepseek_v32, num_nextn_predict_layers=1),
-    "glm_moe_dsa": partial(glm_moe_dsa, topk_method="noaux_tc"),
+    "glm_moe_dsa": partial(glm_moe_dsa, topk_method="noaux_tc", scoring_func="sigmoid"),
     "glm_moe_dsa, shared": partial(
         glm_moe_dsa, topk_method="noaux_tc", index_topk=100, indexer_types=["full", "shared", "full"]
     ),
