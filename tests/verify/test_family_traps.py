@@ -1,5 +1,6 @@
 """What is true of one family's releases alone: keys of config.json that vLLM 0.24 needs and transformers does without
-(folders of random weights did not load without them, or gave other logits), and targets as Kimi's own int4 releases write them."""
+(folders of random weights did not load without them, or gave other logits), and targets as Kimi's own int4 releases
+write them."""
 
 from __future__ import annotations
 
