@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "peers"))
 
 from evaluate import evaluate_decoded, show, store  # noqa: E402  (its folder is no package)
-from protocol import model_dir, shared_dir  # noqa: E402
+from protocol import GROUP_SIZE, NARROW_GROUP, model_dir, narrow, shared_dir  # noqa: E402
 
 BITS = {"int4": (4, 4), "int3": (3, 3), "mixed": (4, 8)}
 """Bits of the routed experts, and of attention, dense MLP and shared experts."""
@@ -34,8 +34,9 @@ def recipe(scheme: str, tokens: int) -> dict[str, object]:
     experts, rest = BITS[scheme]
     text = shared_dir() / "models" / "text"
 
-    def rule(match: str, bits: int) -> dict[str, object]:
-        return {"match": match, "scheme": {"kind": "int", "bits": bits, "group_size": 128}, "method": {"kind": "gptq"}}
+    def rule(match: str, bits: int, group: int = GROUP_SIZE) -> dict[str, object]:
+        scheme = {"kind": "int", "bits": bits, "group_size": group}
+        return {"match": match, "scheme": scheme, "method": {"kind": "gptq"}}
 
     return {
         "version": 1,
@@ -45,6 +46,7 @@ def recipe(scheme: str, tokens: int) -> dict[str, object]:
                 "name": scheme,
                 "format": "compressed-tensors",
                 "rules": [
+                    *(rule(f"{name}.weight", rest, NARROW_GROUP) for name in narrow()),
                     rule("role:expert", experts),
                     rule("role:attention|mlp|shared_expert", rest),
                     {"match": "*", "keep": "source"},

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Literal
 
 from quantkit.arguments import (
     check_context,
+    conversion_budget,
     evaluation_of,
     let_threads_sleep,
+    optional_path,
     parsed,
     path_of,
     paths_of,
@@ -55,6 +57,7 @@ def convert(
     recipe: Recipe | Path | str,
     out: Path | str,
     *,
+    config: Path | str | None = None,
     base_dir: Path | str | None = None,
     device: DeviceName = "auto",
     memory_budget: int | str | None = None,
@@ -62,8 +65,10 @@ def convert(
     restart: bool = False,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Quantise the checkpoint in folder ``source`` by ``recipe`` into ``out``, layer by layer, and check the result.
+    """Quantise ``source``, the folder of a checkpoint or a GGUF file, by ``recipe`` into ``out``, layer by layer, and
+    check the result.
 
+    ``config``: the folder of a GGUF file's config.json and tokenizer (default: the one that holds the file);
     ``base_dir``: where the recipe's relative text files lie (default: the recipe file's folder); ``memory_budget``: to
     stay within (default: 60 % of the memory that the process may use); ``jobs``: CPU threads; ``restart``: discard an
     unfinished job and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: is told
@@ -72,16 +77,12 @@ def convert(
     A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.
     """
     from quantkit.convert.prepare import prepared
-    from quantkit.plan.budget import budget_bytes, check_device, check_jobs
-    from quantkit.plan.hardware import default_budget
 
-    check_device(device)
-    check_jobs(jobs)
-    let_threads_sleep()
     loaded, folder = recipe_and_folder(recipe, base_dir)
-    budget = budget_bytes(memory_budget) or default_budget()
-    loaded = settled(path_of(source), loaded, folder, device, budget, on_event).recipe
-    job = prepared(path_of(source), loaded, path_of(out), base_dir=folder, memory_budget=budget, restart=restart)
+    budget = conversion_budget(device, jobs, memory_budget)
+    given, place = path_of(source), optional_path(config)
+    loaded = settled(given, place, loaded, folder, device, budget, on_event).recipe
+    job = prepared(given, place, loaded, path_of(out), folder, budget, restart=restart)
     with job as found, threads(jobs):
         from quantkit.convert.events import ignore
         from quantkit.convert.run import convert as run
@@ -96,6 +97,7 @@ def trial(
     out: Path | str,
     layers: Sequence[int] | str,
     *,
+    config: Path | str | None = None,
     base_dir: Path | str | None = None,
     device: DeviceName = "auto",
     memory_budget: int | str | None = None,
@@ -112,21 +114,16 @@ def trial(
     from quantkit.convert.prepare import prepared
     from quantkit.convert.trial import refuse_other_trial, trial_folder, try_layers
     from quantkit.formats.preallocated import check_place, write_durably
-    from quantkit.plan.budget import budget_bytes, check_device, check_jobs
-    from quantkit.plan.hardware import default_budget
     from quantkit.plan.trial import parse_layers
 
-    check_device(device)
-    check_jobs(jobs)
-    let_threads_sleep()
     wanted = parsed("layers", parse_layers, layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
     loaded, folder = recipe_and_folder(recipe, base_dir)
-    budget = budget_bytes(memory_budget) or default_budget()
+    budget = conversion_budget(device, jobs, memory_budget)
     place = Path(f"{out}.trial.json")
-    loaded = settled(path_of(source), loaded, folder, device, budget, on_event).recipe
+    loaded = settled(path_of(source), optional_path(config), loaded, folder, device, budget, on_event).recipe
     with trial_folder(path_of(out)) as made:
         check_place(place)
-        job = prepared(path_of(source), loaded, made / "trial", base_dir=folder, memory_budget=budget, restart=False)
+        job = prepared(path_of(source), optional_path(config), loaded, made / "trial", folder, budget, restart=False)
         with job as found, threads(jobs):
             from quantkit.convert.events import ignore
             from quantkit.plan.machine import Machine
@@ -142,6 +139,7 @@ def plan(
     source: Path | str,
     recipe: Recipe | Path | str,
     *,
+    config: Path | str | None = None,
     base_dir: Path | str | None = None,
     gpus: Gpus | str | None = None,
     context: int | None = None,
@@ -152,7 +150,8 @@ def plan(
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
 
-    ``source`` may hold only a config.json: then the official release of that config is planned. ``gpus``
+    ``source`` may hold only a config.json: then the official release of that config is planned; with GGUF ``config`` is
+    as for `convert`. ``gpus``
     ("5xA100-80GB"): check whether vLLM (GGUF: llama.cpp) can serve a sequence of ``context`` tokens there (default:
     32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. ``convert_on``
     ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). ``hours``: also say how
@@ -168,10 +167,11 @@ def plan(
     from quantkit.runtimes.gpus import parse_gpus
 
     budget = budget_bytes(memory_budget)
-    chosen = settled(path_of(source), loaded, folder, "auto", budget, on_event)
+    chosen = settled(path_of(source), optional_path(config), loaded, folder, "auto", budget, on_event)
     found = forecast(
         path_of(source),
         chosen.recipe,
+        config=optional_path(config),
         base_dir=folder,
         gpus=parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
         context=context,
@@ -256,8 +256,7 @@ def verify(
 
     names = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes or ())
     parallel = Parallel(tensor_parallel, pipeline_parallel)
-    original = None if source is None else path_of(source)
-    return verify_path(path_of(path), Scope(names, parallel, hashes, sample, original))
+    return verify_path(path_of(path), Scope(names, parallel, hashes, sample, optional_path(source)))
 
 
 def evaluate(
@@ -295,7 +294,7 @@ def evaluate(
     from quantkit.formats.preallocated import check_place, write_durably
     from quantkit.plan.budget import budget_bytes, check_device
 
-    place = None if out is None else path_of(out)
+    place = optional_path(out)
     if place is not None:
         check_place(place)
     check_device(device)
@@ -303,8 +302,7 @@ def evaluate(
     budget = budget_bytes(memory_budget)
     texts = [text] if isinstance(text, str) else text
     asked = Asked(texts, context, max_windows_per_file, protocol, path_of(base_dir))
-    save = None if save_reference is None else path_of(save_reference)
-    with prepared(path_of(reference), paths_of(candidates), asked, save) as opened:
+    with prepared(path_of(reference), paths_of(candidates), asked, optional_path(save_reference)) as opened:
         if place is not None and not force:
             refuse_other_evaluation(place, opened)
         from quantkit.evaluate.run import evaluate as run
@@ -376,7 +374,7 @@ def report(
     from quantkit.report.place import is_markdown, refuse_other_report
     from quantkit.report.scored import scored_checkpoints
 
-    place = None if out is None else path_of(out)
+    place = optional_path(out)
     as_markdown = is_markdown(place, [file.path for file in found], markdown)
     contents = report_of(scored_checkpoints(found), title)
     made = markdown_of(contents) if as_markdown else page(contents)

@@ -38,6 +38,18 @@ def let_threads_sleep() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def conversion_budget(device: str, jobs: int | None, memory_budget: int | str | None) -> int:
+    """Bytes that a conversion stays under. Raises a `QuantkitError` for a device that is not there, and for numbers
+    that mean nothing; sets the waiting of threads, as `let_threads_sleep`."""
+    from quantkit.plan.budget import budget_bytes, check_device, check_jobs
+    from quantkit.plan.hardware import default_budget
+
+    check_device(device)
+    check_jobs(jobs)
+    let_threads_sleep()
+    return budget_bytes(memory_budget) or default_budget()
+
+
 @contextmanager
 def threads(jobs: int | None) -> Generator[None]:
     """So many CPU threads for this conversion, not for what else the process does with torch."""
@@ -74,7 +86,13 @@ def recipe_and_folder(recipe: Recipe | Path | str, base_dir: Path | str | None) 
 
 
 def settled(
-    source: Path, recipe: Recipe, folder: Path, device: str, budget: int | None, on_event: OnLosses | None
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    folder: Path,
+    device: str,
+    budget: int | None,
+    on_event: OnLosses | None,
 ) -> Settled:
     """The recipe without targets, see `settle`."""
     from quantkit.plan.budget import check_device
@@ -82,7 +100,7 @@ def settled(
 
     check_device(device)
     let_threads_sleep()
-    return settle(source, recipe, folder, device=device, memory_budget=budget, on_event=on_event)
+    return settle(source, config, recipe, folder, device=device, memory_budget=budget, on_event=on_event)
 
 
 def parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:
@@ -103,6 +121,10 @@ def evaluation_of(evaluation: Evaluation | Path | str) -> Evaluation:
 
 def paths_of(paths: Path | str | Sequence[Path | str]) -> list[Path]:
     return [path_of(paths)] if isinstance(paths, Path | str) else [path_of(path) for path in paths]
+
+
+def optional_path(path: Path | str | None) -> Path | None:
+    return None if path is None else path_of(path)
 
 
 def path_of(path: Path | str) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.arguments import path_of, recipe_and_folder, settled
+from quantkit.arguments import optional_path, path_of, recipe_and_folder, settled
 
 if TYPE_CHECKING:
     from quantkit.plan.recipe import Recipe
@@ -52,6 +52,7 @@ def choose_types(
     source: Path | str,
     recipe: Recipe | Path | str,
     *,
+    config: Path | str | None = None,
     base_dir: Path | str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     memory_budget: int | str | None = None,
@@ -66,4 +67,6 @@ def choose_types(
     from quantkit.plan.budget import budget_bytes
 
     loaded, folder = recipe_and_folder(recipe, base_dir)
-    return settled(path_of(source), loaded, folder, device, budget_bytes(memory_budget), on_event).recipe
+    return settled(
+        path_of(source), optional_path(config), loaded, folder, device, budget_bytes(memory_budget), on_event
+    ).recipe

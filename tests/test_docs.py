@@ -276,7 +276,7 @@ def test_types_for_short_rows_are_as_a_page_says() -> None:
     rows = page[page.index("| wanted | taken |") :].split("\n\n")[0].splitlines()[2:-1]
     for row in rows:
         wanted, taken = (cell.strip().split(", ") for cell in row.strip("|").split("|"))
-        assert [fitting_type(kind, 128) for kind in wanted] == (taken if len(taken) > 1 else taken * len(wanted))
+        assert [fitting_type(kind, 96) for kind in wanted] == (taken if len(taken) > 1 else taken * len(wanted))
 
 
 def test_sizes_of_v3_are_those_of_the_recipes() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from results_families import peers_families, two_bits
 from results_faults import faults, fuzz, verify_peers
 from results_markdown import device, facts, versions
 from results_quality import (
@@ -67,8 +68,21 @@ SECTIONS: tuple[Section, ...] = (
     ),
     ("Quality: AWQ, trained models", "awq_tiny", "benchmarks/awq_tiny.py", awq_tiny),
     ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
+    (
+        "Quality: small models of other families beside other tools",
+        "peers_families",
+        "benchmarks/peers/families.py",
+        peers_families,
+    ),
     ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
     ("Quality: types chosen for a size", "target", "benchmarks/target.py", target),
+    ("Quality: experts in two bits, the tiny model", "two_bits", "benchmarks/two_bits.py", two_bits),
+    (
+        "Quality: GGUF below three bits, the tiny model",
+        "gguf_low_bits",
+        "benchmarks/llama_cpp/quality.py, rows.py",
+        gguf_tiny,
+    ),
     ("Quality: the tiny model on a GPU", "convert_cuda", "", convert_cuda),
     ("Quality: a file in the reference's place", "reference_file", "benchmarks/reference_file.py", reference_file),
     ("Quality: held-out error at DeepSeek V3's shapes", "held_out", "benchmarks/held_out.py", held_out),
@@ -76,6 +90,12 @@ SECTIONS: tuple[Section, ...] = (
     ("Speed: GPTQ of an expert", "gptq_expert", "benchmarks/gptq_expert.py", gptq_expert),
     ("Speed: block types of ggml on a GPU", "ggml_encode_gpu", "benchmarks/ggml_encode_gpu.py", ggml_encode_gpu),
     ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),
+    (
+        "Speed: low-bit types of ggml on a processor",
+        "ggml_low_bits",
+        "benchmarks/ggml_encode.py --low-bits",
+        ggml_encode,
+    ),
     ("Speed: GPTQ on a processor", "cpu_gptq", "benchmarks/cpu_gptq.py", cpu_gptq),
     ("Time: forecast and ETA", "eta", "benchmarks/eta.py", eta),
     ("Memory: does it grow with the layers?", "memory_growth", "benchmarks/memory_growth.py", memory_growth),
@@ -83,6 +103,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),
     ("vLLM computes what was written", "vllm_load", "benchmarks/vllm", vllm_load),
     ("vLLM computes what was written: GPTQ, AWQ, NVFP4, MXFP4", "vllm_layouts", "benchmarks/vllm", vllm_load),
+    ("vLLM on a processor computes what was written", "vllm_cpu", "benchmarks/vllm", vllm_load),
     (
         "vLLM's Humming kernels multiply what was packed",
         "humming",

@@ -88,7 +88,7 @@ def _quality_table(rows: Sequence[Document], against: Document | None = None) ->
             row.get("settings", UNKNOWN),
             f"{row['bpw']:.3f}",
             estimate(row["kld"], row.get("kld_se"), 5),
-            "" if other is None or row is other else _paired(row, other),
+            "" if other is None or row is other else paired(row, other),
             f"{row['kld_median']:.5f}",
             f"{row['ppl']:.3f}",
             f"{row['top1']:.2f} %",
@@ -100,7 +100,7 @@ def _quality_table(rows: Sequence[Document], against: Document | None = None) ->
     return table(head, cells) + f"\nPerplexity of the original: {', '.join(references) or UNKNOWN}.\n"
 
 
-def _paired(row: Document, other: Document) -> str:
+def paired(row: Document, other: Document) -> str:
     """Mean difference of the KLD with its standard error over the windows."""
     if not row.get("kld_windows") or not other.get("kld_windows"):
         return UNKNOWN
@@ -167,7 +167,7 @@ def _awq_row(row: Document, rows: Sequence[Document]) -> list[str]:
         f"{row['tokens']:,}",
         f"{len(row['kld_windows'])}",
         estimate(row["kld"], row["kld_se"], 5),
-        "" if other is None else f"{_paired(row, other)} ({100 * (row['kld'] / other['kld'] - 1):+.1f} %)",
+        "" if other is None else f"{paired(row, other)} ({100 * (row['kld'] / other['kld'] - 1):+.1f} %)",
         number(row.get("layers_s"), 0),
     ]
 
@@ -262,7 +262,7 @@ def vllm_load(data: Document) -> str:
     rows = [
         [
             run["run"],
-            "yes" if run.get("loads") else "no",
+            "yes" if run.get("loads") else f"no: {run.get('error', UNKNOWN)}",
             number(run.get("load_s")),
             f"{run['nll_vllm']:.4f} / {run['nll_twin']:.4f}" if "nll_vllm" in run else UNKNOWN,
             _distance(run.get("prompt")),

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from quantkit.arch import arch_of  # noqa: E402
 from quantkit.errors import PlanError  # noqa: E402
-from quantkit.runtimes.llama_cpp.presets import PRESETS, preset_type  # noqa: E402
+from quantkit.runtimes.llama_cpp.presets import PRESETS, downs_before, preset_type  # noqa: E402
 from tests.oracles import gguf_writer  # noqa: E402
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -71,6 +71,7 @@ def ours(
     preset: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, importance: bool, mtp: bool
 ) -> dict[str, str] | str:
     types: dict[str, str] = {}
+    downs = downs_before(shapes)
     for name, shape in shapes.items():
         try:
             kind = preset_type(
@@ -81,6 +82,7 @@ def ours(
                 n_layers=config["num_hidden_layers"] + mtp,
                 n_experts=config["n_routed_experts"],
                 importance=importance,
+                downs=downs.get(name, 0),
             )
         except PlanError as error:
             return error.message

@@ -28,11 +28,15 @@ EXACT = {"match": "role:embed|lm_head", "keep": "f32"}
 REST = {"match": "*", "keep": "f32"}
 
 
+LOW = ("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M")
+
+
 def by_role(**schemes: str) -> list[dict[str, str]]:
     return [EXACT, *({"match": f"role:{roles}", "scheme": kind} for roles, kind in schemes.items()), REST]
 
 
 OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {"preset": name, "rules": [EXACT]}) for name in LOW},
     **{name: (name, {"preset": name, "rules": [EXACT]}) for name in ("Q4_K_M", "Q3_K_M", "IQ4_XS", "Q2_K")},
     "Q4_K_M-bytes": ("Q4_K_M", {"rules": by_role(**{"expert": "IQ4_XS", "attention|mlp|shared_expert": "Q8_0"})}),
     "Q3_K_M-bytes": (
@@ -41,7 +45,7 @@ OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     **{
         f"{name}-imatrix": (name, {"preset": name, "rules": [EXACT], "method": {"kind": "rtn"}})
-        for name in ("Q4_K_M", "Q3_K_M", "IQ4_XS")
+        for name in ("Q4_K_M", "Q3_K_M", "IQ4_XS", *LOW)
     },
 }
 """Row -> the mix whose bytes it is held against, and the output's entries of the recipe."""
@@ -65,6 +69,7 @@ def run(name: str, tokens: int, work: Path) -> None:
     (file,) = (path for path in out.glob("*.gguf") if path.name != "imatrix.gguf")
     settings = f"{name}, {tokens:,} tokens; wall seconds with calibration"
     row = [str(file), "--name", "quantkit", "--scheme", OUTPUTS[name][0], "--settings", settings]
+    row += ["--results", "gguf_low_bits" if OUTPUTS[name][0] in LOW else "gguf_tiny"]
     subprocess.run([sys.executable, str(HERE / "rows.py"), *row, "--seconds", f"{seconds:.1f}", "--own"], check=True)
 
 

@@ -21,6 +21,10 @@ import gguf
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.oracles.llama_imatrix import read_means  # noqa: E402
+
 PLANNED = re.compile(r"\] +(\S+) +- \[.*\], type = *(\w+), size = .*?(?:\((\w+)\))?$", re.MULTILINE)
 """A line of the log: name, type in the source, type in the result if it is another."""
 
@@ -32,18 +36,6 @@ def ftype_of(name: str) -> int:
     if value is None:
         raise SystemExit(f"{name}: llama.cpp has no {constant}")
     return value
-
-
-def read_imatrix(path: Path) -> dict[str, np.ndarray]:
-    """Weight name -> mean squares (experts * in,) float32, as llama-quantize makes them: ones where nobody came."""
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-    means: dict[str, np.ndarray] = {}
-    for name in (name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")):
-        counts = tensors[f"{name}.counts"].reshape(-1, 1)
-        sums = tensors[f"{name}.in_sum2"].reshape(len(counts), -1)
-        mean = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
-        means[name] = np.ascontiguousarray(mean, dtype=np.float32).reshape(-1)
-    return means
 
 
 def imatrix_entries(means: dict[str, np.ndarray]) -> ctypes.Array[llama.llama_model_imatrix_data]:
@@ -74,7 +66,7 @@ def quantize(args: argparse.Namespace) -> None:
     ):
         if kind:
             setattr(params, field, gguf.GGMLQuantizationType[kind.upper()])
-    means = read_imatrix(args.imatrix) if args.imatrix else {}
+    means = read_means(args.imatrix) if args.imatrix else {}
     if args.assume_imatrix:
         means["no weight of the model"] = np.ones(1, np.float32)
     if means:

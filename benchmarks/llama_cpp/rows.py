@@ -33,10 +33,10 @@ from protocol import compare, eval_windows, load_weights, model_dir  # noqa: E40
 
 from tests.oracles.gguf_reader import read_types, read_weights  # noqa: E402
 
-RESULTS = HERE.parent / "results" / "gguf_tiny.json"
+RESULTS = HERE.parent / "results"
 WHAT = "tiny-deepseek-v3 as GGUF, 88 held-out windows of 512 tokens, KLD in nats against the BF16 weights, float32"
 EXACT = ("token_embd", "output", "output_norm", "attn_norm", "ffn_norm", "attn_q_a_norm", "attn_kv_a_norm")
-EXACT += ("ffn_gate_inp", "exp_probs_b")
+EXACT += ("ffn_gate_inp", "exp_probs_b", "k_norm")
 """What is no projection, by the last part of its name but one."""
 HEAD = ["written by", "settings", "bpw", "bytes", "KLD ± SE", "median", "ppl", "top-1 %", "CPU s"]
 
@@ -61,7 +61,13 @@ def storage(path: Path) -> dict[str, Any]:
 
 
 def row_of(path: Path, note: Row, *, own: bool) -> Row:
-    reference, decoded = load_weights(model_dir()), read_weights(path)
+    """The row of a file."""
+    return row_of_weights(path, read_weights(path), note, own=own)
+
+
+def row_of_weights(path: Path, decoded: Mapping[str, Tensor], note: Row, *, own: bool = False) -> Row:
+    """The row of decoded weights whose types are those of the file ``path``."""
+    reference = load_weights(model_dir())
     if reference.keys() != decoded.keys():
         raise SystemExit(f"{path}: not the same weights: {sorted(reference.keys() ^ decoded.keys())[:3]}")
     start = time.perf_counter()
@@ -95,16 +101,16 @@ def own_kld(decoded: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> f
     return float(compare_streamed(arch, model(reference), model(decoded), windows, MemoryRows).kld.mean())
 
 
-def read_rows() -> list[Row]:
-    return json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+def read_rows(results: Path) -> list[Row]:
+    return json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
 
 
-def store(row: Row) -> None:
+def store(row: Row, results: Path) -> None:
     """Put the row into the results, in place of an older one of the same name, scheme and settings."""
     key = ("name", "scheme", "settings")
-    rows = [old for old in read_rows() if any(old.get(k) != row.get(k) for k in key)] + [row]
+    rows = [old for old in read_rows(results) if any(old.get(k) != row.get(k) for k in key)] + [row]
     lines = ",\n".join(json.dumps(r) for r in rows)
-    RESULTS.write_text(f'{{"what": {json.dumps(WHAT)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    results.write_text(f'{{"what": {json.dumps(WHAT)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def cells(row: Row) -> list[str]:
@@ -122,8 +128,8 @@ def paired(row: Row, other: Row) -> str:
     return f"{mean:+.5f} ± {error:.5f}"
 
 
-def print_table(against: str | None) -> None:
-    rows = read_rows()
+def print_table(against: str | None, results: Path) -> None:
+    rows = read_rows(results)
     print(f"{WHAT}\n")
     for scheme in dict.fromkeys(row["scheme"] for row in rows):
         of_scheme = sorted((row for row in rows if row["scheme"] == scheme), key=lambda row: row["kld"])
@@ -145,11 +151,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="CPU seconds of the quantisation")
     parser.add_argument("--own", action="store_true", help="ask quantkit's evaluator too")
     parser.add_argument("--dry-run", action="store_true", help="print the row, do not store it")
+    parser.add_argument("--results", default="gguf_tiny", help="file of the rows; mixes below 3 bits: gguf_low_bits")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--against", metavar="NAME", help="with --table: paired differences to this one's row")
     args = parser.parse_args()
+    results = RESULTS / f"{args.results}.json"
     if args.table:
-        print_table(args.against)
+        print_table(args.against, results)
         return
     if not (args.file and args.name and args.scheme):
         parser.error("FILE, --name and --scheme go together; or --table")
@@ -157,7 +165,7 @@ def main() -> None:
     row = row_of(args.file, {k: v for k, v in note.items() if v is not None}, own=args.own)
     print(" | ".join(cells(row)))
     if not args.dry_run:
-        store(row)
+        store(row, results)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,16 @@ from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
 from gptqmodel.quantization.foem import FOEM
 from gptqmodel.quantization.gptaq import GPTAQ
-from protocol import CALIBRATION_WINDOWS, GROUP_SIZE, bits_of, calibration_windows, is_projection, model_dir
+from protocol import (
+    CALIBRATION_WINDOWS,
+    GROUP_SIZE,
+    NARROW_GROUP,
+    bits_of,
+    calibration_windows,
+    is_projection,
+    model_dir,
+    narrow,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -64,6 +74,8 @@ def quantize_config(args: argparse.Namespace) -> QuantizeConfig:
         chosen["foem"] = FOEMConfig(alpha=0, beta=args.foem)
     if args.scheme == "mixed":
         chosen["dynamic"] = {NOT_ROUTED: {"bits": 8}}
+    elif odd := narrow():
+        chosen["dynamic"] = {rf"+:^{re.escape(name)}$": {"group_size": NARROW_GROUP} for name in odd}
     bits = 4 if args.scheme == "mixed" else int(args.scheme.removeprefix("int"))
     chosen = {key: value for key, value in chosen.items() if value is not None}
     return QuantizeConfig(bits=bits, group_size=GROUP_SIZE, sym=True, device="cpu", offload_to_disk=False, **chosen)

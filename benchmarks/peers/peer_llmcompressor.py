@@ -21,21 +21,33 @@ from decoded import Stopwatch, write_decoded
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.gptq import GPTQModifier
-from protocol import CALIBRATION_WINDOWS, GROUP_SIZE, bits_of, calibration_windows, is_projection, model_dir
+from protocol import (
+    CALIBRATION_WINDOWS,
+    GROUP_SIZE,
+    NARROW_GROUP,
+    bits_of,
+    calibration_windows,
+    group_size,
+    is_projection,
+    model_dir,
+    narrow,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-IGNORED = ["lm_head", r"re:.*mlp\.gate$"]
+IGNORED = ["lm_head", r"re:.*mlp\.gate$", r"re:.*indexer\.(wk|weights_proj)$"]
 ROUTED = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 NOT_ROUTED = r"re:.*(self_attn\.\w+|layers\.0\.mlp\.\w+_proj|shared_experts\.\w+_proj)$"
 
 
-def group_of(bits: int, targets: list[str], observer: str, observer_kwargs: dict[str, Any]) -> QuantizationScheme:
+def group_of(
+    bits: int, targets: list[str], observer: str, observer_kwargs: dict[str, Any], group: int = GROUP_SIZE
+) -> QuantizationScheme:
     weights = QuantizationArgs(
         num_bits=bits,
         type="int",
         symmetric=True,
         strategy="group",
-        group_size=GROUP_SIZE,
+        group_size=group,
         observer=observer,
         observer_kwargs=observer_kwargs,
     )
@@ -48,7 +60,9 @@ def config_groups(scheme: str, observer: str, observer_kwargs: dict[str, Any]) -
             "routed": group_of(4, [ROUTED], observer, observer_kwargs),
             "rest": group_of(8, [NOT_ROUTED], observer, observer_kwargs),
         }
-    return {"all": group_of(int(scheme.removeprefix("int")), ["Linear"], observer, observer_kwargs)}
+    bits, odd = int(scheme.removeprefix("int")), narrow()
+    groups = {"narrow": group_of(bits, odd, observer, observer_kwargs, NARROW_GROUP)} if odd else {}
+    return {**groups, "all": group_of(bits, ["Linear"], observer, observer_kwargs)}  # a name goes before a class
 
 
 def decode(model: torch.nn.Module, scheme: str) -> dict[str, torch.Tensor]:
@@ -59,6 +73,7 @@ def decode(model: torch.nn.Module, scheme: str) -> dict[str, torch.Tensor]:
             continue
         args = module.quantization_scheme.weights
         assert args.num_bits == bits_of(f"{name}.weight", scheme), f"{name} has {args.num_bits} bits"
+        assert args.group_size == group_size(module.weight.shape[1]), f"{name} has groups of {args.group_size}"
         decoded = fake_quantize(module.weight, module.weight_scale, module.weight_zero_point, args)
         moved = (decoded - module.weight).abs().max().item()
         assert moved <= 1e-4 * module.weight.abs().max().item(), f"{name} was not on its grid: moved by {moved}"

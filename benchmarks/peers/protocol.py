@@ -1,4 +1,5 @@
 """The fixed comparison on tiny-deepseek-v3: text in, token windows out; decoded weights in, divergence out.
+PEERS_MODEL names the folder of another model; relatives.py uses that.
 
 Evaluation: 88 windows of 512 tokens (BOS + 511), eight of each of the 11 held-out domains, evenly spread over the file.
 Calibration: 256 windows of 512 tokens (131,072) of the calibration text of the same domains, 23 or 24 of each.
@@ -32,6 +33,8 @@ EVAL_PER_DOMAIN = 8
 CALIBRATION_WINDOWS = 256
 BOS = 0
 GROUP_SIZE = 128
+NARROW_GROUP = 64
+"""Of weights whose inputs are no multiple of 128 (the first layer of tiny-v2-lite has 704)."""
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache"
 
@@ -42,7 +45,8 @@ def shared_dir() -> Path:
 
 
 def model_dir() -> Path:
-    return shared_dir() / "models" / "tiny-deepseek-v3"
+    """The model under test: PEERS_MODEL, else tiny-deepseek-v3 of the shared folder."""
+    return Path(os.environ.get("PEERS_MODEL") or shared_dir() / "models" / "tiny-deepseek-v3")
 
 
 # ---------------------------------------------------------------------------------------------------- windows
@@ -104,8 +108,25 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def is_projection(name: str) -> bool:
-    """Whether all peers quantise this weight: attention, dense MLP, shared and routed experts; not the router."""
+    """Whether all peers quantise this weight: attention, dense MLP, shared and routed experts; not the router.
+
+    Of DeepSeek V3.2's indexers only the queries: a runtime fuses the others into a module that it never quantises.
+    """
+    if ".indexer." in name:
+        return name.endswith(".wq_b.weight")
     return name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight")
+
+
+def group_size(inputs: int) -> int:
+    """Inputs that share a scale, of a weight with so many: 128, or 64 where 128 does not divide them."""
+    return NARROW_GROUP if inputs % GROUP_SIZE else GROUP_SIZE
+
+
+def narrow() -> list[str]:
+    """Modules of the model that have groups of 64."""
+    weights = load_weights(model_dir())
+    names = (name for name, weight in weights.items() if is_projection(name) and weight.shape[-1] % GROUP_SIZE)
+    return sorted(name.removesuffix(".weight") for name in names)
 
 
 def is_routed(name: str) -> bool:
@@ -120,9 +141,11 @@ def bits_of(name: str, scheme: str) -> int:
 
 
 def bits_per_weight(weights: Mapping[str, Tensor], scheme: str, scale_bits: int = 16) -> float:
-    """Stored bits over the projections, codes and one scale for each 128 inputs, divided by their weights."""
+    """Stored bits over the projections, codes and one scale for each group of inputs, divided by their weights."""
     projections = [
-        (bits_of(n, scheme) + scale_bits / GROUP_SIZE, w.numel()) for n, w in weights.items() if is_projection(n)
+        (bits_of(n, scheme) + scale_bits / group_size(w.shape[-1]), w.numel())
+        for n, w in weights.items()
+        if is_projection(n)
     ]
     return sum(bits * n for bits, n in projections) / sum(n for _, n in projections)
 
@@ -136,7 +159,7 @@ def off_grid(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor], sch
             if not torch.equal(weight, original):
                 faults.append(f"{name}: differs from the reference although it is not a projection")
             continue
-        groups = weight.reshape(-1, GROUP_SIZE).sort(dim=1).values
+        groups = weight.reshape(-1, group_size(weight.shape[-1])).sort(dim=1).values
         levels = 1 + (groups.diff(dim=1) != 0).sum(dim=1).max().item()
         allowed = 2 ** bits_of(name, scheme)
         if not allowed // 4 < levels <= allowed:  # a quarter: its fullest group does not fill a grid of 8 bits
@@ -145,11 +168,11 @@ def off_grid(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor], sch
 
 
 def rtn(weights: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
-    """Round to nearest, symmetric: scale = max|w| / (2^(bits-1) - 1) of each 128 inputs, rounded to bfloat16."""
+    """Round to nearest, symmetric: scale = max|w| / (2^(bits-1) - 1) of each group of inputs, rounded to bfloat16."""
     decoded = dict(weights)
     for name in filter(is_projection, weights):
         top = 2 ** (bits_of(name, scheme) - 1) - 1
-        groups = weights[name].reshape(-1, GROUP_SIZE)
+        groups = weights[name].reshape(-1, group_size(weights[name].shape[-1]))
         scale = (groups.abs().amax(dim=1, keepdim=True) / top).bfloat16().float()
         codes = (groups / scale.clamp_min(1e-30)).round().clamp(-top - 1, top)
         decoded[name] = (codes * scale).reshape(weights[name].shape)
@@ -186,7 +209,7 @@ def fused(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_model(weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """transformers' DeepseekV3ForCausalLM in float32 with exactly these weights (strict: none missing, none unused)."""
+    """transformers' model of the config in float32 with exactly these weights (strict: none missing, none unused)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model_dir())

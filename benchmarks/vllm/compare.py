@@ -34,6 +34,7 @@ from tests.oracles.forward import logits  # noqa: E402
 
 UNQUANTIZED = "bf16"
 FP8_MAX = 448.0
+WHAT = "log-probabilities by vLLM and by quantkit's own forward of the same files"
 KERNELS = ("Kernel for", "Selected", "MoE backend", "prefill backend", "attention backend", "AttentionBackend")
 
 
@@ -44,10 +45,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vllm_load.json")
     given = parser.parse_args()
     measured = json.loads(given.results.read_text())
-    prompts = torch.tensor(json.loads((given.directory / "prompts.json").read_text()))
-    noise = Twin(given.directory / UNQUANTIZED)
-    rows = [compare(given.directory, run, record, prompts, noise) for run, record in measured.pop("runs").items()]
-    document = {**measured, "prompts": list(prompts.shape), "runs": rows}
+    rows = [compare(given.directory, run, record) for run, record in measured.pop("runs").items()]
+    made = {"what": WHAT, "command": "python benchmarks/vllm/compare.py DIR RESULTS.json"}
+    document = {**made, **measured, "runs": rows}
     given.out.write_text(json.dumps(document, indent=2) + "\n")
     print(table(rows))
 
@@ -147,11 +147,12 @@ def with_moved_scales(folder: Path) -> Callable[[str, Tensor], Tensor]:
     return changed
 
 
-def compare(directory: Path, run: str, record: dict[str, Any], prompts: Tensor, noise: Twin) -> dict[str, Any]:
+def compare(directory: Path, run: str, record: dict[str, Any]) -> dict[str, Any]:
     """One row of the result: what vLLM gave, what the twin gives, and how far apart they are."""
     if "error" in record:
         return {"run": run, "loads": False, "error": record["error"], "log": record["log"]}
     folder = directory / run.partition("@")[0]
+    prompts = torch.tensor(json.loads(folder.with_name("prompts.json").read_text()))
     theirs = torch.tensor(record["prompt_logprobs"])
     twin = Twin(folder)
     new_tokens = torch.tensor(record["new_tokens"])
@@ -166,7 +167,7 @@ def compare(directory: Path, run: str, record: dict[str, Any], prompts: Tensor, 
         "prompt": distance(theirs, ours),
         "greedy": distance(torch.tensor(record["new_logprobs"]), ours_new),
         "noise": distance(twin.logprobs(prompts, bfloat16=True), ours),
-        "controls": {"unquantized": distance(theirs, noise.logprobs(prompts))},
+        "controls": {"unquantized": distance(theirs, Twin(folder.parent / UNQUANTIZED).logprobs(prompts))},
         "kernels": [line for line in record["log"] if any(word in line for word in KERNELS)],
     }
     if isinstance(twin.source, FolderSource):

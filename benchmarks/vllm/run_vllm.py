@@ -3,9 +3,9 @@ tokens after each prompt. Needs vLLM and nothing of quantkit.
 
     python run_vllm.py DIR RESULTS.json [--jobs 4] [--limit 240] RUN...
 
-RUN is a folder of DIR, with options behind ``@`` joined by ``+``: ``mtp`` (speculative decoding with the checkpoint's
-MTP layer), ``graphs`` (CUDA graphs instead of eager mode), ``marlin`` (linears and attention as an A100 would take
-them: Marlin, Triton MLA). Each run is a process of its own; its log is written beside RESULTS.json.
+RUN is a folder of DIR, or of a folder in it, with options behind ``@`` joined by ``+``: ``mtp`` (speculative decoding
+with the checkpoint's MTP layer), ``graphs`` (CUDA graphs instead of eager mode), ``marlin`` (linears and attention as
+an A100 would take them: Marlin, Triton MLA). Each run is a process of its own; its log is written beside RESULTS.json.
 
 DeepGEMM is off: it compiles some two hundred shapes at start-up, which takes longer than everything else here.
 """
@@ -78,7 +78,7 @@ def run_one(directory: Path, result: Path, run: str) -> None:
         **settings,
     )
     load_s = time.time() - begun
-    prompts: list[list[int]] = json.loads((directory / "prompts.json").read_text())
+    prompts: list[list[int]] = json.loads((directory / case).with_name("prompts.json").read_text())
     sampling = SamplingParams(
         temperature=0, max_tokens=N_NEW, ignore_eos=True, detokenize=False, prompt_logprobs=0, logprobs=0
     )
@@ -147,7 +147,8 @@ def collect(results: Path, run: str, late: bool) -> dict[str, Any]:
     written = part_of(results, run, "json")
     if written.exists():
         return {**json.loads(written.read_text()), "log": noted}
-    last = next((line for line in reversed(log.splitlines()) if re.match(r"\w[\w.]*(Error|Exception)\b", line)), "")
+    said = (re.sub(r"^\[rank\d+\]: ", "", line) for line in reversed(log.splitlines()))
+    last = next((line for line in said if re.match(r"\w[\w.]*(Error|Exception)\b", line)), "")
     return {"error": "out of time" if late else last[:500] or "no result", "log": noted}
 
 
@@ -156,11 +157,19 @@ def versions() -> dict[str, str]:
     import vllm
 
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def processor() -> str:
+    """Its name as Linux gives it, with what decides which of vLLM's builds it runs."""
+    said = dict(line.partition(":")[::2] for line in Path("/proc/cpuinfo").read_text().splitlines())
+    said = {key.strip(): value.strip() for key, value in said.items()}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in said.get("flags", "").split()]
+    return f"{said.get('model name', 'unknown processor')} ({', '.join(wide)})"
 
 
 def split(run: str) -> tuple[str, list[str]]:
@@ -170,7 +179,7 @@ def split(run: str) -> tuple[str, list[str]]:
 
 
 def part_of(results: Path, run: str, suffix: str) -> Path:
-    return results.with_name(f"{results.stem}.{run}.{suffix}")
+    return results.with_name(f"{results.stem}.{run.replace('/', '.')}.{suffix}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Where tensors sit in a model and how a layer computes: one file for each family."""
+"""Where tensors sit in a model and how a layer computes: one file for each family, one row for each model
+that is DeepSeek V3 under another name."""
 
 from __future__ import annotations
 
@@ -8,10 +9,9 @@ from typing import cast
 from quantkit.arch.base import ArchFactory, ModelArch
 from quantkit.arch.deepseek_v2 import DeepseekV2
 from quantkit.arch.deepseek_v3 import DeepseekV3
+from quantkit.arch.deepseek_v3_variants import VARIANTS
 from quantkit.arch.deepseek_v32 import DeepseekV32
-from quantkit.arch.glm4_moe_lite import Glm4MoeLite
 from quantkit.arch.glm_moe_dsa import GlmMoeDsa
-from quantkit.arch.kimi_k25 import KimiK25
 from quantkit.arch.unknown import NOT_COMPUTED
 from quantkit.errors import ConfigError
 
@@ -21,9 +21,8 @@ ARCHS: dict[str, ArchFactory] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
     "DeepseekV32ForCausalLM": DeepseekV32,
-    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GlmMoeDsaForCausalLM": GlmMoeDsa,
-    "KimiK25ForConditionalGeneration": KimiK25,
+    **VARIANTS,
 }
 
 

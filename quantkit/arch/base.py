@@ -236,7 +236,9 @@ class CheckpointVariants:
     ``derived``: globs of stored buffers whose values follow from config.json. ``copies``: tensor -> the tensor of the
     main model that it repeats, which a checkpoint may leave out. ``tied``: tensor that the family does not list -> the
     one that takes its place; a checkpoint may hold it if both are equal. ``mtp_marker``: ending of a name that only MTP
-    layers have, "" if the family has none. ``foreign``: glob -> the architecture that has such tensors, for messages.
+    layers have, "" if the family has none. ``carried``: globs of tensors outside the language model (a vision
+    tower, its projector), which are written as they are. ``foreign``: glob -> the architecture that has such tensors,
+    for messages.
     """
 
     derived: tuple[str, ...] = ()
@@ -278,8 +280,8 @@ class GgufModel(Protocol):
         file."""
         ...
 
-    def differences(self) -> tuple[str, ...]:
-        """What llama.cpp computes slightly otherwise, one line each."""
+    def differences(self, *, mtp: bool) -> tuple[str, ...]:
+        """What llama.cpp computes slightly otherwise, one line each. ``mtp``: the file holds the MTP layer."""
         ...
 
     def server_flags(self) -> tuple[str, ...]:

@@ -45,12 +45,11 @@ class DeepseekV3:
 
     stacked_experts: bool = False
     longest_exact: int | None = None
-    root: str = ""
-    """What stands before every name."""
 
-    def __init__(self, config: Mapping[str, object]) -> None:
-        """Raises `ConfigError`."""
+    def __init__(self, config: Mapping[str, object], *, root: str = "", carried: tuple[str, ...] = ()) -> None:
+        """``root``: what stands before every name; ``carried``: as of `CheckpointVariants`. Raises `ConfigError`."""
         self.config: DeepseekConfig
+        self._root, self._carried = root, carried
         self._bind(self._checked(config))
 
     @staticmethod
@@ -65,9 +64,9 @@ class DeepseekV3:
         self.n_mtp_layers: int = config.num_nextn_predict_layers
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
-        self.embed: str = f"{self.root}model.embed_tokens.weight"
-        self.final_norm: str = f"{self.root}model.norm.weight"
-        self.lm_head: str = self.embed if config.tie_word_embeddings else f"{self.root}lm_head.weight"
+        self.embed: str = f"{self._root}model.embed_tokens.weight"
+        self.final_norm: str = f"{self._root}model.norm.weight"
+        self.lm_head: str = self.embed if config.tie_word_embeddings else f"{self._root}lm_head.weight"
 
     def computing(self, config: DeepseekConfig, scaling: LinearScaling | None) -> Self:
         """The same tensors, computed as ``config`` and a ``scaling`` of positions say: what llama.cpp makes of a file
@@ -98,8 +97,9 @@ class DeepseekV3:
         return CheckpointVariants(
             derived=("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached"),
             copies=copies,
-            tied={f"{self.root}lm_head.weight": self.embed} if self.lm_head == self.embed else {},
+            tied={f"{self._root}lm_head.weight": self.embed} if self.lm_head == self.embed else {},
             mtp_marker=".eh_proj.weight",
+            carried=self._carried,
             foreign={"*.self_attn.indexer.*": "DeepSeek V3.2 (sparse attention)"},
         )
 
@@ -185,7 +185,7 @@ class DeepseekV3:
         """Architecture ``deepseek2`` of llama.cpp."""
         from quantkit.arch.deepseek_v3_gguf_model import DeepseekV3Gguf
 
-        return DeepseekV3Gguf(self.config, self.computing, self.root)
+        return DeepseekV3Gguf(self.config, self.computing, self._root)
 
     def serving(self) -> ServingSizes:
         """Sizes with the latent and the rotated key in the KV cache, which all heads share."""
@@ -214,7 +214,7 @@ class DeepseekV3:
         return {layer: mtp_layer(self._prefix(layer), self.config.rms_norm_eps) for layer in numbers}
 
     def _prefix(self, layer: int) -> str:
-        return f"{self.root}model.layers.{layer}."
+        return f"{self._root}model.layers.{layer}."
 
     def _is_dense(self, layer: int) -> bool:
         return layer < min(self.config.first_k_dense_replace, self.n_layers)

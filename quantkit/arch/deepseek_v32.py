@@ -13,6 +13,7 @@ from quantkit.arch.base import CheckpointVariants, DenseBlock, GgufModel, Servin
 from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_config import SIGMOID_ROUTING, DeepseekConfig
 from quantkit.arch.deepseek_v32_config import DeepseekV32Config
+from quantkit.arch.rope import LinearScaling
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class DeepseekV32(DeepseekV3):
     def _checked(config: Mapping[str, object]) -> DeepseekConfig:
         return DeepseekV32Config.of({**SIGMOID_ROUTING, **config})
 
+    def _bind(self, config: DeepseekConfig, scaling: LinearScaling | None = None) -> None:
+        super()._bind(config, scaling)
+        all_full = all(map(self.sparse.has_indexer, range(self.n_layers)))
+        self.longest_exact: int | None = None if all_full else self.sparse.index_topk
+
     @property
     def sparse(self) -> DeepseekV32Config:
         """The config, with the indexer's entries."""
@@ -44,7 +50,7 @@ class DeepseekV32(DeepseekV3):
         """``deepseek2`` of llama.cpp with indexers, which is an architecture of its own."""
         from quantkit.arch.deepseek_v3_gguf_model import DeepseekV3Gguf
 
-        return DeepseekV3Gguf(self.config, self.computing, self.root, self._dialect())
+        return DeepseekV3Gguf(self.config, self.computing, self._root, self._dialect())
 
     def _dialect(self) -> Dialect:
         from quantkit.arch.deepseek_v32_gguf import deepseek32
@@ -57,10 +63,6 @@ class DeepseekV32(DeepseekV3):
         cached = sizes.kv_bytes_per_token + 2 * self.sparse.index_head_dim
         return replace(sizes, kv_bytes_per_token=cached, sparse_top_k=self.sparse.index_topk)
 
-    def has_indexer(self, layer: int) -> bool:
-        """Whether a layer has an indexer of its own."""
-        return True
-
     def _indexer(self) -> Indexer:
         from quantkit.arch.indexer import Indexer
 
@@ -70,12 +72,12 @@ class DeepseekV32(DeepseekV3):
     def _attention(self, layer: int) -> DenseBlock:
         from quantkit.arch import mla
 
-        indexer = self._indexer() if self.has_indexer(layer) else None
+        indexer = self._indexer() if self.sparse.has_indexer(layer) else None
         return mla.attention_block(self._prefix(layer), replace(self._attention_shape(), indexer=indexer))
 
     def _attention_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
         yield from super()._attention_tensors(layer, prefix)
-        if self.has_indexer(layer):
+        if self.sparse.has_indexer(layer):
             yield from self._indexer_tensors(layer, f"{prefix}indexer.")
 
     def _indexer_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:

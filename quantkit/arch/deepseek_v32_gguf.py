@@ -36,11 +36,14 @@ DEFAULTS: Mapping[str, Mapping[str, KeyValue | None]] = {
 
 def deepseek32(config: DeepseekV32Config) -> Dialect:
     """Names and keys of DeepSeek V3.2."""
-    return Dialect(DEEPSEEK32, _IN_LAYER, _sizes(config), DEFAULTS[DEEPSEEK32], _faults(config))
+    faults = _faults(config)
+    if not all(map(config.has_indexer, range(config.num_hidden_layers))):
+        faults += ("layers share an indexer, llama.cpp computes that for glm-dsa alone",)
+    return Dialect(DEEPSEEK32, _IN_LAYER, _sizes(config), DEFAULTS[DEEPSEEK32], faults, _mtp_differences(config))
 
 
-def glm_dsa(config: DeepseekV32Config, full: tuple[bool, ...]) -> Dialect:
-    """Names and keys of GLM-5. ``full``: which decoder layers have an indexer of their own.
+def glm_dsa(config: DeepseekV32Config) -> Dialect:
+    """Names and keys of GLM-5, with which decoder layers have an indexer of their own.
 
     The kinds are always written: from 1,048,576 positions on llama.cpp takes GLM-5.2's pattern for a file without them.
     """
@@ -48,11 +51,21 @@ def glm_dsa(config: DeepseekV32Config, full: tuple[bool, ...]) -> Dialect:
     if config.rope_scaling is not None and config.rope_scaling.factor > 1:
         # glm-dsa.cpp does not read yarn_log_multiplier, so that sine and cosine would be scaled, not the softmax.
         faults += ("rope_scaling has a factor, llama.cpp reads none of yarn's mscale for glm-dsa",)
-    return Dialect(GLM_DSA, _IN_LAYER, {**_sizes(config), INDEXER_TYPES: full}, DEFAULTS[GLM_DSA], faults)
+    full = tuple(map(config.has_indexer, range(config.num_hidden_layers)))
+    values = {**_sizes(config), INDEXER_TYPES: full}
+    return Dialect(GLM_DSA, _IN_LAYER, values, DEFAULTS[GLM_DSA], faults, _mtp_differences(config))
 
 
 def _sizes(config: DeepseekV32Config) -> dict[str, KeyValue]:
     return {key: getattr(config, entry) for key, entry in INDEXER_SIZES.items()}
+
+
+def _mtp_differences(config: DeepseekV32Config) -> tuple[str, ...]:
+    """graph_mtp of both has no indexer; seen in logits (tests/convert/test_mtp_llama_cpp.py)."""
+    return (
+        f"llama.cpp's MTP layer attends to all keys: beyond {config.index_topk:,} tokens it drafts otherwise than the "
+        "model's own. What it accepts is the model's choice all the same.",
+    )
 
 
 def _faults(config: DeepseekV32Config) -> tuple[str, ...]:

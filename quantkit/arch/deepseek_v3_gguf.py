@@ -111,7 +111,8 @@ class Dialect:
 
     ``in_layer``: official names inside a layer -> those of GGUF; ``key_values``: keys without the architecture;
     ``defaults``: what llama.cpp takes for a missing key where that is not what it takes in deepseek2, None where it
-    then refuses the file; ``faults``: why it cannot run this model; ``differences``: as of `differences`.
+    then refuses the file; ``faults``: why it cannot run this model; ``mtp_differences``: as of `differences`, of the
+    MTP layer. llama.cpp has a graph of that layer in each of these architectures.
     """
 
     architecture: str = GGUF_ARCHITECTURE
@@ -119,7 +120,7 @@ class Dialect:
     key_values: Mapping[str, KeyValue] = field(default_factory=dict[str, KeyValue])
     defaults: Mapping[str, KeyValue | None] = field(default_factory=dict[str, "KeyValue | None"])
     faults: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
+    mtp_differences: tuple[str, ...] = ()
 
 
 DEEPSEEK2 = Dialect()
@@ -186,9 +187,10 @@ def is_lite(layers: int, vocab_size: int) -> bool:
     return layers in _LITE_LAYERS or (layers == 48 and vocab_size == _LITE_48_VOCABULARY)
 
 
-def differences(config: DeepseekConfig, dialect: Dialect = DEEPSEEK2) -> tuple[str, ...]:
-    """What llama.cpp computes otherwise than the checkpoint's own code, one line each, to be shown in a plan."""
-    lines = list(dialect.differences)
+def differences(config: DeepseekConfig, *, mtp: bool, dialect: Dialect = DEEPSEEK2) -> tuple[str, ...]:
+    """What llama.cpp computes otherwise than the checkpoint's own code, one line each, to be shown in a plan.
+    ``mtp``: the file holds the MTP layer."""
+    lines = list(dialect.mtp_differences if mtp else ())
     if not math.isclose(config.rms_norm_eps, _LATENT_EPS, rel_tol=1e-6):
         # The official code norms the latents with 1e-6 whatever rms_norm_eps says; llama.cpp knows one eps.
         lines.append(

@@ -38,9 +38,9 @@ class DeepseekV3Gguf:
         arch = self.computing(model.config, model.scaling)
         return GgufReading(arch, tuple(arch.tensors()) if model.whole_kv_b else in_parts(arch), model.notes)
 
-    def differences(self) -> tuple[str, ...]:
+    def differences(self, *, mtp: bool) -> tuple[str, ...]:
         """See `differences`."""
-        return differences(self.config, self.dialect)
+        return differences(self.config, mtp=mtp, dialect=self.dialect)
 
     def server_flags(self) -> tuple[str, ...]:
         """See `server_flags`."""

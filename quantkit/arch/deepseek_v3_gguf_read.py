@@ -117,7 +117,7 @@ def read_as_llama_cpp(config: DeepseekConfig, found: Found, dialect: Dialect = D
         present = found(key)
         if present is not None and not _same(present, value):
             raise SourceError(
-                f"{dialect.architecture}.{key} is {present!r:.60}, the reference needs {value!r}.",
+                f"{dialect.architecture}.{key} is {present!r:.60}, config.json needs {value!r}.",
                 hint="It is another model, or was converted with other settings.",
             )
         taken[key] = value if present is not None else _taken(key, value, found, dialect)

@@ -15,6 +15,7 @@ from quantkit.cli.converted import next_text, program
 from quantkit.cli.exit_codes import REFUSED, interruptible, missing_option, refusals, show_error
 from quantkit.cli.options import (
     AsJson,
+    ConfigFolder,
     Data,
     Device,
     DeviceOption,
@@ -70,6 +71,7 @@ def convert(
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
     context: FitContext = None,
+    config: ConfigFolder = None,
     print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
@@ -90,25 +92,26 @@ def convert(
     target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
     with refusals():
-        chosen = chosen_recipe(source, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:
-            show_recipe(source, chosen, memory_budget)
+            show_recipe(source, config, chosen, memory_budget)
             return
         if dry_run:
-            show_plan(source, chosen, recipe or shorthand.what, as_json, memory_budget=memory_budget)
+            show_plan(source, chosen, recipe or shorthand.what, as_json, config=config, memory_budget=memory_budget)
             return
         if out is None:
             missing_option("'--out' / '-o'")
         if layers is not None:
-            _try(source, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
+            _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
             return
         named = shorthand.words if recipe is None else ("-r", recipe)
-        report = _whole(source, chosen, out, named, log, device.value, memory_budget, jobs, restart)
+        report = _whole(source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart)
     _show(source, report, as_json)
 
 
 def _whole(
     source: Path,
+    config: Path | None,
     recipe: Recipe,
     out: Path,
     named: Sequence[str],
@@ -124,6 +127,7 @@ def _whole(
             source,
             recipe,
             out,
+            config=config,
             device=device,
             memory_budget=memory_budget,
             jobs=jobs,
@@ -134,6 +138,7 @@ def _whole(
 
 def _try(
     source: Path,
+    config: Path | None,
     recipe: Recipe,
     out: Path,
     layers: str,
@@ -151,6 +156,7 @@ def _try(
             recipe,
             out,
             layers,
+            config=config,
             device=device,
             memory_budget=memory_budget,
             jobs=jobs,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from quantkit.convert.events import Report
+from quantkit.plan.gguf_model import is_gguf_model
 
 _RUNTIMES = {"vllm": "vLLM", "llama-server": "llama.cpp"}
 """By the program that serves."""
@@ -20,11 +21,12 @@ def next_text(source: Path, report: Report) -> str:
     folder = paths[0] if len(paths) == 1 else paths[0].parent
     scores = f"{folder}.evaluation.json"
     evaluate = shlex.join([str(source), *map(str, paths), "-o", scores])
-    page = shlex.join([str(folder), scores, "-o", f"{folder}.html"])
+    scored = not is_gguf_model(source)  # a reference is a folder
+    page = shlex.join([str(folder), *([scores] if scored else []), "-o", f"{folder}.html"])
     lines = [
         ("next:", ""),
         (f"  cat {shlex.quote(str(paths[0] / 'README.md'))}", "the model card; quantkit.json has every tensor"),
-        (f"  {program()} evaluate {evaluate}", "against the original, by domain and layer"),
+        *([(f"  {program()} evaluate {evaluate}", "against the original, by domain and layer")] if scored else []),
         (f"  {program()} report {page}", "all of it on one HTML page"),
     ]
     serve = [line for output in report.outputs for line in output.serve if report.validated is not False]

@@ -14,6 +14,7 @@ from quantkit.calibrate.counts import parse_count
 from quantkit.cli.exit_codes import missing_option
 from quantkit.errors import RecipeError
 from quantkit.plan.budget import MOST_JOBS, parse_budget
+from quantkit.plan.gguf_model import config_folder
 from quantkit.plan.hardware import Gpu, parse_gpu
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, shorthand_recipe
@@ -60,9 +61,9 @@ def count(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-def chosen_recipe(source: Path, recipe: str | None, shorthand: Shorthand) -> Recipe:
-    """The recipe of a file or of the options that stand for one. Raises `RecipeError`, and typer's error of usage if
-    neither is given."""
+def chosen_recipe(source: Path, config: Path | None, recipe: str | None, shorthand: Shorthand) -> Recipe:
+    """The recipe of a file or of the options that stand for one. ``config``: the value of --config. Raises
+    `RecipeError`, and typer's error of usage if neither is given."""
     if recipe is not None and shorthand.given:
         raise RecipeError(
             f"found --recipe and {shorthand.first}, needed a recipe or options that stand for one; options with "
@@ -72,7 +73,7 @@ def chosen_recipe(source: Path, recipe: str | None, shorthand: Shorthand) -> Rec
         return Recipe.from_yaml(recipe)
     if shorthand.scheme is None and shorthand.preset is None and not shorthand.target.words:
         missing_option("'--scheme', '--preset', '--recipe' / '-r', '--fit' or '--target-bpw'")
-    return shorthand_recipe(source, shorthand)
+    return shorthand_recipe(config_folder(source, config), shorthand)
 
 
 class ManyFiles(TyperCommand):
@@ -107,7 +108,18 @@ def spread(args: Sequence[str], valued: Container[str], many: str = "--data") ->
 Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SOURCE", help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8)."
+        metavar="SOURCE",
+        help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8). Or a GGUF file, "
+        "see --config.",
+    ),
+]
+ConfigFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="DIR",
+        help="If SOURCE is GGUF: the folder of the original's config.json and tokenizer. Default: the one that holds "
+        "the file.",
     ),
 ]
 RecipeName = Annotated[

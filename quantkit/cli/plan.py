@@ -10,6 +10,7 @@ from quantkit import api as commands
 from quantkit.cli.exit_codes import refusals
 from quantkit.cli.options import (
     AsJson,
+    ConfigFolder,
     Context,
     ConvertOn,
     Data,
@@ -54,6 +55,7 @@ def plan(
     target_size: TargetSize = None,
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
+    config: ConfigFolder = None,
     print_recipe: PrintRecipe = False,
     gpus: GpuOption = None,
     context: Context = None,
@@ -69,15 +71,16 @@ def plan(
     target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
     with refusals():
-        chosen = chosen_recipe(source, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:
-            show_recipe(source, chosen, memory_budget)
+            show_recipe(source, config, chosen, memory_budget)
             return
         show_plan(
             source,
             chosen,
             recipe or shorthand.what,
             as_json,
+            config=config,
             gpus=parse_gpus(fit) if gpus is None and fit is not None else gpus,
             context=context,
             memory_budget=memory_budget,
@@ -85,10 +88,10 @@ def plan(
         )
 
 
-def show_recipe(source: Path, recipe: Recipe, memory_budget: int | None) -> None:
+def show_recipe(source: Path, config: Path | None, recipe: Recipe, memory_budget: int | None) -> None:
     """Print a recipe, with rules in place of targets."""
     with progress() as on_event:
-        settled = choose_types(source, recipe, memory_budget=memory_budget, on_event=on_event)
+        settled = choose_types(source, recipe, config=config, memory_budget=memory_budget, on_event=on_event)
     typer.echo(recipe_yaml(settled), nl=False)
 
 
@@ -98,6 +101,7 @@ def show_plan(
     name: str,
     as_json: bool,
     *,
+    config: Path | None = None,
     gpus: Gpus | None = None,
     context: int | None = None,
     memory_budget: int | None = None,
@@ -110,6 +114,7 @@ def show_plan(
         found = commands.plan(
             source,
             recipe,
+            config=config,
             gpus=gpus,
             context=context,
             memory_budget=memory_budget,

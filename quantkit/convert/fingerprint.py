@@ -51,7 +51,7 @@ def journal_header(
         device=machine.device_name,
         threads=torch.get_num_threads(),
         memory_budget=machine.budget,
-        source_files={file: _state(source.directory / file) for file in source.raw.files},
+        source_files={path.name: _state(path) for path in source.files},
     )
 
 

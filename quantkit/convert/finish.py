@@ -42,9 +42,9 @@ from quantkit.evaluate.compare import compare_all
 from quantkit.evaluate.scores import limits_exceeded
 from quantkit.evaluate.validation import scored_model, summarise
 from quantkit.formats.bundle import CardFacts, write_model_card
+from quantkit.formats.model_source import source_name
 from quantkit.formats.preallocated import UNFINISHED, disk_errors, sha256_of, write_durably
 from quantkit.formats.safetensors.header import printable
-from quantkit.formats.source import checkpoint_name
 from quantkit.formats.source_card import source_card
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
@@ -212,7 +212,7 @@ def _document(
         quantkit=__version__,
         job=header,
         recipe=recipe_values(conversion.plan.recipe),
-        source=checkpoint_name(conversion.source.directory),
+        source=source_name(conversion.source),
         output=output.output.name,
         validated=None if result is None else result.passed,
         validation=result,
@@ -276,7 +276,7 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
             "limits of the recipe": {True: "met", False: "exceeded", None: "no limits set"}[result.passed],
         }
     return CardFacts(
-        title=f"{checkpoint_name(conversion.source.directory)}-{output.output.name}",
+        title=f"{source_name(conversion.source)}-{output.output.name}",
         recipe=yaml.safe_dump(recipe_values(conversion.plan.recipe), sort_keys=False, allow_unicode=True),
         parameters=output.parameters,
         nbytes=output.nbytes,

@@ -14,9 +14,9 @@ from pathlib import Path
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.convert.folder import is_begun, refuse_taken, refuse_to_lose
-from quantkit.formats import open_source
 from quantkit.formats.model_source import ModelSource
 from quantkit.plan.forecast import forecast_of
+from quantkit.plan.gguf_model import config_folder, open_model
 from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.memory import Needs, check_free_disk
 from quantkit.plan.plan import Plan
@@ -41,17 +41,18 @@ class Job:
 
 @contextmanager
 def prepared(
-    source: Path, recipe: Recipe, out: Path, *, base_dir: Path, memory_budget: int, restart: bool
+    source: Path, config: Path | None, recipe: Recipe, out: Path, base_dir: Path, memory_budget: int, *, restart: bool
 ) -> Generator[Job]:
-    """Open the checkpoint in folder ``source`` and plan its conversion. ``memory_budget``: bytes to stay under.
+    """Open the checkpoint ``source``, a folder or GGUF, and plan its conversion. ``config``: see `open_model`;
+    ``memory_budget``: bytes to stay under.
 
     Loads no torch and changes nothing on the disk. Raises what `forecast` raises, `CalibrationError` for unusable text,
     `OutputError` if ``out`` exists, or is or holds what the conversion reads, `PlanError` if its disk is too full.
     """
     imatrix = () if recipe.imatrix is None else (base_dir / recipe.imatrix,)
-    refuse_to_lose(out, source, base_dir, *imatrix, Path.cwd(), Path("~").expanduser())
+    refuse_to_lose(out, source, config_folder(source, config), base_dir, *imatrix, Path.cwd(), Path("~").expanduser())
     refuse_taken(out, [output.name for output in recipe.outputs], restart=restart)
-    with open_source(source) as opened:
+    with open_model(source, config) as opened:
         headers = headers_of(opened)
         found = forecast_of(headers, recipe, base_dir=base_dir, memory_budget=memory_budget)
         if not recipe.allow_zeros:

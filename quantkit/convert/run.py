@@ -72,7 +72,7 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         first = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
         if folder.finished:
             return report_finished(job, folder, first.job, on_event)
-        journal = Journal(folder.journal, first, job.source.directory)
+        journal = Journal(folder.journal, first, job.source.files[0].parent)
         stack.callback(journal.close)
         if not journal.entries:
             check_free_disk(job.needs, folder.partial, folder.reserved_bytes)

@@ -1,7 +1,8 @@
 """`convert --layers`: some layers of a conversion, compared with the original on held-out text, and what the whole will
 take.
 
-The calibration text goes through all layers up to the last named one. Layers that are not named stay as they are.
+The calibration text goes through all layers up to the last named one. Layers that are not named stay as they are; MTP
+layers, which come after all others, cannot be named.
 Everything is done as the whole conversion does it: the same plan, the same loop, files of the same format, read back.
 They lie in a folder OUT.trial-... that goes at the end: what is left is OUT.trial.json, a report.
 """
@@ -35,8 +36,8 @@ from quantkit.documents.trial import TrialDocument, TrialLayer, TrialOutput
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.evaluate.compare import LayerScore, Model, compare_layers
 from quantkit.evaluate.validation import model_of
+from quantkit.formats.model_source import source_name
 from quantkit.formats.preallocated import disk_errors
-from quantkit.formats.source import checkpoint_name
 from quantkit.inspect.trial import inspect_trial
 from quantkit.plan.machine import Machine, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan
@@ -67,7 +68,7 @@ def refuse_other_trial(path: Path, job: Job, layers: tuple[int, ...]) -> None:
         found = inspect_trial(path)
     except QuantkitError:
         found = None
-    asked = (checkpoint_name(job.source.directory), layers, recipe_values(job.plan.recipe))
+    asked = (source_name(job.source), layers, recipe_values(job.plan.recipe))
     if found is None or (found.document.source, found.document.trial, found.document.recipe) != asked:
         raise OutputError(
             f"{path}: exists already, and is no trial of the same source, recipe and layers.",
@@ -84,7 +85,7 @@ def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: On
         tally.add(event)
         on_event(event)
 
-    part = replace(job, plan=trial_plan(job.plan, layers, job.arch.n_layers))
+    part = replace(job, plan=trial_plan(job.plan, layers, job.arch))
     windows = _held_out(job)
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
@@ -92,7 +93,7 @@ def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: On
         names = [output.output.name for output in job.plan.outputs]
         folder = stack.enter_context(OutputFolder(job.out, names, restart=False))
         header = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
-        journal = Journal(folder.journal, header, job.source.directory)
+        journal = Journal(folder.journal, header, job.source.files[0].parent)
         stack.callback(journal.close)
         conversion = open_conversion(stack, part, machine, folder, journal, importance, sensitivity, tell)
         with conversion.timer.stage("compilation"):
@@ -191,7 +192,7 @@ def _document(
         trial=layers,
         quantkit=__version__,
         device=conversion.machine.device_name,
-        source=checkpoint_name(job.source.directory),
+        source=source_name(job.source),
         recipe=recipe_values(conversion.plan.recipe),
         outputs=tuple(outputs),
         windows=len(windows.tokens),

@@ -8,7 +8,6 @@ keys that it lacks.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +15,25 @@ from types import TracebackType
 from typing import Protocol
 
 from quantkit.arch import arch_of
-from quantkit.arch.base import GgufModel, GgufReading, ModelArch
-from quantkit.arch.parts import stored_tensors
+from quantkit.arch.base import ModelArch
 from quantkit.documents.evaluation import CheckpointFacts
 from quantkit.errors import ConfigError, QuantkitError, SourceError
 from quantkit.formats.folder import FolderSource
 from quantkit.formats.fp8_source import Fp8Source
-from quantkit.formats.gguf.header import GgufHeader, is_gguf
+from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.layouts import READERS
-from quantkit.formats.safetensors.header import open_regular, printable
+from quantkit.formats.safetensors.header import printable
 from quantkit.formats.source import checkpoint_name, open_plain, quant_method, read_config
 from quantkit.formats.tiktoken_model import tokenizer_file
+from quantkit.plan.gguf_model import read_as
 from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
 
 READABLE = (
     "BF16, F16, F32 and FP8-block folders, compressed-tensors, GPTQ, AWQ, auto-round and bitsandbytes (NF4, FP4) "
     "folders, and GGUF can be read."
 )
-_SAMPLE_BYTES = 4096
 
 
 class OpenSource(RowSource, Protocol):
@@ -158,51 +156,11 @@ def _open_gguf(path: Path, reference: ModelArch) -> Evaluated:
     """The model that llama.cpp runs when it is given the file: what the file does not say has llama.cpp's default."""
     model = reference.gguf()
     with GgufReader(path) as reader:
-        reading = _reading(reader, model)
-        specs = [spec for spec in reading.specs if spec.role is not Role.MTP]
+        reading = read_as(reader, reference)
         names = {spec.name: model.stored_name(spec.name) for spec in reading.specs}
-        for stored in stored_tensors(specs, model).values():
-            entry = reader.tensors.get(stored.name)
-            shape = None if entry is None else entry.shape
-            _check_shape(reader.path, stored.name, shape, stored.shape, f"See: quantkit inspect {path}")
         stored_infos = [TensorInfo(e.name, e.shape, "F32") for e in reader.tensors.values()]
-        facts = _facts(path, "GGUF", _gguf_fingerprint(reader), stored_infos, reader.data_bytes, reading.notes)
+        facts = _facts(path, "GGUF", reader.fingerprint(), stored_infos, reader.data_bytes, reading.notes)
     return Evaluated(reading.arch, GgufSource(path, names, tuple(reference.parts().values())), facts)
-
-
-def _reading(reader: GgufReader, model: GgufModel) -> GgufReading:
-    key = "general.architecture"
-    found, needed = reader.get(key), model.key_values(mtp=False)[key]
-    if found != needed:
-        raise SourceError(
-            f"{reader.path}: {key} is {printable(repr(found))}, the reference needs {needed!r}.",
-            hint="It is another model.",
-        )
-    try:
-        return model.read(reader.get)
-    except SourceError as error:
-        raise SourceError(f"{reader.path}: {error.message}", hint=error.hint) from None
-
-
-def _gguf_fingerprint(reader: GgufReader) -> str:
-    """sha256 over each file's name, size, header, and three samples of its data."""
-    digest = hashlib.sha256()
-    for header in reader.headers:
-        digest.update(f"{header.file}\0{header.size}".encode())
-        fd, _ = open_regular(reader.directory / header.file)
-        try:
-            start = _data_start(header)
-            for at in range(0, start, 1 << 20):
-                digest.update(os.pread(fd, min(1 << 20, start - at), at))
-            for quarter in (1, 2, 3):
-                digest.update(os.pread(fd, _SAMPLE_BYTES, start + (header.size - start) * quarter // 4))
-        finally:
-            os.close(fd)
-    return digest.hexdigest()
-
-
-def _data_start(header: GgufHeader) -> int:
-    return min((entry.offset for entry in header.tensors.values()), default=header.size)
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

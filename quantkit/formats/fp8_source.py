@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import SourceError
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource, require_finite, row_ranges
+from quantkit.formats.stored_in_shards import StoredInShards
 from quantkit.formats.zero_runs import ZeroRun, zero_runs
 from quantkit.schemes import Float8Scheme
 from quantkit.tensors import TensorInfo
@@ -34,7 +35,7 @@ SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 """What a scale may be stored in: float32 in every official release; the other two convert to float32 exactly."""
 
 
-class Fp8Source:
+class Fp8Source(StoredInShards):
     """A decoded `TensorSource` over stored tensors. Without FP8 tensors it shows exactly what it is given.
 
     ``block_size``: rows and columns that share one scale. ``config``: the raw config.json ({} if opened without one).
@@ -50,7 +51,7 @@ class Fp8Source:
 
         Raises `SourceError` for a pair that is incomplete or does not fit.
         """
-        self.raw = raw
+        self.raw: SafetensorsSource = raw
         self.block_size = block_size
         self.config: Mapping[str, object] = config or {}
         self._least_zeros: Mapping[str, int] = {}
@@ -68,11 +69,6 @@ class Fp8Source:
     def directory(self) -> Path:
         """The checkpoint's folder."""
         return self.raw.directory
-
-    @property
-    def unlisted(self) -> tuple[str, ...]:
-        """Names that shards hold but the index does not list; they are not shown."""
-        return self.raw.unlisted
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, decoded (FP8 as BF16, no scales), in file order."""
@@ -164,10 +160,6 @@ class Fp8Source:
     def prefetch(self, names: list[str]) -> None:
         """Ask the operating system to read these tensors (and their scales) ahead. Returns at once."""
         self.raw.prefetch(names + [name + SCALE_SUFFIX for name in names if name in self._float8])
-
-    def fingerprint(self) -> str:
-        """sha256 (hex) of what is stored, see `SafetensorsSource.fingerprint`."""
-        return self.raw.fingerprint()
 
     def close(self) -> None:
         """Give the file descriptors back."""

@@ -1,16 +1,16 @@
-"""`open_source`: a folder on disk -> the tensors of a model that is to be quantised, decoded, in whatever they are
-stored: BF16, F16, F32, FP8 blocks, or packed linears of compressed-tensors."""
+"""`ModelSource`: the tensors of a model that is to be quantised, decoded, in whatever they are stored. `open_source`
+opens a folder: BF16, F16, F32, FP8 blocks, or packed linears of compressed-tensors."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from quantkit.formats.packed_source import PackedSource
-from quantkit.formats.safetensors.reader import SafetensorsSource
-from quantkit.formats.source import PACKED_METHOD, open_plain, quant_method, read_config
+from quantkit.formats.source import PACKED_METHOD, checkpoint_name, open_plain, quant_method, read_config
 from quantkit.schemes import Scheme
 from quantkit.tensors import TensorInfo
 
@@ -22,14 +22,23 @@ if TYPE_CHECKING:
 
 
 class ModelSource(AbstractContextManager["ModelSource"], Protocol):
-    """What a conversion reads. ``config``: the raw config.json; ``raw``: what is stored. Reads are thread-safe."""
+    """What a conversion reads. ``config``: the raw config.json. Reads are thread-safe."""
 
     config: Mapping[str, object]
-    raw: SafetensorsSource
 
     @property
     def directory(self) -> Path:
-        """The checkpoint's folder."""
+        """The folder of config.json and tokenizer."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights, all in one folder."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is unusual about these files, a line each."""
         ...
 
     @property
@@ -82,13 +91,32 @@ class ModelSource(AbstractContextManager["ModelSource"], Protocol):
         more, in it or in its packed codes: what a hole in a file looks like."""
         ...
 
+    def path_of(self, name: str) -> Path:
+        """The file that holds a plain tensor."""
+        ...
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two plain tensors have the same dtype, shape and bytes."""
+        ...
+
+    def zeros(self, limits: Mapping[str, int]) -> tuple[str, ...]:
+        """A line for each file that ends in rows of zeros, or has a hole of ``limits[name]`` weights or more: what
+        interrupted downloads leave."""
+        ...
+
     def fingerprint(self) -> str:
-        """sha256 (hex) of what is stored, see `SafetensorsSource.fingerprint`."""
+        """sha256 (hex) that tells whether a resumed job still reads the same checkpoint."""
         ...
 
     def close(self) -> None:
         """Give the file descriptors back."""
         ...
+
+
+def source_name(source: ModelSource) -> str:
+    """What to call it: its folder's name or that of its repository; of GGUF the file's."""
+    first = source.files[0]
+    return re.sub(r"-\d{5}-of-\d{5}$", "", first.stem) if first.suffix == ".gguf" else checkpoint_name(source.directory)
 
 
 def open_source(path: Path | str) -> ModelSource:

@@ -17,6 +17,7 @@ from quantkit.formats.fp8_source import ZEROS_HINT
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.packing import StoredLinear
 from quantkit.formats.safetensors.header import printable
+from quantkit.formats.stored_in_shards import StoredInShards
 from quantkit.formats.zero_runs import zero_runs
 from quantkit.schemes import Scheme
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.schemes.grid import Stored
 
 
-class PackedSource(FolderSource):
+class PackedSource(StoredInShards, FolderSource):
     """A `ModelSource` of a compressed-tensors folder."""
 
     def __init__(self, directory: Path | str) -> None:
@@ -42,11 +43,6 @@ class PackedSource(FolderSource):
                 "packed: it is stale.",
                 hint="Remove quantization_config from config.json if the weights were decoded.",
             )
-
-    @property
-    def unlisted(self) -> tuple[str, ...]:
-        """Names that shards hold but the index does not list; they are not shown."""
-        return self.raw.unlisted
 
     def refuse_zeros(self, least: Mapping[str, int]) -> None:
         """See `ModelSource.refuse_zeros`."""
@@ -95,10 +91,6 @@ class PackedSource(FolderSource):
                 )
         self.raw.share(copies)
         self._infos |= {name: self.raw.infos()[name] for name in copies}
-
-    def fingerprint(self) -> str:
-        """sha256 (hex) of what is stored, see `SafetensorsSource.fingerprint`."""
-        return self.raw.fingerprint()
 
     def __enter__(self) -> PackedSource:
         return self

@@ -59,8 +59,8 @@ def check_folder(path: Path) -> None:
 
 def _no_source(path: Path) -> SourceError:
     return SourceError(
-        f"{printable(str(path))}: is a GGUF model, which is written and not read as a source.",
-        hint="Give the original's folder: config.json and shards in BF16, FP8 blocks or compressed-tensors.",
+        f"{printable(str(path))}: is a GGUF model, a folder with config.json was needed.",
+        hint="`convert` and `plan` read GGUF beside --config DIR, the folder of the original's config.json.",
     )
 
 
@@ -70,11 +70,18 @@ def read_config(directory: Path) -> dict[str, object]:
     path = directory / "config.json"
     if not os.path.lexists(path) and any(directory.glob("*.gguf")):
         raise _no_source(directory)
-    inside = [] if os.path.lexists(path) else sorted(found.parent for found in directory.glob("*/config.json"))
-    if inside:
-        listed = ", ".join(printable(str(folder)) for folder in inside[:3])
-        raise SourceError(f"{path}: no such file.", hint=f"Is it a folder inside it? There is {listed}.")
+    if not os.path.lexists(path) and (hint := _instead_of_config(directory)):
+        raise SourceError(f"{path}: no such file.", hint=hint)
     return parse_json_object(read_small(path).removeprefix(BOM_UTF8), str(path))
+
+
+def _instead_of_config(directory: Path) -> str:
+    """A hint from what a folder without config.json holds, "" if nothing speaks for itself."""
+    if os.path.lexists(directory / "params.json"):
+        return "There is params.json: a checkpoint in Mistral's own form, which is not read."
+    inside = sorted(found.parent for found in directory.glob("*/config.json"))
+    listed = ", ".join(printable(str(folder)) for folder in inside[:3])
+    return f"Is it a folder inside it? There is {listed}." if listed else ""
 
 
 def hub_repository(directory: Path) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -20,15 +20,17 @@ from quantkit.arch.base import ModelArch
 from quantkit.errors import ConfigError, SourceError
 from quantkit.formats.folder import PackedLinear
 from quantkit.formats.layouts import READERS
+from quantkit.formats.layouts.compressed_tensors import resolver_of
 from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, quantization_section, read_config
+from quantkit.inspect import other_releases
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.plan.source_tensors import contradicts_tied, listed_specs, note_of_copies, shared_copies, sort_unlisted
-from quantkit.runtimes import transformers
+from quantkit.runtimes import int4_g32, mlx, transformers
 from quantkit.runtimes.vllm import contract
-from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, describe
+from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, W4AFp8Scheme, describe
 from quantkit.tensors import SCALE_DTYPES, Role, TensorInfo, TensorSpec
 
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_scale_inv", "_g_idx", "_global_scale")
@@ -39,6 +41,8 @@ _FP4: Mapping[frozenset[str], Nvfp4Scheme | Mxfp4Scheme] = {
 """By the tensors of a linear whose codes lie in bytes."""
 _NAMED_OTHERWISE = ("gptq", "awq", "auto-round")
 """quant_method of layouts whose tensors are not named after the weight."""
+_NOTES = (contract.notes, transformers.problems, transformers.notes, mlx.notes, int4_g32.notes)
+"""What runtimes say of planned tensors in a layout, as plans have it."""
 _SCALE_DTYPES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -113,6 +117,7 @@ def inspect_folder(directory: Path | str) -> Inspection:
         else _planned(weight, specs.get(name), groups)
         for name, weight in weights.items()
     }
+    planned = _as_stated(directory, config, planned)
     unusual += _of_no_scheme([weight for name, weight in weights.items() if planned[name] is None])
     if arch is not None:
         unusual += _unlisted(arch, specs, weights, tied)
@@ -123,9 +128,26 @@ def inspect_folder(directory: Path | str) -> Inspection:
     if method == contract.COMPRESSED_TENSORS and any(tensor and tensor.scheme for tensor in planned.values()):
         known = [tensor for tensor in planned.values() if tensor is not None]
         unusual += contract.problems(known, method)
-        notes += contract.notes(known, method) + transformers.notes(known, method)
+        notes += [line for of_runtime in _NOTES for line in of_runtime(known, method)]
     holdings = _storage(weights, planned, specs)
     return Inspection(directory, family, method, shards, len(infos), holdings, tuple(unusual), tuple(notes))
+
+
+def _as_stated(
+    directory: Path, config: Mapping[str, object], planned: Mapping[str, PlannedTensor | None]
+) -> dict[str, PlannedTensor | None]:
+    """With W4A8-FP8 where config.json says that inputs are rounded to FP8: the tensors are those of int4."""
+    section = cast("dict[str, object]", quantization_section(config) or {})
+    try:
+        resolver = resolver_of(str(directory / "config.json"), section)
+    except SourceError:  # another layout, or a faulty section, which is said by whoever reads the weights
+        return dict(planned)
+    found = dict(planned)
+    for name, tensor in planned.items():
+        if tensor is not None and isinstance(tensor.scheme, IntScheme):
+            said = resolver.scheme(tensor.module)
+            found[name] = replace(tensor, scheme=said) if isinstance(said, W4AFp8Scheme) else tensor
+    return found
 
 
 def _config(directory: Path, unusual: list[str]) -> dict[str, object]:
@@ -177,6 +199,7 @@ def _weights(infos: Mapping[str, TensorInfo], linears: Mapping[str, PackedLinear
         module = name.removesuffix(f".{INPUT_SCALE}")
         if f"{module}.weight_packed" in infos:  # what inputs are divided by, of no interest here but for its bytes
             suffix, owner = INPUT_SCALE, f"{module}.weight"
+        owner, suffix = other_releases.part_of(name, infos) or (owner, suffix)
         weights.setdefault(owner, _Weight(owner)).parts[suffix] = info
     return weights
 
@@ -211,6 +234,8 @@ def _planned(weight: _Weight, spec: TensorSpec | None, groups: set[tuple[object,
     ):
         by_group = "_scale" in parts and parts["_scale"].dtype == "U8"
         return PlannedTensor(parts[""], Mxfp8Scheme() if by_group else Float8Scheme(), None, spec)
+    if (found := other_releases.understood(parts)) is not None:
+        return PlannedTensor(TensorInfo(weight.name, found[0], "BF16"), found[1], None, spec)
     fp4 = _FP4.get(frozenset(parts) - {INPUT_SCALE})
     if fp4 is not None and parts["_packed"].dtype == "U8" and len(parts["_packed"].shape) == 2:
         n_out, n_words = parts["_packed"].shape

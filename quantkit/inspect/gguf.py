@@ -54,10 +54,7 @@ SETTINGS = (
 """Keys of an architecture that are shown, without its name in front."""
 
 _DECODED = {*BLOCK_TYPES, "F32", "F16", "BF16"}
-_OTHER_FILE_TYPES = {
-    19: "IQ2_XXS", 20: "IQ2_XS", 24: "IQ1_S", 28: "IQ2_S", 29: "IQ2_M", 31: "IQ1_M", 36: "TQ1_0", 37: "TQ2_0",
-    39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
-}  # fmt: skip
+_OTHER_FILE_TYPES = {36: "TQ1_0", 37: "TQ2_0", 39: "NVFP4", 40: "Q1_0"}
 """enum llama_ftype, what `FILE_TYPES` lacks."""
 _GUESSED = 1024  # LLAMA_FTYPE_GUESSED
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.")

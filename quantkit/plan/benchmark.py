@@ -198,7 +198,7 @@ def _written(folder: Path) -> float | None:
 
 def _read(source: Path) -> float | None:
     """Bytes a second of a shard's pages that are thrown out of the cache before; None if nothing can be read."""
-    shards = sorted(source.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shards = sorted((*source.glob("*.safetensors"), *source.glob("*.gguf")), key=lambda path: path.stat().st_size)
     try:
         return _read_file(shards[-1]) if shards else None
     except OSError:

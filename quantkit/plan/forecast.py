@@ -87,6 +87,7 @@ def forecast(
     source: Path | str,
     recipe: Recipe,
     *,
+    config: Path | None = None,
     base_dir: Path = Path(),
     gpus: Gpus | None = None,
     context: int | None = None,
@@ -95,16 +96,16 @@ def forecast(
 ) -> Forecast:
     """Plan the conversion of a checkpoint folder, which may hold only a config.json: then the official release of it.
 
-    ``base_dir``: where the recipe's relative files lie; ``gpus``: try to serve a sequence of ``context`` tokens there
-    (default: `CONTEXT`, or what the model is made for if that is less); ``memory_budget``: bytes to stay under
-    (default: `default_budget`, which may be less than the conversion needs); ``convert_on``: the GPU that would compute
-    the conversion (default: `COMMON_GPU`).
+    ``config``: the folder of config.json and tokenizer where ``source`` is GGUF; ``base_dir``: where the recipe's
+    relative files lie; ``gpus``: try to serve a sequence of ``context`` tokens there (default: `CONTEXT`, or what the
+    model is made for if that is less); ``memory_budget``: bytes to stay under (default: `default_budget`, which may be
+    less than the conversion needs); ``convert_on``: the GPU that would compute the conversion (default: `COMMON_GPU`).
 
     Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source, `CalibrationError` for
     text that is not there.
     """
     return forecast_of(
-        read_headers(source),
+        read_headers(source, config),
         recipe,
         base_dir=base_dir,
         gpus=gpus,

@@ -14,12 +14,11 @@ from quantkit.errors import PlanError, SourceError
 from quantkit.formats.folder import object_of
 from quantkit.formats.fp8_source import SCALE_SUFFIX
 from quantkit.formats.layouts import compressed_tensors
-from quantkit.formats.model_source import ModelSource, open_source
+from quantkit.formats.model_source import ModelSource
 from quantkit.formats.planned import PlannedTensor
-from quantkit.formats.safetensors.file_holes import file_holes
 from quantkit.formats.safetensors.header import INDEX_NAME
 from quantkit.formats.safetensors.reader import read_index
-from quantkit.formats.safetensors.zero_tail import ZERO_ROWS, zero_tails
+from quantkit.formats.safetensors.zero_tail import ZERO_ROWS
 from quantkit.formats.side_files import folder_notes
 from quantkit.formats.source import (
     PACKED_METHOD,
@@ -29,6 +28,7 @@ from quantkit.formats.source import (
     quantization_section,
     read_config,
 )
+from quantkit.plan.gguf_model import config_folder, is_gguf_model, open_model
 from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies
 from quantkit.schemes import Float8Scheme, Scheme
 from quantkit.tensors import Role, TensorInfo, TensorSpec
@@ -41,7 +41,8 @@ LEAST_ZEROS = 32_768
 class SourceHeaders:
     """A source as a plan sees it: ``infos`` decoded; ``stored``: what linears are stored in that are not plain.
     ``has_shards``: False if all was derived from config.json. ``notes``: what is unusual about the folder, a line
-    each; ``zeros``: shards that end in rows of zeros or have holes, a line each."""
+    each; ``zeros``: shards that end in rows of zeros or have holes, a line each; ``files``: what holds the
+    weights, all in one folder; ``directory``: of config.json and tokenizer."""
 
     directory: Path
     config: Mapping[str, object]
@@ -51,20 +52,27 @@ class SourceHeaders:
     has_shards: bool
     notes: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """What the user named: the folder, or the GGUF file (the first of a split set)."""
+        return self.files[0] if self.files and self.files[0].suffix == ".gguf" else self.directory
 
 
-def read_headers(directory: Path | str) -> SourceHeaders:
-    """Headers of a checkpoint folder; a folder with only config.json (and perhaps an index) counts as the official
-    release of it.
+def read_headers(directory: Path | str, config_directory: Path | None = None) -> SourceHeaders:
+    """Headers of a checkpoint folder, or of GGUF with config.json and tokenizer in ``config_directory`` (see
+    `open_model`); a folder with only config.json (and perhaps an index) counts as the official release of it.
 
     Raises `SourceError` or `ConfigError` for a damaged folder, `PlanError` if an index without shards does not list
     what config.json needs.
     """
     directory = Path(directory)
-    check_folder(directory)
-    if any(directory.glob("*.safetensors")):
-        with open_source(directory) as source:
+    if is_gguf_model(directory) or any(directory.glob("*.safetensors")):
+        with open_model(directory, config_directory) as source:
             return headers_of(source)
+    config_folder(directory, config_directory)
+    check_folder(directory)
     config = read_config(directory)
     arch = arch_of(config)
     infos, stored = headers_from_arch(arch, config, directory)
@@ -82,7 +90,7 @@ def headers_of(source: ModelSource) -> SourceHeaders:
     """
     arch = arch_of(source.config)
     _check_tied(source, arch)
-    notes = (*_share_copies(source, arch), *folder_notes(source.directory))
+    notes = (*source.notes, *_share_copies(source, arch), *folder_notes(source.directory))
     return SourceHeaders(
         source.directory,
         source.config,
@@ -91,7 +99,8 @@ def headers_of(source: ModelSource) -> SourceHeaders:
         {name: scheme for name in source.infos() if (scheme := source.stored_as(name)) is not None},
         True,
         notes,
-        _zeros(source, zero_limits(arch)),
+        source.zeros(zero_limits(arch)),
+        source.files,
     )
 
 
@@ -108,12 +117,6 @@ def zero_limits(arch: ModelArch) -> dict[str, int]:
             some_rows = (int(ZERO_ROWS * spec.shape[0]) + 1) * spec.shape[1] if vocabulary else 0
             limits[spec.name] = max(LEAST_ZEROS, some_rows)
     return limits
-
-
-def _zeros(source: ModelSource, limits: Mapping[str, int]) -> tuple[str, ...]:
-    """A line for each shard that ends in rows of zeros; without any, for each that has a hole."""
-    headers = source.raw.headers
-    return zero_tails(source.directory, headers) or file_holes(source.directory, headers, limits)
 
 
 def headers_from_arch(
@@ -150,11 +153,11 @@ def _stated_schemes(config: Mapping[str, object], directory: Path) -> Callable[[
 
 def _check_tied(source: ModelSource, arch: ModelArch) -> None:
     """Raise `SourceError` for a head that is not the embedding, where config.json says that it is."""
-    found = contradicts_tied(arch.variants(), source.infos(), source.raw.equal)
+    found = contradicts_tied(arch.variants(), source.infos(), source.equal)
     if found is not None:
         name, line = found
         raise SourceError(
-            f"{source.raw.path_of(name)}: {line}",
+            f"{source.path_of(name)}: {line}",
             hint='If the model has a head of its own, set "tie_word_embeddings": false in config.json.',
         )
 

@@ -21,7 +21,7 @@ from quantkit.plan.source_tensors import SourceTensors, listed_specs, match_sour
 from quantkit.plan.targets import Target, target_of
 from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import Scheme, describe
-from quantkit.tensors import Role, TensorInfo
+from quantkit.tensors import Role, TensorInfo, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,37 +220,42 @@ def _decisions(
     """What the first rule that matches, or else the preset, says of each tensor; also judges rules that decide
     nothing."""
     matchers = [rule.matcher() for rule in output.rules]
-    used = [False] * len(output.rules)
+    used: set[int] = set()
     decide = Decider(output, target, recipe.calibration is not None, problems)
     decisions: dict[str, Decision] = {}
     for spec in target.specs:
-        if target.omits(spec):
-            dtype = source.infos[spec.official].dtype
-            decisions[spec.name] = Decision(spec, Action.DROP, 0, dtype, dtype)
+        dtype = source.infos[spec.official].dtype
+        action = _without_rules(target, spec)
+        if action is not None:
+            decisions[spec.name] = Decision(spec, action, 0, dtype, dtype)
             continue
-        if spec.role is Role.VISION:
-            dtype = source.infos[spec.name].dtype
-            decisions[spec.name] = Decision(spec, Action.KEEP, 0, dtype, dtype)
-            continue
-        number = next((number for number, matches in enumerate(matchers) if matches(spec)), None)
-        rule = target.preset_rule(spec) if number is None else output.rules[number]
+        number = next((number for number, matches in enumerate(matchers, 1) if matches(spec)), 0)
+        rule = output.rules[number - 1] if number else target.preset_rule(spec)
+        used.add(number)
         if rule is None:
-            where = f"output {output.name}: {spec.name} (role {spec.role.value})"
-            problems.add(
-                "tensors without a rule",
-                f"{where}: no rule matches it.",
-                'Add a last rule, e.g. {match: "*", keep: source}.',
-            )
-            continue
-        if number is not None:
-            used[number] = True
-        place = 0 if number is None else number + 1
-        decisions[spec.name] = decide(spec, place, rule, source.infos[spec.official].dtype, stored.get(spec.official))
+            _lacks_rule(output, spec, problems)
+        else:
+            decisions[spec.name] = decide(spec, number, rule, dtype, stored.get(spec.official))
     source.refuse_kept(decisions.values(), problems)
-    for number, rule in enumerate(output.rules):
-        if not used[number]:
-            unused_rule(output, number + 1, rule, target, problems, warnings)
+    for number, rule in enumerate(output.rules, 1):
+        if number not in used:
+            unused_rule(output, number, rule, target, problems, warnings)
     return decisions
+
+
+def _without_rules(target: Target, spec: TensorSpec) -> Action | None:
+    """What is done to a tensor whatever the rules say, None if they decide."""
+    if target.omits(spec):
+        return Action.DROP
+    return Action.KEEP if spec.role is Role.VISION else None
+
+
+def _lacks_rule(output: Output, spec: TensorSpec, problems: Problems) -> None:
+    problems.add(
+        "tensors without a rule",
+        f"output {output.name}: {spec.name} (role {spec.role.value}): no rule matches it.",
+        'Add a last rule, e.g. {match: "*", keep: source}.',
+    )
 
 
 def _planned(decision: Decision) -> PlannedTensor:

@@ -22,7 +22,7 @@ from quantkit.formats.source import checkpoint_name
 from quantkit.plan.named_schemes import named_schemes
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
 from quantkit.runtimes.llama_cpp import contract, presets
-from quantkit.runtimes.llama_cpp.command import serve
+from quantkit.runtimes.llama_cpp.command import DRAFT_FLAGS, serve
 from quantkit.schemes import ChosenScheme, GgmlScheme, Scheme, describe
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.schemes.repacking import block_type
@@ -89,6 +89,7 @@ class GgufTarget:
             n_experts=self._n_experts,
             importance=self._recipe.calibration is not None or self._recipe.imatrix is not None,
             tied=self._arch.lm_head == self._arch.embed,
+            downs=self._downs.get(stored.name, 0),
         )
         return _rule_of(kind or "F32")
 
@@ -148,8 +149,17 @@ class GgufTarget:
             f"{name}: {kind} for {wanted} ({count} times): rows are no whole blocks. llama-quantize does so too."
             for (name, wanted, kind), count in self._fallbacks.items()
         ]
+        poor = self._without_importance(tensors)
         left = f"{self._carried:,} tensors of the vision tower: left out, llama.cpp reads them from an mmproj file."
-        return [*replaced, *([left] if self._carried else []), *contract.notes(self._model)]
+        return [*replaced, *poor, *([left] if self._carried else []), *contract.notes(tensors, self._model)]
+
+    def _without_importance(self, tensors: Sequence[PlannedTensor]) -> list[str]:
+        """A line if llama-quantize would ask for an imatrix."""
+        if self._recipe.calibration is not None or self._recipe.imatrix is not None:
+            return []
+        found = [kind for kind in presets.NEED_IMPORTANCE if kind in sink.kinds_by_weights(tensors)]
+        line = f"{', '.join(found)} without calibration or imatrix: llama-quantize refuses. All inputs count alike."
+        return [line] if found else []
 
     def check_source(self, source: Path) -> tuple[str, ...]:
         """Raise `SourceError` for a tokenizer that llama.cpp does not know, or side files that cannot be copied. A line
@@ -200,7 +210,8 @@ class GgufTarget:
         """llama.cpp's server on the first file."""
         stored = sink.stacked_tensors(tensors, self._model.stored_name)
         first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
-        return (serve(first if folder == "." else f"{folder}/{first}", self._model.server_flags()),)
+        flags = (*self._model.server_flags(), *(DRAFT_FLAGS if self._mtp_stored(tensors) else ()))
+        return (serve(first if folder == "." else f"{folder}/{first}", flags),)
 
     def stem(self, source: Path) -> str:
         """The file's name without its ending: the checkpoint's folder and the output."""
@@ -211,6 +222,10 @@ class GgufTarget:
     def _stored(self) -> dict[str, GgufEntry]:
         """Tensors of the file by name, MTP layers included."""
         return stored_tensors(self.specs, self._model)
+
+    @cached_property
+    def _downs(self) -> dict[str, int]:
+        return presets.downs_before(self._stored)
 
     @cached_property
     def _n_experts(self) -> int:

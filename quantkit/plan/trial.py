@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.schedule import AFTER_LAYERS, FILES, PASSING, VALIDATION, Cost, Schedule, Step
@@ -24,12 +25,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def trial_plan(plan: Plan, layers: tuple[int, ...], n_layers: int) -> Plan:
+def trial_plan(plan: Plan, layers: tuple[int, ...], arch: ModelArch) -> Plan:
     """What of a plan lies in these layers. Its sizes are left out: the output is no checkpoint. Raises `PlanError` for
-    layers that the model has not."""
-    if not layers or layers[0] < 0 or layers[-1] >= n_layers:
-        beyond = next((layer for layer in layers if not 0 <= layer < n_layers), "none")
-        raise PlanError(f"layers: found {beyond}, the model has decoder layers 0 to {n_layers - 1}.")
+    layers that the model has not, and for MTP layers."""
+    last = arch.n_layers - 1
+    if not layers or layers[0] < 0 or layers[-1] > last:
+        beyond = next((layer for layer in layers if not 0 <= layer <= last), "none")
+        mtp = " (an MTP layer, which is no part of trials)" if beyond in arch.mtp_layers() else ""
+        raise PlanError(f"layers: found {beyond}{mtp}, the model has decoder layers 0 to {last}.")
     return replace(plan, outputs=tuple(_part(output, frozenset(layers)) for output in plan.outputs))
 
 

@@ -4,6 +4,8 @@
     symmetric integers           the same with smaller groups, or with scales of another dtype
     MXFP4                        ggml's MXFP4       ggml counts levels in halves, the exponent byte is the same
 
+Blocks of a GGUF file go the same ways back: they are shown as the left column.
+
 Groups of a multiple of the new size (or whole rows) repeat their scale.
 """
 
@@ -26,6 +28,13 @@ _BLOCKS: Mapping[int, str] = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 """Bits of symmetric integers -> the type with the same levels."""
 _GROUP = 32
 """Weights in a block of these types, and of MXFP4."""
+_CODES_AND_SCALES: Mapping[str, IntScheme | Mxfp4Scheme] = {
+    "Q4_0": IntScheme(bits=4, group_size=_GROUP, symmetric=True, scale_dtype="float16"),
+    "Q5_0": IntScheme(bits=5, group_size=_GROUP, symmetric=True, scale_dtype="float16"),
+    "Q8_0": IntScheme(bits=8, group_size=_GROUP, symmetric=True, scale_dtype="float16"),
+    "MXFP4": Mxfp4Scheme(),
+}
+"""Block type -> the scheme whose codes and scales its blocks hold."""
 _NAN = 255
 """The exponent byte that stands for no number."""
 
@@ -41,6 +50,34 @@ def block_type(scheme: Scheme) -> str | None:
             return scheme.type
         case _:
             return None
+
+
+def unpacked_scheme(kind: str) -> Scheme:
+    """What a matrix in blocks of this type can be shown as: codes and scales of their own where that says the same, as
+    Q4_0 is int4 in groups of 32 with float16 scales, else the type itself."""
+    return _CODES_AND_SCALES.get(kind) or GgmlScheme.model_validate({"type": kind})
+
+
+def unpacked(kind: str, blocks: Tensor) -> Stored:
+    """Blocks (out, row bytes) uint8 as `unpacked_scheme` stores them. Raises `SchemeError` for an exponent of MXFP4
+    that stands for no number in other files (255, of which llama.cpp makes 2**127)."""
+    from quantkit.schemes.ggml.layout import unpack
+
+    if kind not in _CODES_AND_SCALES:
+        return {"blocks": blocks}
+    scale = unpacked_scale(kind, blocks)
+    check_scale(_CODES_AND_SCALES[kind], GgmlScheme.model_validate({"type": kind}), scale)
+    return {"codes": unpack(BLOCK_TYPES[kind], blocks)[0], "scale": scale}
+
+
+def unpacked_scale(kind: str, blocks: Tensor) -> Tensor:
+    """The scales alone of a type that has codes and scales of its own: (out, groups) float16, MXFP4: uint8."""
+    import torch
+
+    first = blocks.view(len(blocks), -1, BLOCK_TYPES[kind].nbytes)
+    if kind == "MXFP4":
+        return first[..., 0].contiguous()
+    return first[..., :2].contiguous().view(torch.float16).squeeze(-1)
 
 
 def repacks(source: Scheme, target: Scheme) -> bool:

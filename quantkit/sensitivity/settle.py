@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from quantkit.documents.sensitivity import SensitivityDocument, read_sensitivity
 from quantkit.errors import PlanError
-from quantkit.formats import open_source
 from quantkit.plan.allocation.choose import Choice, choose
 from quantkit.plan.allocation.draft import OpenOutput, draft_of
+from quantkit.plan.gguf_model import open_model
 from quantkit.plan.headers import SourceHeaders, read_headers
 from quantkit.plan.recipe import Recipe
 from quantkit.schemes import ChosenScheme
@@ -35,18 +35,26 @@ class Settled:
 
 
 def settle(
-    source: Path, recipe: Recipe, base_dir: Path, *, device: str, memory_budget: int | None, on_event: OnLosses | None
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    base_dir: Path,
+    *,
+    device: str,
+    memory_budget: int | None,
+    on_event: OnLosses | None,
 ) -> Settled:
-    """Choose the types of every output that has a target. ``memory_budget``: bytes, None for the usual.
+    """Choose the types of every output that has a target. ``config``: see `open_model`; ``memory_budget``:
+    bytes, None for the usual.
 
     Raises `OutputError` or `SourceError` for a folder that holds no finished pass of this model, `PlanError` for what
     cannot be planned, and for a target that no choice keeps.
     """
     if recipe.sensitivity is None or all(output.target is None for output in recipe.outputs):
         return Settled(recipe, {})
-    headers, folder = read_headers(source), base_dir / recipe.sensitivity
+    headers, folder = read_headers(source, config), base_dir / recipe.sensitivity
     document = read_sensitivity(folder)
-    check_model(folder, document, _fingerprint(headers), headers.arch)
+    check_model(folder, document, _fingerprint(source, config, headers), headers.arch)
     drafts = [draft_of(o, recipe, headers, document.linears) for o in recipe.outputs if o.target is not None]
     missing = _missing(drafts, document)
     if missing:
@@ -64,10 +72,10 @@ def settle(
     return Settled(recipe.model_copy(update={"outputs": outputs}), choices)
 
 
-def _fingerprint(headers: SourceHeaders) -> str | None:
+def _fingerprint(source: Path, config: Path | None, headers: SourceHeaders) -> str | None:
     if not headers.has_shards:
         return None
-    with open_source(headers.directory) as opened:
+    with open_model(source, config) as opened:
         return opened.fingerprint()
 
 
@@ -87,6 +95,7 @@ def _measured(
     headers: SourceHeaders, folder: Path, missing: Missing, machine: Machine, on_event: OnLosses | None
 ) -> SensitivityDocument:
     """The document with what was missing, which the folder keeps."""
+    from quantkit.formats import open_source
     from quantkit.sensitivity.losses import measure_losses
     from quantkit.sensitivity.open import open_sensitivity
 

@@ -27,7 +27,7 @@ def forecast_text(found: Forecast) -> str:
     origin = "" if headers.has_shards else "  (no shards here: derived from config.json)"
     packed = "".join(f", {count:,} linears in {scheme}" for scheme, count in packed_linears(headers.stored).items())
     size = both_units(made.source_bytes)
-    blocks = [f"source  {headers.directory}: {len(headers.infos):,} tensors{packed}, {size}{origin}"]
+    blocks = [f"source  {headers.path}: {len(headers.infos):,} tensors{packed}, {size}{origin}"]
     blocks.append(_summary(found))
     for number, output in enumerate(made.outputs):
         blocks.append(f"\noutput  {output.output.name}: {output.output.format}\n\n{_size_table(output)}")
@@ -165,7 +165,7 @@ def forecast_document(found: Forecast, recipe: str) -> Mapping[str, object]:
     spread = expert_tokens(made.recipe, headers.arch)
     return {
         "source": {
-            "path": str(headers.directory),
+            "path": str(headers.path),
             "has_shards": headers.has_shards,
             "tensors": len(headers.infos),
             "nbytes": made.source_bytes,

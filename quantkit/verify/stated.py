@@ -19,6 +19,7 @@ from quantkit.formats.layouts.compressed_tensors_config import Resolver
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import float8_block_size
+from quantkit.runtimes.vllm.contract import is_plain
 from quantkit.schemes import Bnb4Scheme, Float8Scheme, IntScheme, Scheme
 from quantkit.tensors import TensorInfo, TensorSpec
 
@@ -96,7 +97,19 @@ def _fp8(stored: Stored) -> Stated:
 
 def _compressed_tensors(stored: Stored) -> Stated:
     resolver = compressed_tensors.resolver_of(stored.where, stored.section)
-    return Stated(lambda spec: resolver.scheme(spec.name.removesuffix(".weight")), resolver)
+
+    def scheme_of(spec: TensorSpec) -> Scheme | None:
+        module = spec.name.removesuffix(".weight")
+        plain = spec.name in stored.infos and by_class_alone(resolver, spec)
+        return None if plain else resolver.scheme(module)
+
+    return Stated(scheme_of, resolver)
+
+
+def by_class_alone(resolver: Resolver, spec: TensorSpec) -> bool:
+    """Whether no name or pattern takes the module, and vLLM and transformers build it as none of the class Linear: a
+    router that Kimi K2-Thinking's ignore does not list is not quantised."""
+    return is_plain(spec) and not resolver.naming(spec.name.removesuffix(".weight"))
 
 
 def _gptq(stored: Stored) -> Stated:

@@ -14,9 +14,17 @@ from quantkit.tensors import Projection, Role
 from quantkit.verify import vllm_integers
 from quantkit.verify.checkpoint import Checkpoint
 from quantkit.verify.completeness import stored_mtp_layers
-from quantkit.verify.stated import BITSANDBYTES
+from quantkit.verify.stated import BITSANDBYTES, by_class_alone
 
 NAMED = 3
+WANTED_KEYS: Mapping[str, Mapping[str, str]] = {
+    "glm4_moe_lite": {"first_k_dense_replace": "ends with an AttributeError"},
+    "glm_moe_dsa": {
+        "scoring_func": "scores experts by softmax in place of sigmoid, without a word",
+        "topk_method": "ends with a KeyError for the router's bias",
+    },
+}
+"""By model_type, keys that transformers does without and vLLM 0.24 does not, and what it does then."""
 BITSANDBYTES_UNREAD = "quant_method is bitsandbytes: vLLM 0.33 does not read it, transformers does."
 
 
@@ -45,6 +53,13 @@ def in_files(checkpoint: Checkpoint) -> list[PlannedTensor]:
     return [tensor for tensor in checkpoint.planned if tensor.role is not Role.MTP or tensor.layer in layers]
 
 
+def _absent_keys(checkpoint: Checkpoint) -> Iterator[str]:
+    """What the family's own config.json says, and a rebuilt one may have lost."""
+    for key, consequence in WANTED_KEYS.get(str(checkpoint.config.get("model_type")), {}).items():
+        if key not in checkpoint.config:
+            yield f"config.json: {key} is missing; vLLM {consequence}. Take it from the official config.json."
+
+
 def _caught_tables(checkpoint: Checkpoint) -> Iterator[str]:
     """vLLM 0.33 takes embeddings and head for quantised if a name or pattern names them."""
     resolver = checkpoint.resolver
@@ -57,9 +72,12 @@ def _caught_tables(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _fused_names(checkpoint: Checkpoint) -> Iterator[str]:
     """vLLM looks for its fused modules, gate_up_proj and the like, under their own names."""
-    if checkpoint.resolver is None:
+    resolver = checkpoint.resolver
+    if resolver is None:
         return
-    wrong = mistakes(checkpoint.resolver.targets, [tensor for tensor in in_files(checkpoint) if is_module(tensor)])
+    modules = [tensor for tensor in in_files(checkpoint) if is_module(tensor)]
+    modules = [t for t in modules if t.scheme is not None or t.spec is None or not by_class_alone(resolver, t.spec)]
+    wrong = mistakes(resolver.targets, modules)
     if wrong:
         more = f" and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
         yield f"{', '.join(wrong[:NAMED])}{more}: the targets of config.json give another scheme than their parts have."
@@ -126,6 +144,7 @@ def _n_mtp(checkpoint: Checkpoint) -> int:
 
 
 _FAULTS: tuple[Callable[[Checkpoint], Iterator[str]], ...] = (
+    _absent_keys,
     _caught_tables,
     _fused_names,
     _global_scales,

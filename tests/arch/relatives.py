@@ -59,6 +59,13 @@ def kimi_k25(**changes: Any) -> dict[str, Any]:
     }
 
 
+def kimi_vl(**changes: Any) -> dict[str, Any]:
+    """Kimi-VL-A3B's: Moonlight's config under text_config."""
+    text = {"model_type": "deepseek_v3", "q_lora_rank": None, "n_shared_experts": 2, "rope_scaling": None, **changes}
+    config = kimi_k25(**text)
+    return {**config, "architectures": ["KimiVLForConditionalGeneration"], "model_type": "kimi_vl"}
+
+
 def deepseek_v32(**changes: Any) -> dict[str, Any]:
     """V3.2's: an indexer of small top_k, and of so many heads that no two keys have the score 0."""
     sizes = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 40, "num_nextn_predict_layers": 0}
@@ -67,7 +74,7 @@ def deepseek_v32(**changes: Any) -> dict[str, Any]:
 
 
 def glm_moe_dsa(**changes: Any) -> dict[str, Any]:
-    """GLM-5's."""
+    """GLM-5's: nothing is said of the routing but sizes, unless ``changes`` say it."""
     config = deepseek_v32(
         **{
             "architectures": ["GlmMoeDsaForCausalLM"],
@@ -78,4 +85,5 @@ def glm_moe_dsa(**changes: Any) -> dict[str, Any]:
             **changes,
         }
     )
-    return {key: value for key, value in config.items() if key not in ("scoring_func", "topk_method")}
+    silent = {"scoring_func", "topk_method"} - changes.keys()
+    return {key: value for key, value in config.items() if key not in silent}

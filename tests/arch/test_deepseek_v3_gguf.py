@@ -246,12 +246,12 @@ class TestKeyValues:
             key_values(config_of(**changes), mtp=True)
 
     def test_another_epsilon_is_told(self) -> None:
-        assert differences(config_of()) == ()
-        (line,) = differences(config_of(rms_norm_eps=1e-5))
+        assert differences(config_of(), mtp=True) == ()
+        (line,) = differences(config_of(rms_norm_eps=1e-5), mtp=True)
         assert "1e-05" in line
 
     def test_betas_that_llama_cpp_does_not_read_are_told(self) -> None:
         """Kimi K2 has 1 and 1. Where they move no frequency there is nothing to tell."""
-        assert differences(config_of(rope_scaling={**YARN, "beta_fast": 64})) == ()
-        (line,) = differences(config_of(rope_scaling={**YARN, "beta_fast": 1, "factor": 32}))
+        assert differences(config_of(rope_scaling={**YARN, "beta_fast": 64}), mtp=True) == ()
+        (line,) = differences(config_of(rope_scaling={**YARN, "beta_fast": 1, "factor": 32}), mtp=True)
         assert line.endswith("start it with --yarn-beta-fast 1 --yarn-beta-slow 1.")

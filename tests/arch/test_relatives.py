@@ -15,7 +15,7 @@ from quantkit import inspect
 from quantkit.arch import ARCHS, arch_of
 from quantkit.arch.unknown import NOT_COMPUTED
 from quantkit.errors import ConfigError
-from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
+from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25, kimi_vl
 from tests.arch.test_forward import random_tokens
 from tests.oracles import forward
 from tests.tiny_models import YARN, random_weights, tiny_config, write_checkpoint, write_shards
@@ -87,6 +87,22 @@ def test_kimi_k25_with_its_vision_tower(tmp_path: Path) -> None:
     assert (found - expected).abs().max() <= TOLERANCE
 
 
+def test_kimi_vl_computes_what_deepseek_v3_does() -> None:
+    """From the same numbers, which stand under another prefix."""
+    config = kimi_vl()
+    weights = random_weights(config, seed=1)
+    root, text = "language_model.", {**config["text_config"], "architectures": ["DeepseekV3ForCausalLM"]}
+    plain = {name.removeprefix(root): weight for name, weight in weights.items()}
+    assert all(name.startswith(root) for name in weights)
+    assert {spec.name for spec in arch_of(text).tensors()} == plain.keys()
+    tokens = random_tokens(256, 2, 60)
+    with torch.inference_mode():
+        expected = forward.logits(arch_of(text), lambda name: plain[name].float(), tokens)
+        found = forward.logits(arch_of(config), lambda name: weights[name].float(), tokens)
+    assert torch.equal(found, expected)
+    assert "multi_modal_projector.*" in arch_of(config).variants().carried
+
+
 def test_kimi_k25_without_text_config_is_refused() -> None:
     with pytest.raises(ConfigError, match="text_config is missing"):
         arch_of({"architectures": ["KimiK25ForConditionalGeneration"]})
@@ -140,5 +156,6 @@ def test_transformers_and_vllm_know_these_names() -> None:
     names = set(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     names |= set(transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
     ours = {"DeepseekV41ForCausalLM", "KimiK3ForConditionalGeneration", "MistralLarge3ForCausalLM"}  # vLLM's alone
-    ours |= {"DeepseekV4ForConditionalGeneration", "Glm5NextForCausalLM"}
+    ours |= {"DeepseekV4ForConditionalGeneration", "Glm5NextForCausalLM", "PanguUltraMoEForCausalLM"}
+    ours |= {"SarvamMLAForCausalLM"}
     assert NOT_COMPUTED.keys() - ours - names == set()

@@ -115,11 +115,9 @@ def test_bad_recipes(tmp_path: Path, output: str, said: str) -> None:
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["error", "hint"]
 
 
-def test_presets_with_types_that_are_not_written(tmp_path: Path) -> None:
-    """IQ3_XXS gives attn_q, which only models without q_lora_rank have, a type of two bits."""
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config(q_lora_rank=None, num_nextn_predict_layers=0)))
-    result = quantkit("plan", tmp_path, "-r", recipe(tmp_path, "{name: a, format: gguf, preset: IQ3_XXS}"))
-    assert result.exit_code == 1
-    error, hint = result.stderr.splitlines()
-    assert error.startswith("error: blk.0.attn_q.weight: preset IQ3_XXS of llama.cpp stores it as IQ2_S, a type that")
-    assert hint == "hint: Choose another preset, or give this tensor a rule of its own."
+def test_a_plan_says_where_llama_quantize_would_ask_for_an_imatrix(tmp_path: Path) -> None:
+    nano = ROOT / "examples" / "nano-deepseek-v3"
+    lines = quantkit("plan", nano, "-r", recipe(tmp_path, "{name: a, format: gguf, preset: IQ2_M}")).stdout.splitlines()
+    assert [line for line in lines if "imatrix" in line] == [
+        "note: output a: IQ2_S without calibration or imatrix: llama-quantize refuses. All inputs count alike."
+    ]

@@ -57,6 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "empty.txt").touch()
     (made / "above" / "model").mkdir(parents=True)
     (made / "above" / "model" / "config.json").write_text("{}", encoding="utf-8")
+    (made / "mistral").mkdir()
+    (made / "mistral" / "params.json").write_text("{}", encoding="utf-8")
     (made / "taken").mkdir()
     (made / "taken" / "mine.txt").write_text("mine", encoding="utf-8")
     return made
@@ -101,6 +103,7 @@ def refused(folder: Path, words: str) -> tuple[int, str]:
         ("convert N -r good.yaml", 2, "Missing option"),
         ("convert deepseek-ai/DeepSeek-V3 --scheme w4a16 -o out", 1, "hint: Nothing is loaded from the hub: fetch it"),
         ("plan above --scheme w4a16", 1, "hint: Is it a folder inside it? There is above/model."),
+        ("plan mistral --scheme w4a16", 1, "hint: There is params.json: a checkpoint in Mistral's own form"),
         ("plan absent --scheme w4a16", 1, "error: absent: no such folder."),
         ("plan absent -r good.yaml", 1, "error: absent: no such folder."),
         ("plan N -r bad-plan.yaml", 1, "is not a multiple of group_size 100"),

@@ -124,15 +124,15 @@ def test_what_is_dropped_and_taken_otherwise_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "convert"])
-def test_gguf_is_no_source(command: str, tmp_path: Path) -> None:
+def test_gguf_needs_a_config(command: str, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     for source in (file, tmp_path):
         done = quantkit(command, source, "--scheme", "w4a16", *(("-o", tmp_path / "x") if command == "convert" else ()))
         assert done.exit_code == 1
         assert done.stderr.splitlines() == [
-            f"error: {source}: is a GGUF model, which is written and not read as a source.",
-            "hint: Give the original's folder: config.json and shards in BF16, FP8 blocks or compressed-tensors.",
+            f"error: {tmp_path / 'config.json'}: no such file; GGUF has no config.json and no tokenizer files.",
+            "hint: Give --config DIR: the folder of the original's config.json and tokenizer.",
         ]
 
 

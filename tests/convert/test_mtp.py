@@ -38,17 +38,17 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def entrance(config: dict[str, object], weights: Weights, original: Weights, tokens: Tensor) -> Tensor:
-    """(rows, length - 1, hidden): what enters the decoder layer, by section 2.2 of arXiv 2412.19437. ``weights`` of the
-    main model's layers; norms, embeddings and eh_proj are never changed."""
-    arch = arch_of(config)
+def entrance(config: dict[str, object], weights: Weights, original: Weights, tokens: Tensor, mtp: int = MTP) -> Tensor:
+    """(rows, length - 1, hidden): what enters the decoder layer of layer ``mtp``, by section 2.2 of arXiv 2412.19437.
+    ``weights`` of the main model's layers; norms, embeddings and eh_proj are never changed."""
+    arch, prefix = arch_of(config), f"model.layers.{mtp}."
     x = embedding(tokens, original("model.embed_tokens.weight"))
     for layer in range(arch.n_layers):
         x = forward.forward_layer(arch.sublayers(layer), weights, x)
     hidden = rms_norm(x, original("model.norm.weight"))[:, :-1]
-    following = embedding(tokens[:, 1:], original(f"{PREFIX}embed_tokens.weight"))
-    both = (rms_norm(following, original(f"{PREFIX}enorm.weight")), rms_norm(hidden, original(f"{PREFIX}hnorm.weight")))
-    return torch.cat(both, -1) @ original(f"{PREFIX}eh_proj.weight").T
+    following = embedding(tokens[:, 1:], original(f"{prefix}embed_tokens.weight"))
+    both = (rms_norm(following, original(f"{prefix}enorm.weight")), rms_norm(hidden, original(f"{prefix}hnorm.weight")))
+    return torch.cat(both, -1) @ original(f"{prefix}eh_proj.weight").T
 
 
 def tokens_of(recipe: Recipe, place: Path) -> Tensor:

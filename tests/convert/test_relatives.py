@@ -23,13 +23,15 @@ from tests.tiny_models import write_shards
 
 FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "deepseek_v2": deepseek_v2,
-    "glm4_moe_lite": glm4_moe_lite,
+    "glm4_moe_lite": partial(glm4_moe_lite, first_k_dense_replace=1),
     "kimi_k25": kimi_k25,
     "deepseek_v32": deepseek_v32,
     "deepseek_v32, dense": partial(deepseek_v32, index_topk=100),
     "deepseek_v32, MTP": partial(deepseek_v32, num_nextn_predict_layers=1),
-    "glm_moe_dsa": glm_moe_dsa,
-    "glm_moe_dsa, shared": partial(glm_moe_dsa, index_topk=100, indexer_types=["full", "shared", "full"]),
+    "glm_moe_dsa": partial(glm_moe_dsa, topk_method="noaux_tc", scoring_func="sigmoid"),
+    "glm_moe_dsa, shared": partial(
+        glm_moe_dsa, topk_method="noaux_tc", index_topk=100, indexer_types=["full", "shared", "full"]
+    ),
 }
 SMALL = {"vocab_size": 1024, "n_routed_experts": 8, "num_experts_per_tok": 2}
 VISION = {

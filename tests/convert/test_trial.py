@@ -135,9 +135,12 @@ def test_what_is_no_layer_is_refused(place: Path, tmp_path: Path, text: str) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_layers_that_the_model_lacks_are_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(QuantkitError, match="found 3, the model has decoder layers 0 to 2"):
-        tried(place, "1-3", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("layers", "found"), [("0-4", r"3 \(an MTP layer, which is no part of trials\)"), ("0,3", "3 .an MTP"), ("4", "4,")]
+)
+def test_layers_that_the_model_lacks_are_refused(place: Path, tmp_path: Path, layers: str, found: str) -> None:
+    with pytest.raises(QuantkitError, match=f"found {found}.*the model has decoder layers 0 to 2"):
+        tried(place, layers, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

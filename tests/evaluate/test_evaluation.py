@@ -342,11 +342,11 @@ def test_gguf_of_another_model_is_refused(small: Path, tmp_path: Path) -> None:
         gguf_writer.write(tmp_path / name, keys, ((n, t) for n, t in tensors if left_out not in n))
         return tmp_path / name
 
-    assert "deepseek2.expert_weights_scale is 1.0, the reference needs 2.5" in refusal(
+    assert "deepseek2.expert_weights_scale is 1.0, config.json needs 2.5" in refusal(
         write("a.gguf", expert_weights_scale=1.0), **options
     )
     assert "lacks the tensor blk.1.attn_v_b.weight" in refusal(write("b.gguf", "blk.1.attn_v_b"), **options)
-    assert "deepseek2.block_count is 9, the reference needs 2" in refusal(write("c.gguf", block_count=9), **options)
+    assert "deepseek2.block_count is 9, config.json needs 2" in refusal(write("c.gguf", block_count=9), **options)
 
 
 def test_another_tokenizer_is_noted(files: Path, tmp_path: Path) -> None:

@@ -82,6 +82,27 @@ def test_what_a_runtime_does_is_no_more_than_a_note(tmp_path: Path) -> None:
     assert inspection_document(found)["notes"] == list(found.notes)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "notes"),
+    [
+        ({"kind": "int", "bits": 4, "group_size": 32}, ("SGLang, ktransformers (RAWINT4) and MLX read this.",)),
+        ({"kind": "int", "bits": 4, "group_size": 128}, ("of compressed-tensors mlx-lm 0.32 reads int4 g32 alone",)),
+        ({"kind": "w4afp8"}, ("vLLM has kernels for it on Hopper alone", "mlx-lm 0.32 reads int4 g32 alone")),
+    ],
+)
+def test_runtimes_are_named_as_in_a_plan(tmp_path: Path, scheme: dict[str, object], notes: tuple[str, ...]) -> None:
+    """That inputs are rounded to FP8 is said in config.json alone."""
+    config = tiny_config(num_hidden_layers=2, num_nextn_predict_layers=0, moe_intermediate_size=128)
+    write_model(tmp_path / "source", config)
+    rule = {"match": "role:expert", "scheme": scheme, "method": {"kind": "rtn"}}
+    recipe = recipe_of(rule, {"match": "*", "keep": "source"}, tokens=None)
+    run(tmp_path / "source", recipe, tmp_path / "out")
+    found = inspect_folder(tmp_path / "out")
+    assert all(any(text in line for line in found.notes) for text in notes)
+    (experts,) = (holding.what for holding in found.holdings if holding.role == "expert")
+    assert experts.endswith("FP8 inputs") is (scheme["kind"] == "w4afp8")
+
+
 def test_unusual(tmp_path: Path) -> None:
     config = tiny_config(num_nextn_predict_layers=0)
     write_checkpoint(tmp_path, config)

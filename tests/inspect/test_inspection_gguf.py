@@ -160,7 +160,7 @@ ODD: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({}, {"blk.2.exp_probs_b.bias": None}, ("1 tensors of the architecture are missing: blk.2.exp_probs_b.bias",)),
     ({}, {"blk.2.lora.weight": ((4, 4), "F32")}, ("1 tensors that the architecture does not have: blk.2.lora.weight",)),
     ({}, {"blk.1.ffn_gate_inp.weight": ((12, 128), "F16")}, ("1 norms, biases or routers that are not float32",)),
-    ({}, {"output.weight": ((256, 256), "IQ2_S")}, ("1 tensors in IQ2_S, which quantkit cannot decode", "shape")),
+    ({}, {"output.weight": ((256, 256), "TQ2_0")}, ("1 tensors in TQ2_0, which quantkit cannot decode", "shape")),
     ({"tokenizer.ggml.model": "no_vocab"}, {}, ("no tokenizer: ",)),
     ({"tokenizer.ggml.model": None}, {}, ("no tokenizer: ",)),
     ({"tokenizer.ggml.pre": None, "tokenizer.ggml.merges": None}, {}, ("no tokenizer.ggml.pre", "ggml.merges")),

@@ -12,11 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 SCRATCH_BYTES = 1 << 20
 """ggml_init wants a context; nothing is put into it, but the call fills ggml's tables."""
+
+
+NEWER = {"Q2_0": 42}
+"""Types that gguf-py has no name for yet."""
 
 
 class _InitParams(ctypes.Structure):
@@ -77,7 +81,9 @@ def library() -> ctypes.CDLL:
 
 def type_id(kind: str | int) -> int:
     """Number in enum ggml_type."""
-    return GGMLQuantizationType[kind].value if isinstance(kind, str) else int(kind)
+    if not isinstance(kind, str):
+        return int(kind)
+    return NEWER[kind] if kind in NEWER else GGMLQuantizationType[kind].value
 
 
 def type_sizes(kind: str | int) -> tuple[int, int]:
@@ -95,7 +101,7 @@ def quantize(kind: str | int, weight: Tensor, importance: Tensor | None = None) 
     """ggml_quantize_chunk. weight (..., out, in) float32, importance (in,) float32 or None -> (..., out, row_bytes)
     uint8. One importance serves all rows: call once for each expert."""
     number, ggml = type_id(kind), library()
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+    block, nbytes = type_sizes(number)
     in_features = weight.shape[-1]
     assert weight.dtype == torch.float32
     assert in_features % block == 0, f"{in_features} is no multiple of {block}"

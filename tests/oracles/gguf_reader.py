@@ -40,7 +40,11 @@ def read_types(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Every weight decoded, by its official name; kv_b_proj is put together again."""
     reader = gguf.GGUFReader(path)
-    arrays = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    return official({tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors})
+
+
+def official(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Decoded tensors by llama.cpp's names -> the same by official names. Empties ``arrays``."""
     weights = {OUTSIDE[name]: arrays.pop(name) for name in OUTSIDE if name in arrays}
     for layer in sorted({int(name.split(".")[1]) for name in arrays}):
         prefix = f"blk.{layer}."

@@ -192,13 +192,14 @@ def library() -> Library:
 
 
 class LlamaModel:
-    """A GGUF (the first file of a split one). ``check_tensors`` has llama.cpp look for scales that are no numbers."""
+    """A GGUF (the first file of a split one). ``check_tensors`` has llama.cpp look for scales that are no numbers,
+    ``mtp`` load the MTP layer."""
 
-    def __init__(self, path: Path, *, vocab_only: bool = False, check_tensors: bool = True) -> None:
+    def __init__(self, path: Path, *, vocab_only: bool = False, check_tensors: bool = True, mtp: bool = False) -> None:
         self._lib = library()
         params = self._lib.call.llama_model_default_params()
         params.n_gpu_layers = NO_LAYER_ON_GPU
-        params.vocab_only, params.check_tensors = vocab_only, check_tensors
+        params.vocab_only, params.check_tensors, params.load_mtp = vocab_only, check_tensors, mtp
         self._lib.clear_log()
         self._model = self._lib.call.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
@@ -231,10 +232,12 @@ class LlamaModel:
         assert n >= 0, f"{-n} ids of {len(raw)} bytes"
         return ids[:n].copy()
 
-    def context(self, n_ctx: int, *, cache: CacheType = "f32", threads: int = 1, on_node: Any = None) -> LlamaContext:
-        """A fresh context of this model; close it before the model. ``on_node`` (`NODE_CALLBACK`) sees every node of
-        the graph as it is computed."""
-        return LlamaContext(self._lib, self._model, self.vocab_size, n_ctx, cache, threads, on_node)
+    def context(
+        self, n_ctx: int, *, cache: CacheType = "f32", threads: int = 1, on_node: Any = None, mtp: bool = False
+    ) -> LlamaContext:
+        """A fresh context of this model, or of its MTP layer; close it before the model. ``on_node`` (`NODE_CALLBACK`)
+        sees every node of the graph as it is computed."""
+        return LlamaContext(self._lib, self._model, self.vocab_size, n_ctx, cache, threads, on_node, int(mtp))
 
     def close(self) -> None:
         if self._model:
@@ -254,12 +257,21 @@ class LlamaContext:
     """Up to ``n_ctx`` tokens in one batch, a key-value cache of the type asked for, no flash attention."""
 
     def __init__(
-        self, lib: Library, model: int, vocab_size: int, n_ctx: int, cache: CacheType, threads: int, on_node: Any
+        self,
+        lib: Library,
+        model: int,
+        vocab_size: int,
+        n_ctx: int,
+        cache: CacheType,
+        threads: int,
+        on_node: Any,
+        kind: int = 0,
     ) -> None:
         self._lib, self._vocab_size, self._n_ctx = lib, vocab_size, n_ctx
         params = lib.call.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
         params.n_threads = params.n_threads_batch = threads
+        params.ctx_type = kind
         params.flash_attn_type = 0
         params.type_k = params.type_v = GGML_TYPES[cache]
         if on_node is not None:
@@ -269,6 +281,7 @@ class LlamaContext:
         self._context = lib.call.llama_init_from_model(model, params)
         if not self._context:
             raise lib.failure("llama.cpp makes no context")
+        self.handle: int = self._context
         self._check_effect({f"K ({cache})", "flash_attn            = disabled"})
 
     def logits(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:

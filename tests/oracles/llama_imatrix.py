@@ -121,3 +121,15 @@ def write(path: Path, records: Mapping[str, Record], *, chunk_size: int, chunks:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def read_means(path: Path) -> dict[str, np.ndarray]:
+    """Weight name -> mean squares (experts * in,) float32, as llama-quantize makes them: ones where nobody came."""
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    means: dict[str, np.ndarray] = {}
+    for name in (name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")):
+        counts = tensors[f"{name}.counts"].reshape(-1, 1)
+        sums = tensors[f"{name}.in_sum2"].reshape(len(counts), -1)
+        mean = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
+        means[name] = np.ascontiguousarray(mean, dtype=np.float32).reshape(-1)
+    return means

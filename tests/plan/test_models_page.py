@@ -14,12 +14,27 @@ from quantkit.plan.forecast import Forecast, forecast
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.recipe_file import shipped_recipes
 from quantkit.runtimes.gpus import GIB, parse_gpus
-from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
+from tests.arch.relatives import (
+    deepseek_v2,
+    deepseek_v32,
+    glm4_moe_lite,
+    glm_moe_dsa,
+    kimi_k25,
+    kimi_vl,
+)
 from tests.tiny_models import tiny_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-CONFIGS = (tiny_config(), kimi_k25(), deepseek_v2(), glm4_moe_lite(), deepseek_v32(), glm_moe_dsa())
+CONFIGS = (
+    tiny_config(),
+    kimi_k25(),
+    kimi_vl(),
+    deepseek_v2(),
+    glm4_moe_lite(),
+    deepseek_v32(),
+    glm_moe_dsa(),
+)
 RECIPES = {
     "kimi-k2-w4a16": "kimi-k2",
     "kimi-k2-gguf-q4_k_m": "kimi-k2",

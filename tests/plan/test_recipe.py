@@ -97,7 +97,8 @@ def test_good_recipe() -> None:
             "scheme: {kind: int, bits: 4, group_size: 128}",
             "scheme: Q4_M",
             "r.yaml:10: outputs[0].rules[1].scheme: found 'Q4_M', needed a mapping, or one of Q4_0, Q4_1, Q5_0, Q5_1, "
-            "Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ3_XXS, IQ4_NL, IQ3_S, IQ4_XS, MXFP4 (did you mean Q4_K?).",
+            "Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ3_XXS, IQ1_S, IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, "
+            "MXFP4, Q2_0 (did you mean Q4_K?).",
         ),
         ("tokens: 4096, ", "", "r.yaml:3: calibration.tokens: found nothing, needed this key."),
         (

@@ -16,7 +16,14 @@ from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_gguf import stored_name
 from quantkit.errors import PlanError
 from quantkit.formats.gguf.types import WRITABLE
-from quantkit.runtimes.llama_cpp.presets import FILE_TYPES, PRESETS, fitting_type, is_quantised, preset_type
+from quantkit.runtimes.llama_cpp.presets import (
+    FILE_TYPES,
+    PRESETS,
+    downs_before,
+    fitting_type,
+    is_quantised,
+    preset_type,
+)
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("QUANTKIT_SHARED") or ROOT.parent / "shared") / "models"
@@ -47,6 +54,7 @@ def planned(preset: str, config: dict[str, Any], *, importance: bool = False, mt
     """The type of every tensor of the file; what is left alone is F32, as llama.cpp's converter stores it."""
     n_layers = config["num_hidden_layers"] + (config["num_nextn_predict_layers"] if mtp else 0)
     types: dict[str, str] = {}
+    downs = downs_before(stored_shapes(config, mtp=mtp))
     for name, shape in stored_shapes(config, mtp=mtp).items():
         layer = int(name.split(".")[1]) if name.startswith("blk.") else None
         kind = preset_type(
@@ -57,6 +65,7 @@ def planned(preset: str, config: dict[str, Any], *, importance: bool = False, mt
             n_layers=n_layers,
             n_experts=config["n_routed_experts"],
             importance=importance,
+            downs=downs.get(name, 0),
         )
         types[name] = kind or "F32"
     return types
@@ -217,9 +226,33 @@ def test_other_families_are_refused(name: str) -> None:
         tensor_type("Q4_K_M", f"blk.3.{name}", (512, 512))
 
 
-def test_a_type_that_quantkit_does_not_write_is_refused() -> None:
-    with pytest.raises(PlanError, match="IQ2_S, a type that quantkit does not write"):
-        tensor_type("IQ3_XXS", "blk.3.attn_q.weight", (512, 512))
+def test_mixes_below_three_bits_count_tensors() -> None:
+    """A layer of experts has two ffn_down tensors, so the first eighth of 61 ends with the fifth layer."""
+    types = planned("IQ2_XXS", v3(), importance=True)
+    downs = {name: kind for name, kind in types.items() if "ffn_down" in name and kind == "Q2_K"}
+    assert sorted(downs) == [
+        *(f"blk.{layer}.ffn_down.weight" for layer in range(3)),
+        *(f"blk.{layer}.ffn_down_{part}.weight" for layer in (3, 4) for part in ("exps", "shexp")),
+    ]
+
+
+def test_mixes_below_three_bits() -> None:
+    types = {name: planned(name, v3(), importance=True) for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_M")}
+    assert {kinds["output.weight"] for kinds in types.values()} == {"Q5_K"}
+    assert {name: kinds["token_embd.weight"] for name, kinds in types.items() if name != "IQ2_M"} == dict.fromkeys(
+        ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), "Q2_K"
+    )
+    assert {name: kinds["blk.9.attn_output.weight"] for name, kinds in types.items()} == {
+        "IQ1_S": "IQ2_XXS",
+        "IQ1_M": "IQ2_XXS",
+        "IQ2_XXS": "IQ2_XXS",
+        "IQ2_XS": "IQ2_XS",
+        "IQ2_M": "IQ3_S",
+    }
+    small = planned("IQ2_S", v3(), importance=True)
+    assert Counter(small.values())["IQ2_XS"] > 500
+    assert {kind for kind in small.values() if kind in ("IQ2_S", "Q2_K")} == set()
+    assert set(planned("Q2_0", v3()).values()) == {"Q2_0", "Q4_K", "Q6_K", "F32"}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +267,10 @@ def test_a_type_that_quantkit_does_not_write_is_refused() -> None:
         ("IQ3_XXS", 128, "IQ4_NL"),
         ("IQ3_S", 128, "IQ4_NL"),
         ("IQ4_XS", 128, "IQ4_NL"),
+        ("IQ2_XS", 128, "IQ4_NL"),
+        ("IQ1_M", 16, "F16"),
+        ("Q2_0", 64, "Q2_0"),
+        ("Q2_0", 96, "Q4_0"),
         ("Q4_K", 16, "F16"),
         ("Q8_0", 16, "F16"),
         ("MXFP4", 48, "F16"),
@@ -253,5 +290,6 @@ def test_every_type_that_quantkit_writes_has_something_that_fits() -> None:
 
 
 def test_file_types_are_gguf_py_s() -> None:
-    names = {"F32": "ALL_F32"} | {preset: f"MOSTLY_{preset}" for preset in PRESETS if preset != "F32"}
-    assert {preset: int(gguf.LlamaFileType[names[preset]]) for preset in PRESETS} == FILE_TYPES
+    """Which has no Q2_0 yet."""
+    names = {"F32": "ALL_F32"} | {preset: f"MOSTLY_{preset}" for preset in PRESETS if preset not in ("F32", "Q2_0")}
+    assert {preset: int(gguf.LlamaFileType[name]) for preset, name in names.items()} | {"Q2_0": 41} == FILE_TYPES

@@ -7,6 +7,8 @@ there.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+_SAMPLE_BYTES = 4096
+_PIECE_BYTES = 1 << 20
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
@@ -62,6 +66,11 @@ class GgufReader:
         return self.directory / self.headers[0].file
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the model, in their order."""
+        return tuple(self.directory / header.file for header in self.headers)
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of all tensors, without headers and padding."""
         return sum(entry.nbytes for entry in self.tensors.values())
@@ -70,6 +79,23 @@ class GgufReader:
         """Content of a key-value, None if the file lacks it."""
         found = self.key_values.get(key)
         return None if found is None else found.value
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.directory / self.tensors[name].file
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over each file's name, size, header, and three samples of its data."""
+        digest = hashlib.sha256()
+        for header in self.headers:
+            digest.update(f"{header.file}\0{header.size}".encode())
+            start = min((entry.offset for entry in header.tensors.values()), default=header.size)
+            with self._files.borrow(header.file) as fd:
+                for at in range(0, start, _PIECE_BYTES):
+                    digest.update(os.pread(fd, min(_PIECE_BYTES, start - at), at))
+                for quarter in (1, 2, 3):
+                    digest.update(os.pread(fd, _SAMPLE_BYTES, start + (header.size - start) * quarter // 4))
+        return digest.hexdigest()
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> Tensor:
         """Bytes ``[start, start + nbytes)`` of a tensor's data (all by default) as uint8 on the CPU."""

@@ -50,7 +50,7 @@ class GgufSource:
         self._parts = {whole: own for whole, own in wholes.items() if all(part.name in self._names for part in own)}
         self._infos = {name: self._info(name) for name in self._names}
         for whole, own in self._parts.items():
-            self._infos[whole] = TensorInfo(whole, own[0].whole_shape, "F32")
+            self._infos[whole] = self._whole_info(whole, own)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor by official name, linears in parts also as a whole; all as F32."""
@@ -102,6 +102,9 @@ class GgufSource:
         for part in self._parts[name]:
             part.put(whole, self.read(part.name))
         return whole
+
+    def _whole_info(self, whole: str, own: Sequence[Part]) -> TensorInfo:
+        return TensorInfo(whole, own[0].whole_shape, "F32")
 
     def _info(self, name: str) -> TensorInfo:
         stored, place = self._names[name]

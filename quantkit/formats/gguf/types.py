@@ -45,16 +45,10 @@ PLAIN = tuple(
 _FOREIGN = (
     TensorType("Q8_1", 9, 32, 36),
     TensorType("Q8_K", 15, 256, 292),
-    TensorType("IQ2_XXS", 16, 256, 66),
-    TensorType("IQ2_XS", 17, 256, 74),
-    TensorType("IQ1_S", 19, 256, 50),
-    TensorType("IQ2_S", 22, 256, 82),
-    TensorType("IQ1_M", 29, 256, 56),
     TensorType("TQ1_0", 34, 256, 54),
     TensorType("TQ2_0", 35, 256, 66),
     TensorType("NVFP4", 40, 64, 36),
     TensorType("Q1_0", 41, 128, 18),
-    TensorType("Q2_0", 42, 64, 18),
 )
 
 _BLOCKS = tuple(TensorType(kind.name, kind.id, kind.block, kind.nbytes) for kind in BLOCK_TYPES.values())

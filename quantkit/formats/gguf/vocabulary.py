@@ -45,12 +45,7 @@ def vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> dict
     Raises SourceError: a file missing, malformed or too large; not byte-level BPE; an unknown pre-tokenizer; ids that
     are taken twice or beyond ``vocab_size``; anything that llama.cpp's tokenizer has no place for.
     """
-    path = tokenizer_file(folder)
-    if path.name == TIKTOKEN:
-        tokenizer, settings = as_tokenizer_json(folder), tokenizer_settings(folder)
-    else:
-        tokenizer = _read_json(path, MAX_TOKENIZER_BYTES)
-        settings = _read_optional(folder / "tokenizer_config.json")
+    path, tokenizer, settings = _read_tokenizer(folder)
     model = _bpe_model(path, tokenizer)
     entries, added = _token_ids(path, model), _added_tokens(path, tokenizer)
     _check_added_ids(path, entries, added)
@@ -66,6 +61,21 @@ def vocabulary(folder: Path, vocab_size: int, *, pre: str | None = None) -> dict
     }
     template = _chat_template(folder, settings)
     return values if template is None else values | {"tokenizer.chat_template": string(template)}
+
+
+def token_texts(folder: Path, vocab_size: int) -> list[str]:
+    """The text of each id as a GGUF file of the checkpoint lists it. Raises `SourceError` as `vocabulary` does."""
+    path, tokenizer, _ = _read_tokenizer(folder)
+    entries, added = _token_ids(path, _bpe_model(path, tokenizer)), _added_tokens(path, tokenizer)
+    return _tokens(path, entries, added, vocab_size)[0]
+
+
+def _read_tokenizer(folder: Path) -> tuple[Path, Mapping[str, Any], Mapping[str, Any]]:
+    """File of the tokenizer, its content, and that of tokenizer_config.json."""
+    path = tokenizer_file(folder)
+    if path.name == TIKTOKEN:
+        return path, as_tokenizer_json(folder), tokenizer_settings(folder)
+    return path, _read_json(path, MAX_TOKENIZER_BYTES), _read_optional(folder / "tokenizer_config.json")
 
 
 # --------------------------------------------------------------------------------------------------------- the model

@@ -13,7 +13,7 @@ _HOLDERS = {
     "mxfp8": "format: compressed-tensors stores MXFP8.",
     "w4afp8": "format: compressed-tensors stores integers whose inputs are rounded to FP8.",
     "bnb4": "format: bitsandbytes stores NF4 and FP4 of dense linears.",
-    "ggml": "Block types of ggml go into outputs of format: gguf.",
+    "ggml": "Block types of ggml go into outputs of format: gguf; keep: f32 decodes them, keep: bf16 rounds.",
 }
 """Kind of a scheme -> the output that can hold it."""
 

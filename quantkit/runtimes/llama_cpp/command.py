@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 ALL_LAYERS = 99
 """What people write for --n-gpu-layers to mean all."""
+DRAFT_FLAGS = "--spec-type", "draft-mtp"
+"""Without them llama.cpp neither loads an MTP layer nor drafts with it."""
 
 
 def serve(file: str, flags: Sequence[str] = ()) -> str:
     """``file``: the first one, if there are several; ``flags``: what the model needs beside it
-    (`GgufModel.server_flags`)."""
+    (`GgufModel.server_flags`), and `DRAFT_FLAGS` if the file holds its MTP layer."""
     return " ".join(("llama-server", "-m", file, *flags))
 
 

@@ -34,6 +34,6 @@ def problems(planned: Sequence[PlannedTensor], model: GgufModel, n_mtp: int) -> 
     return lines
 
 
-def notes(model: GgufModel) -> list[str]:
+def notes(planned: Sequence[PlannedTensor], model: GgufModel) -> list[str]:
     """One line for each difference."""
-    return list(model.differences())
+    return list(model.differences(mtp=any(tensor.role is Role.MTP for tensor in planned)))

@@ -6,12 +6,13 @@ llama_tensor_get_type_impl, tensor_type_fallback. Known for families whose atten
 alike, as it does those of deepseek2; a tensor of the other kinds (attn_k, attn_v, fused qkv) is refused.
 
 llama-quantize counts ffn_down tensors where a model has fewer than two experts and parses the layer number where it has
-more; both are the layer number here, equal as long as each layer has one ffn_down tensor per kind of MLP.
+more; both are the layer number here, equal as long as each layer has one ffn_down tensor per kind of MLP. The mixes of
+IQ2 and IQ1 always count: layers with a shared expert have two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from quantkit.errors import PlanError
@@ -48,7 +49,8 @@ class Preset:
     ``output``: of the head (where embeddings are tied: of the embeddings). ``embed``, ``query``, ``attn_output``:
     None is the default. ``down``: of ffn_down, ffn_down_exps and ffn_down_shexp; ``weighted_down``: the same with an
     importance matrix, where it differs. ``gate_up``: of the other MLP tensors. ``stacked``: of 3-D tensors.
-    ``eight``: Mixtral's rule, Q5_K for attn_output where there are exactly eight experts.
+    ``eight``: Mixtral's rule, Q5_K for attn_output where there are exactly eight experts. ``counted``: the layers of
+    ``down`` are the tensors before it whose names have ffn_down.
     """
 
     file_type: int
@@ -62,6 +64,22 @@ class Preset:
     gate_up: Rules = ()
     stacked: str | None = None
     eight: bool = False
+    counted: bool = False
+
+
+def _low(file_type: int, default: str, *, first: str, embed: str, attn_output: str | None = None) -> Preset:
+    """The mixes of IQ2 and IQ1: ``first`` for the first eighth of ffn_down."""
+    down = ((_first(8), first),)
+    return Preset(
+        file_type,
+        default,
+        output="Q5_K",
+        embed=embed,
+        attn_output=attn_output,
+        down=down,
+        eight=True,
+        counted=True,
+    )
 
 
 PRESETS: dict[str, Preset] = {
@@ -81,6 +99,8 @@ PRESETS: dict[str, Preset] = {
     "Q5_K_S": Preset(16, "Q5_K"),
     "Q5_K_M": Preset(17, "Q5_K", down=((_more_bits, "Q6_K"),)),
     "Q6_K": Preset(18, "Q6_K"),
+    "IQ2_XXS": _low(19, "IQ2_XXS", first="Q2_K", embed="Q2_K"),
+    "IQ2_XS": _low(20, "IQ2_XS", first="Q2_K", embed="Q2_K"),
     "Q2_K_S": Preset(21, "Q2_K", down=((_first(8), "Q4_K"),)),
     "IQ3_XS": Preset(22, "IQ3_S", query="IQ3_XXS", gate_up=((_middle, "IQ3_XXS"),), eight=True),
     "IQ3_XXS": Preset(
@@ -94,12 +114,17 @@ PRESETS: dict[str, Preset] = {
         weighted_down=(),
         eight=True,
     ),
+    "IQ1_S": _low(24, "IQ1_S", first="Q2_K", embed="Q2_K", attn_output="IQ2_XXS"),
     "IQ4_NL": Preset(25, "IQ4_NL", down=((_first(8), "Q5_K"),), weighted_down=(), eight=True),
     "IQ3_S": Preset(26, "IQ3_S", eight=True),
     "IQ3_M": Preset(27, "IQ3_S", attn_output="Q4_K", down=((_first(8), "Q4_K"),), eight=True),
+    "IQ2_S": _low(28, "IQ2_XS", first="IQ3_S", embed="IQ3_S", attn_output="IQ3_S"),
+    "IQ2_M": _low(29, "IQ2_S", first="IQ3_S", embed="IQ3_S", attn_output="IQ3_S"),
     "IQ4_XS": Preset(30, "IQ4_XS", down=((_first(8), "Q5_K"),), weighted_down=(), eight=True),
+    "IQ1_M": _low(31, "IQ1_M", first="Q2_K", embed="Q2_K", attn_output="IQ2_XXS"),
     "BF16": Preset(32, "BF16"),
     "MXFP4_MOE": Preset(38, "Q8_0", output="Q8_0", stacked="MXFP4"),
+    "Q2_0": Preset(41, "Q2_0", embed="Q4_K"),
 }
 """By llama-quantize's name."""
 
@@ -107,16 +132,21 @@ FILE_TYPES: dict[str, int] = {name: preset.file_type for name, preset in PRESETS
 """general.file_type (enum llama_ftype) of each preset."""
 
 _SMALLER = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"), "IQ4_NL"),
     "IQ3_XXS": "IQ4_NL",
     "IQ3_S": "IQ4_NL",
     "IQ4_XS": "IQ4_NL",
+    "Q2_0": "Q4_0",
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-"""Type of blocks of 256 -> type of blocks of 32."""
+"""Type of blocks of 256 or 64 -> type of blocks of 32."""
+
+NEED_IMPORTANCE = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+"""Types that llama-quantize refuses to make without an importance matrix (tensor_requires_imatrix)."""
 
 _OTHER_ATTENTION = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight", "attn_k.weight")
 
@@ -146,12 +176,14 @@ def preset_type(
     n_experts: int,
     importance: bool,
     tied: bool = False,
+    downs: int = 0,
 ) -> str | None:
     """The type that llama-quantize gives a tensor under ``preset`` (a key of `PRESETS`); None: it is left as it is.
 
     ``shape``: numpy's order, rows last. ``layer``: of the name, None outside blocks; ``n_layers``: all blocks of the
     file, MTP included. ``importance``: with an importance matrix. ``tied``: the file has no output.weight.
-    Raises PlanError for tensors of other families and for a type that quantkit does not write.
+    ``downs``: of an ffn_down tensor, how many others come before it (`downs_before`).
+    Raises PlanError for tensors of other families.
     """
     if not is_quantised(name, shape):
         return None
@@ -159,14 +191,23 @@ def preset_type(
     if mix.default in ("F32", "F16", "BF16"):
         return mix.default
     kind = _mixed(
-        mix, name, shape, layer=layer, n_layers=n_layers, n_experts=n_experts, importance=importance, tied=tied
+        mix,
+        name,
+        shape,
+        layer=downs if mix.counted and "ffn_down" in name else layer,
+        n_layers=n_layers,
+        n_experts=n_experts,
+        importance=importance,
+        tied=tied,
     )
-    if kind not in WRITABLE:
-        raise PlanError(
-            f"{name}: preset {preset} of llama.cpp stores it as {kind}, a type that quantkit does not write.",
-            hint="Choose another preset, or give this tensor a rule of its own.",
-        )
     return fitting_type(kind, shape[-1])
+
+
+def downs_before(names: Iterable[str]) -> dict[str, int]:
+    """GGUF names of a file -> of each whose name has ffn_down, the number of those that llama-quantize meets before."""
+    downs = [name for name in names if "ffn_down" in name]
+    downs.sort(key=lambda name: (int(name.split(".")[1]), name))
+    return {name: place for place, name in enumerate(downs)}
 
 
 def _mixed(

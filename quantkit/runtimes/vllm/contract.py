@@ -88,13 +88,13 @@ def attention_notes(sizes: ServingSizes) -> list[str]:
 
 def _plain_modules(planned: Planned) -> Iterator[str]:
     for tensor, key in planned:
-        if key != KEPT and _is_plain(tensor):
+        if key != KEPT and tensor.spec is not None and is_plain(tensor.spec):
             yield f"{tensor.module}: planned as {describe(tensor.scheme)}, but vLLM reads it only unquantised; keep it."
 
 
-def _is_plain(tensor: PlannedTensor) -> bool:
-    spec = tensor.spec
-    return spec is not None and (spec.base_role in _PLAIN_ROLES or spec.projection is Projection.MTP_INPUT)
+def is_plain(spec: TensorSpec) -> bool:
+    """Whether vLLM builds the module without a quantisation config, so that a target that is a class never takes it."""
+    return spec.base_role in _PLAIN_ROLES or spec.projection is Projection.MTP_INPUT
 
 
 def _split_fused(planned: Planned) -> Iterator[str]:
@@ -210,10 +210,14 @@ def _note_zero_points(linears: LinearsByScheme) -> Iterator[str]:
 
 
 def _note_scale_dtype(linears: LinearsByScheme) -> Iterator[str]:
-    text = "vLLM rounds scales to the model's dtype when it loads, but codes were chosen for float32 scales."
+    rounds = "vLLM rounds scales to the model's dtype when it loads"
+    texts = {
+        "float32": f"{rounds}, but codes were chosen for float32 scales.",
+        "float16": f"{rounds}: float16 ones need --dtype float16, unless config.json says it.",
+    }
     for use, scheme in _integers(linears):
-        if scheme.scale_dtype == "float32":
-            yield line(use.tensors, text)
+        if scheme.scale_dtype in texts:
+            yield line(use.tensors, texts[scheme.scale_dtype])
 
 
 def _note_int8_experts(linears: LinearsByScheme) -> Iterator[str]:

@@ -1,71 +1,42 @@
-"""IQ3_XXS and IQ3_S of ggml: vectors of 4 weights from a codebook of magnitudes, signs beside it.
+"""Types of ggml with a codebook (`codebook_types`): decoding, the search for scales and codes, codes on fixed scales.
 
-    weight = sign * scale * codeword          scale = unit * d * (2 m + 1), m in 0..15 for each group of 32
-
-IQ3_XXS (unit 1/4, 256 codewords) stores 7 signs of each 8: an even number of them is negative. IQ3_S (unit 1, 512
-codewords) stores all. Sources: block_iq3_xxs, block_iq3_s and dequantize_row_* of llama.cpp's ggml; the codebooks are
-gguf-py's. Blocks (..., out, row bytes) uint8 enter or leave, weights are (..., out, in) float32.
+Blocks (..., out, row bytes) uint8 enter or leave, weights are (..., out, in) float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantkit.errors import SchemeError
+from quantkit.schemes.ggml.codebook_types import CODEBOOKS, Codebook, codewords, plain_grid
 from quantkit.schemes.ggml.types import BlockType
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
     from quantkit.kernels.numba.ggml.vectors import Book
+    from quantkit.schemes.ggml.codebook_layout import CodebookParts
 
-UNITS = {"IQ3_XXS": 0.25, "IQ3_S": 1.0}
-"""Scale of a group with d = 1 and m = 0."""
-PAIRS = {"IQ3_XXS": (0, 1), "IQ3_S": (0, 2)}
-"""The two positions that the search groups codewords by: those which make the fewest groups of 4."""
 HALF_MAX = 65504.0
 ROWS_OF_TASK = 32
 SLICE_BYTES = 64 << 20
 """Temporaries of one slice of rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class CodebookParts:
-    """Blocks taken apart. d (..., out, blocks) float16; sub (..., out, groups) uint8: m; codes (..., out, in / 4)
-    int16; signs (..., out, in / 8) uint8: bit i set where weight i of 8 is negative."""
-
-    d: Tensor
-    sub: Tensor
-    codes: Tensor
-    signs: Tensor
-
-    def scale(self, kind: BlockType) -> Tensor:
-        """Scale of each group, (..., out, groups) float32; exact."""
-        step = self.d.float() * UNITS[kind.name]
-        return step.repeat_interleave(kind.groups, -1) * (2 * self.sub.float() + 1)
-
-
-def codewords(kind: BlockType, device: torch.device | str = "cpu") -> Tensor:
-    """The codebook, (n, 4) float32: magnitudes of 4 consecutive weights on scale 1, by code."""
-    import torch
-
-    return torch.from_numpy(_grid(kind)).to(device)
-
-
 def decode_codebook(kind: BlockType, blocks: Tensor) -> Tensor:
     """blocks (..., out, row bytes) uint8 -> weight (..., out, in) float32, bit for bit what llama.cpp decodes."""
     import torch
+
+    from quantkit.schemes.ggml.codebook_layout import unpack
 
     rows = blocks.reshape(-1, blocks.shape[-1])
     in_features = blocks.shape[-1] // kind.nbytes * kind.block
     weight = torch.empty(len(rows), in_features, dtype=torch.float32, device=blocks.device)
     # int32 and float32 copies of codes and signs: some 16 bytes of temporaries for each weight.
     step = max(1, SLICE_BYTES // (16 * in_features))
-    grid = codewords(kind, blocks.device)
+    grid = codewords(kind.name, blocks.device)
     for start in range(0, len(rows), step):
         parts = unpack(kind, rows[start : start + step])
         weight[start : start + step] = decode_parts(kind, parts, grid)
@@ -76,55 +47,15 @@ def decode_parts(kind: BlockType, parts: CodebookParts, grid: Tensor | None = No
     """The weight (..., out, in) float32 of parts. ``grid``: the codewords, if they are at hand."""
     import torch
 
-    grid = codewords(kind, parts.codes.device) if grid is None else grid
-    bits = torch.arange(8, dtype=torch.uint8, device=parts.signs.device)
-    negative = (parts.signs.unsqueeze(-1) >> bits & 1).bool()
-    values = grid[parts.codes.int()].view(*parts.sub.shape, 4, 8)
+    grid = codewords(kind.name, parts.codes.device) if grid is None else grid
+    values = grid[parts.codes.int()].view(*parts.sub.shape, kind.group)
     # d has 11 bits, 2 m + 1 five, a level six: all products are exact, in any order.
-    values = values * parts.scale(kind)[..., None, None]
-    values = torch.where(negative.view(values.shape), -values, values)
-    return values.flatten(-3)
-
-
-def unpack(kind: BlockType, blocks: Tensor) -> CodebookParts:
-    """Take blocks (..., out, row bytes) uint8 apart."""
-    import torch
-
-    block = blocks.reshape(*blocks.shape[:-1], -1, kind.nbytes)
-    d = block[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    codes = block[..., 2:66].short()
-    if kind.name == "IQ3_XXS":
-        words = block[..., 66:].contiguous().view(torch.int32)
-        sub = (words >> 28 & 15).to(torch.uint8)
-        shifts = torch.tensor([0, 7, 14, 21], dtype=torch.int32, device=blocks.device)
-        seven = words.unsqueeze(-1) >> shifts & 127
-        signs = _eight_signs(blocks.device)[seven].flatten(-2)
-    else:
-        bits = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-        codes = codes | (block[..., 66:74].unsqueeze(-1) >> bits & 1).flatten(-2).short() << 8
-        signs = block[..., 74:106]
-        sub = torch.stack([block[..., 106:] & 15, block[..., 106:] >> 4], -1).flatten(-2)
-    return CodebookParts(d, sub.flatten(-2), codes.flatten(-2), signs.flatten(-2))
-
-
-def pack(kind: BlockType, parts: CodebookParts) -> Tensor:
-    """Blocks (..., out, row bytes) uint8 of parts, the opposite of `unpack`. For IQ3_XXS the eighth sign of each 8 is
-    not stored: it must make their number even."""
-    import torch
-
-    blocks = (*parts.d.shape, -1)
-    d = parts.d.contiguous().unsqueeze(-1).view(torch.uint8)
-    codes, signs, sub = parts.codes.reshape(blocks), parts.signs.reshape(blocks), parts.sub.reshape(blocks)
-    low = (codes & 255).to(torch.uint8)
-    if kind.name == "IQ3_XXS":
-        shifts = torch.tensor([0, 7, 14, 21], dtype=torch.int32, device=codes.device)
-        words = ((signs & 127).int().unflatten(-1, (-1, 4)) << shifts).sum(-1, dtype=torch.int32)
-        columns = [d, low, (words | sub.int() << 28).contiguous().view(torch.uint8)]
-    else:
-        weights = 1 << torch.arange(8, dtype=torch.int32, device=codes.device)
-        high = ((codes >> 8).int().unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
-        columns = [d, low, high, signs, sub[..., ::2] | sub[..., 1::2] << 4]
-    return torch.cat(columns, -1).flatten(-2)
+    values = values * parts.scale(kind).unsqueeze(-1)
+    if CODEBOOKS[kind.name].signs != "none":
+        bits = torch.arange(8, dtype=torch.uint8, device=parts.signs.device)
+        negative = (parts.signs.unsqueeze(-1) >> bits & 1).bool()
+        values = torch.where(negative.view(values.shape), -values, values)
+    return values.flatten(-2)
 
 
 def quantize_codebook(kind: BlockType, weight: Tensor, importance: Tensor | None) -> Tensor:
@@ -137,7 +68,9 @@ def quantize_codebook(kind: BlockType, weight: Tensor, importance: Tensor | None
 
     import torch
 
-    from quantkit.kernels.numba.ggml.codebook import Found, search_rows
+    from quantkit.kernels.numba.ggml.codebook import search_rows
+    from quantkit.kernels.numba.ggml.codebook_tile import Found
+    from quantkit.schemes.ggml.codebook_layout import CodebookParts, pack
 
     out_features, in_features = weight.shape[-2:]
     matrices = weight.detach().reshape(-1, out_features, in_features).float().cpu().contiguous()
@@ -145,10 +78,11 @@ def quantize_codebook(kind: BlockType, weight: Tensor, importance: Tensor | None
         importance = torch.ones(in_features)
     importance = importance.expand(*weight.shape[:-2], in_features).reshape(-1, in_features).float().cpu()
     _check(kind, matrices.view(weight.shape), importance)
-    shape, book = (*matrices.shape[:-1], in_features // kind.block), _book(kind)
+    own, book = CODEBOOKS[kind.name], _book(kind)
+    shape = (*matrices.shape[:-1], in_features // kind.block)
     d = torch.zeros(shape)
     sub = torch.zeros(*shape, kind.groups, dtype=torch.uint8)
-    codes = torch.zeros(*shape, kind.block // 4, dtype=torch.int16)
+    codes = torch.zeros(*shape, kind.block // own.width, dtype=torch.int16)
     signs = torch.zeros(*shape, kind.block // 8, dtype=torch.uint8)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         tasks = [
@@ -170,54 +104,72 @@ def quantize_codebook(kind: BlockType, weight: Tensor, importance: Tensor | None
 
 
 def encode_fixed(
-    kind: BlockType, weight: Tensor, scale: Tensor, importance: Tensor | None = None
+    kind: BlockType, weight: Tensor, scale: Tensor, importance: Tensor | None = None, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Best codes and signs of weight (..., 8 n) float32 on scales (..., n) float32 that stay, one for each 8 weights.
 
-    What is least is sum importance * error^2 over each 8; importance (..., 8 n), or None for all ones. Returns codes
-    (..., 2 n) int16 and signs (..., n) uint8. Exact, in plain torch: the compiled search gives the same on its scales.
+    What is least is sum importance * error^2 over each 8; importance (..., 8 n), or None for all ones. ``before``
+    (..., codes) int16, needed for IQ1_S: codes whose shifts stay, which belong to more than 8 weights. Returns codes
+    (..., 8 n / width) int16 and signs (..., n) uint8. Exact, in plain torch: the compiled search gives the same on its
+    scales.
     """
     import torch
 
-    grid = codewords(kind, weight.device)
-    codes = torch.empty(*scale.shape, 2, dtype=torch.int16, device=weight.device).view(-1, 2)
-    signs = torch.empty(codes.shape[0], dtype=torch.uint8, device=weight.device)
-    eights = weight.reshape(-1, 8)
+    book, grid = CODEBOOKS[kind.name], codewords(kind.name, weight.device)
+    codes = torch.empty(scale.numel(), 8 // book.width, dtype=torch.int16, device=weight.device)
+    signs = torch.zeros(codes.shape[0], dtype=torch.uint8, device=weight.device)
+    eights, scale_of = weight.reshape(-1, 8), scale.reshape(-1)
     share = torch.ones_like(eights) if importance is None else importance.expand_as(weight).reshape(-1, 8)
-    # Two float32 errors for each codeword of both vectors, and as many of one candidate sign.
+    # Two float32 errors for each codeword of the vectors, and as many of one candidate sign.
     step = max(1, SLICE_BYTES // (24 * len(grid)))
     for start in range(0, len(eights), step):
         part = slice(start, start + step)
-        codes[part], signs[part] = _encode_eights(kind, eights[part], scale.reshape(-1)[part], share[part], grid)
+        if book.signs != "none":
+            codes[part], signs[part] = _signed_eights(book, eights[part], scale_of[part], share[part], grid)
+        elif book.shared == 8:
+            codes[part] = _costs(eights[part], scale_of[part], share[part], grid).argmin(-1).short()
+        else:
+            assert before is not None, f"{kind.name}: shifts belong to {book.shared} weights"
+            half = len(grid) // 2
+            down = before.reshape(-1, 1)[part] >= half
+            shifted = eights[part] + torch.where(down, book.shift, -book.shift) * scale_of[part, None]
+            found = _costs(shifted, scale_of[part], share[part], grid[:half] - book.shift).argmin(-1)
+            codes[part] = (found + half * down).short()
     return codes.view(*scale.shape[:-1], -1), signs.view(scale.shape)
 
 
-def _encode_eights(
-    kind: BlockType, weight: Tensor, scale: Tensor, importance: Tensor, grid: Tensor
+def _costs(values: Tensor, scale: Tensor, importance: Tensor, grid: Tensor) -> Tensor:
+    """values, importance (n, 8), scale (n,) -> (n, vectors, codewords): errors, less sum importance * value^2, which
+    all codewords have."""
+    shape = len(values), 8 // grid.shape[-1], grid.shape[-1]
+    values, share, scale = values.view(shape), importance.view(shape), scale.view(-1, 1, 1)
+    return scale * scale * (share @ grid.square().T) - 2 * scale * ((share * values) @ grid.T)
+
+
+def _signed_eights(
+    book: Codebook, weight: Tensor, scale: Tensor, importance: Tensor, grid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """weight, importance (n, 8), scale (n,) -> codes (n, 2) int16, signs (n,) uint8."""
+    """weight, importance (n, 8), scale (n,) -> codes (n, vectors) int16, signs (n,) uint8."""
     import torch
 
     negative = weight < 0
-    magnitude, share = weight.abs().view(-1, 2, 4), importance.reshape(-1, 2, 4)
-    scale = scale.view(-1, 1, 1)
-    # Less sum importance * magnitude^2, which all codewords have.
-    right = scale * scale * (share @ grid.square().T) - 2 * scale * ((share * magnitude) @ grid.T)
-    error, codes = right.min(-1)
-    if kind.name == "IQ3_XXS":
+    magnitude = weight.abs()
+    costs = _costs(magnitude, scale, importance, grid)
+    error, codes = costs.min(-1)
+    if book.signs == "even":
         odd = negative.sum(-1) % 2 == 1
         least = torch.full_like(error[:, 0], torch.inf)
         chosen, flip = codes.clone(), torch.zeros_like(codes[:, 0])
         for i in range(8):
-            vector, position = divmod(i, 4)
-            cost = 4 * scale[:, 0] * (share * magnitude)[:, vector, position, None] * grid[:, position]
-            wrong, code = (right[:, vector] + cost).min(-1)
-            better = wrong + error[:, 1 - vector] < least
-            least = torch.where(better, wrong + error[:, 1 - vector], least)
-            flip = torch.where(better, i, flip)
-            other = codes[:, 1 - vector]
-            pair = torch.stack([code, other] if vector == 0 else [other, code], -1)
-            chosen = torch.where(better[:, None], pair, chosen)
+            vector, position = divmod(i, book.width)
+            wrong = 4 * scale[:, None] * (importance * magnitude)[:, i, None] * grid[:, position]
+            wrong, code = (costs[:, vector] + wrong).min(-1)
+            wrong = wrong + error.sum(-1) - error[:, vector]
+            better = wrong < least
+            least, flip = torch.where(better, wrong, least), torch.where(better, i, flip)
+            changed = codes.clone()
+            changed[:, vector] = code
+            chosen = torch.where(better[:, None], changed, chosen)
         codes = torch.where(odd[:, None], chosen, codes)
         negative ^= odd[:, None] & (torch.arange(8, device=flip.device) == flip[:, None])
     weights = 1 << torch.arange(8, dtype=torch.int32, device=weight.device)
@@ -233,7 +185,8 @@ def _check(kind: BlockType, weight: Tensor, importance: Tensor) -> None:
             f"{kind.name}: in_features {weight.shape[-1]} is not a multiple of {kind.block}.",
             hint="Use a type with blocks of 32 (Q5_0, IQ4_NL...).",
         )
-    limit = HALF_MAX * UNITS[kind.name] * 31 * float(_grid(kind).max())
+    book = CODEBOOKS[kind.name]
+    limit = HALF_MAX * book.unit * (2 * book.top + 1) * float(codewords(kind.name).max())
     lowest, highest = weight.aminmax(dim=-1)
     largest = torch.maximum(-lowest, highest)
     wrong = (~(largest <= limit)).nonzero()  # NaN is wrong, too
@@ -250,44 +203,48 @@ def _check(kind: BlockType, weight: Tensor, importance: Tensor) -> None:
         )
 
 
-def _grid(kind: BlockType) -> NDArray[np.float32]:
-    """The codebook, (n, 4)."""
-    from gguf import quants
-
-    table = {"IQ3_XXS": quants.IQ3_XXS, "IQ3_S": quants.IQ3_S}[kind.name]
-    table.init_grid()
-    assert table.grid is not None
-    return table.grid.reshape(table.grid_shape)
-
-
-def _eight_signs(device: torch.device) -> Tensor:
-    """All 8 signs by the 7 that are stored, (128,) uint8."""
-    import torch
-    from gguf import quants
-
-    return torch.tensor(list(quants.IQ2_XXS.ksigns), dtype=torch.uint8, device=device)
-
-
 def _book(kind: BlockType) -> Book:
     """The codebook in the order of the search."""
     import numpy as np
 
-    from quantkit.kernels.numba.ggml.vectors import Book
+    from quantkit.kernels.numba.ggml import vectors
     from quantkit.kernels.numba.lanes import ROWS
 
-    pair = PAIRS[kind.name]
-    order = np.array([*pair, *(i for i in range(4) if i not in pair)])
-    grid = np.ascontiguousarray(_grid(kind)[:, order])
+    own = CODEBOOKS[kind.name]
+    order = np.array([*own.first, *(i for i in range(own.width) if i not in own.first)])
+    grid = np.ascontiguousarray(plain_grid(kind.name)[:, order])
     levels = np.unique(grid)
-    places = np.searchsorted(levels, grid)
-    first, second = places[:, 0] * 8 + places[:, 1], places[:, 2] * 8 + places[:, 3]
+    powers = len(levels) ** np.arange(own.width // 2)[::-1]
+    first, second = (np.searchsorted(levels, half) @ powers for half in np.split(grid, 2, 1))
+    code = np.array(_chunks(first))
+    if own.signs == "none":
+        signs = vectors.SHIFTED if own.shared == 8 else vectors.SHIFTED_TOGETHER
+    else:
+        signs = vectors.EVEN if own.signs == "even" else vectors.FREE
+    return vectors.Book(
+        levels,
+        grid,
+        np.concatenate([first[code[:, :1]], second[code]], 1) * ROWS,
+        code,
+        order,
+        unit=np.float32(own.unit),
+        signs=signs,
+        shift=np.float32(own.shift),
+        group=kind.group,
+        top=own.top,
+        lowest=np.float32(own.lowest),
+        step=np.float32(own.step),
+    )
+
+
+def _chunks(first: NDArray[np.int64]) -> list[list[int]]:
+    """Codewords in fours that share their first half; where there are fewer, the last is repeated. An even number."""
+    import numpy as np
+
     chunks: list[list[int]] = []
-    for row in range(64):
-        same = np.flatnonzero(first == row).tolist()
+    for place in np.unique(first):
+        same = np.flatnonzero(first == place).tolist()
         for start in range(0, len(same), 4):
             four = same[start : start + 4]
             chunks.append(four + four[-1:] * (4 - len(four)))
-    code = np.array(chunks)
-    unit, even = np.float32(UNITS[kind.name]), kind.name == "IQ3_XXS"
-    chunk_places = np.concatenate([first[code[:, :1]], second[code]], 1) * ROWS
-    return Book(levels, grid, chunk_places, code, order, unit, even)
+    return chunks + chunks[-1:] * (len(chunks) % 2)

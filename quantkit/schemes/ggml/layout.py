@@ -5,7 +5,7 @@ of blocks: here flat (n, nbytes). A block is described by *planes* (`Plane`): wh
 numbers. One pair of functions reads and writes planes; the scales of Q4_K and Q5_K alone need a pair of their own.
 
 Facts: ggml/src/ggml-common.h (structs), dequantize_row_* and get_scale_min_k4 of ggml/src/ggml-quants.c, and
-ggml_e8m0_to_fp32_half of ggml/src/ggml-impl.h in llama.cpp. Types with a codebook (IQ3_XXS, IQ3_S) are elsewhere.
+ggml_e8m0_to_fp32_half of ggml/src/ggml-impl.h in llama.cpp. Types with a codebook: `codebook_layout`.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ LAYOUTS: dict[str, Layout] = {
     "IQ4_NL": Layout((Plane(2, 16, 4, 16),)),
     "IQ4_XS": Layout((Plane(8, 128, 4, 16),), fields=(Plane(4, 4, 4, 1), Plane(2, 2, 2, 1, shift=4))),
     "MXFP4": Layout((Plane(1, 16, 4, 16),)),
+    "Q2_0": Layout((Plane(2, 16, 2, 1),)),
 }
 """By ggml's name. No bit of a block is unused, so blocks <-> (codes, scales) is one to one."""
 

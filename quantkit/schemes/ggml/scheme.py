@@ -18,12 +18,12 @@ from quantkit.schemes.ggml.types import BLOCK_TYPES, BlockParams, BlockType
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.schemes.ggml.codebook import CodebookParts
+    from quantkit.schemes.ggml.codebook_layout import CodebookParts
     from quantkit.schemes.grid import Stored
 
 BlockTypeName = Literal[
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "IQ3_S",
-    "IQ3_XXS", "Q2_K",
+    "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "Q2_0", "IQ2_XXS", "IQ1_M", "IQ1_S",
 ]  # fmt: skip
 
 
@@ -85,7 +85,8 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
 
     def vector_grid(self, weight: Tensor, importance: Tensor | None) -> CodebookGrid:
         """Fitted scales of weight (B, out, in) for the types with a codebook. Raises `SchemeError` as `grid`."""
-        from quantkit.schemes.ggml.codebook import quantize_codebook, unpack
+        from quantkit.schemes.ggml.codebook import quantize_codebook
+        from quantkit.schemes.ggml.codebook_layout import unpack
 
         return CodebookGrid(self.block, unpack(self.block, quantize_codebook(self.block, weight, importance)))
 
@@ -198,22 +199,25 @@ class CodebookGrid:
     width: int = 8
 
     def encode(self, values: Tensor, start: int, importance: Tensor) -> Tensor:
-        """See `VectorGrid.encode`. Signs and two codewords of each row's eight weights."""
+        """See `VectorGrid.encode`. Signs and codewords of each row's eight weights."""
         import torch
 
-        from quantkit.schemes.ggml.codebook import codewords, encode_fixed
+        from quantkit.schemes.ggml.codebook import encode_fixed
+        from quantkit.schemes.ggml.codebook_types import CODEBOOKS, codewords
 
+        width = CODEBOOKS[self.kind.name].width
+        stored = self.parts.codes[..., start // width : (start + 8) // width]
         scale = self.parts.scale(self.kind)[..., start // self.kind.group, None]
-        codes, signs = encode_fixed(self.kind, values, scale, importance.unsqueeze(-2))
-        self.parts.codes[..., start // 4 : start // 4 + 2] = codes
+        codes, signs = encode_fixed(self.kind, values, scale, importance.unsqueeze(-2), stored)
+        stored.copy_(codes)
         self.parts.signs[..., start // 8 : start // 8 + 1] = signs
         negative = signs >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1
-        magnitudes = codewords(self.kind, codes.device)[codes.int()].flatten(-2)
-        return magnitudes * scale * (1 - 2 * negative.float())
+        levels = codewords(self.kind.name, codes.device)[codes.int()].flatten(-2)
+        return levels * scale * (1 - 2 * negative.float())
 
     def stored(self) -> Stored:
         """The blocks."""
-        from quantkit.schemes.ggml.codebook import pack
+        from quantkit.schemes.ggml.codebook_layout import pack
 
         return {"blocks": pack(self.kind, self.parts)}
 

@@ -30,7 +30,7 @@ class BlockType:
     ``levels``: value of each code, rising except for MXFP4. ``sub_scale``, ``sub_min``: lowest and highest integer
     stored for a group, None if groups have none of their own. ``offset``: "" none, "added" (dmin is added: Q4_1, Q5_1),
     "subtracted" (dmin * sub_min is subtracted: Q2_K, Q4_K, Q5_K). A type without ``levels`` has a codebook of vectors
-    (IQ3_XXS, IQ3_S).
+    (`codebook_types`).
     """
 
     name: str
@@ -81,11 +81,17 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("Q4_K", 12, 256, 144, 32, _integers(0, 15), (0, 63), (0, 63), "subtracted"),
         BlockType("Q5_K", 13, 256, 176, 32, _integers(0, 31), (0, 63), (0, 63), "subtracted"),
         BlockType("Q6_K", 14, 256, 210, 16, _integers(-32, 31), (-128, 127)),
+        BlockType("IQ2_XXS", 16, 256, 66, 32, ()),
+        BlockType("IQ2_XS", 17, 256, 74, 16, ()),
         BlockType("IQ3_XXS", 18, 256, 98, 32, ()),
+        BlockType("IQ1_S", 19, 256, 50, 32, ()),
         BlockType("IQ4_NL", 20, 32, 18, 32, IQ4_LEVELS),
         BlockType("IQ3_S", 21, 256, 110, 32, ()),
+        BlockType("IQ2_S", 22, 256, 82, 16, ()),
         BlockType("IQ4_XS", 23, 256, 136, 32, IQ4_LEVELS, (-32, 31)),
+        BlockType("IQ1_M", 29, 256, 56, 16, ()),
         BlockType("MXFP4", 39, 32, 17, 32, E2M1_LEVELS),
+        BlockType("Q2_0", 42, 64, 18, 64, _integers(-1, 2)),
     )
 }
 """By ggml's name."""

@@ -1,8 +1,9 @@
-"""Exact search of the nearest codeword, sixteen rows at a time: what IQ3_XXS and IQ3_S blocks are coded by.
+"""Exact search of the nearest codeword, sixteen rows at a time: what blocks of the types with a codebook are coded by.
 
-A codeword is 4 magnitudes out of 8 levels. The cost of each level is tabulated for each of 4 weights, costs of the
-first two and of the last two are added for all 64 pairs of levels; then a codeword costs one more sum, and those that
-share the first pair of levels are taken four at a time. Two vectors (8 weights) are searched together.
+A codeword of the IQ3 types is 4 magnitudes out of 8 levels. The cost of each level is tabulated for each of 4 weights,
+costs of the first two and of the last two are added for all 64 pairs of levels; then a codeword costs one more sum, and
+those that share the first pair of levels are taken four at a time. Two vectors (8 weights) are searched together.
+Codewords of 8 (IQ2, IQ1) go the same way in `eights`.
 
 A tile is a flat (256 * 16,) float32: weight of column c and row r at 16 c + r; importance belongs to columns. The
 functions take arrays one by one, and what runs inside of loops is inlined by numba: handing an array to a function, or
@@ -22,28 +23,33 @@ from quantkit.kernels.numba.lanes import ROWS, absolute, fma, least, load, most,
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
-TABLE = 64 * ROWS
-"""Entries of the table of one pair of weights."""
-FIRST = 16 * ROWS
+TABLE = 81 * ROWS
+"""Entries of the table of one half of a vector: 8 levels of 2 weights, or 3 levels of 4."""
+FIRST = 18 * ROWS
 SECOND = FIRST + 2 * TABLE
 ERROR = SECOND + 2 * TABLE
 CHUNK = ERROR + ROWS
 FLIPPED = CHUNK + 2 * ROWS
 INCREASE = FLIPPED + ROWS
 ROOM = INCREASE + 8 * ROWS
-"""Where things lie in the room to work: costs of levels (2 * 8 * 16) at 0, tables of the first and the second pair for
-two vectors, error of 8 weights, chunks of their two nearest codewords, index of the wrong sign, and what each would
-cost."""
+"""Where things lie in the room to work: costs of levels (2 * 8 * 16), or of pairs of them (2 * 9 * 16), at 0, tables of
+the first and the second half of up to two vectors, error of 8 weights, chunks of their nearest codewords, index of the
+wrong sign (or which shift), and what each wrong sign would cost."""
 INFINITY = np.float32(np.inf)
+FREE, EVEN, SHIFTED, SHIFTED_TOGETHER = range(4)
+"""What belongs to each 8 weights beside codewords: 8 signs; 8 signs of which an even number are minus; a shift of
+all levels up or down; the same, but one for a whole group."""
 
 
 class Book(NamedTuple):
-    """A codebook as the search wants it. Positions of a vector are permuted by ``order``: the first two are the pair
-    that codewords are grouped by.
+    """A codebook as the search wants it. Positions of a vector are permuted by ``order``: the first half is what
+    codewords are grouped by.
 
-    levels (8,) float32, rising; grid (codewords, 4) float32, permuted; places (chunks, 5): of the first pair and of
-    four second pairs in their tables; code (chunks, 4): the codewords; order (4,); unit: scale of d; even: whether each
-    8 weights have an even number of minus signs (IQ3_XXS).
+    levels (8 or 3,) float32, rising; grid (codewords, width) float32, permuted; places (chunks, 5): of the first half
+    and of four second halves in their tables; code (chunks, 4): the codewords; order (width,); unit: scale of d; signs:
+    FREE, EVEN...; shift: by which levels are shifted, 0 unless SHIFTED; group: weights of a scale; top: the highest m
+    of a scale d (2 m + 1); lowest, step: the first trial scale, and from one to the next, in units of that which maps
+    the largest weight to the highest level.
     """
 
     levels: Floats
@@ -52,7 +58,12 @@ class Book(NamedTuple):
     code: Integers
     order: Integers
     unit: np.float32
-    even: bool
+    signs: int
+    shift: np.float32
+    group: int
+    top: int
+    lowest: np.float32
+    step: np.float32
 
 
 @njit(cache=True, nogil=True)
@@ -92,7 +103,7 @@ def _tabulate(levels: Floats, order: Integers, value: Floats, h: Floats, column:
 
 
 @njit(inline="always")
-def _best_of_chunk(places: Integers, chunk: int, room: Floats, vector: int) -> Any:
+def best_of_chunk(places: Integers, chunk: int, room: Floats, vector: int) -> Any:
     """The least error of four codewords."""
     at = SECOND + vector * TABLE
     left = least(load(room, at + places[chunk, 1]), load(room, at + places[chunk, 2]))
@@ -117,8 +128,8 @@ def least_error(
         _tabulate(levels, order, value, h, column, scale, room)
         error_0, error_1 = splat(INFINITY), splat(INFINITY)
         for chunk in range(places.shape[0]):
-            error_0 = least(_best_of_chunk(places, chunk, room, 0), error_0)
-            error_1 = least(_best_of_chunk(places, chunk, room, 1), error_1)
+            error_0 = least(best_of_chunk(places, chunk, room, 0), error_0)
+            error_1 = least(best_of_chunk(places, chunk, room, 1), error_1)
         total = total + (error_0 + error_1)
     return total
 
@@ -141,9 +152,9 @@ def nearest(
     chunk_0, chunk_1 = splat(0.0), splat(0.0)
     for chunk in range(places.shape[0]):
         number = splat(np.float32(chunk))
-        error = _best_of_chunk(places, chunk, room, 0)
+        error = best_of_chunk(places, chunk, room, 0)
         chunk_0, error_0 = where_less(error, error_0, number, chunk_0), least(error, error_0)
-        error = _best_of_chunk(places, chunk, room, 1)
+        error = best_of_chunk(places, chunk, room, 1)
         chunk_1, error_1 = where_less(error, error_1, number, chunk_1), least(error, error_1)
     store(room, CHUNK, chunk_0)
     store(room, CHUNK + ROWS, chunk_1)
@@ -174,7 +185,7 @@ def flip(
     """Magnitudes of columns[0] to columns[1] into ``value``. In rows where the number of negative weights of 8 is odd,
     one keeps a minus: that whose wrong sign costs least (``rank`` 0), second least (1)... by a free choice of levels.
     Its index of the last 8, or 8 where no sign is wrong, goes into the room."""
-    low, high, zero = levels[0] * scale, levels[7] * scale, splat(0.0)
+    low, high, zero = levels[0] * scale, levels[levels.size - 1] * scale, splat(0.0)
     for column in range(columns[0], columns[1], 8):
         parity = splat(1.0)
         for i in range(8):
