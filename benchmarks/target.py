@@ -179,7 +179,8 @@ def main() -> None:
     data |= facts()
     if arguments.fit:
         data["fitted"] = fit(arguments.felt)
-        data["coefficients"] = coefficients([*data["fitted"], *data["rows"]])
+        longest = {row["case"]: row for row in sorted(data["rows"], key=lambda row: row["tokens"])}
+        data["coefficients"] = coefficients([*data["fitted"], *longest.values()])
         hand = coefficients(data["fitted"])
         data["coefficients_without_rows"] = hand
         print(data["coefficients"], hand)
