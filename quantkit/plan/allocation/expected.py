@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-ROUNDING, FLIPS = 0.51, 0.040
+ROUNDING, FLIPS = 0.52, 0.038
 """Least squares over 12 outputs of one trained model of 5 layers (24 experts, 4 a token), GPTQ, 0.007 to 0.13 nats:
 benchmarks/results/target.json."""
-WITHIN = "fitted to GPTQ on one small model, there within 23 %"
+WITHIN = "fitted to GPTQ on one small model, there within 25 %"
 """How far measured values were from expected ones, for people."""
 
 
