@@ -16,6 +16,7 @@ from quantkit.plan.batch_sizes import Share
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.plan import Plan
 from quantkit.plan.targets import Sink
+from quantkit.sensitivity.open import Sensitivity
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,9 @@ class Conversion:
     """Everything that is fixed or open from the first tensor of a conversion to the last.
 
     ``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
-    ``weights``: the source as layers read it, ahead of a GPU. ``importance``: an imatrix file in place of calibration
-    text. ``deliveries``: the thread that writes beside a GPU, None where writing waits.
+    ``sensitivity``: the Fisher pass that the recipe names. ``weights``: the source as layers read it, ahead of a GPU.
+    ``importance``: an imatrix file in place of calibration text. ``deliveries``: the thread that writes beside a GPU,
+    None where writing waits.
     """
 
     plan: Plan
@@ -37,6 +39,7 @@ class Conversion:
     share: Share
     sinks: tuple[Sink, ...]
     importance: ImportanceFile | None
+    sensitivity: Sensitivity | None
     on_event: OnEvent
     timer: Timer
     weights: WeightSource

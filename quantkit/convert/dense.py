@@ -6,6 +6,7 @@ The unit of work is one input group: `quantize_group` turns its statistics and w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.inputs import InputMoments, Inputs, combined
 from quantkit.calibrate.stream import row_batches, sliced_batches
 from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
+from quantkit.convert.output_hessians import SublayerHessians
 from quantkit.convert.outputs import (
     Importance,
     Linears,
@@ -27,8 +29,10 @@ from quantkit.convert.outputs import (
     importance_of,
     needs_hessian,
     of_first_output,
+    output_aware,
     quantize_linears,
 )
+from quantkit.quantizers.ldlq.two_sided import OutputFactor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,11 @@ def quantize_group(task: GroupTask) -> GroupResult:
     return GroupResult(made, importance)
 
 
-def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink) -> None:
-    """Quantise the block's linears stage by stage, and carry the streams through it."""
+def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink, hessians: SublayerHessians | None = None) -> None:
+    """Quantise the block's linears stage by stage, and carry the streams through it. ``hessians``: those of its
+    sublayer's outputs."""
+    aware = hessians is not None and output_aware(job.outputs, block.linears)
+    of_outputs = hessians.of_dense(block) if hessians is not None and aware else {}
     context = job.hidden.new_rows(job.weights.shape(block.output)[1])
     for stage in block.stages:
         last = stage is block.stages[-1]
@@ -69,19 +76,28 @@ def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink) -> None:
             continue
         moments = _moments_of_stage(job, stage, block.output, context if last else None)
         for group, sums in zip(stage.groups, moments, strict=True) if moments else ():
-            apply_group(job, quantize_group(group_task(job, group, sums.stats())), sink)
+            apply_group(job, quantize_group(group_task(job, group, sums.stats(), of_outputs)), sink)
     weights, *_ = job.weights.by_stream(len(job.hidden.stores()))
     _add_output(weights(block.output), job.hidden.x, context)
     context.close()
     job.weights.forget()
 
 
-def group_task(job: LayerJob, group: InputGroup, stats: Inputs | None) -> GroupTask:
-    """The work on one input group, its weights read."""
+def group_task(
+    job: LayerJob, group: InputGroup, stats: Inputs | None, of_outputs: Mapping[str, OutputFactor] | None = None
+) -> GroupTask:
+    """The work on one input group, its weights read. ``of_outputs``: factors of output Hessians
+    by name."""
     batch = 1 if stats is None else len(stats.importance)
     producers = () if group.producer is None else (group.producer,)
     linears = tuple(
-        Linears((name,), _in_matrices(job.weights.read(name), batch), producers, _folded_part(job, name, batch))
+        Linears(
+            (name,),
+            _in_matrices(job.weights.read(name), batch),
+            producers,
+            _folded_part(job, name, batch),
+            output_factor=(of_outputs or {}).get(name),
+        )
         for name in group.linears
         if any_quantised(job.outputs, (name,))
     )

@@ -17,6 +17,7 @@ from quantkit.formats.safetensors.reader import read_small
 from quantkit.formats.tiktoken_model import TIKTOKEN, tokenizer_file
 from quantkit.plan.machine import Machine
 from quantkit.plan.recipe import Recipe
+from quantkit.sensitivity.open import Sensitivity
 from quantkit.version import __version__
 
 _TOKENIZER_FILES = (
@@ -30,7 +31,12 @@ _TOKENIZER_FILES = (
 
 
 def journal_header(
-    recipe: Recipe, source: ModelSource, rows: TokenRows | None, importance: ImportanceFile | None, machine: Machine
+    recipe: Recipe,
+    source: ModelSource,
+    rows: TokenRows | None,
+    importance: ImportanceFile | None,
+    sensitivity: Sensitivity | None,
+    machine: Machine,
 ) -> JournalHeader:
     """The journal's first line. Device and threads are in it: sums in another order may round a code the other way."""
     return JournalHeader(
@@ -41,6 +47,7 @@ def journal_header(
         tokenizer=_tokenizer(source.directory),
         calibration_text=None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
         imatrix=None if importance is None else importance.sha256,
+        sensitivity=None if sensitivity is None else sha256_of_text(sensitivity.document.to_json()),
         device=machine.device_name,
         threads=torch.get_num_threads(),
         memory_budget=machine.budget,

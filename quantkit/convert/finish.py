@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import yaml
@@ -253,11 +253,12 @@ def _linear_record(scheme: Scheme, record: TensorRecord | None) -> LinearRecord:
     settings = scheme.model_dump(mode="json")
     if record is None:
         return LinearRecord(scheme=settings)
-    if not record.fallback:
-        return LinearRecord(scheme=settings, relative_loss=record.relative_loss, n_tokens=record.n_tokens)
-    return LinearRecord(
-        scheme=settings, relative_loss=record.relative_loss, n_tokens=record.n_tokens, fallback=record.fallback
-    )
+    known: dict[str, Any] = {"relative_loss": record.relative_loss, "n_tokens": record.n_tokens}
+    if record.fallback:
+        known["fallback"] = record.fallback
+    if record.output_loss is not None:
+        known["output_loss"] = record.output_loss
+    return LinearRecord(scheme=settings, **known)
 
 
 def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: ValidationResult | None) -> CardFacts:

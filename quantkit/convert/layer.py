@@ -6,7 +6,8 @@ results applied in the order of the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,8 @@ from quantkit.convert.expert_batches import chosen, expert_batches, linears_of
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
 from quantkit.convert.folding import with_rescaled
 from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
-from quantkit.convert.outputs import Linears, any_quantised, reach_of
+from quantkit.convert.output_hessians import ExpertHessians, SublayerHessians
+from quantkit.convert.outputs import Linears, any_quantised, output_aware, reach_of
 from quantkit.convert.rescale import rescale_sublayer
 from quantkit.convert.routing import Routes, route
 from quantkit.documents.journal import ExpertRecord
@@ -42,27 +44,52 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSi
     expected = [name for names, experts in batches for name in chosen(names, experts)]
     job.weights.expect(expected)
     records: dict[str, tuple[ExpertRecord, ...]] = {}
-    for sublayer in sublayers:
-        # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x
-        # first.
-        routed = [(block, route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
-        rescaled = rescale_sublayer(job, sublayer, routed)
-        if rescaled is not job and routed:
-            rescaled.weights.expect(expected)  # the search has read what was read ahead
-        job = rescaled
-        dense = [block for block in sublayer if isinstance(block, DenseBlock)]
-        assert len(dense) <= 1, "a second dense block would read what the first has added"
-        for block in dense:
-            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
-            quantize_dense(job, block, sink)
-        for block, routes in routed:
-            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
-            records[block.name] = routes.counts()
-            for experts in expert_batches(job, block):
-                # Neither task nor result has a name here: both are free before the next batch is read.
-                job = _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts)), sink)
-            routes.close()
+    for number, sublayer in enumerate(sublayers):
+        with nullcontext() if job.gradients is None else job.gradients.sublayer(number) as hessians:
+            job = _quantize_sublayer(job, sublayer, sink, records, expected, hessians)
     return LayerResult(records, tuple(output.folding for output in job.outputs))
+
+
+def _quantize_sublayer(
+    job: LayerJob,
+    sublayer: Sublayer,
+    sink: LayerSink,
+    records: dict[str, tuple[ExpertRecord, ...]],
+    expected: Sequence[str],
+    hessians: SublayerHessians | None,
+) -> LayerJob:
+    """As `quantize_layer`, one sublayer. ``expected``: weights of experts that are read ahead. Returns the job with
+    what was rescaled."""
+    # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x first.
+    routed = [(block, route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
+    rescaled = rescale_sublayer(job, sublayer, routed)
+    if rescaled is not job and routed:
+        rescaled.weights.expect(expected)  # the search has read what was read ahead
+    job = rescaled
+    dense = [block for block in sublayer if isinstance(block, DenseBlock)]
+    assert len(dense) <= 1, "a second dense block would read what the first has added"
+    for block in dense:
+        sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
+        quantize_dense(job, block, sink, hessians)
+    for block, routes in routed:
+        sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
+        records[block.name] = routes.counts()
+        job = _quantize_routed(job, block, routes, sink, hessians)
+        routes.close()
+    return job
+
+
+def _quantize_routed(
+    job: LayerJob, block: ExpertBlock, routes: Routes, sink: LayerSink, hessians: SublayerHessians | None
+) -> LayerJob:
+    aware = hessians is not None and output_aware(job.outputs, block.linears)
+    of_outputs = hessians.of_experts(block) if hessians is not None and aware else None
+    for experts in expert_batches(job, block):
+        # Neither task nor result has a name here: both are free before the next batch is read.
+        job = _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts, of_outputs)), sink)
+    if of_outputs is not None:
+        of_outputs.close()
+    return job
 
 
 def quantize_without_inputs(
@@ -121,11 +148,19 @@ def _with_reach(job: LayerJob, linears: Linears, joined: Mapping[str, tuple[str,
     return replace(linears, reach=reach)
 
 
-def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tuple[int, ...]) -> ExpertsTask:
+def _experts_task(
+    job: LayerJob,
+    block: ExpertBlock,
+    routes: Routes,
+    experts: tuple[int, ...],
+    of_outputs: ExpertHessians | None = None,
+) -> ExpertsTask:
     inputs = () if block.producer is None else (block.producer,)
     hidden = tuple(block.down_producers[expert] for expert in experts) if block.down_producers else ()
     gate, up = (replace(linears_of(job, names, experts), producers=inputs) for names in (block.gates, block.ups))
     down = replace(linears_of(job, block.downs, experts), producers=hidden)
+    if of_outputs is not None and output_aware(job.outputs, (gate.names[0], up.names[0], down.names[0])):
+        gate, up, down = _with_output_hessians(of_outputs, experts, gate, up, down)
     return ExpertsTask(
         gate=gate,
         up=up,
@@ -136,6 +171,20 @@ def _experts_task(job: LayerJob, block: ExpertBlock, routes: Routes, experts: tu
         unquantised=routes.unquantised(experts),
         pooled=routes.pooled,
         carries_quantised=job.weights.carries_quantised,
+    )
+
+
+def _with_output_hessians(
+    known: ExpertHessians, experts: tuple[int, ...], gate: Linears, up: Linears, down: Linears
+) -> tuple[Linears, Linears, Linears]:
+    weights = {
+        name: one for linears in (gate, up, down) for name, one in zip(linears.names, linears.weight, strict=True)
+    }
+    of_gate, of_up = known.of_gate_up(experts, weights)
+    return (
+        replace(gate, output_factor=of_gate),
+        replace(up, output_factor=of_up),
+        replace(down, output_factor=known.down),
     )
 
 

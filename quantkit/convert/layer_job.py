@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from quantkit.convert.hidden import Streams
+from quantkit.convert.output_hessians import LayerGradients
 from quantkit.convert.outputs import Importance, OutputChoice, Quantised
 from quantkit.convert.weights import LayerWeights
 
@@ -18,13 +19,15 @@ from quantkit.convert.weights import LayerWeights
 class LayerJob:
     """One layer. ``streams``: the hidden states, None in a data-free conversion. ``experts_at_once``: how many experts
     of one shape are one batch. ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to
-    choosing them, for the statistics only."""
+    choosing them, for the statistics only. ``gradients``: of the model's loss at the outputs of the layer's linears,
+    None if no method asks for them or nothing is known of this layer."""
 
     outputs: tuple[OutputChoice, ...]
     weights: LayerWeights
     streams: Streams | None
     experts_at_once: int
     min_expert_tokens: int
+    gradients: LayerGradients | None = None
 
     @property
     def device(self) -> torch.device:

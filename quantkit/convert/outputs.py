@@ -15,6 +15,7 @@ from quantkit.calibrate.inputs import InputImportance, Inputs, InputStats
 from quantkit.errors import CalibrationError, SchemeError
 from quantkit.quantizers import Method
 from quantkit.quantizers.batch import QuantizedBatch, Quantizer
+from quantkit.quantizers.ldlq.two_sided import OutputFactor, one_under_the_other
 from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.schemes import ChosenScheme
 
@@ -39,6 +40,7 @@ class Linears:
     ``producers``: what makes the inputs of each, one for all, or () if nothing can absorb a rescaling of them.
     ``folded``: by number of the output, the weights of a part, which is cut from the folded linear. ``reach`` (B,): the
     largest |weight| of each and of the linears that share a scale with it, where these are not quantised together.
+    ``output_factor``: of the Hessian of the model's loss in their outputs, None if it is not known.
     """
 
     names: tuple[str, ...]
@@ -46,15 +48,18 @@ class Linears:
     producers: tuple[Producer, ...] = ()
     folded: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     reach: Tensor | None = None
+    output_factor: OutputFactor | None = None
 
     def as_stored(self, number: int, folding: Folding) -> Linears:
-        """The linears as an output has them before they are quantised: the same, or folded in float32."""
+        """The linears as an output has them before they are quantised: the same, or folded in float32. Of folded rows
+        no output Hessian is known."""
         if number in self.folded:
-            return replace(self, weight=self.folded[number])
+            return replace(self, weight=self.folded[number], output_factor=None)
         if len(self.names) != len(self.weight) or not any(map(folding.changes, self.names)):
             return self
         pairs = zip(self.names, self.weight, strict=True)
-        return replace(self, weight=torch.stack([folding.folded(name, weight).float() for name, weight in pairs]))
+        folded = torch.stack([folding.folded(name, weight).float() for name, weight in pairs])
+        return replace(self, weight=folded, output_factor=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ def quantize_linears(
         for (number, scheme), linears in work[key].items():
             alike = [one.as_stored(number, outputs[number].folding) for one in linears]
             try:
-                batches = _quantized(quantize, alike, scheme)
+                batches = _quantized(quantize, alike, scheme, output_aware=key.method.output_aware)
             except SchemeError as error:
                 raise SchemeError(f"{_largest(alike)}: {error.message}", hint=error.hint) from error
             for one, batch in zip(alike, batches, strict=True):
@@ -176,19 +181,30 @@ def importance_of(
     return tuple(found)
 
 
-def _quantized(quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme) -> list[QuantizedBatch]:
+def _quantized(
+    quantize: Quantizer, alike: list[Linears], scheme: ChosenScheme, *, output_aware: bool
+) -> list[QuantizedBatch]:
     """Each of the linears in ``scheme``. A GPU takes them one under the other: columns follow one another, so a sweep
     over more rows takes hardly longer."""
     reach = _reach(alike) if scheme.shares_scale else None
-    if len(alike) == 1 or not alike[0].weight.is_cuda:
-        return [quantize(linears.weight.float(), scheme, reach=reach) for linears in alike]
-    batch, start = quantize(_stacked(alike), scheme, reach=reach), 0
+    factors = [linears.output_factor if output_aware else None for linears in alike]
+    if len(alike) == 1 or not alike[0].weight.is_cuda or len({_block_shape(one) for one in factors}) > 1:
+        pairs = zip(alike, factors, strict=True)
+        return [quantize(one.weight.float(), scheme, reach=reach, output_factor=factor) for one, factor in pairs]
+    known = [one for one in factors if one is not None]
+    joined = one_under_the_other(known) if known else None
+    batch, start = quantize(_stacked(alike), scheme, reach=reach, output_factor=joined), 0
     parts: list[QuantizedBatch] = []
     for linears in alike:
         stop = start + linears.weight.shape[1]
         parts.append(batch.rows(start, stop))
         start = stop
     return parts
+
+
+def _block_shape(factor: OutputFactor | None) -> tuple[int, ...]:
+    """() without one. Equal blocks of several linears can go through a sweep together."""
+    return () if factor is None else tuple(factor.lower.shape[2:])
 
 
 def _reach(alike: list[Linears]) -> Tensor:
@@ -243,6 +259,12 @@ def any_quantised(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> 
 def any_wanted(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
     """Whether some output quantises one of these linears, or keeps the importance of its inputs."""
     return any_quantised(outputs, names) or any(name in output.importance for output in outputs for name in names)
+
+
+def output_aware(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:
+    """Whether some output chooses the numbers of one of these linears by what they do to the model's loss."""
+    methods = (output.methods[name][1] for output in outputs for name in names if name in output.methods)
+    return any(method.output_aware for method in methods)
 
 
 def needs_hessian(outputs: tuple[OutputChoice, ...], names: tuple[str, ...]) -> bool:

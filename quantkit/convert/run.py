@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from quantkit.convert.journal import Journal
 from quantkit.convert.layer import LayerResult, quantize_layer, quantize_without_inputs
 from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.layer_writer import LayerWriter
+from quantkit.convert.output_hessians import LayerGradients
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
 from quantkit.convert.repack import refuse_misfits
@@ -50,6 +52,8 @@ from quantkit.plan.schedule import KEPT, MTP_INPUTS, OUTSIDE, PASSING, Schedule
 from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
 from quantkit.schemes import ChosenScheme, QuantError
+from quantkit.sensitivity.moments import head_blocks
+from quantkit.sensitivity.open import Sensitivity, open_sensitivity
 
 
 def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
@@ -60,19 +64,19 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
     """
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
-        importance = open_imatrix(stack, job)
+        importance, sensitivity = open_imatrix(stack, job), open_fisher(job)
         names = [output.output.name for output in job.plan.outputs]
         if not is_begun(job.out):
             refuse_misfits(job.source, job.plan)
         folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
-        first = journal_header(job.plan.recipe, job.source, job.rows, importance, machine)
+        first = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
         if folder.finished:
             return report_finished(job, folder, first.job, on_event)
         journal = Journal(folder.journal, first, job.source.files[0].parent)
         stack.callback(journal.close)
         if not journal.entries:
             check_free_disk(job.needs, folder.partial, folder.reserved_bytes)
-        conversion = open_conversion(stack, job, machine, folder, journal, importance, on_event)
+        conversion = open_conversion(stack, job, machine, folder, journal, importance, sensitivity, on_event)
         resumed = bool(journal.entries)
         with conversion.timer.stage("compilation"):
             schedule = schedule_of(conversion, job.needs)
@@ -87,6 +91,7 @@ def open_conversion(
     folder: OutputFolder,
     journal: Journal,
     importance: ImportanceFile | None,
+    sensitivity: Sensitivity | None,
     on_event: OnEvent,
 ) -> Conversion:
     """Open what a conversion works with, until ``stack`` is closed."""
@@ -106,6 +111,7 @@ def open_conversion(
         share=share,
         sinks=sinks,
         importance=importance,
+        sensitivity=sensitivity,
         on_event=on_event,
         timer=Timer(),
         weights=weights,
@@ -120,6 +126,15 @@ def open_imatrix(stack: ExitStack, job: Job) -> ImportanceFile | None:
     importance = ImportanceFile.open(job.base_dir / job.plan.recipe.imatrix, job.arch)
     stack.callback(importance.close)
     return importance
+
+
+def open_fisher(job: Job) -> Sensitivity | None:
+    """The Fisher pass that the recipe names, if some method is output-aware. Raises `OutputError` or `SourceError` if
+    it is not finished, or of another checkpoint."""
+    named = job.plan.recipe.sensitivity
+    if named is None or not job.plan.recipe.output_aware:
+        return None
+    return open_sensitivity(job.base_dir / named, job.source, job.arch)
 
 
 def _threads_beside(stack: ExitStack, source: ModelSource, machine: Machine) -> tuple[WeightSource, Deliveries | None]:
@@ -277,6 +292,14 @@ def _layer_job(conversion: Conversion, layer: int, streams: Streams | None, bloc
     calibration = conversion.plan.recipe.calibration
     names = tuple(name for block in blocks for name in block.linears) if streams is not None else ()
     pairs = zip(conversion.plan.outputs, conversion.sinks, strict=True)
+    weights = LayerWeights(
+        conversion.weights,
+        conversion.arch.parts(),
+        carries_quantised=conversion.plan.recipe.propagate == "quantized",
+        cache_bytes=conversion.share.cache,
+        device=conversion.machine.device,
+        narrow=conversion.machine.scratch_dtype,
+    )
     return LayerJob(
         outputs=tuple(
             OutputChoice(
@@ -284,23 +307,30 @@ def _layer_job(conversion: Conversion, layer: int, streams: Streams | None, bloc
             )
             for output, sink in pairs
         ),
-        weights=LayerWeights(
-            conversion.weights,
-            conversion.arch.parts(),
-            carries_quantised=conversion.plan.recipe.propagate == "quantized",
-            cache_bytes=conversion.share.cache,
-            device=conversion.machine.device,
-            narrow=conversion.machine.scratch_dtype,
-        ),
+        weights=weights,
         streams=streams,
         experts_at_once=conversion.share.experts_at_once,
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
+        gradients=None if streams is None else _gradients(conversion, layer, weights),
     )
+
+
+def _gradients(conversion: Conversion, layer: int, weights: LayerWeights) -> LayerGradients | None:
+    """What the Fisher pass left of a layer; nothing of MTP layers, which it does not reach."""
+    sensitivity, arch = conversion.sensitivity, conversion.arch
+    methods = (method for output in conversion.plan.outputs for _, method in _methods(output, layer).values())
+    if sensitivity is None or layer >= arch.n_layers or not any(method.output_aware for method in methods):
+        return None
+    device = conversion.machine.device
+    opened = partial(
+        sensitivity.sublayer, layer, weights=weights.original, new_store=conversion.stores.new, device=device
+    )
+    return LayerGradients(opened, head_blocks(arch), arch.parts())
 
 
 def _record(output: int, name: str, error: QuantError) -> TensorRecord:
     """What the journal says of a quantised matrix."""
-    return TensorRecord(output, name, error.relative_loss, error.n_tokens, error.fallback)
+    return TensorRecord(output, name, error.relative_loss, error.n_tokens, error.fallback, error.output_loss)
 
 
 def _table_records(tables: list[tuple[int, str, QuantError]]) -> list[TensorRecord]:

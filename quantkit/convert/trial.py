@@ -28,7 +28,7 @@ from quantkit.convert.finish import recipe_values, result_folder, write_side_fil
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
 from quantkit.convert.prepare import Job
-from quantkit.convert.run import open_conversion, open_imatrix, quantize_layers
+from quantkit.convert.run import open_conversion, open_fisher, open_imatrix, quantize_layers
 from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.tally import Tally
 from quantkit.documents.journal import TensorRecord
@@ -89,13 +89,13 @@ def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: On
     windows = _held_out(job)
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
-        importance = open_imatrix(stack, job)
+        importance, sensitivity = open_imatrix(stack, job), open_fisher(job)
         names = [output.output.name for output in job.plan.outputs]
         folder = stack.enter_context(OutputFolder(job.out, names, restart=False))
-        header = journal_header(job.plan.recipe, job.source, job.rows, importance, machine)
+        header = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
         journal = Journal(folder.journal, header, job.source.files[0].parent)
         stack.callback(journal.close)
-        conversion = open_conversion(stack, part, machine, folder, journal, importance, tell)
+        conversion = open_conversion(stack, part, machine, folder, journal, importance, sensitivity, tell)
         with conversion.timer.stage("compilation"):
             whole = schedule_of(replace(conversion, plan=job.plan), job.needs)
         quantize_layers(conversion, job.rows, trial_schedule(whole, layers, len(names), _passed(job, windows)))

@@ -95,6 +95,8 @@ class LinearRecord(DocumentPart):
     n_tokens: Count = 0
     fallback: str = ""
     """Missing where there was none."""
+    output_loss: Loss = None
+    """See `TensorRecord`. Missing for methods that are not output-aware."""
 
 
 class PoorFit(DocumentPart):

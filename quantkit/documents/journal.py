@@ -35,6 +35,8 @@ class JobHeader(DocumentPart):
     """sha256 of all token ids; null without calibration."""
     imatrix: str | None = None
     """sha256 of the imatrix file that the recipe names."""
+    sensitivity: str | None = None
+    """sha256 of what the Fisher pass that the recipe names has found."""
     device: str | None = None
     threads: Count | None = None
     memory_budget: Count | None = None
@@ -75,13 +77,15 @@ class JournalHeader(JobHeader):
 class TensorRecord:
     """A linear that an output quantised. ``output``: its number in the recipe; ``relative_loss``: squared error of its
     output on the calibration text (without text: of its weights), relative; ``n_tokens``: calibration tokens that it
-    saw; ``fallback``: why it was not quantised as the recipe says, "" if it was."""
+    saw; ``fallback``: why it was not quantised as the recipe says, "" if it was; ``output_loss``: the squared error
+    weighed by what it does to the model's loss, relative, of output-aware methods."""
 
     output: Count
     name: str
     relative_loss: Number
     n_tokens: Count
     fallback: str = ""
+    output_loss: Number | None = None
 
 
 class ExpertRecord(NamedTuple):

@@ -16,10 +16,12 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, POSITIONS, VOCAB_BLOCK
 from quantkit.documents.speed import DiskSpeed, SpeedDocument
 from quantkit.plan.decide import Action, Decision
+from quantkit.plan.output_memory import aware, squares
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.schedule import FILES, KEPT, MTP_INPUTS, OUTSIDE, SCORES, VALIDATION, Cost, Schedule, Step
 from quantkit.plan.shapes import Work, matrices
 from quantkit.plan.speed import treatment_key
+from quantkit.quantizers.ldlq.rows import rows_at_once
 from quantkit.tensors import Projection, Role
 
 BLOCKS = {
@@ -40,6 +42,10 @@ DECODE_PASSES = 8
 """Passes over a weight while it is read and widened."""
 LOGIT_PASSES = 12
 """Passes over the logits of each model, in validation."""
+BACKWARD = 3
+"""Times a forward pass that gradients of the outputs take: computed again, and the products with transposed weights."""
+ROW_PASSES = 5
+"""Operations for each number of an output Hessian and each input: what rows leave over, and two losses."""
 BLOCK_CALLS, EXPERT_CALLS, TENSOR_CALLS = 60, 100, 60
 """Small operations for a batch of tokens in each stream, for an expert, and for a linear that is written."""
 
@@ -129,6 +135,8 @@ class _Costs:
             kernel = self.speed.kernels[treatment_key(*chosen)]
             weights = count * heads * rows * n
             sweeps = -(-count // self.at_once)
+            if chosen[1].output_aware:
+                sweeps *= -(-rows // rows_at_once(rows))
             each = kernel.rescale + kernel.weight + kernel.column * n + kernel.decode
             seconds += sweeps * kernel.call * n + weights * each
             calls += count
@@ -156,7 +164,8 @@ class _Costs:
         batches = -(-tokens // max(BATCH_TOKENS, self.work.length))
         learned = sum(tokens * self._squares(heads, n) + self._factor(heads, n) for heads, n in _hessians(decisions))
         forward = streams * self._forward(_linears(decisions), tokens, self.work.length)
-        return learned + forward + streams * batches * BLOCK_CALLS * self.speed.call
+        gradients = self._gradients(decisions, _linears(decisions), self.work.fisher_tokens, self.work.length)
+        return learned + forward + gradients + streams * batches * BLOCK_CALLS * self.speed.call
 
     def _experts(self, decisions: list[Decision]) -> float:
         linears = _linears(decisions)
@@ -170,7 +179,19 @@ class _Costs:
         )
         pooled = self.work.tokens * self._squares(1, self.work.hidden) if shapes else 0.0
         forward = self.work.streams * self._forward(linears, routed / count, 0)
-        return learned + pooled + forward + count * self.work.streams * EXPERT_CALLS * self.speed.call
+        gradients = self._gradients(decisions, linears, self.work.fisher_tokens * self.work.top_k / count, 0)
+        return learned + pooled + forward + gradients + count * self.work.streams * EXPERT_CALLS * self.speed.call
+
+    def _gradients(
+        self, decisions: Sequence[Decision], linears: Sequence[Decision], tokens: float, length: int
+    ) -> float:
+        """Of ``tokens`` of the Fisher pass through these linears and back; their sums of squares, and the products with
+        output Hessians while rows are rounded."""
+        found = {d.spec.name: d for d in aware(decisions)}
+        if not found:
+            return 0.0
+        flops = sum(squares(d, self.work.heads) * (2 * tokens + ROW_PASSES * matrices(d)[2]) for d in found.values())
+        return BACKWARD * self._forward(linears, tokens, length) + flops / self.speed.flops
 
     @staticmethod
     def _count(linears: Sequence[Decision]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantkit.calibrate.dataset import check_text
 from quantkit.calibrate.imatrix_file import ImportanceFile
+from quantkit.documents.sensitivity import read_sensitivity
 from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.fp8_source import ZEROS_HINT
 from quantkit.formats.side_files import side_file_bytes
@@ -138,6 +139,8 @@ def forecast_of(
     _find_text(recipe, headers, base_dir)
     if recipe.imatrix is not None:
         ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()
+    if recipe.sensitivity is not None and recipe.output_aware:
+        _check_fisher(base_dir / recipe.sensitivity, headers)
     needs = conversion_needs(plan, headers.arch, side_file_bytes(headers.directory))
     if memory_budget is not None:
         check_budget(needs, memory_budget)
@@ -149,6 +152,18 @@ def forecast_of(
         for gpu in (None, convert_on or COMMON_GPU)
     )
     return Forecast(headers, plan, needs, on_cpu, on_gpu, fits)
+
+
+def _check_fisher(folder: Path, headers: SourceHeaders) -> None:
+    """Raise `OutputError` or `SourceError` unless ``folder`` holds a finished Fisher pass of a model of this shape; the
+    conversion itself compares the weights, too."""
+    job, arch = read_sensitivity(folder).job, headers.arch
+    if (job.hidden, len(job.sublayers)) != (arch.hidden_size, arch.n_layers):
+        raise SourceError(
+            f"{folder}: is of another model: {len(job.sublayers):,} layers of width {job.hidden:,}; {arch.n_layers:,} "
+            f"layers of width {arch.hidden_size:,} were needed.",
+            hint="Make it of this checkpoint: quantkit sensitivity.",
+        )
 
 
 def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:

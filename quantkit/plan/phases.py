@@ -20,10 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, DEVICE_TIMES, EXPERT_CHUNK
+from quantkit.plan import output_memory
 from quantkit.plan.decide import Decision
 from quantkit.plan.hardware import Gpu
 from quantkit.plan.method_memory import buffers_of, hessian_copies, learns, rescales, search_buffers_of
 from quantkit.plan.shapes import DenseShape, Experts, Work, matrices
+from quantkit.plan.terms import Term
 from quantkit.quantizers.batch import DEVICE_SLICE_BYTES, SLICE_BYTES
 from quantkit.tensors import Role
 
@@ -49,15 +51,6 @@ ROUTING_BYTES = 40
 expert."""
 POPULAR = 2
 """Some experts see so many times the mean of tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One reason to need memory. ``formula`` is how ``nbytes`` came about, for people."""
-
-    what: str
-    nbytes: int
-    formula: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +146,19 @@ def _dense_phases(work: Work, block: DenseShape, place: Place, cache: int) -> It
     context = (work.tokens * block.context * place.width,) if work.tokens else ()
     # Shared and routed experts read the same, which the routed ones keep for later.
     routed = _routed_inputs(work, place) if block.role is Role.SHARED_EXPERT and work.experts else ()
-    scratch = routed + context
-    kept = _cached(block, place, cache) if work.tokens else ()
+    gradients = output_memory.gradient_stores(work, (decision for group in block.groups for decision in group))
+    scratch = gradients + routed + context
+    kept = (*_cached(block, place, cache), *output_memory.hessians_of_dense(work, block)) if work.tokens else ()
+    if gradients:
+        collecting = (*_cached(block, place, cache), *output_memory.collecting_gradients(work, block))
+        yield Phase(f"{block.role.value}: output gradients", collecting, gradients)
     if work.tokens:
         yield Phase(f"{block.role.value}: collecting", (*kept, *_collecting(work, block, place)), scratch)
     for group in block.groups:
         if any(map(rescales, group)):
             yield Phase(f"{block.role.value}: rescaling", (*kept, *_rescaling(group, place)), scratch)
-        yield Phase(f"{block.role.value}: quantising", (*kept, *quantising(work, group, place)), scratch)
+        terms = (*kept, *quantising(work, group, place), *output_memory.rounding_of_dense(work, group))
+        yield Phase(f"{block.role.value}: quantising", terms, scratch)
 
 
 def _routed_inputs(work: Work, place: Place) -> tuple[int, ...]:
@@ -241,8 +239,8 @@ def _buffers(copies: int, nbytes: int, place: Place) -> Term:
 def expert_phases(work: Work, shape: Experts, place: Place, count: int) -> Iterator[Phase]:
     """``count`` experts of one shape at a time, with calibration."""
     parts = _ExpertTerms(work, shape, place, count)
-    scratch = _routed_inputs(work, place)
-    always = (parts.originals, parts.routing, parts.beside)
+    scratch = output_memory.gradient_stores(work, shape.decisions) + _routed_inputs(work, place)
+    always = (parts.originals, parts.routing, parts.beside, *output_memory.hessians_of_experts(shape, count))
     carried = parts.weights("carried weights", 2)
     gate = parts.hessians(work.hidden, 1)
     down = parts.hessians(shape.inter, 1)
@@ -253,7 +251,15 @@ def expert_phases(work: Work, shape: Experts, place: Place, count: int) -> Itera
         yield Phase(f"{count} experts: rescaling", (*always, searched), scratch)
     for what, terms in (
         ("collecting inputs", (gate, parts.chunk(3 * work.hidden))),
-        ("quantising gate and up", (parts.hessians(work.hidden), parts.codes(2), parts.slices(wide))),
+        (
+            "quantising gate and up",
+            (
+                parts.hessians(work.hidden),
+                parts.codes(2),
+                parts.slices(wide),
+                *output_memory.rounding_of_experts(shape, count, wide, down=False),
+            ),
+        ),
         ("decoding gate and up", (gate, parts.codes(2), parts.decoded)),
         ("hidden units", (carried, parts.kept, down, activations)),
         (
@@ -265,6 +271,7 @@ def expert_phases(work: Work, shape: Experts, place: Place, count: int) -> Itera
                 parts.hessians(shape.inter),
                 parts.codes(1),
                 parts.slices(1),
+                *output_memory.rounding_of_experts(shape, count, 1, down=True),
             ),
         ),
         (

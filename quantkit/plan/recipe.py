@@ -271,6 +271,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="An imatrix file of llama.cpp for this model, in place of calibration text; relative to the "
         "recipe's folder.",
     )
+    sensitivity: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = Field(
+        None,
+        description="The folder of a finished `quantkit sensitivity` of this checkpoint, for methods that are "
+        "output_aware; relative to the recipe's folder.",
+    )
     allow_zeros: bool = Field(
         False,
         description="Take shards with rows of zeros at the end, or long runs of them within, as interrupted downloads "
@@ -326,6 +331,22 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             if name in names[:place]:
                 raise _fault(f"found two outputs named {outputs[place].name!r}, needed different names")
         return outputs
+
+    @model_validator(mode="after")
+    def _outputs_are_known(self) -> Recipe:
+        if not self.output_aware:
+            return self
+        if self.calibration is None:
+            raise _fault("found output_aware in a data-free recipe, needed calibration (and sensitivity)")
+        if self.sensitivity is None:
+            raise _fault("found output_aware, needed sensitivity: FOLDER, as `quantkit sensitivity` leaves it")
+        return self
+
+    @property
+    def output_aware(self) -> bool:
+        """Whether some method takes output Hessians."""
+        methods = [method for output in self.outputs for method in (output.method, *(r.method for r in output.rules))]
+        return any(method is not None and method.output_aware for method in methods)
 
     @model_validator(mode="after")
     def _one_source_of_importance(self) -> Recipe:

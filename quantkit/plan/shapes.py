@@ -10,7 +10,8 @@ from pathlib import Path
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import Calibration
 from quantkit.calibrate.documents import find_files
-from quantkit.errors import CalibrationError
+from quantkit.documents.sensitivity import read_sensitivity
+from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.plan import Plan
 from quantkit.plan.recipe import Validation
@@ -78,7 +79,8 @@ class Work:
 
     ``blocks`` and ``experts`` differ in shape or treatment. ``untaught``: experts without calibration, of MTP layers
     that need none or in a data-free conversion. ``mtp_layers``: those that the text goes on into. ``largest_kept``:
-    bytes of the largest tensor that passes through. ``windows``: of the validation and tokens of one, None without.
+    bytes of the largest tensor that passes through. ``heads``: of attention. ``fisher_tokens``: of the Fisher pass that
+    output-aware methods learn from. ``windows``: of the validation and tokens of one, None without.
     """
 
     hidden: int
@@ -94,6 +96,8 @@ class Work:
     mtp_layers: int
     tables: tuple[Decision, ...]
     largest_kept: int
+    heads: int
+    fisher_tokens: int
     sizes: ModelSizes
     windows: tuple[int, int] | None
 
@@ -120,9 +124,22 @@ class Work:
             mtp_layers=len(arch.mtp_layers()) * mtp,
             tables=tuple(distinct(d for d in decisions if d.spec.table and d.action is Action.QUANTIZE)),
             largest_kept=max((_kept_bytes(d) for d in decisions), default=0),
+            heads=arch.serving().heads,
+            fisher_tokens=_fisher_tokens(plan),
             sizes=ModelSizes.of(arch),
             windows=None if plan.recipe.validation is None else _windows(plan.recipe.validation, plan.recipe.folder),
         )
+
+
+def _fisher_tokens(plan: Plan) -> int:
+    """Of the pass that the recipe names; nothing if it is not there, which the conversion will say."""
+    recipe = plan.recipe
+    if recipe.sensitivity is None or not recipe.output_aware:
+        return 0
+    try:
+        return read_sensitivity(recipe.folder / recipe.sensitivity).job.tokens
+    except QuantkitError:
+        return 0
 
 
 def _factors(plan: Plan) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import BaseModel, Field, field_validator
 from pydantic.config import JsonDict, JsonValue
+from pydantic_core import PydanticCustomError
 
 from quantkit.quantizers.gptq import Gptq
 from quantkit.quantizers.rtn import Rtn, floored, grid_points, weighting
@@ -57,6 +58,13 @@ class Awq(BaseModel, frozen=True, extra="forbid"):
     def _by_name(cls, value: object) -> object:
         return {"kind": value} if isinstance(value, str) else value
 
+    @field_validator("then")
+    @classmethod
+    def _knows_no_outputs(cls, then: Rtn | Gptq) -> Rtn | Gptq:
+        if then.output_aware:
+            raise PydanticCustomError("recipe", "found output_aware after awq, needed gptq as the method itself")
+        return then
+
     @property
     def needs_inputs(self) -> bool:
         """Whether the method can't work without calibration inputs."""
@@ -71,6 +79,11 @@ class Awq(BaseModel, frozen=True, extra="forbid"):
     def follows_original(self) -> bool:
         """Whether the method wants the unquantised stream beside the quantised one."""
         return self.then.follows_original
+
+    @property
+    def output_aware(self) -> bool:
+        """Never: output Hessians are those of unfolded rows."""
+        return False
 
     @property
     def shrinkage(self) -> tuple[float, float]:

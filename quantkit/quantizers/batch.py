@@ -11,6 +11,7 @@ from quantkit.schemes import ChosenScheme, QuantError, QuantizedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes.grid import Stored
 
 
@@ -43,13 +44,18 @@ class QuantizedRows:
 @dataclass(frozen=True, slots=True)
 class QuantizedBatch:
     """``stored``: as in `QuantizedTensor`, each with a leading dimension B; loss and norm (B, out) float32: of error
-    and weight, as the method weighs them; fallbacks: one for each matrix, as in `QuantError`."""
+    and weight, as the method weighs them; fallbacks: one for each matrix, as in `QuantError`.
+
+    ``output_loss`` and ``output_norm`` (B, out) float32: of error and weight under the output Hessian too, of the
+    weight as if outputs were independent; None without one."""
 
     scheme: ChosenScheme
     stored: Stored
     loss: Tensor
     norm: Tensor
     fallbacks: tuple[str, ...]
+    output_loss: Tensor | None = None
+    output_norm: Tensor | None = None
 
     @classmethod
     def of(cls, scheme: ChosenScheme, slices: Sequence[QuantizedRows], fallbacks: tuple[str, ...]) -> QuantizedBatch:
@@ -65,10 +71,19 @@ class QuantizedBatch:
         """(B,) float32: see `QuantError.relative_loss`."""
         return self.loss.sum(1) / self.norm.sum(1).clamp_min(1e-30)
 
+    @property
+    def relative_output_losses(self) -> list[float] | list[None]:
+        """Of each matrix: see `QuantError.output_loss`."""
+        if self.output_loss is None or self.output_norm is None:
+            return [None] * len(self.loss)
+        return (self.output_loss.sum(1) / self.output_norm.sum(1).clamp_min(1e-30)).tolist()
+
     def rows(self, start: int, stop: int) -> QuantizedBatch:
         """The linears that are rows [start, stop) of each matrix."""
         stored = {key: value[:, start:stop] for key, value in self.stored.items()}
-        return QuantizedBatch(self.scheme, stored, self.loss[:, start:stop], self.norm[:, start:stop], self.fallbacks)
+        loss, norm = self.loss[:, start:stop], self.norm[:, start:stop]
+        output = (None if one is None else one[:, start:stop] for one in (self.output_loss, self.output_norm))
+        return QuantizedBatch(self.scheme, stored, loss, norm, self.fallbacks, *output)
 
     def decode(self) -> Tensor:
         """(B, out, in) float32, as a runtime will compute with it."""
@@ -80,15 +95,17 @@ class QuantizedBatch:
         stored = self.stored
         if len(names) == 1:
             fallback = next((text for text in self.fallbacks if text), "")
-            error = QuantError(float(self.relative_loss.mean()), max(n_tokens), fallback)
+            known = [one for one in self.relative_output_losses if one is not None]
+            output_loss = sum(known) / len(known) if known else None
+            error = QuantError(float(self.relative_loss.mean()), max(n_tokens), fallback, output_loss)
             return [QuantizedTensor(names[0], self.scheme, {k: v.flatten(0, 1) for k, v in stored.items()}, error)]
-        losses = self.relative_loss.tolist()
+        losses, output_losses = self.relative_loss.tolist(), self.relative_output_losses
         return [
             QuantizedTensor(
                 name,
                 self.scheme,
                 {key: value[i] for key, value in stored.items()},
-                QuantError(losses[i], n, self.fallbacks[i]),
+                QuantError(losses[i], n, self.fallbacks[i], output_losses[i]),
             )
             for i, (name, n) in enumerate(zip(names, n_tokens, strict=True))
         ]
@@ -97,7 +114,15 @@ class QuantizedBatch:
 class Quantizer(Protocol):
     """A method with its inputs."""
 
-    def __call__(self, weight: Tensor, scheme: ChosenScheme, *, reach: Tensor | None = None) -> QuantizedBatch:
+    def __call__(
+        self,
+        weight: Tensor,
+        scheme: ChosenScheme,
+        *,
+        reach: Tensor | None = None,
+        output_factor: OutputFactor | None = None,
+    ) -> QuantizedBatch:
         """weight (B, out, in) float32 and the scheme to store it in -> what is stored. ``reach`` (B,): see `grid` of
-        schemes that have ``shares_scale``."""
+        schemes that have ``shares_scale``. ``output_factor``: of what errors of the outputs cost, for
+        methods that are ``output_aware``."""
         ...

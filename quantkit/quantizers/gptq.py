@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
     from quantkit.quantizers.ldlq.factor import Factor
+    from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes import ChosenScheme
+    from quantkit.schemes.grid import Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,12 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         description="Shrinkage of an expert's down Hessian to its diagonal, in tokens per input feature.",
     )
 
+    output_aware: bool = Field(
+        False,
+        description="Errors are also weighed by what they do to the model's loss, with the gradients of `quantkit "
+        "sensitivity`, which the recipe names.",
+    )
+
     @property
     def needs_inputs(self) -> bool:
         """Whether the method can't work without calibration inputs."""
@@ -118,39 +126,85 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return PreparedInputs(factor, stats.cross if self.cross else None, tuple(unseen.tolist()), in_storage_order)
 
     def quantize(
-        self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs, reach: Tensor | None = None
+        self,
+        weight: Tensor,
+        scheme: ChosenScheme,
+        prepared: PreparedInputs,
+        reach: Tensor | None = None,
+        output_factor: OutputFactor | None = None,
     ) -> QuantizedBatch:
-        """weight (B, out, in) float32 -> codes and scales. Rows are independent and go through a slice at a time."""
+        """weight (B, out, in) float32 -> codes and scales. Without an output Hessian rows are independent and go
+        through a slice at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
 
+        if output_factor is not None:
+            return self._two_sided(weight, scheme, prepared, reach, output_factor)
         parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight)]
         return QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
+
+    def _two_sided(
+        self,
+        weight: Tensor,
+        scheme: ChosenScheme,
+        prepared: PreparedInputs,
+        reach: Tensor | None,
+        output_factor: OutputFactor,
+    ) -> QuantizedBatch:
+        from quantkit.quantizers.batch import QuantizedBatch
+        from quantkit.quantizers.ldlq import factor as ldlq_factor
+        from quantkit.quantizers.ldlq import two_sided
+
+        if reach is None and scheme.shares_scale:
+            reach = weight.abs().amax((-2, -1))  # of the whole matrix, not of the rows at hand
+        hessian = prepared.factor.hessian
+        rounded = two_sided.round_rows(
+            self._target(weight, prepared),
+            output_factor,
+            lambda rows: self._rounded(rows, scheme, prepared, reach)[0],
+            lambda stored: scheme.decode(**stored),
+        )
+        loss, norm = (ldlq_factor.row_loss(one, hessian) for one in (rounded.error, weight))
+        output_loss = two_sided.output_losses(rounded, output_factor, hessian)
+        output_norm = norm * output_factor.diagonal.flatten(1, 2)
+        return QuantizedBatch(scheme, rounded.stored, loss, norm, prepared.fallbacks(scheme), output_loss, output_norm)
+
+    def _target(self, weight: Tensor, prepared: PreparedInputs) -> Tensor:
+        """What the codes are to come near to: the weight, moved towards the unquantised stream."""
+        from quantkit.quantizers.ldlq import factor as ldlq_factor
+
+        if prepared.cross is None:
+            return weight
+        return ldlq_factor.towards_original(weight, prepared.cross, prepared.factor, self.cross)
 
     def _quantize_rows(
         self, weight: Tensor, scheme: ChosenScheme, prepared: PreparedInputs, reach: Tensor | None
     ) -> QuantizedRows:
         from quantkit.quantizers.batch import QuantizedRows
         from quantkit.quantizers.ldlq import factor as ldlq_factor
+
+        norm = ldlq_factor.row_loss(weight, prepared.factor.hessian)
+        return QuantizedRows(*self._rounded(self._target(weight, prepared), scheme, prepared, reach), norm)
+
+    def _rounded(
+        self, target: Tensor, scheme: ChosenScheme, prepared: PreparedInputs, reach: Tensor | None
+    ) -> tuple[Stored, Tensor]:
+        """What is stored of some rows (B, rows, in), and tr(E H E^T) of each (B, rows)."""
+        from quantkit.quantizers.ldlq import factor as ldlq_factor
         from quantkit.quantizers.ldlq import polish as ldlq_polish
         from quantkit.quantizers.ldlq import sweep as ldlq_sweep
         from quantkit.quantizers.ldlq import vectors as ldlq_vectors
 
         factor = prepared.factor
-        norm = ldlq_factor.row_loss(weight, factor.hessian)
-        target = weight
-        if prepared.cross is not None:
-            target = ldlq_factor.towards_original(weight, prepared.cross, factor, self.cross)
         importance = weighting(prepared.importance, self.scale_search)
         if not scheme.has_grid:
             vectors = scheme.vector_grid(target, importance)
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
-            return QuantizedRows(vectors.stored(), ldlq_factor.row_loss(error, factor.hessian), norm)
+            return vectors.stored(), ldlq_factor.row_loss(error, factor.hessian)
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed, reach=reach)
         if not self.polish:
-            loss = weight.new_zeros(weight.shape[:2])
+            loss = target.new_zeros(target.shape[:2])
             codes = ldlq_sweep.sweep(grid, target, factor, loss)
-            return QuantizedRows(grid.stored(codes, grid.scale, grid.offset), loss, norm)
+            return grid.stored(codes, grid.scale, grid.offset), loss
         codes = ldlq_sweep.sweep(grid, target, factor)
         polished = ldlq_polish.polish(grid, target, codes, factor.hessian, self.polish)
-        stored = grid.stored(polished.codes, polished.scale, polished.offset)
-        return QuantizedRows(stored, polished.loss, norm)
+        return grid.stored(polished.codes, polished.scale, polished.offset), polished.loss

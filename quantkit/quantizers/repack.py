@@ -17,6 +17,11 @@ class Repack(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["repack"] = "repack"
 
     @property
+    def output_aware(self) -> bool:
+        """Whether the method takes output Hessians."""
+        return False
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether the method can't work without calibration inputs."""
         return False

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
+    from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes import ChosenScheme
 
 ScaleSearch = Literal["range", "mse", "importance"]
@@ -48,6 +49,11 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return False
 
     @property
+    def output_aware(self) -> bool:
+        """Whether the method takes output Hessians."""
+        return False
+
+    @property
     def shrinkage(self) -> tuple[float, float]:
         """None: the importance of single inputs needs few tokens."""
         return 0.0, 0.0
@@ -61,7 +67,12 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return None if stats is None else floored(stats.importance)
 
     def quantize(
-        self, weight: Tensor, scheme: ChosenScheme, prepared: Tensor | None, reach: Tensor | None = None
+        self,
+        weight: Tensor,
+        scheme: ChosenScheme,
+        prepared: Tensor | None,
+        reach: Tensor | None = None,
+        output_factor: OutputFactor | None = None,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices

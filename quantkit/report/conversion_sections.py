@@ -88,6 +88,8 @@ def _errors(converted: LabelledConversion) -> list[Block]:
         else "the squared change of a linear's weights, relative to the weights (the conversion was data-free)"
     )
     blocks: list[Block] = _poor_fits(converted)
+    if grid.output_aware:
+        blocks.append(Note(_AWARE))
     if grid.cells:
         blocks.append(
             Figure(
@@ -103,6 +105,12 @@ def _errors(converted: LabelledConversion) -> list[Block]:
     blocks.append(_projection_table(grid))
     blocks.append(_worst_table(converted))
     return blocks
+
+
+_AWARE = (
+    "Some linears were quantised output-aware: what was lowered is the weighed loss, in which an error counts as much "
+    "as the model's own loss feels it. The plain loss is larger than without, and says less."
+)
 
 
 def _poor_fits(converted: LabelledConversion) -> list[Block]:
@@ -161,6 +169,7 @@ def _projection_table(grid: ErrorGrid) -> Table:
                 numbers.percentage(statistics.median(cell.median for cell in cells.values())),
                 f"{numbers.percentage(peak.largest)} (layer {layer}{whose})",
                 f"{sum(cell.fallbacks for cell in cells.values()):,}",
+                *_weighed(grid, list(cells.values())),
             )
         )
     rows += [
@@ -171,11 +180,22 @@ def _projection_table(grid: ErrorGrid) -> Table:
             numbers.percentage(cell.median),
             numbers.percentage(cell.largest),
             f"{cell.fallbacks:,}",
+            *_weighed(grid, [cell]),
         )
         for name, cell in grid.outside.items()
     ]
     head = ("projection", "stored as", "linears", "median loss", "largest", "fallbacks")
+    if grid.output_aware:
+        head = (*head, "median weighed loss")
     return Table(head, tuple(rows), left=2, title="By projection, over all layers")
+
+
+def _weighed(grid: ErrorGrid, cells: Sequence[Cell]) -> tuple[str, ...]:
+    """The column of weighed losses, where there is one."""
+    if not grid.output_aware:
+        return ()
+    known = [cell.weighed for cell in cells if cell.weighed is not None]
+    return (numbers.percentage(statistics.median(known)) if known else "",)
 
 
 def _worst_table(converted: LabelledConversion) -> Table:

@@ -51,7 +51,8 @@ def _short(name: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Cell:
     """Relative losses of the linears of one projection in one layer (one, or one for each expert). ``largest_expert``:
-    whose is the largest; ``stored_as``: the schemes."""
+    whose is the largest; ``stored_as``: the schemes; ``weighed``: the median of the losses that output-aware methods
+    lower, None without them."""
 
     count: int
     median: float
@@ -60,6 +61,7 @@ class Cell:
     largest_expert: int | None
     fallbacks: int
     stored_as: str
+    weighed: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,11 @@ class ErrorGrid:
     outside: Mapping[str, Cell]
     calibrated: bool
     blind: tuple[int, ...]
+
+    @property
+    def output_aware(self) -> bool:
+        """Whether some linear was quantised by what its error does to the model's loss."""
+        return any(cell.weighed is not None for cell in self.cells.values())
 
 
 def error_grid(document: ConversionDocument) -> ErrorGrid:
@@ -101,6 +108,7 @@ def error_grid(document: ConversionDocument) -> ErrorGrid:
 def _cell(linears: Sequence[tuple[int | None, LinearRecord]]) -> Cell:
     losses = sorted((linear.relative_loss or 0.0, -1 if expert is None else expert) for expert, linear in linears)
     values = [loss for loss, _ in losses]
+    weighed = [linear.output_loss for _, linear in linears if linear.output_loss is not None]
     largest, expert = losses[-1]
     return Cell(
         count=len(values),
@@ -110,6 +118,7 @@ def _cell(linears: Sequence[tuple[int | None, LinearRecord]]) -> Cell:
         largest_expert=None if expert < 0 else expert,
         fallbacks=sum(bool(linear.fallback) for _, linear in linears),
         stored_as=", ".join(dict.fromkeys(scheme_label(linear.scheme) for _, linear in linears)),
+        weighed=statistics.median(weighed) if weighed else None,
     )
 
 

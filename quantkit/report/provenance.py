@@ -17,7 +17,7 @@ def evaluations(evaluated: Sequence[LabelledEvaluation]) -> Section:
     return Section("measured", "How it was measured", tuple(blocks))
 
 
-_DIGESTS = ("recipe", "source", "tokenizer", "calibration text", "imatrix")
+_DIGESTS = ("recipe", "source", "tokenizer", "calibration text", "imatrix", "sensitivity")
 """What a job states by its sha256."""
 
 

@@ -41,6 +41,8 @@ class QuantError:
 
     ``relative_loss``: tr(E H E^T) / tr(W H W^T) on the calibration inputs, or the relative squared weight error without
     calibration.
+    ``output_loss``: tr(H_O E H E^T) / tr(diag(H_O) W H W^T) with the Hessian of the model's loss in the linear's
+    outputs, where a method lowers that in place of ``relative_loss``; else None.
     ``n_tokens``: calibration tokens that this linear saw. ``fallback``: why something weaker than the method asked for
     was used, or "".
     """
@@ -48,6 +50,7 @@ class QuantError:
     relative_loss: float
     n_tokens: int = 0
     fallback: str = ""
+    output_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def test_lines_are_json_with_a_name_for_each_value(tmp_path: Path) -> None:
     assert header["quantkit version"] == "1"
     assert header["memory budget"] is None
     assert last["done"] == "layer"
-    record = {"output": 0, "name": "b", "relative_loss": 1e-17, "n_tokens": 3, "fallback": "x"}
+    record = {"output": 0, "name": "b", "relative_loss": 1e-17, "n_tokens": 3, "fallback": "x", "output_loss": None}
     assert last["tensors"][0] == record
     assert last["experts"] == {"e": [[1, 0.3, 0], [0, 0.0, 128]]}
 

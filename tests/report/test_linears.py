@@ -63,6 +63,18 @@ def test_linears_without_a_loss_are_left_out() -> None:
     assert not worst(ConversionDocument.model_validate(document), 3)
 
 
+def test_losses_weighed_by_the_models_loss_have_a_median_of_their_own() -> None:
+    document = conversion()
+    assert not error_grid(ConversionDocument.model_validate(document)).output_aware
+    for name, linear in document["tensors"].items():
+        if "layers.2.mlp.experts" in name:
+            linear["output_loss"] = linear["relative_loss"] / 10
+    grid = error_grid(ConversionDocument.model_validate(document))
+    assert grid.output_aware
+    assert grid.cells[2, "expert down"].weighed == pytest.approx(grid.cells[2, "expert down"].median / 10)
+    assert grid.cells[1, "expert down"].weighed is None
+
+
 def test_the_worst_come_first_and_by_name_if_they_are_equal() -> None:
     found = worst(ConversionDocument.model_validate(conversion()), 3)
     names = [name for name, _ in found]

@@ -132,6 +132,17 @@ def test_a_checkpoint_that_failed_its_limits_says_so(tmp_path: Path) -> None:
     assert "Nothing was measured" in page_of(written(tmp_path / "w0", unmeasured))
 
 
+def test_the_loss_that_an_output_aware_method_lowers_has_a_column(tmp_path: Path) -> None:
+    document = conversion()
+    assert "median weighed loss" not in page_of(written(tmp_path / "plain", document))
+    for linear in document["tensors"].values():
+        linear["output_loss"] = 0.0123
+    text = page_of(written(tmp_path / "aware", document))
+    assert "median weighed loss" in text
+    assert "1.23 %" in text
+    assert "what was lowered is the weighed loss" in text
+
+
 def test_a_divergence_is_said_in_words_of_the_same_measurement(tmp_path: Path) -> None:
     text = page_of(written(tmp_path, evaluation({"x": (1, 0.03)}), "e.json"))
     assert (
