@@ -17,6 +17,7 @@ from typing import Any
 
 from results_families import peers_families, two_bits
 from results_faults import faults, fuzz, verify_peers
+from results_fisher import fisher_layer, output_aware_tiny, two_sided
 from results_markdown import device, facts, versions
 from results_quality import (
     awq_tiny,
@@ -67,6 +68,12 @@ SECTIONS: tuple[Section, ...] = (
         peers_tiny,
     ),
     ("Quality: AWQ, trained models", "awq_tiny", "benchmarks/awq_tiny.py", awq_tiny),
+    (
+        "Quality: GPTQ with output Hessians, trained models",
+        "output_aware_tiny",
+        "benchmarks/output_aware_tiny.py",
+        output_aware_tiny,
+    ),
     ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
     (
         "Quality: small models of other families beside other tools",
@@ -87,6 +94,8 @@ SECTIONS: tuple[Section, ...] = (
     ("Quality: a file in the reference's place", "reference_file", "benchmarks/reference_file.py", reference_file),
     ("Quality: held-out error at DeepSeek V3's shapes", "held_out", "benchmarks/held_out.py", held_out),
     ("Speed: one MoE layer of DeepSeek V3", "moe_layer", "benchmarks/moe_layer.py", moe_layer),
+    ("Speed: one MoE layer in a Fisher pass", "fisher_layer", "benchmarks/fisher_layer.py", fisher_layer),
+    ("Speed: codes with output Hessians", "two_sided", "benchmarks/two_sided.py", two_sided),
     ("Speed: GPTQ of an expert", "gptq_expert", "benchmarks/gptq_expert.py", gptq_expert),
     ("Speed: block types of ggml on a GPU", "ggml_encode_gpu", "benchmarks/ggml_encode_gpu.py", ggml_encode_gpu),
     ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),
@@ -102,6 +111,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Memory: does convert take what plan says?", "memory_model", "benchmarks/memory_model.py", memory_model),
     ("Memory: DeepSeek V3's true widths", "true_width", "benchmarks/true_width.py", true_width),
     ("vLLM computes what was written", "vllm_load", "benchmarks/vllm", vllm_load),
+    ("vLLM computes what was written: other families", "vllm_families", "benchmarks/vllm", vllm_load),
     ("vLLM computes what was written: GPTQ, AWQ, NVFP4, MXFP4", "vllm_layouts", "benchmarks/vllm", vllm_load),
     ("vLLM on a processor computes what was written", "vllm_cpu", "benchmarks/vllm", vllm_load),
     (

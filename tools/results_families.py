@@ -83,7 +83,7 @@ def two_bits(data: Document) -> str:
     ]
     head = ("routed experts", "DeepSeek V3", "bits per weight of V3", "mean KLD, nats", "perplexity", "same top token")
     told = run_facts(
-        data,
+        {**data, "device": f"{data['device']}, {data['device_used']}"} if "device_used" in data else data,
         what=data["what"],
         recipe="GPTQ; everything else that is a matrix int8 in groups of 128, beside Q2_K Q8_0",
         command=code(data["command"]),
