@@ -351,7 +351,7 @@ def test_block_types_do_not_go_into_compressed_tensors() -> None:
 @pytest.mark.parametrize(
     ("output", "said"),
     [
-        ("rules: []", "outputs[0]: found neither preset nor rules, needed one of them, or both."),
+        ("rules: []", "outputs[0]: found neither preset, rules nor target, needed one of them."),
         ("preset: Q4_KM", "outputs[0].preset: found 'Q4_KM', needed one of F32, "),
         ("preset: Q4_KM", "(did you mean Q4_K_M?)"),
         ("preset: Q8_0, split_max_size: 1KB", "outputs[0].split_max_size: found '1KB', needed at least 1MiB."),
