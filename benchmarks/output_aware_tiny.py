@@ -80,7 +80,7 @@ def main() -> None:
             rows.append({"model": arguments.model.name, "scheme": scheme, **sizes, **seconds, **paired(*klds)})
             print(json.dumps(rows[-1]), flush=True)
     if arguments.store:
-        RESULTS.write_text(json.dumps({"run": record(), "rows": rows}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**record(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

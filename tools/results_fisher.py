@@ -41,7 +41,7 @@ def output_aware_tiny(data: Document) -> str:
     head = ("model", "every linear", "KLD, gptq", "KLD, output_aware", "change, paired", "layers, s", "output_aware, s")
     first = data["rows"][0]
     told = run_facts(
-        {**data["run"], **data},
+        data,
         what="KL divergence from the BF16 weights, trained models of 25 and 23 million weights",
         recipe="GPTQ on every linear, with and without output_aware: true",
         command=code("python benchmarks/output_aware_tiny.py MODEL int3-g128 int4-g128 --fisher-tokens 131072"),

@@ -12,12 +12,19 @@ import typer
 from quantkit import fisher as commands
 from quantkit.cli.converted import program
 from quantkit.cli.exit_codes import interruptible, refusals
-from quantkit.cli.options import AsJson, Device, DeviceOption, Jobs, LogFile, Source, count, size
+from quantkit.cli.options import AsJson, Device, DeviceOption, Jobs, LogFile, count, size
 from quantkit.cli.render import show_json
 from quantkit.sensitivity.folder import is_begun
 from quantkit.text.progress import progress
 from quantkit.text.sensitivity import sensitivity_text
 
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8).",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to create for the result.")]
 Data = Annotated[
     list[str] | None,
@@ -28,7 +35,13 @@ Data = Annotated[
     ),
 ]
 Tokens = Annotated[
-    int, typer.Option("--tokens", parser=count, metavar="N", help="Tokens of text, e.g. 32768, 32Ki, 1e5.")
+    int | None,
+    typer.Option(
+        "--tokens",
+        parser=count,
+        metavar="N",
+        help="Tokens of text, e.g. 32768, 32Ki, 1e5, made up to whole rows. Default: 32768.",
+    ),
 ]
 Length = Annotated[
     int | None,
@@ -64,7 +77,7 @@ def sensitivity(
     source: Source,
     out: Out,
     data: Data = None,
-    tokens: Tokens = 32768,
+    tokens: Tokens = None,
     sequence_length: Length = None,
     seed: Seed = 0,
     device: DeviceOption = Device.AUTO,
@@ -84,7 +97,7 @@ def sensitivity(
             source,
             out,
             data=data or (),
-            tokens=tokens,
+            tokens=32768 if tokens is None else tokens,
             sequence_length=sequence_length,
             seed=seed,
             device=device.value,

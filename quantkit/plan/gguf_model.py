@@ -37,13 +37,18 @@ def config_folder(source: Path, config: Path | None) -> Path:
     """The folder of config.json and tokenizer: ``config``, or the one that ``source`` is or lies in. Raises
     `SourceError` for a ``config`` beside a source that has its own, and for GGUF without one."""
     if not is_gguf_model(source):
-        if config is not None:
+        if config is not None and source.exists():
             raise SourceError(
                 f"--config {printable(str(config))}: is for GGUF files, and {printable(str(source))} is none.",
                 hint="Leave --config out: the folder of a checkpoint has its own config.json.",
             )
         return source
     folder = config or (source if source.is_dir() else source.parent)
+    if config is not None and not config.is_dir():
+        raise SourceError(
+            f"--config {printable(str(config))}: is no folder.",
+            hint="Give the folder that holds the original's config.json and tokenizer.",
+        )
     _refuse_missing(folder / "config.json")
     return folder
 

@@ -155,7 +155,11 @@ class GgufTarget:
 
     def _without_importance(self, tensors: Sequence[PlannedTensor]) -> list[str]:
         """A line if llama-quantize would ask for an imatrix."""
-        if self._recipe.calibration is not None or self._recipe.imatrix is not None:
+        rounded = self._output.preset or any(
+            rule.scheme is not None and (rule.method is None or rule.method.kind != "repack")
+            for rule in self._output.rules
+        )
+        if not rounded or self._recipe.calibration is not None or self._recipe.imatrix is not None:
             return []
         found = [kind for kind in presets.NEED_IMPORTANCE if kind in sink.kinds_by_weights(tensors)]
         line = f"{', '.join(found)} without calibration or imatrix: llama-quantize refuses. All inputs count alike."

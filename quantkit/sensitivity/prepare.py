@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,12 @@ from quantkit.errors import CalibrationError
 from quantkit.evaluate.open import tokenizer_sha256
 from quantkit.formats import open_source
 from quantkit.formats.model_source import ModelSource
+from quantkit.plan.decide import Problems
 from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.lengths import check_length
+from quantkit.plan.source_tensors import listed_specs, match_source
 from quantkit.sensitivity.folder import refuse_taken
+from quantkit.tensors import TensorInfo
 
 DEFAULT_DATA = ("builtin:mixed",)
 DEFAULT_LENGTH = 2048
@@ -68,7 +71,15 @@ def prepared(source: Path, folder: Path, text: Text, *, restart: bool) -> Genera
     refuse_taken(folder, restart=restart)
     with open_source(source) as opened:
         arch = headers_of(opened).arch
+        _check_tensors(arch, opened.infos())
         settings = text.calibration(arch)
         opened.refuse_zeros(zero_limits(arch))
         rows = token_rows(settings, opened.directory, Path())
         yield FisherRequest(opened, arch, rows, text.seed, tokenizer_sha256(source), folder, restart)
+
+
+def _check_tensors(arch: ModelArch, infos: Mapping[str, TensorInfo]) -> None:
+    """Raise `PlanError` for tensors that a plan would refuse: missing, unexpected, or of another shape."""
+    problems = Problems()
+    match_source(arch, listed_specs(arch, infos), infos, problems)
+    problems.raise_if_any()
