@@ -101,4 +101,7 @@ def write(model: str, folder: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in MODELS:
         sys.exit(f"usage: python {sys.argv[0]} {'|'.join(MODELS)} FOLDER")
+    if Path(sys.argv[2]).exists():
+        sys.exit(f"{sys.argv[2]} is there already; name another folder.")
     write(sys.argv[1], Path(sys.argv[2]))
+    print(f"wrote {sys.argv[2]}")

@@ -12,7 +12,7 @@ from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.named_schemes import named_schemes
 from quantkit.plan.recipe import FolderOutput, Rule
 from quantkit.runtimes import int4_g32, mlx, transformers
-from quantkit.runtimes.vllm import contract
+from quantkit.runtimes.vllm import command, contract
 from quantkit.schemes import ChosenScheme, Scheme
 from quantkit.tensors import TensorSpec
 
@@ -126,7 +126,9 @@ class FolderTarget:
         """vLLM on the folder, or transformers where vLLM does not read the layout."""
         if self._output.format == contract.BITSANDBYTES:
             return (transformers.load(folder),)
-        return (f"vllm serve {folder}",)
+        # The layouts of GPTQ and AWQ store scales in float16 alone, and are served in either.
+        halves = tensors if self._output.format == contract.COMPRESSED_TENSORS else ()
+        return (command.serve(folder, halves),)
 
     def open_written(self, directory: Path) -> FolderSource:
         """See `FolderSource`."""

@@ -47,7 +47,7 @@ def run(*words: str, stdout: int | None = None, script: str | None = None) -> tu
         ("convert x -o y --scheme w4a16 --device gpu", "Invalid value for '--device': 'gpu' is not one of 'auto'"),
         ("convert x -o y --scheme w4a16 --jobs 0", "Invalid value for '--jobs': "),
         ("convert", "Missing argument 'SOURCE'."),
-        ("plan x", "Missing option '--scheme', '--preset' or '--recipe' / '-r'."),
+        ("plan x", "Missing option '--scheme', '--preset', '--recipe' / '-r', '--fit' or '--target-bpw'."),
         ("plan x --schme w4a16", "No such option: --schme"),
         ("frobnicate", "No such command 'frobnicate'."),
         ("recipes frobnicate", "No such command 'frobnicate'."),

@@ -102,7 +102,7 @@ def test_inspect_what_is_unusual(tmp_path: Path) -> None:
     [
         ("{name: a, format: gguf, preset: q4km}", "(did you mean Q4_K_M?)"),
         ("{name: a, format: gguf, preset: Q9_K}", "outputs[0].preset: found 'Q9_K', needed one of F32, F16, Q4_0"),
-        ("{name: a, format: gguf}", "found neither preset nor rules"),
+        ("{name: a, format: gguf}", "found neither preset, rules nor target"),
         ("{name: a, format: ggfu, preset: Q8_0}", "outputs[0]: found 'ggfu', needed"),
         ("{name: a, format: gguf, rules: [{match: '*', scheme: q4_k}]}", "(did you mean Q4_K?)"),
         ("{name: a, format: gguf, preset: Q8_0, split_max_size: 5}", "split_max_size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,3 +130,22 @@ def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("interrupted. Resume with: ")
     assert " sensitivity " in done.stderr.splitlines()[-1]
     assert (tmp_path / "pass" / PROGRESS).exists()
+
+
+def test_tokens_may_be_left_out(source: Path, tmp_path: Path) -> None:
+    """The default is asked for: this text is too short for it."""
+    words = ("sensitivity", source / "model", "-o", tmp_path / "pass", "--data", source / "text.txt")
+    done = quantkit(*words, "--sequence-length", 32)
+    assert done.exit_code == 1
+    assert "32,768 tokens were asked for" in done.stderr
+
+
+def test_a_config_of_more_layers_is_refused(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "model", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "num_hidden_layers": told["num_hidden_layers"] + 1}))
+    done = quantkit("sensitivity", tmp_path / "model", "-o", tmp_path / "pass", "--data", source / "text.txt", *OPTIONS)
+    assert done.exit_code == 1
+    assert "missing" in done.stderr or "no such tensor" in done.stderr
+    assert not (tmp_path / "pass").exists()

@@ -10,7 +10,7 @@ import pytest
 from quantkit.arch import arch_of
 from quantkit.formats.planned import PlannedTensor
 from quantkit.runtimes import transformers
-from quantkit.runtimes.vllm import contract
+from quantkit.runtimes.vllm import command, contract
 from quantkit.runtimes.vllm.contract import COMPRESSED_TENSORS
 from quantkit.schemes import Float8Scheme, IntScheme, Mxfp8Scheme, Scheme, W4AFp8Scheme
 from quantkit.tensors import Role, TensorInfo
@@ -210,3 +210,12 @@ def test_which_gpus_compute_with_fp8_inputs_is_said(scheme: Scheme, said: str) -
     cut = [line for line in notes(plan(tiny_config(), lambda spec: scheme)) if "by tensor parallelism" in line]
     assert len(cut) == 1
     assert ("1 group of 128" in cut[0]) == isinstance(scheme, W4AFp8Scheme)
+
+
+def test_the_command_serves_float16_scales_in_float16() -> None:
+    def tensor(scale_dtype: str) -> PlannedTensor:
+        scheme = IntScheme.model_validate({"bits": 4, "group_size": 32, "scale_dtype": scale_dtype})
+        return PlannedTensor(TensorInfo("a.weight", (64, 64), "BF16"), scheme, None)
+
+    assert command.serve("out", [tensor("bfloat16"), tensor("float16")]) == "vllm serve out --dtype float16"
+    assert command.serve("out", [tensor("bfloat16")]) == "vllm serve out"

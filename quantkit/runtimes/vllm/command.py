@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from quantkit.formats.planned import PlannedTensor
+from quantkit.schemes import IntScheme
+
 MAX_SEQS, MAX_BATCHED_TOKENS = 16, 2048
 """What the options here allow at once, and what `memory` allows for."""
 
 
-def serve(folder: str) -> str:
-    """The command that serves a folder with vLLM's own settings."""
-    return f"vllm serve {folder}"
+def serve(folder: str, tensors: Iterable[PlannedTensor] = ()) -> str:
+    """The command that serves a folder with vLLM's own settings; in float16 where integers have scales in it, which
+    vLLM would round to bfloat16."""
+    schemes = (tensor.scheme for tensor in tensors)
+    halves = any(isinstance(scheme, IntScheme) and scheme.scale_dtype == "float16" for scheme in schemes)
+    return f"vllm serve {folder}{' --dtype float16' if halves else ''}"
 
 
 def serve_spread(
