@@ -143,6 +143,24 @@ def shared_copies(arch: ModelArch, names: Collection[str]) -> dict[str, str]:
     return {name: original for name, original in copies.items() if name in lacking and original in names}
 
 
+def unfounded_mtp(arch: ModelArch, names: Collection[str]) -> str:
+    """A line about a layer that config.json counts as an MTP layer, and that has nothing in the source of what makes it
+    one: it is one of the decoder's. "" if there is none; a layer of which nothing is there is absent."""
+    present: dict[int, list[str]] = {}
+    for spec in arch.tensors():
+        if spec.role is Role.MTP and spec.layer is not None and spec.name in names:
+            present.setdefault(spec.layer, []).append(spec.name)
+    own = arch.variants().mtp_own
+    for layer, found in present.items():
+        if own and not any(name.endswith(own) for name in found):
+            needed = ", ".join(ending.removeprefix(".").removesuffix(".weight") for ending in own)
+            return (
+                f"num_hidden_layers is {arch.n_layers}, which makes layer {layer} the MTP layer, but in the source it "
+                f"has none of {needed}, which such a layer needs."
+            )
+    return ""
+
+
 def note_of_copies(shared: Mapping[str, str]) -> tuple[str, ...]:
     """A line for each of `shared_copies`."""
     return tuple(f"{name}: not in the source, taken from {original}." for name, original in shared.items())
