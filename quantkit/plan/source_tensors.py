@@ -52,6 +52,14 @@ def listed_specs(arch: ModelArch, infos: Mapping[str, TensorInfo]) -> tuple[Tens
     return (*arch.tensors(), *(TensorSpec(info.name, info.shape, Role.VISION) for info in found))
 
 
+def vision_notes(arch: ModelArch, names: Iterable[str]) -> tuple[str, ...]:
+    """What the outputs lack of a family with vision, if the source (GGUF) holds its language model alone."""
+    carried = arch.variants().carried
+    if not carried or any(_matches(name, carried) for name in names):
+        return ()
+    return ("The source holds the language model alone: there is no vision tower here, and images cannot be given.",)
+
+
 def match_source(
     arch: ModelArch, specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: Problems
 ) -> SourceTensors:
