@@ -236,15 +236,17 @@ class CheckpointVariants:
     ``derived``: globs of stored buffers whose values follow from config.json. ``copies``: tensor -> the tensor of the
     main model that it repeats, which a checkpoint may leave out. ``tied``: tensor that the family does not list -> the
     one that takes its place; a checkpoint may hold it if both are equal. ``mtp_marker``: ending of a name that only MTP
-    layers have, "" if the family has none. ``carried``: globs of tensors outside the language model (a vision
-    tower, its projector), which are written as they are. ``foreign``: glob -> the architecture that has such tensors,
-    for messages.
+    layers have, "" if the family has none. ``mtp_own``: endings of what joins an MTP layer to the model; one that is
+    there has at least one of them. ``carried``: globs of tensors outside the language model (a vision tower, its
+    projector), which are written as they are. ``foreign``: glob -> the architecture that has such tensors, for
+    messages.
     """
 
     derived: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict[str, str])
     tied: Mapping[str, str] = field(default_factory=dict[str, str])
     mtp_marker: str = ""
+    mtp_own: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     foreign: Mapping[str, str] = field(default_factory=dict[str, str])
 

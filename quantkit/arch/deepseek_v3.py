@@ -99,6 +99,7 @@ class DeepseekV3:
             copies=copies,
             tied={f"{self._root}lm_head.weight": self.embed} if self.lm_head == self.embed else {},
             mtp_marker=".eh_proj.weight",
+            mtp_own=(".eh_proj.weight", ".enorm.weight", ".hnorm.weight"),
             carried=self._carried,
             foreign={"*.self_attn.indexer.*": "DeepSeek V3.2 (sparse attention)"},
         )

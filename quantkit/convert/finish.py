@@ -51,6 +51,7 @@ from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.recipe import Recipe, Validation
 from quantkit.plan.schedule import FILES, VALIDATION
+from quantkit.plan.source_tensors import vision_notes
 from quantkit.plan.text_notes import text_notes
 from quantkit.schemes import ChosenScheme, Scheme
 from quantkit.schemes.gaussian import fits_poorly, gaussian_losses
@@ -91,7 +92,7 @@ def finish(
             write_durably(directory / CONVERSION, document.to_json().encode())
             write_model_card(directory, _card(conversion, output, directory, result))
         with conversion.timer.stage("files"):
-            verified = verify_path(directory, Scope(hashes=False))
+            verified = verify_path(directory, Scope(hashes=False, text=False))
         made = _output_report(conversion, output, records, result)
         faults = tuple(finding.text for finding in verified.faults)
         reports.append(replace(made, faults=faults, poor_fits=poor))
@@ -282,7 +283,11 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
         nbytes=output.nbytes,
         contents=tuple((s.role.value, s.what, s.parameters, s.nbytes) for s in output.sizes),
         measured=measured,
-        notes=(*output.target.notes(output.planned), *text_notes(conversion.plan.recipe, conversion.arch)),
+        notes=(
+            *output.target.notes(output.planned),
+            *vision_notes(conversion.arch, conversion.source.infos()),
+            *text_notes(conversion.plan.recipe, conversion.arch),
+        ),
         format=output.target.label,
         serve=output.target.serve_commands(conversion.source.directory, output.planned),
         version=__version__,

@@ -27,7 +27,14 @@ from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, quantization_section, read_config
 from quantkit.inspect import other_releases
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
-from quantkit.plan.source_tensors import contradicts_tied, listed_specs, note_of_copies, shared_copies, sort_unlisted
+from quantkit.plan.source_tensors import (
+    contradicts_tied,
+    listed_specs,
+    note_of_copies,
+    shared_copies,
+    sort_unlisted,
+    unfounded_mtp,
+)
 from quantkit.runtimes import int4_g32, mlx, transformers
 from quantkit.runtimes.vllm import contract
 from quantkit.schemes import Float8Scheme, IntScheme, Mxfp4Scheme, Mxfp8Scheme, Nvfp4Scheme, W4AFp8Scheme, describe
@@ -300,8 +307,9 @@ def _compare_with_family(
     planned: Mapping[str, PlannedTensor | None],
     unusual: list[str],
 ) -> None:
-    shared = shared_copies(arch, weights)
-    unusual += note_of_copies(shared)
+    unfounded = unfounded_mtp(arch, weights)
+    shared = {} if unfounded else shared_copies(arch, weights)
+    unusual += [unfounded] if unfounded else note_of_copies(shared)
     missing = [name for name in specs if name not in weights and name not in shared]
     mtp = [name for name, spec in specs.items() if spec.role is Role.MTP]
     if mtp and all(name not in weights for name in mtp):

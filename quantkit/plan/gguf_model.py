@@ -124,6 +124,11 @@ def read_as(reader: GgufReader, arch: ModelArch) -> GgufReading:
 def _reading(reader: GgufReader, arch: ModelArch) -> GgufReading:
     model, key = arch.gguf(), "general.architecture"
     found, needed = reader.get(key), model.key_values(mtp=False)[key]
+    if reader.get("general.type") == "imatrix":
+        raise SourceError(
+            f"{reader.path}: is an imatrix file, a model was needed.",
+            hint="Give the model itself; recipes take an imatrix as `imatrix:`.",
+        )
     if found != needed:
         raise SourceError(
             f"{reader.path}: {key} is {printable(repr(found))}, config.json needs {needed!r}.",

@@ -29,7 +29,7 @@ from quantkit.formats.source import (
     read_config,
 )
 from quantkit.plan.gguf_model import config_folder, is_gguf_model, open_model
-from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies
+from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies, unfounded_mtp
 from quantkit.schemes import Float8Scheme, Scheme
 from quantkit.tensors import Role, TensorInfo, TensorSpec
 
@@ -86,10 +86,11 @@ def headers_of(source: ModelSource) -> SourceHeaders:
     copies of them.
 
     Raises `ConfigError` for an architecture that is not known, `SourceError` for a head that contradicts tied
-    embeddings.
+    embeddings and for a layer of the decoder that config.json counts as an MTP layer.
     """
     arch = arch_of(source.config)
     _check_tied(source, arch)
+    _check_mtp(source, arch)
     notes = (*source.notes, *_share_copies(source, arch), *folder_notes(source.directory))
     return SourceHeaders(
         source.directory,
@@ -159,6 +160,16 @@ def _check_tied(source: ModelSource, arch: ModelArch) -> None:
         raise SourceError(
             f"{source.path_of(name)}: {line}",
             hint='If the model has a head of its own, set "tie_word_embeddings": false in config.json.',
+        )
+
+
+def _check_mtp(source: ModelSource, arch: ModelArch) -> None:
+    """Raise `SourceError` for a layer of the decoder that would be dropped as an MTP layer."""
+    line = unfounded_mtp(arch, source.infos())
+    if line:
+        raise SourceError(
+            f"{source.directory / 'config.json'}: {line}",
+            hint="num_hidden_layers in config.json is wrong: it counts all layers of the source but the MTP layers.",
         )
 
 

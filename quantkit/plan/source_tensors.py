@@ -52,6 +52,14 @@ def listed_specs(arch: ModelArch, infos: Mapping[str, TensorInfo]) -> tuple[Tens
     return (*arch.tensors(), *(TensorSpec(info.name, info.shape, Role.VISION) for info in found))
 
 
+def vision_notes(arch: ModelArch, names: Iterable[str]) -> tuple[str, ...]:
+    """What the outputs lack of a family with vision, if the source (GGUF) holds its language model alone."""
+    carried = arch.variants().carried
+    if not carried or any(_matches(name, carried) for name in names):
+        return ()
+    return ("The source holds the language model alone: there is no vision tower here, and images cannot be given.",)
+
+
 def match_source(
     arch: ModelArch, specs: Iterable[TensorSpec], infos: Mapping[str, TensorInfo], problems: Problems
 ) -> SourceTensors:
@@ -141,6 +149,24 @@ def shared_copies(arch: ModelArch, names: Collection[str]) -> dict[str, str]:
     lacking = {spec.name for spec in mtp if spec.layer in present and spec.name not in names}
     copies = arch.variants().copies
     return {name: original for name, original in copies.items() if name in lacking and original in names}
+
+
+def unfounded_mtp(arch: ModelArch, names: Collection[str]) -> str:
+    """A line about a layer that config.json counts as an MTP layer, and that has nothing in the source of what makes it
+    one: it is one of the decoder's. "" if there is none; a layer of which nothing is there is absent."""
+    present: dict[int, list[str]] = {}
+    for spec in arch.tensors():
+        if spec.role is Role.MTP and spec.layer is not None and spec.name in names:
+            present.setdefault(spec.layer, []).append(spec.name)
+    own = arch.variants().mtp_own
+    for layer, found in present.items():
+        if own and not any(name.endswith(own) for name in found):
+            needed = ", ".join(ending.removeprefix(".").removesuffix(".weight") for ending in own)
+            return (
+                f"num_hidden_layers is {arch.n_layers}, which makes layer {layer} the MTP layer, but in the source it "
+                f"has none of {needed}, which such a layer needs."
+            )
+    return ""
 
 
 def note_of_copies(shared: Mapping[str, str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from quantkit.verify.verification import Finding, Verification
 def verification_text(found: Verification) -> str:
     """A headline, one line for each fault and note, what was read, and the verdict."""
     runtimes = ", ".join(found.runtimes)
-    lines = [f"{found.path}: {found.stored_as}, {found.tensors:,} tensors, for {runtimes}"]
+    lines = [f"{found.path}: {found.held}, for {runtimes}"]
     lines += [_line("fault", finding) for finding in found.faults]
     lines += [_line("note", finding) for finding in found.notes]
     contents = found.contents

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from quantkit.formats.planned import PlannedTensor
+from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.tensors import Role, TensorInfo
 from quantkit.verify.checkpoint import Checkpoint
 
@@ -85,6 +87,18 @@ def notes(checkpoint: Checkpoint) -> Iterator[str]:
     yield from _line([name for name in narrowed if name in stored], "float32 in the official release and not here", "")
     yield from _line(widened, "float32 here and 16 bits in the official release", "They take twice the space.")
     yield from _line(list(checkpoint.raw.unlisted), "in the shards but not in the index", "No runtime sees them.")
+
+
+def vision_notes(checkpoint: Checkpoint, source: Path) -> Iterator[str]:
+    """A line if the original has a vision tower that the folder lacks. Raises `SourceError` for a damaged original."""
+    carried = checkpoint.arch.variants().carried
+    if not carried or any(tensor.role is Role.VISION for tensor in checkpoint.planned):
+        return
+    if not any(source.glob("*.safetensors")):
+        return  # GGUF has no vision tower either
+    with SafetensorsSource(source) as original:
+        lost = [name for name in original.infos() if _matches(name, carried)]
+    yield from _line(lost, "vision tensors of the original, not here", "The language model alone takes no images.")
 
 
 def stored_mtp_layers(checkpoint: Checkpoint) -> set[int]:

@@ -36,16 +36,19 @@ class Parallel:
 @dataclass(frozen=True, slots=True)
 class FolderContract:
     """What a runtime demands of a folder of safetensors beyond its being whole: one line for each fault, and for each
-    thing that it takes otherwise than one may expect."""
+    thing that it takes otherwise than one may expect. ``needs_tokenizer``: whether it refuses to start without."""
 
     faults: Callable[[Checkpoint, Parallel], Iterable[str]]
     notes: Callable[[Checkpoint], Iterable[str]]
+    needs_tokenizer: bool = True
 
 
 _VLLM = FolderContract(lambda found, cut: vllm.faults(found, cut.tensor, cut.pipeline), vllm.notes)
 CONTRACTS: Mapping[str, FolderContract] = {
     VLLM: _VLLM,
-    TRANSFORMERS: FolderContract(lambda found, cut: transformers.faults(found), transformers.notes),
+    TRANSFORMERS: FolderContract(
+        lambda found, cut: transformers.faults(found), transformers.notes, needs_tokenizer=False
+    ),
     SGLANG: FolderContract(_VLLM.faults, lambda found: ()),
 }
 """By runtime. SGLang's loaders of these layouts began as vLLM's; none of it was tried there."""
@@ -55,13 +58,15 @@ CONTRACTS: Mapping[str, FolderContract] = {
 class Scope:
     """``runtimes``: of `RUNTIMES`, () for those that read the format, of which only the one that serves it (vLLM;
     transformers for bitsandbytes) must load it; ``hashes``: whether every file is read and
-    compared with quantkit.json; ``sample``: linears to be decoded; ``source``: the original's folder, or None."""
+    compared with quantkit.json; ``sample``: linears to be decoded; ``source``: the original's folder, or None;
+    ``text``: whether text is to be served, without which a missing tokenizer is no fault."""
 
     runtimes: tuple[str, ...] = ()
     parallel: Parallel = Parallel()
     hashes: bool = True
     sample: int = 0
     source: Path | None = None
+    text: bool = True
 
 
 def verify_path(path: Path, scope: Scope) -> Verification:
@@ -81,7 +86,9 @@ def verify_path(path: Path, scope: Scope) -> Verification:
             runtimes = (TRANSFORMERS,)
             findings.append(Finding(VLLM, False, vllm.BITSANDBYTES_UNREAD))
         required = scope.runtimes or runtimes[:1]
-        findings += _of_all(found)
+        findings += (*_of_all(found), *_of_tokenizer(found, runtimes, required if scope.text else ()))
+        if scope.source is not None:
+            findings += (Finding(ANY, False, text) for text in completeness.vision_notes(found, scope.source))
         if found.unreadable:
             findings.append(Finding(ANY, False, "without all shards, what runtimes demand of them is not checked."))
         else:
@@ -98,7 +105,7 @@ def _verify_gguf(path: Path, scope: Scope) -> Verification:
     try:
         faults, notes, n_tensors = read_gguf(path)
     except SourceError as error:
-        faults, notes, n_tensors = (error.message,), (), 0
+        faults, notes, n_tensors = (error.message,), (), None
     findings = [Finding(LLAMA_CPP, True, text) for text in faults]
     findings += [Finding(LLAMA_CPP, False, text) for text in notes]
     folder = path if path.is_dir() else path.parent
@@ -166,6 +173,17 @@ def _of_all(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(ANY, True, text)
     for text in (*completeness.notes(found), *surroundings.notes(found.directory, found.config)):
         yield Finding(ANY, False, text)
+
+
+def _of_tokenizer(found: Checkpoint, runtimes: Iterable[str], required: Container[str]) -> Iterator[Finding]:
+    """Weights alone load in transformers. What serves text refuses to start, unless it is told that tokens come in."""
+    if surroundings.has_tokenizer(found.directory):
+        return
+    needing = [name for name in runtimes if CONTRACTS[name].needs_tokenizer]
+    for name in needing:
+        yield Finding(name, name in required, surroundings.NO_TOKENIZER_TO_START)
+    if not needing:
+        yield Finding(ANY, False, surroundings.NO_TOKENIZER)
 
 
 def _of_runtimes(

@@ -12,6 +12,10 @@ from quantkit.formats.safetensors.reader import read_small
 from quantkit.formats.side_files import TOKENIZERS, check_side_files, has_chat_template
 
 GENERATION = "generation_config.json"
+NO_TOKENIZER = "no tokenizer files: text cannot be served."
+NO_TOKENIZER_TO_START = (
+    f"no tokenizer files, one of {', '.join(TOKENIZERS)} was needed: it starts only with --skip-tokenizer-init."
+)
 
 
 def faults(directory: Path) -> Iterator[str]:
@@ -22,11 +26,14 @@ def faults(directory: Path) -> Iterator[str]:
         yield error.message
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether any file is there that holds a vocabulary."""
+    return any((directory / name).is_file() for name in TOKENIZERS)
+
+
 def notes(directory: Path, config: Mapping[str, object]) -> Iterator[str]:
     """What is missing, or contradicts config.json."""
-    if not any((directory / name).is_file() for name in TOKENIZERS):
-        yield "no tokenizer files: text cannot be served."
-    elif not has_chat_template(directory):
+    if has_tokenizer(directory) and not has_chat_template(directory):
         yield "no chat template: chats are refused, or the format is guessed."
     if not (directory / GENERATION).is_file():
         return

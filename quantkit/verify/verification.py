@@ -37,12 +37,12 @@ class Contents:
 @dataclass(frozen=True, slots=True, repr=False)
 class Verification:
     """``stored_as``: what config.json, or the file, says of the weights; ``tensors``: how many were held against the
-    family's list."""
+    family's list, None where the file could not be read."""
 
     path: Path
     stored_as: str
     runtimes: tuple[str, ...]
-    tensors: int
+    tensors: int | None
     findings: tuple[Finding, ...]
     contents: Contents = Contents()
 
@@ -61,6 +61,11 @@ class Verification:
         """Whether there are no faults."""
         return not self.faults
 
+    @property
+    def held(self) -> str:
+        """What is stored, in words."""
+        return self.stored_as if self.tensors is None else f"{self.stored_as}, {self.tensors:,} tensors"
+
     def __repr__(self) -> str:
-        what = f"{self.stored_as}, {self.tensors:,} tensors, for {', '.join(self.runtimes)}"
+        what = f"{self.held}, for {', '.join(self.runtimes)}"
         return f"<Verification {self.path}: {what}; {len(self.faults)} faults, {len(self.notes)} notes>"

@@ -94,6 +94,19 @@ def test_a_gguf_that_was_deleted_is_missed(tmp_path: Path) -> None:
     assert "config.json" not in result.stderr
 
 
+def test_a_gguf_that_cannot_be_read_has_no_count(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_model(source)
+    run(source, gguf_recipe(gguf_output(preset="F32", split_max_size="1MiB"), tokens=None), tmp_path / "out")
+    first, second, *_ = sorted((tmp_path / "out").glob("*.gguf"))
+    second.unlink()
+    result = CliRunner().invoke(app, ["verify", str(first), "--quick"])
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (1, f"{first}: GGUF, for llama.cpp")
+    first.write_bytes(first.read_bytes()[:2000])
+    result = CliRunner().invoke(app, ["verify", str(first), "--quick", "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["tensors"]) == (1, None)
+
+
 def test_bitsandbytes_is_for_transformers(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_model(source)

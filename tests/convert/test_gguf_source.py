@@ -16,7 +16,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
-from quantkit import plan
+from quantkit import plan, verify
 from quantkit.arch import arch_of
 from quantkit.convert import copying, dense, experts
 from quantkit.errors import QuantkitError, SchemeError, SourceError
@@ -29,12 +29,13 @@ from quantkit.tensors import Role
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.convert.gguf_jobs import RTN, gguf_output, gguf_recipe, stored_bytes, wide_config
 from tests.convert.jobs import decoded, files_of, recipe_of, run, shards_of, write_model, write_text
-from tests.convert.test_relatives import SMALL
+from tests.convert.test_relatives import SMALL, VISION
 from tests.convert.test_relatives_gguf import written
 from tests.convert.test_repack import DROP, EXPERTS, KEPT, REPACK, SCHEMES, repack_rule, same_bits, stored
 from tests.formats.test_compressed_tensors import loaded_logits
 from tests.oracles import gguf_writer
 from tests.oracles.gguf_reader import read_weights
+from tests.tiny_models import write_shards
 
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
 STACKED = "blk.1.ffn_down_exps.weight"
@@ -244,6 +245,36 @@ def test_a_file_has_no_vision_tower(tmp_path: Path) -> None:
     assert note == "GGUF holds the language model alone: outputs have no vision tower."
 
 
+def test_what_is_made_of_it_says_that_vision_is_gone(tmp_path: Path) -> None:
+    path, folder = written(tmp_path, kimi_k25(**SMALL)), tmp_path / "source"
+    made = back(path, folder, recipe_of(DROP, tokens=None), tmp_path / "back")
+    assert (
+        "- The source holds the language model alone: there is no vision tower here" in (made / "README.md").read_text()
+    )
+    assert not vision_notes_of(made, folder)
+    write_shards(folder, {**stored(folder), **VISION})
+    (note,) = vision_notes_of(made, folder)
+    assert note.startswith("vision tensors of the original, not here: ")
+    assert all(name in note for name in VISION)
+    run(folder, recipe_of(DROP, tokens=None), tmp_path / "whole")
+    assert "vision tower" not in (tmp_path / "whole" / "README.md").read_text()
+    assert not vision_notes_of(tmp_path / "whole", folder)
+
+
+def vision_notes_of(made: Path, original: Path) -> list[str]:
+    found = verify(made, source=original, sample=0, hashes=False)
+    assert found.passed
+    return [note.text for note in found.notes if "vision" in note.text]
+
+
+def test_an_imatrix_is_no_source(place: Path, tmp_path: Path) -> None:
+    recipe = gguf_recipe(gguf_output(preset="Q8_0"), tokens=256)
+    run(place / "model", recipe, tmp_path / "out", base_dir=place)
+    imatrix = tmp_path / "out" / "imatrix.gguf"
+    with pytest.raises(SourceError, match=r"imatrix\.gguf: is an imatrix file, a model was needed\."):
+        plan(imatrix, recipe_of(DROP, tokens=None), config=place / "model")
+
+
 def test_a_plain_gguf_is_quantised_like_its_original(place: Path, tmp_path: Path) -> None:
     """The same codes by GPTQ from a split file as from the shards that it was made of."""
     recipe = recipe_of({"match": EXPERTS, "scheme": SCHEMES["int4"], "method": {"kind": "gptq"}}, DROP, tokens=256)
@@ -365,9 +396,9 @@ def test_a_type_that_is_not_decoded_is_named(place: Path, tmp_path: Path) -> Non
     at = content.index(len(name).to_bytes(8, "little") + name) + 8 + len(name) + 4 + 16
     assert content[at : at + 4] == gguf.GGMLQuantizationType.BF16.to_bytes(4, "little")
     (tmp_path / "iq.gguf").write_bytes(
-        content[:at] + gguf.GGMLQuantizationType.IQ2_XXS.to_bytes(4, "little") + content[at + 4 :]
+        content[:at] + gguf.GGMLQuantizationType.TQ1_0.to_bytes(4, "little") + content[at + 4 :]
     )
-    assert "output.weight is IQ2_XXS, a type that quantkit does not decode." in refusal(
+    assert "output.weight is TQ1_0, a type that quantkit does not decode." in refusal(
         lambda: opened(tmp_path / "iq.gguf", place / "int4")
     )
 

@@ -30,7 +30,11 @@ FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "deepseek_v32, MTP": partial(deepseek_v32, num_nextn_predict_layers=1),
     "glm_moe_dsa": partial(glm_moe_dsa, topk_method="noaux_tc", scoring_func="sigmoid"),
     "glm_moe_dsa, shared": partial(
-        glm_moe_dsa, topk_method="noaux_tc", index_topk=100, indexer_types=["full", "shared", "full"]
+        glm_moe_dsa,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        index_topk=100,
+        indexer_types=["full", "shared", "full"],
     ),
 }
 SMALL = {"vocab_size": 1024, "n_routed_experts": 8, "num_experts_per_tok": 2}

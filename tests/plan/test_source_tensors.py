@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.tiny_models import random_weights, write_shards
 DROP_MTP = {"match": "role:mtp", "drop": True}
 INT4 = int4("role:expert", "rtn")
 MTP = "model.layers.2."
+NANO = Path(__file__).parents[2] / "examples" / "nano-deepseek-v3"
 
 
 def model(folder: Path, change: Any = lambda tensors: None, **config: Any) -> Path:
@@ -103,6 +105,36 @@ def test_a_declared_mtp_layer_may_be_absent_if_no_output_keeps_it(tmp_path: Path
     with pytest.raises(PlanError, match="missing from the source") as caught:
         planned(source)
     assert "Drop the MTP layer" in caught.value.hint
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_layer_of_the_decoder_is_not_taken_for_an_mtp_layer(tmp_path: Path, tied: bool) -> None:
+    """Layers 0 and 1 and MTP layer 2, of which config.json counts one fewer."""
+    source = model(tmp_path / "m", num_hidden_layers=1, tie_word_embeddings=tied)
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: planned(source, DROP_MTP),
+        lambda: run(source, recipe_of(DROP_MTP, INT4, tokens=None), tmp_path / "out"),
+    )
+    for attempt in attempts:
+        with pytest.raises(
+            SourceError, match="num_hidden_layers is 1, which makes layer 1 the MTP layer.* eh_proj"
+        ) as caught:
+            attempt()
+        assert "num_hidden_layers in config.json is wrong" in caught.value.hint
+        assert caught.value.message in [f"{source / 'config.json'}: {line}" for line in inspect_folder(source).unusual]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nano_with_a_layer_too_few(tmp_path: Path) -> None:
+    source = tmp_path / "nano"
+    source.mkdir()
+    for path in NANO.iterdir():
+        (source / path.name).symlink_to(path)
+    config = json.loads((NANO / "config.json").read_text())
+    (source / "config.json").unlink()
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with pytest.raises(SourceError, match="num_hidden_layers is 2, which makes layer 2 the MTP layer"):
+        planned(source, DROP_MTP)
 
 
 def test_every_way_out_that_a_hint_names_leads_out(tmp_path: Path) -> None:

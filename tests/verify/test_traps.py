@@ -274,9 +274,27 @@ def test_notes_say_what_is_missing_around_the_weights(sound: Path, tmp_path: Pat
     assert any(text.startswith("no chat template") for text in texts)
     assert any(text.startswith("eos_token_id: config.json 1, generation_config.json [1, 2]") for text in texts)
     assert any("none is stored: speculative decoding by MTP is refused" in text for text in texts)
+
+
+@pytest.mark.parametrize(("runtime", "fault"), [("vllm", True), ("sglang", True), ("transformers", False)])
+def test_what_serves_text_refuses_to_start_without_a_tokenizer(
+    runtime: str, fault: bool, sound: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(sound, folder)
     (folder / "tokenizer.json").unlink()
-    texts = [finding.text for finding in quantkit.verify(folder, hashes=False, sample=0).notes]
-    assert any(text.startswith("no tokenizer files") for text in texts)
+    found = quantkit.verify(folder, runtimes=runtime, hashes=False, sample=0)
+    (finding,) = (finding for finding in found.findings if "no tokenizer files" in finding.text)
+    assert (finding.fault, finding.runtime) == (fault, runtime if fault else "")
+
+
+def test_a_conversion_of_weights_alone_is_no_fault(tmp_path: Path) -> None:
+    """It was warned of before the work."""
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    report = run(tmp_path / "model", recipe_of(tokens=None), tmp_path / "out")
+    assert report.outputs[0].faults == ()
+    assert not quantkit.verify(tmp_path / "out", sample=0).passed
 
 
 def test_a_runtime_that_does_not_read_the_format_is_refused(sound: Path) -> None:
