@@ -11,6 +11,7 @@ import torch
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.documents.journal import FileState, JournalHeader
+from quantkit.documents.sensitivity import SensitivityDocument
 from quantkit.errors import SourceError
 from quantkit.formats.model_source import ModelSource
 from quantkit.formats.safetensors.reader import read_small
@@ -47,12 +48,17 @@ def journal_header(
         tokenizer=_tokenizer(source.directory),
         calibration_text=None if rows is None else hashlib.sha256(rows.tokens.tobytes()).hexdigest(),
         imatrix=None if importance is None else importance.sha256,
-        sensitivity=None if sensitivity is None else sha256_of_text(sensitivity.document.to_json()),
+        sensitivity=None if sensitivity is None else pass_sha256(sensitivity.document),
         device=machine.device_name,
         threads=torch.get_num_threads(),
         memory_budget=machine.budget,
         source_files={path.name: _state(path) for path in source.files},
     )
+
+
+def pass_sha256(document: SensitivityDocument) -> str:
+    """Hex digest of a Fisher pass, without the losses that plans add to its document later."""
+    return sha256_of_text(document.model_copy(update={"losses": None}).to_json())
 
 
 def _tokenizer(directory: Path) -> str:

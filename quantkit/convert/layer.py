@@ -45,7 +45,9 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSi
     job.weights.expect(expected)
     records: dict[str, tuple[ExpertRecord, ...]] = {}
     for number, sublayer in enumerate(sublayers):
-        with nullcontext() if job.gradients is None else job.gradients.sublayer(number) as hessians:
+        aware = any(output_aware(job.outputs, block.linears) for block in sublayer)
+        gradients = job.gradients if aware else None
+        with nullcontext() if gradients is None else gradients.sublayer(number) as hessians:
             job = _quantize_sublayer(job, sublayer, sink, records, expected, hessians)
     return LayerResult(records, tuple(output.folding for output in job.outputs))
 

@@ -40,6 +40,8 @@ class OutputTarget(BaseModel, frozen=True, extra="forbid"):
     @field_validator("size", mode="before")
     @classmethod
     def _is_size(cls, size: object) -> object:
+        if size is None:
+            return None
         if isinstance(size, bool) or not isinstance(size, int | str):
             raise fault(f"found {str(size)[:40]!r}, needed bytes, or a number with unit such as 350GB")
         try:

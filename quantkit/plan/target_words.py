@@ -61,7 +61,7 @@ class TargetWords:
     def _name(self) -> str:
         if self.fit is not None:
             return f"for-{self.fit}"
-        return f"{self.target_bpw:g}bpw" if self.target_bpw is not None else f"in-{self.target_size}"
+        return f"{self.target_bpw:g}bpw" if self.target_bpw is not None else f"in-{self.target_size}".replace(" ", "")
 
 
 def _option(name: str) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,9 +34,6 @@ from quantkit.sensitivity.needs import check_memory, needs_of, schedule_of
 from quantkit.sensitivity.prepare import FisherRequest
 from quantkit.sensitivity.weights import original_weights
 from quantkit.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 DEVICE_STORES_SHARE = 0.4
 """Hidden states take at most this share of a GPU's memory; weights and autograd's graph have the rest."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock
+from quantkit.convert.fingerprint import pass_sha256
 from quantkit.convert.output_hessians import SHRINK, LayerGradients, SublayerHessians
+from quantkit.documents.sensitivity import read_sensitivity
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.formats import open_source
 from quantkit.plan.headers import headers_of
@@ -157,6 +159,13 @@ def test_a_stopped_job_goes_on_with_the_same_pass_only(place: Path, tmp_path: Pa
     assert run(place / "model", recipe, tmp_path / "out").resumed
     run(place / "model", recipe, tmp_path / "unbroken")
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "unbroken")
+
+
+def test_losses_that_a_later_plan_adds_are_no_other_pass(fisher: Path) -> None:
+    document = read_sensitivity(fisher)
+    more = document.model_copy(update={"losses": {"a.weight": {"int4 g32": 0.5}}})
+    other = document.model_copy(update={"job": document.job.model_copy(update={"seed": 9})})
+    assert pass_sha256(more) == pass_sha256(document) != pass_sha256(other)
 
 
 def test_a_recipe_without_gradients_is_refused() -> None:

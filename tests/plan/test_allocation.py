@@ -18,6 +18,7 @@ from quantkit.plan.allocation.draft import KEEP_REST, OpenOutput, draft_of
 from quantkit.plan.allocation.rules import layer_globs, ranges, rules_of
 from quantkit.plan.allocation.solve import Option, solve, total_bytes, total_loss
 from quantkit.plan.headers import SourceHeaders, read_headers
+from quantkit.plan.output_target import OutputTarget
 from quantkit.plan.plan import Plan, make_plan
 from quantkit.plan.recipe import Recipe, Rule
 from quantkit.schemes import GgmlScheme
@@ -260,3 +261,8 @@ def test_a_target_without_a_choice_is_no_plan() -> None:
     headers, asked = read_headers(NANO), recipe({"bpw": 5})
     with pytest.raises(PlanError, match="has a target, and no types were chosen"):
         make_plan(asked, headers.arch, headers.infos, headers.stored)
+
+
+def test_a_target_survives_being_written() -> None:
+    target = OutputTarget(bpw=4.0)
+    assert OutputTarget.model_validate(target.model_dump()) == target

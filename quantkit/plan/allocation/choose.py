@@ -258,7 +258,7 @@ class _Work:
         known: dict[tuple[object, ...], int] = {}
         total = 0
         for tensor in tensors:
-            key = (tensor.info.shape, tensor.keep_dtype, tensor.scheme and tensor.scheme.label)
+            key = (tensor.info.shape, tensor.keep_dtype, tensor.scheme)
             if key not in known:
                 known[key] = sized.stored_bytes(tensor)
             total += known[key]

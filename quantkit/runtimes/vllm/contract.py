@@ -37,7 +37,7 @@ CHOICES = tuple(
     IntScheme.model_validate({"bits": bits, "group_size": size}) for bits in (2, 3, 4, 8) for size in (128, 64, 32)
 )
 """What is chosen among for a given size: Marlin takes 4 and 8 bits, Humming (0.33) the others."""
-UNSEEN = CHOICES[9]
+UNSEEN = IntScheme.model_validate({"bits": 8, "group_size": 128})
 """int8 g128, of linears of which no sensitivity is known."""
 WIDE_TENSOR_PARALLEL = 8
 W4AFP8_WIDTH = 128
