@@ -31,18 +31,17 @@ import quantkit.text  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import quantkit.verify  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from quantkit.api import (
     build_calibration,
-    check,
     convert,
     evaluate,
     inspect,
     plan,
     report,
     trial,
-    update_baseline,
     verify,
 )
 from quantkit.errors import QuantkitError
 from quantkit.fisher import sensitivity
+from quantkit.gate import check, update_baseline
 from quantkit.making_recipes import choose_types, recipe_for
 from quantkit.text.result import document, text
 from quantkit.version import __version__

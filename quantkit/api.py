@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from quantkit.arguments import (
     check_context,
     conversion_budget,
-    evaluation_of,
     let_threads_sleep,
+    opened_places,
     optional_path,
     parsed,
     path_of,
@@ -31,11 +31,9 @@ from quantkit.errors import CalibrationError
 
 if TYPE_CHECKING:
     from quantkit.convert.events import OnEvent, Report
-    from quantkit.documents.baseline import Baseline
     from quantkit.documents.calibration_set import CalibrationSet
     from quantkit.documents.evaluation import Evaluation
     from quantkit.documents.trial import TrialDocument
-    from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
     from quantkit.inspect.folder import Inspection
     from quantkit.inspect.gguf import GgufInspection
@@ -63,16 +61,19 @@ def convert(
     memory_budget: int | str | None = None,
     jobs: int | None = None,
     restart: bool = False,
+    cache: int | str | None = None,
+    cache_dir: Path | str | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Quantise ``source``, the folder of a checkpoint or a GGUF file, by ``recipe`` into ``out``, layer by layer, and
-    check the result.
+    """Quantise ``source``, the folder of a checkpoint, its address (hf://, s3://, gs://, https://) or a GGUF file, by
+    ``recipe`` into ``out``, layer by layer, and check the result.
 
     ``config``: the folder of a GGUF file's config.json and tokenizer (default: the one that holds the file);
     ``base_dir``: where the recipe's relative text files lie (default: the recipe file's folder); ``memory_budget``: to
     stay within (default: 60 % of the memory that the process may use); ``jobs``: CPU threads; ``restart``: discard an
-    unfinished job and replace ``out``, else a call that was interrupted goes on where it stopped; ``on_event``: is told
-    of each step, such as `progress` makes.
+    unfinished job and replace ``out``, else a call that was interrupted goes on where it stopped; ``cache``: bytes, or
+    "50GiB", that what is fetched of an address may take in the folder ``cache_dir``; ``on_event``: is told of each
+    step, such as `progress` makes.
 
     A result that exceeds the recipe's limits is no error: see ``validated`` of the report. Raises `QuantkitError`.
     """
@@ -80,15 +81,17 @@ def convert(
 
     loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = conversion_budget(device, jobs, memory_budget)
-    given, place = path_of(source), optional_path(config)
-    loaded = settled(given, place, loaded, folder, device, budget, on_event).recipe
-    job = prepared(given, place, loaded, path_of(out), folder, budget, restart=restart)
-    with job as found, threads(jobs):
-        from quantkit.convert.events import ignore
-        from quantkit.convert.run import convert as run
-        from quantkit.plan.machine import Machine
+    place = optional_path(config)
+    with opened_places(source, cache=cache, cache_dir=cache_dir) as opened:
+        (given,), storage = opened.folders, opened.storage
+        loaded = settled(given, place, loaded, folder, device, budget, on_event, storage).recipe
+        job = prepared(given, place, loaded, path_of(out), folder, budget, restart=restart, storage=storage)
+        with job as found, threads(jobs):
+            from quantkit.convert.events import ignore
+            from quantkit.convert.run import convert as run
+            from quantkit.plan.machine import Machine
 
-        return run(found, Machine.of(device, budget), on_event or ignore)
+            return run(found, Machine.of(device, budget), on_event or ignore)
 
 
 def trial(
@@ -103,6 +106,8 @@ def trial(
     memory_budget: int | str | None = None,
     jobs: int | None = None,
     restart: bool = False,
+    cache: int | str | None = None,
+    cache_dir: Path | str | None = None,
     on_event: OnEvent | None = None,
 ) -> TrialDocument:
     """Quantise only some ``layers`` ((0, 1, 10) or "0-1,10"), compare them with the original on held-out text, and say
@@ -120,10 +125,12 @@ def trial(
     loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = conversion_budget(device, jobs, memory_budget)
     place = Path(f"{out}.trial.json")
-    loaded = settled(path_of(source), optional_path(config), loaded, folder, device, budget, on_event).recipe
-    with trial_folder(path_of(out)) as made:
+    other = optional_path(config)
+    with opened_places(source, cache=cache, cache_dir=cache_dir) as opened, trial_folder(path_of(out)) as made:
+        (given,), storage = opened.folders, opened.storage
+        loaded = settled(given, other, loaded, folder, device, budget, on_event, storage).recipe
         check_place(place)
-        job = prepared(path_of(source), optional_path(config), loaded, made / "trial", folder, budget, restart=False)
+        job = prepared(given, other, loaded, made / "trial", folder, budget, restart=False, storage=storage)
         with job as found, threads(jobs):
             from quantkit.convert.events import ignore
             from quantkit.plan.machine import Machine
@@ -146,6 +153,8 @@ def plan(
     memory_budget: int | str | None = None,
     convert_on: Gpu | str | None = None,
     hours: bool = False,
+    cache: int | str | None = None,
+    cache_dir: Path | str | None = None,
     on_event: OnLosses | None = None,
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
@@ -167,17 +176,21 @@ def plan(
     from quantkit.runtimes.gpus import parse_gpus
 
     budget = budget_bytes(memory_budget)
-    chosen = settled(path_of(source), optional_path(config), loaded, folder, "auto", budget, on_event)
-    found = forecast(
-        path_of(source),
-        chosen.recipe,
-        config=optional_path(config),
-        base_dir=folder,
-        gpus=parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
-        context=context,
-        memory_budget=budget,
-        convert_on=parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
-    )
+    place = optional_path(config)
+    with opened_places(source, cache=cache, cache_dir=cache_dir) as opened:
+        (given,), storage = opened.folders, opened.storage
+        chosen = settled(given, place, loaded, folder, "auto", budget, on_event, storage)
+        found = forecast(
+            given,
+            chosen.recipe,
+            config=place,
+            base_dir=folder,
+            gpus=parsed("gpus", parse_gpus, gpus) if isinstance(gpus, str) else gpus,
+            context=context,
+            memory_budget=budget,
+            convert_on=parsed("convert_on", parse_gpu, convert_on) if isinstance(convert_on, str) else convert_on,
+            storage=storage,
+        )
     found = replace(found, choices=chosen.choices)
     if not hours:
         return found
@@ -224,13 +237,17 @@ def build_calibration(
     return build(entries, path_of(out), options, Path(), replace=force, on_read=on_read)
 
 
-def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
+def inspect(
+    path: Path | str, *, cache: int | str | None = None, cache_dir: Path | str | None = None
+) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
     """What a folder of safetensors, a GGUF model or an imatrix file holds: storage by role, bits per weight, and what
     is unusual; of a trial, its report. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for
     damaged files."""
     from quantkit.inspect.path import inspect_path
 
-    return inspect_path(path_of(path))
+    with opened_places(path, cache=cache, cache_dir=cache_dir) as opened:
+        (given,) = opened.folders
+        return inspect_path(given, opened.storage)
 
 
 def verify(
@@ -275,6 +292,8 @@ def evaluate(
     force: bool = False,
     times: bool = False,
     base_dir: Path | str = ".",
+    cache: int | str | None = None,
+    cache_dir: Path | str | None = None,
     on_event: OnEvaluation | None = None,
 ) -> Evaluation:
     """Score checkpoints of any format against their reference, all through the same layers together.
@@ -302,7 +321,13 @@ def evaluate(
     budget = budget_bytes(memory_budget)
     texts = [text] if isinstance(text, str) else text
     asked = Asked(texts, context, max_windows_per_file, protocol, path_of(base_dir))
-    with prepared(path_of(reference), paths_of(candidates), asked, optional_path(save_reference)) as opened:
+    models = [reference, *([candidates] if isinstance(candidates, Path | str) else candidates)]
+    with (
+        opened_places(*models, cache=cache, cache_dir=cache_dir) as found_at,
+        prepared(
+            found_at.folders[0], found_at.folders[1:], asked, optional_path(save_reference), found_at.storage
+        ) as opened,
+    ):
         if place is not None and not force:
             refuse_other_evaluation(place, opened)
         from quantkit.evaluate.run import evaluate as run
@@ -313,43 +338,6 @@ def evaluate(
     if place is not None:
         write_durably(place, found.to_json().encode())
     return found
-
-
-def check(
-    evaluation: Evaluation | Path | str,
-    baseline: Path | str,
-    *,
-    candidates: str | Sequence[str] = (),
-    limits: Limits | None = None,
-) -> tuple[Verdict, ...]:
-    """What of an evaluation is worse than its ``baseline``, a file of `update_baseline`, beyond noise: one verdict for
-    each candidate, or for those named. ``limits``: what counts as noise, and limits of your own.
-
-    A regression is no error: see ``passed`` of the verdicts. Raises `EvaluationError` for what cannot be compared:
-    another text, other windows, another reference.
-    """
-    from quantkit.evaluate.check.baseline import check_comparable, read_baseline, read_losses
-    from quantkit.evaluate.check.run import check as run
-    from quantkit.evaluate.check.verdict import Limits
-
-    chosen = limits or Limits()
-    found, old = evaluation_of(evaluation), read_baseline(path_of(baseline))
-    check_comparable(found, old, path_of(baseline))
-    losses = read_losses(found, Path()) if chosen.losses else {}
-    return run(found, old, chosen, losses, (candidates,) if isinstance(candidates, str) else candidates)
-
-
-def update_baseline(evaluation: Evaluation | Path | str, baseline: Path | str) -> Baseline:
-    """Make an evaluation the baseline of later checks: a JSON file to be committed. Raises `QuantkitError`."""
-    from quantkit.documents.baseline import Baseline
-    from quantkit.evaluate.check.baseline import by_name, check_windows, read_losses
-
-    found = evaluation_of(evaluation)
-    by_name(found)  # refuses two candidates of one name
-    check_windows("evaluation", found)
-    made = Baseline(evaluation=found, conversions=read_losses(found, Path()))
-    write_text(path_of(baseline), made.to_json())
-    return made
 
 
 def report(

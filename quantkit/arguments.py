@@ -14,6 +14,8 @@ from quantkit.errors import OutputError, PlanError, SourceError
 
 if TYPE_CHECKING:
     from quantkit.documents.evaluation import Evaluation
+    from quantkit.formats.remote.places import Places
+    from quantkit.formats.storage import Storage
     from quantkit.plan.recipe import Recipe
     from quantkit.sensitivity.events import OnLosses
     from quantkit.sensitivity.settle import Settled
@@ -93,6 +95,7 @@ def settled(
     device: str,
     budget: int | None,
     on_event: OnLosses | None,
+    storage: Storage,
 ) -> Settled:
     """The recipe without targets, see `settle`."""
     from quantkit.plan.budget import check_device
@@ -100,7 +103,9 @@ def settled(
 
     check_device(device)
     let_threads_sleep()
-    return settle(source, config, recipe, folder, device=device, memory_budget=budget, on_event=on_event)
+    return settle(
+        source, config, recipe, folder, device=device, memory_budget=budget, on_event=on_event, storage=storage
+    )
 
 
 def parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:
@@ -117,6 +122,24 @@ def evaluation_of(evaluation: Evaluation | Path | str) -> Evaluation:
     from quantkit.evaluate.check.baseline import read_evaluation
 
     return read_evaluation(path_of(evaluation))
+
+
+@contextmanager
+def opened_places(
+    *names: Path | str, cache: int | str | None = None, cache_dir: Path | str | None = None
+) -> Generator[Places]:
+    """Sources as folders of this machine, and the storage that opens their shards, while this is not left. ``cache``:
+    bytes, or "50GiB", that pieces of remote ones may take in the folder ``cache_dir``. Raises a `QuantkitError`."""
+    from quantkit.formats.remote.addresses import is_remote
+    from quantkit.formats.remote.places import DEFAULT_CACHE, CacheOptions, places
+    from quantkit.plan.budget import budget_bytes
+    from quantkit.plan.speed import cache_folder
+
+    folder = cache_folder() / "remote" if cache_dir is None else path_of(cache_dir)
+    options = CacheOptions(folder, budget_bytes(cache) or DEFAULT_CACHE)
+    given = [name if isinstance(name, str) and is_remote(name) else str(path_of(name)) for name in names]
+    with places(given, options) as found:
+        yield found
 
 
 def paths_of(paths: Path | str | Sequence[Path | str]) -> list[Path]:

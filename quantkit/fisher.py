@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.arguments import let_threads_sleep, path_of, threads
+from quantkit.arguments import let_threads_sleep, opened_places, path_of, threads
 
 if TYPE_CHECKING:
     from quantkit.documents.sensitivity import SensitivityDocument
@@ -25,6 +25,8 @@ def sensitivity(
     memory_budget: int | str | None = None,
     jobs: int | None = None,
     restart: bool = False,
+    cache: int | str | None = None,
+    cache_dir: Path | str | None = None,
     on_event: OnFisher | None = None,
 ) -> SensitivityDocument:
     """A Fisher pass over the original model in folder ``source``: how much the loss feels errors of each linear's
@@ -43,7 +45,11 @@ def sensitivity(
     check_jobs(jobs)
     let_threads_sleep()
     text = Text((data,) if isinstance(data, str) else tuple(data), tokens, sequence_length, seed)
-    with prepared(path_of(source), path_of(out), text, restart=restart) as request, threads(jobs):
+    with (
+        opened_places(source, cache=cache, cache_dir=cache_dir) as opened,
+        prepared(opened.folders[0], path_of(out), text, restart=restart, storage=opened.storage) as request,
+        threads(jobs),
+    ):
         from quantkit.plan.machine import Machine
         from quantkit.sensitivity.run import run
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.arguments import optional_path, path_of, recipe_and_folder, settled
+from quantkit.arguments import opened_places, optional_path, recipe_and_folder, settled
 
 if TYPE_CHECKING:
     from quantkit.plan.recipe import Recipe
@@ -29,6 +29,7 @@ def recipe_for(
     target_size: str | None = None,
     format: str | None = None,
     sensitivity: Path | str | None = None,
+    cache_dir: Path | str | None = None,
 ) -> Recipe:
     """The recipe that ``scheme`` ("w4a16", for vLLM), ``preset`` ("Q4_K_M", for llama.cpp) or a size stands for on a
     model.
@@ -45,7 +46,9 @@ def recipe_for(
     text = (data,) if isinstance(data, str) else tuple(data)
     folder = None if sensitivity is None else str(sensitivity)
     target = TargetWords(fit, context, target_bpw, target_size, format, folder)
-    return shorthand_recipe(path_of(source), Shorthand(scheme, preset, group_size, method, text, tokens, target))
+    with opened_places(source, cache_dir=cache_dir) as opened:
+        (given,) = opened.folders
+        return shorthand_recipe(given, Shorthand(scheme, preset, group_size, method, text, tokens, target))
 
 
 def choose_types(
@@ -56,6 +59,8 @@ def choose_types(
     base_dir: Path | str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     memory_budget: int | str | None = None,
+    cache: int | str | None = None,
+    cache_dir: Path | str | None = None,
     on_event: OnLosses | None = None,
 ) -> Recipe:
     """The recipe with rules in place of targets: the type of each linear, chosen so that the output keeps its size and
@@ -67,6 +72,7 @@ def choose_types(
     from quantkit.plan.budget import budget_bytes
 
     loaded, folder = recipe_and_folder(recipe, base_dir)
-    return settled(
-        path_of(source), optional_path(config), loaded, folder, device, budget_bytes(memory_budget), on_event
-    ).recipe
+    budget = budget_bytes(memory_budget)
+    with opened_places(source, cache=cache, cache_dir=cache_dir) as opened:
+        (given,), storage = opened.folders, opened.storage
+        return settled(given, optional_path(config), loaded, folder, device, budget, on_event, storage).recipe

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit import api as commands
+from quantkit import gate as commands
+from quantkit.arguments import write_text
 from quantkit.cli.exit_codes import REFUSED, refusals, show_error
 from quantkit.errors import EvaluationError
 from quantkit.text.verdict import verdicts_text
@@ -166,12 +167,12 @@ def _write_reports(verdicts: Sequence[Verdict], junit: Path | None, markdown: Pa
     from quantkit.evaluate.check.reports import markdown as summary
 
     if junit is not None:
-        commands.write_text(junit, junit_xml(verdicts))
+        write_text(junit, junit_xml(verdicts))
     if markdown is not None:
-        commands.write_text(markdown, summary(verdicts))
+        write_text(markdown, summary(verdicts))
         step = os.environ.get("GITHUB_STEP_SUMMARY")
         if step:
-            commands.write_text(Path(step), summary(verdicts), append=True)
+            write_text(Path(step), summary(verdicts), append=True)
 
 
 def _show_regressions(verdicts: Sequence[Verdict]) -> None:

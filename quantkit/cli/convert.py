@@ -15,6 +15,8 @@ from quantkit.cli.converted import next_text, program
 from quantkit.cli.exit_codes import REFUSED, interruptible, missing_option, refusals, show_error
 from quantkit.cli.options import (
     AsJson,
+    Cache,
+    CacheDir,
     ConfigFolder,
     Data,
     Device,
@@ -24,6 +26,7 @@ from quantkit.cli.options import (
     FormatName,
     GroupSize,
     Jobs,
+    Kept,
     Layers,
     LogFile,
     MemoryBudget,
@@ -44,6 +47,7 @@ from quantkit.cli.plan import show_plan, show_recipe
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
+from quantkit.formats.remote.addresses import without_secrets
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand
 from quantkit.plan.target_words import TargetWords
@@ -78,6 +82,8 @@ def convert(
     jobs: Jobs = None,
     restart: Restart = False,
     layers: Layers = None,
+    cache: Cache = None,
+    cache_dir: CacheDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
     log: LogFile = None,
     as_json: AsJson = False,
@@ -91,26 +97,29 @@ def convert(
     """
     target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
+    kept = Kept(cache, cache_dir)
     with refusals():
-        chosen = chosen_recipe(source, config, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand, cache_dir)
         if print_recipe:
-            show_recipe(source, config, chosen, memory_budget)
+            show_recipe(source, config, chosen, memory_budget, kept)
             return
         if dry_run:
-            show_plan(source, chosen, recipe or shorthand.what, as_json, config=config, memory_budget=memory_budget)
+            show_plan(
+                source, chosen, recipe or shorthand.what, as_json, kept, config=config, memory_budget=memory_budget
+            )
             return
         if out is None:
             missing_option("'--out' / '-o'")
         if layers is not None:
-            _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
+            _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart, kept)
             return
         named = shorthand.words if recipe is None else ("-r", recipe)
-        report = _whole(source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart)
+        report = _whole(source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart, kept)
     _show(source, report, as_json)
 
 
 def _whole(
-    source: Path,
+    source: str,
     config: Path | None,
     recipe: Recipe,
     out: Path,
@@ -120,6 +129,7 @@ def _whole(
     memory_budget: int | None,
     jobs: int | None,
     restart: bool,
+    kept: Kept,
 ) -> Report:
     """Convert everything. ``named``: the options that name the recipe."""
     with interruptible(lambda: _advice(source, named, out)), progress(log) as on_event:
@@ -132,12 +142,14 @@ def _whole(
             memory_budget=memory_budget,
             jobs=jobs,
             restart=restart,
+            cache=kept.nbytes,
+            cache_dir=kept.folder,
             on_event=on_event,
         )
 
 
 def _try(
-    source: Path,
+    source: str,
     config: Path | None,
     recipe: Recipe,
     out: Path,
@@ -148,6 +160,7 @@ def _try(
     memory_budget: int | None,
     jobs: int | None,
     restart: bool,
+    kept: Kept,
 ) -> None:
     """Convert some layers, and print what was found."""
     with interruptible(lambda: "Nothing was written."), progress(log) as on_event:
@@ -161,6 +174,8 @@ def _try(
             memory_budget=memory_budget,
             jobs=jobs,
             restart=restart,
+            cache=kept.nbytes,
+            cache_dir=kept.folder,
             on_event=on_event,
         )
     if as_json:
@@ -169,7 +184,7 @@ def _try(
         typer.echo(trial_text(found, Path(f"{out}.trial.json")))
 
 
-def _show(source: Path, report: Report, as_json: bool) -> None:
+def _show(source: str, report: Report, as_json: bool) -> None:
     """Print the report; if a limit is exceeded say so last, and end with 1."""
     if as_json:
         show_json(report_document(report))
@@ -196,15 +211,15 @@ def _show(source: Path, report: Report, as_json: bool) -> None:
     raise typer.Exit(REFUSED)
 
 
-def _advice(source: Path, recipe: Sequence[str], out: Path) -> str:
+def _advice(source: str, recipe: Sequence[str], out: Path) -> str:
     """What an interrupted user does next. ``recipe``: the options that name it."""
     if not is_begun(out):
         return "Nothing was begun: nothing is to be resumed or removed."
     return f"Resume with: {_resume_command(source, recipe, out)}"
 
 
-def _resume_command(source: Path, recipe: Sequence[str], out: Path) -> str:
+def _resume_command(source: str, recipe: Sequence[str], out: Path) -> str:
     """The command that goes on, with this run's other options but never with --restart. ``recipe``: its options."""
     typed = sys.argv[1:2] in (["convert"], ["quantize"])
-    words = sys.argv[1:] if typed else ["convert", str(source), *recipe, "-o", str(out)]
-    return f"{program()} {shlex.join(word for word in words if word != '--restart')}"
+    words = sys.argv[1:] if typed else ["convert", source, *recipe, "-o", str(out)]
+    return f"{program()} {shlex.join(without_secrets(word) for word in words if word != '--restart')}"

@@ -8,20 +8,21 @@ import sys
 from pathlib import Path
 
 from quantkit.convert.events import Report
+from quantkit.formats.remote.addresses import without_secrets
 from quantkit.plan.gguf_model import is_gguf_model
 
 _RUNTIMES = {"vllm": "vLLM", "llama-server": "llama.cpp"}
 """By the program that serves."""
 
 
-def next_text(source: Path, report: Report) -> str:
+def next_text(source: str, report: Report) -> str:
     """Commands that can be pasted into the shell this one was typed in. ``source``: what was converted. What exceeds
     the limits of its recipe is not served."""
     paths = [output.path for output in report.outputs]
     folder = paths[0] if len(paths) == 1 else paths[0].parent
     scores = f"{folder}.evaluation.json"
-    evaluate = shlex.join([str(source), *map(str, paths), "-o", scores])
-    scored = not is_gguf_model(source)  # a reference is a folder
+    evaluate = shlex.join([without_secrets(source), *map(str, paths), "-o", scores])
+    scored = not is_gguf_model(Path(source))  # a reference is a folder
     page = shlex.join([str(folder), *([scores] if scored else []), "-o", f"{folder}.html"])
     lines = [
         ("next:", ""),

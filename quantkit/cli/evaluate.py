@@ -10,7 +10,7 @@ import typer
 
 from quantkit import api as commands
 from quantkit.cli.exit_codes import interruptible, refusals
-from quantkit.cli.options import AsJson, Device, DeviceOption, Force, LogFile, size
+from quantkit.cli.options import AsJson, Cache, CacheDir, Device, DeviceOption, Force, LogFile, size
 from quantkit.cli.render import show_json
 from quantkit.text.evaluation import evaluation_text
 from quantkit.text.progress import progress
@@ -24,14 +24,15 @@ class ProtocolName(str, Enum):
 
 
 Reference = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="REFERENCE",
-        help="Folder of the original: config.json, tokenizer and safetensors. Or a file that --save-reference wrote.",
+        help="Folder of the original: config.json, tokenizer and safetensors, or its address as for `convert`. Or a "
+        "file that --save-reference wrote.",
     ),
 ]
 Candidates = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Argument(
         metavar="CANDIDATE",
         help="Folders (BF16, F16, F32, FP8 blocks, compressed-tensors, GPTQ, AWQ, bitsandbytes NF4) and GGUF files "
@@ -103,6 +104,8 @@ def evaluate(
     out: Out = None,
     force: Force = False,
     times: Times = False,
+    cache: Cache = None,
+    cache_dir: CacheDir = None,
     log: LogFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -127,6 +130,8 @@ def evaluate(
             out=out,
             force=force,
             times=times,
+            cache=cache,
+            cache_dir=cache_dir,
             on_event=on_event,
         )
     if as_json:

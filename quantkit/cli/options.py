@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand
 
+from quantkit.arguments import opened_places
 from quantkit.calibrate.counts import parse_count
 from quantkit.cli.exit_codes import missing_option
 from quantkit.errors import RecipeError
@@ -27,6 +28,13 @@ class Device(str, Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class Kept(NamedTuple):
+    """--cache and --cache-dir."""
+
+    nbytes: int | None
+    folder: Path | None
 
 
 def size(text: str) -> int:
@@ -61,9 +69,11 @@ def count(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-def chosen_recipe(source: Path, config: Path | None, recipe: str | None, shorthand: Shorthand) -> Recipe:
-    """The recipe of a file or of the options that stand for one. ``config``: the value of --config. Raises
-    `RecipeError`, and typer's error of usage if neither is given."""
+def chosen_recipe(
+    source: str, config: Path | None, recipe: str | None, shorthand: Shorthand, cache_dir: Path | None
+) -> Recipe:
+    """The recipe of a file or of the options that stand for one. ``config``, ``cache_dir``: the values of the options.
+    Raises `RecipeError`, and typer's error of usage if neither is given."""
     if recipe is not None and shorthand.given:
         raise RecipeError(
             f"found --recipe and {shorthand.first}, needed a recipe or options that stand for one; options with "
@@ -73,7 +83,9 @@ def chosen_recipe(source: Path, config: Path | None, recipe: str | None, shortha
         return Recipe.from_yaml(recipe)
     if shorthand.scheme is None and shorthand.preset is None and not shorthand.target.words:
         missing_option("'--scheme', '--preset', '--recipe' / '-r', '--fit' or '--target-bpw'")
-    return shorthand_recipe(config_folder(source, config), shorthand)
+    with opened_places(source, cache_dir=cache_dir) as opened:
+        (given,) = opened.folders
+        return shorthand_recipe(config_folder(given, config), shorthand)
 
 
 class ManyFiles(TyperCommand):
@@ -106,12 +118,26 @@ def spread(args: Sequence[str], valued: Container[str], many: str = "--data") ->
 
 
 Source = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="SOURCE",
-        help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8). Or a GGUF file, "
-        "see --config.",
+        help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8). Or its address: "
+        "hf://ORG/NAME@REVISION, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, https://HOST/PATH/. Or a GGUF file, see "
+        "--config.",
     ),
+]
+Cache = Annotated[
+    int | None,
+    typer.Option(
+        "--cache",
+        parser=size,
+        metavar="SIZE",
+        help="Disk that what is fetched of an address may take. Default: 50GiB.",
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", metavar="DIR", help="Where it lies. Default: ~/.cache/quantkit/remote."),
 ]
 ConfigFolder = Annotated[
     Path | None,

@@ -10,6 +10,8 @@ from quantkit import api as commands
 from quantkit.cli.exit_codes import refusals
 from quantkit.cli.options import (
     AsJson,
+    Cache,
+    CacheDir,
     ConfigFolder,
     Context,
     ConvertOn,
@@ -18,6 +20,7 @@ from quantkit.cli.options import (
     FormatName,
     GpuOption,
     GroupSize,
+    Kept,
     MemoryBudget,
     MethodName,
     PresetName,
@@ -61,6 +64,8 @@ def plan(
     context: Context = None,
     memory_budget: MemoryBudget = None,
     convert_on: ConvertOn = None,
+    cache: Cache = None,
+    cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a conversion would give and need: bytes, bits per weight, memory, disk, hours on this machine.
@@ -70,16 +75,18 @@ def plan(
     """
     target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
+    kept = Kept(cache, cache_dir)
     with refusals():
-        chosen = chosen_recipe(source, config, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand, cache_dir)
         if print_recipe:
-            show_recipe(source, config, chosen, memory_budget)
+            show_recipe(source, config, chosen, memory_budget, kept)
             return
         show_plan(
             source,
             chosen,
             recipe or shorthand.what,
             as_json,
+            kept,
             config=config,
             gpus=parse_gpus(fit) if gpus is None and fit is not None else gpus,
             context=context,
@@ -88,18 +95,27 @@ def plan(
         )
 
 
-def show_recipe(source: Path, config: Path | None, recipe: Recipe, memory_budget: int | None) -> None:
+def show_recipe(source: str, config: Path | None, recipe: Recipe, memory_budget: int | None, kept: Kept) -> None:
     """Print a recipe, with rules in place of targets."""
     with progress() as on_event:
-        settled = choose_types(source, recipe, config=config, memory_budget=memory_budget, on_event=on_event)
+        settled = choose_types(
+            source,
+            recipe,
+            config=config,
+            memory_budget=memory_budget,
+            cache=kept.nbytes,
+            cache_dir=kept.folder,
+            on_event=on_event,
+        )
     typer.echo(recipe_yaml(settled), nl=False)
 
 
 def show_plan(
-    source: Path,
+    source: str,
     recipe: Recipe,
     name: str,
     as_json: bool,
+    kept: Kept,
     *,
     config: Path | None = None,
     gpus: Gpus | None = None,
@@ -120,6 +136,8 @@ def show_plan(
             memory_budget=memory_budget,
             convert_on=convert_on,
             hours=True,
+            cache=kept.nbytes,
+            cache_dir=kept.folder,
             on_event=on_event,
         )
     if as_json:

@@ -12,17 +12,19 @@ import typer
 from quantkit import fisher as commands
 from quantkit.cli.converted import program
 from quantkit.cli.exit_codes import interruptible, refusals
-from quantkit.cli.options import AsJson, Device, DeviceOption, Jobs, LogFile, count, size
+from quantkit.cli.options import AsJson, Cache, CacheDir, Device, DeviceOption, Jobs, LogFile, count, size
 from quantkit.cli.render import show_json
+from quantkit.formats.remote.addresses import without_secrets
 from quantkit.sensitivity.folder import is_begun
 from quantkit.text.progress import progress
 from quantkit.text.sensitivity import sensitivity_text
 
 Source = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="SOURCE",
-        help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8).",
+        help="Folder of the checkpoint: config.json and safetensors shards (BF16, F16, F32 or FP8); or its address as "
+        "for `convert`.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to create for the result.")]
@@ -84,6 +86,8 @@ def sensitivity(
     memory_budget: MemoryBudget = None,
     jobs: Jobs = None,
     restart: Restart = False,
+    cache: Cache = None,
+    cache_dir: CacheDir = None,
     log: LogFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -104,6 +108,8 @@ def sensitivity(
             memory_budget=memory_budget,
             jobs=jobs,
             restart=restart,
+            cache=cache,
+            cache_dir=cache_dir,
             on_event=on_event,
         )
     if as_json:
@@ -116,4 +122,6 @@ def _advice(out: Path) -> str:
     """What an interrupted user does next."""
     if not is_begun(out):
         return "Nothing was begun: nothing is to be resumed or removed."
-    return f"Resume with: {program()} {shlex.join(word for word in sys.argv[1:] if word != '--restart')}"
+    return (
+        f"Resume with: {program()} {shlex.join(without_secrets(word) for word in sys.argv[1:] if word != '--restart')}"
+    )

@@ -10,9 +10,8 @@ import torch
 
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
-from quantkit.documents.journal import FileState, JournalHeader
+from quantkit.documents.journal import JournalHeader
 from quantkit.documents.sensitivity import SensitivityDocument
-from quantkit.errors import SourceError
 from quantkit.formats.model_source import ModelSource
 from quantkit.formats.safetensors.reader import read_small
 from quantkit.formats.tiktoken_model import TIKTOKEN, tokenizer_file
@@ -40,7 +39,9 @@ def journal_header(
     machine: Machine,
 ) -> JournalHeader:
     """The journal's first line. Device and threads are in it: sums in another order may round a code the other way."""
+    stated = {"origin": source.origin} if source.origin else {}
     return JournalHeader(
+        **stated,
         quantkit_version=f"{__version__}, sources {_sources()[:12]}",
         torch_version=torch.__version__,
         recipe=sha256_of_text(recipe.model_dump_json(exclude={"validation", "allow_zeros"})),
@@ -52,7 +53,7 @@ def journal_header(
         device=machine.device_name,
         threads=torch.get_num_threads(),
         memory_budget=machine.budget,
-        source_files={path.name: _state(path) for path in source.files},
+        source_files=dict(source.states()),
     )
 
 
@@ -69,15 +70,6 @@ def _tokenizer(directory: Path) -> str:
         content = read_small(directory / name) if os.path.lexists(directory / name) else b""
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
-
-
-def _state(path: Path) -> FileState:
-    """Raises `SourceError` if the file is gone."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
-    return FileState(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _sources() -> str:

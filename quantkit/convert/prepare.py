@@ -15,11 +15,12 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.convert.folder import is_begun, refuse_taken, refuse_to_lose
 from quantkit.formats.model_source import ModelSource
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.forecast import forecast_of
 from quantkit.plan.gguf_model import config_folder, open_model
-from quantkit.plan.headers import headers_of, zero_limits
+from quantkit.plan.headers import SourceHeaders, headers_of, zero_limits
 from quantkit.plan.memory import Needs, check_free_disk
-from quantkit.plan.plan import Plan
+from quantkit.plan.plan import Plan, source_nbytes
 from quantkit.plan.recipe import Recipe
 
 
@@ -39,12 +40,31 @@ class Job:
     restart: bool
 
 
+def largest_layer(headers: SourceHeaders) -> int:
+    """Bytes that the largest layer takes where it is stored."""
+    layers: dict[int, int] = {}
+    for spec in headers.arch.tensors():
+        info = headers.infos.get(spec.name)
+        if spec.layer is not None and info is not None:
+            nbytes = source_nbytes(info, headers.stored.get(spec.name))
+            layers[spec.layer] = layers.get(spec.layer, 0) + nbytes
+    return max(layers.values(), default=0)
+
+
 @contextmanager
 def prepared(
-    source: Path, config: Path | None, recipe: Recipe, out: Path, base_dir: Path, memory_budget: int, *, restart: bool
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    out: Path,
+    base_dir: Path,
+    memory_budget: int,
+    *,
+    restart: bool,
+    storage: Storage = LOCAL,
 ) -> Generator[Job]:
     """Open the checkpoint ``source``, a folder or GGUF, and plan its conversion. ``config``: see `open_model`;
-    ``memory_budget``: bytes to stay under.
+    ``memory_budget``: bytes to stay under; ``storage``: opens the shards.
 
     Loads no torch and changes nothing on the disk. Raises what `forecast` raises, `CalibrationError` for unusable text,
     `OutputError` if ``out`` exists, or is or holds what the conversion reads, `PlanError` if its disk is too full.
@@ -52,8 +72,9 @@ def prepared(
     imatrix = () if recipe.imatrix is None else (base_dir / recipe.imatrix,)
     refuse_to_lose(out, source, config_folder(source, config), base_dir, *imatrix, Path.cwd(), Path("~").expanduser())
     refuse_taken(out, [output.name for output in recipe.outputs], restart=restart)
-    with open_model(source, config) as opened:
+    with open_model(source, config, storage) as opened:
         headers = headers_of(opened)
+        storage.check_room(source, largest_layer(headers), "the largest layer")
         found = forecast_of(headers, recipe, base_dir=base_dir, memory_budget=memory_budget)
         if not recipe.allow_zeros:
             opened.refuse_zeros(zero_limits(headers.arch))

@@ -254,8 +254,8 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
     job, writer = _layer_job(conversion, layer, streams, blocks), LayerWriter(conversion, layer)
     result = LayerResult({}, ())
-    _prefetch(conversion, layer + 1)
-    _prefetch(conversion, layer + 2)
+    for following in range(layer, layer + 3):
+        _prefetch(conversion, following)
     with conversion.timer.stage("layers" if streams is not None else "layers without calibration"):
         if streams is None:
             quantize_without_inputs(job, blocks, writer, conversion.importance)
@@ -359,7 +359,8 @@ def _verbatim(output: OutputPlan, layer: int) -> frozenset[str]:
 
 
 def _prefetch(conversion: Conversion, layer: int) -> None:
-    """Let the kernel read the next layer's bytes while this one is computed, of what some output stores."""
+    """Let the kernel, or a remote source's cache, read a layer's bytes before they are asked for, of what some output
+    stores."""
     decisions = (decision for output in conversion.plan.outputs for decision in output.decisions.values())
     names = dict.fromkeys(
         decision.spec.official

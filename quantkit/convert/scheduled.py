@@ -17,7 +17,9 @@ def schedule_of(conversion: Conversion, needs: Needs) -> Schedule:
     conversion.on_event(StageStarted(COMPILING))
     plan, device = conversion.plan, conversion.machine.device
     compile_kernels(treatments(plan), device)
-    source, out = conversion.source.files[0].parent, conversion.folder.partial
+    # How fast a remote source comes is seen while it comes.
+    source = None if conversion.source.origin else conversion.source.files[0].parent
+    out = conversion.folder.partial
     speed = measured(plan, device, machine_key(device.type), source, out)
     at_once = conversion.share.experts_at_once if device.type == "cuda" else 1
     return schedule(plan, conversion.arch, needs.work, speed, speed.disks[disk_key(source, out)], at_once)

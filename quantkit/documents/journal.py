@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from quantkit.documents.values import Count, DocumentPart, Number
 from quantkit.formats.checksums import WrittenRange
+from quantkit.formats.storage import FileState
 
 
 class JobHeader(DocumentPart):
@@ -29,6 +30,8 @@ class JobHeader(DocumentPart):
     """sha256 of its JSON, but for ``validation`` and ``allow_zeros``, which change no byte of the weights."""
     source: str | None = None
     """sha256 over headers and config of the source checkpoint."""
+    origin: str | None = None
+    """Where a remote source came from, with its commit if it is of a hub; stated only then."""
     tokenizer: str | None = None
     """sha256 over the tokenizer's files and the chat template."""
     calibration_text: str | None = None
@@ -49,16 +52,6 @@ class JobHeader(DocumentPart):
     def bytes_follow_from(self) -> dict[str, object]:
         """Those of `facts` that another job with the same bytes must share."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"memory_budget"})
-
-
-class FileState(NamedTuple):
-    """By what a changed file is known without reading it. In a file a list of four numbers."""
-
-    nbytes: int
-    modified_ns: int
-    changed_ns: int
-    """Of content, owner, permissions or links: a time that no program can set."""
-    inode: int
 
 
 class JournalHeader(JobHeader):

@@ -17,7 +17,8 @@ from quantkit.documents.conversion import ConversionDocument
 from quantkit.documents.evaluation import Evaluation
 from quantkit.documents.values import DocumentPart
 from quantkit.errors import OutputError
-from quantkit.formats.safetensors.header import check_json_size, open_regular, printable
+from quantkit.formats.safetensors.header import check_json_size, printable
+from quantkit.formats.storage import open_regular
 
 CONVERSION, EVALUATION = "quantkit.json", "evaluation.json"
 MAX_BYTES = 128 * 2**20

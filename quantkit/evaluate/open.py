@@ -26,6 +26,7 @@ from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.layouts import READERS
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.source import checkpoint_name, open_plain, quant_method, read_config
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.formats.tiktoken_model import tokenizer_file
 from quantkit.plan.gguf_model import read_as
 from quantkit.tensors import Role, RowSource, TensorInfo, TensorSpec
@@ -61,7 +62,7 @@ class Evaluated:
         self.source.close()
 
 
-def open_reference(path: Path) -> Evaluated:
+def open_reference(path: Path, storage: Storage = LOCAL) -> Evaluated:
     """A folder with config.json, tokenizer and weights. Raises `SourceError` or `ConfigError` with one line."""
     if not path.is_dir():
         raise SourceError(
@@ -70,15 +71,15 @@ def open_reference(path: Path) -> Evaluated:
         )
     if not _has_shards(path):
         raise SourceError(f"{path}: holds no safetensors, a reference in this format was needed.", hint=READABLE)
-    opened = _open_folder(path)
+    opened = _open_folder(path, storage)
     return _checked(opened, opened.arch)
 
 
-def open_candidate(path: Path, reference: ModelArch, tokenizer: str | None) -> Evaluated:
+def open_candidate(path: Path, reference: ModelArch, tokenizer: str | None, storage: Storage = LOCAL) -> Evaluated:
     """A path that exists, in any format; ``tokenizer``: what `tokenizer_sha256` says of the reference. Raises a
     `QuantkitError` with one line: none of the formats, damaged, or another model than the reference."""
     if path.is_dir() and _has_shards(path):
-        opened = _open_folder(path)
+        opened = _open_folder(path, storage)
         return _checked(opened, reference, _tokenizer_notes(path, tokenizer))
     if (path.is_dir() and _holds_gguf(path)) or (path.is_file() and is_gguf(path)):
         return _open_gguf(path, reference)
@@ -105,7 +106,7 @@ def _holds_model(path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def _open_folder(path: Path) -> Evaluated:
+def _open_folder(path: Path, storage: Storage) -> Evaluated:
     config = read_config(path)
     method = quant_method(config)
     if method not in (None, "fp8", *READERS):
@@ -115,9 +116,9 @@ def _open_folder(path: Path) -> Evaluated:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
     if method is not None and method in READERS:
-        kind, source = READERS[method].label, FolderSource(path, READERS[method])
+        kind, source = READERS[method].label, FolderSource(path, READERS[method], storage)
     else:
-        source = open_plain(path)
+        source = open_plain(path, storage)
         kind = _stored_dtype(source, arch)
     facts = _facts(
         path,

@@ -19,6 +19,7 @@ from quantkit.errors import CalibrationError, ConfigError, PlanError, SourceErro
 from quantkit.evaluate.open import Evaluated, open_candidate, open_reference, tokenizer_sha256
 from quantkit.evaluate.reference_file import ReferenceStatistics, is_reference_file
 from quantkit.formats.preallocated import check_place
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.lengths import check_length
 
 DEFAULT_TEXT = ("builtin:eval",)
@@ -69,9 +70,10 @@ class AgainstFile:
 
 @contextmanager
 def prepared(
-    reference: Path, candidates: Sequence[Path], asked: Asked, save: Path | None
+    reference: Path, candidates: Sequence[Path], asked: Asked, save: Path | None, storage: Storage = LOCAL
 ) -> Generator[AgainstFolder | AgainstFile]:
-    """Open all models and cut the text. ``save``: where to keep the reference's statistics.
+    """Open all models and cut the text. ``save``: where to keep the reference's statistics; ``storage``:
+    opens shards.
 
     Loads no torch (but for the tokens of a reference's file). Raises a `QuantkitError` with one line for a path, a
     text or a protocol that cannot be used.
@@ -86,30 +88,32 @@ def prepared(
             raise SourceError(f"{path}: does not exist.", hint="Give checkpoints that exist after the reference.")
     with ExitStack() as stack:
         if from_file:
-            yield _against_file(stack, reference, candidates, asked)
+            yield _against_file(stack, reference, candidates, asked, storage)
         else:
-            yield _against_folder(stack, reference, candidates, asked, save)
+            yield _against_folder(stack, reference, candidates, asked, save, storage)
 
 
 def _against_folder(
-    stack: ExitStack, path: Path, candidates: Sequence[Path], asked: Asked, save: Path | None
+    stack: ExitStack, path: Path, candidates: Sequence[Path], asked: Asked, save: Path | None, storage: Storage
 ) -> AgainstFolder:
     start = time.monotonic()
     context = DEFAULT_CONTEXT if asked.context is None else asked.context
     protocol = _protocol(asked.protocol or "windows", context, asked.max_windows_per_file)
     if save is not None:
         check_place(save)
-    original = stack.enter_context(open_reference(path))
+    original = stack.enter_context(open_reference(path, storage))
     check_length("--context", context, original.arch)
     tokenizer = tokenizer_sha256(path)
-    others = _open(stack, candidates, original.arch, tokenizer)
+    others = _open(stack, candidates, original.arch, tokenizer, storage)
     windows = eval_windows(
         asked.text or DEFAULT_TEXT, context, path, asked.base_dir, protocol.max_windows_per_file, protocol.name
     )
     return AgainstFolder(original, others, protocol, windows, tokenizer, save, time.monotonic() - start)
 
 
-def _against_file(stack: ExitStack, path: Path, candidates: Sequence[Path], asked: Asked) -> AgainstFile:
+def _against_file(
+    stack: ExitStack, path: Path, candidates: Sequence[Path], asked: Asked, storage: Storage
+) -> AgainstFile:
     start = time.monotonic()
     reference = stack.enter_context(ReferenceStatistics(path))
     record = reference.record
@@ -121,14 +125,14 @@ def _against_file(stack: ExitStack, path: Path, candidates: Sequence[Path], aske
     if arch.vocab_size != record.vocab_size:
         raise SourceError(f"{path}: its record names two sizes of the vocabulary.")
     check_length(f"{path}: context", record.protocol.context, arch)
-    others = _open(stack, candidates, arch, record.tokenizer_sha256)
+    others = _open(stack, candidates, arch, record.tokenizer_sha256, storage)
     return AgainstFile(reference, arch, others, time.monotonic() - start)
 
 
 def _open(
-    stack: ExitStack, candidates: Sequence[Path], arch: ModelArch, tokenizer: str | None
+    stack: ExitStack, candidates: Sequence[Path], arch: ModelArch, tokenizer: str | None, storage: Storage
 ) -> tuple[Evaluated, ...]:
-    return tuple(stack.enter_context(open_candidate(path, arch, tokenizer)) for path in candidates)
+    return tuple(stack.enter_context(open_candidate(path, arch, tokenizer, storage)) for path in candidates)
 
 
 def _protocol(name: Cut, context: int, max_windows_per_file: int | None) -> ScoringProtocol:

@@ -330,8 +330,8 @@ class ReferenceStatistics:
             shape = (last - first, *shape[2:])
         tensor = torch.empty(shape, dtype=getattr(torch, DTYPES[stored.info.dtype][1]))
         offset = first * math.prod(shape[1:]) * DTYPES[stored.info.dtype][0]
-        with self._files.borrow(self.path.name) as fd:
-            read_into(fd, tensor, stored.start + offset, str(self.path))
+        with self._files.borrow(self.path.name) as file:
+            read_into(file, tensor, stored.start + offset, str(self.path))
         return tensor
 
     def _refusal(self, problem: str, hint: str = _ANEW) -> SourceError:

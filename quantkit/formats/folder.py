@@ -22,6 +22,7 @@ from quantkit.formats.safetensors.header import printable
 from quantkit.formats.safetensors.reader import SafetensorsSource, row_ranges
 from quantkit.formats.safetensors.writer import MAX_SHARD_BYTES, ShardWriter, layout_shards
 from quantkit.formats.source import quantization_section, read_config
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.schemes import QuantizedTensor, Scheme
 from quantkit.tensors import DTYPES, TensorInfo
 
@@ -239,13 +240,13 @@ class FolderSource:
     """Decoded tensors of one folder, a `RowSource`: to evaluate, or to quantise anew. ``config``: the raw config.json;
     ``raw``: what is stored. Reads are thread-safe; `close` (or ``with``) when done."""
 
-    def __init__(self, directory: Path | str, reader: FolderReader) -> None:
+    def __init__(self, directory: Path | str, reader: FolderReader, storage: Storage = LOCAL) -> None:
         """Read config.json and headers. Raises `SourceError` for what is damaged, incomplete, or cannot be decoded."""
         self.directory = Path(directory)
         self.config: Mapping[str, object] = read_config(self.directory)
         where = str(self.directory / "config.json")
         section = object_of(where, "quantization_config", quantization_section(self.config))
-        self.raw = SafetensorsSource(self.directory)
+        self.raw = SafetensorsSource(self.directory, storage=storage)
         try:
             self._linears = reader.find(self.raw, section)
             self._infos = {info.name: info for info in self._decoded_infos()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from quantkit.formats.packed_source import PackedSource
 from quantkit.formats.source import PACKED_METHOD, checkpoint_name, open_plain, quant_method, read_config
+from quantkit.formats.storage import LOCAL, FileState, Storage
 from quantkit.schemes import Scheme
 from quantkit.tensors import TensorInfo
 
@@ -34,6 +35,11 @@ class ModelSource(AbstractContextManager["ModelSource"], Protocol):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights, all in one folder."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Where a remote source comes from, without credentials; "" for files of this machine."""
         ...
 
     @property
@@ -79,7 +85,7 @@ class ModelSource(AbstractContextManager["ModelSource"], Protocol):
         ...
 
     def prefetch(self, names: list[str]) -> None:
-        """Ask the operating system to read what is stored of these tensors ahead."""
+        """Ask the operating system, or a remote source's cache, to read what is stored of these tensors ahead."""
         ...
 
     def share(self, copies: Mapping[str, str]) -> None:
@@ -104,6 +110,10 @@ class ModelSource(AbstractContextManager["ModelSource"], Protocol):
         interrupted downloads leave."""
         ...
 
+    def states(self) -> Mapping[str, FileState]:
+        """By the name of each of ``files`` what tells it from another, without reading it."""
+        ...
+
     def fingerprint(self) -> str:
         """sha256 (hex) that tells whether a resumed job still reads the same checkpoint."""
         ...
@@ -119,13 +129,13 @@ def source_name(source: ModelSource) -> str:
     return re.sub(r"-\d{5}-of-\d{5}$", "", first.stem) if first.suffix == ".gguf" else checkpoint_name(source.directory)
 
 
-def open_source(path: Path | str) -> ModelSource:
-    """Open a checkpoint by its headers alone.
+def open_source(path: Path | str, storage: Storage = LOCAL) -> ModelSource:
+    """Open a checkpoint by its headers alone. ``storage``: opens its shards.
 
     Raises `SourceError` if anything about config, index, headers, or what belongs to a packed linear is missing,
     damaged or contradictory, or if it is quantised in a way that cannot be decoded.
     """
     directory = Path(path)
     if quant_method(read_config(directory)) == PACKED_METHOD:
-        return PackedSource(directory)
-    return open_plain(directory)
+        return PackedSource(directory, storage)
+    return open_plain(directory, storage)

@@ -17,6 +17,7 @@ from quantkit.formats.fp8_source import ZEROS_HINT
 from quantkit.formats.layouts.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.layouts.packing import StoredLinear
 from quantkit.formats.safetensors.header import printable
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.formats.stored_in_shards import StoredInShards
 from quantkit.formats.zero_runs import zero_runs
 from quantkit.schemes import Scheme
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 class PackedSource(StoredInShards, FolderSource):
     """A `ModelSource` of a compressed-tensors folder."""
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, storage: Storage = LOCAL) -> None:
         """Read config.json and headers. Raises `SourceError` as `FolderSource` does, and for a config.json that says
         compressed-tensors where nothing is packed."""
-        super().__init__(directory, COMPRESSED_TENSORS.reader)
+        super().__init__(directory, COMPRESSED_TENSORS.reader, storage)
         self._least_zeros: Mapping[str, int] = {}
         if not any(map(self.stored_as, self.infos())):
             self.close()

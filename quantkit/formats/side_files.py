@@ -15,7 +15,8 @@ from typing import cast
 
 from quantkit.errors import SourceError
 from quantkit.formats.preallocated import write_durably
-from quantkit.formats.safetensors.header import LFS_START, check_json_size, first_word, open_regular, printable
+from quantkit.formats.safetensors.header import LFS_START, check_json_size, first_word, printable
+from quantkit.formats.storage import open_regular
 
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
 SIDE_FILES = (

@@ -17,6 +17,7 @@ from quantkit.errors import SourceError
 from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.safetensors.header import parse_json_object, printable
 from quantkit.formats.safetensors.reader import SafetensorsSource, read_small
+from quantkit.formats.storage import LOCAL, Storage
 
 DEFAULT_BLOCK_SIZE = (128, 128)
 PACKED_METHOD = "compressed-tensors"
@@ -25,16 +26,16 @@ _NAMED = {"mxfp4": " (MXFP4 blocks of gpt-oss)", "gptq": " (GPTQ)", "awq": " (AW
 """What other methods are, for messages."""
 
 
-def open_plain(path: Path | str) -> Fp8Source:
+def open_plain(path: Path | str, storage: Storage = LOCAL) -> Fp8Source:
     """Open a checkpoint that is not packed, by its headers alone. ``.config``: the raw config.json, ``.directory``: the
-    folder.
+    folder. ``storage``: opens its shards.
 
     Raises `SourceError` if anything about config, index, headers, or FP8 pairs is missing, damaged or contradictory.
     """
     directory = Path(path)
     config = read_config(directory)
     block_size = float8_block_size(directory, config)
-    raw = SafetensorsSource(directory)
+    raw = SafetensorsSource(directory, storage=storage)
     try:
         _check_agreement(raw, block_size is not None)
         return Fp8Source(raw, block_size or DEFAULT_BLOCK_SIZE, config)

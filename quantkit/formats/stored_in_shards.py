@@ -8,6 +8,7 @@ from pathlib import Path
 from quantkit.formats.safetensors.file_holes import file_holes
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.safetensors.zero_tail import zero_tails
+from quantkit.formats.storage import FileState
 
 
 class StoredInShards:
@@ -19,6 +20,11 @@ class StoredInShards:
     def files(self) -> tuple[Path, ...]:
         """The shards, sorted by name."""
         return tuple(self.raw.directory / file for file in self.raw.files)
+
+    @property
+    def origin(self) -> str:
+        """Where a remote source comes from, "" for a folder of this machine."""
+        return self.raw.storage.origin(self.raw.directory)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -40,8 +46,12 @@ class StoredInShards:
 
     def zeros(self, limits: Mapping[str, int]) -> tuple[str, ...]:
         """A line for each shard that ends in rows of zeros; without any, for each that has a hole."""
-        headers = self.raw.headers
-        return zero_tails(self.raw.directory, headers) or file_holes(self.raw.directory, headers, limits)
+        headers, directory, storage = self.raw.headers, self.raw.directory, self.raw.storage
+        return zero_tails(directory, headers, storage) or file_holes(directory, headers, limits, storage)
+
+    def states(self) -> Mapping[str, FileState]:
+        """By the name of each shard what tells it from another."""
+        return self.raw.states()
 
     def fingerprint(self) -> str:
         """sha256 (hex) of what is stored, see `SafetensorsSource.fingerprint`."""

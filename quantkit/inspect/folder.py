@@ -25,6 +25,7 @@ from quantkit.formats.layouts.fp4_pack_quantized import INPUT_SCALE
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.reader import SafetensorsSource
 from quantkit.formats.source import quant_method, quantization_section, read_config
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.inspect import other_releases
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.plan.source_tensors import (
@@ -101,13 +102,13 @@ class _Weight:
         return sum(part.nbytes for part in self.parts.values())
 
 
-def inspect_folder(directory: Path | str) -> Inspection:
+def inspect_folder(directory: Path | str, storage: Storage = LOCAL) -> Inspection:
     """Headers of all shards, config.json if there is one. Raises `SourceError` for damaged files; what is merely odd
     is reported."""
     directory = Path(directory)
     unusual: list[str] = []
     config = _config(directory, unusual)
-    with SafetensorsSource(directory) as source:
+    with SafetensorsSource(directory, storage=storage) as source:
         infos = source.infos()
         linears = _linears(source, config, unusual)
         shards = len({source.stored(name).file for name in infos})

@@ -8,6 +8,7 @@ from pathlib import Path
 from quantkit.errors import SourceError
 from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.safetensors.header import printable
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.inspect.folder import Inspection, inspect_folder
 from quantkit.inspect.gguf import GgufInspection, inspect_gguf
 from quantkit.inspect.imatrix import ImatrixInspection, inspect_imatrix
@@ -15,15 +16,17 @@ from quantkit.inspect.storage import NAMES_SHOWN
 from quantkit.inspect.trial import TrialInspection, inspect_trial
 
 
-def inspect_path(path: Path) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
+def inspect_path(
+    path: Path, storage: Storage = LOCAL
+) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
     """A folder with safetensors or, if it has none, with a GGUF model; a .gguf file; an imatrix file of either form; a
-    trial's report.
+    trial's report. ``storage``: opens shards.
 
     Raises `SourceError` for damaged files, and for files of other kinds.
     """
 
     if path.is_dir():
-        return inspect_gguf(path) if _holds_gguf(path) else inspect_folder(path)
+        return inspect_gguf(path) if _holds_gguf(path) else inspect_folder(path, storage)
     if not os.path.lexists(path):
         raise SourceError(
             f"{printable(str(path))}: no such file or folder.",

@@ -18,7 +18,7 @@ from quantkit.plan.speed import disk_key, is_complete, likely_device, machine_ke
 def duration_of(found: Forecast, out: Path = Path()) -> Duration:
     """How long the conversion of a forecast should take here, written into ``out``. What is not known of this machine
     yet is measured, for some seconds; only then torch is loaded."""
-    source = found.source.files[0].parent if found.source.files else None
+    source = found.source.files[0].parent if found.source.files and not found.source.origin else None
     speed = _speed(found.plan, source, out)
     disk = speed.disks[disk_key(source, out)]
     expected = found.on_gpu if speed.device != "cpu" else None

@@ -15,6 +15,7 @@ from quantkit.errors import CalibrationError, SourceError
 from quantkit.formats.fp8_source import ZEROS_HINT
 from quantkit.formats.side_files import side_file_bytes
 from quantkit.formats.sizes import short_size
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.formats.tiktoken_model import tokenizer_file
 from quantkit.plan.allocation.choose import CONTEXT, Choice
 from quantkit.plan.batch_sizes import Expected, expected
@@ -93,19 +94,21 @@ def forecast(
     context: int | None = None,
     memory_budget: int | None = None,
     convert_on: Gpu | None = None,
+    storage: Storage = LOCAL,
 ) -> Forecast:
     """Plan the conversion of a checkpoint folder, which may hold only a config.json: then the official release of it.
 
     ``config``: the folder of config.json and tokenizer where ``source`` is GGUF; ``base_dir``: where the recipe's
     relative files lie; ``gpus``: try to serve a sequence of ``context`` tokens there (default: `CONTEXT`, or what the
     model is made for if that is less); ``memory_budget``: bytes to stay under (default: `default_budget`, which may be
-    less than the conversion needs); ``convert_on``: the GPU that would compute the conversion (default: `COMMON_GPU`).
+    less than the conversion needs); ``convert_on``: the GPU that would compute the conversion (default: `COMMON_GPU`);
+    ``storage``: opens the source's shards.
 
     Raises `PlanError` with every problem, `SourceError` or `ConfigError` for a damaged source, `CalibrationError` for
     text that is not there.
     """
     return forecast_of(
-        read_headers(source, config),
+        read_headers(source, config, storage),
         recipe,
         base_dir=base_dir,
         gpus=gpus,

@@ -19,6 +19,7 @@ from quantkit.formats.gguf.vocabulary import token_texts
 from quantkit.formats.model_source import ModelSource, open_source
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.source import read_config
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.formats.tiktoken_model import tokenizer_file
 from quantkit.tensors import Role
 
@@ -53,8 +54,9 @@ def config_folder(source: Path, config: Path | None) -> Path:
     return folder
 
 
-def open_model(source: Path, config: Path | None = None) -> ModelSource:
-    """Open what is to be converted: a checkpoint's folder, or GGUF with the folder that `config_folder` says.
+def open_model(source: Path, config: Path | None = None, storage: Storage = LOCAL) -> ModelSource:
+    """Open what is to be converted: a checkpoint's folder, whose shards ``storage`` opens, or GGUF with the folder that
+    `config_folder` says.
 
     Raises `SourceError` and `ConfigError` as `open_source` does, and for GGUF that is damaged, lacks its config.json or
     tokenizer, or is another model than config.json says. What config.json says is looked at first.
@@ -63,7 +65,7 @@ def open_model(source: Path, config: Path | None = None) -> ModelSource:
     if is_gguf_model(source):
         return _open_gguf(source, folder)
     arch_of(read_config(folder))  # before the weights: those of unknown families may be stored in unknown ways
-    return open_source(folder)
+    return open_source(folder, storage)
 
 
 def _open_gguf(path: Path, folder: Path) -> ModelSource:

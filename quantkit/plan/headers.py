@@ -28,6 +28,7 @@ from quantkit.formats.source import (
     quantization_section,
     read_config,
 )
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.gguf_model import config_folder, is_gguf_model, open_model
 from quantkit.plan.source_tensors import contradicts_tied, note_of_copies, shared_copies, unfounded_mtp
 from quantkit.schemes import Float8Scheme, Scheme
@@ -42,7 +43,7 @@ class SourceHeaders:
     """A source as a plan sees it: ``infos`` decoded; ``stored``: what linears are stored in that are not plain.
     ``has_shards``: False if all was derived from config.json. ``notes``: what is unusual about the folder, a line
     each; ``zeros``: shards that end in rows of zeros or have holes, a line each; ``files``: what holds the
-    weights, all in one folder; ``directory``: of config.json and tokenizer."""
+    weights, all in one folder; ``directory``: of config.json and tokenizer; ``origin``: of a remote source."""
 
     directory: Path
     config: Mapping[str, object]
@@ -53,6 +54,7 @@ class SourceHeaders:
     notes: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    origin: str = ""
 
     @property
     def path(self) -> Path:
@@ -60,7 +62,9 @@ class SourceHeaders:
         return self.files[0] if self.files and self.files[0].suffix == ".gguf" else self.directory
 
 
-def read_headers(directory: Path | str, config_directory: Path | None = None) -> SourceHeaders:
+def read_headers(
+    directory: Path | str, config_directory: Path | None = None, storage: Storage = LOCAL
+) -> SourceHeaders:
     """Headers of a checkpoint folder, or of GGUF with config.json and tokenizer in ``config_directory`` (see
     `open_model`); a folder with only config.json (and perhaps an index) counts as the official release of it.
 
@@ -69,7 +73,7 @@ def read_headers(directory: Path | str, config_directory: Path | None = None) ->
     """
     directory = Path(directory)
     if is_gguf_model(directory) or any(directory.glob("*.safetensors")):
-        with open_model(directory, config_directory) as source:
+        with open_model(directory, config_directory, storage) as source:
             return headers_of(source)
     config_folder(directory, config_directory)
     check_folder(directory)
@@ -102,6 +106,7 @@ def headers_of(source: ModelSource) -> SourceHeaders:
         notes,
         source.zeros(zero_limits(arch)),
         source.files,
+        source.origin,
     )
 
 

@@ -93,10 +93,10 @@ def fill(path: Path, offset: int, job: FisherJob, store: RowStore) -> None:
     """Fill ``store`` from a file's bytes from ``offset`` on. Raises `SourceError` if it ends early."""
     files = ShardFiles(path.parent, {path.name: _size(path)})
     try:
-        with files.borrow(path.name) as fd:
+        with files.borrow(path.name) as file:
             for start, stop in _parts(job):
                 rows = torch.empty(stop - start, job.length, job.hidden, dtype=_dtype(job))
-                read_into(fd, rows, offset + start * _row_bytes(job), str(path))
+                read_into(file, rows, offset + start * _row_bytes(job), str(path))
                 store.write(start, rows)
     finally:
         files.close()

@@ -13,6 +13,7 @@ from quantkit.errors import CalibrationError
 from quantkit.evaluate.open import tokenizer_sha256
 from quantkit.formats import open_source
 from quantkit.formats.model_source import ModelSource
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.decide import Problems
 from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.lengths import check_length
@@ -63,13 +64,16 @@ class FisherRequest:
 
 
 @contextmanager
-def prepared(source: Path, folder: Path, text: Text, *, restart: bool) -> Generator[FisherRequest]:
-    """Open the checkpoint in folder ``source`` and cut the text. Loads no torch and changes nothing on the disk.
+def prepared(
+    source: Path, folder: Path, text: Text, *, restart: bool, storage: Storage = LOCAL
+) -> Generator[FisherRequest]:
+    """Open the checkpoint in folder ``source``, whose shards ``storage`` opens, and cut the text. Loads no torch and
+    changes nothing on the disk.
 
     Raises a `QuantkitError` in one line for a source, text or folder that cannot be used.
     """
     refuse_taken(folder, restart=restart)
-    with open_source(source) as opened:
+    with open_source(source, storage) as opened:
         arch = headers_of(opened).arch
         _check_tensors(arch, opened.infos())
         settings = text.calibration(arch)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.documents.sensitivity import SensitivityDocument, read_sensitivity
 from quantkit.errors import PlanError
+from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.allocation.choose import Choice, choose
 from quantkit.plan.allocation.draft import OpenOutput, draft_of
 from quantkit.plan.gguf_model import open_model
@@ -43,18 +44,19 @@ def settle(
     device: str,
     memory_budget: int | None,
     on_event: OnLosses | None,
+    storage: Storage = LOCAL,
 ) -> Settled:
     """Choose the types of every output that has a target. ``config``: see `open_model`; ``memory_budget``:
-    bytes, None for the usual.
+    bytes, None for the usual; ``storage``: opens the source's shards.
 
     Raises `OutputError` or `SourceError` for a folder that holds no finished pass of this model, `PlanError` for what
     cannot be planned, and for a target that no choice keeps.
     """
     if recipe.sensitivity is None or all(output.target is None for output in recipe.outputs):
         return Settled(recipe, {})
-    headers, folder = read_headers(source, config), base_dir / recipe.sensitivity
+    headers, folder = read_headers(source, config, storage), base_dir / recipe.sensitivity
     document = read_sensitivity(folder)
-    check_model(folder, document, _fingerprint(source, config, headers), headers.arch)
+    check_model(folder, document, _fingerprint(source, config, headers, storage), headers.arch)
     drafts = [draft_of(o, recipe, headers, document.linears) for o in recipe.outputs if o.target is not None]
     missing = _missing(drafts, document)
     if missing:
@@ -66,16 +68,16 @@ def settle(
             )
         from quantkit.plan.machine import Machine
 
-        document = _measured(headers, folder, missing, Machine.of(device, memory_budget), on_event)
+        document = _measured(headers, folder, missing, Machine.of(device, memory_budget), on_event, storage)
     choices = {d.output.name: choose(d, document, headers.arch, headers.directory) for d in drafts}
     outputs = tuple(choices[o.name].output if o.name in choices else o for o in recipe.outputs)
     return Settled(recipe.model_copy(update={"outputs": outputs}), choices)
 
 
-def _fingerprint(source: Path, config: Path | None, headers: SourceHeaders) -> str | None:
+def _fingerprint(source: Path, config: Path | None, headers: SourceHeaders, storage: Storage) -> str | None:
     if not headers.has_shards:
         return None
-    with open_model(source, config) as opened:
+    with open_model(source, config, storage) as opened:
         return opened.fingerprint()
 
 
@@ -92,14 +94,19 @@ def _missing(drafts: list[OpenOutput], document: SensitivityDocument) -> Missing
 
 
 def _measured(
-    headers: SourceHeaders, folder: Path, missing: Missing, machine: Machine, on_event: OnLosses | None
+    headers: SourceHeaders,
+    folder: Path,
+    missing: Missing,
+    machine: Machine,
+    on_event: OnLosses | None,
+    storage: Storage,
 ) -> SensitivityDocument:
     """The document with what was missing, which the folder keeps."""
     from quantkit.formats import open_source
     from quantkit.sensitivity.losses import measure_losses
     from quantkit.sensitivity.open import open_sensitivity
 
-    with open_source(headers.directory) as opened:
+    with open_source(headers.directory, storage) as opened:
         found = open_sensitivity(folder, opened, headers.arch)
 
         def on_layer(done: int, layers: int) -> None:

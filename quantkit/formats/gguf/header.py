@@ -18,7 +18,8 @@ from quantkit.errors import SourceError
 from quantkit.formats.gguf.layout import ALIGNMENT, MAGIC, MAX_DIMS, MAX_NAME_BYTES, padded
 from quantkit.formats.gguf.types import TYPES_BY_ID
 from quantkit.formats.gguf.values import ARRAY_ID, NUMBERS, STRING_ID, Scalar, Value
-from quantkit.formats.safetensors.header import open_regular, printable
+from quantkit.formats.safetensors.header import printable
+from quantkit.formats.storage import open_regular
 
 MAX_HEADER_BYTES = 64_000_000
 """V3's is about 5 MB, most of it the tokenizer."""

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import SourceError
-from quantkit.formats.safetensors.header import open_regular, printable
-from quantkit.formats.shard_files import ShardFiles, read_buffer
+from quantkit.formats.safetensors.header import printable
+from quantkit.formats.shard_files import ShardFiles
+from quantkit.formats.storage import open_regular
 
 MAX_WEIGHTS = 200_000
 MAX_NAME_BYTES = 255
@@ -46,8 +47,8 @@ class DatImatrix:
         """Values and the one count, one dimension each. A count of 0 stands for 1, as in llama-quantize."""
         offset, count, chunks = self._places[name]
         values = np.empty(count, "<f4")
-        with self._files.borrow(self._path.name) as fd:
-            read_buffer(fd, values.view(np.uint8).data, offset, f"{self._path}: {printable(name)}")
+        with self._files.borrow(self._path.name) as file:
+            file.fill(values.view(np.uint8).data, offset, f"{self._path}: {printable(name)}")
         return values, np.array([chunks or 1], np.float32)
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from quantkit.formats.safetensors.file_holes import file_holes
 from quantkit.formats.safetensors.header import ShardHeader, StoredTensor, printable
 from quantkit.formats.safetensors.reader import require_finite, row_ranges
 from quantkit.formats.safetensors.zero_tail import zero_tails
+from quantkit.formats.storage import FileState
 from quantkit.formats.zero_runs import zero_runs
 from quantkit.schemes import Scheme
 from quantkit.schemes.ggml.types import BLOCK_TYPES
@@ -145,6 +146,15 @@ class GgufModelSource(GgufSource):
             if name in self._shown
         }
         return zero_tails(directory, headers) or file_holes(directory, headers, least)
+
+    @property
+    def origin(self) -> str:
+        """None: GGUF is read from this machine."""
+        return ""
+
+    def states(self) -> Mapping[str, FileState]:
+        """See `ModelSource.states`."""
+        return self.reader.states()
 
     def fingerprint(self) -> str:
         """sha256 (hex) of config.json and of what `GgufReader.fingerprint` covers."""

@@ -8,7 +8,6 @@ there.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ from quantkit.formats.gguf.header import GgufHeader, TensorEntry, read_gguf_head
 from quantkit.formats.gguf.layout import split_name
 from quantkit.formats.gguf.values import Scalar, Value
 from quantkit.formats.safetensors.header import printable
-from quantkit.formats.shard_files import ShardFiles, read_buffer
+from quantkit.formats.shard_files import ShardFiles
+from quantkit.formats.storage import FileState
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,17 +84,25 @@ class GgufReader:
         """The file that holds a tensor."""
         return self.directory / self.tensors[name].file
 
+    def states(self) -> dict[str, FileState]:
+        """By the name of each file what tells it from another, without reading it."""
+        found: dict[str, FileState] = {}
+        for header in self.headers:
+            with self._files.borrow(header.file) as file:
+                found[header.file] = file.state
+        return found
+
     def fingerprint(self) -> str:
         """sha256 (hex) over each file's name, size, header, and three samples of its data."""
         digest = hashlib.sha256()
         for header in self.headers:
             digest.update(f"{header.file}\0{header.size}".encode())
             start = min((entry.offset for entry in header.tensors.values()), default=header.size)
-            with self._files.borrow(header.file) as fd:
+            with self._files.borrow(header.file) as file:
                 for at in range(0, start, _PIECE_BYTES):
-                    digest.update(os.pread(fd, min(_PIECE_BYTES, start - at), at))
+                    digest.update(file.pread(min(_PIECE_BYTES, start - at), at))
                 for quarter in (1, 2, 3):
-                    digest.update(os.pread(fd, _SAMPLE_BYTES, start + (header.size - start) * quarter // 4))
+                    digest.update(file.pread(_SAMPLE_BYTES, start + (header.size - start) * quarter // 4))
         return digest.hexdigest()
 
     def read(self, name: str, start: int = 0, nbytes: int | None = None) -> Tensor:
@@ -113,8 +121,8 @@ class GgufReader:
         assert 0 <= start <= start + count <= entry.nbytes, f"{name}: {count} bytes at {start} of {entry.nbytes}"
         array = np.empty(count, np.uint8)
         if count:
-            with self._files.borrow(entry.file) as fd:
-                read_buffer(fd, array.data, entry.offset + start, f"{self.directory / entry.file}: {name}")
+            with self._files.borrow(entry.file) as file:
+                file.fill(array.data, entry.offset + start, f"{self.directory / entry.file}: {name}")
         return array
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import stat
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from quantkit.errors import SourceError
+from quantkit.formats.storage import LOCAL, Storage, printable
 from quantkit.tensors import DTYPES, TensorInfo
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -72,18 +72,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return dict(read_shard(path).tensors)
 
 
-def read_shard(path: Path) -> ShardHeader:
+def read_shard(path: Path, storage: Storage = LOCAL) -> ShardHeader:
     """Header of one shard with size and digest. Raises `SourceError` as `read_header` does."""
-    fd, size = open_regular(path)
-    try:
-        start = os.pread(fd, 64, 0)
+    with closing(storage.open(path)) as file:
+        size, start = file.size, file.pread(64, 0)
         prefix = start[:8]
         length = _header_length(path, start, size)
-        raw = os.pread(fd, length, 8)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
-    finally:
-        os.close(fd)
+        raw = file.pread(length, 8)
     if len(raw) != length:
         raise SourceError(f"{path}: truncated, the header should have {length:,} bytes but {len(raw):,} could be read.")
     entries = parse_json_object(raw, str(path))
@@ -93,27 +88,6 @@ def read_shard(path: Path) -> ShardHeader:
     _check_layout(path, tensors, 8 + length, size)
     by_name = {tensor.info.name: tensor for tensor in tensors}
     return ShardHeader(path.name, size, 8 + length, hashlib.sha256(prefix + raw).digest(), by_name)
-
-
-def open_regular(path: Path) -> tuple[int, int]:
-    """File descriptor and size of a regular file; symbolic links are followed, because the hub's cache is made of them.
-
-    Raises `SourceError` for what is missing, a folder, a pipe, a loop of links, or not readable.
-    """
-    try:
-        # Without O_NONBLOCK, a named pipe in the place of a shard would hang the process here.
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{path}: no such file.", hint="A checkpoint needs config.json, its tokenizer files and all its shards."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{printable(str(path))}: cannot be opened ({error}).") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise SourceError(f"{path}: is not a regular file.")
-    return fd, status.st_size
 
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
@@ -145,12 +119,6 @@ def check_json_size(raw: bytes, where: str, limit: int = MAX_JSON_PARTS) -> None
         raise SourceError(
             f"{where}: {len(raw):,} bytes of JSON that is not ASCII, at most {MAX_UNICODE_BYTES:,} are read."
         )
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """``text`` fit for a one-line message: escaped if it holds control characters, and cut to ``limit`` characters."""
-    shown = text if text.isprintable() else ascii(text)
-    return shown if len(shown) <= limit else f"{shown[: limit - 20]}... ({len(text):,} characters)"
 
 
 def as_strings(value: object) -> dict[str, str] | None:

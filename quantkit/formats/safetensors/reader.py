@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,27 +19,21 @@ from quantkit.formats.safetensors.header import (
     INDEX_NAME,
     ShardHeader,
     StoredTensor,
-    as_strings,
-    open_regular,
-    parse_json_object,
     printable,
     read_header,
     read_shard,
 )
-from quantkit.formats.shard_files import ShardFiles, advise_willneed, read_into
+from quantkit.formats.safetensors.index import listed_shards, read_index, read_small
+from quantkit.formats.shard_files import ShardFiles, read_into
+from quantkit.formats.storage import LOCAL, FileState, Storage
 from quantkit.tensors import DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["SafetensorsSource", "StoredTensor", "read_header", "read_index", "require_finite"]
+__all__ = ["SafetensorsSource", "StoredTensor", "read_header", "read_index", "read_small", "require_finite"]
 
-SINGLE_NAME = "model.safetensors"
-MAX_JSON_BYTES = 50_000_000
-"""Bound on an index or a config that is read whole. V3's index has about 9 MB."""
-MAX_SHARDS = 10_000
-_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _SAMPLE_BYTES = 4096
 _COMPARED_BYTES = 2**24
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -57,19 +49,21 @@ class SafetensorsSource:
     shards); the caller reports them.
     """
 
-    def __init__(self, directory: Path | str, *, without: Container[str] = ()) -> None:
+    def __init__(self, directory: Path | str, *, without: Container[str] = (), storage: Storage = LOCAL) -> None:
         """Read headers, no weights; none of the shards ``without``. Raises `SourceError` for a damaged, incomplete or
         hostile folder."""
         self.directory = Path(directory)
+        self.storage = storage
         files, weight_map = listed_shards(self.directory)
         if weight_map is not None:
             weight_map = {name: file for name, file in weight_map.items() if file not in without}
-        self._headers = [read_shard(self.directory / file) for file in files if file not in without]
+        self._headers = [read_shard(self.directory / file, storage) for file in files if file not in without]
         everything = _merge(self.directory, self._headers)
         self._stored = everything if weight_map is None else _listed(self.directory, weight_map, everything)
         self.unlisted = tuple(name for name in everything if name not in self._stored)
         self._infos = {name: stored.info for name, stored in self._stored.items()}
-        self._shard_files = ShardFiles(self.directory, {header.file: header.size for header in self._headers})
+        sizes = {header.file: header.size for header in self._headers}
+        self._shard_files = ShardFiles(self.directory, sizes, storage=storage)
 
     @property
     def headers(self) -> Sequence[ShardHeader]:
@@ -98,10 +92,10 @@ class SafetensorsSource:
         first, second = self.stored(name), self.stored(other)
         if (first.info.shape, first.info.dtype) != (second.info.shape, second.info.dtype):
             return False
-        with self._shard_files.borrow(first.file) as fd, self._shard_files.borrow(second.file) as other_fd:
+        with self._shard_files.borrow(first.file) as one, self._shard_files.borrow(second.file) as two:
             for done in range(0, first.info.nbytes, _COMPARED_BYTES):
                 count = min(_COMPARED_BYTES, first.info.nbytes - done)
-                if os.pread(fd, count, first.start + done) != os.pread(other_fd, count, second.start + done):
+                if one.pread(count, first.start + done) != two.pread(count, second.start + done):
                     return False
         return True
 
@@ -153,9 +147,9 @@ class SafetensorsSource:
             asked = distinct[0] if distinct[0] < 0 else distinct[-1]
             raise SourceError(f"{where}: has {_n_rows(stored.info):,} rows; row {asked:,} was asked for.")
         table = torch.empty((len(distinct), *stored.info.shape[1:]), dtype=_torch_dtype(stored.info))
-        with self._shard_files.borrow(stored.file) as fd:
+        with self._shard_files.borrow(stored.file) as shard:
             for at, first, n_rows in _runs(distinct):
-                read_into(fd, table[at : at + n_rows], stored.start + first * _row_bytes(stored.info), where)
+                read_into(shard, table[at : at + n_rows], stored.start + first * _row_bytes(stored.info), where)
         require_finite(name, str(self.path_of(name)), table)
         if distinct == list(indices):
             return table
@@ -172,14 +166,14 @@ class SafetensorsSource:
             yield self.read(name, rows)
 
     def prefetch(self, names: list[str]) -> None:
-        """Ask the operating system to read these tensors ahead into its own cache. Returns at once."""
+        """Ask the operating system, or the cache of a remote source, to read these tensors ahead. Returns at once."""
         by_file: dict[str, list[StoredTensor]] = {}
         for stored in map(self.stored, names):
             by_file.setdefault(stored.file, []).append(stored)
         for file, tensors in by_file.items():
-            with self._shard_files.borrow(file) as fd:
+            with self._shard_files.borrow(file) as shard:
                 for stored in sorted(tensors, key=lambda tensor: tensor.start):
-                    advise_willneed(fd, stored.start, stored.info.nbytes)
+                    shard.will_need(stored.start, stored.info.nbytes)
 
     def fingerprint(self) -> str:
         """sha256 (hex) that tells whether a resumed job still reads the same checkpoint; copying and touching keep it.
@@ -192,13 +186,28 @@ class SafetensorsSource:
         for name in ("config.json", INDEX_NAME):
             path = self.directory / name
             digest.update(hashlib.sha256(read_small(path) if path.exists() else b"").digest())
+        self._announce_samples()
         for header in sorted(self._headers, key=lambda header: header.file):
             digest.update(hashlib.sha256(f"{header.file}\0{header.size}".encode()).digest() + header.digest)
-            with self._shard_files.borrow(header.file) as fd:
-                for quarter in (1, 2, 3):
-                    at = header.data_start + (header.size - header.data_start) * quarter // 4
-                    digest.update(hashlib.sha256(self._sample(header.file, fd, at)).digest())
+            with self._shard_files.borrow(header.file) as shard:
+                for at in _samples(header):
+                    digest.update(hashlib.sha256(shard.pread(_SAMPLE_BYTES, at)).digest())
         return digest.hexdigest()
+
+    def states(self) -> Mapping[str, FileState]:
+        """By the name of each shard what tells it from another, without reading it."""
+        found: dict[str, FileState] = {}
+        for file in self.files:
+            with self._shard_files.borrow(file) as shard:
+                found[file] = shard.state
+        return found
+
+    def _announce_samples(self) -> None:
+        """Those of a remote source come together."""
+        for header in self._headers:
+            with self._shard_files.borrow(header.file) as shard:
+                for at in _samples(header):
+                    shard.will_need(at, min(_SAMPLE_BYTES, header.size - at))
 
     def close(self) -> None:
         """Give the file descriptors back. A later read opens them again."""
@@ -210,12 +219,6 @@ class SafetensorsSource:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _sample(self, file: str, fd: int, at: int) -> bytes:
-        try:
-            return os.pread(fd, _SAMPLE_BYTES, at)
-        except OSError as error:
-            raise SourceError(f"{self.directory / file}: cannot be read ({error.strerror}).") from error
-
     def _read_range(self, stored: StoredTensor, rows: tuple[int, int], *, pinned: bool = False) -> Tensor:
         import torch
 
@@ -223,9 +226,9 @@ class SafetensorsSource:
         assert 0 <= start <= stop <= _n_rows(stored.info), f"{stored.info.name}: rows {rows} of {_n_rows(stored.info)}"
         shape = (stop - start, *stored.info.shape[1:])
         tensor = torch.empty(shape, dtype=_torch_dtype(stored.info), pin_memory=pinned)
-        with self._shard_files.borrow(stored.file) as fd:
+        with self._shard_files.borrow(stored.file) as shard:
             where = f"{self.directory / stored.file}: {stored.info.name}"
-            read_into(fd, tensor, stored.start + start * _row_bytes(stored.info), where)
+            read_into(shard, tensor, stored.start + start * _row_bytes(stored.info), where)
         return tensor
 
 
@@ -258,37 +261,6 @@ def require_finite(name: str, file: str, tensor: Tensor) -> None:
     )
 
 
-def read_index(directory: Path) -> dict[str, str]:
-    """The ``weight_map`` of the folder's index: tensor name -> shard name. Reads no shard.
-
-    Raises `SourceError` if it is absent or malformed, or a shard is not a plain file name (a path could leave the
-    folder).
-    """
-    path = directory / INDEX_NAME
-    weight_map = as_strings(parse_json_object(read_small(path), str(path)).get("weight_map"))
-    if not weight_map:
-        raise SourceError(f"{path}: needs a non-empty weight_map of tensor name -> shard name.")
-    plain = {file for file in set(weight_map.values()) if _is_plain_name(file)}
-    for name, file in weight_map.items():
-        if file not in plain:
-            found = f"points to {printable(repr(file))}"
-            needed = "a plain name of a .safetensors file in the same folder"
-            raise SourceError(f"{path}: {printable(name)}: {found}, {needed} was needed.")
-    return weight_map
-
-
-def read_small(path: Path) -> bytes:
-    """A whole config or index. Raises `SourceError` if it is missing, no regular file, or absurdly large."""
-    fd, size = open_regular(path)
-    with os.fdopen(fd, "rb") as file:
-        if size > MAX_JSON_BYTES:
-            raise SourceError(f"{path}: has {size:,} bytes, at most {MAX_JSON_BYTES:,} are allowed.")
-        try:
-            return file.read(MAX_JSON_BYTES)
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read ({error.strerror}).") from error
-
-
 def row_ranges(info: TensorInfo, max_bytes: int) -> Iterator[tuple[int, int]]:
     """Consecutive ``[start, stop)`` that cover dimension 0, each at most ``max_bytes`` but at least one row."""
     n_rows = _n_rows(info)
@@ -296,53 +268,6 @@ def row_ranges(info: TensorInfo, max_bytes: int) -> Iterator[tuple[int, int]]:
     yield from ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
     if not n_rows:
         yield (0, 0)
-
-
-def _weight_map(directory: Path) -> dict[str, str] | None:
-    if not directory.is_dir():
-        hint = (
-            "Give the folder of a downloaded checkpoint."
-            if not directory.exists()
-            else "Give the folder that holds it."
-        )
-        raise SourceError(f"{printable(str(directory))}: is not a folder.", hint=hint)
-    # lexists: a dangling link must be reported, not taken for "there is no index".
-    return read_index(directory) if os.path.lexists(directory / INDEX_NAME) else None
-
-
-def listed_shards(directory: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the shards, and the index's weight_map if there is one. Raises `SourceError` as `read_index` does."""
-    weight_map = _weight_map(directory)
-    return _files_without_index(directory) if weight_map is None else sorted(set(weight_map.values())), weight_map
-
-
-def _is_plain_name(file: str) -> bool:
-    return (
-        file.endswith(".safetensors")
-        and file.isprintable()
-        and not set(file) & set("/\\:")
-        and not file.startswith(".")
-    )
-
-
-def _files_without_index(directory: Path) -> list[str]:
-    """The single file, or every shard. Numbered shards must be complete: no index can tell what a missing one held."""
-    if os.path.lexists(directory / SINGLE_NAME):
-        return [SINGLE_NAME]
-    files = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
-    if not files:
-        raise SourceError(
-            f"{directory}: holds no *.safetensors file.", hint="Give the folder of a downloaded checkpoint."
-        )
-    present = set(files)
-    numbered = filter(None, map(_NUMBERED.fullmatch, files))
-    series = {(match[1], len(match[2]), match[3]) for match in numbered}
-    for prefix, digits, total in sorted(series):
-        for i in range(1, min(int(total), MAX_SHARDS) + 1):
-            missing = f"{prefix}{i:0{digits}d}-of-{total}.safetensors"
-            if missing not in present:
-                raise SourceError(f"{directory}: shard {printable(missing)} is missing and there is no {INDEX_NAME}.")
-    return files
 
 
 def _merge(directory: Path, headers: list[ShardHeader]) -> dict[str, StoredTensor]:
@@ -366,6 +291,12 @@ def _listed(
             found = "no shard holds it" if stored is None else f"it is in {stored.file}"
             raise SourceError(f"{directory / INDEX_NAME}: lists {printable(name)} in {file}, but {found}.")
     return {name: stored for name, stored in everything.items() if name in weight_map}
+
+
+def _samples(header: ShardHeader) -> tuple[int, ...]:
+    """Where the samples of a shard's data begin."""
+    length = header.size - header.data_start
+    return tuple(header.data_start + length * quarter // 4 for quarter in (1, 2, 3))
 
 
 def _n_rows(info: TensorInfo) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantkit.errors import SourceError
 from quantkit.formats.safetensors.header import read_shard
-from quantkit.formats.safetensors.reader import listed_shards
+from quantkit.formats.safetensors.index import listed_shards
 
 
 def unreadable_shards(directory: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
