@@ -132,11 +132,11 @@ def opened_places(
     bytes, or "50GiB", that pieces of remote ones may take in the folder ``cache_dir``. Raises a `QuantkitError`."""
     from quantkit.formats.remote.addresses import is_remote
     from quantkit.formats.remote.places import DEFAULT_CACHE, CacheOptions, places
-    from quantkit.plan.budget import budget_bytes
+    from quantkit.plan.budget import cache_bytes
     from quantkit.plan.speed import cache_folder
 
     folder = cache_folder() / "remote" if cache_dir is None else path_of(cache_dir)
-    options = CacheOptions(folder, budget_bytes(cache) or DEFAULT_CACHE)
+    options = CacheOptions(folder, cache_bytes(cache) or DEFAULT_CACHE)
     given = [name if isinstance(name, str) and is_remote(name) else str(path_of(name)) for name in names]
     with places(given, options) as found:
         yield found

@@ -18,6 +18,7 @@ from quantkit.plan.budget import MOST_JOBS, parse_budget
 from quantkit.plan.gguf_model import config_folder
 from quantkit.plan.hardware import Gpu, parse_gpu
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.recipe_values import parse_size
 from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from quantkit.runtimes.gpus import Gpus, parse_gpus
 
@@ -41,6 +42,14 @@ def size(text: str) -> int:
     """Bytes of "20GiB"; for typer."""
     try:
         return parse_budget(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def cache_size(text: str) -> int:
+    """Bytes of "50GiB", of which a few will do; for typer."""
+    try:
+        return parse_size(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -130,7 +139,7 @@ Cache = Annotated[
     int | None,
     typer.Option(
         "--cache",
-        parser=size,
+        parser=cache_size,
         metavar="SIZE",
         help="Disk that what is fetched of an address may take. Default: 50GiB.",
     ),

@@ -42,3 +42,13 @@ def budget_bytes(size: int | str | None) -> int | None:
         return parse_budget(size if isinstance(size, str) else f"{size}B")
     except ValueError as error:
         raise PlanError(f"memory_budget: {error}.") from None
+
+
+def cache_bytes(size: int | str | None) -> int | None:
+    """The same for the disk that a cache may take, of which any is enough that holds a layer."""
+    if size is None:
+        return None
+    try:
+        return parse_size(size if isinstance(size, str) else f"{size}B")
+    except ValueError as error:
+        raise PlanError(f"cache: {error}.") from None

@@ -44,12 +44,17 @@ class Server(ThreadingHTTPServer):
         self.etags = etags
         self.seen: list[tuple[str, dict[str, str]]] = []
         self.faults: dict[str, int] = {}
+        self.refuse = ""
+        """What an address must not hold."""
         self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         """Of the folder."""
         return f"http://127.0.0.1:{self.server_address[1]}/{self.folder.name}/"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are nothing to print."""
 
     def mood(self) -> str:
         """What goes wrong with the next request, "" for nothing."""
@@ -75,7 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.seen.append((self.path, dict(self.headers)))
         path = self.server.folder.parent / unquote(urlsplit(self.path).path).lstrip("/")
         mood = self.server.mood()
-        if not path.is_file():
+        if self.server.refuse and self.server.refuse in self.path:
+            self._short(403)
+        elif not path.is_file():
             self._short(404)
         elif mood == "busy":
             self._short(503, {"Retry-After": "0"})
@@ -115,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if mood == "truncates":
-            data = data[: len(data) // 2]
+            data = data[: max(1, len(data) // 2)]
             self.close_connection = True
         self.wfile.write(data)
 

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 
-from quantkit.errors import QuantkitError, SourceError
+from quantkit.errors import SourceError
 from quantkit.formats.remote.fetch import Fetcher
 from quantkit.formats.remote.files import RemoteFile
 from quantkit.formats.remote.pieces import Piece, Pieces
@@ -73,7 +73,7 @@ class Ahead:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-        self._fetcher.close()
+        self._fetcher.stop()
         for thread in self._threads:
             thread.join()
         for future in self._waiting.values():
@@ -81,17 +81,18 @@ class Ahead:
 
     def _work(self) -> None:
         while (piece := self._next()) is not None:
+            data, problem = bytearray(), None
             try:
-                data: bytearray | QuantkitError = self._got(piece)
-            except QuantkitError as error:
-                data = error
+                data = self._got(piece)
+            except BaseException as error:  # noqa: BLE001 -- raised again in the thread that waits
+                problem = error
             with self._changed:
                 future = self._waiting.pop(piece)
                 self._changed.notify_all()
-            if isinstance(data, QuantkitError):
-                future.set_exception(data)
-            else:
+            if problem is None:
                 future.set_result(data)
+            else:
+                future.set_exception(problem)
 
     def _next(self) -> Piece | None:
         """The next piece, with room for it, as one that is waited for; None at the end."""

@@ -9,10 +9,13 @@ import base64
 import ssl
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from socket import SHUT_RDWR, socket
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
+from weakref import WeakSet
 
 from quantkit.formats.remote.files import Address
 from quantkit.version import __version__
@@ -50,6 +53,7 @@ class Connections:
         self._timeout = timeout
         self._own = threading.local()
         self._all: set[HTTPConnection] = set()
+        self._sockets: WeakSet[socket] = WeakSet()
         self._lock = threading.Lock()
         self._tls = ssl.create_default_context()
 
@@ -76,6 +80,14 @@ class Connections:
             with self._lock:
                 self._all.discard(connection)
 
+    def interrupt(self) -> None:
+        """Let reads of all threads end now. To close a connection under a thread that reads would confuse it."""
+        with self._lock:
+            sockets = list(self._sockets)
+        for each in sockets:
+            with suppress(OSError):
+                each.shutdown(SHUT_RDWR)
+
     def close(self) -> None:
         """Close all."""
         with self._lock:
@@ -98,6 +110,8 @@ class Connections:
                 body,
                 {"User-Agent": f"quantkit/{__version__}", "Accept-Encoding": "identity", **proxied, **headers},
             )
+            with self._lock:
+                self._sockets.add(connection.sock)
             return connection.getresponse(), key
         except BaseException:
             self.drop(key)

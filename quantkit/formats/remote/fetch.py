@@ -22,6 +22,8 @@ _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})", re
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _ABSENT = (403, 404, 410)
 _PIECE = 1 << 20
+_FEW = 3
+"""Answers without the range after which a server counts as one that sends none."""
 PERMISSION = "Check the address and who you are to it: HF_TOKEN, ~/.aws, GOOGLE_APPLICATION_CREDENTIALS."
 CHANGED = "It is another version now: begin anew with --restart, or name a revision that stays."
 AGAIN = "Give the same command again: it goes on where it stopped."
@@ -67,7 +69,7 @@ class Fetcher:
 
     def probe(self, shown: str, address: Address) -> tuple[int, str] | None:
         """Size and ETag of what lies at an address, None if nothing does. Raises `SourceError`, also for a server that
-        sends no ranges of a file that is not small."""
+        sends no ranges."""
         trouble = ""
         for failures in range(1, self._patience.tries + 1):
             try:
@@ -84,17 +86,19 @@ class Fetcher:
                     return None
                 if found and status in (206, 416):
                     return int(found[3]), answer.etag
-                if status == 200:
-                    raise SourceError(f"{shown}: its server sends no ranges.", hint="Fetch the files, give the folder.")
-                trouble = f"the server answers {status}"
-                if status not in _PASSING:
+                trouble = f"the server answers {status}" if status != 200 else "its server sends no ranges"
+                if status not in (*_PASSING, 200) or (status == 200 and failures == _FEW):
                     break
             self._pause(failures, 0.0)
         raise SourceError(f"{shown}: {trouble}.", hint=PERMISSION)
 
-    def close(self) -> None:
-        """End what is under way, and the connections."""
+    def stop(self) -> None:
+        """End what is under way in other threads: it fails."""
         self._ended.set()
+        self._connections.interrupt()
+
+    def close(self) -> None:
+        """Close the connections, when no thread fetches any more."""
         self._connections.close()
 
     def _attempt(self, file: RemoteFile, address: Address, start: int, stop: int, view: memoryview) -> _Attempt:

@@ -49,7 +49,7 @@ class _Stored:
     crc32: int
     trusted: bool
     put_at: int
-    """Bytes that had been put before it."""
+    """Bytes that had been put, its own among them."""
     used: bool
 
 
@@ -142,7 +142,7 @@ class Pieces:
             self.release(piece.nbytes)
         with self._lock:
             self._drop(piece, unlink=False)
-            self._stored[piece] = _Stored(path, crc32, trusted=True, put_at=self._put, used=False)
+            self._stored[piece] = _Stored(path, crc32, trusted=True, put_at=self._put + piece.nbytes, used=False)
             self._bytes += piece.nbytes
             self._put += piece.nbytes
 

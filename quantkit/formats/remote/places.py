@@ -21,7 +21,7 @@ from quantkit.formats.remote.ahead import Ahead
 from quantkit.formats.remote.fetch import Fetcher, Patience
 from quantkit.formats.remote.files import Listing, RemoteFile
 from quantkit.formats.remote.pieces import Pieces
-from quantkit.formats.remote.storage import RemoteStorage, is_shard, refuse_gguf
+from quantkit.formats.remote.storage import PIECE_BYTES, RemoteStorage, is_shard, refuse_gguf
 from quantkit.formats.safetensors.header import INDEX_NAME, printable
 from quantkit.formats.side_files import MAX_SIDE_FILE_BYTES, NOT_SIDE_FILES, SIDE_FILES
 from quantkit.formats.storage import LOCAL, Storage
@@ -33,11 +33,12 @@ _WHOLE = (*SIDE_FILES, "config.json", "params.json", "README.md", INDEX_NAME)
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """``folder``: of the cache; ``nbytes``: bound of all pieces in it."""
+    """``folder``: of the cache; ``nbytes``: bound of all pieces in it, each of up to ``piece_bytes``."""
 
     folder: Path
     nbytes: int = DEFAULT_CACHE
     patience: Patience = Patience()
+    piece_bytes: int = PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def places(names: Sequence[str], options: CacheOptions) -> Generator[Places]:
         stack.callback(fetcher.close)
         listings = {name: _listing(name, fetcher) for name in names if is_remote(name)}
         pieces = Pieces(options.folder, options.nbytes)
-        storage = RemoteStorage(pieces, lambda files: Ahead(fetcher, pieces, files))
+        storage = RemoteStorage(pieces, lambda files: Ahead(fetcher, pieces, files), options.piece_bytes)
         stack.callback(storage.close)
         folders = {name: _local_folder(options.folder, found, fetcher) for name, found in listings.items()}
         for name, found in listings.items():

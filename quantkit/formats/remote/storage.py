@@ -29,9 +29,12 @@ AT_ONCE = 32
 class RemoteStorage:
     """Opens files of known folders. Files elsewhere are this machine's. Thread-safe."""
 
-    def __init__(self, pieces: Pieces, start: Callable[[Mapping[str, RemoteFile]], Ahead]) -> None:
+    def __init__(
+        self, pieces: Pieces, start: Callable[[Mapping[str, RemoteFile]], Ahead], piece_bytes: int = PIECE_BYTES
+    ) -> None:
         """``start``: begins to fetch pieces of files by their identity, which may become more."""
         self._pieces = pieces
+        self._piece_bytes = piece_bytes
         self._by_identity: dict[str, RemoteFile] = {}
         self._shards: dict[Path, dict[str, RemoteFile]] = {}
         self._origins: dict[Path, str] = {}
@@ -42,12 +45,13 @@ class RemoteStorage:
         self._origins[folder] = listing.origin
         self._shards[folder] = {file.name: file for file in shards}
         self._by_identity.update((file.identity, file) for file in shards)
-        self._ahead.announce(Piece(file.identity, 0, min(HEAD_BYTES, file.nbytes)) for file in shards if file.nbytes)
+        head = min(HEAD_BYTES, self._piece_bytes)
+        self._ahead.announce(Piece(file.identity, 0, min(head, file.nbytes)) for file in shards if file.nbytes)
 
     def open(self, path: Path) -> RangedFile:
         """See `Storage`."""
         file = self._shards.get(path.parent, {}).get(path.name)
-        return LOCAL.open(path) if file is None else _Shard(file, self._pieces, self._ahead)
+        return LOCAL.open(path) if file is None else _Shard(file, self._pieces, self._ahead, self._piece_bytes)
 
     def origin(self, folder: Path) -> str:
         """See `Storage`."""
@@ -71,11 +75,13 @@ class RemoteStorage:
 class _Shard:
     """A `RangedFile` of a remote file."""
 
-    def __init__(self, file: RemoteFile, pieces: Pieces, ahead: Ahead) -> None:
+    def __init__(self, file: RemoteFile, pieces: Pieces, ahead: Ahead, piece_bytes: int) -> None:
         self._file = file
         self._identity = file.identity
         self._pieces = pieces
         self._ahead = ahead
+        self._piece_bytes = piece_bytes
+        self._is_small = min(SMALL, piece_bytes)
 
     @property
     def size(self) -> int:
@@ -93,7 +99,7 @@ class _Shard:
         if stop <= at:
             return b""
         data = bytearray(stop - at)
-        if len(data) > SMALL:
+        if len(data) > self._is_small:
             self.fill(memoryview(data), at, self._file.shown)
         else:
             self._read_small(memoryview(data), at)
@@ -103,7 +109,7 @@ class _Shard:
         """See `RangedFile`."""
         if at + len(buffer) > self.size:
             raise ends_early(where, at + len(buffer) - self.size)
-        small = self._pieces.covering(self._identity, at, at + len(buffer)) if len(buffer) <= SMALL else None
+        small = self._pieces.covering(self._identity, at, at + len(buffer)) if len(buffer) <= self._is_small else None
         if small is not None and self._pieces.read(small, buffer, at - small.start):
             return
         pieces = tuple(self._grid(at, len(buffer)))
@@ -125,7 +131,7 @@ class _Shard:
         stop = min(at + nbytes, self.size)
         if stop <= at:
             return
-        if stop - at > SMALL:
+        if stop - at > self._is_small:
             self._ahead.announce(self._grid(at, stop - at))
         elif self._pieces.covering(self._identity, at, stop) is None:
             self._ahead.announce((self._small(at, stop),))
@@ -139,8 +145,9 @@ class _Shard:
 
     def _grid(self, at: int, nbytes: int) -> Iterator[Piece]:
         """The pieces that hold these bytes."""
-        for start in range(at - at % PIECE_BYTES, at + nbytes, PIECE_BYTES):
-            yield Piece(self._identity, start, min(start + PIECE_BYTES, self.size))
+        step = self._piece_bytes
+        for start in range(at - at % step, at + nbytes, step):
+            yield Piece(self._identity, start, min(start + step, self.size))
 
     def _small(self, at: int, stop: int) -> Piece:
         """The piece of the grid if it is on its way anyway, else just these bytes."""
@@ -150,7 +157,7 @@ class _Shard:
     def _read_small(self, into: memoryview, at: int) -> None:
         piece = self._pieces.covering(self._identity, at, at + len(into))
         if piece is None:
-            head = Piece(self._identity, 0, min(HEAD_BYTES, self.size))
+            head = Piece(self._identity, 0, min(HEAD_BYTES, self._piece_bytes, self.size))
             piece = head if at + len(into) <= head.stop else self._small(at, at + len(into))
         self._copy(piece, into, at - piece.start)
 

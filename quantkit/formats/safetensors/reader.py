@@ -172,8 +172,8 @@ class SafetensorsSource:
             by_file.setdefault(stored.file, []).append(stored)
         for file, tensors in by_file.items():
             with self._shard_files.borrow(file) as shard:
-                for stored in sorted(tensors, key=lambda tensor: tensor.start):
-                    shard.will_need(stored.start, stored.info.nbytes)
+                for start, stop in _joined(tensors):
+                    shard.will_need(start, stop - start)
 
     def fingerprint(self) -> str:
         """sha256 (hex) that tells whether a resumed job still reads the same checkpoint; copying and touching keep it.
@@ -291,6 +291,18 @@ def _listed(
             found = "no shard holds it" if stored is None else f"it is in {stored.file}"
             raise SourceError(f"{directory / INDEX_NAME}: lists {printable(name)} in {file}, but {found}.")
     return {name: stored for name, stored in everything.items() if name in weight_map}
+
+
+def _joined(tensors: list[StoredTensor]) -> Iterator[tuple[int, int]]:
+    """First and last + 1 byte of tensors of a file, of neighbours together."""
+    first, *others = sorted(tensors, key=lambda tensor: tensor.start)
+    start, stop = first.start, first.stop
+    for stored in others:
+        if stored.start > stop:
+            yield start, stop
+            start = stored.start
+        stop = max(stop, stored.stop)
+    yield start, stop
 
 
 def _samples(header: ShardHeader) -> tuple[int, ...]:
