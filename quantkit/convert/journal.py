@@ -180,6 +180,8 @@ def _refuse_other_job(path: Path, found: JournalHeader, wanted: JournalHeader, s
 
 def _difference(key: str, was: object, now: object) -> str:
     """ "threads (2 then, 1 now)", "memory budget (14 GiB then, 1 GiB now)"; of digests only what they are of."""
+    if key == "origin":
+        return f"{key} ({was or 'a folder'} then, {now} now)"
     if not isinstance(now, int):
         return key
     then, today = (f"{n / 2**30:.10g} GiB" if key == "memory budget" and isinstance(n, int) else n for n in (was, now))
