@@ -323,10 +323,8 @@ def evaluate(
     asked = Asked(texts, context, max_windows_per_file, protocol, path_of(base_dir))
     models = [reference, *([candidates] if isinstance(candidates, Path | str) else candidates)]
     with (
-        opened_places(*models, cache=cache, cache_dir=cache_dir) as found_at,
-        prepared(
-            found_at.folders[0], found_at.folders[1:], asked, optional_path(save_reference), found_at.storage
-        ) as opened,
+        opened_places(*models, cache=cache, cache_dir=cache_dir) as at,
+        prepared(at.folders[0], at.folders[1:], asked, optional_path(save_reference), at.storage) as opened,
     ):
         if place is not None and not force:
             refuse_other_evaluation(place, opened)

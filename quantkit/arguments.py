@@ -131,12 +131,12 @@ def opened_places(
     """Sources as folders of this machine, and the storage that opens their shards, while this is not left. ``cache``:
     bytes, or "50GiB", that pieces of remote ones may take in the folder ``cache_dir``. Raises a `QuantkitError`."""
     from quantkit.formats.remote.addresses import is_remote
-    from quantkit.formats.remote.places import DEFAULT_CACHE, CacheOptions, places
+    from quantkit.formats.remote.places import CacheOptions, places
     from quantkit.plan.budget import cache_bytes
     from quantkit.plan.speed import cache_folder
 
     folder = cache_folder() / "remote" if cache_dir is None else path_of(cache_dir)
-    options = CacheOptions(folder, cache_bytes(cache) or DEFAULT_CACHE)
+    options = CacheOptions(folder, cache_bytes(cache))
     given = [name if isinstance(name, str) and is_remote(name) else str(path_of(name)) for name in names]
     with places(given, options) as found:
         yield found

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from results_families import peers_families, two_bits
-from results_faults import faults, fuzz, verify_peers
+from results_faults import faults, fuzz, remote_faults, verify_peers
 from results_fisher import fisher_layer, output_aware_tiny, two_sided
 from results_markdown import device, facts, versions
 from results_quality import (
@@ -123,6 +123,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Verify: what other packages write", "verify_peers", "benchmarks/verify_peers.py", verify_peers),
     ("Reliability: damaged files", "fuzz", "benchmarks/fuzz.py", fuzz),
     ("Reliability: failing disks, kills, tampering", "faults", "benchmarks/faults.py", faults),
+    ("Reliability: a hostile web server", "remote_faults", "benchmarks/remote_faults.py", remote_faults),
     ("The regression gate", "regression_gate", "benchmarks/regression_gate.py", regression_gate),
 )
 

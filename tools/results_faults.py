@@ -47,6 +47,13 @@ def faults(data: Document) -> str:
     return "\n".join([told, table(("fault", "cases", "at every n-th call", "kills", "problems"), rows)])
 
 
+def remote_faults(data: Document) -> str:
+    """Conversions from a server that does not behave."""
+    rows = [[name, number(count, 0)] for name, count in data["counts"].items()]
+    told = run_facts(data, runs=f"{data['runs']}, {data['identical']} with the files of the folder's conversion")
+    return "\n".join([told, table(("what", "how often"), rows)])
+
+
 def verify_peers(data: Document) -> str:
     """What `verify` says of checkpoints that other packages wrote."""
     rows = [

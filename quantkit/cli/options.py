@@ -141,7 +141,7 @@ Cache = Annotated[
         "--cache",
         parser=cache_size,
         metavar="SIZE",
-        help="Disk that what is fetched of an address may take. Default: 50GiB.",
+        help="Disk that what is fetched of an address may take. Default: 50GiB, or what is free if that is less.",
     ),
 ]
 CacheDir = Annotated[

@@ -21,7 +21,7 @@ PIECE_BYTES = 2**14
 
 
 def convert_from(
-    source: str, recipe: Recipe, out: Path, cache: Path, *, nbytes: int = 2**26, patience: Patience = IMPATIENT
+    source: str, recipe: Recipe, out: Path, cache: Path, *, nbytes: int | None = 2**26, patience: Patience = IMPATIENT
 ) -> Report:
     """Convert what lies at an address, or in a folder, as `quantkit.convert` does; texts lie beside ``out``."""
     with places([source], CacheOptions(cache, nbytes, patience, PIECE_BYTES)) as found:

@@ -12,7 +12,7 @@ from quantkit.errors import OutputError, SourceError
 from quantkit.formats.remote.connections import BadAnswer, _redirected
 from quantkit.formats.remote.fetch import Fetcher
 from quantkit.formats.remote.files import Address, RemoteFile
-from quantkit.formats.remote.pieces import Piece, Pieces
+from quantkit.formats.remote.pieces import FilePiece, Pieces
 from tests.remote.remote_jobs import IMPATIENT
 from tests.remote.server import Moods, serving
 
@@ -122,20 +122,20 @@ def test_content_is_held_against_its_digests(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
-def put(pieces: Pieces, piece: Piece, *, urgent: bool = True) -> bool:
+def put(pieces: Pieces, piece: FilePiece, *, urgent: bool = True) -> bool:
     if not pieces.reserve(piece.nbytes, urgent=urgent):
         return False
     pieces.put(piece, bytearray(DATA[piece.start : piece.stop]))
     return True
 
 
-def read(pieces: Pieces, piece: Piece) -> bytes | None:
+def read(pieces: Pieces, piece: FilePiece) -> bytes | None:
     data = bytearray(piece.nbytes)
     return bytes(data) if pieces.read(piece, memoryview(data), 0) else None
 
 
-def numbered(number: int) -> Piece:
-    return Piece("a", 1000 * number, 1000 * number + 1000)
+def numbered(number: int) -> FilePiece:
+    return FilePiece("a", 1000 * number, 1000 * number + 1000)
 
 
 def test_pieces_that_were_read_go_first_and_none_that_waits(tmp_path: Path) -> None:

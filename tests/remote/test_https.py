@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -99,6 +100,15 @@ def test_a_cache_that_cannot_hold_a_layer_is_refused_before_any_work(place: Path
     with serving(place / "model") as server, pytest.raises(PlanError, match=r"--cache .*the largest layer of http://"):
         convert_from(server.url, RTN, tmp_path / "out", tmp_path / "cache", nbytes=100_000)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_cache_of_no_stated_size_leaves_room_on_its_disk(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=100_000))
+    with serving(place / "model") as server, pytest.raises(PlanError, match=r"--cache .*the largest layer"):
+        convert_from(server.url, RTN, tmp_path / "out", tmp_path / "cache", nbytes=None)
 
 
 def test_secrets_of_an_address_reach_the_server_and_nothing_else(place: Path, tmp_path: Path) -> None:

@@ -53,9 +53,8 @@ def test_it_converts_over_http(tables: Tables, tmp_path: Path) -> None:
         convert_from(address, data_free(), tmp_path / "out", tmp_path / "cache", nbytes=2**27, patience=IMPATIENT)
         server.shutdown()
         thread.join()
-    losses = [
-        linear["relative_loss"]
-        for linear in json.loads((tmp_path / "out" / "quantkit.json").read_text())["tensors"].values()
-    ]
+    linears = json.loads((tmp_path / "out" / "quantkit.json").read_text())["tensors"].values()
+    losses = [linear["relative_loss"] for linear in linears if "relative_loss" in linear]
+    assert len(losses) > 20
     # int4 of normal numbers, in groups of 64, by round to nearest
     assert all(0.003 < loss < 0.02 for loss in losses)

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from quantkit.errors import SourceError
 from quantkit.formats.remote.fetch import Fetcher
 from quantkit.formats.remote.files import RemoteFile
-from quantkit.formats.remote.pieces import Piece, Pieces
+from quantkit.formats.remote.pieces import FilePiece, Pieces
 
 READERS = 16
 """Requests at once. One connection to a hub or bucket brings 50 to 100 MB a second."""
@@ -30,15 +30,15 @@ class Ahead:
         self._pieces = pieces
         self._files = files
         self._changed = threading.Condition()
-        self._urgent: deque[Piece] = deque()
-        self._announced: OrderedDict[Piece, None] = OrderedDict()
-        self._waiting: dict[Piece, Future[bytearray]] = {}
+        self._urgent: deque[FilePiece] = deque()
+        self._announced: OrderedDict[FilePiece, None] = OrderedDict()
+        self._waiting: dict[FilePiece, Future[bytearray]] = {}
         self._ended = False
         self._threads = [threading.Thread(target=self._work, name="fetch", daemon=True) for _ in range(readers)]
         for thread in self._threads:
             thread.start()
 
-    def want(self, piece: Piece) -> Future[bytearray]:
+    def want(self, piece: FilePiece) -> Future[bytearray]:
         """The piece's bytes, soon. The future raises `SourceError`, or `OutputError` for a full disk."""
         with self._changed:
             future = self._waiting.get(piece)
@@ -49,7 +49,7 @@ class Ahead:
                 self._changed.notify()
             return future
 
-    def announce(self, pieces: Iterable[Piece]) -> None:
+    def announce(self, pieces: Iterable[FilePiece]) -> None:
         """These will be wanted, in this order. Returns at once."""
         with self._changed:
             for piece in pieces:
@@ -57,7 +57,7 @@ class Ahead:
                     self._announced[piece] = None
             self._changed.notify_all()
 
-    def is_coming(self, piece: Piece) -> bool:
+    def is_coming(self, piece: FilePiece) -> bool:
         """Whether it is being fetched, or announced."""
         with self._changed:
             return piece in self._waiting or piece in self._announced
@@ -94,7 +94,7 @@ class Ahead:
             else:
                 future.set_exception(problem)
 
-    def _next(self) -> Piece | None:
+    def _next(self) -> FilePiece | None:
         """The next piece, with room for it, as one that is waited for; None at the end."""
         with self._changed:
             while not self._ended:
@@ -111,7 +111,7 @@ class Ahead:
                 self._changed.wait()
             return None
 
-    def _got(self, piece: Piece) -> bytearray:
+    def _got(self, piece: FilePiece) -> bytearray:
         try:
             data = self._fetcher.fetch(self._files[piece.identity], piece.start, piece.stop)
         except BaseException:

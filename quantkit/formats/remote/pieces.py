@@ -30,7 +30,7 @@ from quantkit.formats.sizes import short_size
 _NAME = re.compile(r"([0-9a-f]{1,16})-([0-9a-f]{1,16})-([0-9a-f]{8})", re.ASCII)
 
 
-class Piece(NamedTuple):
+class FilePiece(NamedTuple):
     """Bytes ``[start, stop)`` of the file of this ``identity``."""
 
     identity: str
@@ -61,7 +61,7 @@ class Pieces:
         cannot be made or locked, or its disk has no room for the bound."""
         self.bound = bound
         self._lock = threading.Lock()
-        self._stored: OrderedDict[Piece, _Stored] = OrderedDict()
+        self._stored: OrderedDict[FilePiece, _Stored] = OrderedDict()
         self._strange: OrderedDict[Path, int] = OrderedDict()
         self._bytes = self._reserved = self._put = 0
         with disk_errors(folder):
@@ -81,18 +81,18 @@ class Pieces:
         with self._lock:
             return self._bytes + self._reserved
 
-    def has(self, piece: Piece) -> bool:
+    def has(self, piece: FilePiece) -> bool:
         """Whether it is here."""
         with self._lock:
             return piece in self._stored
 
-    def covering(self, identity: str, start: int, stop: int) -> Piece | None:
+    def covering(self, identity: str, start: int, stop: int) -> FilePiece | None:
         """A small piece that holds these bytes, None if there is none."""
         with self._lock:
             own = (piece for piece in self._stored if piece.identity == identity)
             return next((piece for piece in own if piece.start <= start and stop <= piece.stop), None)
 
-    def read(self, piece: Piece, into: memoryview, offset: int) -> bool:
+    def read(self, piece: FilePiece, into: memoryview, offset: int) -> bool:
         """Fill ``into`` with the piece's bytes from ``offset``; False if it is not here, or was damaged."""
         with self._lock:
             found = self._stored.get(piece)
@@ -127,7 +127,7 @@ class Pieces:
         with self._lock:
             self._reserved -= nbytes
 
-    def put(self, piece: Piece, data: bytearray) -> None:
+    def put(self, piece: FilePiece, data: bytearray) -> None:
         """Keep a piece for which room was reserved. Raises `OutputError` if the disk is full."""
         crc32 = zlib.crc32(data)
         folder = self.folder / piece.identity
@@ -150,7 +150,7 @@ class Pieces:
         """Let another process use what is here."""
         os.close(self._fd)
 
-    def _read(self, found: _Stored, piece: Piece, into: memoryview, offset: int) -> bool:
+    def _read(self, found: _Stored, piece: FilePiece, into: memoryview, offset: int) -> bool:
         with found.path.open("rb", buffering=0) as file:
             if not found.trusted:
                 data = file.read()
@@ -176,7 +176,7 @@ class Pieces:
             return True
         return False
 
-    def _drop(self, piece: Piece, *, unlink: bool = True) -> None:
+    def _drop(self, piece: FilePiece, *, unlink: bool = True) -> None:
         found = self._stored.pop(piece, None)
         if found is not None:
             self._bytes -= piece.nbytes
@@ -188,7 +188,7 @@ class Pieces:
         """Own pieces of an earlier process, oldest first, and those of others that have ended."""
         for path in sorted(self.folder.glob("*/*"), key=_modified):
             match, nbytes = _NAME.fullmatch(path.name), path.stat().st_size
-            piece = Piece(path.parent.name, int(match[1], 16), int(match[2], 16)) if match else None
+            piece = FilePiece(path.parent.name, int(match[1], 16), int(match[2], 16)) if match else None
             if match is None or piece is None or piece.nbytes != nbytes:
                 path.unlink(missing_ok=True)
                 continue

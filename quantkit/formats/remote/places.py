@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import shutil
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,16 +28,19 @@ from quantkit.formats.side_files import MAX_SIDE_FILE_BYTES, NOT_SIDE_FILES, SID
 from quantkit.formats.storage import LOCAL, Storage
 
 DEFAULT_CACHE = 50 * 2**30
+_SHARE_OF_DISK = 0.9
+"""Of what is free, that a cache may take of which nobody said how large it may be."""
 STANDS_FOR_SHARD = b"quantkit: this shard is read from its origin.\n"
 _WHOLE = (*SIDE_FILES, "config.json", "params.json", "README.md", INDEX_NAME)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """``folder``: of the cache; ``nbytes``: bound of all pieces in it, each of up to ``piece_bytes``."""
+    """``folder``: of the cache; ``nbytes``: bound of all pieces in it, each of up to ``piece_bytes``
+    (None: `DEFAULT_CACHE`, or what its disk has room for if that is less)."""
 
     folder: Path
-    nbytes: int = DEFAULT_CACHE
+    nbytes: int | None = None
     patience: Patience = Patience()
     piece_bytes: int = PIECE_BYTES
 
@@ -64,13 +68,22 @@ def places(names: Sequence[str], options: CacheOptions) -> Generator[Places]:
         fetcher = Fetcher(options.patience)
         stack.callback(fetcher.close)
         listings = {name: _listing(name, fetcher) for name in names if is_remote(name)}
-        pieces = Pieces(options.folder, options.nbytes)
+        pieces = Pieces(options.folder, _bound(options))
         storage = RemoteStorage(pieces, lambda files: Ahead(fetcher, pieces, files), options.piece_bytes)
         stack.callback(storage.close)
         folders = {name: _local_folder(options.folder, found, fetcher) for name, found in listings.items()}
         for name, found in listings.items():
             storage.add(folders[name], found, _shards(found))
         yield Places(tuple(folders.get(name) or Path(name) for name in names), storage)
+
+
+def _bound(options: CacheOptions) -> int:
+    if options.nbytes is not None:
+        return options.nbytes
+    folder = options.folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return min(DEFAULT_CACHE, int(_SHARE_OF_DISK * shutil.disk_usage(folder).free))
 
 
 def _listing(name: str, fetcher: Fetcher) -> Listing:

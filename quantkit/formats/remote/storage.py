@@ -12,7 +12,7 @@ from pathlib import Path
 from quantkit.errors import PlanError, SourceError
 from quantkit.formats.remote.ahead import Ahead
 from quantkit.formats.remote.files import Listing, RemoteFile
-from quantkit.formats.remote.pieces import Piece, Pieces
+from quantkit.formats.remote.pieces import FilePiece, Pieces
 from quantkit.formats.sizes import short_size
 from quantkit.formats.storage import LOCAL, FileState, RangedFile, ends_early
 
@@ -46,7 +46,7 @@ class RemoteStorage:
         self._shards[folder] = {file.name: file for file in shards}
         self._by_identity.update((file.identity, file) for file in shards)
         head = min(HEAD_BYTES, self._piece_bytes)
-        self._ahead.announce(Piece(file.identity, 0, min(head, file.nbytes)) for file in shards if file.nbytes)
+        self._ahead.announce(FilePiece(file.identity, 0, min(head, file.nbytes)) for file in shards if file.nbytes)
 
     def open(self, path: Path) -> RangedFile:
         """See `Storage`."""
@@ -143,25 +143,25 @@ class _Shard:
     def close(self) -> None:
         """Nothing is open."""
 
-    def _grid(self, at: int, nbytes: int) -> Iterator[Piece]:
+    def _grid(self, at: int, nbytes: int) -> Iterator[FilePiece]:
         """The pieces that hold these bytes."""
         step = self._piece_bytes
         for start in range(at - at % step, at + nbytes, step):
-            yield Piece(self._identity, start, min(start + step, self.size))
+            yield FilePiece(self._identity, start, min(start + step, self.size))
 
-    def _small(self, at: int, stop: int) -> Piece:
+    def _small(self, at: int, stop: int) -> FilePiece:
         """The piece of the grid if it is on its way anyway, else just these bytes."""
         whole = next(self._grid(at, 1))
-        return whole if stop <= whole.stop and self._ahead.is_coming(whole) else Piece(self._identity, at, stop)
+        return whole if stop <= whole.stop and self._ahead.is_coming(whole) else FilePiece(self._identity, at, stop)
 
     def _read_small(self, into: memoryview, at: int) -> None:
         piece = self._pieces.covering(self._identity, at, at + len(into))
         if piece is None:
-            head = Piece(self._identity, 0, min(HEAD_BYTES, self._piece_bytes, self.size))
+            head = FilePiece(self._identity, 0, min(HEAD_BYTES, self._piece_bytes, self.size))
             piece = head if at + len(into) <= head.stop else self._small(at, at + len(into))
         self._copy(piece, into, at - piece.start)
 
-    def _copy(self, piece: Piece, into: memoryview, offset: int) -> None:
+    def _copy(self, piece: FilePiece, into: memoryview, offset: int) -> None:
         """From the disk; if it is not there, or was damaged, from its origin."""
         if not self._pieces.read(piece, into, offset):
             into[:] = memoryview(self._ahead.want(piece).result())[offset : offset + len(into)]
