@@ -18,9 +18,9 @@ from quantkit.formats.model_source import ModelSource
 from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.forecast import forecast_of
 from quantkit.plan.gguf_model import config_folder, open_model
-from quantkit.plan.headers import SourceHeaders, headers_of, zero_limits
+from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.memory import Needs, check_free_disk
-from quantkit.plan.plan import Plan, source_nbytes
+from quantkit.plan.plan import Plan, largest_layer
 from quantkit.plan.recipe import Recipe
 
 
@@ -38,17 +38,6 @@ class Job:
     out: Path
     base_dir: Path
     restart: bool
-
-
-def largest_layer(headers: SourceHeaders) -> int:
-    """Bytes that the largest layer takes where it is stored."""
-    layers: dict[int, int] = {}
-    for spec in headers.arch.tensors():
-        info = headers.infos.get(spec.name)
-        if spec.layer is not None and info is not None:
-            nbytes = source_nbytes(info, headers.stored.get(spec.name))
-            layers[spec.layer] = layers.get(spec.layer, 0) + nbytes
-    return max(layers.values(), default=0)
 
 
 @contextmanager
@@ -74,7 +63,7 @@ def prepared(
     refuse_taken(out, [output.name for output in recipe.outputs], restart=restart)
     with open_model(source, config, storage) as opened:
         headers = headers_of(opened)
-        storage.check_room(source, largest_layer(headers), "the largest layer")
+        storage.check_room(source, largest_layer(headers.arch, headers.infos, headers.stored), "the largest layer")
         found = forecast_of(headers, recipe, base_dir=base_dir, memory_budget=memory_budget)
         if not recipe.allow_zeros:
             opened.refuse_zeros(zero_limits(headers.arch))

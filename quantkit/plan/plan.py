@@ -168,6 +168,16 @@ def source_nbytes(info: TensorInfo, stored: Scheme | None) -> int:
     return info.nbytes if stored is None else round(info.numel * stored.bpw(info.shape) / 8)
 
 
+def largest_layer(arch: ModelArch, infos: Mapping[str, TensorInfo], stored: Mapping[str, Scheme]) -> int:
+    """Bytes that the largest layer takes where it is stored. ``infos``, ``stored``: as for `make_plan`."""
+    layers: dict[int, int] = {}
+    for spec in arch.tensors():
+        info = infos.get(spec.name)
+        if spec.layer is not None and info is not None:
+            layers[spec.layer] = layers.get(spec.layer, 0) + source_nbytes(info, stored.get(spec.name))
+    return max(layers.values(), default=0)
+
+
 def _plan_output(
     output: Output,
     target: Target,

@@ -17,6 +17,7 @@ from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.decide import Problems
 from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.lengths import check_length
+from quantkit.plan.plan import largest_layer
 from quantkit.plan.source_tensors import listed_specs, match_source
 from quantkit.sensitivity.folder import refuse_taken
 from quantkit.tensors import TensorInfo
@@ -74,7 +75,9 @@ def prepared(
     """
     refuse_taken(folder, restart=restart)
     with open_source(source, storage) as opened:
-        arch = headers_of(opened).arch
+        headers = headers_of(opened)
+        arch = headers.arch
+        storage.check_room(source, largest_layer(arch, headers.infos, headers.stored), "the largest layer")
         _check_tensors(arch, opened.infos())
         settings = text.calibration(arch)
         opened.refuse_zeros(zero_limits(arch))

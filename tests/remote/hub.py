@@ -28,6 +28,8 @@ class Hub(ThreadingHTTPServer):
         self.commits = {"main": "a" * 40, "v2": "b" * 40}
         self.private = False
         self.gated = False
+        self.expire_after: int | None = None
+        """So many requests to the storage, and the addresses that were given until then are refused."""
         self.seen: list[tuple[str, str | None]] = []
 
     @property
@@ -85,13 +87,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"X-Error-Code": "EntryNotFound"})
         elif path.suffix == ".safetensors":
             linked = {"X-Linked-Etag": f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"', "X-Repo-Commit": commit}
-            self._answer(302, {"Location": f"{self.server.storage.url}{name}?Signature=s3cr3t", **linked})
+            self._answer(302, {"Location": f"{self.server.storage.url}{name}?{self._signature()}", **linked})
         else:
             first, _, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
             data = path.read_bytes()
             part = data[int(first) : int(last) + 1] if last else data
             span = {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}
             self._answer(206, {"ETag": f'"{git_sha1(data)}"', **span}, part)
+
+    def _signature(self) -> str:
+        late = self.server.expire_after is not None and len(self.server.storage.seen) > self.server.expire_after
+        return f"Signature=s3cr3t-{int(late)}"
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)

@@ -46,6 +46,8 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, int] = {}
         self.refuse = ""
         """What an address must not hold."""
+        self.expires = ("", 0)
+        """What an address must not hold so many requests into it."""
         self.refuse_after: int | None = None
         """So many requests into it, all are refused."""
         self.lock = threading.Lock()
@@ -82,8 +84,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.seen.append((self.path, dict(self.headers)))
         path = self.server.folder.parent / unquote(urlsplit(self.path).path).lstrip("/")
         mood = self.server.mood()
+        old, limit = self.server.expires
+        expired = bool(old) and old in self.path and len(self.server.seen) > limit
         late = self.server.refuse_after is not None and len(self.server.seen) > self.server.refuse_after
-        if late or (self.server.refuse and self.server.refuse in self.path):
+        if late or expired or (self.server.refuse and self.server.refuse in self.path):
             self._short(403)
         elif not path.is_file():
             self._short(404)

@@ -87,7 +87,7 @@ def test_content_that_is_not_what_was_listed_is_refused(hub: Hub, tmp_path: Path
     hub.siblings = lambda: listed  # type: ignore[method-assign]
     path = hub.folder / "tokenizer_config.json"
     path.write_bytes(path.read_bytes().replace(b"true", b"null"))
-    with pytest.raises(SourceError, match=r"tokenizer_config\.json: changed while it was read"):
+    with pytest.raises(SourceError, match=r"tokenizer_config\.json: its git digest is not"):
         convert_from(f"hf://{NAME}", RTN, tmp_path / "out", tmp_path / "cache")
     assert not (tmp_path / "out").exists()
 
@@ -108,6 +108,21 @@ def test_refusals_are_one_line(hub: Hub, address: str, state: str, said: str, tm
         convert_from(address, RTN, tmp_path / "out", tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert TOKEN not in str(error.value)
+
+
+def test_the_hub_is_asked_once_where_a_file_lies(hub: Hub, tmp_path: Path) -> None:
+    convert_from(f"hf://{NAME}", RTN, tmp_path / "out", tmp_path / "cache")
+    shards = [path for path, _ in hub.seen if path.endswith(".safetensors")]
+    assert len(shards) < len(hub.storage.seen) / 2
+    assert len(set(shards)) == len(list(hub.folder.glob("*.safetensors")))
+
+
+def test_an_address_that_ran_out_is_asked_for_again(hub: Hub, tmp_path: Path) -> None:
+    hub.storage.expires = ("Signature=s3cr3t-0", 40)
+    hub.expire_after = 40
+    convert_from(f"hf://{NAME}", RTN, tmp_path / "out", tmp_path / "cache")
+    assert any("s3cr3t-1" in path for path, _ in hub.storage.seen)
+    assert (tmp_path / "out" / "quantkit.json").is_file()
 
 
 def test_names_of_repositories() -> None:

@@ -30,11 +30,14 @@ class BadAnswer(HTTPException):
 
 @dataclass(slots=True)
 class Answer:
-    """``response``: its body is still to be read; ``etag``: what the first server says of the file that it sends on to
-    (`X-Linked-Etag`), else the ETag of a server that was asked itself; "" if neither."""
+    """``response``: its body is still to be read; ``linked``: what the first server says of the file that it sends on
+    to (X-Linked-Etag); ``etag``: that, else the ETag of a server that was asked itself; "" if there is none; ``moved``:
+    where another host has the file, "" if none does."""
 
     response: HTTPResponse
+    linked: str
     etag: str
+    moved: str
     connections: Connections
     key: tuple[str, str]
 
@@ -67,7 +70,7 @@ class Connections:
             if response.status not in _REDIRECTS or target is None:
                 moved = urlsplit(url).netloc != urlsplit(address.url).netloc
                 own = "" if moved else bare_etag(response.getheader("ETag"))
-                return Answer(response, linked or own, self, key)
+                return Answer(response, linked, linked or own, url if moved else "", self, key)
             response.read()
             url, sent = _redirected(url, target, sent)
         raise BadAnswer("too many redirects")

@@ -32,13 +32,15 @@ AGAIN = "Give the same command again: it goes on where it stopped."
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long a server is waited for. Seconds: ``timeout`` without a byte, ``first_pause`` before the second try (each
-    later one up to twice as long, at most ``longest_pause``); ``tries`` in a row that bring nothing; ``slowest``: bytes
+    later one up to twice as long, at most ``longest_pause``, or ``longest_asked`` where the server asks for a pause);
+    ``tries`` in a row that bring nothing; ``slowest``: bytes
     a second below which an answer counts as stalled."""
 
     timeout: float = 30.0
     tries: int = 8
     first_pause: float = 0.5
     longest_pause: float = 30.0
+    longest_asked: float = 300.0
     slowest: int = 16_384
 
 
@@ -49,11 +51,13 @@ class Fetcher:
         self._patience = patience
         self._connections = Connections(patience.timeout)
         self._ended = threading.Event()
+        self._moved: dict[str, Address] = {}
+        """By identity where a hub sent us on to. A signed address serves for a while, and hubs count requests."""
 
     def fetch(self, file: RemoteFile, start: int, stop: int) -> bytearray:
         """Bytes ``[start, stop)``. Raises `SourceError` in one line: refused, gone, changed, or not to be had."""
         data, done, failures = bytearray(stop - start), 0, 0
-        view, address = memoryview(data), file.address()
+        view, address = memoryview(data), self._moved.get(file.identity) or file.address()
         while done < len(data):
             attempt = self._attempt(file, address, start + done, stop, view[done:])
             done += attempt.nbytes
@@ -112,6 +116,8 @@ class Fetcher:
         if attempt.trouble:
             answer.close(whole=False)
             return attempt
+        if file.linked and answer.moved:
+            self._moved[file.identity] = Address(answer.moved)
         nbytes, trouble = _received(answer.response, view, self._patience)
         answer.close(whole=nbytes == len(view))
         return _Attempt(nbytes, trouble)
@@ -119,6 +125,8 @@ class Fetcher:
     def _renewed(self, file: RemoteFile, address: Address, failures: int) -> Address:
         """Another address where the signature of the first ran out."""
         found = file.address()
+        if self._moved.pop(file.identity, None) == address:
+            return found
         if found == address or failures > 1:
             raise SourceError(f"{file.shown}: no permission to read it.", hint=PERMISSION)
         return found
@@ -127,7 +135,7 @@ class Fetcher:
         """Full jitter: many readers that failed together must not come back together."""
         longest = min(self._patience.longest_pause, self._patience.first_pause * 2**failures)
         # A server may ask for a pause, though not for a long one.
-        self._ended.wait(max(random.uniform(0, longest), min(least, self._patience.longest_pause)))
+        self._ended.wait(max(random.uniform(0, longest), min(least, self._patience.longest_asked)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +161,8 @@ def _judged(file: RemoteFile, answer: Answer, start: int, stop: int) -> _Attempt
         raise SourceError(f"{file.shown}: changed or went away while it was read ({status}).", hint=CHANGED)
     if status not in (200, 206):
         raise SourceError(f"{file.shown}: the server answers {status}.", hint=PERMISSION)
-    if file.etag and answer.etag and answer.etag != file.etag:
+    said = answer.linked if file.linked else answer.etag
+    if file.etag and said and said != file.etag:
         raise SourceError(f"{file.shown}: changed while it was read (its ETag is another).", hint=CHANGED)
     if headers.getheader("Content-Encoding", "identity") != "identity":
         return _Attempt(trouble="the server packs its answer")

@@ -23,7 +23,8 @@ class Address:
 class RemoteFile:
     """``name``: plain, inside its folder; ``shown``: in messages, without credentials; ``etag``: as the server quotes
     it, without quotation marks ("" if there is none); ``address``: asked again when it is refused, as signatures run
-    out; ``sha256``, ``git_sha1``: hex digests of the content (git's with its own prefix), "" where they are not given.
+    out; ``sha256``, ``git_sha1``: hex digests of the content (git's with its own prefix), "" where they are not given;
+    ``linked``: ``etag`` is what the first server says of it (X-Linked-Etag); who it sends on to has ETags of its own.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RemoteFile:
     address: Callable[[], Address] = field(repr=False, compare=False)
     sha256: str = ""
     git_sha1: str = ""
+    linked: bool = False
 
     @property
     def identity(self) -> str:

@@ -66,6 +66,7 @@ def listing(address: str) -> Listing:
             address=partial(_address, f"{base}/{quote(sibling.rfilename)}"),
             sha256=sibling.lfs.sha256 if sibling.lfs else "",
             git_sha1="" if sibling.lfs else sibling.blob_id or "",
+            linked=True,
         )
         for sibling in info.siblings or ()
         if "/" not in sibling.rfilename

@@ -62,6 +62,7 @@ class Pieces:
         self.bound = bound
         self._lock = threading.Lock()
         self._stored: OrderedDict[FilePiece, _Stored] = OrderedDict()
+        self._by_file: dict[str, set[FilePiece]] = {}
         self._strange: OrderedDict[Path, int] = OrderedDict()
         self._bytes = self._reserved = self._put = 0
         with disk_errors(folder):
@@ -89,7 +90,7 @@ class Pieces:
     def covering(self, identity: str, start: int, stop: int) -> FilePiece | None:
         """A small piece that holds these bytes, None if there is none."""
         with self._lock:
-            own = (piece for piece in self._stored if piece.identity == identity)
+            own = self._by_file.get(identity, ())
             return next((piece for piece in own if piece.start <= start and stop <= piece.stop), None)
 
     def read(self, piece: FilePiece, into: memoryview, offset: int) -> bool:
@@ -142,6 +143,7 @@ class Pieces:
             self.release(piece.nbytes)
         with self._lock:
             self._drop(piece, unlink=False)
+            self._by_file.setdefault(piece.identity, set()).add(piece)
             self._stored[piece] = _Stored(path, crc32, trusted=True, put_at=self._put + piece.nbytes, used=False)
             self._bytes += piece.nbytes
             self._put += piece.nbytes
@@ -180,6 +182,7 @@ class Pieces:
         found = self._stored.pop(piece, None)
         if found is not None:
             self._bytes -= piece.nbytes
+            self._by_file[piece.identity].discard(piece)
             if unlink:
                 with suppress(OSError):
                     found.path.unlink(missing_ok=True)
@@ -192,6 +195,7 @@ class Pieces:
             if match is None or piece is None or piece.nbytes != nbytes:
                 path.unlink(missing_ok=True)
                 continue
+            self._by_file.setdefault(piece.identity, set()).add(piece)
             self._stored[piece] = _Stored(path, int(match[3], 16), trusted=False, put_at=0, used=True)
             self._bytes += nbytes
         for other in sorted(folder.glob("pieces-*")):

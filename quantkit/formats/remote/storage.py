@@ -22,7 +22,7 @@ SMALL = 1 << 20
 """Reads of up to so many bytes (headers, samples) bring no whole piece."""
 HEAD_BYTES = 128 << 10
 """Of every shard, fetched together at the start. The header of a V3 shard has 75 KB."""
-AT_ONCE = 32
+AT_ONCE = 8
 """Pieces that one reader waits for at a time: what bounds its memory."""
 
 
