@@ -19,6 +19,7 @@ from quantkit.arguments import (
     let_threads_sleep,
     opened_places,
     optional_path,
+    output_folder,
     parsed,
     path_of,
     paths_of,
@@ -81,11 +82,11 @@ def convert(
 
     loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = conversion_budget(device, jobs, memory_budget)
-    place = optional_path(config)
+    place, result = optional_path(config), output_folder(out)
     with opened_places(source, cache=cache, cache_dir=cache_dir) as opened:
         (given,), storage = opened.folders, opened.storage
         loaded = settled(given, place, loaded, folder, device, budget, on_event, storage).recipe
-        job = prepared(given, place, loaded, path_of(out), folder, budget, restart=restart, storage=storage)
+        job = prepared(given, place, loaded, result, folder, budget, restart=restart, storage=storage)
         with job as found, threads(jobs):
             from quantkit.convert.events import ignore
             from quantkit.convert.run import convert as run
@@ -126,7 +127,7 @@ def trial(
     budget = conversion_budget(device, jobs, memory_budget)
     place = Path(f"{out}.trial.json")
     other = optional_path(config)
-    with opened_places(source, cache=cache, cache_dir=cache_dir) as opened, trial_folder(path_of(out)) as made:
+    with opened_places(source, cache=cache, cache_dir=cache_dir) as opened, trial_folder(output_folder(out)) as made:
         (given,), storage = opened.folders, opened.storage
         loaded = settled(given, other, loaded, folder, device, budget, on_event, storage).recipe
         check_place(place)

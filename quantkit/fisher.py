@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.arguments import let_threads_sleep, opened_places, path_of, threads
+from quantkit.arguments import let_threads_sleep, opened_places, output_folder, threads
 
 if TYPE_CHECKING:
     from quantkit.documents.sensitivity import SensitivityDocument
@@ -47,7 +47,7 @@ def sensitivity(
     text = Text((data,) if isinstance(data, str) else tuple(data), tokens, sequence_length, seed)
     with (
         opened_places(source, cache=cache, cache_dir=cache_dir) as opened,
-        prepared(opened.folders[0], path_of(out), text, restart=restart, storage=opened.storage) as request,
+        prepared(opened.folders[0], output_folder(out), text, restart=restart, storage=opened.storage) as request,
         threads(jobs),
     ):
         from quantkit.plan.machine import Machine

@@ -46,12 +46,12 @@ def open_plain(path: Path | str, storage: Storage = LOCAL) -> Fp8Source:
 
 def check_folder(path: Path) -> None:
     """Raise `SourceError` if a path is no folder. What looks like the name of a repository is told from a typing
-    error: nothing here loads from a hub."""
+    error: a repository has an address."""
     if path.is_dir():
         return
     hint = "Give the folder of a checkpoint: config.json and, to convert it, its safetensors shards."
     if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path), re.ASCII):
-        hint = f"Nothing is loaded from the hub: fetch it first, hf download {path} --local-dir {path.name}"
+        hint = f"To read it from the hub, give hf://{path}"
     if path.suffix == ".gguf" and path.is_file():
         raise _no_source(path)
     what = "is not a folder" if os.path.lexists(path) else "no such folder"

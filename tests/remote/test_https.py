@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from quantkit import inspect, plan
-from quantkit.errors import PlanError, QuantkitError, SourceError
+from quantkit import convert, inspect, plan
+from quantkit.errors import OutputError, PlanError, QuantkitError, SourceError
 from quantkit.formats.remote.fetch import Patience
 from tests.convert.jobs import data_free, int4, recipe_of, small_config, write_model, write_text
 from tests.remote.remote_jobs import IMPATIENT, cached_bytes, contents, convert_from
@@ -145,6 +145,14 @@ def test_addresses_that_cannot_be_read_are_one_line(address: str, said: str, tmp
     with pytest.raises(SourceError, match=said) as error:
         convert_from(address, RTN, tmp_path / "out", tmp_path / "cache", patience=IMPATIENT)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/out", "hf://org/name", "https://me:hush@host/out"])
+def test_results_go_to_folders(place: Path, out: str) -> None:
+    with pytest.raises(OutputError, match="results go to a folder of this machine") as error:
+        convert(place / "model", RTN, out)
+    assert "hush" not in str(error.value)
+    assert not Path(out).parent.exists()
 
 
 def test_a_folder_that_is_not_there_is_one_line(place: Path, tmp_path: Path) -> None:
