@@ -93,6 +93,13 @@ def test_refusals_are_one_line(client: Any, address: str, said: str, tmp_path: P
     assert SECRET not in str(error.value)
 
 
+def test_a_service_that_is_not_there_is_one_line(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(QuantkitError, match=r"s3://models/nano: cannot be asked for \(EndpointConnectionError\)"):
+        convert_from("s3://models/nano", RTN, tmp_path / "out", tmp_path / "cache")
+
+
 def test_a_bucket_that_refuses_is_one_line(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantkit.formats.remote import buckets
 
@@ -100,7 +107,7 @@ def test_a_bucket_that_refuses_is_one_line(client: Any, tmp_path: Path, monkeypa
         def ls(self, path: str, detail: bool, refresh: bool) -> list[Any]:
             raise PermissionError(f"Access Denied for {KEY}")
 
-    monkeypatch.setattr(buckets, "opened", lambda scheme: Refusing())
+    monkeypatch.setattr(buckets, "opened", lambda scheme: (Refusing(), ()))
     with pytest.raises(QuantkitError, match="s3://models/released/nano: the bucket refuses") as error:
         convert_from("s3://models/released/nano", RTN, tmp_path / "out", tmp_path / "cache")
     assert KEY not in str(error.value)

@@ -125,6 +125,12 @@ def test_an_address_that_ran_out_is_asked_for_again(hub: Hub, tmp_path: Path) ->
     assert (tmp_path / "out" / "quantkit.json").is_file()
 
 
+def test_a_hub_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SourceError, match=rf"hf://{NAME}: cannot be asked for \(ConnectError\)"):
+        convert_from(f"hf://{NAME}", RTN, tmp_path / "out", tmp_path / "cache")
+
+
 def test_names_of_repositories() -> None:
     assert repository("hf://org/name") == ("org/name", None)
     assert repository("hf://org/name@refs/pr/1") == ("org/name", "refs/pr/1")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from quantkit.errors import SourceError
 from quantkit.formats.remote.connections import bare_etag
@@ -19,6 +19,7 @@ from quantkit.formats.remote.fetch import PERMISSION
 from quantkit.formats.remote.files import Address, Listing, RemoteFile, plain
 
 SIGNED_SECONDS = 3600
+Answered = TypeVar("Answered")
 
 
 class Bucket(Protocol):
@@ -37,9 +38,13 @@ def listing(address: str) -> Listing:
     if not place or "?" in place or "@" in place:
         raise SourceError(f"{scheme}://: names no bucket and prefix.", hint=f"Give {scheme}://BUCKET/PREFIX.")
     origin = f"{scheme}://{place}"
-    bucket = opened(scheme)
-    entries = asked(origin, lambda: bucket.ls(place, detail=True, refresh=True))
-    address_of = partial(_signed, bucket) if scheme == "s3" else partial(_media, bucket)
+    bucket, failures = opened(scheme)
+    entries = asked(origin, failures, lambda: bucket.ls(place, detail=True, refresh=True))
+    made = _signed if scheme == "s3" else _media
+
+    def address_of(path: str) -> Address:
+        return asked(f"{scheme}://{path}", failures, lambda: made(bucket, path))
+
     files = tuple(
         RemoteFile(
             name=str(entry["name"]).rpartition("/")[2],
@@ -54,24 +59,37 @@ def listing(address: str) -> Listing:
     return Listing(origin, plain(place.rpartition("/")[2]), files)
 
 
-def opened(scheme: str) -> Bucket:
+class Opened(NamedTuple):
+    """``failures``: what its libraries raise beside errors of the operating system."""
+
+    bucket: Bucket
+    failures: tuple[type[Exception], ...]
+
+
+def opened(scheme: str) -> Opened:
     """The file system behind a scheme. Raises `SourceError` if its library is missing."""
     if scheme == "gs":
         try:
             import gcsfs  # pyright: ignore[reportMissingImports]
+            from aiohttp import ClientError  # pyright: ignore[reportMissingImports]
+            from gcsfs.retry import HttpError  # pyright: ignore[reportMissingImports]
+            from google.auth.exceptions import GoogleAuthError  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise missing_package("gs://", "gcsfs") from None
-        return cast("Bucket", gcsfs.GCSFileSystem(skip_instance_cache=True))
+        system = gcsfs.GCSFileSystem(skip_instance_cache=True)
+        return Opened(cast("Bucket", system), (ClientError, HttpError, GoogleAuthError))
     try:
         import s3fs  # pyright: ignore[reportMissingImports]
+        from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingImports]
         from botocore.session import get_session  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise missing_package("s3://", "s3fs") from None
     stranger = get_session().get_credentials() is None
-    return cast("Bucket", s3fs.S3FileSystem(anon=stranger, skip_instance_cache=True))
+    system = s3fs.S3FileSystem(anon=stranger, skip_instance_cache=True)
+    return Opened(cast("Bucket", system), (BotoCoreError, ClientError))
 
 
-def asked(origin: str, question: Callable[[], Any]) -> Any:
+def asked(origin: str, failures: tuple[type[Exception], ...], question: Callable[[], Answered]) -> Answered:
     """The answer of a bucket. Raises `SourceError` in one line."""
     try:
         return question()
@@ -79,7 +97,7 @@ def asked(origin: str, question: Callable[[], Any]) -> Any:
         raise SourceError(f"{origin}: no such bucket or folder.", hint="Give the folder of config.json.") from None
     except PermissionError:
         raise SourceError(f"{origin}: the bucket refuses.", hint=PERMISSION) from None
-    except (OSError, ValueError) as error:  # their text may quote a signature
+    except (OSError, ValueError, *failures) as error:  # their text may quote a signature
         raise SourceError(f"{origin}: cannot be asked for ({type(error).__name__}).", hint=PERMISSION) from None
 
 

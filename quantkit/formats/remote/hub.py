@@ -16,6 +16,7 @@ from quantkit.errors import SourceError
 from quantkit.formats.remote.extra import missing_package
 from quantkit.formats.remote.files import Address, Listing, RemoteFile
 
+UNREACHED = "Is the network up? HF_ENDPOINT and HF_HUB_OFFLINE say where and whether the hub is asked."
 _NAME = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?", re.ASCII)
 
 
@@ -40,7 +41,7 @@ def listing(address: str) -> Listing:
     asked = repository(address)
     try:
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
     except ImportError:
         raise missing_package("hf://", "huggingface_hub") from None
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
@@ -50,8 +51,8 @@ def listing(address: str) -> Listing:
         )
     except HfHubHTTPError as error:
         raise _refusal(asked, error) from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"hf://{asked.name}: cannot be asked for ({type(error).__name__}).") from None
+    except (HTTPError, OSError, ValueError) as error:  # the first is that of the library's HTTP client
+        raise SourceError(f"hf://{asked.name}: cannot be asked for ({type(error).__name__}).", hint=UNREACHED) from None
     commit = info.sha or ""
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise SourceError(f"hf://{asked.name}: the hub names no commit.")
