@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from quantkit.errors import OutputError, PlanError, SourceError
-from quantkit.formats.remote.addresses import is_remote, without_secrets
 
 if TYPE_CHECKING:
     from quantkit.documents.evaluation import Evaluation
@@ -132,6 +131,7 @@ def opened_places(
 ) -> Generator[Places]:
     """Sources as folders of this machine, and the storage that opens their shards, while this is not left. ``cache``:
     bytes, or "50GiB", that pieces of remote ones may take in the folder ``cache_dir``. Raises a `QuantkitError`."""
+    from quantkit.formats.remote.addresses import is_remote
     from quantkit.formats.remote.places import CacheOptions, places
     from quantkit.plan.budget import cache_bytes
     from quantkit.plan.speed import cache_folder
@@ -154,6 +154,8 @@ def optional_path(path: Path | str | None) -> Path | None:
 def output_folder(out: Path | str) -> Path:
     """Where a result goes. Raises `OutputError` for an address, `SourceError` as `path_of` does."""
     if re.match(r"(hf|s3|gs|https?):/", str(out)):  # pathlib makes one slash of two
+        from quantkit.formats.remote.addresses import without_secrets
+
         raise OutputError(
             f"{without_secrets(str(out))}: results go to a folder of this machine.",
             hint="Give -o FOLDER, and upload it when it is complete: hf upload, aws s3 sync, gcloud storage rsync.",
