@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 from quantkit.plan.hardware import Gpu, Hardware
 from quantkit.plan.memory import LEAST_CACHE, Needs, conversion_phases, interpreter, least_budget, total
+from quantkit.plan.output_memory import aware
 from quantkit.plan.phases import KEPT_CHUNK_BYTES, Phase, Place, Term, expert_phases
 from quantkit.plan.shapes import Work
 
 MOST_EXPERTS = 32
 """More experts at once gain nothing: a batch of this size fills the matrix products."""
+MOST_AWARE_EXPERTS = 64
+"""The same where rows hear of each other: few of each matrix are rounded at once, more matrices fill a GPU."""
 STORES_SHARE, EXPERTS_SHARE, CACHE_SHARE = 0.5, 0.3, 0.15
 """Shares of what the budget leaves beside the least that the work needs: for hidden states, for experts beside the
 first, and for weights of dense linears."""
@@ -23,6 +26,8 @@ DEVICE_STORES_SHARE = 0.6
 """Hidden states take at most this share of a GPU's memory."""
 DEVICE_EXPERTS_SHARE = 0.4
 """Experts quantised at once take at most this share of a GPU's memory, unless dense linears take more anyway."""
+DEVICE_AWARE_SHARE = 0.75
+"""The same where rows hear of each other."""
 DEVICE_CACHE_SHARE = 0.05
 """Kept weights of dense linears take this share of a GPU's memory."""
 CUDA_BYTES = 10**9
@@ -83,7 +88,8 @@ def _device_share(work: Work, gpu: Gpu, budget: int) -> Share:
         return max(phase.nbytes for phase in conversion_phases(work, place, experts, cache))
 
     room = int(gpu.nbytes * DEVICE_ROOM)
-    count, limit = experts_within(work, place, max(working(1), int(room * DEVICE_EXPERTS_SHARE)), "GPU memory")
+    share = DEVICE_AWARE_SHARE if any(aware(shape.decisions) for shape in work.experts) else DEVICE_EXPERTS_SHARE
+    count, limit = experts_within(work, place, max(working(1), int(room * share)), "GPU memory")
     on_gpu = max(0, min(int(gpu.nbytes * DEVICE_STORES_SHARE), room - working(count)))
     return Share(int(budget * STORES_SHARE), on_gpu, cache, count, limit)
 
@@ -94,8 +100,10 @@ def experts_within(work: Work, place: Place, nbytes: int, name: str) -> tuple[in
     if not shapes:
         return 1, "no routed experts are quantised"
     shape = max(shapes, key=lambda one: one.inter * one.hidden)
-    limits = [(MOST_EXPERTS, "no gain from more"), (shape.count, f"all {shape.count} of a layer")]
-    if place.gpu is not None:
+    together = place.gpu is not None and bool(aware(shape.decisions))
+    most = MOST_AWARE_EXPERTS if together else MOST_EXPERTS
+    limits = [(most, "no gain from more"), (shape.count, f"all {shape.count} of a layer")]
+    if place.gpu is not None and not together:
         one_slice = place.slice_bytes // (4 * 2 * shape.hidden * shape.inter)  # of gate and up together
         limits.append((max(1, one_slice), f"{place.slice_bytes / 2**30:g} GiB of rows at once"))
     most, why = min(limits, key=lambda limit: limit[0])

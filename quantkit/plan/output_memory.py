@@ -9,6 +9,7 @@ from quantkit.calibrate.chunk_sizes import BATCH_TOKENS
 from quantkit.plan.decide import Decision
 from quantkit.plan.shapes import DenseShape, Experts, Work, matrices
 from quantkit.plan.terms import Term
+from quantkit.quantizers.ldlq.rows import ROW_STEPS
 from quantkit.tensors import Projection
 
 STORES = 3
@@ -26,6 +27,12 @@ _BY_HEADS = (Projection.Q, Projection.Q_B, Projection.KV_B)
 def aware(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
     """Those whose method takes output Hessians."""
     return tuple(d for d in decisions if d.method is not None and d.method.output_aware)
+
+
+def rows_at_once_of(decisions: Iterable[Decision], nbytes: int) -> int:
+    """Of ``nbytes`` of weights, those of the rows that are rounded at once."""
+    methods = [d.method for d in decisions if d.method is not None]
+    return nbytes // ROW_STEPS if all(method.output_aware for method in methods) else nbytes
 
 
 def squares(decision: Decision, heads: int) -> int:

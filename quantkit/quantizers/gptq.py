@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
     from quantkit.quantizers.ldlq.factor import Factor
+    from quantkit.quantizers.ldlq.polish import Polished
     from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes import ChosenScheme
-    from quantkit.schemes.grid import Stored
+    from quantkit.schemes.grid import Grid, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +151,18 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         reach: Tensor | None,
         output_factor: OutputFactor,
     ) -> QuantizedBatch:
+        from quantkit.kernels.recorded import Recorded
         from quantkit.quantizers.batch import QuantizedBatch
         from quantkit.quantizers.ldlq import factor as ldlq_factor
         from quantkit.quantizers.ldlq import two_sided
 
         if reach is None and scheme.shares_scale:
             reach = weight.abs().amax((-2, -1))  # of the whole matrix, not of the rows at hand
-        hessian = prepared.factor.hessian
+        hessian, descend = prepared.factor.hessian, Recorded(partial(self._descended, prepared.factor))
         rounded = two_sided.round_rows(
             self._target(weight, prepared),
             output_factor,
-            lambda rows: self._rounded(rows, scheme, prepared, reach)[0],
+            lambda rows: self._rounded(rows, scheme, prepared, reach, descend)[0],
             lambda stored: scheme.decode(**stored),
         )
         loss, norm = (ldlq_factor.row_loss(one, hessian) for one in (rounded.error, weight))
@@ -186,12 +188,16 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return QuantizedRows(*self._rounded(self._target(weight, prepared), scheme, prepared, reach), norm)
 
     def _rounded(
-        self, target: Tensor, scheme: ChosenScheme, prepared: PreparedInputs, reach: Tensor | None
+        self,
+        target: Tensor,
+        scheme: ChosenScheme,
+        prepared: PreparedInputs,
+        reach: Tensor | None,
+        descend: Callable[[Grid, Tensor], Polished] | None = None,
     ) -> tuple[Stored, Tensor]:
-        """What is stored of some rows (B, rows, in), and tr(E H E^T) of each (B, rows)."""
+        """What is stored of some rows (B, rows, in), and tr(E H E^T) of each (B, rows). ``descend``: `_descended`
+        already recorded."""
         from quantkit.quantizers.ldlq import factor as ldlq_factor
-        from quantkit.quantizers.ldlq import polish as ldlq_polish
-        from quantkit.quantizers.ldlq import sweep as ldlq_sweep
         from quantkit.quantizers.ldlq import vectors as ldlq_vectors
 
         factor = prepared.factor
@@ -201,10 +207,17 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
             return vectors.stored(), ldlq_factor.row_loss(error, factor.hessian)
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed, reach=reach)
-        if not self.polish:
-            loss = target.new_zeros(target.shape[:2])
-            codes = ldlq_sweep.sweep(grid, target, factor, loss)
-            return grid.stored(codes, grid.scale, grid.offset), loss
-        codes = ldlq_sweep.sweep(grid, target, factor)
-        polished = ldlq_polish.polish(grid, target, codes, factor.hessian, self.polish)
-        return grid.stored(polished.codes, polished.scale, polished.offset), polished.loss
+        found = (descend or partial(self._descended, factor))(grid, target)
+        return grid.stored(found.codes, found.scale, found.offset), found.loss
+
+    def _descended(self, factor: Factor, grid: Grid, target: Tensor) -> Polished:
+        """Codes by the sweep, and after coordinate descent if there is any. A GPU records it: it waits for nothing."""
+        from quantkit.quantizers.ldlq import polish as ldlq_polish
+        from quantkit.quantizers.ldlq import sweep as ldlq_sweep
+
+        if self.polish:
+            codes = ldlq_sweep.sweep(grid, target, factor)
+            return ldlq_polish.polish(grid, target, codes, factor.hessian, self.polish)
+        loss = target.new_zeros(target.shape[:2])
+        codes = ldlq_sweep.sweep(grid, target, factor, loss)
+        return ldlq_polish.Polished(codes, grid.scale, grid.offset, loss)

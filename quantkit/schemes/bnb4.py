@@ -88,14 +88,18 @@ class Bnb4Scheme(BaseModel, frozen=True, extra="forbid"):
         """(16,) float32 by code."""
         import torch
 
-        return torch.tensor(LEVELS[self.type], device=device)
+        from quantkit.kernels.backend import constants
+
+        return constants(LEVELS[self.type], torch.float32, device)
 
     def nested_levels(self, device: torch.device) -> Tensor:
         """(256,) float32, rising: 0, then powers up to 1."""
         import torch
 
+        from quantkit.kernels.backend import constants
+
         powers = torch.exp2(torch.linspace(-NESTED_RANGE, 0, 255, dtype=torch.float64)).float()
-        return torch.cat((torch.zeros(1), powers)).to(device)
+        return constants((0.0, *powers.tolist()), torch.float32, device)
 
     def grid(
         self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool, reach: Tensor | None = None
@@ -159,7 +163,11 @@ class Bnb4Grid:
     @property
     def table(self) -> Tensor:
         """The different levels, rising."""
-        return self.scheme.levels(self.scale.device).unique()
+        import torch
+
+        from quantkit.kernels.backend import constants
+
+        return constants(tuple(sorted(set(LEVELS[self.scheme.type]))), torch.float32, self.scale.device)
 
     def storable(self, wanted: Tensor) -> Tensor:
         """The nearest scales (B, out, ...) that can be stored, never negative."""

@@ -36,7 +36,9 @@ def table(device: torch.device) -> Tensor:
     """(15,) float32: the different values, rising."""
     import torch
 
-    return torch.tensor(_RISING, device=device)
+    from quantkit.kernels.backend import constants
+
+    return constants(_RISING, torch.float32, device)
 
 
 def stored_codes(codes: Tensor) -> Tensor:

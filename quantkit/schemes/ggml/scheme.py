@@ -148,10 +148,11 @@ class BlockGrid:
         """Levels that are no integers in a row."""
         import torch
 
+        from quantkit.kernels.backend import constants
+
         if self.kind.uniform:
             return None
-        levels = sorted(set(self.kind.levels))
-        return torch.tensor(levels, dtype=torch.float32, device=self.params.d.device)
+        return constants(tuple(sorted(set(self.kind.levels))), torch.float32, self.params.d.device)
 
     def nearest_scale(self, group: int, wanted: Tensor) -> Tensor:
         """A multiple of the block's d, or any float16 where a group is a block (MXFP4: it stays)."""
