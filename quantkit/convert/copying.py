@@ -3,9 +3,10 @@ in memory as a whole: kept ones, and matrices that a format stores in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.events import CopyDone
@@ -19,9 +20,15 @@ from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.schemes import QuantError
 
 
-def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Folding] = ()) -> None:
+def copy_kept(
+    conversion: Conversion,
+    layer: int | None,
+    foldings: Sequence[Folding] = (),
+    tuned: Mapping[str, Tensor] | None = None,
+) -> None:
     """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them.
-    ``foldings``: by output, what its methods did to input channels; tensors that absorb it are written changed."""
+    ``foldings``: by output, what its methods did to input channels; tensors that absorb it are written changed.
+    ``tuned``: those that are stored otherwise."""
     source, parts = conversion.source, conversion.arch.parts()
     tensors = nbytes = 0
     for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
@@ -29,7 +36,9 @@ def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Fold
         for name, decision in output.decisions.items():
             if decision.spec.layer != layer or decision.action is not Action.KEEP:
                 continue
-            if decision.scheme is not None:
+            if tuned and name in tuned:
+                sink.write_kept(name, 0, tuned[name].cpu())
+            elif decision.scheme is not None:
                 sink.write(taken_over(source, decision))
             elif decision.spec.part_of is not None:
                 whole = decision.spec.part_of

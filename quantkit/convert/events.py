@@ -51,6 +51,26 @@ class TensorDone:
 
 
 @dataclass(frozen=True, slots=True)
+class TuningStep:
+    """``done`` of ``total`` updates of a layer's codes, scales and norms."""
+
+    layer: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTuned:
+    """A layer is tuned. ``before``, ``after``: squared error of its output on held-out calibration rows, relative to
+    what it adds; ``epoch``: whose state is kept, 0: nothing was better than what the methods gave."""
+
+    layer: int
+    before: float
+    after: float
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerDone:
     """All tensors of a layer are on disk and the journal says so. ``tokens`` advanced through it in ``seconds``."""
 
@@ -152,7 +172,18 @@ def _outline(output: OutputReport) -> str:
     return f"{text}, perplexity x {ratio}, mean KLD {kl}"
 
 
-Event = LossesLayer | Started | StageStarted | TensorDone | LayerDone | CopyDone | ValidationProgress | Finished
+Event = (
+    LossesLayer
+    | Started
+    | StageStarted
+    | TensorDone
+    | TuningStep
+    | LayerTuned
+    | LayerDone
+    | CopyDone
+    | ValidationProgress
+    | Finished
+)
 OnEvent = Callable[[Event], None]
 
 

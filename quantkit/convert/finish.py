@@ -89,6 +89,9 @@ def finish(
             document = _document(conversion, output, header, rows, records, hashes, result)
             if poor:
                 document = document.model_copy(update={"poor_fits": poor})
+            tuning = {entry.layer: entry.tuning for entry in conversion.journal.layers if entry.tuning is not None}
+            if tuning:
+                document = document.model_copy(update={"tuning": tuning})
             write_durably(directory / CONVERSION, document.to_json().encode())
             write_model_card(directory, _card(conversion, output, directory, result))
         with conversion.timer.stage("files"):

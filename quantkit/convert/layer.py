@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Sublayer
 from quantkit.calibrate.hidden_states import RowStore
@@ -24,17 +25,20 @@ from quantkit.convert.output_hessians import ExpertHessians, SublayerHessians
 from quantkit.convert.outputs import Linears, any_quantised, output_aware, reach_of
 from quantkit.convert.rescale import rescale_sublayer
 from quantkit.convert.routing import Routes, route
-from quantkit.documents.journal import ExpertRecord
+from quantkit.documents.journal import ExpertRecord, TuningRecord
 from quantkit.quantizers.rescaling import Folding
 
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
     """What is known of a layer beside its linears. ``experts``: what the router gave each, by block;
-    ``foldings``: by output, the input channels that its methods rescaled, which kept tensors absorb."""
+    ``foldings``: by output, the input channels that its methods rescaled, which kept tensors absorb; ``norms``: kept
+    tensors that tuning changed, by name; ``tuning``: what it did, None if it was not asked for."""
 
     experts: dict[str, tuple[ExpertRecord, ...]]
     foldings: tuple[Folding, ...]
+    norms: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    tuning: TuningRecord | None = None
 
 
 def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSink) -> LayerResult:

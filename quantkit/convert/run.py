@@ -37,6 +37,7 @@ from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
 from quantkit.convert.repack import refuse_misfits
 from quantkit.convert.scheduled import schedule_of
+from quantkit.convert.tune import quantize_and_tune
 from quantkit.convert.weights import LayerWeights, WeightSource
 from quantkit.documents.journal import LayerEntry, OutsideEntry, TensorRecord
 from quantkit.errors import OutputError
@@ -129,10 +130,10 @@ def open_imatrix(stack: ExitStack, job: Job) -> ImportanceFile | None:
 
 
 def open_fisher(job: Job) -> Sensitivity | None:
-    """The Fisher pass that the recipe names, if some method is output-aware. Raises `OutputError` or `SourceError` if
-    it is not finished, or of another checkpoint."""
-    named = job.plan.recipe.sensitivity
-    if named is None or not job.plan.recipe.output_aware:
+    """The Fisher pass that the recipe names, if some method is output-aware or layers are tuned. Raises `OutputError`
+    or `SourceError` if it is not finished, or of another checkpoint."""
+    named, recipe = job.plan.recipe.sensitivity, job.plan.recipe
+    if named is None or not (recipe.output_aware or recipe.tune):
         return None
     return open_sensitivity(job.base_dir / named, job.source, job.arch)
 
@@ -260,12 +261,17 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
         if streams is None:
             quantize_without_inputs(job, blocks, writer, conversion.importance)
         else:
-            result = quantize_layer(job, sublayers, writer)
+            tuned = conversion.plan.recipe.tune is not None
+            result = (
+                quantize_and_tune(conversion, layer, job, sublayers, writer)
+                if tuned
+                else quantize_layer(job, sublayers, writer)
+            )
         if conversion.deliveries is not None:
             conversion.deliveries.drain()
     with conversion.timer.stage("copy"):
         conversion.on_event(StageStarted(KEPT, layer))
-        copy_kept(conversion, layer, result.foldings)
+        copy_kept(conversion, layer, result.foldings, result.norms)
         records = _table_records([*writer.tensors, *quantize_tables(conversion, layer)])
     with conversion.timer.stage("sync"):
         _sync(conversion)
@@ -278,7 +284,12 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
 
         conversion.journal.append(
             LayerEntry(
-                layer=layer, saved=saved, tensors=tuple(records), experts=result.experts, written=_written(conversion)
+                layer=layer,
+                saved=saved,
+                tensors=tuple(records),
+                experts=result.experts,
+                written=_written(conversion),
+                tuning=result.tuning,
             )
         )
         if saved:

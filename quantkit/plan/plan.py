@@ -105,10 +105,12 @@ class Plan:
 
     @property
     def follows_original(self) -> bool:
-        """Whether some method follows the unquantised stream beside the quantised one: then hidden states exist
-        twice."""
+        """Whether some method, or tuning, follows the unquantised stream beside the quantised one: then hidden states
+        exist twice."""
         methods = (decision.method for output in self.outputs for decision in output.decisions.values())
-        return self.recipe.propagate == "quantized" and any(m is not None and m.follows_original for m in methods)
+        tuned = self.recipe.tune is not None and self.recipe.tune.alpha > 0
+        follows = tuned or any(m is not None and m.follows_original for m in methods)
+        return self.recipe.propagate == "quantized" and follows
 
     @property
     def calibrates_mtp(self) -> bool:

@@ -19,6 +19,7 @@ from quantkit.calibrate.dataset import Calibration
 from quantkit.plan.output_target import OutputTarget
 from quantkit.plan.recipe_file import model_of, read_model, recipe_path, shipped_recipes
 from quantkit.plan.recipe_values import checked_size, fault, one_of, parse_size
+from quantkit.plan.tune import AskedTune
 from quantkit.quantizers import AskedMethod
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
 from quantkit.schemes import ChosenScheme
@@ -270,6 +271,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="The folder of a finished `quantkit sensitivity` of this checkpoint, for methods that are "
         "output_aware and outputs with a target; relative to the recipe's folder.",
     )
+    tune: AskedTune = Field(
+        None,
+        description="Tune codes, scales and norms of each whole layer by gradients after it was quantised; true: with "
+        "the defaults. Needs calibration, and one output.",
+    )
     allow_zeros: bool = Field(
         False,
         description="Take shards with rows of zeros at the end, or long runs of them within, as interrupted downloads "
@@ -325,6 +331,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             if name in names[:place]:
                 raise fault(f"found two outputs named {outputs[place].name!r}, needed different names")
         return outputs
+
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> Recipe:
+        if self.tune is not None:
+            methods = [m for output in self.outputs for m in (output.method, *(rule.method for rule in output.rules))]
+            self.tune.check(methods, self.calibration is not None, self.propagate, len(self.outputs))
+        return self
 
     @model_validator(mode="after")
     def _targets_are_known(self) -> Recipe:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -113,6 +114,12 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         """Fitted scales and nearest codes of weight (B, out, in), as `decode` takes them."""
         scale, zero_point = self.fit(weight, importance, grid=points, signed=signed)
         return _stored(self.encode(weight, scale, zero_point), scale, zero_point)
+
+    def tunable(self, stored: Stored) -> Tunable:
+        """What gradients may change of stored matrices (B, out, in)."""
+        from quantkit.schemes.tunable import TunableIntegers
+
+        return TunableIntegers(self, stored["codes"], stored["scale"], stored.get("zero_point"))
 
     def encode(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Nearest code, ties to even. weight (..., out, in) float32, scale (..., out, groups) -> (..., out, in)

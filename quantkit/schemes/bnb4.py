@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 LEVELS = {
     "nf4": (
@@ -128,6 +129,10 @@ class Bnb4Scheme(BaseModel, frozen=True, extra="forbid"):
         divisor = grid.scale.masked_fill(grid.scale == 0, torch.inf).unsqueeze(-1)
         units = (weight.unflatten(-1, (-1, self.block_size)) / divisor).flatten(-2)
         return grid.stored(torch.bucketize(units, _middles(grid.table)), grid.scale, None)
+
+    def tunable(self, stored: Stored) -> Tunable | None:
+        """Nothing of stored matrices is tuned by gradients."""
+        return None
 
     def decode(self, codes: Tensor, scale: Tensor, nested_absmax: Tensor | None = None) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, blocks) float32, or uint8 codes with nested_absmax (..., out, 1)

@@ -41,6 +41,14 @@ def table(device: torch.device) -> Tensor:
     return constants(_RISING, torch.float32, device)
 
 
+def places(codes: Tensor) -> Tensor:
+    """Stored codes, any integers -> places in `table`, uint8."""
+    import torch
+
+    places = [_RISING.index(level) for level in LEVELS]
+    return torch.tensor(places, dtype=torch.uint8, device=codes.device)[codes.int()]
+
+
 def stored_codes(codes: Tensor) -> Tensor:
     """Places in `table`, any integers -> what is stored, uint8."""
     import torch

@@ -240,6 +240,8 @@ def state_line(tally: Tally) -> str:
         parts.append(f"{tally.stage}{count}")
     if tally.pace is not None:
         parts.append(f"{100 * tally.fraction:.0f} %")
+    if tally.loss:
+        parts.append(f"loss {tally.loss}")
     if tally.tokens_per_s:
         parts.append(f"{tally.tokens_per_s:,.0f} tokens/s")
     if tally.bytes_done:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from quantkit.schemes.ggml.codebook_layout import CodebookParts
     from quantkit.schemes.grid import Stored
+    from quantkit.schemes.tunable import Tunable
 
 BlockTypeName = Literal[
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "IQ3_S",
@@ -102,6 +103,13 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
             return {"blocks": quantize_codebook(self.block, weight, importance)}
         params = fit(self.block, weight, importance)
         return {"blocks": pack(self.block, encode(self.block, weight, params), params)}
+
+    def tunable(self, stored: Stored) -> Tunable | None:
+        """What gradients may change of stored matrices (B, out, in); None for types with a codebook."""
+        from quantkit.schemes.ggml.layout import unpack
+        from quantkit.schemes.tunable import TunableBlocks
+
+        return TunableBlocks(self.block, *unpack(self.block, stored["blocks"])) if self.has_grid else None
 
     def decode(self, blocks: Tensor) -> Tensor:
         """blocks (..., out, row bytes) uint8 -> weight (..., out, in) float32, bit for bit what llama.cpp decodes."""
