@@ -3,9 +3,11 @@ in memory as a whole: kept ones, and matrices that a format stores in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.events import CopyDone
@@ -19,9 +21,15 @@ from quantkit.quantizers.rescaling import NO_FOLDING, Folding
 from quantkit.schemes import QuantError
 
 
-def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Folding] = ()) -> None:
+def copy_kept(
+    conversion: Conversion,
+    layer: int | None,
+    foldings: Sequence[Folding] = (),
+    changed: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them.
-    ``foldings``: by output, what its methods did to input channels; tensors that absorb it are written changed."""
+    ``foldings``: by output, what its methods did to input channels; tensors that absorb it are written changed.
+    ``changed``: what stands for tensors of the source in every output."""
     source, parts = conversion.source, conversion.arch.parts()
     tensors = nbytes = 0
     for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
@@ -34,8 +42,9 @@ def copy_kept(conversion: Conversion, layer: int | None, foldings: Sequence[Fold
             elif decision.spec.part_of is not None:
                 whole = decision.spec.part_of
                 sink.write_kept(name, 0, parts[name].take(folding.folded(whole, source.read(whole))))
-            elif folding.changes(name):
-                sink.write_kept(name, 0, folding.folded(name, source.read(name)))
+            elif name in changed or folding.changes(name):
+                weight = changed[name].cpu() if name in changed else source.read(name)
+                sink.write_kept(name, 0, folding.folded(name, weight))
             else:
                 _copy_rows(source, sink, name)
             tensors += 1

@@ -105,10 +105,11 @@ class Plan:
 
     @property
     def follows_original(self) -> bool:
-        """Whether some method follows the unquantised stream beside the quantised one: then hidden states exist
-        twice."""
+        """Whether some method, or the fit of the routers, follows the unquantised stream beside the quantised one: then
+        hidden states exist twice."""
         methods = (decision.method for output in self.outputs for decision in output.decisions.values())
-        return self.recipe.propagate == "quantized" and any(m is not None and m.follows_original for m in methods)
+        wanted = self.recipe.router != "keep" or any(m is not None and m.follows_original for m in methods)
+        return self.recipe.propagate == "quantized" and wanted
 
     @property
     def calibrates_mtp(self) -> bool:
@@ -152,6 +153,8 @@ def make_plan(
         _plan_output(output, target_of(output, recipe, arch, specs), arch, recipe, source, stored, problems, warnings)
         for output in recipe.outputs
     )
+    if recipe.router != "keep" and not any(spec.role is Role.ROUTER for spec in specs):
+        problems.add("routers", f"router: {recipe.router}: this model has no router.", "Take router: keep.")
     for line in length_problems(recipe, arch):
         problems.add(
             "length", line, "Take shorter sequences: until then attention is dense, and nothing is approximate."
