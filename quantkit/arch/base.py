@@ -165,7 +165,7 @@ class ExpertBlock:
     """Routed experts: gated MLPs of one shape, each seeing only the tokens that the router sends.
 
     ``inputs(weights, x)``: x (rows, tokens, hidden) -> h (rows * tokens, hidden), what router and experts read.
-    ``route(weights, h)``: h (tokens, hidden) -> `Routing`.
+    ``route(weights, h)``: h (tokens, hidden) -> `Routing`, with the tensor ``router`` (experts, hidden).
     ``activate(gate, up)``: the hidden of an expert from its two projections, e.g. silu(gate) * up.
     ``gates[e]``, ``ups[e]``, ``downs[e]``: tensor names.
     ``producer``: of the inputs of gates and ups. ``down_producers[e]``: of the hidden of expert ``e``; () if nothing
@@ -175,6 +175,7 @@ class ExpertBlock:
     name: str
     inputs: Callable[[Weights, torch.Tensor], torch.Tensor]
     route: Callable[[Weights, torch.Tensor], Routing]
+    router: str
     activate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     gates: tuple[str, ...]
     ups: tuple[str, ...]

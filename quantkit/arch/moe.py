@@ -148,6 +148,7 @@ def expert_block(
         name=name,
         inputs=partial(_normed, norm),
         route=router.route,
+        router=router.weight,
         activate=swiglu,
         gates=tuple(mlp.gate for mlp in experts),
         ups=tuple(mlp.up for mlp in experts),

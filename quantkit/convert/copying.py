@@ -4,6 +4,7 @@ in memory as a whole: kept ones, and matrices that a format stores in blocks."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,11 +25,11 @@ def copy_kept(
     conversion: Conversion,
     layer: int | None,
     foldings: Sequence[Folding] = (),
-    tuned: Mapping[str, Tensor] | None = None,
+    changed: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Copy the kept tensors of one layer (None: those outside the layers) to every output that keeps them.
     ``foldings``: by output, what its methods did to input channels; tensors that absorb it are written changed.
-    ``tuned``: those that are stored otherwise."""
+    ``changed``: what stands for tensors of the source in every output."""
     source, parts = conversion.source, conversion.arch.parts()
     tensors = nbytes = 0
     for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
@@ -36,15 +37,14 @@ def copy_kept(
         for name, decision in output.decisions.items():
             if decision.spec.layer != layer or decision.action is not Action.KEEP:
                 continue
-            if tuned and name in tuned:
-                sink.write_kept(name, 0, tuned[name].cpu())
-            elif decision.scheme is not None:
+            if decision.scheme is not None:
                 sink.write(taken_over(source, decision))
             elif decision.spec.part_of is not None:
                 whole = decision.spec.part_of
                 sink.write_kept(name, 0, parts[name].take(folding.folded(whole, source.read(whole))))
-            elif folding.changes(name):
-                sink.write_kept(name, 0, folding.folded(name, source.read(name)))
+            elif name in changed or folding.changes(name):
+                weight = changed[name].cpu() if name in changed else source.read(name)
+                sink.write_kept(name, 0, folding.folded(name, weight))
             else:
                 _copy_rows(source, sink, name)
             tensors += 1

@@ -32,12 +32,13 @@ from quantkit.quantizers.rescaling import Folding
 @dataclass(frozen=True, slots=True)
 class LayerResult:
     """What is known of a layer beside its linears. ``experts``: what the router gave each, by block;
-    ``foldings``: by output, the input channels that its methods rescaled, which kept tensors absorb; ``norms``: kept
-    tensors that tuning changed, by name; ``tuning``: what it did, None if it was not asked for."""
+    ``foldings``: by output, the input channels that its methods rescaled, which kept tensors absorb; ``changed``: kept
+    tensors that every output stores otherwise than the source, by name; ``tuning``: what it did, None if it was not
+    asked for."""
 
-    experts: dict[str, tuple[ExpertRecord, ...]]
-    foldings: tuple[Folding, ...]
-    norms: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    experts: dict[str, tuple[ExpertRecord, ...]] = field(default_factory=dict[str, tuple[ExpertRecord, ...]])
+    foldings: tuple[Folding, ...] = ()
+    changed: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     tuning: TuningRecord | None = None
 
 
@@ -47,25 +48,25 @@ def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSi
     batches = list(_expert_weights(job, (block for sublayer in sublayers for block in sublayer)))
     expected = [name for names, experts in batches for name in chosen(names, experts)]
     job.weights.expect(expected)
-    records: dict[str, tuple[ExpertRecord, ...]] = {}
+    found = LayerResult()
     for number, sublayer in enumerate(sublayers):
         aware = any(output_aware(job.outputs, block.linears) for block in sublayer)
         gradients = job.gradients if aware else None
         with nullcontext() if gradients is None else gradients.sublayer(number) as hessians:
-            job = _quantize_sublayer(job, sublayer, sink, records, expected, hessians)
-    return LayerResult(records, tuple(output.folding for output in job.outputs))
+            job = _quantize_sublayer(job, sublayer, sink, found, expected, hessians)
+    return replace(found, foldings=tuple(output.folding for output in job.outputs))
 
 
 def _quantize_sublayer(
     job: LayerJob,
     sublayer: Sublayer,
     sink: LayerSink,
-    records: dict[str, tuple[ExpertRecord, ...]],
+    found: LayerResult,
     expected: Sequence[str],
     hessians: SublayerHessians | None,
 ) -> LayerJob:
-    """As `quantize_layer`, one sublayer. ``expected``: weights of experts that are read ahead. Returns the job with
-    what was rescaled."""
+    """As `quantize_layer`, one sublayer. ``expected``: weights of experts that are read ahead. Adds to ``found`` what
+    its routers did. Returns the job with what was rescaled."""
     # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x first.
     routed = [(block, route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
     rescaled = rescale_sublayer(job, sublayer, routed)
@@ -79,7 +80,8 @@ def _quantize_sublayer(
         quantize_dense(job, block, sink, hessians)
     for block, routes in routed:
         sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
-        records[block.name] = routes.counts()
+        found.experts[block.name] = routes.counts()
+        found.changed.update(routes.changed)
         job = _quantize_routed(job, block, routes, sink, hessians)
         routes.close()
     return job

@@ -20,7 +20,8 @@ class LayerJob:
     """One layer. ``streams``: the hidden states, None in a data-free conversion. ``experts_at_once``: how many experts
     of one shape are one batch. ``min_expert_tokens``: experts with fewer tokens borrow those that came nearest to
     choosing them, for the statistics only. ``gradients``: of the model's loss at the outputs of the layer's linears,
-    None if no method asks for them or nothing is known of this layer."""
+    None if no method asks for them or nothing is known of this layer. ``fits_routers``: whether routers are moved by
+    least squares (`quantkit.convert.routers`)."""
 
     outputs: tuple[OutputChoice, ...]
     weights: LayerWeights
@@ -28,6 +29,7 @@ class LayerJob:
     experts_at_once: int
     min_expert_tokens: int
     gradients: LayerGradients | None = None
+    fits_routers: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +17,11 @@ from quantkit.calibrate.stream import ExpertTokens, row_batches
 from quantkit.convert.experts import ExpertInputs, RoutedTokens
 from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import needs_hessian
+from quantkit.convert.routers import fitted_router
 from quantkit.documents.journal import ExpertRecord
+
+if TYPE_CHECKING:
+    from quantkit.arch.base import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +40,12 @@ class RoutedStream:
 class Routes:
     """Routing of the calibrated stream and, if there is one, of the unquantised stream; the moments of the block's
     inputs over all tokens. ``borrowed[e]``: tokens (n,) int64, rising, that did not choose expert e but came nearest to
-    it."""
+    it. ``changed``: the router that the calibrated stream was routed by, by name, where it is not the source's."""
 
     streams: tuple[RoutedStream, ...]
     pooled: Inputs
     borrowed: tuple[Tensor, ...]
+    changed: Mapping[str, Tensor]
 
     def calibrated(self, experts: tuple[int, ...]) -> ExpertInputs:
         """The experts' tokens in the calibrated stream, the borrowed ones among them."""
@@ -66,17 +73,20 @@ class Routes:
 
 def route(job: LayerJob, block: ExpertBlock) -> Routes:
     """Route every token of every stream, and pool the moments of the inputs over all tokens of the layer."""
-    router = _Router(job, block)
+    changed = {block.router: fitted_router(job, block)} if job.fits_routers else {}
+    router = _Router(job, block, changed)
     (pooled,) = combined([router.route(rows)] for rows in row_slices(job.hidden.x.n_rows))
     streams = router.streams()
-    return Routes(streams, pooled.stats(), router.nearest.missing(streams[0].tokens, job.min_expert_tokens))
+    return Routes(streams, pooled.stats(), router.nearest.missing(streams[0].tokens, job.min_expert_tokens), changed)
 
 
 class _Router:
-    """Routes the rows of all streams, slice by slice."""
+    """Routes the rows of all streams, slice by slice. ``changed``: weights of the calibrated stream alone."""
 
-    def __init__(self, job: LayerJob, block: ExpertBlock) -> None:
+    def __init__(self, job: LayerJob, block: ExpertBlock, changed: Mapping[str, Tensor]) -> None:
         stores = job.hidden.stores()
+        carried, *original = job.weights.by_stream(len(stores))
+        self._weights = (_with(changed, carried), *original)
         self.nearest = _Nearest(block.n_experts, job.min_expert_tokens, job.hidden.x.device)
         self._job, self._block = job, block
         self._inputs = tuple(job.hidden.new_rows(store.width) for store in stores)
@@ -91,7 +101,7 @@ class _Router:
         moments = InputMoments(job.hidden.x.width, cross=len(stores) > 1, device=job.device, full=full)
         for start, stop in row_batches(job.hidden.x, job.device, rows):
             batch: list[Tensor] = []
-            for number, (weights, store) in enumerate(zip(job.weights.by_stream(len(stores)), stores, strict=True)):
+            for number, (weights, store) in enumerate(zip(self._weights, stores, strict=True)):
                 h = block.inputs(weights, store.read(start, stop).to(job.device))
                 routing = block.route(weights, h)
                 self._inputs[number].write(start, h)
@@ -109,6 +119,11 @@ class _Router:
             RoutedStream(inputs, ExpertTokens.of(torch.cat(indices), torch.cat(weights), self._block.n_experts))
             for inputs, indices, weights in zip(self._inputs, self._chosen, self._gates, strict=True)
         )
+
+
+def _with(changed: Mapping[str, Tensor], weights: Weights) -> Weights:
+    """``weights``, some of them changed."""
+    return weights if not changed else lambda name: changed[name] if name in changed else weights(name)
 
 
 def _with_borrowed(own: RoutedTokens, borrowed: Tensor) -> RoutedTokens:

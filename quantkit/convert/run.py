@@ -254,7 +254,7 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
     sublayers = conversion.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
     job, writer = _layer_job(conversion, layer, streams, blocks), LayerWriter(conversion, layer)
-    result = LayerResult({}, ())
+    result = LayerResult()
     _prefetch(conversion, layer + 1)
     _prefetch(conversion, layer + 2)
     with conversion.timer.stage("layers" if streams is not None else "layers without calibration"):
@@ -271,7 +271,7 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
             conversion.deliveries.drain()
     with conversion.timer.stage("copy"):
         conversion.on_event(StageStarted(KEPT, layer))
-        copy_kept(conversion, layer, result.foldings, result.norms)
+        copy_kept(conversion, layer, result.foldings, result.changed)
         records = _table_records([*writer.tensors, *quantize_tables(conversion, layer)])
     with conversion.timer.stage("sync"):
         _sync(conversion)
@@ -323,6 +323,7 @@ def _layer_job(conversion: Conversion, layer: int, streams: Streams | None, bloc
         experts_at_once=conversion.share.experts_at_once,
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
         gradients=None if streams is None else _gradients(conversion, layer, weights),
+        fits_routers=conversion.plan.recipe.router == "least_squares",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -94,7 +94,7 @@ class _Work:
         """Tune; where that helped, replace what is held, and carry the calibrated stream through the tuned layer."""
         conversion, job = self.conversion, self.job
         linears = self._linears(held)
-        tuned = self._layer(linears)
+        tuned = self._layer(linears, result.changed)
         target = self._target()
         seed = seed_of(self.settings, self.layer)
         task = TuneTask(tuned, self.before, target, self._metric(), self.settings, seed, job.device)
@@ -113,7 +113,7 @@ class _Work:
             codes=linears.codes,
             codes_changed=changed,
         )
-        return replace(result, norms=norms, tuning=record)
+        return replace(result, changed={**result.changed, **norms}, tuning=record)
 
     def _linears(self, held: HeldResults) -> TunedLinears:
         blocks = (block for sublayer in self.sublayers for block in sublayer if isinstance(block, ExpertBlock))
@@ -121,7 +121,7 @@ class _Work:
         adam = self.settings.optimizer == "adam"
         return tuned_linears(held.made, self.job.weights, self.conversion.arch.parts(), experts, adam=adam)
 
-    def _layer(self, linears: TunedLinears) -> TunedLayer:
+    def _layer(self, linears: TunedLinears, changed: Mapping[str, Tensor]) -> TunedLayer:
         weights, arch = self.job.weights, self.conversion.arch
         experts = {
             block.name: self._experts(block, linears)
@@ -137,7 +137,7 @@ class _Work:
             norms=self._norms() if self.settings.scale_lr else {},
             experts=experts,
             moving=linears.moving,
-            others=weights.original,
+            others=lambda name: changed[name] if name in changed else weights.original(name),
         )
 
     def _experts(self, block: ExpertBlock, linears: TunedLinears) -> Experts:

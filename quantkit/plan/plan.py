@@ -105,11 +105,12 @@ class Plan:
 
     @property
     def follows_original(self) -> bool:
-        """Whether some method, or tuning, follows the unquantised stream beside the quantised one: then hidden states
-        exist twice."""
+        """Whether some method, tuning, or the fit of the routers follows the unquantised stream beside the quantised
+        one: then hidden states exist twice."""
         methods = (decision.method for output in self.outputs for decision in output.decisions.values())
         tuned = self.recipe.tune is not None and self.recipe.tune.alpha > 0
-        follows = tuned or any(m is not None and m.follows_original for m in methods)
+        fitted = self.recipe.router != "keep"
+        follows = tuned or fitted or any(m is not None and m.follows_original for m in methods)
         return self.recipe.propagate == "quantized" and follows
 
     @property
@@ -154,6 +155,8 @@ def make_plan(
         _plan_output(output, target_of(output, recipe, arch, specs), arch, recipe, source, stored, problems, warnings)
         for output in recipe.outputs
     )
+    if recipe.router != "keep" and not any(spec.role is Role.ROUTER for spec in specs):
+        problems.add("routers", f"router: {recipe.router}: this model has no router.", "Take router: keep.")
     for line in length_problems(recipe, arch):
         problems.add(
             "length", line, "Take shorter sequences: until then attention is dense, and nothing is approximate."

@@ -285,6 +285,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         "quantized",
         description="Weights that the hidden states pass through: those of the first output, or the original ones.",
     )
+    router: Literal["keep", "least_squares"] = Field(
+        "keep",
+        description="least_squares: routers are changed so that their logits on the quantised stream come near to the "
+        "original's on the unquantised one; every output stores the same. Needs calibration text.",
+    )
     outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=32)] = Field(
         description="Checkpoints to write in one pass."
     )
@@ -357,6 +362,14 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             raise fault("found output_aware in a data-free recipe, needed calibration (and sensitivity)")
         if self.sensitivity is None:
             raise fault("found output_aware, needed sensitivity: FOLDER, as `quantkit sensitivity` leaves it")
+        return self
+
+    @model_validator(mode="after")
+    def _routers_have_two_streams(self) -> Recipe:
+        if self.router != "keep" and self.calibration is None:
+            raise fault("found router: least_squares in a data-free recipe, needed calibration")
+        if self.router != "keep" and self.propagate != "quantized":
+            raise fault("found router: least_squares and propagate: original, needed propagate: quantized")
         return self
 
     @property
