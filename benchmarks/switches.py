@@ -1,7 +1,7 @@
 """Switches of GPTQ that are off by default, each alone and all together, on a trained model: paired KLDs.
 
     python benchmarks/switches.py --model DIR --text DIR --fisher FELT int4-g128 int3-g128 [--store FILE]
-        [--sets gptq router output_aware all] [--tokens 131072] [--windows-per-file 8]
+        [--sets gptq router row_gains output_aware all] [--tokens 131072] [--windows-per-file 8]
 
 Every linear in one scheme, router, norms, embeddings and head as the source has them. TEXT holds calibration/*.txt and
 eval/*.txt; the Fisher pass is made in FELT if it isn't there. Each conversion is judged and printed before the next
@@ -39,8 +39,9 @@ ROUTER = {"router": "least_squares"}
 SETS = {
     "gptq": Switches({}, {}),
     "router": Switches(ROUTER, {}),
+    "row_gains": Switches({}, {"row_gains": True}),
     "output_aware": Switches({}, {"output_aware": True}),
-    "all": Switches(ROUTER, {"output_aware": True}),
+    "all": Switches(ROUTER, {"row_gains": True, "output_aware": True}),
 }
 
 

@@ -42,6 +42,7 @@ from results_speed import (
     moe_layer,
     true_width,
 )
+from results_switches import switches, target_switches
 from results_targets import target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,7 @@ SECTIONS: tuple[Section, ...] = (
         "benchmarks/output_aware_tiny.py",
         output_aware_tiny,
     ),
+    ("Quality: switches of GPTQ, trained models", "switches", "benchmarks/switches.py", switches),
     ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
     (
         "Quality: small models of other families beside other tools",
@@ -83,6 +85,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
     ("Quality: types chosen for a size", "target", "benchmarks/target.py", target),
+    ("Quality: types chosen for a size, with switches", "target_switches", "benchmarks/target.py", target_switches),
     ("Quality: experts in two bits, the tiny model", "two_bits", "benchmarks/two_bits.py", two_bits),
     (
         "Quality: GGUF below three bits, the tiny model",

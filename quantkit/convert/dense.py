@@ -76,7 +76,8 @@ def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink, hessians: 
             continue
         moments = _moments_of_stage(job, stage, block.output, context if last else None)
         for group, sums in zip(stage.groups, moments, strict=True) if moments else ():
-            apply_group(job, quantize_group(group_task(job, group, sums.stats(), of_outputs)), sink)
+            task = group_task(job, group, sums.stats(), of_outputs, to_residual=(block.output,))
+            apply_group(job, quantize_group(task), sink)
     weights, *_ = job.weights.by_stream(len(job.hidden.stores()))
     _add_output(weights(block.output), job.hidden.x, context)
     context.close()
@@ -84,10 +85,14 @@ def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink, hessians: 
 
 
 def group_task(
-    job: LayerJob, group: InputGroup, stats: Inputs | None, of_outputs: Mapping[str, OutputFactor] | None = None
+    job: LayerJob,
+    group: InputGroup,
+    stats: Inputs | None,
+    of_outputs: Mapping[str, OutputFactor] | None = None,
+    to_residual: tuple[str, ...] = (),
 ) -> GroupTask:
-    """The work on one input group, its weights read. ``of_outputs``: factors of output Hessians
-    by name."""
+    """The work on one input group, its weights read. ``of_outputs``: factors of output Hessians by name;
+    ``to_residual``: linears whose outputs are added to the residual stream."""
     batch = 1 if stats is None else len(stats.importance)
     producers = () if group.producer is None else (group.producer,)
     linears = tuple(
@@ -97,6 +102,7 @@ def group_task(
             producers,
             _folded_part(job, name, batch),
             output_factor=(of_outputs or {}).get(name),
+            to_residual=name in to_residual,
         )
         for name in group.linears
         if any_quantised(job.outputs, (name,))

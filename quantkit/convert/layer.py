@@ -166,7 +166,7 @@ def _experts_task(
     inputs = () if block.producer is None else (block.producer,)
     hidden = tuple(block.down_producers[expert] for expert in experts) if block.down_producers else ()
     gate, up = (replace(linears_of(job, names, experts), producers=inputs) for names in (block.gates, block.ups))
-    down = replace(linears_of(job, block.downs, experts), producers=hidden)
+    down = replace(linears_of(job, block.downs, experts), producers=hidden, to_residual=True)
     if of_outputs is not None and output_aware(job.outputs, (gate.names[0], up.names[0], down.names[0])):
         gate, up, down = _with_output_hessians(of_outputs, experts, gate, up, down)
     return ExpertsTask(

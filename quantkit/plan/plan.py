@@ -17,6 +17,7 @@ from quantkit.plan.foldable import refuse_unfoldable
 from quantkit.plan.lengths import length_problems
 from quantkit.plan.packed import rounded_again
 from quantkit.plan.recipe import Output, Recipe
+from quantkit.plan.row_scales import without_row_gains
 from quantkit.plan.source_tensors import SourceTensors, listed_specs, match_source
 from quantkit.plan.targets import Target, target_of
 from quantkit.plan.text_notes import text_notes
@@ -196,7 +197,7 @@ def _plan_output(
         return OutputPlan(output, target, decisions, (), ())
     tensors = tuple(planned.values())
     lines = [*_dropped_mtp(target, decisions, source), *target.notes(tensors)]
-    lines += rounded_again(decisions.values(), target)
+    lines += [*rounded_again(decisions.values(), target), *without_row_gains(decisions.values())]
     warnings += [f"output {output.name}: {line}" for line in lines]
     return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
 

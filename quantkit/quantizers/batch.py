@@ -125,8 +125,10 @@ class Quantizer(Protocol):
         *,
         reach: Tensor | None = None,
         output_factor: OutputFactor | None = None,
+        to_residual: bool = False,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 and the scheme to store it in -> what is stored. ``reach`` (B,): see `grid` of
         schemes that have ``shares_scale``. ``output_factor``: of what errors of the outputs cost, for
-        methods that are ``output_aware``."""
+        methods that are ``output_aware``. ``to_residual``: whether the linears' outputs are added to the residual
+        stream."""
         ...

@@ -8,7 +8,7 @@ The numerics are in `quantkit.quantizers.ldlq.factor`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Literal
 
@@ -83,6 +83,12 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         "sensitivity`, which the recipe names.",
     )
 
+    row_gains: bool = Field(
+        False,
+        description="Rows of linears that add to the residual stream (o, down) get gains by least squares of their "
+        "outputs, folded into the stored scales. Types with power-of-two or shared scales stay as they are.",
+    )
+
     @property
     def needs_inputs(self) -> bool:
         """Whether the method can't work without calibration inputs."""
@@ -133,15 +139,45 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         prepared: PreparedInputs,
         reach: Tensor | None = None,
         output_factor: OutputFactor | None = None,
+        to_residual: bool = False,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Without an output Hessian rows are independent and go
         through a slice at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
+        from quantkit.quantizers.row_gains import takes_row_gains
 
         if output_factor is not None:
-            return self._two_sided(weight, scheme, prepared, reach, output_factor)
-        parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight)]
-        return QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
+            made = self._two_sided(weight, scheme, prepared, reach, output_factor)
+        else:
+            parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight)]
+            made = QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
+        if self.row_gains and to_residual and takes_row_gains(scheme):
+            return self._gained(made, weight, prepared)
+        return made
+
+    def _gained(self, made: QuantizedBatch, weight: Tensor, prepared: PreparedInputs) -> QuantizedBatch:
+        """With gains of rows in its scales; the loss is that of the new weights. An ``output_loss`` is that before."""
+        from quantkit.quantizers.batch import QuantizedBatch, in_slices
+
+        parts: list[QuantizedRows] = []
+        start = 0
+        for part in in_slices(weight):
+            stop = start + part.shape[1]
+            parts.append(self._gained_rows(made.rows(start, stop), part, prepared))
+            start = stop
+        changed = QuantizedBatch.of(made.scheme, parts, made.fallbacks)
+        return replace(made, stored=changed.stored, loss=changed.loss)
+
+    def _gained_rows(self, made: QuantizedBatch, weight: Tensor, prepared: PreparedInputs) -> QuantizedRows:
+        from quantkit.quantizers.batch import QuantizedRows
+        from quantkit.quantizers.ldlq.factor import row_loss
+        from quantkit.quantizers.row_gains import gained, row_gains
+
+        hessian = prepared.factor.hessian
+        gains = row_gains(weight, made.decode(), hessian, prepared.cross)
+        stored = gained(made.scheme, made.stored, gains)
+        error = self._target(weight, prepared) - made.scheme.decode(**stored)
+        return QuantizedRows(stored, row_loss(error, hessian), made.norm)
 
     def _two_sided(
         self,

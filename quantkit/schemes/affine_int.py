@@ -139,6 +139,16 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         grouped = _grouped(codes.float(), scale.shape[-1])
         return ((grouped - self._zero(zero_point)) * scale.float().unsqueeze(-1)).view(codes.shape)
 
+    @property
+    def takes_row_gains(self) -> bool:
+        """See `quantkit.quantizers.row_gains`: scales are floats of each row."""
+        return True
+
+    def with_row_gains(self, stored: Stored, gains: Tensor) -> Stored:
+        """What is stored, scales times gains (..., out) float32, rounded to their dtype."""
+        scale = stored["scale"]
+        return {**stored, "scale": (scale.float() * gains.unsqueeze(-1)).to(scale.dtype)}
+
     def _zero(self, zero_point: Tensor | None) -> Tensor | float:
         return float(2 ** (self.bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
 

@@ -7,7 +7,7 @@ uint8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
@@ -117,6 +117,25 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
         from quantkit.schemes.ggml.layout import decode
 
         return decode(self.block, blocks) if self.has_grid else decode_codebook(self.block, blocks)
+
+    @property
+    def takes_row_gains(self) -> bool:
+        """See `quantkit.quantizers.row_gains`: a block's d is a float16, but of MXFP4 a power of two."""
+        return self.type != "MXFP4"
+
+    def with_row_gains(self, stored: Stored, gains: Tensor) -> Stored:
+        """Blocks with d and dmin times gains (..., out) float32, rounded to float16; integers stay."""
+        from quantkit.schemes.ggml import codebook_layout, layout
+
+        blocks, gain = stored["blocks"], gains.unsqueeze(-1)
+        if not self.has_grid:
+            parts = codebook_layout.unpack(self.block, blocks)
+            d = (parts.d.float() * gain).half()
+            return {"blocks": codebook_layout.pack(self.block, replace(parts, d=d))}
+        codes, params = layout.unpack(self.block, blocks)
+        d, dmin = (None if one is None else (one * gain).half().float() for one in (params.d, params.dmin))
+        assert d is not None
+        return {"blocks": layout.pack(self.block, codes, replace(params, d=d, dmin=dmin))}
 
 
 @dataclass(frozen=True, slots=True)
