@@ -24,7 +24,7 @@ from quantkit.plan.schedule import TUNING
 from quantkit.plan.tune import Tune
 from quantkit.sensitivity.moments import output_metric
 from quantkit.tensors import DTYPES, Role
-from quantkit.tuning.experts import Experts, groups_of
+from quantkit.tuning.experts import RoutedExperts, groups_of
 from quantkit.tuning.layer import TunedLayer, TunedNorm
 from quantkit.tuning.tune import TuneTask, metric_factor, seed_of, tune
 
@@ -140,7 +140,7 @@ class _Work:
             others=weights.original,
         )
 
-    def _experts(self, block: ExpertBlock, linears: TunedLinears) -> Experts:
+    def _experts(self, block: ExpertBlock, linears: TunedLinears) -> RoutedExperts:
         weights = self.job.weights
         dtype = weights.dtype(block.gates[0])
         names = (block.gates[0], block.ups[0], block.downs[0])
@@ -149,7 +149,7 @@ class _Work:
         projections = (block.gates, block.ups, block.downs)
         placed = linears.experts
         groups = groups_of(lambda e: tuple(placed[names[e]] for names in projections), block.n_experts, at_once)
-        return Experts(block.activate, groups, dtype)
+        return RoutedExperts(block.activate, groups, dtype)
 
     def _norms(self) -> dict[str, TunedNorm]:
         """Norms of the layer that are kept as numbers of their own."""
