@@ -22,14 +22,12 @@ from quantkit.documents.journal import TuningRecord
 from quantkit.plan.decide import Action
 from quantkit.plan.schedule import TUNING
 from quantkit.plan.tune import Tune
+from quantkit.plan.tuning_memory import DECODED_BYTES
 from quantkit.sensitivity.moments import output_metric
 from quantkit.tensors import DTYPES, Role
 from quantkit.tuning.experts import RoutedExperts, groups_of
 from quantkit.tuning.layer import TunedLayer, TunedNorm
 from quantkit.tuning.tune import TuneTask, metric_factor, seed_of, tune
-
-DECODED_BYTES = 2**30
-"""Of the weights of experts that are decoded together."""
 
 
 @dataclass(frozen=True, slots=True)
