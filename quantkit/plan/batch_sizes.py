@@ -156,7 +156,7 @@ def expected(needs: Needs, hardware: Hardware) -> Expected:
 
 
 def _placed(work: Work, share: Share, phase: Phase) -> _Placed:
-    streams = (work.tokens * work.hidden * 4,) * work.streams if phase.streams_open and work.tokens else ()
+    streams = (work.tokens * work.hidden * 4,) * work.stores if phase.streams_open and work.tokens else ()
     return _Placed(share.device_stores, share.stores).add((*streams, *phase.scratch))
 
 

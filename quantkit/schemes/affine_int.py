@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -119,7 +120,9 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         """What gradients may change of stored matrices (B, out, in)."""
         from quantkit.schemes.tunable import TunableIntegers
 
-        return TunableIntegers(self, stored["codes"], stored["scale"], stored.get("zero_point"))
+        return TunableIntegers(
+            self.bits, stored["codes"], stored["scale"], stored.get("zero_point"), partial(representable, self)
+        )
 
     def encode(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Nearest code, ties to even. weight (..., out, in) float32, scale (..., out, groups) -> (..., out, in)

@@ -9,13 +9,13 @@ points stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.schemes.affine_int import IntScheme
     from quantkit.schemes.ggml.types import BlockParams, BlockType
     from quantkit.schemes.grid import Stored
 
@@ -50,20 +50,21 @@ class Tunable(Protocol):
 @dataclass(frozen=True, slots=True)
 class TunableIntegers:
     """Integers with a scale for each group. scale, zero_point (B, out, groups) as they are stored, the latter None if
-    the scheme is symmetric."""
+    the levels are centred; ``round_scale``: scales float32 -> the storable ones next to them."""
 
-    scheme: IntScheme
+    bits: int
     index: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    round_scale: Callable[[Tensor], Tensor]
 
     @property
     def levels(self) -> Tensor:
         """Centred where the zero point is fixed, else the codes."""
         import torch
 
-        zero = 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else 0.0
-        return torch.arange(2.0**self.scheme.bits, device=self.index.device) - zero
+        zero = 2.0 ** (self.bits - 1) if self.zero_point is None else 0.0
+        return torch.arange(2.0**self.bits, device=self.index.device) - zero
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -72,9 +73,7 @@ class TunableIntegers:
 
     def nearest(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """In the dtype that is stored."""
-        from quantkit.schemes.affine_int import representable
-
-        return (representable(self.scheme, parameters[0]),)
+        return (self.round_scale(parameters[0]),)
 
     def coefficients(self, parameters: tuple[Tensor, ...]) -> Coefficients:
         """The scales; minus the zero points times them."""

@@ -19,7 +19,7 @@ from quantkit.tuning.linears import Matrices
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ExpertPlace:
     """Some matrices among those of a batch."""
 
     matrices: Matrices
@@ -40,13 +40,13 @@ class ExpertGroup:
 
     first: int
     stop: int
-    gate: Place
-    up: Place
-    down: Place
+    gate: ExpertPlace
+    up: ExpertPlace
+    down: ExpertPlace
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class RoutedExperts:
     """All routed experts of a block. ``dtype``: of its arithmetic."""
 
     activate: Activate
@@ -103,10 +103,10 @@ class _Sorted:
 
 
 class _Routed(torch.autograd.Function):
-    """`Experts` as autograd sees it. The weights are no inputs: their gradients go to `Place.take`."""
+    """`RoutedExperts` as autograd sees it. The weights are no inputs: their gradients go to `ExpertPlace.take`."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, shares: Tensor, indices: Tensor, experts: Experts) -> Tensor:
+    def forward(ctx: Any, h: Tensor, shares: Tensor, indices: Tensor, experts: RoutedExperts) -> Tensor:
         pairs = _Sorted.of(indices, experts.count)
         x = h.to(experts.dtype)[pairs.tokens]
         given = shares.flatten()[pairs.order].unsqueeze(1)
@@ -123,7 +123,7 @@ class _Routed(torch.autograd.Function):
         return pairs.back(into).sum(1, dtype=given.dtype).to(ctx.h_dtype), pairs.back(of_share), None, None
 
 
-def _forward(experts: Experts, pairs: _Sorted, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(experts: RoutedExperts, pairs: _Sorted, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of all gates, ups and downs (pairs, width)."""
     gates, ups, out = x.new_empty(0), x.new_empty(0), torch.empty_like(x)
     for group in experts.groups:
@@ -151,7 +151,7 @@ class _Saved:
     ups: Tensor
 
 
-def _backward(experts: Experts, pairs: _Sorted, saved: _Saved, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(experts: RoutedExperts, pairs: _Sorted, saved: _Saved, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """gradient (tokens, hidden) at the sum -> at what each pair reads (pairs, hidden), and at its gate weight."""
     at_out = gradient.to(experts.dtype)[pairs.tokens]
     weighted = at_out * saved.share.to(at_out.dtype)
@@ -189,7 +189,7 @@ def _products(
         torch.mm(x[rows], weight[number], out=out[into])
 
 
-def _take(place: Place, pairs: _Sorted, group: ExpertGroup, at_out: Tensor, x: Tensor) -> None:
+def _take(place: ExpertPlace, pairs: _Sorted, group: ExpertGroup, at_out: Tensor, x: Tensor) -> None:
     """The gradients of one projection: at_out (pairs, out), x (pairs, in) of the group alone."""
     if not place.matrices.moves:
         return
@@ -211,7 +211,7 @@ def groups_of(
     for expert in range(1, n_experts + 1):
         if expert < n_experts and expert - first < at_once and _follows(placed(expert - 1), placed(expert)):
             continue
-        places = (Place(one, slice(n, n + expert - first)) for one, n in placed(first))
+        places = (ExpertPlace(one, slice(n, n + expert - first)) for one, n in placed(first))
         groups.append(ExpertGroup(first, expert, *places))
         first = expert
     return tuple(groups)

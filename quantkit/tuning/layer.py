@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, LinearPart, Sublayer
 from quantkit.arch.ops import linear
-from quantkit.tuning.experts import Experts
+from quantkit.tuning.experts import RoutedExperts
 from quantkit.tuning.linears import BETAS, EPS, TunedMatrices
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TunedLayer:
     fixed: Mapping[str, Tensor]
     parts: Mapping[str, LinearPart]
     norms: Mapping[str, TunedNorm]
-    experts: Mapping[str, Experts]
+    experts: Mapping[str, RoutedExperts]
     moving: tuple[TunedMatrices, ...]
     others: Callable[[str], Tensor]
 

@@ -5,8 +5,12 @@ loss = mean square of (output of the layer with quantised weights - target), the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +55,33 @@ OnStep = Callable[[int, int], None]
 
 def tune(task: TuneTask, on_step: OnStep) -> TuneOutcome:
     """Move codes, scales and norms of the layer in place. Where an epoch was better than the start, the layer is left
-    in the state after the best one."""
+    in the state after the best one. The same task gives the same numbers."""
+    with _deterministic(task.device):
+        return _tuned(task, on_step)
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Generator[None]:
+    """Let the backward of attention on a GPU add in one order. What has none such only warns: sums here have."""
+    if device.type != "cuda":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    settings: Any = import_module("torch.utils.deterministic")
+    filled: bool = settings.fill_uninitialized_memory
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        settings.fill_uninitialized_memory = filled
+
+
+def _tuned(task: TuneTask, on_step: OnStep) -> TuneOutcome:
     held, taught = split_rows(task.x.n_rows)
     energy = _mean(task, held, with_layer=False)
     before = best = _mean(task, held, with_layer=True)
