@@ -25,11 +25,11 @@ from quantkit.arch.deepseek_v3_gguf import (
     SIGMOID,
     SIZES,
     WHOLE_KV_B,
-    YARN_BETAS,
     Dialect,
 )
 from quantkit.arch.deepseek_v3_gguf_read import Found, default_of, stores_whole_kv_b
 from quantkit.arch.deepseek_v32_gguf import DEEPSEEK32, DEFAULTS, GLM_DSA, INDEXER_SIZES, INDEXER_TYPES
+from quantkit.arch.llama_cpp import YARN_BETAS
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.reader import GgufReader
