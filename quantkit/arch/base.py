@@ -286,6 +286,10 @@ class GgufModel(Protocol):
         """What llama.cpp computes slightly otherwise, one line each. ``mtp``: the file holds the MTP layer."""
         ...
 
+    def constants(self) -> Mapping[str, tuple[float, ...]]:
+        """Float32 vectors of a file that no checkpoint has, because they follow from config.json, by GGUF name."""
+        ...
+
     def server_flags(self) -> tuple[str, ...]:
         """Words of a command line without which llama.cpp computes this model wrongly, () if it needs none."""
         ...

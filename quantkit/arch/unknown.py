@@ -34,7 +34,6 @@ NOT_COMPUTED: Mapping[str, str] = {
     "KimiLinearForCausalLM": _KDA,
     "Llama4ForCausalLM": "attention in chunks, and experts fused in one tensor",
     "Llama4ForConditionalGeneration": "attention in chunks, and experts fused in one tensor",
-    "LlamaForCausalLM": f"{_GQA} (only models with experts and latent attention are)",
     "LongcatFlashForCausalLM": "two attentions in a layer, a shortcut past experts, and experts without weights",
     "MiniCPM3ForCausalLM": _DENSE,
     "MiniMaxM2ForCausalLM": f"{_GQA}, norms over all heads",
@@ -44,10 +43,7 @@ NOT_COMPUTED: Mapping[str, str] = {
     "MistralLarge3ForCausalLM": f"{_TEMPERATURE}, and Mistral's tensor names",
     "MistralLarge4ForConditionalGeneration": "layers that share keys and values, layers without positions, and capped "
     "logits",
-    "MixtralForCausalLM": _GQA,
     "PanguUltraMoEForCausalLM": "norms behind attention and experts (sandwich_norm)",
-    "Qwen2ForCausalLM": f"{_GQA} (only models with experts and latent attention are)",
-    "Qwen3ForCausalLM": f"{_GQA} (only models with experts and latent attention are)",
     "Qwen3NextForCausalLM": _DELTA_NET,
     "Qwen3_5MoeForCausalLM": f"{_DELTA_NET}, and experts fused in one tensor",
     "Qwen3_5MoeForConditionalGeneration": f"{_DELTA_NET}, and experts fused in one tensor",

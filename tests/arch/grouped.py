@@ -22,6 +22,15 @@ SIZES: dict[str, Any] = {
 }
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def _family(architecture: str, model_type: str, **own: Any) -> ConfigOf:
     def config(**changes: Any) -> dict[str, Any]:
         return {**SIZES, "architectures": [architecture], "model_type": model_type, **own, **changes}
@@ -62,5 +71,11 @@ GROUPED: dict[str, ConfigOf] = {
         topk_group=1,
         use_qk_norm=True,
     ),
+    "mixtral": _family(
+        "MixtralForCausalLM", "mixtral", num_experts_per_tok=2, num_local_experts=8, sliding_window=None
+    ),
+    "llama": _family("LlamaForCausalLM", "llama", attention_bias=False, mlp_bias=False, rope_scaling=LLAMA3),
+    "qwen2": _family("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, use_sliding_window=False),
+    "qwen3": _family("Qwen3ForCausalLM", "qwen3", attention_bias=False, head_dim=64, use_sliding_window=False),
 }
 """By `model_type`: all that the contract tests need of a family."""

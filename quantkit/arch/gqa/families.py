@@ -16,6 +16,7 @@ from quantkit.arch.gqa.model import Gqa
 _SOFTMAX: Raw = {"scoring_func": "softmax", "norm_topk_prob": True}
 _SIGMOID: Raw = {"scoring_func": "sigmoid", "selection_bias": True}
 _NO_WINDOW: Raw = {"use_sliding_window": False}
+_NO_BIASES: Raw = {"attention_bias": False, "mlp_bias": False}
 _MIXTRAL = MoeNames(block="block_sparse_moe.", bias="e_score_correction_bias", expert=MlpNames("w1", "w3", "w2"))
 
 
@@ -57,6 +58,19 @@ FAMILIES: Mapping[str, GqaFamily] = {
         unsaid={"rotated": 0.5, "n_shared_experts": 1},
         fixed=_SIGMOID,
         derived=_glm4,
+    ),
+    "MixtralForCausalLM": GqaFamily(
+        LlamaCppForm("llama", permuted=True, routing=_SOFTMAX),
+        _MIXTRAL,
+        entries={"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        unsaid={"rope_theta": 1e6},
+        fixed=_SOFTMAX,
+        only={"sliding_window": None},
+    ),
+    "LlamaForCausalLM": GqaFamily(LlamaCppForm("llama", permuted=True), only=_NO_BIASES, routed=False),
+    "Qwen2ForCausalLM": GqaFamily(LlamaCppForm("qwen2"), fixed={"qkv_bias": True}, only=_NO_WINDOW, routed=False),
+    "Qwen3ForCausalLM": GqaFamily(
+        LlamaCppForm("qwen3"), fixed={"qk_norm": "head"}, only={**_NO_WINDOW, **_NO_BIASES}, routed=False
     ),
 }
 """Name in ``architectures`` -> what it is."""

@@ -34,9 +34,8 @@ class LlamaCppForm:
 
     ``architecture``: its name there; ``mlp_norm``: tensor of post_attention_layernorm; ``permuted``: rows of q and k
     lie in pairs of neighbours. ``routing``: entries of the config that its graph takes for granted, whatever a file
-    says. ``leading_dense``: the first layers may be dense; else all layers have experts, or none. ``has_bias``: it
-    needs a selection bias. ``mtp``: it has a place for the MTP layer. ``wide_values``: numbers of layers of which
-    llama-quantize knows the model as a 70B, where keys and values are few, and takes more bits for the latter.
+    says. ``leading_dense``: the first layers may be dense; else all layers have experts, or none. ``mtp``: it has a
+    place for the MTP layer.
     """
 
     architecture: str
@@ -45,7 +44,6 @@ class LlamaCppForm:
     routing: Mapping[str, object] = field(default_factory=dict[str, object])
     leading_dense: bool = False
     mtp: bool = False
-    wide_values: frozenset[int] = frozenset()
 
 
 Raw = Mapping[str, object]
@@ -57,7 +55,7 @@ class GqaFamily:
     """``entries``: entry of `GqaConfig` -> its name in config.json, where that is another. ``unsaid``: entries that
     config.json may leave out. ``fixed``: entries that all models of the family have. ``only``: names in config.json ->
     the one value that is computed here, which may be missing. ``derived``: entries that a config.json says by several
-    others."""
+    others. ``routed``: its models have experts."""
 
     llama_cpp: LlamaCppForm
     moe: MoeNames = field(default_factory=MoeNames)
@@ -66,6 +64,7 @@ class GqaFamily:
     fixed: Raw = field(default_factory=dict[str, object])
     only: Raw = field(default_factory=dict[str, object])
     derived: Callable[[Raw], Raw] | None = None
+    routed: bool = True
 
     def config_of(self, raw: Raw) -> GqaConfig:
         """What a config.json says, checked. Raises `ConfigError`."""
@@ -75,7 +74,11 @@ class GqaFamily:
         found = {name: raw[key] for name, key in self._keys() if raw.get(key) is not None}
         derived = self.derived(raw) if self.derived is not None else {}
         entries = {**self.unsaid, **found, **_rope(raw), **derived, **self.fixed}
-        return GqaConfig.of(_completed(entries, raw), self.entries)
+        return self.checked(_completed(entries, raw))
+
+    def checked(self, entries: Raw) -> GqaConfig:
+        """The same of entries by their own names. Raises `ConfigError`."""
+        return GqaConfig.of(entries, self.entries)
 
     def _keys(self) -> Iterable[tuple[str, str]]:
         return ((name, self.entries.get(name, name)) for name in GqaConfig.model_fields)

@@ -20,6 +20,7 @@ from quantkit.arch.rope import Linear, Llama3, Yarn
 from quantkit.errors import ConfigError, SourceError
 
 GATING = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # LLAMA_EXPERT_GATING_FUNC_TYPE_...
+ROPE_FACTORS = "rope_freqs.weight"
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -142,6 +143,11 @@ class GqaGguf:
     def differences(self, *, mtp: bool) -> tuple[str, ...]:
         """What llama.cpp computes otherwise than the model, one line each."""
         return yarn_difference(self.config.rope, self.architecture)
+
+    def constants(self) -> Mapping[str, tuple[float, ...]]:
+        """What the frequencies of Llama 3.1 and later are divided by."""
+        c, scaling = self.config, self.config.rope_scaling
+        return {ROPE_FACTORS: scaling.divisors(c.rotary_dim, c.rope_theta)} if isinstance(scaling, Llama3) else {}
 
     def server_flags(self) -> tuple[str, ...]:
         """Yarn's ramp, where it is not the one that llama.cpp assumes."""
