@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from quantkit.arch.gqa.families import FAMILIES
 from quantkit.arch.gqa.family import GqaFamily
-from quantkit.arch.gqa.gguf import ROPE_FACTORS
+from quantkit.arch.gqa.gguf import OPTIONAL, ROPE_FACTORS
 from quantkit.arch.gqa.model import Gqa
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import ConfigError
@@ -25,7 +25,6 @@ ARCHITECTURES = tuple(dict.fromkeys(family.llama_cpp.architecture for family in 
 _SIZES = ("block_count", "context_length", "embedding_length", "attention.head_count", "feed_forward_length")
 _EXPERT_SIZES = ("expert_used_count",)
 _ROUTER, _BIAS, _NORM, _HEAD = "ffn_gate_inp.weight", "exp_probs_b.bias", "attn_q_norm.weight", "output.weight"
-_OPTIONAL = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight", "nextn.shared_head_norm.weight")
 _DERIVED = (ROPE_FACTORS,)
 """Tensors that a file may have beside the model's: factors of frequencies."""
 _TWO = 2
@@ -66,7 +65,7 @@ def _tensor_lines(model: GgufReader) -> list[str]:
         what = error.message.removeprefix("config.json: ")
         return [f"the metadata describes no model of this architecture, in the words of config.json: {what}"]
     tensors = model.tensors
-    missing = [name for name in expected if name not in tensors and not name.endswith(_OPTIONAL)]
+    missing = [name for name in expected if name not in tensors and not name.endswith(OPTIONAL)]
     strange = [name for name in tensors if name not in expected and name not in _DERIVED]
     shapes = [name for name, spec in expected.items() if name in tensors and tensors[name].shape != spec.shape]
     lines = (

@@ -40,6 +40,8 @@ _MTP = {
     "shared_head.norm.weight": "nextn.shared_head_norm.weight",
     "shared_head.head.weight": "nextn.shared_head_head.weight",
 }
+OPTIONAL = ("nextn.embed_tokens.weight", "nextn.shared_head_norm.weight", "nextn.shared_head_head.weight")
+"""Of an MTP layer: where they are missing, llama.cpp takes the main model's."""
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 _EXPERT = re.compile(r"(0|[1-9][0-9]{0,5})\.(.+)")
 _UNCOMPARED = ("context_length", "vocab_size", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
