@@ -28,14 +28,14 @@ class LinearPart:
     """Part of a linear that some formats store, and so quantise, as a tensor of its own: ``name`` is the linear's with
     a suffix. All parts of a linear together are the linear.
 
-    ``take``: the linear (out, in) -> the part (heads, rows, columns), columns being what its inputs run along;
-    ``put(whole, part)`` writes it back in place.
+    ``take``: the linear (out, in) -> the part (heads, rows, columns), or (rows, columns) of a part without heads,
+    columns being what its inputs run along; ``put(whole, part)`` writes it back in place.
     """
 
     name: str
     whole: str
     whole_shape: tuple[int, int]
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | tuple[int, int]
     take: Callable[[torch.Tensor], torch.Tensor]
     put: Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -285,6 +285,10 @@ class GgufModel(Protocol):
 
     def differences(self, *, mtp: bool) -> tuple[str, ...]:
         """What llama.cpp computes slightly otherwise, one line each. ``mtp``: the file holds the MTP layer."""
+        ...
+
+    def constants(self) -> Mapping[str, tuple[float, ...]]:
+        """Float32 vectors of a file that no checkpoint has, because they follow from config.json, by GGUF name."""
         ...
 
     def server_flags(self) -> tuple[str, ...]:

@@ -40,8 +40,11 @@ class DeepseekV2(DeepseekV3):
 
         c = self.config
         grouped = c.topk_method == "group_limited_greedy"
-        return moe.GreedyRouter(
+        return moe.ScoredRouter(
             weight=f"{prefix}gate.weight",
+            gating="softmax",
+            normalize=False,
+            ranked_by=1,
             n_groups=c.n_group if grouped else 1,
             top_groups=c.topk_group if grouped else 1,
             top_k=c.num_experts_per_tok,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantkit.arch.base import GgufReading, KeyValue, ModelArch
@@ -41,6 +41,10 @@ class DeepseekV3Gguf:
     def differences(self, *, mtp: bool) -> tuple[str, ...]:
         """See `differences`."""
         return differences(self.config, mtp=mtp, dialect=self.dialect)
+
+    def constants(self) -> Mapping[str, tuple[float, ...]]:
+        """None."""
+        return {}
 
     def server_flags(self) -> tuple[str, ...]:
         """See `server_flags`."""

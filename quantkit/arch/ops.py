@@ -52,6 +52,8 @@ def rope_rotation(rope: Rope, n_tokens: int, device: torch.device) -> tuple[Tens
     frequencies = 1.0 / periods
     if rope.linear is not None:
         frequencies /= rope.linear.factor
+    if rope.llama3 is not None:
+        frequencies /= torch.tensor(rope.llama3.divisors(rope.dim, rope.theta), device=device)
     if rope.yarn is not None:
         low, high = rope.yarn_ramp(rope.yarn)
         ramp = ((torch.arange(rope.dim // 2, device=device).float() - low) / (high - low)).clamp(0, 1)

@@ -14,6 +14,7 @@ from quantkit.arch.base import DenseBlock, ExpertBlock
 from quantkit.calibrate.dataset import Calibration, token_rows
 from quantkit.sensitivity.layer_files import INPUT, file_name, gradient_name
 from quantkit.sensitivity.moments import head_blocks, output_metric, output_moments
+from tests.arch.grouped import GROUPED
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.arch.test_deepseek_v3 import CHECKPOINTS
 from tests.arch.test_forward import random_tokens, read_decoded
@@ -41,6 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "V3.2, dense": deepseek_v32(index_topk=200),
     "V3.2, sparse": deepseek_v32(),
     "GLM-5, sparse": glm_moe_dsa(),
+    **{name: config() for name, config in GROUPED.items()},
 }
 CPU = torch.device("cpu")
 
