@@ -11,6 +11,8 @@ import errno
 import fcntl
 import os
 import re
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from quantkit.documents.read import document_bytes, parsed_document
@@ -51,8 +53,32 @@ def is_begun(folder: Path) -> bool:
 
 
 def add_losses(folder: Path, document: SensitivityDocument) -> None:
-    """Replace the document of a finished pass by one with more losses. Raises `OutputError`."""
+    """Replace the document of a finished pass by one with more losses; the caller has `locked` the folder. Raises
+    `OutputError`."""
     write_durably(folder / SENSITIVITY, document.to_json().encode())
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Keep other processes from changing a folder that exists. Raises `OutputError` if one is at it."""
+    with disk_errors(folder):
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _take_lock(folder, lock)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _take_lock(folder: Path, lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise OutputError(f"{folder}: cannot be locked: {error.strerror}.") from error
+        raise OutputError(
+            f"{folder}: another process is working on it.", hint="Wait for it, or choose another folder."
+        ) from None
 
 
 class PassFolder:
@@ -65,15 +91,12 @@ class PassFolder:
         self.path = folder
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._take_lock()
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder))
             if restart:
                 self._clear()
             self.progress = self._progress(job)
-        except OutputError:
-            self.close()
-            raise
+            self._open = stack.pop_all()
 
     def save(self, progress: FisherProgress) -> None:
         """Say what is done, durably."""
@@ -89,23 +112,13 @@ class PassFolder:
 
     def close(self) -> None:
         """Let another process take it up."""
-        os.close(self._lock)
+        self._open.close()
 
     def __enter__(self) -> PassFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise OutputError(f"{self.path}: cannot be locked: {error.strerror}.") from error
-            raise OutputError(
-                f"{self.path}: another process is working on it.", hint="Wait for it, or choose another -o."
-            ) from None
 
     def _clear(self) -> None:
         """The result goes first, so that what is left of it is not taken for one."""
