@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from quantkit.documents.trial import TrialDocument
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
-    from quantkit.inspect.folder import Inspection
-    from quantkit.inspect.gguf import GgufInspection
-    from quantkit.inspect.imatrix import ImatrixInspection
-    from quantkit.inspect.trial import TrialInspection
+    from quantkit.inspect.path import AnyInspection
     from quantkit.plan.forecast import Forecast
     from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
@@ -228,10 +225,10 @@ def build_calibration(
     return build(entries, path_of(out), options, Path(), replace=force, on_read=on_read)
 
 
-def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
+def inspect(path: Path | str) -> AnyInspection:
     """What a folder of safetensors, a GGUF model or an imatrix file holds: storage by role, bits per weight, and what
-    is unusual; of a trial, its report. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for
-    damaged files."""
+    is unusual; of a trial, its report; of a Fisher pass, its document. Reads headers only (an imatrix file as a whole).
+    Raises `QuantkitError` for damaged files."""
     from quantkit.inspect.path import inspect_path
 
     return inspect_path(path_of(path))

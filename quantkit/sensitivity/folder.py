@@ -16,12 +16,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from quantkit.documents.read import document_bytes, parsed_document
-from quantkit.documents.sensitivity import SENSITIVITY, FisherJob, FisherProgress, SensitivityDocument
-from quantkit.errors import OutputError
+from quantkit.documents.sensitivity import (
+    PROGRESS,
+    SENSITIVITY,
+    FisherJob,
+    FisherProgress,
+    SensitivityDocument,
+    read_sensitivity,
+)
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.formats.preallocated import UNFINISHED, disk_errors, sync_directory, write_durably
 from quantkit.formats.safetensors.header import printable
 
-PROGRESS = "unfinished.json"
 _OWN = re.compile(rf"(layer-\d{{5}}\.safetensors|{re.escape(SENSITIVITY)}|{re.escape(PROGRESS)})({UNFINISHED})?")
 
 
@@ -39,12 +45,39 @@ def refuse_taken(folder: Path, *, restart: bool) -> None:
             f"{folder}: holds {printable(foreign[0])}, which is of no Fisher pass.", hint="Choose another -o."
         )
     if (folder / SENSITIVITY).exists() and not restart:
-        raise OutputError(f"{folder}: holds a finished pass.", hint="Choose another -o, or replace it with --restart.")
+        raise OutputError(
+            f"{folder}: holds a finished pass {_named(folder)}.",
+            hint="Choose another -o, or replace it with --restart.",
+        )
     if held and not restart and not (folder / PROGRESS).exists():
         raise OutputError(
             f"{folder}: holds files of a pass that is neither finished nor to be resumed.",
             hint="Choose another -o, or begin anew with --restart.",
         )
+
+
+def refuse_other_model(folder: Path, fingerprint: str) -> None:
+    """Raise `OutputError` if the folder holds a finished pass of another checkpoint than the one with this fingerprint:
+    it may have taken hours, and --restart would remove it."""
+    if not (folder / SENSITIVITY).exists():
+        return
+    try:
+        found = read_sensitivity(folder)
+    except QuantkitError:  # damaged: nothing is lost
+        return
+    if found.job.source != fingerprint:
+        raise OutputError(
+            f"{folder}: holds a finished pass of another checkpoint, {found}.",
+            hint="Choose another -o, or replace it with --restart --force.",
+        )
+
+
+def _named(folder: Path) -> str:
+    """Of which job a finished pass is."""
+    try:
+        return str(read_sensitivity(folder))
+    except QuantkitError:
+        return "that cannot be read"
 
 
 def is_begun(folder: Path) -> bool:
@@ -79,6 +112,12 @@ def _take_lock(folder: Path, lock: int) -> None:
         raise OutputError(
             f"{folder}: another process is working on it.", hint="Wait for it, or choose another folder."
         ) from None
+
+
+def _shown(value: object) -> str:
+    """A value of a job, in at most a few words."""
+    words = printable(str(value))
+    return words if len(words) <= 40 else f"{words[:12]}..."
 
 
 class PassFolder:
@@ -137,7 +176,11 @@ class PassFolder:
             return fresh
         found = parsed_document(path, document_bytes(path), FisherProgress)
         was, now = found.job.model_dump(), job.model_dump()
-        different = [key.replace("_", " ") for key in now if was[key] != now[key]]
+        different = [
+            f"{key.replace('_', ' ')} (found {_shown(was[key])}, needed {_shown(now[key])})"
+            for key in now
+            if was[key] != now[key]
+        ]
         if different:
             raise OutputError(
                 f"{self.path}: holds an unfinished pass that differs from this one: {', '.join(different)}.",

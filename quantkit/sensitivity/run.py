@@ -23,6 +23,7 @@ from quantkit.documents.conversion import CalibrationFile
 from quantkit.documents.sensitivity import FisherJob, FisherProgress, LinearFisher, SensitivityDocument
 from quantkit.errors import CalibrationError
 from quantkit.evaluate.open import names_by_layer
+from quantkit.formats.source import checkpoint_name
 from quantkit.plan.benchmark import product_rate
 from quantkit.plan.machine import Machine, Stores
 from quantkit.plan.memory import LEAST_CACHE, total
@@ -65,7 +66,12 @@ def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> Sensiti
         )
         work.forward()
         work.backward()
-        document = SensitivityDocument(job=job, text=_text(request), linears=_in_order(request, folder.progress))
+        document = SensitivityDocument(
+            job=job,
+            model=checkpoint_name(request.source.directory),
+            text=_text(request),
+            linears=_in_order(request, folder.progress),
+        )
         folder.finish(document)
     return document
 
