@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from quantkit.documents.trial import TrialDocument
     from quantkit.evaluate.check.verdict import Limits, Verdict
     from quantkit.evaluate.events import OnEvaluation
-    from quantkit.inspect.folder import Inspection
-    from quantkit.inspect.gguf import GgufInspection
-    from quantkit.inspect.imatrix import ImatrixInspection
-    from quantkit.inspect.trial import TrialInspection
+    from quantkit.inspect.path import AnyInspection
     from quantkit.plan.forecast import Forecast
     from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
@@ -81,7 +78,7 @@ def convert(
     loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = conversion_budget(device, jobs, memory_budget)
     given, place = path_of(source), optional_path(config)
-    loaded = settled(given, place, loaded, folder, device, budget, on_event).recipe
+    loaded = settled(given, place, loaded, folder, device, budget, jobs, on_event).recipe
     job = prepared(given, place, loaded, path_of(out), folder, budget, restart=restart)
     with job as found, threads(jobs):
         from quantkit.convert.events import ignore
@@ -120,10 +117,11 @@ def trial(
     loaded, folder = recipe_and_folder(recipe, base_dir)
     budget = conversion_budget(device, jobs, memory_budget)
     place = Path(f"{out}.trial.json")
-    loaded = settled(path_of(source), optional_path(config), loaded, folder, device, budget, on_event).recipe
+    given, config = path_of(source), optional_path(config)
+    loaded = settled(given, config, loaded, folder, device, budget, jobs, on_event).recipe
     with trial_folder(path_of(out)) as made:
         check_place(place)
-        job = prepared(path_of(source), optional_path(config), loaded, made / "trial", folder, budget, restart=False)
+        job = prepared(given, config, loaded, made / "trial", folder, budget, restart=False)
         with job as found, threads(jobs):
             from quantkit.convert.events import ignore
             from quantkit.plan.machine import Machine
@@ -146,6 +144,8 @@ def plan(
     memory_budget: int | str | None = None,
     convert_on: Gpu | str | None = None,
     hours: bool = False,
+    device: DeviceName = "auto",
+    jobs: int | None = None,
     on_event: OnLosses | None = None,
 ) -> Forecast:
     """Say what a conversion would give and need, from headers alone: bytes, bits per weight, memory, disk.
@@ -156,7 +156,8 @@ def plan(
     32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. ``convert_on``
     ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). ``hours``: also say how
     long it would take on this machine, which is measured for some seconds the first time; only then torch is loaded.
-    ``on_event``: is told how far the losses of types are, if a target needs some that its folder of sensitivity lacks.
+    ``device``, ``jobs``: where, and with how many CPU threads, losses of types are measured if a target needs some that
+    its folder of sensitivity lacks; ``on_event``: is told how far that is.
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = recipe_and_folder(recipe, base_dir)
@@ -167,7 +168,7 @@ def plan(
     from quantkit.runtimes.gpus import parse_gpus
 
     budget = budget_bytes(memory_budget)
-    chosen = settled(path_of(source), optional_path(config), loaded, folder, "auto", budget, on_event)
+    chosen = settled(path_of(source), optional_path(config), loaded, folder, device, budget, jobs, on_event)
     found = forecast(
         path_of(source),
         chosen.recipe,
@@ -224,10 +225,10 @@ def build_calibration(
     return build(entries, path_of(out), options, Path(), replace=force, on_read=on_read)
 
 
-def inspect(path: Path | str) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
+def inspect(path: Path | str) -> AnyInspection:
     """What a folder of safetensors, a GGUF model or an imatrix file holds: storage by role, bits per weight, and what
-    is unusual; of a trial, its report. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for
-    damaged files."""
+    is unusual; of a trial, its report; of a Fisher pass, its document. Reads headers only (an imatrix file as a whole).
+    Raises `QuantkitError` for damaged files."""
     from quantkit.inspect.path import inspect_path
 
     return inspect_path(path_of(path))

@@ -14,6 +14,7 @@ from quantkit.errors import OutputError, PlanError, SourceError
 
 if TYPE_CHECKING:
     from quantkit.documents.evaluation import Evaluation
+    from quantkit.plan.machine import Machine
     from quantkit.plan.recipe import Recipe
     from quantkit.sensitivity.events import OnLosses
     from quantkit.sensitivity.settle import Settled
@@ -92,15 +93,25 @@ def settled(
     folder: Path,
     device: str,
     budget: int | None,
+    jobs: int | None,
     on_event: OnLosses | None,
 ) -> Settled:
-    """The recipe without targets, see `settle`."""
-    from quantkit.plan.budget import check_device
+    """The recipe without targets, see `settle`; what it measures runs on ``device``, with ``jobs`` threads."""
+    from quantkit.plan.budget import check_device, check_jobs
     from quantkit.sensitivity.settle import settle
 
     check_device(device)
+    check_jobs(jobs)
     let_threads_sleep()
-    return settle(source, config, recipe, folder, device=device, memory_budget=budget, on_event=on_event)
+    return settle(source, config, recipe, folder, lambda: _machine(device, budget, jobs), on_event)
+
+
+@contextmanager
+def _machine(device: str, budget: int | None, jobs: int | None) -> Generator[Machine]:
+    with threads(jobs):
+        from quantkit.plan.machine import Machine
+
+        yield Machine.of(device, budget)
 
 
 def parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:

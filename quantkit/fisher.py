@@ -25,6 +25,7 @@ def sensitivity(
     memory_budget: int | str | None = None,
     jobs: int | None = None,
     restart: bool = False,
+    force: bool = False,
     on_event: OnFisher | None = None,
 ) -> SensitivityDocument:
     """A Fisher pass over the original model in folder ``source``: how much the loss feels errors of each linear's
@@ -32,8 +33,8 @@ def sensitivity(
 
     ``data``: text, relative to the current folder (default: builtin:mixed); ``tokens``: of it, in rows of
     ``sequence_length`` (default: 2,048, or what the model is made for); ``seed``: of the rows' places and of the
-    sampled labels; ``restart``: discard what is in ``out``, else a call that was interrupted goes on where it stopped.
-    The other options are those of `convert`. Raises `QuantkitError`.
+    sampled labels; ``restart``: discard what is in ``out``, of another checkpoint only with ``force``, else a call that
+    was interrupted goes on where it stopped. The other options are those of `convert`. Raises `QuantkitError`.
     """
     from quantkit.plan.budget import budget_bytes, check_device, check_jobs
     from quantkit.plan.hardware import default_budget
@@ -43,7 +44,7 @@ def sensitivity(
     check_jobs(jobs)
     let_threads_sleep()
     text = Text((data,) if isinstance(data, str) else tuple(data), tokens, sequence_length, seed)
-    with prepared(path_of(source), path_of(out), text, restart=restart) as request, threads(jobs):
+    with prepared(path_of(source), path_of(out), text, restart=restart, force=force) as request, threads(jobs):
         from quantkit.plan.machine import Machine
         from quantkit.sensitivity.run import run
 

@@ -56,17 +56,18 @@ def choose_types(
     base_dir: Path | str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     memory_budget: int | str | None = None,
+    jobs: int | None = None,
     on_event: OnLosses | None = None,
 ) -> Recipe:
     """The recipe with rules in place of targets: the type of each linear, chosen so that the output keeps its size and
     is predicted to lose least. A recipe without targets comes back as it is.
 
-    Losses that the recipe's folder of sensitivity lacks are measured on ``device`` and kept there; ``on_event``: is
-    told of each layer. `convert`, `trial` and `plan` do the same on their way. Raises `QuantkitError`.
+    Losses that the recipe's folder of sensitivity lacks are measured on ``device``, with ``jobs`` CPU threads,
+    and kept there; ``on_event``: is told of each layer. `convert`, `trial` and `plan` do the same on their way. Raises
+    `QuantkitError`.
     """
     from quantkit.plan.budget import budget_bytes
 
     loaded, folder = recipe_and_folder(recipe, base_dir)
-    return settled(
-        path_of(source), optional_path(config), loaded, folder, device, budget_bytes(memory_budget), on_event
-    ).recipe
+    given, budget = path_of(source), budget_bytes(memory_budget)
+    return settled(given, optional_path(config), loaded, folder, device, budget, jobs, on_event).recipe

@@ -94,10 +94,11 @@ def convert(
     with refusals():
         chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:
-            show_recipe(source, config, chosen, memory_budget)
+            show_recipe(source, config, chosen, memory_budget, device.value, jobs)
             return
         if dry_run:
-            show_plan(source, chosen, recipe or shorthand.what, as_json, config=config, memory_budget=memory_budget)
+            name, on = recipe or shorthand.what, device.value
+            show_plan(source, chosen, name, as_json, config=config, memory_budget=memory_budget, device=on, jobs=jobs)
             return
         if out is None:
             missing_option("'--out' / '-o'")

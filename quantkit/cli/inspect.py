@@ -20,7 +20,7 @@ def inspect(
         typer.Argument(
             metavar="PATH",
             help="Folder with safetensors (a source checkpoint or an output of quantkit) or with a GGUF model; a .gguf "
-            "file, any one of a split set; an imatrix file.",
+            "file, any one of a split set; an imatrix file; a folder of `quantkit sensitivity`.",
         ),
     ],
     as_json: AsJson = False,

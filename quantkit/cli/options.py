@@ -16,9 +16,11 @@ from quantkit.errors import RecipeError
 from quantkit.plan.budget import MOST_JOBS, parse_budget
 from quantkit.plan.gguf_model import config_folder
 from quantkit.plan.hardware import Gpu, parse_gpu
+from quantkit.plan.packed import packed_tables
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from quantkit.runtimes.gpus import Gpus, parse_gpus
+from quantkit.tensors import Role
 
 
 class Device(str, Enum):
@@ -73,7 +75,8 @@ def chosen_recipe(source: Path, config: Path | None, recipe: str | None, shortha
         return Recipe.from_yaml(recipe)
     if shorthand.scheme is None and shorthand.preset is None and not shorthand.target.words:
         missing_option("'--scheme', '--preset', '--recipe' / '-r', '--fit' or '--target-bpw'")
-    return shorthand_recipe(config_folder(source, config), shorthand)
+    tables = packed_tables(source, config) if shorthand.scheme is not None else frozenset[Role]()
+    return shorthand_recipe(config_folder(source, config), shorthand, tables)
 
 
 class ManyFiles(TyperCommand):

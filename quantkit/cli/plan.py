@@ -14,10 +14,13 @@ from quantkit.cli.options import (
     Context,
     ConvertOn,
     Data,
+    Device,
+    DeviceOption,
     Fit,
     FormatName,
     GpuOption,
     GroupSize,
+    Jobs,
     MemoryBudget,
     MethodName,
     PresetName,
@@ -61,11 +64,14 @@ def plan(
     context: Context = None,
     memory_budget: MemoryBudget = None,
     convert_on: ConvertOn = None,
+    device: DeviceOption = Device.AUTO,
+    jobs: Jobs = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a conversion would give and need: bytes, bits per weight, memory, disk, hours on this machine.
 
-    The first plan on a machine measures it for some seconds, and keeps that in the cache folder. SOURCE may hold only a
+    The first plan on a machine measures it for some seconds, and keeps that in the cache folder; a size may need the
+    losses of types, which --device measures. SOURCE may hold only a
     config.json: then the official release of that config is planned.
     """
     target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
@@ -73,7 +79,7 @@ def plan(
     with refusals():
         chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:
-            show_recipe(source, config, chosen, memory_budget)
+            show_recipe(source, config, chosen, memory_budget, device.value, jobs)
             return
         show_plan(
             source,
@@ -85,13 +91,30 @@ def plan(
             context=context,
             memory_budget=memory_budget,
             convert_on=convert_on,
+            device=device.value,
+            jobs=jobs,
         )
 
 
-def show_recipe(source: Path, config: Path | None, recipe: Recipe, memory_budget: int | None) -> None:
+def show_recipe(
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    memory_budget: int | None,
+    device: commands.DeviceName,
+    jobs: int | None,
+) -> None:
     """Print a recipe, with rules in place of targets."""
     with progress() as on_event:
-        settled = choose_types(source, recipe, config=config, memory_budget=memory_budget, on_event=on_event)
+        settled = choose_types(
+            source,
+            recipe,
+            config=config,
+            device=device,
+            memory_budget=memory_budget,
+            jobs=jobs,
+            on_event=on_event,
+        )
     typer.echo(recipe_yaml(settled), nl=False)
 
 
@@ -106,6 +129,8 @@ def show_plan(
     context: int | None = None,
     memory_budget: int | None = None,
     convert_on: Gpu | None = None,
+    device: commands.DeviceName = "auto",
+    jobs: int | None = None,
 ) -> None:
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common. ``name``: the recipe as given."""
     from quantkit.text.forecast import forecast_document, forecast_text
@@ -120,6 +145,8 @@ def show_plan(
             memory_budget=memory_budget,
             convert_on=convert_on,
             hours=True,
+            device=device,
+            jobs=jobs,
             on_event=on_event,
         )
     if as_json:

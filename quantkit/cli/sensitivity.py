@@ -71,6 +71,7 @@ Restart = Annotated[
         "--restart/--resume", help="Start anew and replace FOLDER; the default resumes where a killed run stopped."
     ),
 ]
+Force = Annotated[bool, typer.Option("--force", help="With --restart: replace a pass of another checkpoint, too.")]
 
 
 def sensitivity(
@@ -84,6 +85,7 @@ def sensitivity(
     memory_budget: MemoryBudget = None,
     jobs: Jobs = None,
     restart: Restart = False,
+    force: Force = False,
     log: LogFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -104,6 +106,7 @@ def sensitivity(
             memory_budget=memory_budget,
             jobs=jobs,
             restart=restart,
+            force=force,
             on_event=on_event,
         )
     if as_json:

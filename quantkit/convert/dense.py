@@ -67,8 +67,8 @@ def quantize_group(task: GroupTask) -> GroupResult:
 def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink, hessians: SublayerHessians | None = None) -> None:
     """Quantise the block's linears stage by stage, and carry the streams through it. ``hessians``: those of its
     sublayer's outputs."""
-    aware = hessians is not None and output_aware(job.outputs, block.linears)
-    of_outputs = hessians.of_dense(block) if hessians is not None and aware else {}
+    aware = [name for name in block.linears if output_aware(job.outputs, (name,))]
+    of_outputs = hessians.of_dense(block, aware) if hessians is not None and aware else {}
     context = job.hidden.new_rows(job.weights.shape(block.output)[1])
     for stage in block.stages:
         last = stage is block.stages[-1]

@@ -7,7 +7,7 @@ results applied in the order of the tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -68,22 +68,26 @@ def _quantize_sublayer(
     """As `quantize_layer`, one sublayer. ``expected``: weights of experts that are read ahead. Adds to ``found`` what
     its routers did. Returns the job with what was rescaled."""
     # Blocks of a sublayer read the same x. The routed experts keep their inputs, so the dense block may add to x first.
-    routed = [(block, route(job, block)) for block in sublayer if isinstance(block, ExpertBlock)]
-    rescaled = rescale_sublayer(job, sublayer, routed)
-    if rescaled is not job and routed:
-        rescaled.weights.expect(expected)  # the search has read what was read ahead
-    job = rescaled
-    dense = [block for block in sublayer if isinstance(block, DenseBlock)]
-    assert len(dense) <= 1, "a second dense block would read what the first has added"
-    for block in dense:
-        sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
-        quantize_dense(job, block, sink, hessians)
-    for block, routes in routed:
-        sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
-        found.experts[block.name] = routes.counts()
-        found.changed.update(routes.changed)
-        job = _quantize_routed(job, block, routes, sink, hessians)
-        routes.close()
+    with ExitStack() as stack:
+        routed = [
+            (block, stack.enter_context(closing(route(job, block))))
+            for block in sublayer
+            if isinstance(block, ExpertBlock)
+        ]
+        rescaled = rescale_sublayer(job, sublayer, routed)
+        if rescaled is not job and routed:
+            rescaled.weights.expect(expected)  # the search has read what was read ahead
+        job = rescaled
+        dense = [block for block in sublayer if isinstance(block, DenseBlock)]
+        assert len(dense) <= 1, "a second dense block would read what the first has added"
+        for block in dense:
+            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
+            quantize_dense(job, block, sink, hessians)
+        for block, routes in routed:
+            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
+            found.experts[block.name] = routes.counts()
+            found.changed.update(routes.changed)
+            job = _quantize_routed(job, block, routes, sink, hessians)
     return job
 
 
@@ -91,12 +95,10 @@ def _quantize_routed(
     job: LayerJob, block: ExpertBlock, routes: Routes, sink: LayerSink, hessians: SublayerHessians | None
 ) -> LayerJob:
     aware = hessians is not None and output_aware(job.outputs, block.linears)
-    of_outputs = hessians.of_experts(block) if hessians is not None and aware else None
-    for experts in expert_batches(job, block):
-        # Neither task nor result has a name here: both are free before the next batch is read.
-        job = _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts, of_outputs)), sink)
-    if of_outputs is not None:
-        of_outputs.close()
+    with closing(hessians.of_experts(block)) if hessians is not None and aware else nullcontext() as of_outputs:
+        for experts in expert_batches(job, block):
+            # Neither task nor result has a name here: both are free before the next batch is read.
+            job = _apply_experts(job, quantize_experts(_experts_task(job, block, routes, experts, of_outputs)), sink)
     return job
 
 

@@ -66,7 +66,12 @@ def open_reference(path: Path) -> Evaluated:
     if not path.is_dir():
         raise SourceError(
             f"{path}: is not a folder, nor a file that --save-reference wrote.",
-            hint="Give the original checkpoint's folder first, then the candidates.",
+            hint="Give the original checkpoint's folder first, then the candidates, which may be GGUF files.",
+        )
+    if not _has_shards(path) and any(path.glob("*.gguf")):
+        raise SourceError(
+            f"{path}: holds GGUF files; the reference is a folder with config.json, tokenizer and safetensors.",
+            hint="Give the original checkpoint's folder first: GGUF can be a candidate, not the reference.",
         )
     if not _has_shards(path):
         raise SourceError(f"{path}: holds no safetensors, a reference in this format was needed.", hint=READABLE)

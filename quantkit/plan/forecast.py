@@ -24,6 +24,7 @@ from quantkit.plan.lengths import length_notes
 from quantkit.plan.memory import Needs, check_budget, conversion_needs, least_budget
 from quantkit.plan.plan import OutputPlan, Plan, make_plan
 from quantkit.plan.recipe import GgufOutput, Recipe
+from quantkit.plan.same_model import check_model, fingerprint_of
 from quantkit.plan.schedule import Duration
 from quantkit.runtimes.gpus import Gpus
 from quantkit.runtimes.llama_cpp.memory import LlamaFit, fit_llama
@@ -132,6 +133,7 @@ def forecast_of(
             "\n".join(headers.zeros[:5]) + more,
             hint=ZEROS_HINT,
         )
+    recipe = recipe.within(base_dir)  # what the plan counts of texts and passes lies there too
     plan = make_plan(recipe, headers.arch, headers.infos, headers.stored)
     plan = replace(plan, warnings=(*headers.notes, *length_notes(recipe, headers.arch), *plan.warnings))
     if headers.has_shards or os.path.lexists(tokenizer_file(headers.directory)):
@@ -142,7 +144,8 @@ def forecast_of(
     if recipe.imatrix is not None:
         ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()
     if recipe.sensitivity is not None and recipe.output_aware:
-        _check_fisher(base_dir / recipe.sensitivity, headers)
+        felt = base_dir / recipe.sensitivity
+        check_model(felt, read_sensitivity(felt), fingerprint_of(headers), headers.arch)
     needs = conversion_needs(plan, headers.arch, side_file_bytes(headers.directory))
     if memory_budget is not None:
         check_budget(needs, memory_budget)
@@ -154,18 +157,6 @@ def forecast_of(
         for gpu in (None, convert_on or COMMON_GPU)
     )
     return Forecast(headers, plan, needs, on_cpu, on_gpu, fits)
-
-
-def _check_fisher(folder: Path, headers: SourceHeaders) -> None:
-    """Raise `OutputError` or `SourceError` unless ``folder`` holds a finished Fisher pass of a model of this shape; the
-    conversion itself compares the weights, too."""
-    job, arch = read_sensitivity(folder).job, headers.arch
-    if (job.hidden, len(job.sublayers)) != (arch.hidden_size, arch.n_layers):
-        raise SourceError(
-            f"{folder}: is of another model: {len(job.sublayers):,} layers of width {job.hidden:,}; {arch.n_layers:,} "
-            f"layers of width {arch.hidden_size:,} were needed.",
-            hint="Make it of this checkpoint: quantkit sensitivity.",
-        )
 
 
 def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:

@@ -134,6 +134,11 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
         "--print-recipe, changes no byte.",
     )
 
+    @property
+    def keeps_mtp(self) -> bool:
+        """Whether MTP layers are stored where no rule says so."""
+        return False
+
 
 class FolderOutput(_Output, frozen=True, extra="forbid"):
     """A folder of safetensors that vLLM and transformers load."""
@@ -179,7 +184,9 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
     )
     rules: Rules = Field((), description="First match wins; without a preset they must match every tensor.")
     mtp: Literal["drop", "keep"] = Field(
-        "drop", description="drop: leave the MTP layer out; keep: rules and preset say how it is stored."
+        "drop",
+        description="drop: leave the MTP layer out; keep: rules and preset say how it is stored, "
+        "or, beside a target, 8 bits.",
     )
     split_max_size: str | None = Field(
         None, description="Largest file, as a number with unit (GB is decimal, GiB binary); null: one file."
@@ -208,6 +215,11 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
         if self.preset is None and self.target is None and not self.rules:
             raise fault("found neither preset, rules nor target, needed one of them")
         return self
+
+    @property
+    def keeps_mtp(self) -> bool:
+        """Whether MTP layers are stored where no rule says so."""
+        return self.mtp == "keep"
 
     @property
     def max_shard_bytes(self) -> int | None:

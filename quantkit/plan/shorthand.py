@@ -144,8 +144,9 @@ class _Float:
     name: str
 
 
-def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
-    """The recipe that the options stand for on this model. Reads config.json only.
+def shorthand_recipe(source: Path, options: Shorthand, packed: frozenset[Role] = frozenset()) -> Recipe:
+    """The recipe that the options stand for on this model. Reads config.json only. ``packed``: roles of tables that
+    the source holds in blocks (see `packed_tables`), which a scheme's output keeps in bfloat16.
 
     Raises `RecipeError`, in one line, for options that are unknown or contradict each other, `SourceError` and
     `ConfigError` for a folder without a config.json that is known.
@@ -154,7 +155,7 @@ def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     output = _target(options) if stored is None else {}
     arch = arch_of(read_config(source))
     if isinstance(stored, _Widths | _Float):
-        rules = _rules(stored, tuple(arch.tensors()))
+        rules = _rules(stored, tuple(arch.tensors()), packed)
         output |= {"name": stored.name, "format": "compressed-tensors", "rules": rules}
     elif stored is not None:
         output |= {"name": stored, "format": "gguf", "preset": stored, "split_max_size": SPLIT_SIZE}
@@ -185,12 +186,16 @@ def recipe_yaml(recipe: Recipe) -> str:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _rules(stored: _Widths | _Float, specs: Sequence[TensorSpec]) -> list[Mapping[str, object]]:
+def _rules(
+    stored: _Widths | _Float, specs: Sequence[TensorSpec], packed: frozenset[Role]
+) -> list[Mapping[str, object]]:
     """MTP is dropped, what is no linear kept, and each scheme has one rule; where groups do not divide the inputs of
     some linears, these have a rule before it."""
     roles = {spec.role for spec in specs}
     rules: list[Mapping[str, object]] = [{"match": "role:mtp", "drop": True}] if Role.MTP in roles else []
-    rules.append({"match": _match(_OTHERS, roles), "keep": "source"})
+    rules.append({"match": _match(_OTHERS, roles - packed), "keep": "source"})
+    if packed:
+        rules.append({"match": _match(_OTHERS, roles & packed), "keep": "bf16"})
     if isinstance(stored, _Float):
         linears = tuple(reversed(_LINEARS))
         return [*rules, {"match": _match(linears, roles), "scheme": {"kind": stored.name}}]

@@ -17,7 +17,7 @@ from quantkit.plan.decide import Problems
 from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.lengths import check_length
 from quantkit.plan.source_tensors import listed_specs, match_source
-from quantkit.sensitivity.folder import refuse_taken
+from quantkit.sensitivity.folder import refuse_other_model, refuse_taken
 from quantkit.tensors import TensorInfo
 
 DEFAULT_DATA = ("builtin:mixed",)
@@ -63,13 +63,16 @@ class FisherRequest:
 
 
 @contextmanager
-def prepared(source: Path, folder: Path, text: Text, *, restart: bool) -> Generator[FisherRequest]:
+def prepared(source: Path, folder: Path, text: Text, *, restart: bool, force: bool) -> Generator[FisherRequest]:
     """Open the checkpoint in folder ``source`` and cut the text. Loads no torch and changes nothing on the disk.
+    ``force``: ``restart`` may replace another checkpoint's pass.
 
     Raises a `QuantkitError` in one line for a source, text or folder that cannot be used.
     """
     refuse_taken(folder, restart=restart)
     with open_source(source) as opened:
+        if restart and not force:
+            refuse_other_model(folder, opened.fingerprint())
         arch = headers_of(opened).arch
         _check_tensors(arch, opened.infos())
         settings = text.calibration(arch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit import choose_types, convert
-from quantkit.documents.sensitivity import SENSITIVITY, read_sensitivity
+from quantkit.documents.sensitivity import SENSITIVITY, SensitivityDocument, read_sensitivity
 from quantkit.errors import OutputError, PlanError, QuantkitError, RecipeError, SourceError
 from quantkit.formats import open_source
 from quantkit.plan.headers import headers_of
@@ -61,11 +61,13 @@ def felt(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(source: Path, felt: Path) -> dict[str, dict[str, float]]:
     told: list[tuple[int, int]] = []
+    kept: list[SensitivityDocument] = []
     with open_source(source) as opened:
         found = open_sensitivity(felt, opened, headers_of(opened).arch)
-        document = losses.measure_losses(found, opened, PROCESSOR, WANTED, lambda *done: told.append(done))
+        document = losses.measure_losses(found, opened, PROCESSOR, WANTED, kept.append, lambda *done: told.append(done))
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert document.losses is not None
+    assert [len(one.losses or {}) for one in kept] == [1, 5, 7]
     return document.losses
 
 
