@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer
 
 from quantkit.documents.journal import ExpertRecord, JobHeader
 from quantkit.documents.json_text import finite
+from quantkit.documents.pruning import PruningRecord
 from quantkit.documents.values import Count, DocumentPart, DraftAgreement, Mean, Number
 
 Loss = Annotated[
@@ -132,6 +133,8 @@ class ConversionDocument(DocumentPart):
     calibration: tuple[CalibrationFile, ...] = ()
     expert_tokens: dict[Count, dict[str, tuple[ExpertRecord, ...]]] = Field(default_factory=dict)
     """By layer and block of routed experts."""
+    pruning: PruningRecord | None = None
+    """The key is missing where no experts were pruned."""
     tensors: dict[str, LinearRecord]
     poor_fits: tuple[PoorFit, ...] = ()
     """Largest loss first. The key is missing where there are none."""
