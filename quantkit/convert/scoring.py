@@ -19,7 +19,7 @@ from torch import Tensor
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.stream import MtpEntrance, forward_layer
-from quantkit.convert.events import OnEvent, StageStarted
+from quantkit.convert.events import ExpertsScored, OnEvent, StageStarted
 from quantkit.convert.hidden import StreamFiles, Streams
 from quantkit.documents.pruning import ExpertScore, Scores, ScoringProgress
 from quantkit.documents.read import document_bytes, parsed_document
@@ -91,7 +91,9 @@ class Scoring:
         streams = files.open(self.rows, self.arch, self.source, after=progress.after)
         scores, names = dict(progress.scores), names_by_layer(self.arch)
         first = 0 if progress.after is None else progress.after + 1
-        for layer in range(first, max(layers, default=-1) + 1):
+        passed = max(layers, default=-1) + 1
+        self.on_event(ExpertsScored(0, passed))
+        for layer in range(first, passed):
             self.source.prefetch(names.get(layer + 1, []))
             if layer >= self.arch.n_layers:
                 streams = self._enter_mtp(layer, streams, files, model)
@@ -101,6 +103,7 @@ class Scoring:
                 files.save(streams, layer)
                 write_durably(self.file, ScoringProgress(after=layer, scores=scores).model_dump_json().encode())
                 files.forget_before(layer)
+            self.on_event(ExpertsScored(layer + 1, passed))
         streams.close()
         return ScoringProgress(complete=True, scores=scores)
 
