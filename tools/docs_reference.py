@@ -107,6 +107,7 @@ def recipe_reference(schema: dict[str, Any]) -> str:
 TITLES = {
     "Recipe": "The file",
     "Calibration": "`calibration`",
+    "Prune": "`prune`",
     "FolderOutput": "`outputs[]` that are folders of safetensors",
     "GgufOutput": "`outputs[]` with `format: gguf`",
     "OutputTarget": "`outputs[].target`",

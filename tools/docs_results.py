@@ -19,6 +19,7 @@ from results_families import peers_families, two_bits
 from results_faults import faults, fuzz, verify_peers
 from results_fisher import fisher_layer, output_aware_tiny, two_sided
 from results_markdown import device, facts, versions
+from results_prune import prune_tiny
 from results_quality import (
     awq_tiny,
     convert_cuda,
@@ -76,6 +77,7 @@ SECTIONS: tuple[Section, ...] = (
         output_aware_tiny,
     ),
     ("Quality: switches of GPTQ, trained models", "switches", "benchmarks/switches.py", switches),
+    ("Quality: fewer experts, the tiny model", "prune_tiny", "benchmarks/prune_tiny.py", prune_tiny),
     ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
     (
         "Quality: small models of other families beside other tools",

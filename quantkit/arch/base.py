@@ -231,6 +231,21 @@ class ServingSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """What the router of a layer chooses from, for whoever takes experts away. ``count``: routed experts of a layer;
+    ``groups``: equal runs of them that the router ranks as wholes, of which ``top_groups`` stay, each by its
+    ``ranked_by`` best experts; ``top_k``: experts that a token takes; ``config_key``: entry of config.json (of the
+    language model's part of it) that says ``count``."""
+
+    count: int
+    groups: int
+    top_groups: int
+    ranked_by: int
+    top_k: int
+    config_key: str
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointVariants:
     """How published checkpoints of a family differ from the tensors that the family lists, without being another model.
 
@@ -359,6 +374,14 @@ class ModelArch(Protocol):
 
     def serving(self) -> ServingSizes:
         """What the memory of a runtime depends on besides the weights."""
+        ...
+
+    def routed_experts(self) -> RoutedExperts | None:
+        """The routed experts of each layer that has some; None if no layer has."""
+        ...
+
+    def with_experts(self, count: int) -> ModelArch:
+        """The same model with so many routed experts in each layer, which the router's groups must divide."""
         ...
 
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:

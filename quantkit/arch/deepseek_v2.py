@@ -52,4 +52,5 @@ class DeepseekV2(DeepseekV3):
         )
 
     def _router_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
-        yield TensorSpec(f"{prefix}gate.weight", (self.config.n_routed_experts, self.hidden_size), Role.ROUTER, layer)
+        shape = (self.config.n_routed_experts, self.hidden_size)
+        yield TensorSpec(f"{prefix}gate.weight", shape, Role.ROUTER, layer, by_expert=True)

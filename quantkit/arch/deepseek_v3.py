@@ -20,6 +20,7 @@ from quantkit.arch.base import (
     MlpNames,
     MtpLayer,
     NormWeight,
+    RoutedExperts,
     ServingSizes,
     Sublayer,
 )
@@ -204,6 +205,24 @@ class DeepseekV3:
             max_positions=c.max_position_embeddings,
         )
 
+    def routed_experts(self) -> RoutedExperts | None:
+        """In equal groups, ranked by their best two (``noaux_tc``) or by their best one."""
+        c = self.config
+        if all(map(self._is_dense, range(self.n_layers + self.n_mtp_layers))):
+            return None
+        return RoutedExperts(
+            count=c.n_routed_experts,
+            groups=c.n_group,
+            top_groups=c.topk_group,
+            ranked_by=2 if c.topk_method == "noaux_tc" else 1,
+            top_k=c.num_experts_per_tok,
+            config_key="n_routed_experts",
+        )
+
+    def with_experts(self, count: int) -> Self:
+        """The same model with so many routed experts in each layer."""
+        return self.computing(self.config.model_copy(update={"n_routed_experts": count}), self._rope.linear)
+
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) float32 after the last layer -> normed, float32, the input of lm_head."""
         from quantkit.arch import ops
@@ -269,8 +288,10 @@ class DeepseekV3:
 
     def _router_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
         experts = self.config.n_routed_experts
-        yield TensorSpec(f"{prefix}gate.weight", (experts, self.hidden_size), Role.ROUTER, layer)
-        yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,), Role.ROUTER, layer, float32=True)
+        yield TensorSpec(f"{prefix}gate.weight", (experts, self.hidden_size), Role.ROUTER, layer, by_expert=True)
+        yield TensorSpec(
+            f"{prefix}gate.e_score_correction_bias", (experts,), Role.ROUTER, layer, float32=True, by_expert=True
+        )
 
     def _mtp_tensors(self, layer: int) -> Iterator[TensorSpec]:
         table = (self.vocab_size, self.hidden_size)

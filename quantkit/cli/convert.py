@@ -30,6 +30,7 @@ from quantkit.cli.options import (
     MethodName,
     PresetName,
     PrintRecipe,
+    Prune,
     RecipeName,
     Restart,
     SchemeName,
@@ -72,6 +73,7 @@ def convert(
     sensitivity: SensitivityFolder = None,
     context: FitContext = None,
     config: ConfigFolder = None,
+    prune: Prune = None,
     print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
@@ -90,7 +92,7 @@ def convert(
     A killed run resumes with the same command, and its files are byte for byte those of a run without interruption.
     """
     target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
-    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target, prune)
     with refusals():
         chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:

@@ -18,6 +18,7 @@ from quantkit.plan.gguf_model import config_folder
 from quantkit.plan.hardware import Gpu, parse_gpu
 from quantkit.plan.packed import packed_tables
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.recipe_prune import parse_prune
 from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from quantkit.runtimes.gpus import Gpus, parse_gpus
 from quantkit.tensors import Role
@@ -59,6 +60,14 @@ def count(text: str) -> int:
     """131072 of "128Ki"; for typer."""
     try:
         return parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def pruned(text: str) -> str:
+    """ "25%" or "64", see `parse_prune`; for typer."""
+    try:
+        return str(parse_prune(text))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -176,6 +185,16 @@ Tokens = Annotated[
         metavar="N",
         help="Calibration tokens, e.g. 131072, 512Ki, 64k, 1e5. Default: 131072; with --data and more than 64 experts "
         "524288.",
+    ),
+]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        "--prune",
+        parser=pruned,
+        metavar="25%|N",
+        help="Leave out this share of the routed experts of each layer, or so many: those that the calibration text "
+        "needs least. Off by default; the docs say what it risks.",
     ),
 ]
 PrintRecipe = Annotated[

@@ -25,6 +25,7 @@ from quantkit.cli.options import (
     MethodName,
     PresetName,
     PrintRecipe,
+    Prune,
     RecipeName,
     SchemeName,
     SensitivityFolder,
@@ -59,6 +60,7 @@ def plan(
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
     config: ConfigFolder = None,
+    prune: Prune = None,
     print_recipe: PrintRecipe = False,
     gpus: GpuOption = None,
     context: Context = None,
@@ -75,7 +77,7 @@ def plan(
     config.json: then the official release of that config is planned.
     """
     target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
-    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target, prune)
     with refusals():
         chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:

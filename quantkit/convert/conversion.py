@@ -10,6 +10,7 @@ from quantkit.convert.background import Deliveries
 from quantkit.convert.events import OnEvent
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
+from quantkit.convert.pruning import Whole
 from quantkit.convert.weights import WeightSource
 from quantkit.formats.model_source import ModelSource
 from quantkit.plan.batch_sizes import Share
@@ -26,7 +27,7 @@ class Conversion:
     ``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
     ``sensitivity``: the Fisher pass that the recipe names. ``weights``: the source as layers read it, ahead of a GPU.
     ``importance``: an imatrix file in place of calibration text. ``deliveries``: the thread that writes beside a GPU,
-    None where writing waits.
+    None where writing waits. ``whole``: the model before pruning, None if ``source`` is all of it.
     """
 
     plan: Plan
@@ -44,3 +45,4 @@ class Conversion:
     timer: Timer
     weights: WeightSource
     deliveries: Deliveries | None
+    whole: Whole | None = None

@@ -41,6 +41,14 @@ class StageStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsScored:
+    """The text has passed ``done`` of ``layers`` to score the experts (0: it begins). Comes before `Started`."""
+
+    done: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorDone:
     """A linear is quantised and written for the first output. ``error``: its relative loss; ``nbytes``: of the decoded
     source tensor."""
@@ -174,6 +182,7 @@ def _outline(output: OutputReport) -> str:
 
 Event = (
     LossesLayer
+    | ExpertsScored
     | Started
     | StageStarted
     | TensorDone

@@ -14,10 +14,12 @@ from pathlib import Path
 from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.convert.folder import is_begun, refuse_taken, refuse_to_lose
+from quantkit.documents.pruning import Scores
 from quantkit.formats.model_source import ModelSource
 from quantkit.plan.forecast import forecast_of
 from quantkit.plan.gguf_model import config_folder, open_model
 from quantkit.plan.headers import headers_of, zero_limits
+from quantkit.plan.known_scores import known_scores
 from quantkit.plan.memory import Needs, check_free_disk
 from quantkit.plan.plan import Plan
 from quantkit.plan.recipe import Recipe
@@ -27,16 +29,21 @@ from quantkit.plan.recipe import Recipe
 class Job:
     """A conversion that nothing known speaks against. ``source``: open; ``rows``: the calibration text as tokens, None
     if data-free; ``base_dir``: where the recipe's relative files lie; ``restart``: discard an unfinished job and
-    replace an existing ``out``."""
+    replace an existing ``out``.
+
+    ``arch``: the model that is written; ``whole``: that of ``source``, another one if experts are pruned, whose
+    ``scores`` an earlier conversion may have found."""
 
     source: ModelSource
     arch: ModelArch
+    whole: ModelArch
     plan: Plan
     needs: Needs
     rows: TokenRows | None
     out: Path
     base_dir: Path
     restart: bool
+    scores: Scores | None = None
 
 
 @contextmanager
@@ -60,4 +67,12 @@ def prepared(
         if not is_begun(out) and not out.exists():  # else the conversion counts what is written already
             check_free_disk(found.needs, out)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
-        yield Job(opened, headers.arch, found.plan, found.needs, rows, out, base_dir, restart)
+        scores = _known_scores(recipe, opened, headers.arch, base_dir)
+        arch = found.source.arch
+        yield Job(opened, arch, headers.arch, found.plan, found.needs, rows, out, base_dir, restart, scores)
+
+
+def _known_scores(recipe: Recipe, source: ModelSource, whole: ModelArch, base_dir: Path) -> Scores | None:
+    if recipe.prune is None or recipe.prune.scores is None:
+        return None
+    return known_scores(base_dir / recipe.prune.scores, whole, source.fingerprint())

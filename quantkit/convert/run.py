@@ -35,6 +35,7 @@ from quantkit.convert.layer_writer import LayerWriter
 from quantkit.convert.output_hessians import LayerGradients
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
+from quantkit.convert.pruning import Whole, without_experts
 from quantkit.convert.repack import refuse_misfits
 from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.tune import quantize_and_tune
@@ -67,7 +68,7 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         stack.enter_context(foreground(machine.device))
         importance, sensitivity = open_imatrix(stack, job), open_fisher(job)
         names = [output.output.name for output in job.plan.outputs]
-        if not is_begun(job.out):
+        if not is_begun(job.out) and job.plan.recipe.prune is None:
             refuse_misfits(job.source, job.plan)
         folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
         first = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
@@ -77,7 +78,8 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
         stack.callback(journal.close)
         if not journal.entries:
             check_free_disk(job.needs, folder.partial, folder.reserved_bytes)
-        conversion = open_conversion(stack, job, machine, folder, journal, importance, sensitivity, on_event)
+        job, whole = without_experts(job, folder, machine, on_event)
+        conversion = open_conversion(stack, job, machine, folder, journal, importance, sensitivity, on_event, whole)
         resumed = bool(journal.entries)
         with conversion.timer.stage("compilation"):
             schedule = schedule_of(conversion, job.needs)
@@ -94,6 +96,7 @@ def open_conversion(
     importance: ImportanceFile | None,
     sensitivity: Sensitivity | None,
     on_event: OnEvent,
+    whole: Whole | None,
 ) -> Conversion:
     """Open what a conversion works with, until ``stack`` is closed."""
     plan, share = job.plan, share_of(job.needs, machine.hardware)
@@ -117,6 +120,7 @@ def open_conversion(
         timer=Timer(),
         weights=weights,
         deliveries=deliveries,
+        whole=whole,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from quantkit.convert.events import (
     CopyDone,
     Event,
+    ExpertsScored,
     Finished,
     LayerDone,
     LayerTuned,
@@ -24,7 +25,7 @@ from quantkit.convert.events import (
     ValidationProgress,
 )
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
-from quantkit.plan.schedule import AFTER_LAYERS, LAYER, TUNING, VALIDATION, Schedule, Step, even
+from quantkit.plan.schedule import AFTER_LAYERS, LAYER, SCORING, TUNING, VALIDATION, Schedule, Step, even
 from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted, LossesLayer
 
 MANY = 16
@@ -198,6 +199,11 @@ class Tally:
                 if event.done == 0:
                     self._start(event.layers, ())
                 self.layers_done, self.stage = event.done, "losses of types"
+                self._reach(lambda step: step.layer == event.done - 1, 1.0)
+            case ExpertsScored():
+                if event.done == 0:
+                    self._start(event.layers, ())
+                self.layers_done, self.stage = event.done, SCORING
                 self._reach(lambda step: step.layer == event.done - 1, 1.0)
             case Finished():
                 self.stage = "finished"

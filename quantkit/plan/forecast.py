@@ -20,9 +20,11 @@ from quantkit.plan.allocation.choose import CONTEXT, Choice
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
+from quantkit.plan.known_scores import known_scores, refuse_unscored
 from quantkit.plan.lengths import length_notes
 from quantkit.plan.memory import Needs, check_budget, conversion_needs, least_budget
 from quantkit.plan.plan import OutputPlan, Plan, make_plan
+from quantkit.plan.pruning import layers_to_score, pruned_headers, pruning_notes
 from quantkit.plan.recipe import GgufOutput, Recipe
 from quantkit.plan.same_model import check_model, fingerprint_of
 from quantkit.plan.schedule import Duration
@@ -126,7 +128,8 @@ def forecast_of(
     memory_budget: int | None = None,
     convert_on: Gpu | None = None,
 ) -> Forecast:
-    """As `forecast`, of headers that are read already."""
+    """As `forecast`, of headers that are read already. With ``prune`` all but the weights that are read are those of
+    the model that is left."""
     if headers.zeros and not recipe.allow_zeros:
         more = f"\n... and {len(headers.zeros) - 5:,} more shards." if len(headers.zeros) > 5 else ""
         raise SourceError(
@@ -134,12 +137,26 @@ def forecast_of(
             hint=ZEROS_HINT,
         )
     recipe = recipe.within(base_dir)  # what the plan counts of texts and passes lies there too
+    whole = headers.arch
+    if recipe.prune is not None:
+        headers = pruned_headers(headers, recipe.prune)
     plan = make_plan(recipe, headers.arch, headers.infos, headers.stored)
-    plan = replace(plan, warnings=(*headers.notes, *length_notes(recipe, headers.arch), *plan.warnings))
+    plan = replace(
+        plan,
+        warnings=(
+            *headers.notes,
+            *pruning_notes(recipe.prune, whole.routed_experts(), headers.arch),
+            *length_notes(recipe, headers.arch),
+            *plan.warnings,
+        ),
+    )
     if headers.has_shards or os.path.lexists(tokenizer_file(headers.directory)):
         for output in plan.outputs:
             notes = (f"output {output.output.name}: {line}" for line in output.target.check_source(headers.directory))
             plan = replace(plan, warnings=(*plan.warnings, *notes))
+    if recipe.prune is not None and recipe.prune.scores is not None:
+        path = base_dir / recipe.prune.scores
+        refuse_unscored(path, known_scores(path, whole), layers_to_score(plan))
     _find_text(recipe, headers, base_dir)
     if recipe.imatrix is not None:
         ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()

@@ -18,6 +18,7 @@ from pydantic.config import JsonDict, JsonValue
 from quantkit.calibrate.dataset import Calibration
 from quantkit.plan.output_target import OutputTarget
 from quantkit.plan.recipe_file import model_of, read_model, recipe_path, shipped_recipes
+from quantkit.plan.recipe_prune import Prune
 from quantkit.plan.recipe_values import checked_size, fault, one_of, parse_size
 from quantkit.plan.tune import AskedTune
 from quantkit.quantizers import AskedMethod
@@ -293,6 +294,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="Take shards with rows of zeros at the end, or long runs of them within, as interrupted downloads "
         "leave them.",
     )
+    prune: Prune | None = Field(
+        None, description="Routed experts that are left out of every output, before anything is quantised; null: none."
+    )
     propagate: Literal["quantized", "original"] = Field(
         "quantized",
         description="Weights that the hidden states pass through: those of the first output, or the original ones.",
@@ -382,6 +386,19 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             raise fault("found router: least_squares in a data-free recipe, needed calibration")
         if self.router != "keep" and self.propagate != "quantized":
             raise fault("found router: least_squares and propagate: original, needed propagate: quantized")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_scored(self) -> Recipe:
+        if self.prune is None:
+            return self
+        if self.calibration is None and self.prune.scores is None:
+            raise fault("found prune in a data-free recipe, needed calibration (its text scores the experts) or scores")
+        if self.sensitivity is not None:
+            raise fault(
+                "found prune and sensitivity, needed one of them: the Fisher pass is of the whole model (prune into a "
+                "checkpoint that keeps its weights, and make the pass of that)"
+            )
         return self
 
     @property

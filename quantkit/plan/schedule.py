@@ -18,6 +18,8 @@ READING = 250
 AFTER_LAYERS = (FILES, VALIDATION, SCORES)
 COMPILING, PASSING, LAYER, MTP_INPUTS = "compiling kernels", "passing", "layer", "mtp inputs"
 TUNING = "tuning"
+SCORING = "scoring experts"
+"""Before the steps of a schedule: how long it takes is not part of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from quantkit.errors import RecipeError
 from quantkit.formats.source import read_config
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.recipe_file import nearest
+from quantkit.plan.recipe_prune import parse_prune
 from quantkit.plan.target_words import SPLIT_SIZE, TargetWords
 from quantkit.plan.text_notes import MANY_EXPERTS, TOKENS_OF_MANY_EXPERTS, routed_experts
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
@@ -78,7 +79,8 @@ _NUMBER = re.compile(r"\.\d+\.")
 class Shorthand:
     """Options that stand for a recipe. One of ``scheme`` ("w4a16-g32") and ``preset`` ("Q4_K_M") says what is stored;
     ``group_size`` of a scheme: -1 is one scale a row; ``data``, ``tokens``: calibration text and how much of it;
-    ``method``: "gptq", "awq", "rtn", None for gptq; ``target``: a size, in place of scheme and preset."""
+    ``method``: "gptq", "awq", "rtn", None for gptq; ``target``: a size, in place of scheme and preset; ``prune``:
+    experts that go, "25%" or "64"."""
 
     scheme: str | None = None
     preset: str | None = None
@@ -87,6 +89,7 @@ class Shorthand:
     data: tuple[str, ...] = ()
     tokens: int | None = None
     target: TargetWords = TargetWords()
+    prune: str | None = None
 
     @property
     def given(self) -> bool:
@@ -101,6 +104,7 @@ class Shorthand:
             "--preset": self.preset,
             "--group-size": self.group_size,
             "--method": self.method,
+            "--prune": self.prune,
         }
         given = [f"{option} {value}" for option, value in named.items() if value is not None]
         return " ".join((*given, *self.target.words))
@@ -170,6 +174,8 @@ def shorthand_recipe(source: Path, options: Shorthand, packed: frozenset[Role] =
     }
     if options.method != "rtn" or options.data or options.tokens:
         values["calibration"] = _calibration(options, arch)
+    if options.prune is not None:
+        values["prune"] = {"experts": parse_prune(options.prune)}
     if options.target.sensitivity is not None:
         values["sensitivity"] = options.target.sensitivity
     return Recipe.from_dict(values)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from quantkit.convert.events import Event, LayerDone, StageStarted, Started, ValidationProgress
+from quantkit.convert.events import Event, ExpertsScored, LayerDone, StageStarted, Started, ValidationProgress
 from quantkit.convert.tally import Tally
 from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
@@ -149,7 +149,7 @@ class PlainProgress:
                 return state_line(self._tally)
             case LayerPassed() if _fifth(event):
                 return state_line(self._tally)
-            case FisherLayer() | LossesLayer():
+            case FisherLayer() | LossesLayer() | ExpertsScored():
                 return state_line(self._tally)
             case _:
                 return ""
