@@ -14,6 +14,7 @@ from quantkit.arch.base import (
     LinearPart,
     MtpLayer,
     NormWeight,
+    RoutedExperts,
     ServingSizes,
     Sublayer,
 )
@@ -132,6 +133,24 @@ class Gqa:
             expert_width=c.moe_intermediate_size if c.n_routed_experts else c.intermediate_size,
             max_positions=c.max_position_embeddings,
         )
+
+    def routed_experts(self) -> RoutedExperts | None:
+        """In equal groups, ranked by their best two."""
+        c = self.config
+        if all(map(c.is_dense, range(self.n_layers + self.n_mtp_layers))):
+            return None
+        return RoutedExperts(
+            count=c.n_routed_experts,
+            groups=c.n_group,
+            top_groups=c.topk_group,
+            ranked_by=2,
+            top_k=c.num_experts_per_tok,
+            config_key=self.family.entries.get("n_routed_experts", "n_routed_experts"),
+        )
+
+    def with_experts(self, count: int) -> Gqa:
+        """The same model with so many routed experts in each layer."""
+        return Gqa(self.family, self.config.model_copy(update={"n_routed_experts": count}))
 
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) float32 after the last layer -> normed, float32, the input of lm_head."""
