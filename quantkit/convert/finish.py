@@ -49,7 +49,8 @@ from quantkit.formats.source_card import source_card
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
-from quantkit.plan.recipe import Recipe, Validation
+from quantkit.plan.recipe import Recipe
+from quantkit.plan.recipe_validation import Validation
 from quantkit.plan.schedule import FILES, VALIDATION
 from quantkit.plan.source_tensors import vision_notes
 from quantkit.plan.text_notes import text_notes

@@ -42,7 +42,7 @@ from quantkit.formats.preallocated import disk_errors
 from quantkit.inspect.trial import inspect_trial
 from quantkit.plan.machine import Machine, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan
-from quantkit.plan.recipe import Validation
+from quantkit.plan.recipe_validation import Validation
 from quantkit.plan.schedule import FILES, VALIDATION, Schedule
 from quantkit.plan.trial import trial_plan, trial_schedule
 from quantkit.version import __version__

@@ -14,7 +14,7 @@ from quantkit.documents.sensitivity import read_sensitivity
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.plan import Plan
-from quantkit.plan.recipe import Validation
+from quantkit.plan.recipe_validation import Validation
 from quantkit.plan.tune import Tune
 from quantkit.quantizers import Awq
 from quantkit.tensors import Projection, Role, TensorInfo, TensorSpec

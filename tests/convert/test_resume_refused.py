@@ -12,7 +12,7 @@ import pytest
 
 from quantkit.convert.events import Event, LayerDone
 from quantkit.errors import OutputError
-from quantkit.plan.recipe import Validation
+from quantkit.plan.recipe_validation import Validation
 from tests.convert.jobs import (
     BUDGET,
     data_free,
