@@ -108,6 +108,7 @@ TITLES = {
     "Recipe": "The file",
     "Calibration": "`calibration`",
     "Prune": "`prune`",
+    "Tune": "`tune`",
     "FolderOutput": "`outputs[]` that are folders of safetensors",
     "GgufOutput": "`outputs[]` with `format: gguf`",
     "OutputTarget": "`outputs[].target`",
