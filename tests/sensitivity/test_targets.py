@@ -149,6 +149,7 @@ WIDER = ["Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "
 """What is chosen among without IQ2."""
 
 
+@pytest.mark.slow
 def test_iq2_reaches_smaller_sizes_and_never_loses_more(nano_felt: Path, tmp_path: Path) -> None:
     tables = {"rules": [{"match": "role:embed|lm_head", "scheme": "Q4_K"}]}
     small = recipe(nano_felt, {**output("gguf", size=2_300_000), **tables})
