@@ -112,6 +112,10 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
 Rules = Annotated[tuple[Rule, ...], Field(max_length=1000)]
 
 
+CurvePoint = tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+"""Bytes of tensor data, and the mean KL divergence that is expected there."""
+
+
 class _Output(BaseModel, frozen=True, extra="forbid"):
     """One checkpoint to be written."""
 
@@ -134,6 +138,10 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
         allow_inf_nan=False,
         description="What the choice of types expects of the mean KL divergence, for reports; written by "
         "--print-recipe, changes no byte.",
+    )
+    predicted_curve: Annotated[tuple[CurvePoint, ...], Field(max_length=100)] = Field(
+        (),
+        description="The same of other sizes of that choice: bytes of tensor data, expected mean KL divergence.",
     )
 
     @property

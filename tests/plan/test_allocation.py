@@ -170,6 +170,8 @@ def test_more_bytes_are_predicted_to_lose_less() -> None:
     assert losses == sorted(losses, reverse=True)
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == len(sizes) > 5
+    assert [nbytes for nbytes, _ in found.output.predicted_curve] == sizes
+    assert [kl for _, kl in found.output.predicted_curve] == pytest.approx(losses, rel=1e-3)
 
 
 def test_bits_per_weight_are_those_of_the_plan() -> None:

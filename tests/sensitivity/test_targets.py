@@ -145,6 +145,33 @@ def test_files_keep_the_size_and_losses_are_measured_once(nano_felt: Path, tmp_p
     assert read_sensitivity(nano_felt).losses
 
 
+WIDER = ["Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"]
+"""What is chosen among without IQ2."""
+
+
+@pytest.mark.slow
+def test_iq2_reaches_smaller_sizes_and_never_loses_more(nano_felt: Path, tmp_path: Path) -> None:
+    tables = {"rules": [{"match": "role:embed|lm_head", "scheme": "Q4_K"}]}
+    small = recipe(nano_felt, {**output("gguf", size=2_300_000), **tables})
+    with pytest.raises(PlanError, match="the smallest choice of types takes"):
+        choose_types(NANO, recipe(nano_felt, {**output("gguf", size=2_300_000, types=WIDER), **tables}), device="cpu")
+    (made,) = choose_types(NANO, small, device="cpu").outputs
+    chosen = {rule.scheme.type for rule in made.rules if isinstance(rule.scheme, GgmlScheme)}
+    assert chosen & {"IQ2_XXS", "IQ2_XS", "IQ2_S"}
+    for bpw in (3.1, 3.6):
+        with_iq2, without = (
+            choose_types(NANO, recipe(nano_felt, {**output("gguf", bpw=bpw, **types), **tables}), device="cpu")
+            for types in ({}, {"types": WIDER})
+        )
+        assert with_iq2.outputs[0].predicted_kl is not None
+        assert without.outputs[0].predicted_kl is not None
+        assert with_iq2.outputs[0].predicted_kl <= without.outputs[0].predicted_kl
+
+    report = convert(NANO, small, tmp_path / "out", device="cpu")
+    size = sum(file.stat().st_size for file in report.outputs[0].path.iterdir() if is_weights(file))
+    assert 2_250_000 < size <= 2_300_000
+
+
 def is_weights(file: Path) -> bool:
     return (file.suffix in (".gguf", ".safetensors") or "safetensors.index" in file.name) and file.stem != "imatrix"
 

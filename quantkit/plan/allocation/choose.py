@@ -71,18 +71,20 @@ def choose(draft: OpenOutput, document: SensitivityDocument, arch: ModelArch, so
     groups = tuple(
         replace(group, schemes=(group.schemes[place],)) for group, place in zip(draft.groups, chosen, strict=True)
     )
+    curve = work.curve()
     return Choice(
-        output=_settled(draft, groups, work.predicted(chosen)),
+        output=_settled(draft, groups, work.predicted(chosen), curve),
         groups=groups,
         nbytes=draft.target.file_bytes(source, work.planned(chosen)),
         limit=str(draft.wanted),
-        curve=work.curve(),
+        curve=curve,
         left=_left(groups, draft),
     )
 
 
-def _settled(draft: OpenOutput, groups: Sequence[DraftGroup], predicted: float) -> Output:
-    """The output with rules: the user's, those of the choice, and what is done with the rest."""
+def _settled(draft: OpenOutput, groups: Sequence[DraftGroup], predicted: float, curve: Sequence[ParetoPoint]) -> Output:
+    """The output with rules: the user's, those of the choice, and what is done with the rest; and what reports show of
+    the choice."""
     user = draft.output.rules
     assigned = [(spec, group.schemes[0]) for group in groups for spec in group.specs]
     others = [(spec, scheme) for spec, scheme in draft.others if spec.linear or scheme is not None]
@@ -94,7 +96,14 @@ def _settled(draft: OpenOutput, groups: Sequence[DraftGroup], predicted: float) 
     made = (*user, *rules_of(assigned), *rules_of(others), *drops, *keeps)
     # As objects: written out, what was made by its class and not read from a file would lack its kind.
     given = {key: getattr(draft.output, key) for key in draft.output.model_fields_set - {"target"}}
-    return type(draft.output).model_validate({**given, "rules": made, "predicted_kl": float(f"{predicted:.4g}")})
+    points = tuple((point.nbytes, _rounded(point.predicted_kl)) for point in curve)
+    told = {"predicted_kl": _rounded(predicted), "predicted_curve": points}
+    return type(draft.output).model_validate({**given, "rules": made, **told})
+
+
+def _rounded(value: float) -> float:
+    """To four digits: an estimate."""
+    return float(f"{value:.4g}")
 
 
 def _left(groups: Sequence[DraftGroup], draft: OpenOutput) -> str:
