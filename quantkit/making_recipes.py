@@ -29,6 +29,7 @@ def recipe_for(
     target_size: str | None = None,
     format: str | None = None,
     sensitivity: Path | str | None = None,
+    tune: bool = False,
 ) -> Recipe:
     """The recipe that ``scheme`` ("w4a16", for vLLM), ``preset`` ("Q4_K_M", for llama.cpp) or a size stands for on a
     model.
@@ -37,7 +38,7 @@ def recipe_for(
     calibration text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. A size is one
     of ``fit`` ("5xA100-80GB", with a sequence of ``context`` tokens), ``target_bpw`` and ``target_size`` ("350GB"), of
     an output in ``format`` ("compressed-tensors" or "gguf"), and needs the folder ``sensitivity``; `choose_types` puts
-    rules in its place. Raises `QuantkitError`.
+    rules in its place. ``tune``: whole layers by gradients. Raises `QuantkitError`.
     """
     from quantkit.plan.shorthand import Shorthand, shorthand_recipe
     from quantkit.plan.target_words import TargetWords
@@ -45,7 +46,9 @@ def recipe_for(
     text = (data,) if isinstance(data, str) else tuple(data)
     folder = None if sensitivity is None else str(sensitivity)
     target = TargetWords(fit, context, target_bpw, target_size, format, folder)
-    return shorthand_recipe(path_of(source), Shorthand(scheme, preset, group_size, method, text, tokens, target))
+    options = Shorthand(scheme, preset, group_size, method, text, tokens, target)
+    found = shorthand_recipe(path_of(source), options)
+    return found.tuned() if tune else found
 
 
 def choose_types(

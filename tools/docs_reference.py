@@ -122,6 +122,7 @@ TITLES = {
     "Gptq": "`method: {kind: gptq}`",
     "Awq": "`method: {kind: awq}`",
     "Repack": "`method: {kind: repack}`",
+    "Tune": "`tune`",
     "Validation": "`validation`",
 }
 

@@ -29,6 +29,7 @@ from quantkit.cli.options import (
     TargetBpw,
     TargetSize,
     Tokens,
+    Tuned,
     chosen_recipe,
 )
 from quantkit.cli.render import show_json
@@ -55,6 +56,7 @@ def plan(
     target_size: TargetSize = None,
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
+    tune: Tuned = False,
     config: ConfigFolder = None,
     print_recipe: PrintRecipe = False,
     gpus: GpuOption = None,
@@ -71,7 +73,7 @@ def plan(
     target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
     with refusals():
-        chosen = chosen_recipe(source, config, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand, tune=tune)
         if print_recipe:
             show_recipe(source, config, chosen, memory_budget)
             return
