@@ -39,12 +39,16 @@ def record(out: Path) -> dict[str, Any]:
     return found
 
 
+def originals(source: Path) -> dict[str, Tensor]:
+    with open_source(source) as opened:
+        return {name: opened.read(name).float() for name in opened.infos()}
+
+
 def held_out_losses(
     source: Path, config: dict[str, Any], recipe: Recipe, stored: dict[str, Tensor], alpha: float
 ) -> list[float]:
     """Of each layer: squared error of its output on held-out rows, by what the target adds to the layer's input."""
-    with open_source(source) as opened:
-        original = {name: opened.read(name).float() for name in opened.infos()}
+    original = originals(source)
     assert recipe.calibration is not None
     tokens = torch.from_numpy(token_rows(recipe.calibration, source, source.parent).tokens).long()
     held, _ = split_rows(len(tokens))
@@ -65,7 +69,7 @@ def held_out_losses(
     [
         (TUNE, {"kind": "int", "bits": 3, "group_size": 64}),
         ({**TUNE, "alpha": 0.5, "optimizer": "adam"}, {"kind": "int", "bits": 2, "group_size": 32, "symmetric": False}),
-        ({**TUNE, "alpha": 0.0, "scale_lr": 0}, {"kind": "mxfp4"}),
+        ({**TUNE, "alpha": 0.0}, {"kind": "mxfp4"}),
     ],
     ids=["int3", "int2 adam", "mxfp4"],
 )
@@ -79,16 +83,19 @@ def test_the_files_have_the_loss_that_was_found(
     losses = held_out_losses(source, small_config(), recipe, stored, tune.get("alpha", 1.0))
     assert [found[str(layer)]["loss_after"] for layer in (0, 1)] == pytest.approx(losses, rel=1e-3)
     assert any(one["loss_after"] < one["loss_before"] for one in found.values())
-    assert 0 < sum(one["codes_changed"] for one in found.values()) < sum(one["codes"] for one in found.values())
+    changed_codes = sum(one["codes_changed"] for one in found.values())
+    assert changed_codes < sum(one["codes"] for one in found.values())
+    assert (changed_codes > 0) == (scheme["kind"] == "int")  # so few updates carry no code over FP4's wide steps
     tuned = [event for event in events if isinstance(event, LayerTuned)]
     assert [(one.layer, one.after) for one in tuned] == [(layer, found[str(layer)]["loss_after"]) for layer in (0, 1)]
     steps = [event for event in events if isinstance(event, TuningStep)]
     assert (steps[-1].done, steps[-1].total) == (28, 28)
-    plain = decoded(source)
+    plain = originals(source)
     kept = [layer for layer in (0, 1) if found[str(layer)]["epoch"]]
     norms = [name for name in stored if "norm" in name and any(f".layers.{layer}." in name for layer in kept)]
-    changed = [not torch.equal(stored[name], plain[name]) for name in norms]
-    assert all(changed) if tune.get("scale_lr") != 0 else not any(changed)
+    changed = [not torch.equal(stored[name].float(), plain[name]) for name in norms]
+    assert changed
+    assert all(changed)
 
 
 def test_a_job_that_was_interrupted_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:

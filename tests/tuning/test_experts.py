@@ -117,7 +117,7 @@ SCHEMES: dict[str, Any] = {
 
 def made(scheme: Any) -> tuple[Tunable, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(2, 6, 512, generator=generator)
+    weight = torch.randn(2, 3, 256, generator=generator)
     stored = scheme.rounded(weight, None, points=4, signed=True)
     tunable = scheme.tunable(stored)
     assert tunable is not None
