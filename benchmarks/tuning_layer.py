@@ -32,7 +32,7 @@ from quantkit.calibrate.stream import forward_layer
 from quantkit.plan.tune import Tune
 from quantkit.schemes import IntScheme
 from quantkit.tensors import Role
-from quantkit.tuning.experts import RoutedExperts, groups_of
+from quantkit.tuning.experts import TunedExperts, groups_of
 from quantkit.tuning.layer import TunedLayer, TunedNorm
 from quantkit.tuning.linears import Matrices, TunedMatrices
 from quantkit.tuning.tune import TuneTask, split_rows, step_rows, tune
@@ -107,7 +107,7 @@ def tuned_layer(arch: ModelArch, weights: dict[str, Tensor], at_once: int) -> Tu
     groups = groups_of(lambda e: tuple(placed[names[e]] for names in projections), block.n_experts, at_once)
     norms = {s.name: TunedNorm(weights[s.name], NARROW) for s in arch.tensors() if s.role is Role.NORM and s.layer == 0}
     others = {s.name: weights[s.name] for s in arch.tensors() if s.layer == 0 and not s.linear}
-    experts = {block.name: RoutedExperts(block.activate, groups, NARROW)}
+    experts = {block.name: TunedExperts(block.activate, groups, NARROW)}
     return TunedLayer(sublayers, dense, {}, {}, norms, experts, tuple(moving), others.__getitem__)
 
 

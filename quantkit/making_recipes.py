@@ -30,6 +30,7 @@ def recipe_for(
     format: str | None = None,
     sensitivity: Path | str | None = None,
     prune: str | int | None = None,
+    tune: bool = False,
 ) -> Recipe:
     """The recipe that ``scheme`` ("w4a16", for vLLM), ``preset`` ("Q4_K_M", for llama.cpp) or a size stands for on a
     model.
@@ -38,7 +39,8 @@ def recipe_for(
     calibration text, relative to the current folder (default: builtin:mixed); ``tokens``: how much of it. A size is one
     of ``fit`` ("5xA100-80GB", with a sequence of ``context`` tokens), ``target_bpw`` and ``target_size`` ("350GB"), of
     an output in ``format`` ("compressed-tensors" or "gguf"), and needs the folder ``sensitivity``; `choose_types` puts
-    rules in its place. ``prune``: routed experts of each layer that go, "25%" or 64. Raises `QuantkitError`.
+    rules in its place. ``prune``: routed experts of each layer that go, "25%" or 64; ``tune``: whole layers by
+    gradients. Raises `QuantkitError`.
     """
     from quantkit.plan.shorthand import Shorthand, shorthand_recipe
     from quantkit.plan.target_words import TargetWords
@@ -47,7 +49,8 @@ def recipe_for(
     folder = None if sensitivity is None else str(sensitivity)
     target = TargetWords(fit, context, target_bpw, target_size, format, folder)
     words = Shorthand(scheme, preset, group_size, method, text, tokens, target, None if prune is None else str(prune))
-    return shorthand_recipe(path_of(source), words)
+    found = shorthand_recipe(path_of(source), words)
+    return found.tuned() if tune else found
 
 
 def choose_types(

@@ -124,6 +124,7 @@ TITLES = {
     "Gptq": "`method: {kind: gptq}`",
     "Awq": "`method: {kind: awq}`",
     "Repack": "`method: {kind: repack}`",
+    "Tune": "`tune`",
     "Validation": "`validation`",
 }
 

@@ -39,6 +39,7 @@ from quantkit.cli.options import (
     TargetBpw,
     TargetSize,
     Tokens,
+    Tuned,
     chosen_recipe,
 )
 from quantkit.cli.plan import show_plan, show_recipe
@@ -72,6 +73,7 @@ def convert(
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
     context: FitContext = None,
+    tune: Tuned = False,
     config: ConfigFolder = None,
     prune: Prune = None,
     print_recipe: PrintRecipe = False,
@@ -94,7 +96,7 @@ def convert(
     target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target, prune)
     with refusals():
-        chosen = chosen_recipe(source, config, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand, tune=tune)
         if print_recipe:
             show_recipe(source, config, chosen, memory_budget, device.value, jobs)
             return
@@ -107,7 +109,7 @@ def convert(
         if layers is not None:
             _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
             return
-        named = shorthand.words if recipe is None else ("-r", recipe)
+        named = (*(shorthand.words if recipe is None else ("-r", recipe)), *(["--tune"] if tune else []))
         report = _whole(source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart)
     _show(source, report, as_json)
 

@@ -72,9 +72,14 @@ def pruned(text: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-def chosen_recipe(source: Path, config: Path | None, recipe: str | None, shorthand: Shorthand) -> Recipe:
-    """The recipe of a file or of the options that stand for one. ``config``: the value of --config. Raises
-    `RecipeError`, and typer's error of usage if neither is given."""
+def chosen_recipe(source: Path, config: Path | None, recipe: str | None, shorthand: Shorthand, *, tune: bool) -> Recipe:
+    """The recipe of a file or of the options that stand for one. ``config``: the value of --config, ``tune``: of
+    --tune. Raises `RecipeError`, and typer's error of usage if neither is given."""
+    found = _untuned(source, config, recipe, shorthand)
+    return found.tuned() if tune else found
+
+
+def _untuned(source: Path, config: Path | None, recipe: str | None, shorthand: Shorthand) -> Recipe:
     if recipe is not None and shorthand.given:
         raise RecipeError(
             f"found --recipe and {shorthand.first}, needed a recipe or options that stand for one; options with "
@@ -218,6 +223,14 @@ Layers = Annotated[
         metavar="0-4,10",
         help="A trial: quantise only these layers, compare them with the original on held-out text, and say what the "
         "whole will take. Keeps no tensors, only OUT.trial.json.",
+    ),
+]
+Tuned = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Tune codes, scales and norms of each whole layer by gradients after it was quantised; also with a "
+        "--recipe, whose key `tune` has the settings.",
     ),
 ]
 LogFile = Annotated[

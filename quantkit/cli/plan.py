@@ -33,6 +33,7 @@ from quantkit.cli.options import (
     TargetBpw,
     TargetSize,
     Tokens,
+    Tuned,
     chosen_recipe,
 )
 from quantkit.cli.render import show_json
@@ -59,6 +60,7 @@ def plan(
     target_size: TargetSize = None,
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
+    tune: Tuned = False,
     config: ConfigFolder = None,
     prune: Prune = None,
     print_recipe: PrintRecipe = False,
@@ -79,7 +81,7 @@ def plan(
     target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target, prune)
     with refusals():
-        chosen = chosen_recipe(source, config, recipe, shorthand)
+        chosen = chosen_recipe(source, config, recipe, shorthand, tune=tune)
         if print_recipe:
             show_recipe(source, config, chosen, memory_budget, device.value, jobs)
             return

@@ -15,6 +15,7 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.dataset import TokenRows, token_rows
 from quantkit.convert.folder import is_begun, refuse_taken, refuse_to_lose
 from quantkit.documents.pruning import Scores
+from quantkit.errors import CalibrationError
 from quantkit.formats.model_source import ModelSource
 from quantkit.plan.forecast import forecast_of
 from quantkit.plan.gguf_model import config_folder, open_model
@@ -67,6 +68,11 @@ def prepared(
         if not is_begun(out) and not out.exists():  # else the conversion counts what is written already
             check_free_disk(found.needs, out)
         rows = None if recipe.calibration is None else token_rows(recipe.calibration, opened.directory, base_dir)
+        if recipe.tune is not None and rows is not None and len(rows.tokens) < 2:
+            raise CalibrationError(
+                "tune: found 1 calibration row, needed at least 2: one decides whether what the others taught is kept.",
+                hint="More calibration tokens, or a shorter sequence_length.",
+            )
         scores = _known_scores(recipe, opened, headers.arch, base_dir)
         arch = found.source.arch
         yield Job(opened, arch, headers.arch, found.plan, found.needs, rows, out, base_dir, restart, scores)

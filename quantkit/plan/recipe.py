@@ -315,6 +315,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         moved._folder = Path(folder)  # pyright: ignore[reportAttributeAccessIssue]
         return moved
 
+    def tuned(self) -> Recipe:
+        """The same recipe with ``tune``, its own or the defaults. Raises `RecipeError` where that cannot be."""
+        values = self.model_dump(mode="json", exclude_unset=True)
+        return self if self.tune else Recipe.from_dict({**values, "tune": True}, self.folder)
+
     @field_validator("outputs")
     @classmethod
     def _names_differ(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:

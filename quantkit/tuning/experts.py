@@ -46,7 +46,7 @@ class ExpertGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class RoutedExperts:
+class TunedExperts:
     """All routed experts of a block. ``dtype``: of its arithmetic."""
 
     activate: Activate
@@ -103,10 +103,10 @@ class _Sorted:
 
 
 class _Routed(torch.autograd.Function):
-    """`RoutedExperts` as autograd sees it. The weights are no inputs: their gradients go to `ExpertPlace.take`."""
+    """`TunedExperts` as autograd sees it. The weights are no inputs: their gradients go to `ExpertPlace.take`."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, shares: Tensor, indices: Tensor, experts: RoutedExperts) -> Tensor:
+    def forward(ctx: Any, h: Tensor, shares: Tensor, indices: Tensor, experts: TunedExperts) -> Tensor:
         pairs = _Sorted.of(indices, experts.count)
         x = h.to(experts.dtype)[pairs.tokens]
         given = shares.flatten()[pairs.order].unsqueeze(1)
@@ -123,7 +123,7 @@ class _Routed(torch.autograd.Function):
         return pairs.back(into).sum(1, dtype=given.dtype).to(ctx.h_dtype), pairs.back(of_share), None, None
 
 
-def _forward(experts: RoutedExperts, pairs: _Sorted, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(experts: TunedExperts, pairs: _Sorted, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of all gates, ups and downs (pairs, width)."""
     gates, ups, out = x.new_empty(0), x.new_empty(0), torch.empty_like(x)
     for group in experts.groups:
@@ -151,7 +151,7 @@ class _Saved:
     ups: Tensor
 
 
-def _backward(experts: RoutedExperts, pairs: _Sorted, saved: _Saved, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(experts: TunedExperts, pairs: _Sorted, saved: _Saved, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """gradient (tokens, hidden) at the sum -> at what each pair reads (pairs, hidden), and at its gate weight."""
     at_out = gradient.to(experts.dtype)[pairs.tokens]
     weighted = at_out * saved.share.to(at_out.dtype)

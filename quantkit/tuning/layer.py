@@ -11,8 +11,9 @@ from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, LinearPart, Sublayer
 from quantkit.arch.ops import linear
-from quantkit.tuning.experts import RoutedExperts
-from quantkit.tuning.linears import BETAS, EPS, TunedMatrices
+from quantkit.tuning.adam import Adam
+from quantkit.tuning.experts import TunedExperts
+from quantkit.tuning.linears import TunedMatrices
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
@@ -54,14 +55,14 @@ class TunedLayer:
     fixed: Mapping[str, Tensor]
     parts: Mapping[str, LinearPart]
     norms: Mapping[str, TunedNorm]
-    experts: Mapping[str, RoutedExperts]
+    experts: Mapping[str, TunedExperts]
     moving: tuple[TunedMatrices, ...]
     others: Callable[[str], Tensor]
 
-    def optimizer(self) -> torch.optim.Adam | None:
+    def optimizer(self) -> Adam:
         """Of scales and norms."""
-        changes = [*(one for each in self.moving for one in each.changes), *(one.change for one in self.norms.values())]
-        return torch.optim.Adam(changes, lr=0.0, betas=BETAS, eps=EPS) if changes else None
+        scales = (one for each in self.moving for one in each.changes)
+        return Adam([*scales, *(one.change for one in self.norms.values())])
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         """x (rows, tokens, hidden) -> the layer's output, the residual included."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.schemes.tunable import Tunable
+from quantkit.tuning.adam import Moments
 from quantkit.tuning.latents import ONE, decode, group_sums, move, nearest_offset, update
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 CLIP = 0.49
 """How far a latent may begin from the code that a method chose. Codes that begin exactly at a level hardly move."""
-BETAS, EPS = (0.9, 0.99), 1e-20
-"""Of Adam."""
 
 
 class Matrices(Protocol):
@@ -76,7 +75,7 @@ class TunedMatrices:
         self._offset = torch.empty_like(self.index, dtype=torch.int16)
         for number in range(len(self.index)):
             self._offset[number] = self._start(number, original(number))
-        self._adam = _LatentAdam(self.index.shape, self.index.device) if adam else None
+        self._adam = Moments(self.index.shape, self.index.device) if adam else None
         self._step = 0.0
         self._sums = self._zeros()
         self._best: tuple[Tensor, list[Tensor]] | None = None
@@ -167,20 +166,3 @@ class TunedMatrices:
         own = self._levels[index.int()].view(wanted.shape)
         wanted = torch.where(multiplier == 0, own, wanted / multiplier.masked_fill(multiplier == 0, 1.0))
         return nearest_offset(index, self._levels, wanted.flatten(-2), CLIP)
-
-
-class _LatentAdam:
-    """Moments of the gradients at latents, and Adam's step (arXiv 1412.6980)."""
-
-    def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        self.count = 0
-        self._first = torch.zeros(shape, device=device)
-        self._second = torch.zeros(shape, device=device)
-
-    def step(self, part: slice, gradient: Tensor, rate: float) -> Tensor:
-        """How far the latents go."""
-        first, second = self._first[part], self._second[part]
-        first.lerp_(gradient.float(), 1 - BETAS[0])
-        second.lerp_(gradient.float().square(), 1 - BETAS[1])
-        scale = (second / (1 - BETAS[1] ** self.count)).sqrt_().add_(EPS)
-        return (first / (1 - BETAS[0] ** self.count)).div_(scale).mul_(-rate)

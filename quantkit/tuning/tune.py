@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.plan.tune import Tune
+from quantkit.tuning.adam import Adam
 from quantkit.tuning.layer import TunedLayer, begin_update, finish_update
 
 HELD_OUT = 10
@@ -125,7 +126,7 @@ def _updates(task: TuneTask, taught: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield epoch, order[start : start + count].sort().values
 
 
-def _update(task: TuneTask, optimizer: torch.optim.Adam | None, rows: Tensor, fraction: float, energy: float) -> None:
+def _update(task: TuneTask, optimizer: Adam, rows: Tensor, fraction: float, energy: float) -> None:
     settings, layer = task.settings, task.layer
     begin_update(layer.moving, settings.lr * fraction)
     weights = layer.step_weights()
@@ -134,11 +135,7 @@ def _update(task: TuneTask, optimizer: torch.optim.Adam | None, rows: Tensor, fr
         loss = _error(task, layer.forward(x, weights) - target).square().mean() / max(energy, 1e-30)
         loss.backward()
     finish_update(layer, weights)
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.scale_lr * fraction
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer.step(settings.scale_lr * fraction)
 
 
 def _mean(task: TuneTask, rows: Tensor, *, with_layer: bool) -> float:

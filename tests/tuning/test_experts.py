@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quantkit.schemes import GgmlScheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme
 from quantkit.schemes.tunable import Tunable
-from quantkit.tuning.experts import RoutedExperts, groups_of
+from quantkit.tuning.adam import BETAS, EPS, Adam
+from quantkit.tuning.experts import TunedExperts, groups_of
 from quantkit.tuning.latents import ONE, decode_in_torch, move, nearest_offset, update_in_torch
 from quantkit.tuning.linears import FixedMatrices, Matrices, TunedMatrices
 
@@ -68,7 +69,7 @@ def test_forward_and_backward(at_once: int) -> None:
     shapes = ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))
     values = [torch.randn(EXPERTS, *s, generator=generator, dtype=torch.float64) / 8 for s in shapes]
     seen = [Seen(one) for one in values]
-    experts = RoutedExperts(
+    experts = TunedExperts(
         activate, groups_of(lambda e: tuple((one, e) for one in seen), EXPERTS, at_once), torch.float64
     )
     h, shares, indices = routed(generator)
@@ -116,7 +117,7 @@ SCHEMES: dict[str, Any] = {
 
 def made(scheme: Any) -> tuple[Tunable, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(2, 6, 512, generator=generator)
+    weight = torch.randn(2, 3, 256, generator=generator)
     stored = scheme.rounded(weight, None, points=4, signed=True)
     tunable = scheme.tunable(stored)
     assert tunable is not None
@@ -202,14 +203,13 @@ def test_a_latent_carries_into_the_index() -> None:
 def test_what_is_stored_is_what_was_computed_with(scheme: Any, adam: bool) -> None:
     tunable, original, _ = made(scheme)
     matrices = TunedMatrices(tunable, lambda number: original[number], torch.float32, adam=adam)
-    optimizer = torch.optim.Adam(matrices.changes, lr=0.01)
+    optimizer = Adam(matrices.changes)
     generator = torch.Generator().manual_seed(5)
     for _ in range(5):
         matrices.begin(0.05)
         matrices.take(slice(None), torch.randn(original.shape, generator=generator))
         matrices.finish()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(0.01)
     matrices.begin(0.0)
     matrices.keep()
     computed = matrices.weight(slice(None))
@@ -226,3 +226,16 @@ def test_what_is_stored_is_what_was_computed_with(scheme: Any, adam: bool) -> No
 def test_codebooks_are_left(name: str) -> None:
     scheme = GgmlScheme(type=name)  # type: ignore[arg-type]
     assert scheme.tunable(scheme.rounded(torch.randn(1, 2, 256), torch.ones(1, 256), points=0, signed=False)) is None
+
+
+def test_adam_is_torch_s() -> None:
+    generator = torch.Generator().manual_seed(6)
+    start = torch.randn(7, generator=generator)
+    mine, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    optimizer, expected = Adam([mine]), torch.optim.Adam([theirs], lr=0.01, betas=BETAS, eps=EPS)
+    for _ in range(5):
+        mine.grad = torch.randn(7, generator=generator)
+        theirs.grad = mine.grad.clone()
+        optimizer.step(0.01)
+        expected.step()
+    torch.testing.assert_close(mine, theirs)
