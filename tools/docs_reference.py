@@ -124,7 +124,6 @@ TITLES = {
     "Gptq": "`method: {kind: gptq}`",
     "Awq": "`method: {kind: awq}`",
     "Repack": "`method: {kind: repack}`",
-    "Tune": "`tune`",
     "Validation": "`validation`",
 }
 

@@ -25,7 +25,7 @@ from quantkit.plan.tune import Tune
 from quantkit.plan.tuning_memory import DECODED_BYTES
 from quantkit.sensitivity.moments import output_metric
 from quantkit.tensors import DTYPES, Role
-from quantkit.tuning.experts import RoutedExperts, groups_of
+from quantkit.tuning.experts import TunedExperts, groups_of
 from quantkit.tuning.layer import TunedLayer, TunedNorm
 from quantkit.tuning.tune import TuneTask, metric_factor, seed_of, tune
 
@@ -138,7 +138,7 @@ class _Work:
             others=lambda name: changed[name] if name in changed else weights.original(name),
         )
 
-    def _experts(self, block: ExpertBlock, linears: TunedLinears) -> RoutedExperts:
+    def _experts(self, block: ExpertBlock, linears: TunedLinears) -> TunedExperts:
         weights = self.job.weights
         dtype = weights.dtype(block.gates[0])
         names = (block.gates[0], block.ups[0], block.downs[0])
@@ -147,7 +147,7 @@ class _Work:
         projections = (block.gates, block.ups, block.downs)
         placed = linears.experts
         groups = groups_of(lambda e: tuple(placed[names[e]] for names in projections), block.n_experts, at_once)
-        return RoutedExperts(block.activate, groups, dtype)
+        return TunedExperts(block.activate, groups, dtype)
 
     def _norms(self) -> dict[str, TunedNorm]:
         """Norms of the layer that are kept as numbers of their own."""

@@ -190,7 +190,8 @@ class _Costs:
         learned = sum(
             number * (seen * self._squares(heads, n) + self._factor(heads, n)) for (heads, n), number in shapes.items()
         )
-        pooled = self.work.tokens * self._squares(1, self.work.hidden) if shapes else 0.0
+        pools = bool(shapes) + self.work.fits_routers
+        pooled = pools * self.work.tokens * self._squares(1, self.work.hidden)
         forward = self.work.streams * self._forward(linears, routed / count, 0)
         gradients = self._gradients(decisions, linears, self.work.fisher_tokens * self.work.top_k / count, 0)
         return learned + pooled + forward + gradients + count * self.work.streams * EXPERT_CALLS * self.speed.call

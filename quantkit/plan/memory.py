@@ -23,6 +23,7 @@ from quantkit.errors import PlanError
 from quantkit.formats.sizes import short_size
 from quantkit.plan.phases import ACTIVATION_COPIES, Phase, Place, Term, phases
 from quantkit.plan.plan import Plan
+from quantkit.plan.router_memory import fitting_routers
 from quantkit.plan.shapes import ModelSizes, Work
 from quantkit.plan.tuning_memory import with_tuning
 from quantkit.tensors import Role
@@ -114,7 +115,7 @@ def conversion_needs(plan: Plan, arch: ModelArch, side_files: int = 0) -> Needs:
 
 def conversion_phases(work: Work, place: Place, experts: int, cache: int) -> tuple[Phase, ...]:
     """All phases, validation included, with so many experts at once and ``cache`` bytes for weights."""
-    found = tuple(phases(work, place, experts, cache))
+    found = (*phases(work, place, experts, cache), *fitting_routers(work, place))
     if work.tune is not None:
         found = with_tuning(work, work.tune, place, found)
     return found if work.windows is None else (*found, _validation(work, work.windows, cache // 2))

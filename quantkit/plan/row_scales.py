@@ -17,6 +17,6 @@ def without_row_gains(decisions: Iterable[Decision]) -> Iterator[str]:
             found.setdefault(chosen[0].label, []).append(decision)
     for label, linears in found.items():
         yield (
-            f"{len(linears):,} linears, such as {linears[0].spec.name}, get no row_gains: the scales of {label} are "
-            "powers of two or belong to more than a row."
+            f"{len(linears):,} linears, such as {linears[0].spec.name}, get no row_gains: scales of {label} cannot "
+            "take them."
         )

@@ -81,8 +81,8 @@ class Work:
     ``blocks`` and ``experts`` differ in shape or treatment. ``untaught``: experts without calibration, of MTP layers
     that need none or in a data-free conversion. ``mtp_layers``: those that the text goes on into. ``largest_kept``:
     bytes of the largest tensor that passes through. ``heads``: of attention. ``fisher_tokens``: of the Fisher pass that
-    output-aware methods learn from. ``windows``: of the validation and tokens of one, None without. ``tune``: how
-    layers are tuned, None if they are not.
+    output-aware methods learn from. ``fits_routers``: whether routers are moved by least squares. ``windows``: of the
+    validation and tokens of one, None without. ``tune``: how layers are tuned, None if they are not.
     """
 
     hidden: int
@@ -100,6 +100,7 @@ class Work:
     largest_kept: int
     heads: int
     fisher_tokens: int
+    fits_routers: bool
     sizes: ModelSizes
     windows: tuple[int, int] | None
     tune: Tune | None = None
@@ -134,6 +135,7 @@ class Work:
             largest_kept=max((_kept_bytes(d) for d in decisions), default=0),
             heads=arch.serving().heads,
             fisher_tokens=_fisher_tokens(plan),
+            fits_routers=plan.recipe.router != "keep",
             sizes=ModelSizes.of(arch),
             windows=None if plan.recipe.validation is None else _windows(plan.recipe.validation, plan.recipe.folder),
             tune=plan.recipe.tune,
