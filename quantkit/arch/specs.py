@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from quantkit.arch.base import MlpNames
+from quantkit.arch.mtp import SHARED_NORM
 from quantkit.tensors import Projection, Role, TensorSpec
 
 
@@ -27,9 +28,11 @@ def mlp_specs(
     )
 
 
-def mtp_specs(prefix: str, table: tuple[int, int], layer: int, inner: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
+def mtp_specs(
+    prefix: str, table: tuple[int, int], layer: int, inner: Iterable[TensorSpec], last_norm: str = SHARED_NORM
+) -> Iterator[TensorSpec]:
     """An MTP layer of DeepSeek's kind (`mtp.mtp_layer`): ``inner``, its decoder layer, and what joins it to the model.
-    ``table``: (vocabulary, hidden)."""
+    ``table``: (vocabulary, hidden); ``last_norm``: name of the norm before the head."""
     hidden = table[1]
     for spec in inner:
         yield replace(spec, role=Role.MTP, mtp_role=spec.role)
@@ -45,5 +48,5 @@ def mtp_specs(prefix: str, table: tuple[int, int], layer: int, inner: Iterable[T
         projection=Projection.MTP_INPUT,
         table=True,
     )
-    yield TensorSpec(f"{prefix}shared_head.norm.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
+    yield TensorSpec(f"{prefix}{last_norm}.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
     yield TensorSpec(f"{prefix}shared_head.head.weight", table, Role.MTP, layer, table=True, mtp_role=head)

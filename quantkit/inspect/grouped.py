@@ -24,7 +24,7 @@ ARCHITECTURES = tuple(dict.fromkeys(family.llama_cpp.architecture for family in 
 
 _SIZES = ("block_count", "context_length", "embedding_length", "attention.head_count", "feed_forward_length")
 _EXPERT_SIZES = ("expert_used_count",)
-_ROUTER, _BIAS, _NORM, _HEAD = "ffn_gate_inp.weight", "exp_probs_b.bias", "attn_q_norm.weight", "output.weight"
+_ROUTER, _NORM, _HEAD = "ffn_gate_inp.weight", "attn_q_norm.weight", "output.weight"
 _DERIVED = (ROPE_FACTORS,)
 """Tensors that a file may have beside the model's: factors of frequencies."""
 _TWO = 2
@@ -79,11 +79,15 @@ def _tensor_lines(model: GgufReader) -> list[str]:
 def _expected(model: GgufReader) -> Mapping[str, TensorSpec]:
     """Tensors by GGUF name, shapes in numpy's order. Raises `ConfigError` if the metadata describes no model."""
     family, experts = _family(model), _number(model, "expert_count")
-    arch = Gqa(family, family.checked(_entries(model, experts)))
+    arch = Gqa(family, family.checked(_entries(model, family, experts)))
     table: dict[str, TensorSpec] = {}
     for name, stored in stored_tensors(in_parts(arch), arch.gguf(), experts).items():
-        routing = name.endswith((_ROUTER, _BIAS))  # a row for each expert
-        table[name] = replace(stored.first, shape=(experts, *stored.shape[1:]) if routing else stored.shape)
+        shape = stored.shape
+        if name.endswith(_ROUTER):  # a row for each expert
+            shape = (experts, *shape[1:])
+        elif name.endswith(family.llama_cpp.bias):
+            shape = (*shape[:-1], experts)
+        table[name] = replace(stored.first, shape=shape)
     return table
 
 
@@ -94,7 +98,7 @@ def _family(model: GgufReader) -> GqaFamily:
     return next((family for family in found if family.routed == routed), found[0])
 
 
-def _entries(model: GgufReader, experts: int) -> dict[str, object]:
+def _entries(model: GgufReader, family: GqaFamily, experts: int) -> dict[str, object]:
     heads, hidden = _number(model, "attention.head_count"), _number(model, "embedding_length")
     head_dim = _number(model, "attention.key_length") or (hidden // heads if heads else 0)
     mtp, norm = _number(model, "nextn_predict_layers"), model.tensors.get(f"blk.0.{_NORM}")
@@ -115,19 +119,20 @@ def _entries(model: GgufReader, experts: int) -> dict[str, object]:
         "max_position_embeddings": 1,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": _HEAD not in model.tensors,
-        **(_expert_entries(model) if experts else {}),
+        **(_expert_entries(model, family.llama_cpp.bias) if experts else {}),
     }
 
 
-def _expert_entries(model: GgufReader) -> dict[str, object]:
+def _expert_entries(model: GgufReader, bias: str) -> dict[str, object]:
     width = _number(model, "expert_feed_forward_length") or _number(model, "feed_forward_length")
+    shared = _number(model, "expert_shared_feed_forward_length")
     return {
         "n_routed_experts": _TWO,
         "num_experts_per_tok": 1,
         "moe_intermediate_size": width,
-        "n_shared_experts": _number(model, "expert_shared_count"),
+        "n_shared_experts": _number(model, "expert_shared_count") or shared // max(1, width),
         "dense_layers": frozenset(range(min(_number(model, "leading_dense_block_count"), len(model.tensors)))),
-        "selection_bias": any(name.endswith(_BIAS) for name in model.tensors),
+        "selection_bias": any(name.endswith(bias) for name in model.tensors),
     }
 
 

@@ -44,6 +44,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "GLM-5, sparse": glm_moe_dsa(),
     **{name: config() for name, config in GROUPED.items()},
 }
+RENAMED = {"block_sparse_moe": "mlp", "shared_mlp": "shared_experts", ".w1.": ".gate_proj."}
+RENAMED |= {".w3.": ".up_proj.", ".w2.": ".down_proj."}
 CPU = torch.device("cpu")
 
 
@@ -51,6 +53,13 @@ CPU = torch.device("cpu")
 def _quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def in_transformers(name: str) -> str:
+    """What a linear is called there in memory, where checkpoints have another name."""
+    for stored, loaded in RENAMED.items():
+        name = name.replace(stored, loaded)
+    return name
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -62,14 +71,15 @@ def check_against_whole_model(source: Path, folder: Path, tokens: Tensor) -> ora
     """Scalars of every linear, and the gradients in the files."""
     document = fisher_pass(source, folder, tokens)
     expected = oracle.fisher(source, tokens, SEED)
-    found = {name: one.fisher for name, one in document.linears.items()}
+    linears = {in_transformers(name): one for name, one in document.linears.items()}
+    found = {name: one.fisher for name, one in linears.items()}
     scalars = {name: float(g.square().mean(-1).sum()) for name, g in expected.outputs.items() if name in found}
-    unseen = {name for name, one in document.linears.items() if one.tokens == 0}
+    unseen = {name for name, one in linears.items() if one.tokens == 0}
     assert found.keys() - scalars.keys() == unseen
     # Where the model is sure of every label, 1 - p is what float32 rounds: next to nothing beside other linears.
     nothing = 1e-9 * sum(scalars.values()) / len(scalars)
     assert all(abs(found[name] - value) <= CLOSE * value + nothing for name, value in scalars.items())
-    assert all(document.linears[name].tokens == len(expected.outputs[name]) for name in scalars)
+    assert all(linears[name].tokens == len(expected.outputs[name]) for name in scalars)
     for layer, number in expected.residual:
         with safetensors.safe_open(folder / file_name(layer), "pt") as file:
             gradient = file.get_tensor(gradient_name(number))

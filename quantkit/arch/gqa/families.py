@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import cast
 
 from quantkit.arch.base import ArchFactory, MlpNames
 from quantkit.arch.gqa.family import GqaFamily, LlamaCppForm, MoeNames, Raw
@@ -39,6 +40,20 @@ def _first_dense(raw: Raw) -> Raw:
     return {"dense_layers": frozenset(range(first))}
 
 
+def _hy3(raw: Raw) -> Raw:
+    kinds = raw.get("mlp_layer_types")
+    if not isinstance(kinds, list):
+        return _first_dense(raw)
+    return {"dense_layers": frozenset(n for n, kind in enumerate(cast("list[object]", kinds)) if kind != "sparse")}
+
+
+def _ernie(raw: Raw) -> Raw:
+    layers = _number(raw, "num_hidden_layers", 0)
+    first, last = _number(raw, "moe_layer_start_index", 1), _number(raw, "moe_layer_end_index", -1)
+    step, last = max(1, _number(raw, "moe_layer_interval", 1)), layers - 1 if last == -1 else last
+    return {"dense_layers": frozenset(n for n in range(layers) if n < first or n > last or (n + 1) % step)}
+
+
 def _glm4(raw: Raw) -> Raw:
     return {**_first_dense(raw), "qk_norm": "head" if raw.get("use_qk_norm") else "none"}
 
@@ -66,6 +81,42 @@ FAMILIES: Mapping[str, GqaFamily] = {
         unsaid={"rope_theta": 1e6},
         fixed=_SOFTMAX,
         only={"sliding_window": None},
+    ),
+    "MiniMaxM2ForCausalLM": GqaFamily(
+        LlamaCppForm("minimax-m2", routing={"norm_topk_prob": True}),
+        _MIXTRAL,
+        entries={"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        unsaid={"rope_theta": 5e6},
+        fixed={**_SIGMOID, "norm_topk_prob": True, "qk_norm": "flat"},
+        only={"use_qk_norm": True, "use_routing_bias": True, "scoring_func": "sigmoid", "sliding_window": None},
+    ),
+    "HYV3ForCausalLM": GqaFamily(
+        LlamaCppForm("hy_v3", leading_dense=True, mtp=True, bias="exp_probs_b"),
+        MoeNames(router="router.gate.weight", bias="expert_bias", shared="shared_mlp."),
+        entries={
+            "n_routed_experts": "num_experts",
+            "n_shared_experts": "num_shared_experts",
+            "norm_topk_prob": "route_norm",
+            "routed_scaling_factor": "router_scaling_factor",
+        },
+        unsaid={"rope_theta": 11_158_840.0, "n_shared_experts": 1},
+        fixed={**_SIGMOID, "qk_norm": "head"},
+        only=_NO_BIASES,
+        derived=_hy3,
+        mtp_norm="final_layernorm",
+    ),
+    "Ernie4_5_MoeForCausalLM": GqaFamily(
+        LlamaCppForm("ernie4_5-moe", routing=_SOFTMAX, leading_dense=True, keys={"interleave_moe_layer_step": 1}),
+        MoeNames(bias="moe_statics.e_score_correction_bias", bias_row=True),
+        entries={
+            "n_routed_experts": "moe_num_experts",
+            "n_shared_experts": "moe_num_shared_experts",
+            "num_experts_per_tok": "moe_k",
+        },
+        unsaid={"rope_theta": 5e5, "tie_word_embeddings": True},
+        fixed={**_SOFTMAX, "selection_bias": True, "rope_interleave": True, "num_nextn_predict_layers": 0},
+        only={"use_bias": False},
+        derived=_ernie,
     ),
     "LlamaForCausalLM": GqaFamily(LlamaCppForm("llama", permuted=True), only=_NO_BIASES, routed=False),
     "Qwen2ForCausalLM": GqaFamily(LlamaCppForm("qwen2"), fixed={"qkv_bias": True}, only=_NO_WINDOW, routed=False),

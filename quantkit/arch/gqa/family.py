@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from quantkit.arch.base import MlpNames
+from quantkit.arch.base import KeyValue, MlpNames
 from quantkit.arch.gqa.config import GqaConfig
 from quantkit.arch.rope import rope_entries
 from quantkit.errors import ConfigError
@@ -18,7 +18,8 @@ MLP_NAMES = MlpNames(gate="gate_proj", up="up_proj", down="down_proj")
 @dataclass(frozen=True, slots=True)
 class MoeNames:
     """Where the experts of a layer are: ``block`` stands before all, inside the layer; ``router``, ``bias`` (of the
-    selection), ``shared`` and ``experts`` are inside the block, ``expert`` are the linears of one."""
+    selection), ``shared`` and ``experts`` are inside the block, ``expert`` are the linears of one.
+    ``bias_row``: the bias is a matrix of one row."""
 
     block: str = "mlp."
     router: str = "gate.weight"
@@ -26,6 +27,7 @@ class MoeNames:
     shared: str = "shared_experts."
     experts: str = "experts."
     expert: MlpNames = MLP_NAMES
+    bias_row: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class LlamaCppForm:
     ``architecture``: its name there; ``mlp_norm``: tensor of post_attention_layernorm; ``permuted``: rows of q and k
     lie in pairs of neighbours. ``routing``: entries of the config that its graph takes for granted, whatever a file
     says. ``leading_dense``: the first layers may be dense; else all layers have experts, or none. ``mtp``: it has a
-    place for the MTP layer.
+    place for the MTP layer. ``bias``: tensor of the selection bias. ``keys``: metadata that all its models have,
+    without the architecture in front.
     """
 
     architecture: str
@@ -44,6 +47,8 @@ class LlamaCppForm:
     routing: Mapping[str, object] = field(default_factory=dict[str, object])
     leading_dense: bool = False
     mtp: bool = False
+    bias: str = "exp_probs_b.bias"
+    keys: Mapping[str, KeyValue] = field(default_factory=dict[str, KeyValue])
 
 
 Raw = Mapping[str, object]
@@ -55,7 +60,7 @@ class GqaFamily:
     """``entries``: entry of `GqaConfig` -> its name in config.json, where that is another. ``unsaid``: entries that
     config.json may leave out. ``fixed``: entries that all models of the family have. ``only``: names in config.json ->
     the one value that is computed here, which may be missing. ``derived``: entries that a config.json says by several
-    others. ``routed``: its models have experts."""
+    others. ``routed``: its models have experts. ``mtp_norm``: the last norm of an MTP layer."""
 
     llama_cpp: LlamaCppForm
     moe: MoeNames = field(default_factory=MoeNames)
@@ -65,6 +70,7 @@ class GqaFamily:
     only: Raw = field(default_factory=dict[str, object])
     derived: Callable[[Raw], Raw] | None = None
     routed: bool = True
+    mtp_norm: str = "shared_head.norm"
 
     def config_of(self, raw: Raw) -> GqaConfig:
         """What a config.json says, checked. Raises `ConfigError`."""

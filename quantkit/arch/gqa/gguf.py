@@ -37,7 +37,6 @@ _MTP = {
     "enorm.weight": "nextn.enorm.weight",
     "hnorm.weight": "nextn.hnorm.weight",
     "eh_proj.weight": "nextn.eh_proj.weight",
-    "shared_head.norm.weight": "nextn.shared_head_norm.weight",
     "shared_head.head.weight": "nextn.shared_head_head.weight",
 }
 OPTIONAL = ("nextn.embed_tokens.weight", "nextn.shared_head_norm.weight", "nextn.shared_head_head.weight")
@@ -50,7 +49,6 @@ read."""
 _DEFAULTS: Mapping[str, KeyValue] = {
     "feed_forward_length": 0,
     "expert_weights_scale": 1.0,
-    "expert_shared_count": 0,
     "expert_weights_norm": False,
     "leading_dense_block_count": 0,
     "rope.freq_base": 10000.0,
@@ -98,10 +96,11 @@ class GqaGguf:
             return (None, None) if kind is None else (f"ffn_{kind}_exps.weight", int(match[1]))
         plain = {
             **_MTP,
+            f"{self.family.mtp_norm}.weight": "nextn.shared_head_norm.weight",
             "input_layernorm.weight": "attn_norm.weight",
             "post_attention_layernorm.weight": form.mlp_norm,
             f"{moe.block}{moe.router}": "ffn_gate_inp.weight",
-            f"{moe.block}{moe.bias}": "exp_probs_b.bias",
+            f"{moe.block}{moe.bias}": form.bias,
             **{
                 f"{moe.block}{moe.shared}{one}_proj.weight": f"ffn_{one}_shexp.weight" for one in ("gate", "up", "down")
             },
@@ -183,10 +182,12 @@ class GqaGguf:
             "expert_used_count": c.num_experts_per_tok,
             "expert_feed_forward_length": c.moe_intermediate_size,
             "expert_shared_count": c.n_shared_experts,
+            "expert_shared_feed_forward_length": c.n_shared_experts * c.moe_intermediate_size,
             "expert_gating_func": GATING[c.scoring_func],
             "expert_weights_norm": c.norm_topk_prob,
             "expert_weights_scale": float(c.routed_scaling_factor),
         }
+        values |= self.family.llama_cpp.keys
         if self.family.llama_cpp.leading_dense:
             values["leading_dense_block_count"] = len(c.dense_layers)
         if c.topk_group < c.n_group:
@@ -233,6 +234,12 @@ class GqaGguf:
                 return number("embedding_length") // heads if heads else 0
             case "rope.dimension_count":
                 return number("attention.key_length") or self._default("attention.key_length", found)
+            case "expert_shared_count":
+                return number("expert_shared_feed_forward_length") // max(1, number("expert_feed_forward_length"))
+            case "expert_shared_feed_forward_length":
+                return number("expert_shared_count") * number("expert_feed_forward_length")
+            case "expert_feed_forward_length":
+                return number("feed_forward_length")
             case "rope.scaling.original_context_length":
                 return number("context_length")
             case "expert_gating_func":

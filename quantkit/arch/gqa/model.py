@@ -65,7 +65,7 @@ class Gqa:
         if self.lm_head != self.embed:
             yield TensorSpec(self.lm_head, table, Role.LM_HEAD, table=True)
         for layer in self._mtp_numbers:
-            yield from mtp_specs(_prefix(layer), table, layer, self._layer_tensors(layer))
+            yield from mtp_specs(_prefix(layer), table, layer, self._layer_tensors(layer), self.family.mtp_norm)
 
     def variants(self) -> CheckpointVariants:
         """Rotary buffers, MTP layers without copies of embedding and head, a head beside tied embeddings."""
@@ -160,7 +160,8 @@ class Gqa:
 
     def mtp_layers(self) -> Mapping[int, MtpLayer]:
         """By number, from ``num_hidden_layers`` on."""
-        return {layer: mtp_layer(_prefix(layer), self.config.rms_norm_eps) for layer in self._mtp_numbers}
+        eps, norm = self.config.rms_norm_eps, self.family.mtp_norm
+        return {layer: mtp_layer(_prefix(layer), eps, norm) for layer in self._mtp_numbers}
 
     @property
     def _mtp_numbers(self) -> range:
@@ -228,9 +229,10 @@ class Gqa:
 
     def _moe_tensors(self, layer: int, block: str) -> Iterator[TensorSpec]:
         c, names, hidden = self.config, self.family.moe, self.hidden_size
-        yield TensorSpec(f"{block}{names.router}", (c.n_routed_experts, hidden), Role.ROUTER, layer)
+        yield TensorSpec(f"{block}{names.router}", (c.n_routed_experts, hidden), Role.ROUTER, layer, by_expert=True)
         if c.selection_bias:
-            yield TensorSpec(f"{block}{names.bias}", (c.n_routed_experts,), Role.ROUTER, layer, float32=True)
+            shape = (1, c.n_routed_experts) if names.bias_row else (c.n_routed_experts,)
+            yield TensorSpec(f"{block}{names.bias}", shape, Role.ROUTER, layer, float32=True)
         sizes = (hidden, c.moe_intermediate_size)
         for expert in range(c.n_routed_experts):
             prefix = f"{block}{names.experts}{expert}."
