@@ -1,6 +1,6 @@
 """Experts that are pruned beside fewer bits, on a trained model: conversions in about the same bytes, one evaluation.
 
-    python benchmarks/prune_tiny.py MODEL [--tokens 16384] [--windows-per-file 4] [--store]
+    python benchmarks/prune_tiny.py MODEL [--tokens 8192] [--windows-per-file 4] [--store]
 
 MODEL is a folder of a model whose experts come in groups of six; the text is that of the peers' comparison
 (benchmarks/README.md). All are GPTQ in groups of 128, everything but the experts int4. Differences are paired over
@@ -28,12 +28,12 @@ RESULTS = Path(__file__).resolve().parent / "results" / "prune_tiny.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """Bits of the experts' gate and up, and of their down projections; ``pruned``: experts that go of each group;
-    ``scored_on``: the only file of text that scores experts, "" for all of the calibration text."""
+    """Bits of the experts, and of those of the last layer; ``pruned``: experts that go of each group; ``scored_on``:
+    the only file of text that scores experts, "" for all of the calibration text."""
 
     name: str
-    gate_up: int = 4
-    down: int = 4
+    bits: int = 4
+    last: int = 4
     pruned: int = 0
     scored_on: str = ""
     beside: str = ""
@@ -42,10 +42,10 @@ class Plan:
 
 PLANS = (
     Plan("all experts, int4"),
-    Plan("1/6 pruned, int4", pruned=1, beside="gate and up int3, down int4"),
-    Plan("gate and up int3, down int4", gate_up=3),
-    Plan("1/3 pruned, int4", pruned=2, beside="gate and up int3, down int2"),
-    Plan("gate and up int3, down int2", gate_up=3, down=2),
+    Plan("1/6 pruned, int4", pruned=1, beside="int3, last layer int4"),
+    Plan("int3, last layer int4", bits=3),
+    Plan("1/3 pruned, int4", pruned=2, beside="int3, last layer int2"),
+    Plan("int3, last layer int2", bits=3, last=2),
     Plan(f"1/6 pruned by {CODE} alone, int4", pruned=1, scored_on=CODE, beside="1/6 pruned, int4"),
 )
 
@@ -61,10 +61,10 @@ def document(data: str, tokens: int, rules: list[dict[str, Any]], prune: dict[st
     return found if prune is None else {**found, "prune": prune}
 
 
-def rules_of(plan: Plan) -> list[dict[str, Any]]:
+def rules_of(plan: Plan, last: int) -> list[dict[str, Any]]:
     return [
-        {"match": "*.experts.*.down_proj.weight", "scheme": scheme_of(f"int{plan.down}-g128")},
-        {"match": "role:expert", "scheme": scheme_of(f"int{plan.gate_up}-g128")},
+        {"match": f"*.layers.{last}.mlp.experts.*", "scheme": scheme_of(f"int{plan.last}-g128")},
+        {"match": "role:expert", "scheme": scheme_of(f"int{plan.bits}-g128")},
         {"match": "role:attention|mlp|shared_expert", "scheme": scheme_of("int4-g128")},
         {"match": "*", "keep": "source"},
     ]
@@ -81,13 +81,13 @@ def run(model: Path, recipe: dict[str, Any], out: Path) -> dict[str, Any]:
 def converted(plan: Plan, model: Path, tokens: int, work: Path) -> tuple[Path, dict[str, Any]]:
     """Folder of the result, and what is known of it."""
     out = work / str(PLANS.index(plan))
-    groups = json.loads((model / "config.json").read_text())["n_group"]
-    prune: dict[str, Any] | None = {"experts": plan.pruned * groups} if plan.pruned else None
+    config = json.loads((model / "config.json").read_text())
+    prune: dict[str, Any] | None = {"experts": plan.pruned * config["n_group"]} if plan.pruned else None
     if prune is not None and plan.scored_on:
         scores = work / f"{out.name}-scores"
         run(model, document(plan.scored_on, tokens, [{"match": "*", "keep": "source"}], prune), scores)
         prune = {**prune, "scores": str(scores)}
-    made = run(model, document("*.txt", tokens, rules_of(plan), prune), out)
+    made = run(model, document("*.txt", tokens, rules_of(plan, config["num_hidden_layers"] - 1), prune), out)
     experts = sum(role["nbytes"] for role in made["contents"] if role["role"] == "expert")
     return out, {"name": plan.name, "tokens": tokens, "bytes of experts": experts}
 
@@ -130,7 +130,7 @@ def scored(rows: list[dict[str, Any]], klds: list[dict[str, list[float]]]) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=8_192)
     parser.add_argument("--windows-per-file", type=int, default=4)
     parser.add_argument("--store", action="store_true")
     arguments = parser.parse_args()

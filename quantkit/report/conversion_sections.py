@@ -227,8 +227,8 @@ def _pruned(converted: LabelledConversion) -> list[Block]:
         rows.append((str(layer), f"{len(kept):,}", f"{share:.1%}", ", ".join(map(str, gone))))
     note = Note(
         f"Of {record.experts:,} routed experts in each layer those with the lowest scores were left out: mean of gate "
-        "weight times norm of the output over an expert's tokens, on the calibration text. Experts below have their "
-        "new numbers."
+        "weight times norm of the output over an expert's tokens, on the calibration text. Experts of this conversion "
+        "have their new numbers below."
     )
     return [note, Table(("layer", "kept", "share of the scores that went", "left out"), tuple(rows), long=True)]
 
