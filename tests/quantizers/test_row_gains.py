@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.inputs import InputMoments, InputStats
-from quantkit.quantizers import Gptq
+from quantkit.quantizers import Gptq, batch
 from quantkit.quantizers.row_gains import gained, row_gains, takes_row_gains
 from quantkit.schemes import Bnb4Scheme, ChosenScheme, GgmlScheme, IntScheme, Mxfp4Scheme, Nvfp4Scheme
 from quantkit.schemes.ggml.types import BLOCK_TYPES
@@ -112,3 +112,26 @@ def test_gptq_folds_them_where_outputs_go_to_the_residual(aware: bool) -> None:
     assert float(after.sum()) < float(before.sum())
     assert torch.equal(made.norm, plain.norm)
     assert made.fallbacks == plain.fallbacks
+
+
+@pytest.mark.parametrize("name", ["int4", "Q4_K", "IQ3_XXS"])
+def test_slices_of_rows_get_the_gains_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SLICE_BYTES", 4 * 2 * 256 * 5)
+    x, y = tokens()
+    weight, (scheme, _) = torch.randn(2, 12, 256, generator=torch.Generator().manual_seed(6)), TAKEN[name]
+    plain, asked = Gptq(), Gptq(row_gains=True)
+    before = plain.quantizer(twice(x, y))(weight, scheme, to_residual=True)
+    made = asked.quantizer(twice(x, y))(weight, scheme, to_residual=True)
+    prepared = plain.prepare(twice(x, y))
+    gains = row_gains(weight, before.decode(), prepared.factor.hessian, prepared.cross)
+    wanted = scheme.decode(**gained(scheme, before.stored, gains))
+    assert not torch.equal(made.decode(), before.decode())
+    torch.testing.assert_close(made.decode(), wanted, rtol=2**-7, atol=1e-6)
+    assert made.loss.shape == (2, 12)
+
+
+def twice(x: Tensor, y: Tensor) -> InputStats:
+    """Two matrices that the same tokens feed."""
+    stats = stats_of(x, y)
+    assert stats.cross is not None
+    return InputStats(stats.hessian.repeat(2, 1, 1), stats.cross.repeat(2, 1, 1), (len(x), len(x)))
