@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantkit import api as commands
+from quantkit.arguments import let_threads_sleep
 from quantkit.cli.converted import next_text, program
 from quantkit.cli.exit_codes import REFUSED, interruptible, missing_option, refusals, show_error
 from quantkit.cli.options import (
@@ -30,6 +33,7 @@ from quantkit.cli.options import (
     MethodName,
     PresetName,
     PrintRecipe,
+    Ranks,
     RecipeName,
     Restart,
     SchemeName,
@@ -41,12 +45,15 @@ from quantkit.cli.options import (
     chosen_recipe,
 )
 from quantkit.cli.plan import show_plan, show_recipe
+from quantkit.cli.ranks import check_gpus, refuse_shared_trial, run_ranks, speaking
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
+from quantkit.on_ranks import convert_on_ranks
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand
 from quantkit.plan.target_words import TargetWords
+from quantkit.ranks.places import RankPlace, place_of
 from quantkit.text.converted import report_document, report_text
 from quantkit.text.progress import progress
 from quantkit.text.trial import trial_text
@@ -76,6 +83,7 @@ def convert(
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
     jobs: Jobs = None,
+    gpus: Ranks = None,
     restart: Restart = False,
     layers: Layers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
@@ -92,6 +100,7 @@ def convert(
     target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
     with refusals():
+        refuse_shared_trial(gpus, layers)
         chosen = chosen_recipe(source, config, recipe, shorthand)
         if print_recipe:
             show_recipe(source, config, chosen, memory_budget)
@@ -105,8 +114,33 @@ def convert(
             _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
             return
         named = shorthand.words if recipe is None else ("-r", recipe)
-        report = _whole(source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart)
-    _show(source, report, as_json)
+        report = _run(gpus, source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart)
+    if report is not None:
+        _show(source, report, as_json)
+
+
+def _run(
+    gpus: int | None,
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    out: Path,
+    named: Sequence[str],
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+    restart: bool,
+) -> Report | None:
+    """Convert everything: alone, as one of several ranks, or by starting them. None where another rank has the
+    report."""
+    place = place_of(os.environ)
+    if place is not None:
+        check_gpus(gpus, place)
+        return _share(place, source, config, recipe, out, named, log, device, memory_budget, jobs, restart)
+    if gpus is not None and gpus > 1:
+        run_ranks(gpus, lambda: _advice(source, named, out))
+    return _whole(source, config, recipe, out, named, log, device, memory_budget, jobs, restart)
 
 
 def _whole(
@@ -133,6 +167,41 @@ def _whole(
             jobs=jobs,
             restart=restart,
             on_event=on_event,
+        )
+
+
+def _share(
+    place: RankPlace,
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    out: Path,
+    named: Sequence[str],
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+    restart: bool,
+) -> Report | None:
+    """This rank's part of converting everything; rank 0 shows progress and has the report."""
+    first = place.number == 0
+    with ExitStack() as stack:
+        stack.enter_context(interruptible(lambda: _advice(source, named, out), quiet=place.launched or not first))
+        stack.enter_context(speaking(place))
+        let_threads_sleep()
+        from quantkit.ranks.connect import connected
+
+        ranks = stack.enter_context(connected(place, device))
+        return convert_on_ranks(
+            source,
+            recipe,
+            out,
+            ranks,
+            config=config,
+            memory_budget=memory_budget,
+            jobs=jobs,
+            restart=restart,
+            on_event=stack.enter_context(progress(log)) if first else None,
         )
 
 
