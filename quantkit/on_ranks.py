@@ -34,12 +34,15 @@ def convert_on_ranks(
     ``memory_budget``: of all ranks of a host together. Raises `QuantkitError`: what every rank would say rank 0 does,
     the others raise `RankLostError`.
     """
+    from quantkit.convert.fingerprint import sha256_of_text
     from quantkit.convert.prepare import prepared
+    from quantkit.convert.together import refuse_different
 
     loaded, folder = ranks.agreed(lambda: recipe_and_folder(recipe, base_dir))
     device = "cuda" if ranks.device.type == "cuda" else "cpu"
     budget = ranks.agreed(lambda: conversion_budget(device, jobs, memory_budget)) // ranks.on_host
     given, place = path_of(source), optional_path(config)
+    refuse_different(ranks, {"recipe": sha256_of_text(loaded.model_dump_json())})
     plain = ranks.of_first(lambda: settled(given, place, loaded, folder, device, budget, on_event).recipe)
     with ExitStack() as stack:
         job = prepared(given, place, plain, path_of(out), folder, budget, restart=restart)

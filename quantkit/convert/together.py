@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from quantkit.convert.prepare import Job
-from quantkit.documents.journal import JournalHeader
 from quantkit.errors import OutputError, PlanError
 from quantkit.formats.preallocated import disk_errors
 from quantkit.plan.decide import Action
@@ -44,12 +44,12 @@ def refuse_unshared(job: Job, ranks: Ranks) -> None:
         )
 
 
-def refuse_different(ranks: Ranks, header: JournalHeader) -> None:
+def refuse_different(ranks: Ranks, facts: Mapping[str, object]) -> None:
     """Raise `PlanError` if another rank has another version, recipe, source, text or device: the bytes would be of no
-    job."""
+    job. ``facts``: such things by name, of `JobHeader.bytes_follow_from`."""
     if ranks.count == 1:
         return
-    told = ranks.gathered(header.job.bytes_follow_from())
+    told = ranks.gathered(dict(facts))
 
     def check() -> None:
         first, own = told[0], told[ranks.number]
