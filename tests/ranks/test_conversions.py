@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +42,9 @@ RECIPE = recipe_of(
     calibration=CALIBRATION,
 )
 SEED = 20261201
-KILLS = 6
+KILLS = 4
+OPERATIONS = 200
+"""A rank does 207 at least in an unbroken run, one of two up to 355."""
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,7 @@ def test_so_it_is_without_calibration(count: int, place: Path, tmp_path: Path) -
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_so_it_is_of_gguf_with_its_imatrix(tmp_path: Path) -> None:
     """The trained small model: layers, heads and super-blocks of 256."""
     recipe = Recipe.from_dict(
@@ -153,29 +155,17 @@ def attempt(count: int, place: Path, out: Path, killer: Killer) -> list[Ended]:
     return on_ranks(count, work)
 
 
-@pytest.fixture(scope="module")
-def operations(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[int]]:
-    """By the number of ranks, how many operations each does."""
-    found: dict[int, list[int]] = {}
-    for count in (2, 4):
-        out = tmp_path_factory.mktemp("counted") / "out"
-        ended = values(attempt(count, place, out, Killer(0, 0)))
-        found[count] = [ended[0]]
-        shutil.rmtree(out)
-        found[count].append(values(attempt(count, place, out, Killer(1, 0)))[1])
-    return found
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_rank_ends_all_and_any_number_goes_on(
-    number: int, place: Path, alone: dict[str, bytes], operations: dict[int, list[int]], tmp_path: Path
+    number: int, place: Path, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     """SIGKILL of a random rank at a random operation. Another is killed in the second run, now and then."""
     draw, out = random.Random(SEED + number), tmp_path / "out"
     for _ in range(draw.choice([1, 1, 2])):
         count = draw.choice([2, 4])
         victim = draw.randrange(count)
-        killer = Killer(victim, draw.randint(1, operations[count][min(victim, 1)]))
+        killer = Killer(victim, draw.randint(1, OPERATIONS))
         for rank, ended in enumerate(attempt(count, place, out, killer)):
             if rank == victim:
                 assert ended.signal == signal.SIGKILL or out.exists()  # a resumed run has fewer operations
