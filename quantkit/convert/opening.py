@@ -20,7 +20,7 @@ from quantkit.convert.weights import WeightSource
 from quantkit.documents.journal import JournalHeader
 from quantkit.errors import OutputError
 from quantkit.formats.model_source import ModelSource
-from quantkit.plan.batch_sizes import share_of
+from quantkit.plan.batch_sizes import share_on_ranks
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.memory import check_free_disk
 from quantkit.plan.plan import OutputPlan, Plan
@@ -66,7 +66,7 @@ def open_conversion(
     ranks: Ranks = ALONE,
 ) -> Conversion:
     """Open what a conversion works with, until ``stack`` is closed. ``journal``: the first rank's."""
-    plan, share = job.plan, share_of(job.needs, machine.hardware)
+    plan, share = job.plan, share_on_ranks(job.needs, machine.hardware, ranks.count)
     weights, deliveries = _threads_beside(stack, job.source, machine)
     return Conversion(
         plan=plan,
