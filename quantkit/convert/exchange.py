@@ -43,39 +43,57 @@ def rounds_of(job: LayerJob, block: ExpertBlock, counts: Sequence[int]) -> Itera
             yield tuple(tuple(expert for expert, owner in pairs if owner == rank) for rank in range(ranks))
 
 
+Cuts = tuple[tuple[int, ...], ...]
+"""By expert: where the tokens of each rank begin in a list sorted by expert and token, and at last their end."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTokens:
+    """The tokens of every expert in one stream, sorted by expert and token: their gate weights (n,) float32, and where
+    they are among the joint ones (n,) int64."""
+
+    share: Tensor
+    place: Tensor
+    cuts: Cuts
+
+    def of_expert(self, expert: int) -> slice:
+        """Those of all ranks."""
+        return slice(self.cuts[expert][0], self.cuts[expert][-1])
+
+    def of_rank(self, expert: int, rank: int) -> slice:
+        """Those of one rank."""
+        return slice(self.cuts[expert][rank], self.cuts[expert][rank + 1])
+
+
 @dataclass(frozen=True, slots=True)
 class JointTokens:
-    """The tokens of every expert of a block in all streams together, sorted by expert and token. token (n,) int64;
-    ``shares``: by stream the gate weights (n,) float32; ``chosen``: by stream whether the expert sees the token there
-    (n,) bool. ``cuts[e][p]``: where the tokens of rank p begin among those of expert e; the last one is their end."""
+    """The tokens of every expert of a block in all streams together, sorted by expert and token (n,) int64: a row that
+    both streams need is sent once of each. Everything that says how many is known to the processor, so a GPU is not
+    waited for in a round."""
 
     token: Tensor
-    shares: tuple[Tensor, ...]
-    chosen: tuple[Tensor, ...]
-    cuts: tuple[tuple[int, ...], ...]
+    cuts: Cuts
+    streams: tuple[StreamTokens, ...]
 
     @classmethod
     def of(cls, job: LayerJob, block: ExpertBlock, routes: Routes) -> JointTokens:
         """Of all experts of the block; on the device that computes."""
         experts = tuple(range(block.n_experts))
-        calibrated, original = routes.calibrated(experts), routes.unquantised(experts)
-        streams = [_keyed(one, job.device) for one in (calibrated, original) if one is not None]
-        keys = torch.cat([key for key, _ in streams]).unique()
-        shares, chosen = [], []
-        for key, share in streams:
-            place = torch.searchsorted(keys, key)
-            shares.append(share.new_zeros(len(keys)).index_copy_(0, place, share))
-            chosen.append(torch.zeros_like(keys, dtype=torch.bool).index_fill_(0, place, True))
-        return cls(keys & _TOKEN, tuple(shares), tuple(chosen), _cuts(job, keys, block.n_experts))
+        inputs = (routes.calibrated(experts), routes.unquantised(experts))
+        keyed = [_keyed(one, job.device) for one in inputs if one is not None]
+        keys = torch.cat([own for own, _ in keyed]).unique()
+        streams = (
+            StreamTokens(share, torch.searchsorted(keys, own), _cuts(job, own, block.n_experts)) for own, share in keyed
+        )
+        return cls(keys & _TOKEN, _cuts(job, keys, block.n_experts), tuple(streams))
 
-    def span(self, expert: int, rank: int) -> tuple[int, int]:
-        """[start, stop) of the tokens of a rank."""
-        return self.cuts[expert][rank], self.cuts[expert][rank + 1]
+    def of_rank(self, expert: int, rank: int) -> slice:
+        """The tokens of one rank."""
+        return slice(self.cuts[expert][rank], self.cuts[expert][rank + 1])
 
     def count(self, expert: int, rank: int) -> int:
         """How many of an expert's tokens a rank has."""
-        start, stop = self.span(expert, rank)
-        return stop - start
+        return self.cuts[expert][rank + 1] - self.cuts[expert][rank]
 
 
 _TOKEN = 2**32 - 1
@@ -87,7 +105,7 @@ def _keyed(inputs: ExpertInputs, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.cat(parts), torch.cat([tokens.share for tokens in inputs.tokens]).to(device)
 
 
-def _cuts(job: LayerJob, keys: Tensor, n_experts: int) -> tuple[tuple[int, ...], ...]:
+def _cuts(job: LayerJob, keys: Tensor, n_experts: int) -> Cuts:
     hidden, ranks = job.hidden, job.ranks.count
     firsts = [own_rows(hidden.rows.n_rows, rank, ranks).first * hidden.x.length for rank in range(ranks)]
     bounds = [[expert << 32 | token for token in (*firsts, _TOKEN)] for expert in range(n_experts)]
@@ -142,11 +160,11 @@ class ExchangedBatch:
 
     def _add_expert(self, number: int, expert: int, values: Tensor) -> None:
         """``values``: begin with those of this expert for this rank's tokens."""
-        span = slice(*self.joint.span(expert, self.job.ranks.number))
-        mine = self.joint.chosen[number][span]
-        store = self.job.hidden.stores()[number]
-        token = self.joint.token[span][mine] - self.job.hidden.rows.first * store.length
-        store.add(token, values[: len(mine)][mine], self.joint.shares[number][span][mine])
+        own, stream = self.job.ranks.number, self.joint.streams[number]
+        store, span = self.job.hidden.stores()[number], stream.of_rank(expert, self.job.ranks.number)
+        place = stream.place[span]
+        token = self.joint.token[place] - self.job.hidden.rows.first * store.length
+        store.add(token, values[place - self.joint.cuts[expert][own]], stream.share[span])
 
 
 def _row_counts(job: LayerJob, joint: JointTokens, turn: Round) -> tuple[list[int], list[int]]:
@@ -160,7 +178,7 @@ def _row_counts(job: LayerJob, joint: JointTokens, turn: Round) -> tuple[list[in
 def _fetched(job: LayerJob, joint: JointTokens, turn: Round, rows: RowStore, number: int) -> ExpertInputs:
     """What this rank's experts read in stream ``number``."""
     own = job.ranks.number
-    spans = [joint.token[slice(*joint.span(expert, own))] for owned in turn for expert in owned]
+    spans = [joint.token[joint.of_rank(expert, own)] for owned in turn for expert in owned]
     local = torch.cat(spans) - job.hidden.rows.first * rows.length
     given = rows.gather(local).to(job.device)
     found = job.ranks.exchange(given, *_row_counts(job, joint, turn))
@@ -174,13 +192,13 @@ def _places(job: LayerJob, joint: JointTokens, experts: tuple[int, ...], number:
         for expert in experts:
             starts[expert, rank] = at
             at += joint.count(expert, rank)
-    found: list[RoutedTokens] = []
+    stream, found = joint.streams[number], list[RoutedTokens]()
     for expert in experts:
         parts = [
             torch.arange(starts[expert, rank], starts[expert, rank] + joint.count(expert, rank), device=job.device)
             for rank in range(job.ranks.count)
         ]
-        span = slice(joint.cuts[expert][0], joint.cuts[expert][-1])
-        mine = joint.chosen[number][span]
-        found.append(RoutedTokens(torch.cat(parts)[mine], joint.shares[number][span][mine]))
+        span = stream.of_expert(expert)
+        place = stream.place[span] - joint.cuts[expert][0]
+        found.append(RoutedTokens(torch.cat(parts)[place], stream.share[span]))
     return tuple(found)
