@@ -75,7 +75,7 @@ def open_conversion(
         machine=machine,
         folder=folder,
         own_journal=journal,
-        stores=Stores(folder.hidden, share.stores, machine.device, share.device_stores),
+        stores=Stores(folder.hidden, share.stores, machine.device, share.device_stores, ranks.number),
         share=share,
         sinks=_open_sinks(stack, folder, plan, job.source.directory, journal, ranks),
         importance=importance,

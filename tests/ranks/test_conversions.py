@@ -6,18 +6,22 @@ import os
 import random
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quantkit.calibrate.hidden_states import FileRows
 from quantkit.convert import hidden as hidden_module
+from quantkit.convert import opening as opening_module
 from quantkit.convert import together as together_module
 from quantkit.convert.events import Report
 from quantkit.convert.journal import Journal
 from quantkit.errors import OutputError, PlanError, RankLostError
 from quantkit.on_ranks import convert_on_ranks
+from quantkit.plan import machine as machine_module
+from quantkit.plan.batch_sizes import Share, share_on_ranks
 from quantkit.plan.recipe import Recipe
 from quantkit.ranks.ranks import Ranks
 from tests.convert.jobs import BUDGET, data_free, files_of, int4, recipe_of, write_model, write_text
@@ -86,6 +90,29 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(
     assert without_report == [rank > 0 for rank in range(count)]
     assert files_of(tmp_path / "out") == alone
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_so_it_is_with_hidden_states_on_disk(
+    place: Path, alone: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks have one folder for their scratch files, and one expert at a time."""
+    files: list[Path] = []
+
+    def no_room(*given: Any) -> Share:
+        return replace(share_on_ranks(*given), stores=0, experts_at_once=1)
+
+    monkeypatch.setattr(opening_module, "share_on_ranks", no_room)
+    monkeypatch.setattr(machine_module, "FileRows", lambda path, *given: files.append(path) or FileRows(path, *given))
+
+    def work(ranks: Ranks) -> set[str]:
+        share(ranks, place, RECIPE, tmp_path / "out")
+        return {path.name for path in files}
+
+    first, second = values(on_ranks(2, work))
+    assert first
+    assert second
+    assert first.isdisjoint(second)
+    assert files_of(tmp_path / "out") == alone
 
 
 @pytest.mark.parametrize("count", [2, 4])
