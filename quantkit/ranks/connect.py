@@ -26,7 +26,7 @@ def connected(place: RankPlace, device: str, timeout: timedelta = TIMEOUT) -> Ge
     Raises `PlanError` if two ranks would share a GPU, torch sees none, or so many cannot share the work;
     `RankLostError` if not all ranks come.
     """
-    # NCCL's multicast over NVLink fails in some containers, and a layer's exchange gains nothing by it.
+    # What ranks exchange does not use NCCL's multicast over NVLink, which not every container allows.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     chosen = _device_of(place, device)
@@ -64,7 +64,7 @@ def _joined(place: RankPlace, timeout: timedelta) -> dist.ProcessGroup:
             "gloo", init_method="env://", rank=place.number, world_size=place.count, timeout=timeout
         )
     except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
-        said = str(error).splitlines()[0][:120]
+        said = str(error).partition("\n")[0][:120]
         raise RankLostError(
             f"rank {place.number} of {place.count} cannot reach the others at {place.address}:{place.port} ({said}).",
             hint="Start all ranks at once, and let them reach each other.",

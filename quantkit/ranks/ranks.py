@@ -184,7 +184,7 @@ def _lost() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).splitlines()[0].rpartition("] ")[2][:120]
+        said = str(error).partition("\n")[0].rpartition("] ")[2][:120]
         raise RankLostError(
             f"another rank is gone or did not answer ({said}).",
             hint="Give the same command again, with as many ranks or others: it goes on where it stopped.",
