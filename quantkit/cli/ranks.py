@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -15,6 +16,8 @@ from quantkit.errors import PlanError, QuantkitError, RankLostError
 from quantkit.ranks.launch import SILENT, launch
 from quantkit.ranks.places import RankPlace, check_count, place_of
 
+PATIENCE_S = 1.0
+"""torchrun ends all ranks when the first one ends: rank 0 has so long to say why."""
 RESUMES = "Give the same command again, with as many ranks or others: it goes on where it stopped."
 
 
@@ -53,6 +56,8 @@ def speaking(place: RankPlace) -> Generator[None]:
             raise typer.Exit(SILENT) from None
         if place.number == 0:
             show_error(error.message, error.hint)
+        else:
+            time.sleep(PATIENCE_S)
         raise typer.Exit(REFUSED) from None
     except QuantkitError as error:
         show_error(error.message if place.number == 0 else f"rank {place.number}: {error.message}", error.hint)
