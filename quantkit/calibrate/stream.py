@@ -6,7 +6,7 @@ so that one expert's weights are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,12 @@ def row_batches(
         yield start, min(start + step, last)
 
 
-def sliced_batches(store: RowStore, device: torch.device) -> Iterator[tuple[int, int]]:
-    """`row_batches` of one slice of rows after the other: what a batch computes doesn't depend on who has the slice."""
-    for rows in row_slices(store.n_rows):
+def sliced_batches(
+    store: RowStore, device: torch.device, slices: Sequence[tuple[int, int]] | None = None
+) -> Iterator[tuple[int, int]]:
+    """`row_batches` of one slice of rows after the other: what a batch computes doesn't depend on who has the slice.
+    ``slices``: those of the rank whose rows these are, by default of one that has all."""
+    for rows in row_slices(store.n_rows) if slices is None else slices:
         yield from row_batches(store, device, rows)
 
 

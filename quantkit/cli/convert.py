@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantkit import api as commands
+from quantkit.arguments import let_threads_sleep
 from quantkit.cli.converted import next_text, program
 from quantkit.cli.exit_codes import REFUSED, interruptible, missing_option, refusals, show_error
 from quantkit.cli.options import (
@@ -31,6 +34,7 @@ from quantkit.cli.options import (
     PresetName,
     PrintRecipe,
     Prune,
+    Ranks,
     RecipeName,
     Restart,
     SchemeName,
@@ -43,12 +47,15 @@ from quantkit.cli.options import (
     chosen_recipe,
 )
 from quantkit.cli.plan import show_plan, show_recipe
+from quantkit.cli.ranks import check_gpus, refuse_shared_trial, run_ranks, speaking
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
+from quantkit.on_ranks import convert_on_ranks
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand
 from quantkit.plan.target_words import TargetWords
+from quantkit.ranks.places import RankPlace, place_of
 from quantkit.text.converted import report_document, report_text
 from quantkit.text.progress import progress
 from quantkit.text.trial import trial_text
@@ -80,6 +87,7 @@ def convert(
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
     jobs: Jobs = None,
+    gpus: Ranks = None,
     restart: Restart = False,
     layers: Layers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: the same as `quantkit plan`.")] = False,
@@ -96,6 +104,7 @@ def convert(
     target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
     shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target, prune)
     with refusals():
+        refuse_shared_trial(gpus, layers)
         chosen = chosen_recipe(source, config, recipe, shorthand, tune=tune)
         if print_recipe:
             show_recipe(source, config, chosen, memory_budget, device.value, jobs)
@@ -110,8 +119,32 @@ def convert(
             _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart)
             return
         named = (*(shorthand.words if recipe is None else ("-r", recipe)), *(["--tune"] if tune else []))
-        report = _whole(source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart)
+        report = _run(gpus, source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart)
     _show(source, report, as_json)
+
+
+def _run(
+    gpus: int | None,
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    out: Path,
+    named: Sequence[str],
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+    restart: bool,
+) -> Report | None:
+    """Convert everything: alone, as one of several ranks, or by starting them. None where another rank has the
+    report."""
+    place = place_of(os.environ)
+    if place is not None:
+        check_gpus(gpus, place)
+        return _share(place, source, config, recipe, out, named, log, device, memory_budget, jobs, restart)
+    if gpus is not None and gpus > 1:
+        run_ranks(gpus, lambda: _advice(source, named, out))
+    return _whole(source, config, recipe, out, named, log, device, memory_budget, jobs, restart)
 
 
 def _whole(
@@ -138,6 +171,41 @@ def _whole(
             jobs=jobs,
             restart=restart,
             on_event=on_event,
+        )
+
+
+def _share(
+    place: RankPlace,
+    source: Path,
+    config: Path | None,
+    recipe: Recipe,
+    out: Path,
+    named: Sequence[str],
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+    restart: bool,
+) -> Report | None:
+    """This rank's part of converting everything; rank 0 shows progress and has the report."""
+    first = place.number == 0
+    with ExitStack() as stack:
+        stack.enter_context(interruptible(lambda: _advice(source, named, out), quiet=place.launched or not first))
+        stack.enter_context(speaking(place))
+        let_threads_sleep()
+        from quantkit.ranks.connect import connected
+
+        ranks = stack.enter_context(connected(place, device))
+        return convert_on_ranks(
+            source,
+            recipe,
+            out,
+            ranks,
+            config=config,
+            memory_budget=memory_budget,
+            jobs=jobs,
+            restart=restart,
+            on_event=stack.enter_context(progress(log)) if first else None,
         )
 
 
@@ -174,8 +242,10 @@ def _try(
         typer.echo(trial_text(found, Path(f"{out}.trial.json")))
 
 
-def _show(source: Path, report: Report, as_json: bool) -> None:
-    """Print the report; if a limit is exceeded say so last, and end with 1."""
+def _show(source: Path, report: Report | None, as_json: bool) -> None:
+    """Print the report; if a limit is exceeded say so last, and end with 1. None: another rank has it."""
+    if report is None:
+        return
     if as_json:
         show_json(report_document(report))
     else:

@@ -245,6 +245,15 @@ Force = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=1,
+        metavar="N",
+        help="Share the work among N GPUs of this machine: 1, 2, 4 or 8. Several machines: torchrun or Slurm.",
+    ),
+]
 GpuOption = Annotated[
     Gpus | None,
     typer.Option(

@@ -17,6 +17,7 @@ from quantkit.plan.batch_sizes import Share
 from quantkit.plan.machine import Machine, Stores, Timer
 from quantkit.plan.plan import Plan
 from quantkit.plan.targets import Sink
+from quantkit.ranks.ranks import ALONE, Ranks
 from quantkit.sensitivity.open import Sensitivity
 
 
@@ -27,7 +28,8 @@ class Conversion:
     ``sinks``: one for each output of the plan, in its order. ``share``: how the memory budget is divided.
     ``sensitivity``: the Fisher pass that the recipe names. ``weights``: the source as layers read it, ahead of a GPU.
     ``importance``: an imatrix file in place of calibration text. ``deliveries``: the thread that writes beside a GPU,
-    None where writing waits. ``whole``: the model before pruning, None if ``source`` is all of it.
+    None where writing waits. ``whole``: the model before pruning, None if ``source`` is all of it. ``own_journal``:
+    None on all ranks but the first, which keeps it.
     """
 
     plan: Plan
@@ -35,7 +37,7 @@ class Conversion:
     source: ModelSource
     machine: Machine
     folder: OutputFolder
-    journal: Journal
+    own_journal: Journal | None
     stores: Stores
     share: Share
     sinks: tuple[Sink, ...]
@@ -46,3 +48,10 @@ class Conversion:
     weights: WeightSource
     deliveries: Deliveries | None
     whole: Whole | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def journal(self) -> Journal:
+        """The journal, on the first rank."""
+        assert self.own_journal is not None, "the first rank keeps the journal"
+        return self.own_journal

@@ -18,6 +18,7 @@ from quantkit.plan.decide import Action, Decision
 from quantkit.plan.phases import KEPT_CHUNK_BYTES
 from quantkit.plan.targets import Sink
 from quantkit.quantizers.rescaling import NO_FOLDING, Folding
+from quantkit.ranks.shares import shared_out
 from quantkit.schemes import QuantError
 
 
@@ -32,11 +33,9 @@ def copy_kept(
     ``changed``: what stands for tensors of the source in every output."""
     source, parts = conversion.source, conversion.arch.parts()
     tensors = nbytes = 0
-    for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
+    for number, sink in enumerate(conversion.sinks):
         folding = foldings[number] if foldings else NO_FOLDING
-        for name, decision in output.decisions.items():
-            if decision.spec.layer != layer or decision.action is not Action.KEEP:
-                continue
+        for name, decision in _own(conversion, number, layer, Action.KEEP):
             if decision.scheme is not None:
                 sink.write(taken_over(source, decision))
             elif decision.spec.part_of is not None:
@@ -56,13 +55,20 @@ def quantize_tables(conversion: Conversion, layer: int | None) -> list[tuple[int
     """Quantise the matrices of one layer (None: the vocabulary's) whose inputs are not calibrated, rows at a time ->
     output, name and error of each."""
     records: list[tuple[int, str, QuantError]] = []
-    for number, (output, sink) in enumerate(zip(conversion.plan.outputs, conversion.sinks, strict=True)):
-        for name, decision in output.decisions.items():
-            if decision.spec.layer == layer and decision.action is Action.QUANTIZE and decision.spec.table:
-                records.append(
-                    (number, name, _quantize_rows(conversion.source, sink, name, decision, conversion.machine.device))
-                )
+    for number, sink in enumerate(conversion.sinks):
+        for name, decision in _own(conversion, number, layer, Action.QUANTIZE):
+            error = _quantize_rows(conversion.source, sink, name, decision, conversion.machine.device)
+            records.append((number, name, error))
     return records
+
+
+def _own(conversion: Conversion, output: int, layer: int | None, action: Action) -> list[tuple[str, Decision]]:
+    """This rank's share of what an output keeps of a layer, or of the tables that it quantises; by bytes."""
+    decisions = conversion.plan.outputs[output].decisions.items()
+    found = [(name, one) for name, one in decisions if one.spec.layer == layer and one.action is action]
+    found = [(name, one) for name, one in found if action is Action.KEEP or one.spec.table]
+    owners = shared_out([one.source_nbytes for _, one in found], conversion.ranks.count)
+    return [pair for pair, owner in zip(found, owners, strict=True) if owner == conversion.ranks.number]
 
 
 def _quantize_rows(source: ModelSource, sink: Sink, name: str, decision: Decision, device: torch.device) -> QuantError:

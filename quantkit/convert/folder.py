@@ -50,7 +50,7 @@ class OutputFolder:
         self.out = out
         self.partial = _partial(out)
         self._outputs = tuple(outputs)
-        self._lock = self._locked()
+        self._lock: int | None = self._locked()
         self.finished = not restart and _exists(out) and not self.result.exists()
         try:
             with disk_errors(self.partial):
@@ -58,6 +58,14 @@ class OutputFolder:
         except OutputError:
             self.close()
             raise
+
+    @classmethod
+    def of_first_rank(cls, out: Path, outputs: Sequence[str]) -> OutputFolder:
+        """The same folder for another rank of the job, which the first one has locked and prepares. Touches nothing."""
+        folder = cls.__new__(cls)
+        folder.out, folder.partial, folder.finished = out, _partial(out), False
+        folder._outputs, folder._lock = tuple(outputs), None
+        return folder
 
     @property
     def result(self) -> Path:
@@ -107,7 +115,8 @@ class OutputFolder:
 
     def close(self) -> None:
         """Let another process take it up."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def __enter__(self) -> OutputFolder:
         return self

@@ -6,7 +6,8 @@ results applied in the order of the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -17,16 +18,18 @@ from quantkit.arch.base import Block, DenseBlock, ExpertBlock, InputGroup, Subla
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.convert.dense import GroupTask, apply_group, group_task, quantize_dense, quantize_group
-from quantkit.convert.expert_batches import chosen, expert_batches, linears_of
+from quantkit.convert.exchange import ExchangedBatch, JointTokens, rounds_of
+from quantkit.convert.expert_batches import chosen, expert_batches, joint_dtype, linears_of, own_expert_batches
 from quantkit.convert.experts import ExpertOutputs, ExpertsResult, ExpertsTask, quantize_experts
 from quantkit.convert.folding import with_rescaled
-from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
+from quantkit.convert.layer_job import LayerJob, LayerSink, begin_block, hand_over
 from quantkit.convert.output_hessians import ExpertHessians, SublayerHessians
 from quantkit.convert.outputs import Linears, any_quantised, output_aware, reach_of
 from quantkit.convert.rescale import rescale_sublayer
 from quantkit.convert.routing import Routes, route
 from quantkit.documents.journal import ExpertRecord, TuningRecord
 from quantkit.quantizers.rescaling import Folding
+from quantkit.ranks.shares import shared_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,10 @@ class LayerResult:
 def quantize_layer(job: LayerJob, sublayers: tuple[Sublayer, ...], sink: LayerSink) -> LayerResult:
     """Quantise every linear of the layer that some output quantises, hand it to ``sink``, and carry the streams through
     the layer in place."""
-    batches = list(_expert_weights(job, (block for sublayer in sublayers for block in sublayer)))
-    expected = [name for names, experts in batches for name in chosen(names, experts)]
+    expected: list[str] = []
+    if job.ranks.count == 1:  # else who reads which is known when tokens are routed
+        batches = list(_expert_weights(job, (block for sublayer in sublayers for block in sublayer)))
+        expected = [name for names, experts in batches for name in chosen(names, experts)]
     job.weights.expect(expected)
     found = LayerResult()
     for number, sublayer in enumerate(sublayers):
@@ -74,6 +79,8 @@ def _quantize_sublayer(
             for block in sublayer
             if isinstance(block, ExpertBlock)
         ]
+        if job.ranks.count > 1:
+            job.weights.expect([name for block, routes in routed for name in _own_weights(job, block, routes)])
         rescaled = rescale_sublayer(job, sublayer, routed)
         if rescaled is not job and routed:
             rescaled.weights.expect(expected)  # the search has read what was read ahead
@@ -81,13 +88,16 @@ def _quantize_sublayer(
         dense = [block for block in sublayer if isinstance(block, DenseBlock)]
         assert len(dense) <= 1, "a second dense block would read what the first has added"
         for block in dense:
-            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
+            begin_block(job, sink, block)
             quantize_dense(job, block, sink, hessians)
         for block, routes in routed:
-            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
+            begin_block(job, sink, block)
             found.experts[block.name] = routes.counts()
             found.changed.update(routes.changed)
-            job = _quantize_routed(job, block, routes, sink, hessians)
+            if job.ranks.count > 1:
+                _quantize_on_ranks(job, block, routes, sink)
+            else:
+                job = _quantize_routed(job, block, routes, sink, hessians)
     return job
 
 
@@ -102,6 +112,30 @@ def _quantize_routed(
     return job
 
 
+def _quantize_on_ranks(job: LayerJob, block: ExpertBlock, routes: Routes, sink: LayerSink) -> None:
+    """As `_quantize_routed` on several ranks, in rounds: see `quantkit.convert.exchange`."""
+    joint, inputs = JointTokens.of(job, block, routes), [stream.inputs for stream in routes.streams]
+    for turn in rounds_of(job, block, routes.token_counts()):
+        dtype = joint_dtype(job, chosen(block.downs, tuple(expert for owned in turn for expert in owned)))
+        batch, result = ExchangedBatch.fetched(job, joint, turn, inputs, dtype), None
+        if batch.experts:
+            task = _experts_task(job, block, routes, batch.experts)
+            result = quantize_experts(replace(task, calibrated=batch.calibrated, unquantised=batch.unquantised))
+            del task
+            hand_over(sink, result.quantised, result.importance)
+        batch.add(0, None if result is None else result.calibrated)
+        if len(inputs) > 1:
+            batch.add(1, None if result is None else result.unquantised)
+        del batch, result  # before the next round's exist
+
+
+def _own_weights(job: LayerJob, block: ExpertBlock, routes: Routes) -> Iterator[str]:
+    """Weights of this rank's experts, in the order in which they are read."""
+    for turn in rounds_of(job, block, routes.token_counts()):
+        for names in (block.gates, block.ups, block.downs):
+            yield from chosen(names, turn[job.ranks.number])
+
+
 def quantize_without_inputs(
     job: LayerJob, blocks: tuple[Block, ...], sink: LayerSink, importance: ImportanceFile | None
 ) -> None:
@@ -109,15 +143,15 @@ def quantize_without_inputs(
     something of their inputs."""
     batches = [
         (names, experts)
-        for names, experts in _expert_weights(job, blocks)
+        for names, experts in _expert_weights(job, blocks, own_expert_batches)
         if any_quantised(job.outputs, chosen(names, experts))
     ]
     job.weights.expect([name for names, experts in batches for name in chosen(names, experts)])
     joined = _joined(blocks)
     for block in blocks:
         if isinstance(block, DenseBlock):
-            sink.begin(block.name, sum(name in job.outputs[0].methods for name in block.linears))
-            for name in block.linears:
+            begin_block(job, sink, block)
+            for name in _own_linears(job, block):
                 stats = None if importance is None else importance.of((name,), job.device)
                 task = group_task(job, InputGroup((name,)), stats)
                 task = replace(task, linears=tuple(_with_reach(job, one, joined) for one in task.linears))
@@ -125,12 +159,21 @@ def quantize_without_inputs(
             job.weights.forget()
     expert_block = next((block for block in blocks if isinstance(block, ExpertBlock)), None)
     if expert_block is not None:
-        sink.begin(expert_block.name, sum(name in job.outputs[0].methods for name in expert_block.linears))
+        begin_block(job, sink, expert_block)
     for names, experts in batches:
         linears = _with_reach(job, linears_of(job, names, experts), joined)
         stats = None if importance is None else importance.of(linears.names, job.device)
         result = quantize_group(GroupTask((linears,), (), stats, job.outputs))
         hand_over(sink, result.quantised, result.importance)
+
+
+def _own_linears(job: LayerJob, block: DenseBlock) -> Sequence[str]:
+    """This rank's share of a block's linears, by their weights."""
+    if job.ranks.count == 1:
+        return block.linears
+    sizes = [math.prod(job.weights.shape(job.weights.whole_of(name))) for name in block.linears]
+    owners = shared_out(sizes, job.ranks.count)
+    return [name for name, owner in zip(block.linears, owners, strict=True) if owner == job.ranks.number]
 
 
 def _joined(blocks: Iterable[Block]) -> dict[str, tuple[str, ...]]:
@@ -218,9 +261,13 @@ def _add_outputs(store: RowStore, outputs: ExpertOutputs) -> None:
         del change  # before the next one is made
 
 
-def _expert_weights(job: LayerJob, blocks: Iterable[Block]) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+def _expert_weights(
+    job: LayerJob,
+    blocks: Iterable[Block],
+    batches: Callable[[LayerJob, ExpertBlock], Iterable[tuple[int, ...]]] = expert_batches,
+) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     """A projection's names and the experts of one batch, in the order in which their weights are read."""
     for block in blocks:
         if isinstance(block, ExpertBlock):
-            for experts in expert_batches(job, block):
+            for experts in batches(job, block):
                 yield from ((names, experts) for names in (block.gates, block.ups, block.downs))

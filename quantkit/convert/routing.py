@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import ExpertBlock
-from quantkit.calibrate.chunk_sizes import row_slices
+from quantkit.calibrate.chunk_sizes import own_rows
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.inputs import InputMoments, Inputs, combined
+from quantkit.calibrate.inputs import InputMoments, Inputs
 from quantkit.calibrate.stream import ExpertTokens, row_batches
 from quantkit.convert.experts import ExpertInputs, RoutedTokens
 from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.outputs import needs_hessian
 from quantkit.convert.routers import fitted_router
+from quantkit.convert.sums import combined_over
 from quantkit.documents.journal import ExpertRecord
+from quantkit.ranks.ranks import Ranks
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RoutedStream:
-    """One stream at an expert block: the block's inputs, and who is routed where."""
+    """One stream at an expert block: the block's inputs of this rank's rows, and who is routed where, of all ranks."""
 
     inputs: RowStore
     tokens: ExpertTokens
@@ -57,6 +59,10 @@ class Routes:
         """The experts' tokens in the unquantised stream."""
         return self.streams[1].of_experts(experts) if len(self.streams) > 1 else None
 
+    def token_counts(self) -> list[int]:
+        """How many tokens chose each expert in the calibrated stream."""
+        return [self.streams[0].tokens.count(expert) for expert in range(len(self.borrowed))]
+
     def counts(self) -> tuple[ExpertRecord, ...]:
         """What each expert was given in the calibrated stream."""
         tokens = self.streams[0].tokens
@@ -75,9 +81,10 @@ def route(job: LayerJob, block: ExpertBlock) -> Routes:
     """Route every token of every stream, and pool the moments of the inputs over all tokens of the layer."""
     changed = {block.router: fitted_router(job, block)} if job.fits_routers else {}
     router = _Router(job, block, changed)
-    (pooled,) = combined([router.route(rows)] for rows in row_slices(job.hidden.x.n_rows))
+    (pooled,) = combined_over(job.ranks, ([router.route(rows)] for rows in job.hidden.rows.slices))
     streams = router.streams()
-    return Routes(streams, pooled.stats(), router.nearest.missing(streams[0].tokens, job.min_expert_tokens), changed)
+    nearest = router.nearest.over(job.ranks)
+    return Routes(streams, pooled.stats(), nearest.missing(streams[0].tokens, job.min_expert_tokens), changed)
 
 
 class _Router:
@@ -108,17 +115,31 @@ class _Router:
                 self._chosen[number].append(routing.indices.to(store.device))
                 self._gates[number].append(routing.weights.to(store.device))
                 if number == 0:
-                    self.nearest.add(start * store.length, routing.scores.to(store.device), self._chosen[0][-1])
+                    first = (job.hidden.rows.first + start) * store.length
+                    self.nearest.add(first, routing.scores.to(store.device), self._chosen[0][-1])
                 batch.append(h)
             moments.add(batch[0], batch[1] if len(batch) > 1 else None)
         return moments
 
     def streams(self) -> tuple[RoutedStream, ...]:
-        """Each stream's inputs and tokens, once all rows are routed."""
+        """Each stream's inputs of this rank and tokens of all ranks, once all rows are routed."""
         return tuple(
-            RoutedStream(inputs, ExpertTokens.of(torch.cat(indices), torch.cat(weights), self._block.n_experts))
+            RoutedStream(inputs, ExpertTokens.of(self._of_all(indices), self._of_all(weights), self._block.n_experts))
             for inputs, indices, weights in zip(self._inputs, self._chosen, self._gates, strict=True)
         )
+
+    def _of_all(self, batches: list[Tensor]) -> Tensor:
+        """Values of every token (tokens, top_k), those of rank 0 first."""
+        own = torch.cat(batches)
+        ranks, hidden = self._job.ranks, self._job.hidden
+        if ranks.count == 1:
+            return own
+        counts = [own_rows(hidden.rows.n_rows, rank, ranks.count).count for rank in range(ranks.count)]
+        found = [own.new_empty(n * hidden.x.length, own.shape[1], device=self._job.device) for n in counts]
+        found[ranks.number].copy_(own)
+        for rank, part in enumerate(found):
+            ranks.broadcast(part, rank)
+        return torch.cat(found).to(own.device)
 
 
 def _with(changed: Mapping[str, Tensor], weights: Weights) -> Weights:
@@ -145,6 +166,13 @@ class _Nearest:
         numbers = torch.arange(first_token, first_token + len(scores), device=scores.device)
         keys = torch.cat([self._keys, _in_order(others) << 32 | _LAST_TOKEN - numbers], 1)
         self._keys = keys.topk(min(self._keep, keys.shape[1]), dim=1).values
+
+    def over(self, ranks: Ranks) -> _Nearest:
+        """The same over the tokens of all ranks."""
+        if ranks.count > 1:
+            keys = torch.cat([part.to(self._keys.device) for part in ranks.gathered(self._keys.cpu())], 1)
+            self._keys = keys.topk(min(self._keep, keys.shape[1]), dim=1).values
+        return self
 
     def missing(self, tokens: ExpertTokens, wanted: int) -> tuple[Tensor, ...]:
         """For each expert as many tokens as it lacks to ``wanted``, in rising order."""

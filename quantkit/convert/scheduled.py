@@ -12,11 +12,13 @@ from quantkit.plan.speed import disk_key, machine_key, treatments
 
 
 def schedule_of(conversion: Conversion, needs: Needs) -> Schedule:
-    """Compile what the plan's methods run, and say how long each step should take. What is not known of the machine yet
-    is measured, for some seconds."""
+    """Compile what the plan's methods run, and say how long each step should take: on the first rank, which shows it.
+    What is not known of the machine yet is measured, for some seconds."""
     conversion.on_event(StageStarted(COMPILING))
     plan, device = conversion.plan, conversion.machine.device
     compile_kernels(treatments(plan), device)
+    if not conversion.ranks.first:
+        return ()
     source, out = conversion.source.files[0].parent, conversion.folder.partial
     speed = measured(plan, device, machine_key(device.type), source, out)
     at_once = conversion.share.experts_at_once if device.type == "cuda" else 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit.arch.base import ExpertBlock, ModelArch
+from quantkit.calibrate.chunk_sizes import own_rows
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.stream import MtpEntrance, forward_layer
 from quantkit.convert.events import ExpertsScored, OnEvent, StageStarted
@@ -86,7 +87,7 @@ class Scoring:
     def _passed(self, progress: ScoringProgress, layers: Collection[int]) -> ScoringProgress:
         with disk_errors(self.scratch):
             self.scratch.mkdir(exist_ok=True)
-        files = StreamFiles(self.scratch, self.stores, two=False)
+        files = StreamFiles(self.scratch, self.stores, own_rows(len(self.rows.tokens)), two=False)
         model = model_of(self.arch, self.source, self.machine.device, self.cache)
         streams = files.open(self.rows, self.arch, self.source, after=progress.after)
         scores, names = dict(progress.scores), names_by_layer(self.arch)

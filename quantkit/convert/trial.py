@@ -27,9 +27,10 @@ from quantkit.convert.fingerprint import journal_header
 from quantkit.convert.finish import recipe_values, result_folder, write_side_files
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
+from quantkit.convert.opening import open_conversion, open_fisher, open_imatrix
 from quantkit.convert.prepare import Job
 from quantkit.convert.pruning import without_experts
-from quantkit.convert.run import open_conversion, open_fisher, open_imatrix, quantize_layers
+from quantkit.convert.run import quantize_layers
 from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.tally import Tally
 from quantkit.documents.journal import TensorRecord

@@ -4,8 +4,9 @@ peaks that are then to be expected in RAM and on the GPU."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from quantkit.calibrate.chunk_sizes import TOKEN_SLICES
 from quantkit.plan.hardware import Gpu, Hardware
 from quantkit.plan.memory import LEAST_CACHE, Needs, conversion_phases, interpreter, least_budget, total
 from quantkit.plan.output_memory import aware
@@ -30,6 +31,8 @@ DEVICE_AWARE_SHARE = 0.75
 """The same where rows hear of each other."""
 DEVICE_CACHE_SHARE = 0.05
 """Kept weights of dense linears take this share of a GPU's memory."""
+EXPERTS_UNEVEN = 1.25
+"""A batch of experts has so many times the mean of tokens."""
 CUDA_BYTES = 10**9
 """RAM that the CUDA driver and its libraries take beside the interpreter."""
 
@@ -79,6 +82,28 @@ def share_of(needs: Needs, hardware: Hardware) -> Share:
     place, room = Place.of(needs.work, None), least + int(spare * EXPERTS_SHARE)
     count, limit = experts_within(needs.work, place, room, "the memory budget")
     return Share(int(spare * STORES_SHARE), 0, LEAST_CACHE + int(spare * CACHE_SHARE), count, limit)
+
+
+def share_on_ranks(needs: Needs, hardware: Hardware, ranks: int) -> Share:
+    """`share_of` for one of several ranks, each with ``hardware`` of its own: hidden states leave room for what they
+    exchange."""
+    share = share_of(needs, hardware)
+    if ranks == 1:
+        return share
+    nbytes = _exchanged_bytes(needs.work, share.experts_at_once, narrow=hardware.gpu is not None, ranks=ranks)
+    if hardware.gpu is None:
+        return replace(share, stores=max(0, share.stores - nbytes))
+    return replace(share, device_stores=max(0, share.device_stores - nbytes))
+
+
+def _exchanged_bytes(work: Work, at_once: int, *, narrow: bool, ranks: int) -> int:
+    """The most that exists at a time of: rows of a batch of experts (of each stream, as they came, as they went, and
+    twice what is added), and sums of moments that wait for those of the rank before."""
+    size = 2 if narrow and work.bf16 else 4
+    slots = max((work.tokens * work.top_k // shape.count for shape in work.experts), default=0)
+    rows = int(at_once * slots * EXPERTS_UNEVEN) * work.hidden * size * (2 * work.streams + 2)
+    widest = max((block.context for block in work.blocks), default=0)
+    return max(rows, (TOKEN_SLICES // ranks + 1) * work.streams * widest**2 * 4)
 
 
 def _device_share(work: Work, gpu: Gpu, budget: int) -> Share:
