@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., n) / sqrt(mean(x^2) + eps) * weight (n,), arXiv 1910.07467: computed in float32, on a GPU given in the
     weight's dtype. Autograd goes through it."""
-    if Backend.of(x.device) is Backend.TRITON and not x.requires_grad:
+    if Backend.of(x.device) is Backend.TRITON and not (x.requires_grad or weight.requires_grad):
         from quantkit.kernels.triton import norm as norm_triton
 
         if x.shape[-1] <= norm_triton.WIDEST:

@@ -67,6 +67,7 @@ def tuned_linears(
 ) -> TunedLinears:
     """Of everything that was made of a layer. ``experts``: names of each projection of its routed experts."""
     found, routed = TunedLinears(), {name for names in experts for name in names}
+    weights.expect([name for made in held for name in made.names if name in routed])
     for number, made in enumerate(held):
         dtype = weights.dtype(weights.whole_of(made.names[0]))
         tunable = made.batch.scheme.tunable(made.batch.stored)
