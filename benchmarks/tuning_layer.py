@@ -15,7 +15,6 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,13 +174,7 @@ def profiled(arguments: argparse.Namespace) -> str:
 
 
 def store(row: dict[str, Any]) -> None:
-    known: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    lines = ",\n".join(json.dumps(one) for one in [*known, {**row, "run": dict(_machine())}])
-    RESULTS.write_text(f'{{"rows": [\n{lines}\n]}}\n')
-
-
-def _machine() -> Iterator[tuple[str, Any]]:
-    yield from machine().items()
+    RESULTS.write_text(json.dumps({**machine(), "rows": [row]}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -178,13 +178,13 @@ def measure(row: str, arguments: argparse.Namespace, work: Path) -> list[dict[st
 def store(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Put rows into the file, in place of older ones of the same model, row and settings."""
     known: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    common = {"model": arguments.model.name, "tokens": arguments.tokens, "run": record()}
-    rows = [{**row, **common} for row in rows]
+    common = {"model": arguments.model.name, "tokens": arguments.tokens}
+    rows = [{key: value for key, value in {**row, **common}.items() if key != "tuning"} for row in rows]
     keys = ("model", "tokens", "row", "tune", "two-sided", "metric")
     new = [[row[key] for key in keys] for row in rows]
     kept = [row for row in known if [row[key] for key in keys] not in new]
-    lines = ",\n".join(json.dumps(row) for row in [*kept, *rows])
-    RESULTS.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    document = {**record(), "fisher_tokens": arguments.fisher_tokens, "rows": [*kept, *rows]}
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from results_speed import (
 )
 from results_switches import switches, target_switches
 from results_targets import target
+from results_tuning import tuning_layer, tuning_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,6 +78,7 @@ SECTIONS: tuple[Section, ...] = (
         output_aware_tiny,
     ),
     ("Quality: switches of GPTQ, trained models", "switches", "benchmarks/switches.py", switches),
+    ("Quality: tuning of whole layers, trained models", "tuning_tiny", "benchmarks/tuning_tiny.py", tuning_tiny),
     ("Quality: fewer experts, the tiny model", "prune_tiny", "benchmarks/prune_tiny.py", prune_tiny),
     ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
     (
@@ -101,6 +103,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Speed: one MoE layer of DeepSeek V3", "moe_layer", "benchmarks/moe_layer.py", moe_layer),
     ("Speed: one MoE layer in a Fisher pass", "fisher_layer", "benchmarks/fisher_layer.py", fisher_layer),
     ("Speed: codes with output Hessians", "two_sided", "benchmarks/two_sided.py", two_sided),
+    ("Speed: tuning of one layer", "tuning_layer", "benchmarks/tuning_layer.py", tuning_layer),
     ("Speed: GPTQ of an expert", "gptq_expert", "benchmarks/gptq_expert.py", gptq_expert),
     ("Speed: block types of ggml on a GPU", "ggml_encode_gpu", "benchmarks/ggml_encode_gpu.py", ggml_encode_gpu),
     ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),

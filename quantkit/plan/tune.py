@@ -28,7 +28,7 @@ class Tune(BaseModel, frozen=True, extra="forbid"):
         1e-3, ge=0, le=0.1, description="Largest relative step of a scale or a norm in one update; 0: they stay."
     )
     alpha: float = Field(
-        1.0,
+        0.5,
         ge=0,
         le=1,
         description="1: the target is the original layer's output in the unquantised stream; 0: in the quantised one.",

@@ -80,7 +80,7 @@ def test_the_files_have_the_loss_that_was_found(
     recipe, events = recipe_of(rule, tune=tune, tokens=512), list[Event]()
     run(source, recipe, tmp_path / "out", on_event=events.append)
     found, stored = record(tmp_path / "out"), decoded(tmp_path / "out")
-    losses = held_out_losses(source, small_config(), recipe, stored, tune.get("alpha", 1.0))
+    losses = held_out_losses(source, small_config(), recipe, stored, tune.get("alpha", 0.5))
     assert [found[str(layer)]["loss_after"] for layer in (0, 1)] == pytest.approx(losses, rel=1e-3)
     assert any(one["loss_after"] < one["loss_before"] for one in found.values())
     changed_codes = sum(one["codes_changed"] for one in found.values())
