@@ -284,6 +284,11 @@ KeyValue = int | float | bool | str | tuple[bool, ...]
 class GgufModel(Protocol):
     """What llama.cpp calls a model and its tensors."""
 
+    @property
+    def architecture(self) -> str:
+        """Its name there, general.architecture of a file."""
+        ...
+
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """GGUF name of an official tensor or of a part, and the place of a routed expert in its stacked tensor."""
         ...

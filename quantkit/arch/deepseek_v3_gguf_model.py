@@ -23,6 +23,11 @@ class DeepseekV3Gguf:
     root: str = ""
     dialect: Dialect = DEEPSEEK2
 
+    @property
+    def architecture(self) -> str:
+        """The dialect's."""
+        return self.dialect.architecture
+
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """See `stored_name`."""
         return stored_name(name.removeprefix(self.root) if self.root else name, self.dialect)

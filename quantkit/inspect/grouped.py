@@ -22,7 +22,7 @@ from quantkit.tensors import Role, TensorSpec
 ARCHITECTURES = tuple(dict.fromkeys(family.llama_cpp.architecture for family in FAMILIES.values()))
 """llama.cpp's names of those whose tensors are known."""
 
-_SIZES = ("block_count", "context_length", "embedding_length", "attention.head_count", "feed_forward_length")
+_SIZES = ("block_count", "context_length", "embedding_length", "attention.head_count")
 _EXPERT_SIZES = ("expert_used_count",)
 _ROUTER, _NORM, _HEAD = "ffn_gate_inp.weight", "attn_q_norm.weight", "output.weight"
 _DERIVED = (ROPE_FACTORS,)
@@ -38,7 +38,7 @@ def oddities(model: GgufReader) -> list[str]:
 
 def faults(model: GgufReader) -> list[str]:
     """One line for each thing with which llama.cpp does not load the file, or computes otherwise than the model."""
-    return [*_missing_keys(model), *_tensor_lines(model)]
+    return [*_missing_keys(model)] or _tensor_lines(model)
 
 
 def roles(model: GgufReader) -> Callable[[str], Role | None]:
@@ -109,7 +109,7 @@ def _entries(model: GgufReader, family: GqaFamily, experts: int) -> dict[str, ob
         "vocab_size": table.shape[0] if table is not None else 0,
         "num_hidden_layers": _number(model, "block_count") - mtp,
         "num_nextn_predict_layers": mtp,
-        "intermediate_size": _number(model, "feed_forward_length"),
+        "intermediate_size": _number(model, "feed_forward_length") or 1,  # without it no layer is dense
         "num_attention_heads": heads,
         "num_key_value_heads": _number(model, "attention.head_count_kv") or heads,
         "head_dim": head_dim,

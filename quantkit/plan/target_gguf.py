@@ -242,13 +242,8 @@ class GgufTarget:
 
     @cached_property
     def _attention(self) -> AttentionSizes:
-        """By the file's own keys, as llama-quantize knows it."""
-        values = self._model.key_values(mtp=self._n_layers > self._arch.n_layers)
-        name = str(values["general.architecture"])
-        heads, kv_heads = (values[f"{name}.attention.head_count{end}"] for end in ("", "_kv"))
-        assert isinstance(heads, int)
-        assert isinstance(kv_heads, int)
-        return AttentionSizes.of(name, self._n_layers, heads, kv_heads)
+        sizes = self._arch.serving()
+        return AttentionSizes.of(self._model.architecture, self._n_layers, sizes.heads, sizes.kv_heads)
 
     @cached_property
     def _n_experts(self) -> int:

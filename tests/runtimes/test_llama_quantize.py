@@ -68,7 +68,7 @@ def by_plan(config: dict[str, Any], preset: str) -> dict[str, str]:
     arch = arch_of(config)
     (output,) = recipe.outputs
     target = GgufTarget(output, recipe, arch, tuple(arch.tensors()))  # pyright: ignore[reportArgumentType]
-    types: dict[str, str] = {}
+    types = dict.fromkeys(arch.gguf().constants(), "F32")
     for spec in target.specs:
         rule = target.preset_rule(spec)
         assert rule is not None
