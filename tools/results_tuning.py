@@ -34,7 +34,7 @@ def tuning_tiny(data: Document) -> str:
     )
     return (
         f"{told}\n{table(head, rows)}\nThe norms of attention's input stayed in these runs: on a GPU their gradient "
-        "was lost, which has been mended since. Up to twelve jobs shared the GPU: the seconds are no measure of speed.\n"
+        "was lost, which has been mended since. Up to twelve jobs shared the GPU: seconds are no measure of speed.\n"
     )
 
 
