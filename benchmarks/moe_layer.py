@@ -13,12 +13,21 @@ term (an unquantised stream goes along); and the default, which adds coordinate 
 their own with a synchronisation around every stage; their sum is a little more than the layer's time.
 `--peers` runs gptqmodel's and llm-compressor's own functions on one of the experts in the same process
 (`benchmarks/peers/on_gpu.py`). `--scale 8` divides the sizes, to try the script anywhere with a GPU.
+
+On several GPUs, a rank each:
+
+    torchrun --nproc-per-node 2 benchmarks/moe_layer.py --out results/moe_layer_ranks.json
+
+Each has its share of the tokens, and seconds are those of the slowest. The result names the sha256 of the files, which
+does not depend on the number of ranks; stages say what is exchanged between ranks, and how long each waits for others.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -35,14 +44,17 @@ import torch
 from gptq_expert import machine, structured_weight, write
 from layer_work import Sizes, stage_rates
 from torch import Tensor
+from torch import distributed as dist
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock, ModelArch
+from quantkit.calibrate.chunk_sizes import OwnRows, own_rows
 from quantkit.calibrate.hidden_states import MemoryRows, RowStore
 from quantkit.calibrate.stream import row_batches
 from quantkit.convert import dense, experts, layer
 from quantkit.convert import outputs as outputs_module
 from quantkit.convert.background import AheadSource, Deliveries, foreground
+from quantkit.convert.exchange import ExchangedBatch
 from quantkit.convert.experts import ExpertOutputs
 from quantkit.convert.hidden import Streams
 from quantkit.convert.layer import quantize_layer
@@ -56,6 +68,7 @@ from quantkit.formats.model_source import ModelSource
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.safetensors.writer import ShardWriter, layout_shards
 from quantkit.plan.batch_sizes import share_of
+from quantkit.plan.hardware import default_budget
 from quantkit.plan.headers import headers_of
 from quantkit.plan.machine import Machine
 from quantkit.plan.memory import conversion_needs
@@ -65,10 +78,13 @@ from quantkit.quantizers.gptq import Gptq
 from quantkit.quantizers.ldlq import factor as ldlq_factor
 from quantkit.quantizers.ldlq import polish as ldlq_polish
 from quantkit.quantizers.ldlq import sweep as ldlq_sweep
+from quantkit.ranks.connect import connected
+from quantkit.ranks.places import place_of
+from quantkit.ranks.ranks import ALONE, Ranks
 from quantkit.schemes import IntScheme
 from quantkit.tensors import TensorInfo, TensorSpec
 
-GPU = torch.device("cuda")
+GPU = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 SCHEME = IntScheme(bits=4, group_size=128)
 LENGTH = 2048
 BLOCK = 128
@@ -78,6 +94,13 @@ CASES = {
     "gptq": Gptq(cross=0, polish=0),
     "gptq with the cross term": Gptq(polish=0),
     "default: cross term and 2 rounds of polish": Gptq(),
+}
+SUMS = "ranks: sums of moments, in turn"
+RANK_STAGES = {
+    "exchange": "ranks: tokens of experts and what they add, all to all",
+    "shared": "ranks: quantised dense weights to all",
+    "send": SUMS,
+    "receive": SUMS,
 }
 
 
@@ -229,7 +252,27 @@ class Stages:
             for place, name, label in places:
                 stack.enter_context(patch.object(place, name, self.timed(label, getattr(place, name))))
             stack.enter_context(patch.object(layer, "_add_outputs", self.add_outputs(layer._add_outputs)))
+            stack.enter_context(patch.object(ExchangedBatch, "add", self.add_of_all(ExchangedBatch.add)))
+            for name, label in RANK_STAGES.items():
+                stack.enter_context(patch.object(Ranks, name, self.exchanging(label, getattr(Ranks, name))))
             yield
+
+    def exchanging(self, label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` of `Ranks`, timed once all ranks are there; until then they wait."""
+        waiting, timed = self.timed("ranks: waiting for others", dist.barrier), self.timed(label, function)
+
+        def wrapped(ranks: Ranks, *given: Any, **named: Any) -> Any:
+            if ranks.count > 1 and label != SUMS:  # sums go from rank to rank: not all are in it
+                waiting(ranks.control)
+            return timed(ranks, *given, **named)
+
+        return wrapped
+
+    def add_of_all(self, function: Callable[..., None]) -> Callable[..., None]:
+        """``function``, timed by stream."""
+        labels = ("experts: down, scatter", "experts: original stream")
+        by_stream = [self.timed(label, function) for label in labels]
+        return lambda batch, number, outputs: by_stream[number](batch, number, outputs)
 
     def add_outputs(self, function: Callable[[RowStore, ExpertOutputs], None]) -> Callable[..., None]:
         """``function`` timed by stream: hidden units are kept in the calibrated stream only."""
@@ -250,6 +293,8 @@ class Setting:
     machine: Machine
     ahead: AheadSource
     deliveries: Deliveries
+    ranks: Ranks
+    rows: OwnRows
 
 
 @dataclass(frozen=True)
@@ -295,18 +340,23 @@ def planned_layer(source: ModelSource, arch: ModelArch, method: Gptq, tokens: in
 def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str, Any]:
     """Quantise the layer once, from fresh copies of the hidden states."""
     arch, machine_, ahead, deliveries = setting.arch, setting.machine, setting.ahead, setting.deliveries
+    ranks = setting.ranks
     linears = [spec for spec in arch.tensors() if spec.linear and spec.layer == 0]
-    shutil.rmtree(setting.out, ignore_errors=True)
-    setting.out.mkdir()
     planned = [PlannedTensor(TensorInfo(spec.name, spec.shape, "BF16"), SCHEME, None) for spec in linears]
     streams = Streams(
         _copy(setting.x),
         _copy(setting.original) if method.follows_original else None,
         lambda width: MemoryRows(setting.x.n_rows, LENGTH, width, GPU, machine_.scratch_dtype),
+        setting.rows,
     )
+    if ranks.first:
+        shutil.rmtree(setting.out, ignore_errors=True)
+        setting.out.mkdir()
+        FolderSink.open(COMPRESSED_TENSORS, setting.out, planned).close()
+    ranks.barrier()
     sink = FolderSink.open(COMPRESSED_TENSORS, setting.out, planned)
     writer = Writer(sink, deliveries, [])
-    plan = planned_layer(setting.source, arch, method, setting.x.n_rows * LENGTH)
+    plan = planned_layer(setting.source, arch, method, setting.rows.n_rows * LENGTH)
     share = share_of(conversion_needs(plan, arch), machine_.hardware)
     at_once = setting.experts_at_once or share.experts_at_once
     job = LayerJob(
@@ -322,29 +372,51 @@ def run_layer(setting: Setting, method: Gptq, stages: Stages | None) -> dict[str
         streams=streams,
         experts_at_once=at_once,
         min_expert_tokens=256,
+        ranks=ranks,
     )
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    ranks.barrier()
     start = time.perf_counter()
     with stages.watching() if stages is not None else ExitStack():
         found = quantize_layer(job, arch.sublayers(0), writer)
         torch.cuda.synchronize()
-        computed = time.perf_counter() - start
+        computed = max(ranks.gathered(time.perf_counter() - start))
         deliveries.drain()
-    seconds = time.perf_counter() - start
+    seconds = max(ranks.gathered(time.perf_counter() - start))
+    losses = [loss for own in ranks.gathered(writer.losses) for loss in own]
     counts = [count.n_tokens for of_block in found.experts.values() for count in of_block]
     result = {
         "seconds": round(seconds, 3),
         "of them waiting for the last bytes": round(seconds - computed, 3),
-        "peak bytes of GPU memory": torch.cuda.max_memory_allocated(),
+        "peak bytes of GPU memory": max(ranks.gathered(torch.cuda.max_memory_allocated())),
         "experts at once": at_once,
         "tokens of an expert: least, median, most": [min(counts), int(statistics.median(counts)), max(counts)],
-        "mean relative loss": round(statistics.fmean(writer.losses), 6),
+        "mean relative loss": round(statistics.fmean(losses), 6),
         "bytes written": sum(path.stat().st_size for path in setting.out.iterdir()),
+        "sha256 of the files": sha256_of_all(setting.out) if ranks.first else "",
+        "sha256 of the hidden states after it": sha256_of_rows(streams, ranks),
     }
     sink.close()
     streams.close()
     return result
+
+
+def sha256_of_all(folder: Path) -> str:
+    """Of all files, by their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            while chunk := file.read(2**24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_rows(streams: Streams, ranks: Ranks) -> str:
+    """Of the calibrated stream, slice by slice, all ranks' in their order."""
+    spans = streams.rows.slices
+    own = [hashlib.sha256(streams.x.read(*span).cpu().numpy().tobytes()).hexdigest() for span in spans]
+    return hashlib.sha256("".join(one for part in ranks.gathered(own) for one in part).encode()).hexdigest()
 
 
 def _copy(store: RowStore) -> RowStore:
@@ -378,7 +450,8 @@ def measure(setting: Setting, cases: list[str], repeats: int, profile: bool) -> 
             "all seconds": [run["seconds"] for run in runs],
             "stages, synchronised": {label: round(seconds, 3) for label, seconds in ordered},
         }
-        print(name, json.dumps(results[name], indent=1), flush=True)
+        if setting.ranks.first:
+            print(name, json.dumps(results[name], indent=1), flush=True)
         if profile:
             profiled(setting, method)
     return results
@@ -468,18 +541,32 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/moe-layer"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "moe_layer.json")
     arguments = parser.parse_args()
-    with foreground(GPU):
-        run(arguments)
+    torch.cuda.set_device(GPU)
+    place = place_of(os.environ)
+    with ExitStack() as stack:
+        ranks = ALONE if place is None else stack.enter_context(connected(place, "cuda"))
+        stack.enter_context(foreground(GPU))
+        run(arguments, ranks)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     folder, tokens = arguments.folder, arguments.tokens
-    result: dict[str, Any] = {"what": __doc__.splitlines()[0], **machine(), "tokens": tokens, "ceilings": ceilings()}
+    result: dict[str, Any] = {
+        "what": __doc__.splitlines()[0],
+        **machine(),
+        "GPUs": ranks.count,
+        "tokens": tokens,
+        "ceilings": ceilings(),
+    }
     start = time.perf_counter()
-    arch = write_layer(folder / "source", layer_config(arguments.scale))
-    x, original = hidden_states(arch, tokens)
-    balance(folder / "source", arch, x)
+    config = layer_config(arguments.scale)
+    arch = write_layer(folder / "source", config) if ranks.first else arch_of(config)
+    x, original = hidden_states(arch, tokens)  # all of them on each rank, as the generator gives them
+    if ranks.first:
+        balance(folder / "source", arch, x)
+    ranks.barrier()
     print(f"prepared in {time.perf_counter() - start:.0f} s", flush=True)
+    own = own_rows(x.n_rows, ranks.number, ranks.count)
     with open_source(folder / "source") as source:
         # The originals wait in the processor's memory: only a run's own streams take the GPU's.
         # As in a conversion, threads that read and write outlive a layer, and so does the GPU memory of their streams.
@@ -487,13 +574,15 @@ def run(arguments: argparse.Namespace) -> None:
         setting = Setting(
             arch,
             source,
-            _away(x),
-            _away(original),
+            _away(x, own),
+            _away(original, own),
             folder / "out",
             arguments.experts_at_once,
-            Machine.of("cuda", None),
+            Machine(GPU, default_budget() // ranks.on_host),
             ahead,
             deliveries,
+            ranks,
+            own,
         )
         del x, original
         result["layer"] = measure(setting, arguments.cases, arguments.repeats, arguments.profile)
@@ -507,21 +596,24 @@ def run(arguments: argparse.Namespace) -> None:
             sizes = sizes_of(layer_config(arguments.scale), CASES[case], tokens)
             found["rates of the stages"] = stage_rates(sizes, seconds, result["ceilings"])
             whole[case] = whole_model(found["seconds"])
-        write(result, arguments.out)
+        if ranks.first:
+            write(result, arguments.out)
         if arguments.peers:
             result["peers, one expert"] = peers(setting, min(16_384, tokens))
             write(result, arguments.out)
         ahead.close()
         deliveries.close()
-    print(json.dumps(result["all of V3, extrapolated"], indent=1), flush=True)
-    shutil.rmtree(folder)
+    ranks.barrier()
+    if ranks.first:
+        print(json.dumps(result["all of V3, extrapolated"], indent=1), flush=True)
+        shutil.rmtree(folder)
 
 
-def _away(store: RowStore) -> RowStore:
-    """A copy in page-locked memory of the processor."""
-    copy = MemoryRows(store.n_rows, store.length, store.width)
-    for start, stop in row_batches(store, GPU):
-        copy.write(start, store.read(start, stop).cpu())
+def _away(store: RowStore, own: OwnRows) -> RowStore:
+    """A copy of this rank's rows in page-locked memory of the processor."""
+    copy = MemoryRows(own.count, store.length, store.width)
+    for start, stop in row_batches(copy, GPU):
+        copy.write(start, store.read(own.first + start, own.first + stop).cpu())
     store.close()
     data = copy.read(0, copy.n_rows)
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0))

@@ -1,23 +1,21 @@
 """Types chosen for a size, on the peers' model: what was expected and what came out, at the bytes of hand-made recipes.
 
-    quantkit sensitivity MODEL -o FELT --data TEXT/calibration/*.txt --tokens 32768 --sequence-length 512
-    python benchmarks/target.py FELT [--tokens 32768] [--cases q4 q3 mix]     # each a conversion; rows by case
-    python benchmarks/target.py FELT --fit                                    # the two coefficients of expected_kl
+    python benchmarks/target.py --model DIR --text DIR --fisher FELT [--tokens 131072] [--cases q4 q3 q2 mix]
+        [--switches none output_aware ...] [--store results/target.json]      # each a conversion; rows by case
+    python benchmarks/target.py --model DIR --text DIR --fisher FELT --fit    # the two coefficients of expected_kl
 
-The cases take the bytes of Q4_K_M and Q3_K_M (embeddings and head in float32, as llama-quantize's files of
-results/gguf_tiny.json have them), and those of int4 experts with int8 for the rest. --fit compares second-order losses
-with outputs whose KLD other benchmarks have measured. Rows go to results/target.json.
+The cases take the bytes of Q4_K_M, Q3_K_M and Q2_K (embeddings and head in float32, as llama-quantize's files of
+results/gguf_tiny.json have them), and those of int4 experts with int8 for the rest. Of each case the types are chosen
+once; every set of --switches (those of switches.py) is a conversion by them, judged and stored before the next, against
+"none". --fit compares second-order losses with outputs whose KLD other benchmarks have measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
-import sys
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -26,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from judged import add_places, calibration, change, facts, fisher_pass, klds, mean_and_error, store
+from switches import SETS
 
 import quantkit
 from quantkit.documents.sensitivity import read_sensitivity
@@ -34,13 +33,11 @@ from quantkit.plan.allocation.expected import expected_kl
 from quantkit.plan.headers import read_headers
 from quantkit.plan.plan import OutputPlan, make_plan
 from quantkit.plan.recipe import Recipe
+from quantkit.quantizers import Gptq
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "peers"))
-
-from protocol import model_dir, shared_dir  # noqa: E402  (its folder is no package)
-
-RESULTS = HERE / "results" / "target.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+KEYS = ("model", "case", "switches", "tokens", "device")
+NONE = "none"
 TABLES = {"match": "role:embed|lm_head", "keep": "f32"}
 REST = {"match": "*", "keep": "source"}
 
@@ -60,6 +57,7 @@ def integers(experts: int, rest: int) -> dict[str, Any]:
 HAND: Mapping[str, tuple[dict[str, Any], Sequence[dict[str, Any]]]] = {
     "q4": (gguf(preset="Q4_K_M", rules=[TABLES]), [TABLES]),
     "q3": (gguf(preset="Q3_K_M", rules=[TABLES]), [TABLES]),
+    "q2": (gguf(preset="Q2_K", rules=[TABLES]), [TABLES]),
     "mix": (integers(4, 8), []),
 }
 """Case -> the recipe whose bytes are the limit, and the rules that stand beside the target."""
@@ -87,78 +85,100 @@ FIT: Mapping[str, tuple[dict[str, Any], str, str, str]] = {
 """Output -> its recipe, and where its KLD was measured: file, scheme, beginning of the settings."""
 
 
-def recipe(output: Mapping[str, Any], tokens: int, felt: Path) -> Recipe:
-    text = shared_dir() / "models" / "text"
-    calibration = {"data": [f"{text}/calibration/*.txt"], "tokens": tokens, "sequence_length": 512, "seed": 0}
-    validation = {"text": [f"{text}/eval/*.txt"], "context": 512, "max_windows_per_file": 8}
-    values = {"calibration": calibration, "sensitivity": str(felt.resolve()), "validation": validation}
+def recipe(output: Mapping[str, Any], arguments: argparse.Namespace) -> Recipe:
+    values = {
+        "calibration": calibration(arguments.text, arguments.tokens),
+        "sensitivity": str(arguments.fisher.resolve()),
+    }
     return Recipe.from_dict({"version": 1, **values, "outputs": [output]})
 
 
-def planned(made: Recipe) -> OutputPlan:
-    headers = read_headers(model_dir())
+def planned(made: Recipe, model: Path) -> OutputPlan:
+    headers = read_headers(model)
     return make_plan(made, headers.arch, headers.infos, headers.stored).outputs[0]
 
 
-def file_bytes(made: Recipe) -> int:
-    found = planned(made)
-    return found.target.file_bytes(model_dir(), found.planned)
+def file_bytes(made: Recipe, model: Path) -> int:
+    found = planned(made, model)
+    return found.target.file_bytes(model, found.planned)
 
 
-def layer_losses(made: Recipe, felt: Path) -> list[float]:
+def layer_losses(made: Recipe, arguments: argparse.Namespace) -> list[float]:
     """Second-order loss of each layer of a plan."""
-    losses = read_sensitivity(felt).losses or {}
+    losses = read_sensitivity(arguments.fisher).losses or {}
     layers: dict[int | None, float] = defaultdict(float)
-    for name, decision in planned(made).decisions.items():
+    for name, decision in planned(made, arguments.model).decisions.items():
         if decision.scheme is not None and name in losses:
             layers[decision.spec.layer] += losses[name][decision.scheme.label]
     return list(layers.values())
 
 
-def run(case: str, tokens: int, felt: Path) -> dict[str, Any]:
-    """Choose, convert, and compare."""
+def chosen(case: str, arguments: argparse.Namespace) -> tuple[Recipe, dict[str, Any]]:
+    """The types for a case's bytes, as rules, and what is known of them."""
     hand, rules = HAND[case]
-    limit = file_bytes(recipe(hand, tokens, felt))
+    limit = file_bytes(recipe(hand, arguments), arguments.model)
     output = {"name": hand["name"], "format": hand["format"], "target": {"size": limit}, "rules": list(rules)}
-    made = quantkit.choose_types(model_dir(), recipe(output, tokens, felt))
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as work:
-        (found,) = quantkit.convert(model_dir(), made, Path(work) / "out").outputs
-    assert found.validation is not None
-    layers, kl = layer_losses(made, felt), found.validation.scores.mean_kl
-    return {
-        "case": case, "tokens": tokens, "limit": limit, "file_bytes": file_bytes(made), "layers": layers,
-        "second_order": sum(layers), "expected": expected_kl(layers), "kld": kl.mean, "kld_se": kl.standard_error,
-        "wall_s": round(time.monotonic() - start),
+    made = quantkit.choose_types(arguments.model, recipe(output, arguments))
+    layers = layer_losses(made, arguments)
+    return made, {
+        "model": arguments.model.resolve().name, "case": case, "tokens": arguments.tokens,
+        "limit": limit, "file_bytes": file_bytes(made, arguments.model),
+        "layers": layers, "second_order": sum(layers), "expected": expected_kl(layers),
     }  # fmt: skip
 
 
-def fit(felt: Path) -> list[dict[str, Any]]:
+def switched(made: Recipe, name: str) -> Recipe:
+    """The recipe with a set of switches, for all linears whose types were chosen."""
+    if name == NONE:
+        return made
+    method = Gptq.model_validate({"kind": "gptq", **SETS[name].method})
+    outputs = [output.model_copy(update={"method": method}) for output in made.outputs]
+    values = made.model_copy(update={"outputs": tuple(outputs)}).model_dump(mode="json", exclude_none=True)
+    return Recipe.from_dict({**values, **SETS[name].top}, made.folder)
+
+
+def run(made: Recipe, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Convert and judge."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "out"
+        quantkit.convert(arguments.model, switched(made, name), out)
+        wall = round(time.monotonic() - start, 1)
+        windows = klds(arguments.model, out, arguments.text, arguments.windows_per_file)
+        shutil.rmtree(out)
+    kld, error = mean_and_error(windows)
+    return {"switches": name, "kld": kld, "kld_se": error, "wall_s": wall, "kld_windows": windows, **facts()}
+
+
+def measure(case: str, arguments: argparse.Namespace) -> None:
+    """A case under each set of switches: print and store each row."""
+    made, known = chosen(case, arguments)
+    plain: list[float] = []
+    for name in arguments.switches:
+        row = {**known, **run(made, name, arguments)}
+        plain = row["kld_windows"] if name == NONE else plain
+        if plain and name != NONE:
+            row["change"], row["change_se"] = change(plain, row["kld_windows"])
+        moved = f", {100 * row['change']:+.2f} ± {100 * row['change_se']:.2f} %" if "change" in row else ""
+        numbers = f"{row['kld']:.5f} ± {row['kld_se']:.5f}{moved}, expected {row['expected']:.5f}"
+        print(f"{row['model']} {case} {name}: {numbers}, {row['file_bytes']:,} of {row['limit']:,} bytes", flush=True)
+        store(arguments.store, row, KEYS)
+
+
+def fit(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Second-order losses beside KLDs that other benchmarks measured of quantkit's GPTQ, 131,072 tokens."""
     rows: list[dict[str, Any]] = []
     for name, (output, file, scheme, settings) in FIT.items():
-        found = json.loads((HERE / "results" / f"{file}.json").read_text(encoding="utf-8"))
+        found = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         measured = [
             row["kld"]
             for row in found["rows"]
             if (row["name"], row["scheme"]) == ("quantkit", scheme) and row["settings"].startswith(settings)
         ]
-        layers = layer_losses(recipe(output, 1024, felt), felt)
+        layers = layer_losses(recipe(output, arguments), arguments)
         row = {"output": name, "second_order": sum(layers), "expected": expected_kl(layers), "kld": measured[0]}
         rows.append({**row, "layers": layers})
     return rows
-
-
-def facts() -> dict[str, Any]:
-    """What ran where."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())  # fmt: skip
-    return {
-        "what": "tiny-deepseek-v3, 88 held-out windows of 512 tokens, KLD in nats against the BF16 weights",
-        "command": "python benchmarks/target.py FELT",
-        "date": str(datetime.datetime.now(datetime.UTC).date()),
-        "device": cpu, "cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
 
 
 def coefficients(rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -168,29 +188,32 @@ def coefficients(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return [float(value) for value in np.linalg.lstsq(scaled, np.ones(len(rows)), rcond=None)[0]]
 
 
+def fit_to(file: Path, arguments: argparse.Namespace) -> None:
+    """Put the fit into the file, over its plain rows and the hand-made outputs."""
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    data["fitted"] = fit(arguments)
+    plain = [row for row in data["rows"] if row.get("switches", NONE) == NONE]
+    longest = {row["case"]: row for row in sorted(plain, key=lambda row: row["tokens"])}
+    data["coefficients"] = coefficients([*data["fitted"], *longest.values()])
+    data["coefficients_without_rows"] = coefficients(data["fitted"])
+    print(data["coefficients"], data["coefficients_without_rows"])
+    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("felt", type=Path, help="folder of quantkit sensitivity")
-    parser.add_argument("--tokens", type=int, default=32_768)
+    add_places(parser)
     parser.add_argument("--cases", nargs="*", default=list(HAND), choices=list(HAND))
-    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--switches", nargs="+", default=[NONE], choices=[NONE, *SETS])
+    parser.add_argument("--store", type=Path, help="file of rows")
+    parser.add_argument("--fit", action="store_true", help="into --store, else results/target.json")
     arguments = parser.parse_args()
-    data = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": [], "fitted": []}
-    data |= facts()
+    print(fisher_pass(arguments.fisher, arguments.model, arguments.text, arguments.fisher_tokens), flush=True)
     if arguments.fit:
-        data["fitted"] = fit(arguments.felt)
-        longest = {row["case"]: row for row in sorted(data["rows"], key=lambda row: row["tokens"])}
-        data["coefficients"] = coefficients([*data["fitted"], *longest.values()])
-        hand = coefficients(data["fitted"])
-        data["coefficients_without_rows"] = hand
-        print(data["coefficients"], hand)
-    else:
-        for case in arguments.cases:
-            row = run(case, arguments.tokens, arguments.felt)
-            data["rows"] = [old for old in data["rows"] if (old["case"], old["tokens"]) != (case, arguments.tokens)]
-            data["rows"].append(row)
-            print(row, flush=True)
-    RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        fit_to(arguments.store or RESULTS / "target.json", arguments)
+        return
+    for case in arguments.cases:
+        measure(case, arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Seconds of choosing codes with and without an output Hessian, for experts of DeepSeek V3's shapes.
 
-    python benchmarks/two_sided.py                                             # a GPU: 13 experts at once
-    python benchmarks/two_sided.py --device cpu --shrink 4 --experts 2         # sides a quarter
+    python benchmarks/two_sided.py                                             # a GPU
+    python benchmarks/two_sided.py --device cpu --shrink 4 --experts 2 2       # sides a quarter
 
 Gate and up go as one (B, 4096, 7168) on a GPU, as `quantkit convert` gives them; down is (B, 7168, 2048) with one
-output Hessian for all. Factors of both Hessians are counted. "steps" are those of the rows that hear of each other:
+output Hessian for all. Of 256 experts, so many at once as an H200 takes: 13 alone, 60 with output Hessians. Factors of
+both Hessians are counted. "steps" are those of the rows that hear of each other:
 fewer are faster and leave more of the loss. Rows go to results/two_sided.json with --store.
 """
 
@@ -59,35 +60,45 @@ def seconds(run: Any, device: torch.device, repeats: int) -> float:
 
 
 def measured(
-    what: str, shape: tuple[int, int, int], blocks: int, shared: bool, scheme: Any, device: torch.device, repeats: int
+    what: str,
+    shape: tuple[int, int],
+    counts: tuple[int, int],
+    blocks: int,
+    shared: bool,
+    scheme: Any,
+    device: torch.device,
+    repeats: int,
 ) -> dict[str, Any]:
-    """One linear, or two as one. ``blocks``: of its output Hessian, which all experts have in common if ``shared``."""
-    count, rows, columns = shape
-    weight = torch.randn(shape, device=device).mul_(0.02)
+    """One linear, or two as one. ``counts``: experts at once, without and with output Hessians. ``blocks``: of the
+    output Hessian, which all experts have in common if ``shared``."""
+    rows, columns = shape
+    alone, count = counts
+    weight = torch.randn(count, rows, columns, device=device).mul_(0.02)
     hessian = moments(count, columns, 1024, device)
     height = rows // blocks
     output = moments((1 if shared else count) * blocks, height, 1024, device).view(-1, blocks, height, height)
 
     def plain() -> Any:
-        return Gptq().quantizer(InputStats(hessian.clone(), None, (1024,) * count))(weight, scheme)
+        return Gptq().quantizer(InputStats(hessian[:alone].clone(), None, (1024,) * alone))(weight[:alone], scheme)
 
     def aware() -> Any:
         quantize = Gptq(output_aware=True).quantizer(InputStats(hessian.clone(), None, (1024,) * count))
         return quantize(weight, scheme, output_factor=two_sided.factorize_output(output.clone()))
 
     before, after = seconds(plain, device, repeats), seconds(aware, device, repeats)
-    with_output = float(aware().output_loss.sum())
-    error = weight - plain().decode()
-    across = (output @ error.unflatten(1, (blocks, height))).flatten(1, 2)
-    scale = output.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None]
-    without = float((across.div_(scale) * (error @ hessian)).sum())
+    with_output = float(aware().output_loss[:alone].sum())
+    error, own = weight[:alone] - plain().decode(), output[:alone]
+    across = (own @ error.unflatten(1, (blocks, height))).flatten(1, 2)
+    scale = own.diagonal(dim1=-2, dim2=-1).mean((-2, -1))[:, None, None]
+    without = float((across.div_(scale) * (error @ hessian[:alone])).sum())
     return {
         "what": what,
         "shape": list(shape),
+        "experts at once": list(counts),
         "rows at once": row_steps.rows_at_once(height),
-        "plain s": round(before, 3),
-        "output-aware s": round(after, 3),
-        "times": round(after / before, 2),
+        "plain s, 256 experts": round(before / alone * 256, 2),
+        "output-aware s, 256 experts": round(after / count * 256, 2),
+        "times": round(after / count * alone / before, 2),
         "loss, output-aware over plain": round(with_output / without, 3),
     }
 
@@ -95,7 +106,7 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--experts", type=int, default=13)
+    parser.add_argument("--experts", type=int, nargs=2, default=[13, 60], help="at once, without and with")
     parser.add_argument("--shrink", type=int, default=1, help="divide both sides by this")
     parser.add_argument("--steps", type=int, nargs="+", default=[row_steps.ROW_STEPS])
     parser.add_argument("--scheme", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
@@ -104,17 +115,17 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    hidden, inter, count = 7168 // arguments.shrink, 2048 // arguments.shrink, arguments.experts
+    hidden, inter, counts = 7168 // arguments.shrink, 2048 // arguments.shrink, tuple(arguments.experts)
     pair = 2 if device.type == "cuda" else 1
     rows: list[dict[str, Any]] = []
     for steps in arguments.steps:
         row_steps.ROW_STEPS = steps
         for scheme in arguments.scheme:
             for what, shape, blocks, shared in (
-                ("gate and up" if pair == 2 else "gate", (count, pair * inter, hidden), pair, False),
-                ("down", (count, hidden, inter), 1, True),
+                ("gate and up" if pair == 2 else "gate", (pair * inter, hidden), pair, False),
+                ("down", (hidden, inter), 1, True),
             ):
-                row = measured(what, shape, blocks, shared, SCHEMES[scheme], device, arguments.repeats)
+                row = measured(what, shape, counts, blocks, shared, SCHEMES[scheme], device, arguments.repeats)
                 rows.append({"scheme": scheme, "steps": steps, **row})
                 print(json.dumps(rows[-1]), flush=True)
     if arguments.store:

@@ -36,10 +36,7 @@ if TYPE_CHECKING:
     from quantkit.documents.evaluation import Evaluation
     from quantkit.documents.trial import TrialDocument
     from quantkit.evaluate.events import OnEvaluation
-    from quantkit.inspect.folder import Inspection
-    from quantkit.inspect.gguf import GgufInspection
-    from quantkit.inspect.imatrix import ImatrixInspection
-    from quantkit.inspect.trial import TrialInspection
+    from quantkit.inspect.path import AnyInspection
     from quantkit.plan.forecast import Forecast
     from quantkit.plan.hardware import Gpu
     from quantkit.plan.recipe import Recipe
@@ -85,7 +82,7 @@ def convert(
     place, result = optional_path(config), output_folder(out)
     with opened_places(source, cache=cache, cache_dir=cache_dir) as opened:
         (given,), storage = opened.folders, opened.storage
-        loaded = settled(given, place, loaded, folder, device, budget, on_event, storage).recipe
+        loaded = settled(given, place, loaded, folder, device, budget, jobs, on_event, storage).recipe
         job = prepared(given, place, loaded, result, folder, budget, restart=restart, storage=storage)
         with job as found, threads(jobs):
             from quantkit.convert.events import ignore
@@ -129,7 +126,7 @@ def trial(
     other = optional_path(config)
     with opened_places(source, cache=cache, cache_dir=cache_dir) as opened, trial_folder(output_folder(out)) as made:
         (given,), storage = opened.folders, opened.storage
-        loaded = settled(given, other, loaded, folder, device, budget, on_event, storage).recipe
+        loaded = settled(given, other, loaded, folder, device, budget, jobs, on_event, storage).recipe
         check_place(place)
         job = prepared(given, other, loaded, made / "trial", folder, budget, restart=False, storage=storage)
         with job as found, threads(jobs):
@@ -154,6 +151,8 @@ def plan(
     memory_budget: int | str | None = None,
     convert_on: Gpu | str | None = None,
     hours: bool = False,
+    device: DeviceName = "auto",
+    jobs: int | None = None,
     cache: int | str | None = None,
     cache_dir: Path | str | None = None,
     on_event: OnLosses | None = None,
@@ -166,7 +165,8 @@ def plan(
     32,768, or what the model is made for). ``memory_budget`` (bytes, "20GiB"): refuse what needs more. ``convert_on``
     ("H200-141GB"): the GPU whose memory is planned for the conversion (default: one of 80 GB). ``hours``: also say how
     long it would take on this machine, which is measured for some seconds the first time; only then torch is loaded.
-    ``on_event``: is told how far the losses of types are, if a target needs some that its folder of sensitivity lacks.
+    ``device``, ``jobs``: where, and with how many CPU threads, losses of types are measured if a target needs some that
+    its folder of sensitivity lacks; ``on_event``: is told how far that is.
     Raises `QuantkitError`: a `PlanError` lists every problem, one line each.
     """
     loaded, folder = recipe_and_folder(recipe, base_dir)
@@ -180,7 +180,7 @@ def plan(
     place = optional_path(config)
     with opened_places(source, cache=cache, cache_dir=cache_dir) as opened:
         (given,), storage = opened.folders, opened.storage
-        chosen = settled(given, place, loaded, folder, "auto", budget, on_event, storage)
+        chosen = settled(given, place, loaded, folder, device, budget, jobs, on_event, storage)
         found = forecast(
             given,
             chosen.recipe,
@@ -238,12 +238,10 @@ def build_calibration(
     return build(entries, path_of(out), options, Path(), replace=force, on_read=on_read)
 
 
-def inspect(
-    path: Path | str, *, cache: int | str | None = None, cache_dir: Path | str | None = None
-) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
+def inspect(path: Path | str, *, cache: int | str | None = None, cache_dir: Path | str | None = None) -> AnyInspection:
     """What a folder of safetensors, a GGUF model or an imatrix file holds: storage by role, bits per weight, and what
-    is unusual; of a trial, its report. Reads headers only (an imatrix file as a whole). Raises `QuantkitError` for
-    damaged files."""
+    is unusual; of a trial, its report; of a Fisher pass, its document. Reads headers only (an imatrix file as a whole).
+    Raises `QuantkitError` for damaged files."""
     from quantkit.inspect.path import inspect_path
 
     with opened_places(path, cache=cache, cache_dir=cache_dir) as opened:

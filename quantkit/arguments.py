@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantkit.documents.evaluation import Evaluation
     from quantkit.formats.remote.places import Places
     from quantkit.formats.storage import Storage
+    from quantkit.plan.machine import Machine
     from quantkit.plan.recipe import Recipe
     from quantkit.sensitivity.events import OnLosses
     from quantkit.sensitivity.settle import Settled
@@ -95,18 +96,26 @@ def settled(
     folder: Path,
     device: str,
     budget: int | None,
+    jobs: int | None,
     on_event: OnLosses | None,
     storage: Storage,
 ) -> Settled:
-    """The recipe without targets, see `settle`."""
-    from quantkit.plan.budget import check_device
+    """The recipe without targets, see `settle`; what it measures runs on ``device``, with ``jobs`` threads."""
+    from quantkit.plan.budget import check_device, check_jobs
     from quantkit.sensitivity.settle import settle
 
     check_device(device)
+    check_jobs(jobs)
     let_threads_sleep()
-    return settle(
-        source, config, recipe, folder, device=device, memory_budget=budget, on_event=on_event, storage=storage
-    )
+    return settle(source, config, recipe, folder, lambda: _machine(device, budget, jobs), on_event, storage)
+
+
+@contextmanager
+def _machine(device: str, budget: int | None, jobs: int | None) -> Generator[Machine]:
+    with threads(jobs):
+        from quantkit.plan.machine import Machine
+
+        yield Machine.of(device, budget)
 
 
 def parsed(name: str, parse: Callable[[str], Parsed], text: str) -> Parsed:

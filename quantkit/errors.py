@@ -9,6 +9,7 @@ QuantkitError
 ├── CalibrationError   text, tokenizer or hidden states are unusable
 ├── EvaluationError    an evaluation or a baseline is unusable, or two of them say nothing about each other
 ├── OutputError        the output folder is taken, locked or full
+├── RankLostError      of several processes that do one job, another one failed
 └── ValidationError    the finished checkpoint failed its recipe's limits
 """
 
@@ -62,3 +63,7 @@ class OutputError(QuantkitError):
 
 class ValidationError(QuantkitError):
     """The finished checkpoint failed the limits of its recipe."""
+
+
+class RankLostError(QuantkitError):
+    """Of several processes that do one job together, another one failed, was killed or is silent."""

@@ -25,6 +25,7 @@ def sensitivity(
     memory_budget: int | str | None = None,
     jobs: int | None = None,
     restart: bool = False,
+    force: bool = False,
     cache: int | str | None = None,
     cache_dir: Path | str | None = None,
     on_event: OnFisher | None = None,
@@ -34,8 +35,8 @@ def sensitivity(
 
     ``data``: text, relative to the current folder (default: builtin:mixed); ``tokens``: of it, in rows of
     ``sequence_length`` (default: 2,048, or what the model is made for); ``seed``: of the rows' places and of the
-    sampled labels; ``restart``: discard what is in ``out``, else a call that was interrupted goes on where it stopped.
-    The other options are those of `convert`. Raises `QuantkitError`.
+    sampled labels; ``restart``: discard what is in ``out``, of another checkpoint only with ``force``, else a call that
+    was interrupted goes on where it stopped. The other options are those of `convert`. Raises `QuantkitError`.
     """
     from quantkit.plan.budget import budget_bytes, check_device, check_jobs
     from quantkit.plan.hardware import default_budget
@@ -47,7 +48,9 @@ def sensitivity(
     text = Text((data,) if isinstance(data, str) else tuple(data), tokens, sequence_length, seed)
     with (
         opened_places(source, cache=cache, cache_dir=cache_dir) as opened,
-        prepared(opened.folders[0], output_folder(out), text, restart=restart, storage=opened.storage) as request,
+        prepared(
+            opened.folders[0], output_folder(out), text, restart=restart, force=force, storage=opened.storage
+        ) as request,
         threads(jobs),
     ):
         from quantkit.plan.machine import Machine

@@ -103,6 +103,8 @@ class TensorSpec:
     tensor of an MTP layer, whose ``role`` is `Role.MTP`, would have in a decoder layer; None for what only MTP layers
     have.
 
+    ``by_expert``: row i (of a vector: element i) belongs to routed expert i of the layer.
+
     ``part_of``: official name of the linear that this is a part of, for formats that store the parts; its shape is then
     (heads, out, in)."""
 
@@ -119,6 +121,7 @@ class TensorSpec:
     mtp_role: Role | None = None
     fused: str | None = None
     replicated: bool = False
+    by_expert: bool = False
 
     @property
     def base_role(self) -> Role:

@@ -107,6 +107,8 @@ def recipe_reference(schema: dict[str, Any]) -> str:
 TITLES = {
     "Recipe": "The file",
     "Calibration": "`calibration`",
+    "Prune": "`prune`",
+    "Tune": "`tune`",
     "FolderOutput": "`outputs[]` that are folders of safetensors",
     "GgufOutput": "`outputs[]` with `format: gguf`",
     "OutputTarget": "`outputs[].target`",
@@ -143,6 +145,8 @@ def value_text(entry: dict[str, Any]) -> str:
         return f"`{json.dumps(entry['const'])}`"
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
+    if "prefixItems" in entry:
+        return f"({', '.join(map(value_text, entry['prefixItems']))})"
     if entry.get("type") == "array":
         return f"list of {value_text(entry['items'])}"
     words = {"integer": "whole number", "string": "text", "boolean": "`true` or `false`", "null": "`null`"}

@@ -19,6 +19,7 @@ from results_families import peers_families, two_bits
 from results_faults import faults, fuzz, remote_faults, verify_peers
 from results_fisher import fisher_layer, output_aware_tiny, two_sided
 from results_markdown import device, facts, versions
+from results_prune import prune_tiny
 from results_quality import (
     awq_tiny,
     convert_cuda,
@@ -42,7 +43,9 @@ from results_speed import (
     moe_layer,
     true_width,
 )
+from results_switches import switches, target_switches
 from results_targets import target
+from results_tuning import tuning_layer, tuning_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -74,6 +77,9 @@ SECTIONS: tuple[Section, ...] = (
         "benchmarks/output_aware_tiny.py",
         output_aware_tiny,
     ),
+    ("Quality: switches of GPTQ, trained models", "switches", "benchmarks/switches.py", switches),
+    ("Quality: tuning of whole layers, trained models", "tuning_tiny", "benchmarks/tuning_tiny.py", tuning_tiny),
+    ("Quality: fewer experts, the tiny model", "prune_tiny", "benchmarks/prune_tiny.py", prune_tiny),
     ("Quality: small models of other families", "relatives", "benchmarks/relatives.py", relatives),
     (
         "Quality: small models of other families beside other tools",
@@ -83,6 +89,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     ("Quality: GGUF, the tiny model", "gguf_tiny", "benchmarks/llama_cpp/quality.py, rows.py", gguf_tiny),
     ("Quality: types chosen for a size", "target", "benchmarks/target.py", target),
+    ("Quality: types chosen for a size, with switches", "target_switches", "benchmarks/target.py", target_switches),
     ("Quality: experts in two bits, the tiny model", "two_bits", "benchmarks/two_bits.py", two_bits),
     (
         "Quality: GGUF below three bits, the tiny model",
@@ -96,6 +103,7 @@ SECTIONS: tuple[Section, ...] = (
     ("Speed: one MoE layer of DeepSeek V3", "moe_layer", "benchmarks/moe_layer.py", moe_layer),
     ("Speed: one MoE layer in a Fisher pass", "fisher_layer", "benchmarks/fisher_layer.py", fisher_layer),
     ("Speed: codes with output Hessians", "two_sided", "benchmarks/two_sided.py", two_sided),
+    ("Speed: tuning of one layer", "tuning_layer", "benchmarks/tuning_layer.py", tuning_layer),
     ("Speed: GPTQ of an expert", "gptq_expert", "benchmarks/gptq_expert.py", gptq_expert),
     ("Speed: block types of ggml on a GPU", "ggml_encode_gpu", "benchmarks/ggml_encode_gpu.py", ggml_encode_gpu),
     ("Speed: block types of ggml on a processor", "ggml_encode", "benchmarks/ggml_encode.py", ggml_encode),

@@ -1,7 +1,8 @@
 """DeepSeek's architectures in plain torch, to train small models, and their export under the official names.
 
 V3 with its MTP layer; V2 (``scoring_func`` softmax, ``q_lora_rank`` null, no MTP layer); V3.2 (``index_topk``), which
-is trained with dense attention, and whose indexers learn from it afterwards (`train_relatives`).
+is trained with dense attention, and whose indexers learn from it afterwards (`train_relatives`). Without
+``kv_lora_rank`` attention is grouped-query attention, as in GLM-4.5 and Qwen3 (`GroupedAttention`).
 
 Written for a handful of experts: every expert sees every token, and the router's weights (zero for experts not
 chosen) are multiplied in before the down projection. That is one dense MLP of width experts * moe_intermediate_size,
@@ -33,15 +34,24 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(x)
 
 
-def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=False)
+def linear(inputs: int, outputs: int, gain: float = 1.0, bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
+def rotated_dim(config: Config) -> int:
+    """Dimensions of a head that are rotated."""
+    if "qk_rope_head_dim" in config:
+        return config["qk_rope_head_dim"]
+    return int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
+
+
 def yarn_frequencies(config: Config) -> Tensor:
-    """Angle per position of each rotated pair, (qk_rope_head_dim / 2,) float64. YaRN, arXiv 2309.00071, section 3.2."""
-    dim, base, yarn = config["qk_rope_head_dim"], config["rope_theta"], config["rope_scaling"]
+    """Angle per position of each rotated pair, (rotated / 2,) float64. YaRN, arXiv 2309.00071, section 3.2."""
+    dim, base, yarn = rotated_dim(config), config["rope_theta"], config["rope_scaling"]
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if yarn is None:
         return plain
@@ -130,6 +140,34 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+class GroupedAttention(nn.Module):
+    """Grouped-query attention: the first dimensions of each head rotated in halves, queries and keys normed before."""
+
+    def __init__(self, config: Config, residual_gain: float) -> None:
+        super().__init__()
+        hidden, self.dim, bias = config["hidden_size"], config["head_dim"], config["attention_bias"]
+        self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
+        self.rope = rotated_dim(config)
+        self.q_proj = linear(hidden, self.heads * self.dim, bias=bias)
+        self.k_proj = linear(hidden, self.groups * self.dim, bias=bias)
+        self.v_proj = linear(hidden, self.groups * self.dim, bias=bias)
+        self.o_proj = linear(self.heads * self.dim, hidden, residual_gain)
+        self.q_norm, self.k_norm = (RMSNorm(self.dim, config["rms_norm_eps"]) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (-1, self.dim)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self._rotated(self.q_norm(q), cos, sin), self._rotated(self.k_norm(k), cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x[..., : self.rope].float().chunk(2, -1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).type_as(x)
+        return torch.cat((turned, x[..., self.rope :]), -1)
+
+
 class MLP(nn.Module):
     def __init__(self, hidden: int, width: int, residual_gain: float) -> None:
         super().__init__()
@@ -159,7 +197,8 @@ class MoE(nn.Module):
         self.gate = nn.Parameter(torch.randn(experts, width, hidden) / math.sqrt(hidden))
         self.up = nn.Parameter(torch.randn(experts, width, hidden) / math.sqrt(hidden))
         self.down = nn.Parameter(torch.randn(hidden, experts, width) * (residual_gain / math.sqrt(width)))
-        self.shared_experts = MLP(hidden, width * config["n_shared_experts"], residual_gain)
+        shared = config["n_shared_experts"]
+        self.shared_experts = MLP(hidden, width * shared, residual_gain) if shared else None
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(weight per token and expert, share of choices per expert, balance loss) of x (batch, length, hidden)."""
@@ -183,7 +222,7 @@ class MoE(nn.Module):
         inner = F.silu(F.linear(x, self.gate.flatten(0, 1))) * F.linear(x, self.up.flatten(0, 1))
         inner = inner.unflatten(-1, (self.experts, -1)) * weights.unsqueeze(-1).type_as(inner)
         routed = F.linear(inner.flatten(-2), self.down.flatten(1))
-        return routed + self.shared_experts(x), load, balance
+        return routed if self.shared_experts is None else routed + self.shared_experts(x), load, balance
 
 
 class Layer(nn.Module):
@@ -191,7 +230,8 @@ class Layer(nn.Module):
         super().__init__()
         hidden, eps = config["hidden_size"], config["rms_norm_eps"]
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
-        self.self_attn = Attention(config, residual_gain)
+        attention = Attention if "kv_lora_rank" in config else GroupedAttention
+        self.self_attn = attention(config, residual_gain)
         self.mlp = MLP(hidden, config["intermediate_size"], residual_gain) if dense else MoE(config, residual_gain)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -275,6 +315,8 @@ def _layer_tensors(prefix: str, layer: Layer) -> dict[str, Tensor]:
         named[f"{prefix}.mlp.experts.{expert}.gate_proj.weight"] = mlp.gate[expert].detach()
         named[f"{prefix}.mlp.experts.{expert}.up_proj.weight"] = mlp.up[expert].detach()
         named[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = mlp.down[:, expert].detach()
+    if mlp.shared_experts is None:
+        return named
     return named | {f"{prefix}.mlp.shared_experts.{name}": v for name, v in mlp.shared_experts.state_dict().items()}
 
 

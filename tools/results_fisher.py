@@ -58,19 +58,20 @@ def two_sided(data: Document) -> str:
             row["scheme"],
             row["what"],
             " x ".join(map(str, row["shape"])),
-            number(row["steps"], 0),
-            number(row["plain s"], 3),
-            number(row["output-aware s"], 3),
-            number(row["times"], 1),
+            " / ".join(map(str, row["experts at once"])),
+            number(row["plain s, 256 experts"], 2),
+            number(row["output-aware s, 256 experts"], 2),
+            number(row["times"], 2),
             number(row["loss, output-aware over plain"], 3),
         ]
         for row in data["rows"]
     ]
-    head = ("scheme", "linears", "shape", "steps of rows", "plain, s", "output-aware, s", "times", "loss left")
+    head = ("scheme", "linears", "shape", "experts at once", "plain, s", "output-aware, s", "times", "loss left")
     told = run_facts(
         data,
-        what="codes of 13 experts of DeepSeek V3's shapes; loss: tr(H_O E H E^T) of random correlated gradients",
-        recipe="GPTQ, rows in 32 steps; a conversion takes 16, which were not timed on a GPU",
-        command=code("python benchmarks/two_sided.py --steps 32"),
+        what="codes of 256 experts of DeepSeek V3's shapes, factors included; loss: tr(H_O E H E^T) of random "
+        "correlated gradients",
+        recipe="GPTQ, rows in 16 steps; experts at once without and with output Hessians",
+        command=code("python benchmarks/two_sided.py --store"),
     )
     return f"{told}\n{table(head, rows)}"

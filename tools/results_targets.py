@@ -7,6 +7,7 @@ from results_markdown import Document, run_facts, table
 CASES = {
     "q4": "the bytes of Q4_K_M, GGUF",
     "q3": "the bytes of Q3_K_M, GGUF",
+    "q2": "the bytes of Q2_K, GGUF",
     "mix": "the bytes of int4 experts, the rest int8, compressed-tensors",
 }
 HAND = {"q4": "IQ4_XS, rest Q8_0", "q3": "Q3_K, rest wider", "mix": "int4, rest int8"}

@@ -1,4 +1,4 @@
-"""Train small models of the families that have DeepSeek V3's layer, from the text and with the tokenizer of nano.
+"""Train small models of other families from the text and with the tokenizer of nano.
 
     python tools/nano_text.py --cache CACHE --work TOKENS                       # text, tokens (CPU, minutes)
     python tools/train_relatives.py TOKENS OUT kimi --steps 6000                # one GPU, minutes
@@ -6,7 +6,9 @@
 ``kimi``: 48 experts in one group, no MTP layer, yarn as Kimi K2 has it. ``v2-lite``: no query latent, experts by
 softmax, two shared ones, widths that are no multiples of 256. ``v32``: the indexer of sparse attention, which is
 trained as the report of DeepSeek V3.2 describes its first stage: the model is frozen, and each layer's indexer learns
-the sum of its heads' attention (Kullback-Leibler).
+the sum of its heads' attention (Kullback-Leibler). ``qwen3-moe`` and ``glm4-moe``: grouped-query attention, a key and a
+value for four queries; experts by softmax in every layer, or DeepSeek V3's behind a dense layer, with biases, half of
+each head rotated, and an MTP layer.
 """
 
 from __future__ import annotations
@@ -34,6 +36,20 @@ SHARED: Config = {
     "num_nextn_predict_layers": 0,
 }
 YARN = {"type": "yarn", "factor": 4, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 512}
+GROUPED: Config = {
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+    "n_routed_experts": 16,
+    "moe_intermediate_size": 256,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
+"""Grouped-query attention: the sizes of latents go."""
+LATENTS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
 FAMILIES: dict[str, Config] = {
     "kimi": {
         "model_type": "kimi_k2",
@@ -63,6 +79,29 @@ FAMILIES: dict[str, Config] = {
         "routed_scaling_factor": 1.0,
         "rope_scaling": {**YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
     },
+    "qwen3-moe": {
+        **GROUPED,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_experts": 16,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 0,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.0,
+    },
+    "glm4-moe": {
+        **GROUPED,
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "num_nextn_predict_layers": 1,
+    },
     "v32": {
         "architectures": ["DeepseekV32ForCausalLM"],
         "model_type": "deepseek_v32",
@@ -74,15 +113,15 @@ FAMILIES: dict[str, Config] = {
         "index_topk": 256,
     },
 }
-BALANCE = {"v2-lite": 1e-2}
+BALANCE = {"v2-lite": 1e-2, "qwen3-moe": 1e-2}
 """Without a selection bias the loss alone spreads the load."""
 
 
 def config_of(family: str, nano: Config) -> Config:
     """config.json: nano's with the family's changes."""
     config = {**nano, **SHARED, **FAMILIES[family]}
-    config.pop("quantization_config", None)
-    return config
+    grouped = "head_dim" in config
+    return {key: value for key, value in config.items() if not (grouped and key in LATENTS)}
 
 
 def attention_inputs(model: DeepseekV3, tokens: Tensor) -> list[tuple[Attention, Tensor, Tensor, Tensor]]:

@@ -1,5 +1,5 @@
 """Where tensors sit in a model and how a layer computes: one file for each family, one row for each model
-that is DeepSeek V3 under another name."""
+that is DeepSeek V3 under another name, or of grouped-query attention."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from quantkit.arch.deepseek_v3 import DeepseekV3
 from quantkit.arch.deepseek_v3_variants import VARIANTS
 from quantkit.arch.deepseek_v32 import DeepseekV32
 from quantkit.arch.glm_moe_dsa import GlmMoeDsa
+from quantkit.arch.gqa import families as gqa
 from quantkit.arch.unknown import NOT_COMPUTED
 from quantkit.errors import ConfigError
 
@@ -23,6 +24,7 @@ ARCHS: dict[str, ArchFactory] = {
     "DeepseekV32ForCausalLM": DeepseekV32,
     "GlmMoeDsaForCausalLM": GlmMoeDsa,
     **VARIANTS,
+    **gqa.FACTORIES,
 }
 
 

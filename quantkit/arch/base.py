@@ -28,14 +28,14 @@ class LinearPart:
     """Part of a linear that some formats store, and so quantise, as a tensor of its own: ``name`` is the linear's with
     a suffix. All parts of a linear together are the linear.
 
-    ``take``: the linear (out, in) -> the part (heads, rows, columns), columns being what its inputs run along;
-    ``put(whole, part)`` writes it back in place.
+    ``take``: the linear (out, in) -> the part (heads, rows, columns), or (rows, columns) of a part without heads,
+    columns being what its inputs run along; ``put(whole, part)`` writes it back in place.
     """
 
     name: str
     whole: str
     whole_shape: tuple[int, int]
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | tuple[int, int]
     take: Callable[[torch.Tensor], torch.Tensor]
     put: Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -165,7 +165,7 @@ class ExpertBlock:
     """Routed experts: gated MLPs of one shape, each seeing only the tokens that the router sends.
 
     ``inputs(weights, x)``: x (rows, tokens, hidden) -> h (rows * tokens, hidden), what router and experts read.
-    ``route(weights, h)``: h (tokens, hidden) -> `Routing`.
+    ``route(weights, h)``: h (tokens, hidden) -> `Routing`, with the tensor ``router`` (experts, hidden).
     ``activate(gate, up)``: the hidden of an expert from its two projections, e.g. silu(gate) * up.
     ``gates[e]``, ``ups[e]``, ``downs[e]``: tensor names.
     ``producer``: of the inputs of gates and ups. ``down_producers[e]``: of the hidden of expert ``e``; () if nothing
@@ -175,6 +175,7 @@ class ExpertBlock:
     name: str
     inputs: Callable[[Weights, torch.Tensor], torch.Tensor]
     route: Callable[[Weights, torch.Tensor], Routing]
+    router: str
     activate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     gates: tuple[str, ...]
     ups: tuple[str, ...]
@@ -230,6 +231,21 @@ class ServingSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """What the router of a layer chooses from, for whoever takes experts away. ``count``: routed experts of a layer;
+    ``groups``: equal runs of them that the router ranks as wholes, of which ``top_groups`` stay, each by its
+    ``ranked_by`` best experts; ``top_k``: experts that a token takes; ``config_key``: entry of config.json (of the
+    language model's part of it) that says ``count``."""
+
+    count: int
+    groups: int
+    top_groups: int
+    ranked_by: int
+    top_k: int
+    config_key: str
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointVariants:
     """How published checkpoints of a family differ from the tensors that the family lists, without being another model.
 
@@ -268,6 +284,11 @@ KeyValue = int | float | bool | str | tuple[bool, ...]
 class GgufModel(Protocol):
     """What llama.cpp calls a model and its tensors."""
 
+    @property
+    def architecture(self) -> str:
+        """Its name there, general.architecture of a file."""
+        ...
+
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """GGUF name of an official tensor or of a part, and the place of a routed expert in its stacked tensor."""
         ...
@@ -284,6 +305,10 @@ class GgufModel(Protocol):
 
     def differences(self, *, mtp: bool) -> tuple[str, ...]:
         """What llama.cpp computes slightly otherwise, one line each. ``mtp``: the file holds the MTP layer."""
+        ...
+
+    def constants(self) -> Mapping[str, tuple[float, ...]]:
+        """Float32 vectors of a file that no checkpoint has, because they follow from config.json, by GGUF name."""
         ...
 
     def server_flags(self) -> tuple[str, ...]:
@@ -354,6 +379,14 @@ class ModelArch(Protocol):
 
     def serving(self) -> ServingSizes:
         """What the memory of a runtime depends on besides the weights."""
+        ...
+
+    def routed_experts(self) -> RoutedExperts | None:
+        """The routed experts of each layer that has some; None if no layer has."""
+        ...
+
+    def with_experts(self, count: int) -> ModelArch:
+        """The same model with so many routed experts in each layer, which the router's groups must divide."""
         ...
 
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,11 @@ class DeepseekV2(DeepseekV3):
 
         c = self.config
         grouped = c.topk_method == "group_limited_greedy"
-        return moe.GreedyRouter(
+        return moe.ScoredRouter(
             weight=f"{prefix}gate.weight",
+            gating="softmax",
+            normalize=False,
+            ranked_by=1,
             n_groups=c.n_group if grouped else 1,
             top_groups=c.topk_group if grouped else 1,
             top_k=c.num_experts_per_tok,
@@ -49,4 +52,5 @@ class DeepseekV2(DeepseekV3):
         )
 
     def _router_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
-        yield TensorSpec(f"{prefix}gate.weight", (self.config.n_routed_experts, self.hidden_size), Role.ROUTER, layer)
+        shape = (self.config.n_routed_experts, self.hidden_size)
+        yield TensorSpec(f"{prefix}gate.weight", shape, Role.ROUTER, layer, by_expert=True)

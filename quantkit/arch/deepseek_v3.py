@@ -20,12 +20,14 @@ from quantkit.arch.base import (
     MlpNames,
     MtpLayer,
     NormWeight,
+    RoutedExperts,
     ServingSizes,
     Sublayer,
 )
 from quantkit.arch.deepseek_v3_config import LATENT_NORM_EPS, DeepseekConfig, DeepseekV3Config
 from quantkit.arch.mtp import mtp_layer
 from quantkit.arch.rope import LinearScaling
+from quantkit.arch.specs import mlp_specs, mtp_specs
 from quantkit.tensors import Projection, Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -151,7 +153,7 @@ class DeepseekV3:
         from quantkit.arch import moe
 
         c = self.config
-        return moe.GroupedRouter(
+        return moe.ScoredRouter(
             weight=f"{prefix}gate.weight",
             bias=f"{prefix}gate.e_score_correction_bias",
             n_groups=c.n_group,
@@ -203,6 +205,24 @@ class DeepseekV3:
             max_positions=c.max_position_embeddings,
         )
 
+    def routed_experts(self) -> RoutedExperts | None:
+        """In equal groups, ranked by their best two (``noaux_tc``) or by their best one."""
+        c = self.config
+        if all(map(self._is_dense, range(self.n_layers + self.n_mtp_layers))):
+            return None
+        return RoutedExperts(
+            count=c.n_routed_experts,
+            groups=c.n_group,
+            top_groups=c.topk_group,
+            ranked_by=2 if c.topk_method == "noaux_tc" else 1,
+            top_k=c.num_experts_per_tok,
+            config_key="n_routed_experts",
+        )
+
+    def with_experts(self, count: int) -> Self:
+        """The same model with so many routed experts in each layer."""
+        return self.computing(self.config.model_copy(update={"n_routed_experts": count}), self._rope.linear)
+
     def final_hidden(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) float32 after the last layer -> normed, float32, the input of lm_head."""
         from quantkit.arch import ops
@@ -226,7 +246,8 @@ class DeepseekV3:
         yield from self._attention_tensors(layer, f"{prefix}self_attn.")
         yield TensorSpec(f"{prefix}post_attention_layernorm.weight", (hidden,), Role.NORM, layer)
         if self._is_dense(layer):
-            yield from self._mlp_tensors(layer, f"{prefix}mlp.", self.config.intermediate_size, Role.MLP)
+            sizes = (hidden, self.config.intermediate_size)
+            yield from mlp_specs(f"{prefix}mlp.", MLP_NAMES, sizes, Role.MLP, layer)
         else:
             yield from self._moe_tensors(layer, f"{prefix}mlp.")
 
@@ -258,54 +279,23 @@ class DeepseekV3:
     def _moe_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
         c = self.config
         yield from self._router_tensors(layer, prefix)
+        sizes = (self.hidden_size, c.moe_intermediate_size)
         for expert in range(c.n_routed_experts):
-            yield from self._mlp_tensors(
-                layer, f"{prefix}experts.{expert}.", c.moe_intermediate_size, Role.EXPERT, expert
-            )
+            yield from mlp_specs(f"{prefix}experts.{expert}.", MLP_NAMES, sizes, Role.EXPERT, layer, expert)
         # Several shared experts are stored, and computed, as one MLP of their summed width.
-        shared_size = c.n_shared_experts * c.moe_intermediate_size
-        yield from self._mlp_tensors(layer, f"{prefix}shared_experts.", shared_size, Role.SHARED_EXPERT)
+        shared = (self.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
+        yield from mlp_specs(f"{prefix}shared_experts.", MLP_NAMES, shared, Role.SHARED_EXPERT, layer)
 
     def _router_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
         experts = self.config.n_routed_experts
-        yield TensorSpec(f"{prefix}gate.weight", (experts, self.hidden_size), Role.ROUTER, layer)
-        yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,), Role.ROUTER, layer, float32=True)
-
-    def _mlp_tensors(
-        self, layer: int, prefix: str, width: int, role: Role, expert: int | None = None
-    ) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-        into, out = (width, self.hidden_size), (self.hidden_size, width)
-        fused = "gate_up_proj" if expert is None else None  # vLLM's routed experts are no modules of their own
-
-        def linear(name: str, projection: Projection, shape: tuple[int, int], fused: str | None = None) -> TensorSpec:
-            name = f"{prefix}{name}.weight"
-            return TensorSpec(name, shape, role, layer, expert, projection, linear=True, fused=fused)
-
-        return (
-            linear(MLP_NAMES.gate, Projection.GATE, into, fused),
-            linear(MLP_NAMES.up, Projection.UP, into, fused),
-            linear(MLP_NAMES.down, Projection.DOWN, out),
+        yield TensorSpec(f"{prefix}gate.weight", (experts, self.hidden_size), Role.ROUTER, layer, by_expert=True)
+        yield TensorSpec(
+            f"{prefix}gate.e_score_correction_bias", (experts,), Role.ROUTER, layer, float32=True, by_expert=True
         )
 
     def _mtp_tensors(self, layer: int) -> Iterator[TensorSpec]:
-        hidden, prefix = self.hidden_size, self._prefix(layer)
-        table = (self.vocab_size, hidden)
-        for spec in self._layer_tensors(layer):
-            yield replace(spec, role=Role.MTP, mtp_role=spec.role)
-        embed, norm, head = Role.EMBED, Role.NORM, Role.LM_HEAD
-        yield TensorSpec(f"{prefix}embed_tokens.weight", table, Role.MTP, layer, table=True, mtp_role=embed)
-        yield TensorSpec(f"{prefix}enorm.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
-        yield TensorSpec(f"{prefix}hnorm.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
-        yield TensorSpec(
-            f"{prefix}eh_proj.weight",
-            (hidden, 2 * hidden),
-            Role.MTP,
-            layer,
-            projection=Projection.MTP_INPUT,
-            table=True,
-        )
-        yield TensorSpec(f"{prefix}shared_head.norm.weight", (hidden,), Role.MTP, layer, mtp_role=norm)
-        yield TensorSpec(f"{prefix}shared_head.head.weight", table, Role.MTP, layer, table=True, mtp_role=head)
+        table = (self.vocab_size, self.hidden_size)
+        return mtp_specs(self._prefix(layer), table, layer, self._layer_tensors(layer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
+from quantkit.arch.config_entries import Count, Size, config_error, contradiction, whole
 from quantkit.arch.rope import Rope, Yarn, rope_entries
 from quantkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Size = Annotated[int, Field(gt=0, le=2**24)]
-"""A dimension. The bound keeps a damaged config.json from describing a table of tensors that no machine can list."""
-Count = Annotated[int, Field(gt=0, le=2**16)]
 
 LATENT_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm, whatever ``rms_norm_eps`` says, in the official code and in
@@ -76,9 +72,9 @@ class DeepseekConfig(BaseModel):
     def of(cls, config: Mapping[str, object]) -> Self:
         """The checked entries of a raw config.json; `ConfigError` with every fault in one line."""
         try:
-            return cls.model_validate(_whole({**config, **rope_entries(config), **_dense_layers(config)}))
+            return cls.model_validate(whole({**config, **rope_entries(config), **_dense_layers(config)}))
         except ValidationError as error:
-            raise _config_error(error, cls.routing_hint) from None
+            raise config_error(error, cls.routing_hint) from None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -148,33 +144,3 @@ def _dense_layers(config: Mapping[str, object]) -> dict[str, object]:
     if any(kind != "sparse" for kind in kinds[dense:]):
         raise ConfigError("config.json: mlp_layer_types has a layer that is not sparse after the first sparse one.")
     return {"first_k_dense_replace": dense}
-
-
-def _whole(value: object) -> object:
-    """The same with 512.0 as 512 at every depth: some libraries write whole numbers so. Fields of floats take both."""
-    if isinstance(value, dict):
-        return {key: _whole(entry) for key, entry in cast("dict[str, object]", value).items()}
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def contradiction(text: str) -> PydanticCustomError:
-    """What a validator raises for entries that do not go together."""
-    return PydanticCustomError("contradiction", "{text}", {"text": text})
-
-
-def _config_error(error: ValidationError, routing_hint: str) -> ConfigError:
-    """One line for all faults: key, what was found, what was needed."""
-    faults: list[str] = []
-    keys: set[str] = set()
-    for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"])
-        keys.add(key)
-        if fault["type"] == "missing":
-            faults.append(f"{key} is missing")
-        elif key:
-            message = fault["msg"][:1].lower() + fault["msg"][1:]
-            faults.append(f"{key} is {repr(fault['input'])[:60]}, {message}")
-        else:
-            faults.append(fault["msg"])
-    hint = routing_hint if keys & {"scoring_func", "topk_method"} else ""
-    return ConfigError(f"config.json: {'; '.join(faults)}.", hint=hint)

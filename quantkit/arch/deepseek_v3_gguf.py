@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quantkit.arch.base import KeyValue
+from quantkit.arch.llama_cpp import MAX_EXPERTS, MAX_LAYERS, yarn_difference, yarn_flags
 from quantkit.errors import ConfigError, SourceError
 from quantkit.tensors import Role
 
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 GGUF_ARCHITECTURE = "deepseek2"
 
 SOFTMAX, SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_...
-_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS: asserts when a file is loaded
 _LITE_LAYERS, _LITE_48_VOCABULARY = (26, 27), 128_256
-YARN_BETAS = (32.0, 1.0)  # of llama_hparams, fast and slow
 _LATENT_EPS = 1e-6  # see `deepseek_v3.LATENT_NORM_EPS`
 
 WHOLE_KV_B = "attn_kv_b.weight"
@@ -197,13 +196,7 @@ def differences(config: DeepseekConfig, *, mtp: bool, dialect: Dialect = DEEPSEE
             f"llama.cpp norms the attention latents with rms_norm_eps {config.rms_norm_eps:g}, the official code with "
             f"{_LATENT_EPS:g}."
         )
-    flags = server_flags(config)
-    if flags:
-        fast, slow = YARN_BETAS
-        lines.append(
-            f"llama.cpp takes beta_fast {fast:g} and beta_slow {slow:g} for {dialect.architecture} whatever the file "
-            f"says: start it with {' '.join(flags)}."
-        )
+    lines += yarn_difference(config.rope, dialect.architecture)
     if config.topk_method == "group_limited_greedy" and config.topk_group < config.n_group:
         # build_moe_ffn has one way to rank groups; seen in logits (tests/convert/test_relatives_gguf.py).
         lines.append(
@@ -215,15 +208,7 @@ def differences(config: DeepseekConfig, *, mtp: bool, dialect: Dialect = DEEPSEE
 
 def server_flags(config: DeepseekConfig) -> tuple[str, ...]:
     """Yarn's ramp, where it is not the one that llama.cpp assumes."""
-    yarn = config.rope_scaling
-    if yarn is None:
-        return ()
-    fast, slow = YARN_BETAS
-    default = yarn.model_copy(update={"beta_fast": fast, "beta_slow": slow})
-    if config.rope.yarn_ramp(yarn) == config.rope.yarn_ramp(default):
-        return ()
-    # The keys are written, but deepseek2.cpp does not read them: seen in logits, October 2026.
-    return "--yarn-beta-fast", f"{yarn.beta_fast:g}", "--yarn-beta-slow", f"{yarn.beta_slow:g}"
+    return yarn_flags(config.rope)
 
 
 def _expert_values(c: DeepseekConfig) -> dict[str, KeyValue]:
@@ -277,10 +262,10 @@ def _layout_faults(c: DeepseekConfig, dialect: Dialect) -> list[str]:
             f"num_hidden_layers {layers} with q_lora_rank {c.q_lora_rank}: a model of so many layers is a lite one to "
             "llama.cpp, without q_lora_rank"
         )
-    if layers + c.num_nextn_predict_layers > _MAX_LAYERS:
-        faults.append(f"num_hidden_layers {layers}: llama.cpp holds at most {_MAX_LAYERS} with MTP")
-    if c.n_routed_experts > _MAX_EXPERTS:
-        faults.append(f"n_routed_experts {c.n_routed_experts}: llama.cpp holds at most {_MAX_EXPERTS}")
+    if layers + c.num_nextn_predict_layers > MAX_LAYERS:
+        faults.append(f"num_hidden_layers {layers}: llama.cpp holds at most {MAX_LAYERS} with MTP")
+    if c.n_routed_experts > MAX_EXPERTS:
+        faults.append(f"n_routed_experts {c.n_routed_experts}: llama.cpp holds at most {MAX_EXPERTS}")
     return faults
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantkit.arch.base import GgufReading, KeyValue, ModelArch
@@ -23,6 +23,11 @@ class DeepseekV3Gguf:
     root: str = ""
     dialect: Dialect = DEEPSEEK2
 
+    @property
+    def architecture(self) -> str:
+        """The dialect's."""
+        return self.dialect.architecture
+
     def stored_name(self, name: str) -> tuple[str, int | None]:
         """See `stored_name`."""
         return stored_name(name.removeprefix(self.root) if self.root else name, self.dialect)
@@ -41,6 +46,10 @@ class DeepseekV3Gguf:
     def differences(self, *, mtp: bool) -> tuple[str, ...]:
         """See `differences`."""
         return differences(self.config, mtp=mtp, dialect=self.dialect)
+
+    def constants(self) -> Mapping[str, tuple[float, ...]]:
+        """None."""
+        return {}
 
     def server_flags(self) -> tuple[str, ...]:
         """See `server_flags`."""

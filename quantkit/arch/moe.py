@@ -1,4 +1,4 @@
-"""Gated MLPs, dense and as routed experts, and the routers of DeepSeek V3 (arXiv 2412.19437, section 2.1.2) and V2."""
+"""Gated MLPs, dense and as routed experts, and how the experts of a token are chosen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from quantkit.arch.base import DenseBlock, ExpertBlock, InputGroup, LinearRows, MlpNames, Producer, Routing, Stage
 from quantkit.arch.ops import linear, rms_norm, swiglu
@@ -37,29 +38,35 @@ class Router(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class GroupedRouter:
-    """``topk_method`` noaux_tc: experts are chosen by biased scores within the best groups, weighted by unbiased ones.
-    DeepSeek V3's ``gating`` is sigmoid; llama.cpp takes softmax where a file does not say it.
+Gating = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+"""How logits become the affinity of a token to an expert. The last: sqrt(log(1 + e^x))."""
 
-    ``weight`` (experts, hidden) and ``bias`` (experts,) are tensor names; the experts form ``n_groups`` equal runs, of
-    which ``top_groups`` stay.
+
+@dataclass(frozen=True, slots=True)
+class ScoredRouter:
+    """Experts of the highest scores within the best groups, weighted by their affinity.
+
+    A score is the affinity, plus ``bias`` where there is one (arXiv 2412.19437, section 2.1.2). The experts form
+    ``n_groups`` equal runs, of which ``top_groups`` stay: those whose ``ranked_by`` best scores have the highest sum
+    (1: DeepSeek V2, arXiv 2405.04434, section 2.2.2; 2: V3). ``normalize``: the weights of a token sum to ``scale``.
+
+    ``weight`` (experts, hidden) and ``bias`` (experts,) are tensor names.
     """
 
     weight: str
-    bias: str
-    n_groups: int
-    top_groups: int
     top_k: int
+    gating: Gating
     normalize: bool
-    scale: float
-    gating: Literal["sigmoid", "softmax"] = "sigmoid"
+    scale: float = 1.0
+    bias: str | None = None
+    n_groups: int = 1
+    top_groups: int = 1
+    ranked_by: int = 2
 
     def route(self, weights: Weights, h: Tensor) -> Routing:
         """h (tokens, hidden) -> `Routing`, all in float32. Ties fall as in transformers (same `topk` calls)."""
-        logits = linear(h, weights(self.weight).float())
-        affinity = logits.sigmoid_() if self.gating == "sigmoid" else logits.softmax(dim=-1)
-        scores = affinity + weights(self.bias)
+        affinity = _affinity(linear(h, weights(self.weight).float()), self.gating)
+        scores = affinity if self.bias is None else affinity + weights(self.bias)
         candidates = scores if self.top_groups == self.n_groups else self._within_best_groups(scores)
         indices = candidates.topk(self.top_k, dim=-1, sorted=False).indices
         chosen = affinity.gather(1, indices)
@@ -68,41 +75,23 @@ class GroupedRouter:
         return Routing(indices=indices, weights=chosen.mul_(self.scale), scores=scores)
 
     def _within_best_groups(self, scores: Tensor) -> Tensor:
-        """scores (tokens, experts) with -inf outside the ``top_groups`` groups whose two best scores sum highest."""
+        """scores (tokens, experts) with -inf outside the best groups."""
         grouped = scores.unflatten(-1, (self.n_groups, -1))
-        ranks = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        ranks = grouped.topk(self.ranked_by, dim=-1).values.sum(dim=-1)
         best = ranks.topk(self.top_groups, dim=-1, sorted=False).indices
         dropped = torch.ones_like(ranks, dtype=torch.bool).scatter_(1, best, False)
         return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-@dataclass(frozen=True, slots=True)
-class GreedyRouter:
-    """DeepSeek V2's (arXiv 2405.04434, section 2.2.2): experts of the highest softmax, within the ``top_groups`` groups
-    whose best expert is highest; their weights are not normalised.
-
-    ``weight`` (experts, hidden) is a tensor name; the experts form ``n_groups`` equal runs.
-    """
-
-    weight: str
-    n_groups: int
-    top_groups: int
-    top_k: int
-    scale: float
-
-    def route(self, weights: Weights, h: Tensor) -> Routing:
-        """h (tokens, hidden) -> `Routing`, all in float32. Ties fall as in transformers (same `topk` calls)."""
-        scores = linear(h, weights(self.weight).float()).softmax(dim=-1)
-        candidates = scores if self.top_groups == self.n_groups else self._within_best_groups(scores)
-        chosen, indices = candidates.topk(self.top_k, dim=-1, sorted=False)
-        return Routing(indices=indices, weights=chosen * self.scale, scores=scores)
-
-    def _within_best_groups(self, scores: Tensor) -> Tensor:
-        """scores (tokens, experts) with 0 outside the best groups."""
-        grouped = scores.unflatten(-1, (self.n_groups, -1))
-        best = grouped.amax(dim=-1).topk(self.top_groups, dim=-1, sorted=False).indices
-        dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
-        return grouped.masked_fill(dropped.unsqueeze(-1), 0.0).flatten(1)
+def _affinity(logits: Tensor, gating: Gating) -> Tensor:
+    """logits (tokens, experts) float32, overwritten -> the same shape."""
+    match gating:
+        case "softmax":
+            return logits.softmax(dim=-1)
+        case "sigmoid":
+            return logits.sigmoid_()
+        case "sqrtsoftplus":
+            return softplus(logits).sqrt_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +137,7 @@ def expert_block(
         name=name,
         inputs=partial(_normed, norm),
         route=router.route,
+        router=router.weight,
         activate=swiglu,
         gates=tuple(mlp.gate for mlp in experts),
         ups=tuple(mlp.up for mlp in experts),

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from quantkit.arch.base import Weights
 
 
-def mtp_layer(prefix: str, eps: float) -> MtpLayer:
-    """DeepSeek's, whose tensors begin with ``prefix``; ``eps`` of its norms."""
+SHARED_NORM = "shared_head.norm"
+
+
+def mtp_layer(prefix: str, eps: float, last_norm: str = SHARED_NORM) -> MtpLayer:
+    """DeepSeek's, whose tensors begin with ``prefix``; ``eps`` of its norms; ``last_norm``: the one before the head."""
     return MtpLayer(
         embed=f"{prefix}embed_tokens.weight",
         lm_head=f"{prefix}shared_head.head.weight",
         inputs=partial(_inputs, prefix, eps),
-        final_hidden=partial(_final_hidden, f"{prefix}shared_head.norm.weight", eps),
+        final_hidden=partial(_final_hidden, f"{prefix}{last_norm}.weight", eps),
     )
 
 

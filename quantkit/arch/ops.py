@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., n) / sqrt(mean(x^2) + eps) * weight (n,), arXiv 1910.07467: computed in float32, on a GPU given in the
     weight's dtype. Autograd goes through it."""
-    if Backend.of(x.device) is Backend.TRITON and not x.requires_grad:
+    if Backend.of(x.device) is Backend.TRITON and not (x.requires_grad or weight.requires_grad):
         from quantkit.kernels.triton import norm as norm_triton
 
         if x.shape[-1] <= norm_triton.WIDEST:
@@ -52,6 +52,8 @@ def rope_rotation(rope: Rope, n_tokens: int, device: torch.device) -> tuple[Tens
     frequencies = 1.0 / periods
     if rope.linear is not None:
         frequencies /= rope.linear.factor
+    if rope.llama3 is not None:
+        frequencies /= torch.tensor(rope.llama3.divisors(rope.dim, rope.theta), device=device)
     if rope.yarn is not None:
         low, high = rope.yarn_ramp(rope.yarn)
         ramp = ((torch.arange(rope.dim // 2, device=device).float() - low) / (high - low)).clamp(0, 1)

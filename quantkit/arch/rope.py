@@ -31,10 +31,39 @@ class Yarn(BaseModel):
     partial_rotary_factor: Literal[1] | None = None
 
 
+class Llama3(BaseModel):
+    """The ``rope_scaling`` entry of Llama 3.1 and later: frequencies that turn fewer than ``low_freq_factor`` times
+    within the original context are divided by ``factor``, those that turn more than ``high_freq_factor`` times stay."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    type: Literal["llama3"]
+    factor: Annotated[float, Field(ge=1)]
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt
+
+    def divisors(self, dim: int, theta: float) -> tuple[float, ...]:
+        """What each of the dim / 2 frequencies is divided by."""
+        turns = (self.original_max_position_embeddings / (2 * math.pi * theta ** (i / dim)) for i in range(0, dim, 2))
+        between = self.high_freq_factor - self.low_freq_factor
+        kept = (min(1.0, max(0.0, (turn - self.low_freq_factor) / between)) for turn in turns)
+        return tuple(1 / ((1 - keep) / self.factor + keep) for keep in kept)
+
+
+class Linear(BaseModel):
+    """The ``rope_scaling`` entry with type linear: every frequency is divided by ``factor``."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    type: Literal["linear"]
+    factor: Annotated[float, Field(ge=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
-    """Every frequency divided by ``factor``, as llama.cpp does where a file does not name the type of scaling. It is no
-    entry of config.json here. ``softmax_factor``: what the softmax scale is multiplied with."""
+    """Every frequency divided by ``factor``, as llama.cpp does too where a file does not name the type of scaling.
+    ``softmax_factor``: what the softmax scale is multiplied with."""
 
     factor: float
     softmax_factor: float = 1.0
@@ -43,7 +72,7 @@ class LinearScaling:
 @dataclass(frozen=True, slots=True)
 class Rope:
     """Rotates ``dim`` dimensions of a head, base ``theta``; pairs are (0, 1), (2, 3)... or (i, i + dim/2). Scaled by
-    ``yarn``, by ``linear``, or not at all."""
+    ``yarn``, by ``linear``, by ``llama3``, or not at all."""
 
     dim: int
     theta: float
@@ -51,6 +80,7 @@ class Rope:
     max_positions: int
     yarn: Yarn | None = None
     linear: LinearScaling | None = None
+    llama3: Llama3 | None = None
 
     @property
     def attention_factor(self) -> float:

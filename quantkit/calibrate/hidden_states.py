@@ -58,8 +58,8 @@ class RowStore(Protocol):
         """Add values (n, width), times shares (n,) float32, onto distinct tokens (n,) int64 in rising order."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Write everything to ``path``, and its CRC-32 behind it, synced to disk."""
+    def save(self, path: Path, rows: tuple[int, int] | None = None) -> None:
+        """Write rows [first, stop), or all, to ``path``, and their CRC-32 behind them, synced to disk."""
         ...
 
     def close(self) -> None:
@@ -69,6 +69,13 @@ class RowStore(Protocol):
 
 class MemoryRows:
     """A store in memory."""
+
+    @classmethod
+    def of(cls, data: Tensor) -> MemoryRows:
+        """A store that is ``data`` (n, width): rows of one token each."""
+        store = cls(0, 1, data.shape[1], data.device, data.dtype)
+        store.n_rows, store._data = len(data), data
+        return store
 
     def __init__(
         self, n_rows: int, length: int, width: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
@@ -104,11 +111,12 @@ class MemoryRows:
         else:
             self._data.index_add_(0, tokens, (values * shares.unsqueeze(-1)).to(self.dtype))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, rows: tuple[int, int] | None = None) -> None:
         """See `RowStore.save`."""
         step = max(1, _SAVED_BYTES // (self.dtype.itemsize * self.width))
+        first, stop = (row * self.length for row in rows or (0, self.n_rows))
         with disk_errors(path), path.open("wb") as file:
-            parts = (self._data[start : start + step].cpu() for start in range(0, len(self._data), step))
+            parts = (self._data[start : min(start + step, stop)].cpu() for start in range(first, stop, step))
             _save(file.fileno(), parts)
 
     def close(self) -> None:
@@ -162,10 +170,10 @@ class FileRows:
         for first, stop, token in _runs(tokens):
             move(self._fd, view[first * nbytes : stop * nbytes], token * nbytes)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, rows: tuple[int, int] | None = None) -> None:
         """See `RowStore.save`."""
         with disk_errors(path), path.open("wb") as file:
-            _save(file.fileno(), (self.read(start, start + 1) for start in range(self.n_rows)))
+            _save(file.fileno(), (self.read(start, start + 1) for start in range(*(rows or (0, self.n_rows)))))
 
     def close(self) -> None:
         """See `RowStore.close`."""
@@ -191,10 +199,12 @@ def _save(fd: int, parts: Iterable[Tensor]) -> None:
     os.fsync(fd)
 
 
-def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
-    """Fill ``store`` from a file that `RowStore.save` wrote. Raises `OutputError` if it is gone, has another size, or
-    was damaged."""
-    end = store.n_rows * store.length * store.width * 4
+def load(path: Path, store: RowStore, rows: tuple[int, int] | None = None, chunk_rows: int = 1) -> None:
+    """Fill rows [first, stop) of ``store``, or all, from a file that `RowStore.save` wrote. Raises `OutputError` if it
+    is gone, has another size, or was damaged."""
+    first, last = rows or (0, store.n_rows)
+    row_bytes = store.length * store.width * 4
+    end = (last - first) * row_bytes
     needed, crc = end + _CRC_BYTES, 0
     found = path.stat().st_size if path.exists() else 0
     if found != needed:
@@ -203,10 +213,10 @@ def load(path: Path, store: RowStore, chunk_rows: int = 1) -> None:
             hint="Begin anew with --restart.",
         )
     with disk_errors(path), path.open("rb") as file:
-        for start in range(0, store.n_rows, chunk_rows):
-            stop = min(start + chunk_rows, store.n_rows)
+        for start in range(first, last, chunk_rows):
+            stop = min(start + chunk_rows, last)
             data = torch.empty(stop - start, store.length, store.width)
-            read_exactly(file.fileno(), _bytes_of(data), start * store.length * store.width * 4)
+            read_exactly(file.fileno(), _bytes_of(data), (start - first) * row_bytes)
             crc = zlib.crc32(_bytes_of(data), crc)
             store.write(start, data)
         expected = os.pread(file.fileno(), _CRC_BYTES, end)

@@ -101,6 +101,27 @@ class InputMoments:
             self._cross += other._cross
         return self
 
+    def blank(self) -> InputMoments:
+        """Empty sums of the same shape."""
+        heads, in_features = self._sums.shape[:2]
+        return InputMoments(
+            in_features, cross=self._cross is not None, device=self._sums.device, matrices=heads, full=self._full
+        )
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """The sums themselves, which another rank's may overwrite."""
+        return (self._sums,) if self._cross is None else (self._sums, self._cross)
+
+    @property
+    def n_tokens(self) -> list[int]:
+        """Tokens that each matrix saw so far."""
+        return self._n_tokens
+
+    @n_tokens.setter
+    def n_tokens(self, counts: list[int]) -> None:
+        self._n_tokens = counts
+
     def importance(self) -> InputImportance:
         """The means so far of sums that are no more than a diagonal. The sums are handed over: call it once."""
         stats = self.stats()

@@ -6,7 +6,7 @@ so that one expert's weights are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,12 @@ def row_batches(
         yield start, min(start + step, last)
 
 
-def sliced_batches(store: RowStore, device: torch.device) -> Iterator[tuple[int, int]]:
-    """`row_batches` of one slice of rows after the other: what a batch computes doesn't depend on who has the slice."""
-    for rows in row_slices(store.n_rows):
+def sliced_batches(
+    store: RowStore, device: torch.device, slices: Sequence[tuple[int, int]] | None = None
+) -> Iterator[tuple[int, int]]:
+    """`row_batches` of one slice of rows after the other: what a batch computes doesn't depend on who has the slice.
+    ``slices``: those of the rank whose rows these are, by default of one that has all."""
+    for rows in row_slices(store.n_rows) if slices is None else slices:
         yield from row_batches(store, device, rows)
 
 
@@ -115,8 +118,17 @@ def expert_hidden(activate: Activate, gate: Tensor, up: Tensor, h: Tensor) -> Te
     return activate(linear(h, gate), linear(h, up))
 
 
+Watch = Callable[[int, Tensor, Tensor], None]
+"""Is shown what an expert gives: its number, outputs (tokens, hidden) and gate weights (tokens,)."""
+
+
 def forward_layer(
-    sublayers: tuple[Sublayer, ...], weights: Weights, x: RowStore, h: RowStore, device: torch.device
+    sublayers: tuple[Sublayer, ...],
+    weights: Weights,
+    x: RowStore,
+    h: RowStore,
+    device: torch.device,
+    watch: Watch | None = None,
 ) -> list[Tensor]:
     """Carry ``x`` through one layer in place, computing on ``device``. ``h`` is scratch of the same shape. Returns the
     routing indices of each expert block."""
@@ -131,7 +143,7 @@ def forward_layer(
         for block, (tokens, indices) in routed:
             routings.append(indices)
             for expert in range(block.n_experts):
-                forward_expert(block, weights, expert, tokens, x, h, device)
+                forward_expert(block, weights, expert, tokens, x, h, device, watch)
     return routings
 
 
@@ -166,6 +178,7 @@ def forward_expert(
     x: RowStore,
     h: RowStore,
     device: torch.device,
+    watch: Watch | None = None,
 ) -> None:
     """Add one expert's output to the residual of its tokens. Its weights are asked for once."""
     token, weight = tokens.of_expert(expert)
@@ -175,4 +188,7 @@ def forward_expert(
     chunk = at_once(EXPERT_CHUNK, device)
     for part, share in zip(token.split(chunk), weight.split(chunk), strict=True):
         hidden = expert_hidden(block.activate, gate, up, h.gather(part).to(device))
-        x.add(part, linear(hidden, down), share)
+        output = linear(hidden, down)
+        x.add(part, output, share)
+        if watch is not None:
+            watch(expert, output, share)

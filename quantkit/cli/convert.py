@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantkit import api as commands
+from quantkit.arguments import let_threads_sleep
 from quantkit.cli.converted import next_text, program
 from quantkit.cli.exit_codes import REFUSED, interruptible, missing_option, refusals, show_error
 from quantkit.cli.options import (
@@ -33,6 +36,8 @@ from quantkit.cli.options import (
     MethodName,
     PresetName,
     PrintRecipe,
+    Prune,
+    Ranks,
     RecipeName,
     Restart,
     SchemeName,
@@ -41,16 +46,20 @@ from quantkit.cli.options import (
     TargetBpw,
     TargetSize,
     Tokens,
+    Tuned,
     chosen_recipe,
 )
 from quantkit.cli.plan import show_plan, show_recipe
+from quantkit.cli.ranks import check_gpus, refuse_unshared, run_ranks, speaking
 from quantkit.cli.render import show_json
 from quantkit.convert.events import Report
 from quantkit.convert.folder import is_begun
 from quantkit.formats.remote.addresses import without_secrets
+from quantkit.on_ranks import convert_on_ranks
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.shorthand import Shorthand
 from quantkit.plan.target_words import TargetWords
+from quantkit.ranks.places import RankPlace, place_of
 from quantkit.text.converted import report_document, report_text
 from quantkit.text.progress import progress
 from quantkit.text.trial import trial_text
@@ -75,11 +84,14 @@ def convert(
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
     context: FitContext = None,
+    tune: Tuned = False,
     config: ConfigFolder = None,
+    prune: Prune = None,
     print_recipe: PrintRecipe = False,
     device: DeviceOption = Device.AUTO,
     memory_budget: MemoryBudget = None,
     jobs: Jobs = None,
+    gpus: Ranks = None,
     restart: Restart = False,
     layers: Layers = None,
     cache: Cache = None,
@@ -96,26 +108,66 @@ def convert(
     A killed run resumes with the same command, and its files are byte for byte those of a run without interruption.
     """
     target = TargetWords(fit, context, target_bpw, target_size, format, sensitivity)
-    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
-    kept = Kept(cache, cache_dir)
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target, prune)
+    kept, on = Kept(cache, cache_dir), device.value
     with refusals():
-        chosen = chosen_recipe(source, config, recipe, shorthand, cache_dir)
-        if print_recipe:
-            show_recipe(source, config, chosen, memory_budget, kept)
-            return
-        if dry_run:
-            show_plan(
-                source, chosen, recipe or shorthand.what, as_json, kept, config=config, memory_budget=memory_budget
-            )
+        refuse_unshared(gpus, layers, source)
+        chosen = chosen_recipe(source, config, recipe, shorthand, cache_dir, tune=tune)
+        if print_recipe or dry_run:
+            name = None if print_recipe else recipe or shorthand.what
+            _tell(source, config, chosen, name, as_json, memory_budget, on, jobs, kept)
             return
         if out is None:
             missing_option("'--out' / '-o'")
         if layers is not None:
-            _try(source, config, chosen, out, layers, as_json, log, device.value, memory_budget, jobs, restart, kept)
+            _try(source, config, chosen, out, layers, as_json, log, on, memory_budget, jobs, restart, kept)
             return
-        named = shorthand.words if recipe is None else ("-r", recipe)
-        report = _whole(source, config, chosen, out, named, log, device.value, memory_budget, jobs, restart, kept)
+        named = (*(shorthand.words if recipe is None else ("-r", recipe)), *(["--tune"] if tune else []))
+        report = _run(gpus, source, config, chosen, out, named, log, on, memory_budget, jobs, restart, kept)
     _show(source, report, as_json)
+
+
+def _tell(
+    source: str,
+    config: Path | None,
+    recipe: Recipe,
+    name: str | None,
+    as_json: bool,
+    memory_budget: int | None,
+    device: commands.DeviceName,
+    jobs: int | None,
+    kept: Kept,
+) -> None:
+    """Print what would be done: the plan of the recipe that the user knows by ``name``; without one the recipe."""
+    if name is None:
+        show_recipe(source, config, recipe, memory_budget, device, jobs, kept)
+        return
+    show_plan(source, recipe, name, as_json, kept, config=config, memory_budget=memory_budget, device=device, jobs=jobs)
+
+
+def _run(
+    gpus: int | None,
+    source: str,
+    config: Path | None,
+    recipe: Recipe,
+    out: Path,
+    named: Sequence[str],
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+    restart: bool,
+    kept: Kept,
+) -> Report | None:
+    """Convert everything: alone, as one of several ranks, or by starting them. None where another rank has the
+    report."""
+    place = place_of(os.environ)
+    if place is not None:
+        check_gpus(gpus, place)
+        return _share(place, source, config, recipe, out, named, log, device, memory_budget, jobs, restart)
+    if gpus is not None and gpus > 1:
+        run_ranks(gpus, lambda: _advice(source, named, out))
+    return _whole(source, config, recipe, out, named, log, device, memory_budget, jobs, restart, kept)
 
 
 def _whole(
@@ -145,6 +197,41 @@ def _whole(
             cache=kept.nbytes,
             cache_dir=kept.folder,
             on_event=on_event,
+        )
+
+
+def _share(
+    place: RankPlace,
+    source: str,
+    config: Path | None,
+    recipe: Recipe,
+    out: Path,
+    named: Sequence[str],
+    log: Path | None,
+    device: commands.DeviceName,
+    memory_budget: int | None,
+    jobs: int | None,
+    restart: bool,
+) -> Report | None:
+    """This rank's part of converting everything; rank 0 shows progress and has the report."""
+    first = place.number == 0
+    with ExitStack() as stack:
+        stack.enter_context(interruptible(lambda: _advice(source, named, out), quiet=place.launched or not first))
+        stack.enter_context(speaking(place))
+        let_threads_sleep()
+        from quantkit.ranks.connect import connected
+
+        ranks = stack.enter_context(connected(place, device))
+        return convert_on_ranks(
+            source,
+            recipe,
+            out,
+            ranks,
+            config=config,
+            memory_budget=memory_budget,
+            jobs=jobs,
+            restart=restart,
+            on_event=stack.enter_context(progress(log)) if first else None,
         )
 
 
@@ -184,8 +271,10 @@ def _try(
         typer.echo(trial_text(found, Path(f"{out}.trial.json")))
 
 
-def _show(source: str, report: Report, as_json: bool) -> None:
-    """Print the report; if a limit is exceeded say so last, and end with 1."""
+def _show(source: str, report: Report | None, as_json: bool) -> None:
+    """Print the report; if a limit is exceeded say so last, and end with 1. None: another rank has it."""
+    if report is None:
+        return
     if as_json:
         show_json(report_document(report))
     else:

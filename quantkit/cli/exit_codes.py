@@ -63,15 +63,16 @@ def refusals() -> Generator[None]:
 
 
 @contextmanager
-def interruptible(advice: Callable[[], str]) -> Generator[None]:
-    """Ctrl-C and SIGTERM end the command with 130 and a line of advice (how to resume)."""
+def interruptible(advice: Callable[[], str], *, quiet: bool = False) -> Generator[None]:
+    """Ctrl-C and SIGTERM end the command with 130 and, unless ``quiet``, a line of advice (how to resume)."""
     previous = None
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"interrupted. {advice()}", err=True)
+        if not quiet:
+            typer.echo(f"interrupted. {advice()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if previous is not None:

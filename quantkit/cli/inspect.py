@@ -19,7 +19,8 @@ def inspect(
         typer.Argument(
             metavar="PATH",
             help="Folder with safetensors (a source checkpoint or an output of quantkit), or its address as for "
-            "`convert`, or a folder with a GGUF model; a .gguf file, any one of a split set; an imatrix file.",
+            "`convert`, or a folder with a GGUF model; a .gguf file, any one of a split set; an imatrix file; a folder "
+            "of `quantkit sensitivity`.",
         ),
     ],
     cache: Cache = None,

@@ -17,10 +17,13 @@ from quantkit.errors import RecipeError
 from quantkit.plan.budget import MOST_JOBS, parse_budget
 from quantkit.plan.gguf_model import config_folder
 from quantkit.plan.hardware import Gpu, parse_gpu
+from quantkit.plan.packed import packed_tables
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.recipe_prune import parse_prune
 from quantkit.plan.recipe_values import parse_size
 from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from quantkit.runtimes.gpus import Gpus, parse_gpus
+from quantkit.tensors import Role
 
 
 class Device(str, Enum):
@@ -78,11 +81,26 @@ def count(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def pruned(text: str) -> str:
+    """ "25%" or "64", see `parse_prune`; for typer."""
+    try:
+        return str(parse_prune(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def chosen_recipe(
+    source: str, config: Path | None, recipe: str | None, shorthand: Shorthand, cache_dir: Path | None, *, tune: bool
+) -> Recipe:
+    """The recipe of a file or of the options that stand for one. ``config``, ``cache_dir``: the values of the options,
+    ``tune``: of --tune. Raises `RecipeError`, and typer's error of usage if neither is given."""
+    found = _untuned(source, config, recipe, shorthand, cache_dir)
+    return found.tuned() if tune else found
+
+
+def _untuned(
     source: str, config: Path | None, recipe: str | None, shorthand: Shorthand, cache_dir: Path | None
 ) -> Recipe:
-    """The recipe of a file or of the options that stand for one. ``config``, ``cache_dir``: the values of the options.
-    Raises `RecipeError`, and typer's error of usage if neither is given."""
     if recipe is not None and shorthand.given:
         raise RecipeError(
             f"found --recipe and {shorthand.first}, needed a recipe or options that stand for one; options with "
@@ -94,7 +112,8 @@ def chosen_recipe(
         missing_option("'--scheme', '--preset', '--recipe' / '-r', '--fit' or '--target-bpw'")
     with opened_places(source, cache_dir=cache_dir) as opened:
         (given,) = opened.folders
-        return shorthand_recipe(config_folder(given, config), shorthand)
+        tables = packed_tables(given, config) if shorthand.scheme is not None else frozenset[Role]()
+        return shorthand_recipe(config_folder(given, config), shorthand, tables)
 
 
 class ManyFiles(TyperCommand):
@@ -210,6 +229,16 @@ Tokens = Annotated[
         "524288.",
     ),
 ]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        "--prune",
+        parser=pruned,
+        metavar="25%|N",
+        help="Leave out this share of the routed experts of each layer, or so many: those that the calibration text "
+        "needs least. Off by default; the docs say what it risks.",
+    ),
+]
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe that the options stand for (YAML), and do no work.")
 ]
@@ -233,6 +262,14 @@ Layers = Annotated[
         "whole will take. Keeps no tensors, only OUT.trial.json.",
     ),
 ]
+Tuned = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Tune codes, scales and norms of each whole layer by gradients after it was quantised; also with a "
+        "--recipe, whose key `tune` has the settings.",
+    ),
+]
 LogFile = Annotated[
     Path | None,
     typer.Option(
@@ -245,6 +282,15 @@ Force = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=1,
+        metavar="N",
+        help="Share the work among N GPUs of this machine: 1, 2, 4 or 8. Several machines: torchrun or Slurm.",
+    ),
+]
 GpuOption = Annotated[
     Gpus | None,
     typer.Option(

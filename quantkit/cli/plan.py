@@ -16,15 +16,19 @@ from quantkit.cli.options import (
     Context,
     ConvertOn,
     Data,
+    Device,
+    DeviceOption,
     Fit,
     FormatName,
     GpuOption,
     GroupSize,
+    Jobs,
     Kept,
     MemoryBudget,
     MethodName,
     PresetName,
     PrintRecipe,
+    Prune,
     RecipeName,
     SchemeName,
     SensitivityFolder,
@@ -32,6 +36,7 @@ from quantkit.cli.options import (
     TargetBpw,
     TargetSize,
     Tokens,
+    Tuned,
     chosen_recipe,
 )
 from quantkit.cli.render import show_json
@@ -58,28 +63,33 @@ def plan(
     target_size: TargetSize = None,
     format: FormatName = None,
     sensitivity: SensitivityFolder = None,
+    tune: Tuned = False,
     config: ConfigFolder = None,
+    prune: Prune = None,
     print_recipe: PrintRecipe = False,
     gpus: GpuOption = None,
     context: Context = None,
     memory_budget: MemoryBudget = None,
     convert_on: ConvertOn = None,
+    device: DeviceOption = Device.AUTO,
+    jobs: Jobs = None,
     cache: Cache = None,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a conversion would give and need: bytes, bits per weight, memory, disk, hours on this machine.
 
-    The first plan on a machine measures it for some seconds, and keeps that in the cache folder. SOURCE may hold only a
+    The first plan on a machine measures it for some seconds, and keeps that in the cache folder; a size may need the
+    losses of types, which --device measures. SOURCE may hold only a
     config.json: then the official release of that config is planned.
     """
     target = TargetWords(fit, None if fit is None else context, target_bpw, target_size, format, sensitivity)
-    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target)
+    shorthand = Shorthand(scheme, preset, group_size, method, tuple(data or ()), tokens, target, prune)
     kept = Kept(cache, cache_dir)
     with refusals():
-        chosen = chosen_recipe(source, config, recipe, shorthand, cache_dir)
+        chosen = chosen_recipe(source, config, recipe, shorthand, cache_dir, tune=tune)
         if print_recipe:
-            show_recipe(source, config, chosen, memory_budget, kept)
+            show_recipe(source, config, chosen, memory_budget, device.value, jobs, kept)
             return
         show_plan(
             source,
@@ -92,17 +102,29 @@ def plan(
             context=context,
             memory_budget=memory_budget,
             convert_on=convert_on,
+            device=device.value,
+            jobs=jobs,
         )
 
 
-def show_recipe(source: str, config: Path | None, recipe: Recipe, memory_budget: int | None, kept: Kept) -> None:
+def show_recipe(
+    source: str,
+    config: Path | None,
+    recipe: Recipe,
+    memory_budget: int | None,
+    device: commands.DeviceName,
+    jobs: int | None,
+    kept: Kept,
+) -> None:
     """Print a recipe, with rules in place of targets."""
     with progress() as on_event:
         settled = choose_types(
             source,
             recipe,
             config=config,
+            device=device,
             memory_budget=memory_budget,
+            jobs=jobs,
             cache=kept.nbytes,
             cache_dir=kept.folder,
             on_event=on_event,
@@ -122,6 +144,8 @@ def show_plan(
     context: int | None = None,
     memory_budget: int | None = None,
     convert_on: Gpu | None = None,
+    device: commands.DeviceName = "auto",
+    jobs: int | None = None,
 ) -> None:
     """Make the plan and print it; what `plan` and `convert --dry-run` have in common. ``name``: the recipe as given."""
     from quantkit.text.forecast import forecast_document, forecast_text
@@ -136,6 +160,8 @@ def show_plan(
             memory_budget=memory_budget,
             convert_on=convert_on,
             hours=True,
+            device=device,
+            jobs=jobs,
             cache=kept.nbytes,
             cache_dir=kept.folder,
             on_event=on_event,

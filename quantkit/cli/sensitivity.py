@@ -73,6 +73,7 @@ Restart = Annotated[
         "--restart/--resume", help="Start anew and replace FOLDER; the default resumes where a killed run stopped."
     ),
 ]
+Force = Annotated[bool, typer.Option("--force", help="With --restart: replace a pass of another checkpoint, too.")]
 
 
 def sensitivity(
@@ -86,6 +87,7 @@ def sensitivity(
     memory_budget: MemoryBudget = None,
     jobs: Jobs = None,
     restart: Restart = False,
+    force: Force = False,
     cache: Cache = None,
     cache_dir: CacheDir = None,
     log: LogFile = None,
@@ -108,6 +110,7 @@ def sensitivity(
             memory_budget=memory_budget,
             jobs=jobs,
             restart=restart,
+            force=force,
             cache=cache,
             cache_dir=cache_dir,
             on_event=on_event,

@@ -6,16 +6,15 @@ The unit of work is one input group: `quantize_group` turns its statistics and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from quantkit.arch.base import DenseBlock, InputGroup, Stage
 from quantkit.arch.ops import linear
-from quantkit.calibrate.chunk_sizes import row_slices
 from quantkit.calibrate.hidden_states import RowStore
-from quantkit.calibrate.inputs import InputMoments, Inputs, combined
+from quantkit.calibrate.inputs import InputMoments, Inputs
 from quantkit.calibrate.stream import row_batches, sliced_batches
 from quantkit.convert.layer_job import LayerJob, LayerSink, hand_over
 from quantkit.convert.output_hessians import SublayerHessians
@@ -32,7 +31,9 @@ from quantkit.convert.outputs import (
     output_aware,
     quantize_linears,
 )
+from quantkit.convert.sums import combined_over
 from quantkit.quantizers.ldlq.two_sided import OutputFactor
+from quantkit.ranks.shares import shared_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +68,35 @@ def quantize_group(task: GroupTask) -> GroupResult:
 def quantize_dense(job: LayerJob, block: DenseBlock, sink: LayerSink, hessians: SublayerHessians | None = None) -> None:
     """Quantise the block's linears stage by stage, and carry the streams through it. ``hessians``: those of its
     sublayer's outputs."""
-    aware = hessians is not None and output_aware(job.outputs, block.linears)
-    of_outputs = hessians.of_dense(block) if hessians is not None and aware else {}
+    aware = [name for name in block.linears if output_aware(job.outputs, (name,))]
+    of_outputs = hessians.of_dense(block, aware) if hessians is not None and aware else {}
     context = job.hidden.new_rows(job.weights.shape(block.output)[1])
     for stage in block.stages:
         last = stage is block.stages[-1]
         if not (last or any(any_wanted(job.outputs, group.linears) for group in stage.groups)):
             continue
         moments = _moments_of_stage(job, stage, block.output, context if last else None)
-        for group, sums in zip(stage.groups, moments, strict=True) if moments else ():
-            apply_group(job, quantize_group(group_task(job, group, sums.stats(), of_outputs)), sink)
+        if moments and job.ranks.count == 1:
+            for group, sums in zip(stage.groups, moments, strict=True):
+                task = group_task(job, group, sums.stats(), of_outputs, to_residual=(block.output,))
+                apply_group(job, quantize_group(task), sink)
+        elif moments:
+            quantize_stage_on_ranks(job, stage, moments, sink, block.output)
     weights, *_ = job.weights.by_stream(len(job.hidden.stores()))
-    _add_output(weights(block.output), job.hidden.x, context)
+    _add_output(weights(block.output), job.hidden.x, context, job.hidden.rows.slices)
     context.close()
     job.weights.forget()
 
 
 def group_task(
-    job: LayerJob, group: InputGroup, stats: Inputs | None, of_outputs: Mapping[str, OutputFactor] | None = None
+    job: LayerJob,
+    group: InputGroup,
+    stats: Inputs | None,
+    of_outputs: Mapping[str, OutputFactor] | None = None,
+    to_residual: tuple[str, ...] = (),
 ) -> GroupTask:
-    """The work on one input group, its weights read. ``of_outputs``: factors of output Hessians
-    by name."""
+    """The work on one input group, its weights read. ``of_outputs``: factors of output Hessians by name;
+    ``to_residual``: linears whose outputs are added to the residual stream."""
     batch = 1 if stats is None else len(stats.importance)
     producers = () if group.producer is None else (group.producer,)
     linears = tuple(
@@ -97,6 +106,7 @@ def group_task(
             producers,
             _folded_part(job, name, batch),
             output_factor=(of_outputs or {}).get(name),
+            to_residual=name in to_residual,
         )
         for name in group.linears
         if any_quantised(job.outputs, (name,))
@@ -121,14 +131,38 @@ def apply_group(job: LayerJob, result: GroupResult, sink: LayerSink) -> None:
         job.weights.carry(made.names[0], made.batch, made.folding)
 
 
+def quantize_stage_on_ranks(
+    job: LayerJob, stage: Stage, moments: Sequence[InputMoments], sink: LayerSink, output: str
+) -> None:
+    """Quantise the groups of a stage, each on one rank, which hands over what the outputs store. What the calibrated
+    stream computes with goes to all. ``output``: the block's linear that writes to the residual stream."""
+    owners = shared_out([_work(job, group) for group in stage.groups], job.ranks.count)
+    made: dict[int, tuple[Quantised, ...]] = {}
+    for number, (group, sums) in enumerate(zip(stage.groups, moments, strict=True)):
+        if owners[number] == job.ranks.number:
+            result = quantize_group(group_task(job, group, sums.stats(), to_residual=(output,)))
+            hand_over(sink, result.quantised, result.importance)
+            made[number] = tuple(of_first_output(result.quantised)) if job.weights.carries_quantised else ()
+    for number, owner in enumerate(owners):
+        for one in job.ranks.shared(made.get(number, ()), owner):
+            job.weights.carry(one.names[0], one.batch, one.folding)
+
+
+def _work(job: LayerJob, group: InputGroup) -> float:
+    """How long a group takes, about: what the sweep multiplies and what the factor does."""
+    shapes = [job.weights.shape(job.weights.whole_of(name)) for name in group.linears]
+    return float(sum(shape[0] * shape[1] ** 2 for shape in shapes) + shapes[0][1] ** 3)
+
+
 def _moments_of_stage(job: LayerJob, stage: Stage, output: str, context: RowStore | None) -> list[InputMoments]:
     """The moments of each group's inputs over all rows; none if no output wants them. In the last stage ``context``
     keeps what the output projection reads of the calibrated stream, until that is quantised; the unquantised stream
     takes its own at once."""
     follows = len(job.hidden.stores()) == 2
     original_output = job.weights.original(output) if context is not None and follows else None
-    slices = row_slices(job.hidden.x.n_rows)
-    return combined(_moments_of_rows(job, stage, rows, original_output, context) for rows in slices)
+    slices = job.hidden.rows.slices
+    own = (_moments_of_rows(job, stage, rows, original_output, context) for rows in slices)
+    return combined_over(job.ranks, own)
 
 
 def _moments_of_rows(
@@ -164,7 +198,7 @@ def _in_matrices(weight: Tensor, count: int) -> Tensor:
     return weight.reshape(count, -1, weight.shape[-1])
 
 
-def _add_output(weight: Tensor, store: RowStore, context: RowStore) -> None:
-    for start, stop in sliced_batches(store, weight.device):
+def _add_output(weight: Tensor, store: RowStore, context: RowStore, slices: Sequence[tuple[int, int]]) -> None:
+    for start, stop in sliced_batches(store, weight.device, slices):
         rows, inputs = (part.read(start, stop).to(weight.device) for part in (store, context))
         store.write(start, rows + linear(inputs, weight))

@@ -41,6 +41,14 @@ class StageStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsScored:
+    """The text has passed ``done`` of ``layers`` to score the experts (0: it begins). Comes before `Started`."""
+
+    done: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorDone:
     """A linear is quantised and written for the first output. ``error``: its relative loss; ``nbytes``: of the decoded
     source tensor."""
@@ -48,6 +56,26 @@ class TensorDone:
     name: str
     error: float
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TuningStep:
+    """``done`` of ``total`` updates of a layer's codes, scales and norms."""
+
+    layer: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTuned:
+    """A layer is tuned. ``before``, ``after``: squared error of its output on held-out calibration rows, relative to
+    what it adds; ``epoch``: whose state is kept, 0: nothing was better than what the methods gave."""
+
+    layer: int
+    before: float
+    after: float
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +180,19 @@ def _outline(output: OutputReport) -> str:
     return f"{text}, perplexity x {ratio}, mean KLD {kl}"
 
 
-Event = LossesLayer | Started | StageStarted | TensorDone | LayerDone | CopyDone | ValidationProgress | Finished
+Event = (
+    LossesLayer
+    | ExpertsScored
+    | Started
+    | StageStarted
+    | TensorDone
+    | TuningStep
+    | LayerTuned
+    | LayerDone
+    | CopyDone
+    | ValidationProgress
+    | Finished
+)
 OnEvent = Callable[[Event], None]
 
 

@@ -58,8 +58,8 @@ def journal_header(
 
 
 def pass_sha256(document: SensitivityDocument) -> str:
-    """Hex digest of a Fisher pass, without the losses that plans add to its document later."""
-    return sha256_of_text(document.model_copy(update={"losses": None}).to_json())
+    """Hex digest of a Fisher pass, without its model's name, and the losses that plans add to its document later."""
+    return sha256_of_text(document.model_copy(update={"losses": None, "model": ""}).to_json())
 
 
 def _tokenizer(directory: Path) -> str:

@@ -49,7 +49,8 @@ from quantkit.formats.source_card import source_card
 from quantkit.plan.decide import Action
 from quantkit.plan.machine import peak_gpu_bytes, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan, Plan
-from quantkit.plan.recipe import Recipe, Validation
+from quantkit.plan.recipe import Recipe
+from quantkit.plan.recipe_validation import Validation
 from quantkit.plan.schedule import FILES, VALIDATION
 from quantkit.plan.source_tensors import vision_notes
 from quantkit.plan.text_notes import text_notes
@@ -87,8 +88,13 @@ def finish(
         with conversion.timer.stage("files"):
             poor = poor_fits(output, records, on_gaussian)
             document = _document(conversion, output, header, rows, records, hashes, result)
+            if conversion.whole is not None:
+                document = document.model_copy(update={"pruning": conversion.whole.record})
             if poor:
                 document = document.model_copy(update={"poor_fits": poor})
+            tuning = {entry.layer: entry.tuning for entry in conversion.journal.layers if entry.tuning is not None}
+            if tuning:
+                document = document.model_copy(update={"tuning": tuning})
             write_durably(directory / CONVERSION, document.to_json().encode())
             write_model_card(directory, _card(conversion, output, directory, result))
         with conversion.timer.stage("files"):
@@ -178,12 +184,13 @@ def _validate(conversion: Conversion, output: OutputPlan, directory: Path, base_
     )
     conversion.on_event(StageStarted(VALIDATION))
     device, cache_bytes = conversion.machine.device, conversion.share.cache // 2
+    arch, source = conversion.arch, conversion.source
+    if conversion.whole is not None:
+        arch, source = conversion.whole.arch, conversion.whole.source
     with output.target.open_written(directory) as written:
         (found,) = compare_all(
-            conversion.arch,
-            scored_model(
-                conversion.arch, conversion.source, device, cache_bytes, name=str(conversion.source.directory)
-            ),
+            arch,
+            scored_model(arch, source, device, cache_bytes, name=str(source.directory)),
             [scored_model(conversion.arch, written, device, cache_bytes, str(directory))],
             torch.from_numpy(windows.tokens).long(),
             conversion.stores.new,
@@ -287,6 +294,7 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
             *output.target.notes(output.planned),
             *vision_notes(conversion.arch, conversion.source.infos()),
             *text_notes(conversion.plan.recipe, conversion.arch),
+            *_pruned_notes(conversion),
         ),
         format=output.target.label,
         serve=output.target.serve_commands(conversion.source.directory, output.planned),
@@ -294,6 +302,18 @@ def _card(conversion: Conversion, output: OutputPlan, directory: Path, result: V
         base_model=source.base_model,
         license=source.license,
         validated=result is None or result.passed is not False,
+    )
+
+
+def _pruned_notes(conversion: Conversion) -> tuple[str, ...]:
+    left = conversion.arch.routed_experts()
+    if conversion.whole is None or left is None:
+        return ()
+    record = conversion.whole.record
+    return (
+        f"Pruned: {left.count} of the {record.experts} routed experts of each layer are here, those with the highest "
+        f"mean of gate weight times norm of the output (REAP) on the calibration text; {CONVERSION} lists them. What "
+        "that text does not use is lost.",
     )
 
 

@@ -5,6 +5,7 @@ OUT.partial/lock            held by the living process (flock: the kernel lets g
 OUT.partial/journal.jsonl   what is done
 OUT.partial/replace         present if the job of the journal was begun with leave to replace an existing OUT
 OUT.partial/hidden/         hidden states at the last layer border
+OUT.partial/scores.json     scores of the experts, if some are pruned
 OUT.partial/result/         becomes OUT; gone when it did
 OUT.partial/replaced        the older OUT on its way out
 
@@ -28,10 +29,10 @@ from quantkit.errors import OutputError
 from quantkit.formats.preallocated import disk_errors, sync_directory
 from quantkit.formats.safetensors.header import printable
 
-_JOURNAL, _RESULT, _REPLACE, _REPLACED, _HIDDEN, _LOCK = (
-    "journal.jsonl", "result", "replace", "replaced", "hidden", "lock"
+_JOURNAL, _RESULT, _REPLACE, _REPLACED, _HIDDEN, _SCORES, _LOCK = (
+    "journal.jsonl", "result", "replace", "replaced", "hidden", "scores.json", "lock"
 )  # fmt: skip
-_EMPTIED = (_REPLACE, _REPLACED, _RESULT, _HIDDEN, _JOURNAL)
+_EMPTIED = (_REPLACE, _REPLACED, _RESULT, _HIDDEN, _SCORES, _JOURNAL)
 """In this order, so that a folder that is half emptied has no leave to replace."""
 
 
@@ -49,7 +50,7 @@ class OutputFolder:
         self.out = out
         self.partial = _partial(out)
         self._outputs = tuple(outputs)
-        self._lock = self._locked()
+        self._lock: int | None = self._locked()
         self.finished = not restart and _exists(out) and not self.result.exists()
         try:
             with disk_errors(self.partial):
@@ -57,6 +58,14 @@ class OutputFolder:
         except OutputError:
             self.close()
             raise
+
+    @classmethod
+    def of_first_rank(cls, out: Path, outputs: Sequence[str]) -> OutputFolder:
+        """The same folder for another rank of the job, which the first one has locked and prepares. Touches nothing."""
+        folder = cls.__new__(cls)
+        folder.out, folder.partial, folder.finished = out, _partial(out), False
+        folder._outputs, folder._lock = tuple(outputs), None
+        return folder
 
     @property
     def result(self) -> Path:
@@ -67,6 +76,11 @@ class OutputFolder:
     def hidden(self) -> Path:
         """Hidden states at the last finished layer, and scratch."""
         return self.partial / _HIDDEN
+
+    @property
+    def scores(self) -> Path:
+        """Scores of the experts, as far as they are known."""
+        return self.partial / _SCORES
 
     @property
     def journal(self) -> Path:
@@ -101,7 +115,8 @@ class OutputFolder:
 
     def close(self) -> None:
         """Let another process take it up."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def __enter__(self) -> OutputFolder:
         return self

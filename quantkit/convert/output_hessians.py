@@ -7,7 +7,8 @@ at hand then, and factored at once (`quantkit.quantizers.ldlq.two_sided`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,23 +49,28 @@ class SublayerHessians:
     heads: Mapping[str, int]
     parts: Mapping[str, LinearPart]
 
-    def of_dense(self, block: DenseBlock) -> dict[str, OutputFactor]:
-        """By name, of each linear and of each part that is rows of one. Others have none: an indexer's linears, keys
-        that are stored transposed."""
-        moments = output_moments(self.gradients.dense(block), self.heads)
-        found = {name: _shrunk(one).unsqueeze(0) for name, one in moments.items()}
-        for name in block.linears:
+    def of_dense(self, block: DenseBlock, wanted: Collection[str]) -> dict[str, OutputFactor]:
+        """By name, of each of the ``wanted`` linears and parts that is one, or rows of one. Others have none: an
+        indexer's linears, keys that are stored transposed."""
+        wholes = {self.parts[name].whole if name in self.parts else name for name in wanted}
+        gradients = (named for named in self.gradients.dense(block) if named[0] in wholes)
+        moments = {name: _shrunk(one) for name, one in output_moments(gradients, self.heads).items()}
+        found: dict[str, Tensor] = {}
+        for name in wanted:
             part = self.parts.get(name)
-            if part is not None and part.whole in found:
-                own = _rows_of(part, found[part.whole][0])
-                if own is not None:
-                    found[name] = own.unsqueeze(0)
+            own = moments.get(name) if part is None else _rows_of(part, moments.get(part.whole))
+            if own is not None:
+                found[name] = own.unsqueeze(0)
+        # After parts have copied their rows: a Hessian becomes its factor.
         return {name: factorize_output(hessian) for name, hessian in found.items()}
 
     def of_experts(self, block: ExpertBlock) -> ExpertHessians:
         """Of the routed experts: who is routed where is found out here."""
-        experts = self.gradients.experts(block)
-        return ExpertHessians(experts, _of_all_downs(experts))
+        with ExitStack() as stack:
+            experts = stack.enter_context(closing(self.gradients.experts(block)))
+            found = ExpertHessians(experts, _of_all_downs(experts))
+            stack.pop_all()
+        return found
 
     def __enter__(self) -> SublayerHessians:
         return self
@@ -131,9 +137,11 @@ def _shrunk(moments: OutputMoments) -> Tensor:
     return sums
 
 
-def _rows_of(part: LinearPart, whole: Tensor) -> Tensor | None:
-    """(heads, rows, rows) of a part from those of its linear (n, r, r); None unless each head of the part is rows of
-    one block."""
+def _rows_of(part: LinearPart, whole: Tensor | None) -> Tensor | None:
+    """(heads, rows, rows) of a part from those of its linear (n, r, r); None without these, and unless each head of the
+    part is rows of one block."""
+    if whole is None:
+        return None
     n_blocks, height = whole.shape[:2]
     numbers = torch.arange(n_blocks * height).unsqueeze(1).expand(part.whole_shape)
     taken = part.take(numbers)  # which row of the linear each number comes from

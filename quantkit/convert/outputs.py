@@ -40,7 +40,8 @@ class Linears:
     ``producers``: what makes the inputs of each, one for all, or () if nothing can absorb a rescaling of them.
     ``folded``: by number of the output, the weights of a part, which is cut from the folded linear. ``reach`` (B,): the
     largest |weight| of each and of the linears that share a scale with it, where these are not quantised together.
-    ``output_factor``: of the Hessian of the model's loss in their outputs, None if it is not known.
+    ``output_factor``: of the Hessian of the model's loss in their outputs, None if it is not known. ``to_residual``:
+    whether their outputs are added to the residual stream.
     """
 
     names: tuple[str, ...]
@@ -49,6 +50,7 @@ class Linears:
     folded: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     reach: Tensor | None = None
     output_factor: OutputFactor | None = None
+    to_residual: bool = False
 
     def as_stored(self, number: int, folding: Folding) -> Linears:
         """The linears as an output has them before they are quantised: the same, or folded in float32. Of folded rows
@@ -190,9 +192,13 @@ def _quantized(
     factors = [linears.output_factor if output_aware else None for linears in alike]
     if len(alike) == 1 or not alike[0].weight.is_cuda or len({_block_shape(one) for one in factors}) > 1:
         pairs = zip(alike, factors, strict=True)
-        return [quantize(one.weight.float(), scheme, reach=reach, output_factor=factor) for one, factor in pairs]
+        return [
+            quantize(one.weight.float(), scheme, reach=reach, output_factor=factor, to_residual=one.to_residual)
+            for one, factor in pairs
+        ]
     known = [one for one in factors if one is not None]
     joined = one_under_the_other(known) if known else None
+    assert not any(one.to_residual for one in alike), "what is added to the residual reads inputs of its own"
     batch, start = quantize(_stacked(alike), scheme, reach=reach, output_factor=joined), 0
     parts: list[QuantizedBatch] = []
     for linears in alike:

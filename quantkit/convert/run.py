@@ -8,52 +8,53 @@ each synced and then recorded in the journal, then the files around the weights,
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from quantkit.arch.base import Block, ModelArch
+from quantkit.calibrate.chunk_sizes import own_rows
 from quantkit.calibrate.dataset import TokenRows
-from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.calibrate.stream import MtpEntrance, forward_layer
-from quantkit.convert.background import AheadSource, Deliveries, DirectSource, foreground
+from quantkit.convert.background import foreground
 from quantkit.convert.conversion import Conversion
 from quantkit.convert.copying import copy_kept, quantize_tables
 from quantkit.convert.events import LayerDone, OnEvent, Report, StageStarted, Started
 from quantkit.convert.fingerprint import journal_header
-from quantkit.convert.finish import finish, result_folder
+from quantkit.convert.finish import finish
 from quantkit.convert.finished import report_finished
-from quantkit.convert.folder import OutputFolder, is_begun
 from quantkit.convert.hidden import StreamFiles, Streams
-from quantkit.convert.journal import Journal
 from quantkit.convert.layer import LayerResult, quantize_layer, quantize_without_inputs
 from quantkit.convert.layer_job import LayerJob
 from quantkit.convert.layer_writer import LayerWriter
+from quantkit.convert.opening import open_conversion, open_fisher, open_folder, open_imatrix
 from quantkit.convert.output_hessians import LayerGradients
 from quantkit.convert.outputs import OutputChoice
 from quantkit.convert.prepare import Job
-from quantkit.convert.repack import refuse_misfits
+from quantkit.convert.pruning import without_experts
 from quantkit.convert.scheduled import schedule_of
-from quantkit.convert.weights import LayerWeights, WeightSource
+from quantkit.convert.together import refuse_different, refuse_unshared
+from quantkit.convert.tune import quantize_and_tune
+from quantkit.convert.weights import LayerWeights
 from quantkit.documents.journal import LayerEntry, OutsideEntry, TensorRecord
-from quantkit.errors import OutputError
 from quantkit.evaluate.validation import model_of
-from quantkit.formats.checksums import WrittenRange
-from quantkit.formats.model_source import ModelSource
-from quantkit.plan.batch_sizes import share_of
+from quantkit.formats.checksums import WrittenRange, merged
 from quantkit.plan.decide import Action
-from quantkit.plan.machine import Machine, Stores, Timer
-from quantkit.plan.memory import check_free_disk
+from quantkit.plan.machine import Machine
 from quantkit.plan.plan import OutputPlan, Plan
 from quantkit.plan.schedule import KEPT, MTP_INPUTS, OUTSIDE, PASSING, Schedule
-from quantkit.plan.targets import Sink
 from quantkit.quantizers import Method
+from quantkit.ranks.ranks import ALONE, Ranks
 from quantkit.schemes import ChosenScheme, QuantError
 from quantkit.sensitivity.moments import head_blocks
-from quantkit.sensitivity.open import Sensitivity, open_sensitivity
+
+MakeEntry = Callable[[tuple[TensorRecord, ...], tuple[tuple[WrittenRange, ...], ...]], OutsideEntry | LayerEntry]
+"""Records of tensors, and by output what was written -> a line of the journal."""
 
 
 def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
@@ -62,124 +63,68 @@ def convert(job: Job, machine: Machine, on_event: OnEvent) -> Report:
 
     Raises a `QuantkitError` with one line for whatever a file or the machine can cause.
     """
+    report = convert_on_ranks(job, machine, on_event, ALONE)
+    assert report is not None, "a process alone is the first"
+    return report
+
+
+def convert_on_ranks(job: Job, machine: Machine, on_event: OnEvent, ranks: Ranks) -> Report | None:
+    """`convert`, shared by ranks that all prepared the same job: the same bytes. The first one finishes the result and
+    has the report, the others leave before.
+
+    Raises `PlanError` too if the ranks are of different minds, or what the recipe asks for does not run on several;
+    `RankLostError` if another rank failed.
+    """
+    if ranks.count > 1:
+        ranks.agreed(lambda: refuse_unshared(job, ranks))
     with ExitStack() as stack:
         stack.enter_context(foreground(machine.device))
-        importance, sensitivity = open_imatrix(stack, job), open_fisher(job)
-        names = [output.output.name for output in job.plan.outputs]
-        if not is_begun(job.out):
-            refuse_misfits(job.source, job.plan)
-        folder = stack.enter_context(OutputFolder(job.out, names, restart=job.restart))
-        first = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
-        if folder.finished:
-            return report_finished(job, folder, first.job, on_event)
-        journal = Journal(folder.journal, first, job.source.files[0].parent)
-        stack.callback(journal.close)
-        if not journal.entries:
-            check_free_disk(job.needs, folder.partial, folder.reserved_bytes)
-        conversion = open_conversion(stack, job, machine, folder, journal, importance, sensitivity, on_event)
-        resumed = bool(journal.entries)
+        importance, sensitivity = ranks.agreed(lambda: (open_imatrix(stack, job), open_fisher(job)))
+        # Of all ranks of the host: what the report says does not depend on their number.
+        host = replace(machine, budget=machine.budget * ranks.on_host)
+        first = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, host)
+        refuse_different(ranks, first.job.bytes_follow_from())
+        folder, journal = open_folder(stack, job, first, ranks)
+        if ranks.of_first(lambda: folder.finished):
+            return report_finished(job, folder, first.job, on_event) if ranks.first else None
+        job, whole = without_experts(job, folder, machine, on_event)
+        conversion = open_conversion(
+            stack, job, machine, folder, journal, importance, sensitivity, on_event, whole, ranks
+        )
+        resumed = ranks.first and bool(conversion.journal.entries)
         with conversion.timer.stage("compilation"):
             schedule = schedule_of(conversion, job.needs)
         quantize_layers(conversion, job.rows, schedule)
-        return finish(conversion, first.job, job.rows, job.base_dir, resumed=resumed)
-
-
-def open_conversion(
-    stack: ExitStack,
-    job: Job,
-    machine: Machine,
-    folder: OutputFolder,
-    journal: Journal,
-    importance: ImportanceFile | None,
-    sensitivity: Sensitivity | None,
-    on_event: OnEvent,
-) -> Conversion:
-    """Open what a conversion works with, until ``stack`` is closed."""
-    plan, share = job.plan, share_of(job.needs, machine.hardware)
-    sinks = tuple(_open_sink(folder, output, plan, job.source.directory, journal) for output in plan.outputs)
-    for sink in sinks:
-        stack.callback(sink.close)
-    weights, deliveries = _threads_beside(stack, job.source, machine)
-    return Conversion(
-        plan=plan,
-        arch=job.arch,
-        source=job.source,
-        machine=machine,
-        folder=folder,
-        journal=journal,
-        stores=Stores(folder.hidden, share.stores, machine.device, share.device_stores),
-        share=share,
-        sinks=sinks,
-        importance=importance,
-        sensitivity=sensitivity,
-        on_event=on_event,
-        timer=Timer(),
-        weights=weights,
-        deliveries=deliveries,
-    )
-
-
-def open_imatrix(stack: ExitStack, job: Job) -> ImportanceFile | None:
-    """The imatrix file that the recipe names, if it does, until ``stack`` is closed."""
-    if job.plan.recipe.imatrix is None:
-        return None
-    importance = ImportanceFile.open(job.base_dir / job.plan.recipe.imatrix, job.arch)
-    stack.callback(importance.close)
-    return importance
-
-
-def open_fisher(job: Job) -> Sensitivity | None:
-    """The Fisher pass that the recipe names, if some method is output-aware. Raises `OutputError` or `SourceError` if
-    it is not finished, or of another checkpoint."""
-    named = job.plan.recipe.sensitivity
-    if named is None or not job.plan.recipe.output_aware:
-        return None
-    return open_sensitivity(job.base_dir / named, job.source, job.arch)
-
-
-def _threads_beside(stack: ExitStack, source: ModelSource, machine: Machine) -> tuple[WeightSource, Deliveries | None]:
-    """What reads weights and what writes: beside the computation, where that leaves the processors free."""
-    if not _works_beside(machine):
-        return DirectSource(source), None
-    ahead, deliveries = AheadSource(source, machine.device), Deliveries(machine.device)
-    stack.callback(ahead.close)
-    stack.callback(deliveries.close)
-    return ahead, deliveries
-
-
-def _works_beside(machine: Machine) -> bool:
-    """Whether threads read and write beside the computation."""
-    return machine.device.type == "cuda"
+        return finish(conversion, first.job, job.rows, job.base_dir, resumed=resumed) if ranks.first else None
 
 
 def quantize_layers(conversion: Conversion, rows: TokenRows | None, schedule: Schedule) -> None:
     """All that is to be quantised or copied: outside the layers, then layer after layer. A layer of which no output
     stores anything is passed as it is, where hidden states are to go on."""
-    layers = stored_layers(conversion.plan)
-    _rewind(conversion, calibrated=rows is not None)
-    done = {entry.layer for entry in conversion.journal.layers}
+    layers, ranks = stored_layers(conversion.plan), conversion.ranks
+    begun = ranks.of_first(lambda: _begun(conversion, calibrated=rows is not None))
+    done = begun.layers
     n_tokens = 0 if rows is None else rows.tokens.size
     doubtful = () if rows is None else rows.warnings
     warnings = (*conversion.plan.warnings, *doubtful)
     conversion.on_event(Started(len(layers), conversion.plan.source_bytes, n_tokens, len(done), warnings, schedule))
-    if not conversion.journal.outside_done:
+    if not begun.outside:
         with conversion.timer.stage("copy"):
             conversion.on_event(StageStarted(OUTSIDE))
             copy_kept(conversion, None)
             tables = _table_records(quantize_tables(conversion, None))
-            _sync(conversion)
-            conversion.journal.append(OutsideEntry(tensors=tuple(tables), written=_written(conversion)))
+            _append(conversion, tables, lambda records, written: OutsideEntry(tensors=records, written=written))
     files = StreamFiles(
         conversion.folder.hidden,
         conversion.stores,
+        None if rows is None else own_rows(len(rows.tokens), ranks.number, ranks.count),
         two=conversion.plan.follows_original,
         scratch_dtype=_scratch_dtype(conversion),
     )
     streams, border = None, _calibrated_layers(conversion.plan, conversion.arch)
     with conversion.timer.stage("embeddings"):
         if rows is not None and any(layer < border for layer in layers if layer not in done):
-            saved = [entry.layer for entry in conversion.journal.layers if entry.saved]
-            streams = files.open(rows, conversion.arch, conversion.source, after=max(saved, default=None))
+            streams = files.open(rows, conversion.arch, conversion.source, after=begun.saved)
     for layer in range(max(layers, default=-1) + 1):
         if layer in done:
             continue
@@ -237,6 +182,24 @@ def _scratch_dtype(conversion: Conversion) -> torch.dtype:
     return conversion.machine.scratch_dtype if stored == {"BF16"} else torch.float32
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What an earlier process has finished: tensors outside the layers, layers, and the last layer after which hidden
+    states are saved."""
+
+    outside: bool
+    layers: set[int]
+    saved: int | None
+
+
+def _begun(conversion: Conversion, *, calibrated: bool) -> _Begun:
+    """What the first rank's journal says."""
+    _rewind(conversion, calibrated=calibrated)
+    journal = conversion.journal
+    saved = (entry.layer for entry in journal.layers if entry.saved)
+    return _Begun(journal.outside_done, {entry.layer for entry in journal.layers}, max(saved, default=None))
+
+
 def _rewind(conversion: Conversion, *, calibrated: bool) -> None:
     """Take back the layers after the last saved border, unless all that need hidden states are done."""
     entries = conversion.journal.entries
@@ -253,35 +216,45 @@ def _layer(conversion: Conversion, layer: int, streams: Streams | None, files: S
     sublayers = conversion.arch.sublayers(layer)
     blocks = tuple(block for sublayer in sublayers for block in sublayer)
     job, writer = _layer_job(conversion, layer, streams, blocks), LayerWriter(conversion, layer)
-    result = LayerResult({}, ())
+    result = LayerResult()
     for following in range(layer, layer + 3):
         _prefetch(conversion, following)
     with conversion.timer.stage("layers" if streams is not None else "layers without calibration"):
         if streams is None:
             quantize_without_inputs(job, blocks, writer, conversion.importance)
         else:
-            result = quantize_layer(job, sublayers, writer)
+            tuned = conversion.plan.recipe.tune is not None
+            result = (
+                quantize_and_tune(conversion, layer, job, sublayers, writer)
+                if tuned
+                else quantize_layer(job, sublayers, writer)
+            )
         if conversion.deliveries is not None:
             conversion.deliveries.drain()
     with conversion.timer.stage("copy"):
         conversion.on_event(StageStarted(KEPT, layer))
-        copy_kept(conversion, layer, result.foldings)
+        copy_kept(conversion, layer, result.foldings, result.changed)
         records = _table_records([*writer.tensors, *quantize_tables(conversion, layer)])
     with conversion.timer.stage("sync"):
-        _sync(conversion)
         # Nothing needs the hidden states after the last calibrated layer. Those of MTP layers are short: they are not
         # saved, a resumed run goes on from before.
         last = min(conversion.arch.n_layers, _calibrated_layers(conversion.plan, conversion.arch) - 1)
-        saved = streams is not None and layer < last and files.due()
+        saved = streams is not None and layer < last and conversion.ranks.of_first(files.due)
         if streams is not None and saved:
             files.save(streams, layer)
-
-        conversion.journal.append(
-            LayerEntry(
-                layer=layer, saved=saved, tensors=tuple(records), experts=result.experts, written=_written(conversion)
-            )
+        _append(
+            conversion,
+            records,
+            lambda tensors, written: LayerEntry(
+                layer=layer,
+                saved=saved,
+                tensors=tensors,
+                experts=result.experts,
+                written=written,
+                tuning=result.tuning,
+            ),
         )
-        if saved:
+        if saved and conversion.ranks.first:
             files.forget_before(layer)
     n_tokens = 0 if streams is None else streams.x.n_rows * streams.x.length
     conversion.on_event(LayerDone(layer, time.monotonic() - start, n_tokens))
@@ -312,6 +285,8 @@ def _layer_job(conversion: Conversion, layer: int, streams: Streams | None, bloc
         experts_at_once=conversion.share.experts_at_once,
         min_expert_tokens=0 if calibration is None else calibration.min_expert_tokens,
         gradients=None if streams is None else _gradients(conversion, layer, weights),
+        fits_routers=conversion.plan.recipe.router == "least_squares",
+        ranks=conversion.ranks,
     )
 
 
@@ -367,22 +342,15 @@ def _prefetch(conversion: Conversion, layer: int) -> None:
         for decision in decisions
         if decision.spec.layer == layer and decision.action is not Action.DROP
     )
-    conversion.source.prefetch(list(names))
+    conversion.source.prefetch(list(names)[conversion.ranks.number :: conversion.ranks.count])
 
 
-def _sync(conversion: Conversion) -> None:
+def _append(conversion: Conversion, records: list[TensorRecord], entry: MakeEntry) -> None:
+    """Bring what all ranks wrote to the disk, then say so in the journal. ``records``: of this rank's tensors."""
     for sink in conversion.sinks:
         sink.sync()
-
-
-def _written(conversion: Conversion) -> tuple[tuple[WrittenRange, ...], ...]:
-    return tuple(sink.written() for sink in conversion.sinks)
-
-
-def _open_sink(folder: OutputFolder, output: OutputPlan, plan: Plan, source: Path, journal: Journal) -> Sink:
-    sink = output.target.open_sink(result_folder(folder, plan, output), source, output.planned)
-    if journal.entries and sink.fresh:
-        raise OutputError(
-            f"{folder.partial}: the files of the unfinished job are gone.", hint="Begin anew with --restart."
-        )
-    return sink
+    steps = conversion.ranks.gathered((records, [sink.written() for sink in conversion.sinks]))
+    if conversion.own_journal is not None:
+        tensors = tuple(record for records, _ in steps for record in records)
+        by_output = zip(*(written for _, written in steps), strict=True)
+        conversion.own_journal.append(entry(tensors, tuple(merged(chain.from_iterable(parts)) for parts in by_output)))

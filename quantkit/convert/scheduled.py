@@ -12,11 +12,13 @@ from quantkit.plan.speed import disk_key, machine_key, treatments
 
 
 def schedule_of(conversion: Conversion, needs: Needs) -> Schedule:
-    """Compile what the plan's methods run, and say how long each step should take. What is not known of the machine yet
-    is measured, for some seconds."""
+    """Compile what the plan's methods run, and say how long each step should take: on the first rank, which shows it.
+    What is not known of the machine yet is measured, for some seconds."""
     conversion.on_event(StageStarted(COMPILING))
     plan, device = conversion.plan, conversion.machine.device
     compile_kernels(treatments(plan), device)
+    if not conversion.ranks.first:
+        return ()
     # How fast a remote source comes is seen while it comes.
     source = None if conversion.source.origin else conversion.source.files[0].parent
     out = conversion.folder.partial

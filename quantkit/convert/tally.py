@@ -14,15 +14,18 @@ from dataclasses import dataclass, field
 from quantkit.convert.events import (
     CopyDone,
     Event,
+    ExpertsScored,
     Finished,
     LayerDone,
+    LayerTuned,
     StageStarted,
     Started,
     TensorDone,
+    TuningStep,
     ValidationProgress,
 )
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
-from quantkit.plan.schedule import AFTER_LAYERS, LAYER, VALIDATION, Schedule, Step, even
+from quantkit.plan.schedule import AFTER_LAYERS, LAYER, SCORING, TUNING, VALIDATION, Schedule, Step, even
 from quantkit.sensitivity.events import FisherEvent, FisherLayer, FisherStarted, LossesLayer
 
 MANY = 16
@@ -150,6 +153,8 @@ class Tally:
     tensors_done: int = 0
     tensors_total: int = 0
     tokens_per_s: float = 0.0
+    loss: str = ""
+    """Of the layer that was tuned last, before and after."""
 
     def add(self, event: Event | EvaluationEvent | FisherEvent) -> None:
         """Take one event into account."""
@@ -167,6 +172,11 @@ class Tally:
                 self.bytes_done += event.nbytes
                 self.tensors_done += 1
                 self._within()
+            case TuningStep():
+                self.tensors_done, self.tensors_total = event.done, event.total
+                self._reach(lambda step: (step.kind, step.layer) == (TUNING, event.layer), event.done / event.total)
+            case LayerTuned():
+                self.loss = f"{event.before:.4g} -> {event.after:.4g}"
             case LayerDone():
                 self._layer_done(event)
             case CopyDone():
@@ -189,6 +199,11 @@ class Tally:
                 if event.done == 0:
                     self._start(event.layers, ())
                 self.layers_done, self.stage = event.done, "losses of types"
+                self._reach(lambda step: step.layer == event.done - 1, 1.0)
+            case ExpertsScored():
+                if event.done == 0:
+                    self._start(event.layers, ())
+                self.layers_done, self.stage = event.done, SCORING
                 self._reach(lambda step: step.layer == event.done - 1, 1.0)
             case Finished():
                 self.stage = "finished"

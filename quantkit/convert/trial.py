@@ -27,13 +27,15 @@ from quantkit.convert.fingerprint import journal_header
 from quantkit.convert.finish import recipe_values, result_folder, write_side_files
 from quantkit.convert.folder import OutputFolder
 from quantkit.convert.journal import Journal
+from quantkit.convert.opening import open_conversion, open_fisher, open_imatrix
 from quantkit.convert.prepare import Job
-from quantkit.convert.run import open_conversion, open_fisher, open_imatrix, quantize_layers
+from quantkit.convert.pruning import without_experts
+from quantkit.convert.run import quantize_layers
 from quantkit.convert.scheduled import schedule_of
 from quantkit.convert.tally import Tally
 from quantkit.documents.journal import TensorRecord
 from quantkit.documents.trial import TrialDocument, TrialLayer, TrialOutput
-from quantkit.errors import OutputError, QuantkitError
+from quantkit.errors import OutputError, PlanError, QuantkitError
 from quantkit.evaluate.compare import LayerScore, Model, compare_layers
 from quantkit.evaluate.validation import model_of
 from quantkit.formats.model_source import source_name
@@ -41,7 +43,7 @@ from quantkit.formats.preallocated import disk_errors
 from quantkit.inspect.trial import inspect_trial
 from quantkit.plan.machine import Machine, peak_rss_bytes
 from quantkit.plan.plan import OutputPlan
-from quantkit.plan.recipe import Validation
+from quantkit.plan.recipe_validation import Validation
 from quantkit.plan.schedule import FILES, VALIDATION, Schedule
 from quantkit.plan.trial import trial_plan, trial_schedule
 from quantkit.version import __version__
@@ -85,6 +87,11 @@ def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: On
         tally.add(event)
         on_event(event)
 
+    if job.plan.recipe.prune is not None and job.scores is None:
+        raise PlanError(
+            "prune: a trial scores no experts, which takes the whole model.",
+            hint="Give prune.scores, an output of an earlier conversion that pruned.",
+        )
     part = replace(job, plan=trial_plan(job.plan, layers, job.arch))
     windows = _held_out(job)
     with ExitStack() as stack:
@@ -95,7 +102,9 @@ def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: On
         header = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
         journal = Journal(folder.journal, header, job.source.files[0].parent)
         stack.callback(journal.close)
-        conversion = open_conversion(stack, part, machine, folder, journal, importance, sensitivity, tell)
+        job, whole = without_experts(job, folder, machine, tell)
+        part = replace(part, source=job.source)
+        conversion = open_conversion(stack, part, machine, folder, journal, importance, sensitivity, tell, whole)
         with conversion.timer.stage("compilation"):
             whole = schedule_of(replace(conversion, plan=job.plan), job.needs)
         quantize_layers(conversion, job.rows, trial_schedule(whole, layers, len(names), _passed(job, windows)))

@@ -13,8 +13,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer
 
-from quantkit.documents.journal import ExpertRecord, JobHeader
+from quantkit.documents.journal import ExpertRecord, JobHeader, TuningRecord
 from quantkit.documents.json_text import finite
+from quantkit.documents.pruning import PruningRecord
 from quantkit.documents.values import Count, DocumentPart, DraftAgreement, Mean, Number
 
 Loss = Annotated[
@@ -132,6 +133,10 @@ class ConversionDocument(DocumentPart):
     calibration: tuple[CalibrationFile, ...] = ()
     expert_tokens: dict[Count, dict[str, tuple[ExpertRecord, ...]]] = Field(default_factory=dict)
     """By layer and block of routed experts."""
+    tuning: dict[Count, TuningRecord] = Field(default_factory=dict)
+    """By layer. The key is missing where nothing was tuned. Losses of ``tensors`` are those before tuning."""
+    pruning: PruningRecord | None = None
+    """The key is missing where no experts were pruned."""
     tensors: dict[str, LinearRecord]
     poor_fits: tuple[PoorFit, ...] = ()
     """Largest loss first. The key is missing where there are none."""

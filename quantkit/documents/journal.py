@@ -90,6 +90,20 @@ class ExpertRecord(NamedTuple):
     borrowed: Count
 
 
+class TuningRecord(DocumentPart):
+    """What tuning did to a layer. Losses: squared error of the layer's output on held-out calibration rows, relative to
+    what the layer adds to its input."""
+
+    loss_before: Number
+    """As the methods left the layer."""
+    loss_after: Number
+    epoch: Count
+    """After which the best state was found, and kept; 0: none was better, the methods' numbers are stored."""
+    codes: Count
+    """That could move."""
+    codes_changed: Count
+
+
 class OutsideEntry(DocumentPart):
     """The tensors outside the decoder layers are written: embeddings, final norm, head."""
 
@@ -111,6 +125,8 @@ class LayerEntry(DocumentPart):
     """By the name of the block of routed experts; empty without calibration."""
     written: tuple[tuple[WrittenRange, ...], ...] = ()
     """As in `OutsideEntry`."""
+    tuning: TuningRecord | None = None
+    """Null where the layer was not tuned."""
 
 
 JournalEntry = Annotated[OutsideEntry | LayerEntry, Field(discriminator="done")]

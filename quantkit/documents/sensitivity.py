@@ -22,6 +22,8 @@ Some = Annotated[int, Field(ge=1, lt=2**31)]
 """At least one."""
 SENSITIVITY = "sensitivity.json"
 """Name of the document in the folder of a Fisher pass."""
+PROGRESS = "unfinished.json"
+"""In place of it while the pass goes on."""
 
 
 class FisherJob(DocumentPart):
@@ -71,12 +73,20 @@ class SensitivityDocument(DocumentPart):
 
     kind: Literal["quantkit sensitivity"] = "quantkit sensitivity"
     job: FisherJob
+    model: str = ""
+    """Name of the source's folder, for people; "" in older documents."""
     text: tuple[CalibrationFile, ...] = ()
     linears: dict[str, LinearFisher]
     """By name, every linear of the decoder layers that the loss depends on smoothly. An indexer's are missing: it
     chooses keys, and a choice has no gradient."""
     losses: dict[str, dict[str, Number]] | None = None
     """Linear -> type -> predicted rise of the loss by that type, nats per token; null until something adds it."""
+
+    def __str__(self) -> str:
+        """Which pass it is, in a few words."""
+        job, model = self.job, f"of {self.model}: " if self.model else "over "
+        size = f"{len(job.sublayers):,} layers of width {job.hidden:,}"
+        return f"{model}{size}, {job.tokens:,} tokens in rows of {job.length:,}, seed {job.seed}"
 
     def to_json(self) -> str:
         """The file's text."""

@@ -58,8 +58,8 @@ class LayerScore:
     """A candidate after one layer. ``hidden_error``: root of the mean over tokens of |x' - x|^2 / |x|^2, x being the
     hidden state; ``window_errors``: that mean, not its root, of each window; ``expert_errors``: the root over those
     tokens which the reference sends to each routed expert (NaN: to none), ``expert_tokens`` of them;
-    ``router_agreement``: share of the reference's chosen experts that the candidate chose too. Without routed experts
-    the last three are None."""
+    ``router_agreement``: share of the reference's chosen experts that the candidate chose too, None of a
+    pruned one, whose numbers mean other experts. Without routed experts the last three are None."""
 
     layer: int
     hidden_error: float
@@ -237,7 +237,8 @@ def _layer(layer: int, streams: Sequence[Stream], scratch: RowStore, recorder: R
         else:
             errors = _token_errors(streams[0].x, stream.x)
             experts = _expert_errors(streams[0].arch, layer, expected, errors)
-            same, windows = agreement(expected, routings), errors.mean(1)
+            same = agreement(expected, routings) if same_experts(streams[0].arch, stream.arch) else None
+            windows = errors.mean(1)
             scores.append(LayerScore(layer, float(windows.mean().sqrt()), same, tuple(windows.tolist()), *experts))
     return scores
 
@@ -267,6 +268,12 @@ def _expert_errors(
     each = errors.flatten().unsqueeze(-1).expand(chosen.shape).flatten()
     total = torch.bincount(chosen.flatten(), weights=each, minlength=blocks[0].n_experts)
     return tuple(tokens.tolist()), tuple((total / tokens).sqrt().tolist())
+
+
+def same_experts(reference: ModelArch, candidate: ModelArch) -> bool:
+    """Whether the numbers of routed experts mean the same: not in a model that was pruned."""
+    ours, theirs = reference.routed_experts(), candidate.routed_experts()
+    return ours is None or theirs is None or ours.count == theirs.count
 
 
 def agreement(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float | None:

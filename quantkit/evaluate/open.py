@@ -67,7 +67,12 @@ def open_reference(path: Path, storage: Storage = LOCAL) -> Evaluated:
     if not path.is_dir():
         raise SourceError(
             f"{path}: is not a folder, nor a file that --save-reference wrote.",
-            hint="Give the original checkpoint's folder first, then the candidates.",
+            hint="Give the original checkpoint's folder first, then the candidates, which may be GGUF files.",
+        )
+    if not _has_shards(path) and any(path.glob("*.gguf")):
+        raise SourceError(
+            f"{path}: holds GGUF files; the reference is a folder with config.json, tokenizer and safetensors.",
+            hint="Give the original checkpoint's folder first: GGUF can be a candidate, not the reference.",
         )
     if not _has_shards(path):
         raise SourceError(f"{path}: holds no safetensors, a reference in this format was needed.", hint=READABLE)
@@ -155,13 +160,24 @@ def _tokenizer_notes(path: Path, reference: str | None) -> list[str]:
 
 def _open_gguf(path: Path, reference: ModelArch) -> Evaluated:
     """The model that llama.cpp runs when it is given the file: what the file does not say has llama.cpp's default."""
-    model = reference.gguf()
     with GgufReader(path) as reader:
-        reading = read_as(reader, reference)
+        reference = _as_stacked(reader, reference)
+        model, reading = reference.gguf(), read_as(reader, reference)
         names = {spec.name: model.stored_name(spec.name) for spec in reading.specs}
         stored_infos = [TensorInfo(e.name, e.shape, "F32") for e in reader.tensors.values()]
         facts = _facts(path, "GGUF", reader.fingerprint(), stored_infos, reader.data_bytes, reading.notes)
     return Evaluated(reading.arch, GgufSource(path, names, tuple(reference.parts().values())), facts)
+
+
+def _as_stacked(reader: GgufReader, reference: ModelArch) -> ModelArch:
+    """The reference with as many routed experts as the file, if that has fewer: they are stacked in one tensor."""
+    experts, model = reference.routed_experts(), reference.gguf()
+    first = next((spec for spec in reference.tensors() if spec.expert is not None), None)
+    if experts is None or first is None:
+        return reference
+    entry = reader.tensors.get(model.stored_name(first.name)[0])
+    fewer = entry is not None and len(entry.shape) == 3 and 0 < entry.shape[0] < experts.count
+    return reference.with_experts(entry.shape[0]) if fewer and entry is not None else reference
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -192,7 +208,7 @@ def _checked(opened: Evaluated, reference: ModelArch, notes: Iterable[str] = ())
                     f"{path}: has {what} {found:,}, the reference has {needed:,}: it is another model.",
                 )
         infos = opened.source.infos()
-        for spec in _needed(reference):
+        for spec in _needed(_as_pruned(reference, opened.arch)):
             info = infos.get(spec.name)
             _check_shape(path, spec.name, None if info is None else info.shape, spec.shape)
     except QuantkitError:
@@ -201,6 +217,13 @@ def _checked(opened: Evaluated, reference: ModelArch, notes: Iterable[str] = ())
     return Evaluated(
         opened.arch, opened.source, opened.facts.model_copy(update={"notes": (*opened.facts.notes, *notes)})
     )
+
+
+def _as_pruned(reference: ModelArch, found: ModelArch) -> ModelArch:
+    """The reference with as many routed experts as a candidate, if that has fewer."""
+    ours, theirs = reference.routed_experts(), found.routed_experts()
+    fewer = ours is not None and theirs is not None and theirs.count < ours.count
+    return reference.with_experts(theirs.count) if fewer and theirs is not None else reference
 
 
 def _needed(arch: ModelArch) -> Iterable[TensorSpec]:

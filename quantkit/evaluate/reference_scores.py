@@ -12,6 +12,7 @@ are in proportion outside of the top. Losses and first choices are exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,16 @@ from torch.nn.functional import linear
 
 from quantkit.arch.base import ExpertBlock, ModelArch
 from quantkit.calibrate.chunk_sizes import POSITIONS, SCORED_GROUP, VOCAB_BLOCK
-from quantkit.evaluate.compare import Comparison, LayerScore, Model, NewRows, agreement, all_drafts, start_streams
+from quantkit.evaluate.compare import (
+    Comparison,
+    LayerScore,
+    Model,
+    NewRows,
+    agreement,
+    all_drafts,
+    same_experts,
+    start_streams,
+)
 from quantkit.evaluate.reference_file import Positions, ReferenceStatistics, ReferenceWriter
 from quantkit.evaluate.token_scores import Head, OnlineSoftmax, TokenScores
 
@@ -102,7 +112,8 @@ def compare_recorded(
         blocks = [block for sublayer in arch.sublayers(layer) for block in sublayer if isinstance(block, ExpertBlock)]
         expected = reference.routings(layer, [block.n_experts for block in blocks])
         for found, stream in zip(layers, streams, strict=True):
-            found.append(_layer_score(blocks, layer, expected, stream.forward(layer, scratch)))
+            score = _layer_score(blocks, layer, expected, stream.forward(layer, scratch))
+            found.append(score if same_experts(arch, stream.arch) else replace(score, router_agreement=None))
         on_layer(layer)
     scores = _token_scores([stream.head() for stream in streams], reference)
     drafts = all_drafts(None, streams, tokens, scratch, tokens.shape[1] - 1 - reference.scored)

@@ -73,10 +73,10 @@ class EvaluationRun:
         models = [
             scored_model(one.arch, one.source, self.machine.device, cache_bytes, name=one.facts.path) for one in opened
         ]
-        names = names_by_layer(self.arch)
+        names_of = [names_by_layer(one.arch) for one in opened]
 
         def read_ahead(layer: int) -> None:
-            for one in opened:
+            for one, names in zip(opened, names_of, strict=True):
                 one.source.prefetch(names.get(layer, []))
 
         def on_layer(layer: int) -> None:

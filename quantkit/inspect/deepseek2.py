@@ -7,9 +7,9 @@ and of DeepSeek V3.2 and GLM-5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from quantkit.arch import arch_of
 from quantkit.arch.deepseek_v3_gguf import (
@@ -25,11 +25,11 @@ from quantkit.arch.deepseek_v3_gguf import (
     SIGMOID,
     SIZES,
     WHOLE_KV_B,
-    YARN_BETAS,
     Dialect,
 )
 from quantkit.arch.deepseek_v3_gguf_read import Found, default_of, stores_whole_kv_b
 from quantkit.arch.deepseek_v32_gguf import DEEPSEEK32, DEFAULTS, GLM_DSA, INDEXER_SIZES, INDEXER_TYPES
+from quantkit.arch.llama_cpp import YARN_BETAS
 from quantkit.arch.parts import in_parts, stored_tensors
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.reader import GgufReader
@@ -71,6 +71,11 @@ def prefix_of(model: GgufReader) -> str:
 def _dialect(model: GgufReader) -> Dialect:
     architecture = architecture_of(model)
     return Dialect(architecture, defaults=DEFAULTS.get(architecture, {}))
+
+
+def roles(model: GgufReader) -> Callable[[str], Role | None]:
+    """A file -> the role of a tensor by its name (`role_of`)."""
+    return partial(role_of, model)
 
 
 def role_of(model: GgufReader, name: str) -> Role | None:

@@ -1,6 +1,6 @@
 """What a GGUF model holds: metadata that matters, weights by role and type, and what is unusual about it. Headers only.
 
-Files of every architecture are listed by type; those of ``deepseek2`` and near ones by role too, and compared with the
+Files of every architecture are listed by type; those of `KNOWN_GGUF` by role too, and compared with the
 tensors that their own metadata describes.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from quantkit.formats.gguf.reader import GgufReader
 from quantkit.formats.gguf.values import Scalar
 from quantkit.formats.safetensors.header import printable
-from quantkit.inspect import deepseek2 as deepseek2
 from quantkit.inspect.imatrix import ImatrixBeside, ImatrixInspection, imatrix_beside, inspect_imatrix
+from quantkit.inspect.known_gguf import KNOWN_GGUF
 from quantkit.inspect.storage import UNKNOWN_ROLE, StorageSummary, counted
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES, is_quantised
 from quantkit.schemes.ggml.types import BLOCK_TYPES
@@ -125,8 +125,8 @@ def _inspection(model: GgufReader) -> GgufInspection:
     vocabulary = _vocabulary(model)
     unusual = [*_general_lines(model, architecture), *_vocabulary_lines(model, architecture, vocabulary)]
     unusual += [*_layer_lines(model, architecture), *_type_lines(model)]
-    if architecture in deepseek2.FAMILIES:
-        unusual += deepseek2.oddities(model)
+    if architecture in KNOWN_GGUF:
+        unusual += KNOWN_GGUF[architecture].oddities(model)
     imatrix = imatrix_beside(model, unusual)
     return GgufInspection(
         path=model.path,
@@ -184,14 +184,19 @@ def _vocabulary(model: GgufReader) -> Vocabulary | None:
 def _storage(model: GgufReader, architecture: str) -> tuple[StorageSummary, ...]:
     """By role where the architecture is known, and by type; roles in their usual order, large types first."""
     totals: dict[tuple[str, str], list[int]] = {}
+    role_of = KNOWN_GGUF[architecture].roles(model) if architecture in KNOWN_GGUF else _no_role
     for name, entry in model.tensors.items():
-        role = deepseek2.role_of(model, name) if architecture in deepseek2.FAMILIES else None
+        role = role_of(name)
         total = totals.setdefault((UNKNOWN_ROLE if role is None else role.value, entry.kind), [0, 0, 0])
         for place, amount in enumerate((1, math.prod(entry.shape), entry.nbytes)):
             total[place] += amount
     order = {role.value: place for place, role in enumerate(Role)}
     ordered = sorted(totals.items(), key=lambda item: (order.get(item[0][0], len(order)), -item[1][2]))
     return tuple(StorageSummary(role, kind, *total) for (role, kind), total in ordered)
+
+
+def _no_role(_: str) -> Role | None:
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------ what is unusual

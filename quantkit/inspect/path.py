@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from quantkit.documents.sensitivity import PROGRESS, SENSITIVITY
 from quantkit.errors import SourceError
 from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.safetensors.header import printable
@@ -12,19 +13,23 @@ from quantkit.formats.storage import LOCAL, Storage
 from quantkit.inspect.folder import Inspection, inspect_folder
 from quantkit.inspect.gguf import GgufInspection, inspect_gguf
 from quantkit.inspect.imatrix import ImatrixInspection, inspect_imatrix
+from quantkit.inspect.sensitivity import SensitivityInspection, inspect_sensitivity
 from quantkit.inspect.storage import NAMES_SHOWN
 from quantkit.inspect.trial import TrialInspection, inspect_trial
 
+AnyInspection = Inspection | GgufInspection | ImatrixInspection | TrialInspection | SensitivityInspection
+"""What `inspect_path` finds."""
 
-def inspect_path(
-    path: Path, storage: Storage = LOCAL
-) -> Inspection | GgufInspection | ImatrixInspection | TrialInspection:
-    """A folder with safetensors or, if it has none, with a GGUF model; a .gguf file; an imatrix file of either form; a
-    trial's report. ``storage``: opens shards.
+
+def inspect_path(path: Path, storage: Storage = LOCAL) -> AnyInspection:
+    """A folder with safetensors or, if it has none, with a GGUF model; the folder of a Fisher pass; a .gguf file; an
+    imatrix file of either form; a trial's report. ``storage``: opens shards.
 
     Raises `SourceError` for damaged files, and for files of other kinds.
     """
 
+    if any((path / name).is_file() for name in (SENSITIVITY, PROGRESS)):
+        return inspect_sensitivity(path)
     if path.is_dir():
         return inspect_gguf(path) if _holds_gguf(path) else inspect_folder(path, storage)
     if not os.path.lexists(path):

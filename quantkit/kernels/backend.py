@@ -76,6 +76,12 @@ def _fastest(device: torch.device) -> Backend:
     return Backend.TRITON if torch.cuda.get_device_capability(device) >= (8, 0) else Backend.TORCH
 
 
+@cache
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that never change, copied to a device once. Do not write to them."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 @contextmanager
 def tensor_float32(enabled: bool = True) -> Generator[None]:
     """Let float32 matrix products on a GPU round their factors to TF32 (10 bits of mantissa); sums stay float32."""

@@ -4,15 +4,19 @@ peaks that are then to be expected in RAM and on the GPU."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from quantkit.calibrate.chunk_sizes import TOKEN_SLICES
 from quantkit.plan.hardware import Gpu, Hardware
 from quantkit.plan.memory import LEAST_CACHE, Needs, conversion_phases, interpreter, least_budget, total
+from quantkit.plan.output_memory import aware
 from quantkit.plan.phases import KEPT_CHUNK_BYTES, Phase, Place, Term, expert_phases
 from quantkit.plan.shapes import Work
 
 MOST_EXPERTS = 32
 """More experts at once gain nothing: a batch of this size fills the matrix products."""
+MOST_AWARE_EXPERTS = 64
+"""The same where rows hear of each other: few of each matrix are rounded at once, more matrices fill a GPU."""
 STORES_SHARE, EXPERTS_SHARE, CACHE_SHARE = 0.5, 0.3, 0.15
 """Shares of what the budget leaves beside the least that the work needs: for hidden states, for experts beside the
 first, and for weights of dense linears."""
@@ -23,8 +27,12 @@ DEVICE_STORES_SHARE = 0.6
 """Hidden states take at most this share of a GPU's memory."""
 DEVICE_EXPERTS_SHARE = 0.4
 """Experts quantised at once take at most this share of a GPU's memory, unless dense linears take more anyway."""
+DEVICE_AWARE_SHARE = 0.75
+"""The same where rows hear of each other."""
 DEVICE_CACHE_SHARE = 0.05
 """Kept weights of dense linears take this share of a GPU's memory."""
+EXPERTS_UNEVEN = 1.25
+"""A batch of experts has so many times the mean of tokens."""
 CUDA_BYTES = 10**9
 """RAM that the CUDA driver and its libraries take beside the interpreter."""
 
@@ -76,6 +84,28 @@ def share_of(needs: Needs, hardware: Hardware) -> Share:
     return Share(int(spare * STORES_SHARE), 0, LEAST_CACHE + int(spare * CACHE_SHARE), count, limit)
 
 
+def share_on_ranks(needs: Needs, hardware: Hardware, ranks: int) -> Share:
+    """`share_of` for one of several ranks, each with ``hardware`` of its own: hidden states leave room for what they
+    exchange."""
+    share = share_of(needs, hardware)
+    if ranks == 1:
+        return share
+    nbytes = _exchanged_bytes(needs.work, share.experts_at_once, narrow=hardware.gpu is not None, ranks=ranks)
+    if hardware.gpu is None:
+        return replace(share, stores=max(0, share.stores - nbytes))
+    return replace(share, device_stores=max(0, share.device_stores - nbytes))
+
+
+def _exchanged_bytes(work: Work, at_once: int, *, narrow: bool, ranks: int) -> int:
+    """The most that exists at a time of: rows of a batch of experts (of each stream, as they came, as they went, and
+    twice what is added), and sums of moments that wait for those of the rank before."""
+    size = 2 if narrow and work.bf16 else 4
+    slots = max((work.tokens * work.top_k // shape.count for shape in work.experts), default=0)
+    rows = int(at_once * slots * EXPERTS_UNEVEN) * work.hidden * size * (2 * work.streams + 2)
+    widest = max((block.context for block in work.blocks), default=0)
+    return max(rows, (TOKEN_SLICES // ranks + 1) * work.streams * widest**2 * 4)
+
+
 def _device_share(work: Work, gpu: Gpu, budget: int) -> Share:
     place, cache = Place.of(work, gpu), int(gpu.nbytes * DEVICE_CACHE_SHARE)
 
@@ -83,7 +113,8 @@ def _device_share(work: Work, gpu: Gpu, budget: int) -> Share:
         return max(phase.nbytes for phase in conversion_phases(work, place, experts, cache))
 
     room = int(gpu.nbytes * DEVICE_ROOM)
-    count, limit = experts_within(work, place, max(working(1), int(room * DEVICE_EXPERTS_SHARE)), "GPU memory")
+    share = DEVICE_AWARE_SHARE if any(aware(shape.decisions) for shape in work.experts) else DEVICE_EXPERTS_SHARE
+    count, limit = experts_within(work, place, max(working(1), int(room * share)), "GPU memory")
     on_gpu = max(0, min(int(gpu.nbytes * DEVICE_STORES_SHARE), room - working(count)))
     return Share(int(budget * STORES_SHARE), on_gpu, cache, count, limit)
 
@@ -94,8 +125,10 @@ def experts_within(work: Work, place: Place, nbytes: int, name: str) -> tuple[in
     if not shapes:
         return 1, "no routed experts are quantised"
     shape = max(shapes, key=lambda one: one.inter * one.hidden)
-    limits = [(MOST_EXPERTS, "no gain from more"), (shape.count, f"all {shape.count} of a layer")]
-    if place.gpu is not None:
+    together = place.gpu is not None and bool(aware(shape.decisions))
+    most = MOST_AWARE_EXPERTS if together else MOST_EXPERTS
+    limits = [(most, "no gain from more"), (shape.count, f"all {shape.count} of a layer")]
+    if place.gpu is not None and not together:
         one_slice = place.slice_bytes // (4 * 2 * shape.hidden * shape.inter)  # of gate and up together
         limits.append((max(1, one_slice), f"{place.slice_bytes / 2**30:g} GiB of rows at once"))
     most, why = min(limits, key=lambda limit: limit[0])
@@ -148,7 +181,7 @@ def expected(needs: Needs, hardware: Hardware) -> Expected:
 
 
 def _placed(work: Work, share: Share, phase: Phase) -> _Placed:
-    streams = (work.tokens * work.hidden * 4,) * work.streams if phase.streams_open and work.tokens else ()
+    streams = (work.tokens * work.hidden * 4,) * work.stores if phase.streams_open and work.tokens else ()
     return _Placed(share.device_stores, share.stores).add((*streams, *phase.scratch))
 
 

@@ -18,9 +18,10 @@ from quantkit.documents.speed import DiskSpeed, SpeedDocument
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.output_memory import aware, squares
 from quantkit.plan.plan import OutputPlan, Plan
-from quantkit.plan.schedule import FILES, KEPT, MTP_INPUTS, OUTSIDE, SCORES, VALIDATION, Cost, Schedule, Step
+from quantkit.plan.schedule import FILES, KEPT, MTP_INPUTS, OUTSIDE, SCORES, TUNING, VALIDATION, Cost, Schedule, Step
 from quantkit.plan.shapes import Work, matrices
 from quantkit.plan.speed import treatment_key
+from quantkit.plan.tuning_cost import tuning_seconds
 from quantkit.quantizers.ldlq.rows import rows_at_once
 from quantkit.tensors import Projection, Role
 
@@ -85,7 +86,9 @@ class _Costs:
         for layer in (None, *sorted({layer for layer, _ in members if layer is not None})):
             if layer is not None and self.arch.n_layers <= layer < self._calibrated:
                 yield Step(MTP_INPUTS, layer, Cost(self._mtp_inputs(self.work.tokens * self.work.streams)))
-            for kind in (OUTSIDE, *BLOCKS.values(), KEPT):
+            for kind in (OUTSIDE, *BLOCKS.values(), TUNING, KEPT):
+                if kind == TUNING and self._tunes(layer):
+                    yield Step(TUNING, layer, Cost(self._tuned(layer, members)))
                 if found := members.get((layer, kind)):
                     cost = self._block(layer, kind, found) + self._moved(found, share)
                     yield Step(kind, layer, cost + self._saved(layer, kind))
@@ -98,6 +101,16 @@ class _Costs:
     def _calibrated(self) -> int:
         """Layers that the text goes through, MTP layers included."""
         return self.arch.n_layers + self.work.mtp_layers if self.work.tokens else 0
+
+    def _tunes(self, layer: int | None) -> bool:
+        return self.work.tune is not None and layer is not None and layer < self._calibrated
+
+    def _tuned(self, layer: int | None, members: _Members) -> float:
+        """Codes, scales and norms of a whole layer."""
+        assert self.work.tune is not None, "only for layers that are tuned"
+        decisions = [member.decision for kind in BLOCKS.values() for member in members.get((layer, kind), ())]
+        kernels = self.at_once > 1
+        return tuning_seconds(self.work, self.work.tune, _linears(decisions), self._forward, self._passes, kernels)
 
     def _mtp_inputs(self, tokens: int) -> float:
         """eh_proj and its norms."""
@@ -177,7 +190,8 @@ class _Costs:
         learned = sum(
             number * (seen * self._squares(heads, n) + self._factor(heads, n)) for (heads, n), number in shapes.items()
         )
-        pooled = self.work.tokens * self._squares(1, self.work.hidden) if shapes else 0.0
+        pools = bool(shapes) + self.work.fits_routers
+        pooled = pools * self.work.tokens * self._squares(1, self.work.hidden)
         forward = self.work.streams * self._forward(linears, routed / count, 0)
         gradients = self._gradients(decisions, linears, self.work.fisher_tokens * self.work.top_k / count, 0)
         return learned + pooled + forward + gradients + count * self.work.streams * EXPERT_CALLS * self.speed.call

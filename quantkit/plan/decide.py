@@ -196,7 +196,12 @@ def _check_decision(output: Output, rule: Rule, decision: Decision, calibrated: 
         problems.add_for_rule(cause, spec.name, "tensors that cannot be quantised", line, hint)
     elif decision.method is not None and decision.method.needs_inputs:
         fault = _missing_inputs(spec, decision.method.kind, calibrated)
-        if fault is not None:
+        if fault is not None and rule.method is None and not calibrated:
+            kind, found, hint = fault
+            line = f"output {output.name}: method: {found}"
+            if line not in problems.lines.get(kind, ()):  # the output's own fault, and of none of its tensors
+                problems.add(kind, line, hint)
+        elif fault is not None:
             kind, found, hint = fault
             problems.add_for_rule(cause, spec.name, kind, f"{where}: {found}", hint)
 
@@ -219,7 +224,7 @@ def _quantisable(spec: TensorSpec, scheme: Scheme | None) -> bool:
 def _missing_inputs(spec: TensorSpec, method: str, calibrated: bool) -> tuple[str, str, str] | None:
     """Kind of fault, what was found, and a hint, where a method that learns from inputs gets none; else None."""
     if not calibrated:
-        hint = "Add calibration:, or use method: {kind: rtn}."
+        hint = "Add calibration: (in place of an imatrix), or use method: {kind: rtn}, which takes an imatrix, too."
         return f"{method} without calibration", f"{method} needs calibration text.", hint
     if spec.table:
         hint = f"Use method: {{kind: rtn}} for role:{spec.role.value}."

@@ -21,10 +21,13 @@ from quantkit.plan.allocation.choose import CONTEXT, Choice
 from quantkit.plan.batch_sizes import Expected, expected
 from quantkit.plan.hardware import Gpu, Hardware, default_budget
 from quantkit.plan.headers import SourceHeaders, read_headers
+from quantkit.plan.known_scores import known_scores, refuse_unscored
 from quantkit.plan.lengths import length_notes
 from quantkit.plan.memory import Needs, check_budget, conversion_needs, least_budget
 from quantkit.plan.plan import OutputPlan, Plan, make_plan
+from quantkit.plan.pruning import layers_to_score, pruned_headers, pruning_notes
 from quantkit.plan.recipe import GgufOutput, Recipe
+from quantkit.plan.same_model import check_model, fingerprint_of
 from quantkit.plan.schedule import Duration
 from quantkit.runtimes.gpus import Gpus
 from quantkit.runtimes.llama_cpp.memory import LlamaFit, fit_llama
@@ -115,6 +118,7 @@ def forecast(
         context=context,
         memory_budget=memory_budget,
         convert_on=convert_on,
+        storage=storage,
     )
 
 
@@ -127,25 +131,43 @@ def forecast_of(
     context: int | None = None,
     memory_budget: int | None = None,
     convert_on: Gpu | None = None,
+    storage: Storage = LOCAL,
 ) -> Forecast:
-    """As `forecast`, of headers that are read already."""
+    """As `forecast`, of headers that are read already. With ``prune`` all but the weights that are read are those of
+    the model that is left."""
     if headers.zeros and not recipe.allow_zeros:
         more = f"\n... and {len(headers.zeros) - 5:,} more shards." if len(headers.zeros) > 5 else ""
         raise SourceError(
             "\n".join(headers.zeros[:5]) + more,
             hint=ZEROS_HINT,
         )
+    recipe = recipe.within(base_dir)  # what the plan counts of texts and passes lies there too
+    whole = headers.arch
+    if recipe.prune is not None:
+        headers = pruned_headers(headers, recipe.prune)
     plan = make_plan(recipe, headers.arch, headers.infos, headers.stored)
-    plan = replace(plan, warnings=(*headers.notes, *length_notes(recipe, headers.arch), *plan.warnings))
+    plan = replace(
+        plan,
+        warnings=(
+            *headers.notes,
+            *pruning_notes(recipe.prune, whole.routed_experts(), headers.arch),
+            *length_notes(recipe, headers.arch),
+            *plan.warnings,
+        ),
+    )
     if headers.has_shards or os.path.lexists(tokenizer_file(headers.directory)):
         for output in plan.outputs:
             notes = (f"output {output.output.name}: {line}" for line in output.target.check_source(headers.directory))
             plan = replace(plan, warnings=(*plan.warnings, *notes))
+    if recipe.prune is not None and recipe.prune.scores is not None:
+        path = base_dir / recipe.prune.scores
+        refuse_unscored(path, known_scores(path, whole), layers_to_score(plan))
     _find_text(recipe, headers, base_dir)
     if recipe.imatrix is not None:
         ImportanceFile.open(base_dir / recipe.imatrix, headers.arch).close()
     if recipe.sensitivity is not None and recipe.output_aware:
-        _check_fisher(base_dir / recipe.sensitivity, headers)
+        felt = base_dir / recipe.sensitivity
+        check_model(felt, read_sensitivity(felt), fingerprint_of(headers, storage), headers.arch)
     needs = conversion_needs(plan, headers.arch, side_file_bytes(headers.directory))
     if memory_budget is not None:
         check_budget(needs, memory_budget)
@@ -157,18 +179,6 @@ def forecast_of(
         for gpu in (None, convert_on or COMMON_GPU)
     )
     return Forecast(headers, plan, needs, on_cpu, on_gpu, fits)
-
-
-def _check_fisher(folder: Path, headers: SourceHeaders) -> None:
-    """Raise `OutputError` or `SourceError` unless ``folder`` holds a finished Fisher pass of a model of this shape; the
-    conversion itself compares the weights, too."""
-    job, arch = read_sensitivity(folder).job, headers.arch
-    if (job.hidden, len(job.sublayers)) != (arch.hidden_size, arch.n_layers):
-        raise SourceError(
-            f"{folder}: is of another model: {len(job.sublayers):,} layers of width {job.hidden:,}; {arch.n_layers:,} "
-            f"layers of width {arch.hidden_size:,} were needed.",
-            hint="Make it of this checkpoint: quantkit sensitivity.",
-        )
 
 
 def _find_text(recipe: Recipe, headers: SourceHeaders, base_dir: Path) -> None:

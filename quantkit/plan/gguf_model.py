@@ -145,7 +145,7 @@ def _reading(reader: GgufReader, arch: ModelArch) -> GgufReading:
 def _refuse_unknown(reader: GgufReader, arch: ModelArch, reading: GgufReading) -> None:
     """Raise for tensors of which nothing would be left. A whole kv_b_proj beside its parts is in old files."""
     model = arch.gguf()
-    known = {model.stored_name(spec.name)[0] for spec in (*reading.specs, *arch.tensors())}
+    known = {model.stored_name(spec.name)[0] for spec in (*reading.specs, *arch.tensors())} | {*model.constants()}
     unknown = [name for name in reader.tensors if name not in known]
     if unknown:
         more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""

@@ -77,10 +77,13 @@ class Machine:
 
 class Stores:
     """Makes stores for the hidden states of one token set: on the GPU that computes if they fit there, else in memory
-    while they fit the budget, and on disk otherwise."""
+    while they fit the budget, and on disk otherwise. ``rank``: of the processes that use ``folder``, this one."""
 
-    def __init__(self, folder: Path, budget: int, device: torch.device = CPU, device_budget: int = 0) -> None:
+    def __init__(
+        self, folder: Path, budget: int, device: torch.device = CPU, device_budget: int = 0, rank: int = 0
+    ) -> None:
         self._folder = folder
+        self._rank = rank
         self._places = ((device, device_budget), (CPU, budget))
         self._made: WeakSet[MemoryRows] = WeakSet()
         self._numbers = count()
@@ -93,7 +96,7 @@ class Stores:
                 store = MemoryRows(n_rows, length, width, device, dtype)
                 self._made.add(store)
                 return store
-        return FileRows(self._folder / f"scratch-{next(self._numbers)}", n_rows, length, width, dtype)
+        return FileRows(self._folder / f"scratch-{self._rank}-{next(self._numbers)}", n_rows, length, width, dtype)
 
 
 def peak_rss_bytes() -> int:

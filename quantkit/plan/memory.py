@@ -23,7 +23,9 @@ from quantkit.errors import PlanError
 from quantkit.formats.sizes import short_size
 from quantkit.plan.phases import ACTIVATION_COPIES, Phase, Place, Term, phases
 from quantkit.plan.plan import Plan
+from quantkit.plan.router_memory import fitting_routers
 from quantkit.plan.shapes import ModelSizes, Work
+from quantkit.plan.tuning_memory import with_tuning
 from quantkit.tensors import Role
 
 INTERPRETER_BYTES = 430 * 10**6
@@ -113,7 +115,9 @@ def conversion_needs(plan: Plan, arch: ModelArch, side_files: int = 0) -> Needs:
 
 def conversion_phases(work: Work, place: Place, experts: int, cache: int) -> tuple[Phase, ...]:
     """All phases, validation included, with so many experts at once and ``cache`` bytes for weights."""
-    found = tuple(phases(work, place, experts, cache))
+    found = (*phases(work, place, experts, cache), *fitting_routers(work, place))
+    if work.tune is not None:
+        found = with_tuning(work, work.tune, place, found)
     return found if work.windows is None else (*found, _validation(work, work.windows, cache // 2))
 
 
@@ -173,8 +177,9 @@ def _hidden_states(work: Work) -> Term | None:
     routed = streams + shared if work.experts else 0
     entering = work.hidden if work.mtp_layers else 0
     scratch = max(routed, entering, *(block.context for block in work.blocks))
-    nbytes = work.tokens * (streams + scratch) * 4
-    formula = f"{work.tokens:,} tokens x ({work.streams} x {work.hidden:,} + {scratch:,}) x 4 B"
+    tuned = work.hidden * (work.tune is not None)  # what entered the layer, and its target
+    nbytes = work.tokens * (streams + tuned + max(scratch, 2 * tuned)) * 4
+    formula = f"{work.tokens:,} tokens x ({work.stores} x {work.hidden:,} + {max(scratch, 2 * tuned):,}) x 4 B"
     return Term("hidden states", nbytes, formula)
 
 

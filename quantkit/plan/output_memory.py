@@ -9,18 +9,21 @@ from quantkit.calibrate.chunk_sizes import BATCH_TOKENS
 from quantkit.plan.decide import Decision
 from quantkit.plan.shapes import DenseShape, Experts, Work, matrices
 from quantkit.plan.terms import Term
+from quantkit.quantizers.ldlq.rows import ROW_STEPS
 from quantkit.tensors import Projection
 
 STORES = 3
 """Of all tokens of the Fisher pass: a sublayer's input, the gradient at its output, and one that is passed on or that
 routed experts read."""
 GRAPH_COPIES = 12
-"""Numbers that autograd keeps of a token at the widest place of a block, and their gradients."""
+"""Numbers that autograd keeps of a token at the widest place of a block: in an attention queries, keys, values and
+contexts, each before and after, and their gradients."""
 FACTOR_COPIES = 4
 """An output Hessian damped, in the order of rounding, and its factor twice."""
 WHOLE_BUFFERS = 5
 """Of a whole matrix: targets, the same in the order of rows, errors, what later rows leave over, and a product."""
-_BY_HEADS = (Projection.Q, Projection.Q_B, Projection.KV_B)
+BY_HEADS = (Projection.Q, Projection.Q_B, Projection.KV_B)
+"""Linears whose rows belong to heads, between which no moments are taken."""
 
 
 def aware(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
@@ -28,10 +31,16 @@ def aware(decisions: Iterable[Decision]) -> tuple[Decision, ...]:
     return tuple(d for d in decisions if d.method is not None and d.method.output_aware)
 
 
+def rows_at_once_of(decisions: Iterable[Decision], nbytes: int) -> int:
+    """Of ``nbytes`` of weights, those of the rows that are rounded at once."""
+    methods = [d.method for d in decisions if d.method is not None]
+    return nbytes // ROW_STEPS if all(method.output_aware for method in methods) else nbytes
+
+
 def squares(decision: Decision, heads: int) -> int:
     """Numbers of a linear's output Hessian."""
     count, rows, _ = matrices(decision)
-    return count * rows**2 // (heads if decision.spec.projection in _BY_HEADS and count == 1 else 1)
+    return count * rows**2 // (heads if decision.spec.projection in BY_HEADS and count == 1 else 1)
 
 
 def gradient_stores(work: Work, decisions: Iterable[Decision]) -> tuple[int, ...]:

@@ -348,7 +348,8 @@ class _ExpertTerms:
     def slices(self, projections: int) -> Term:
         if not self.shape.decisions:
             return Term("slices", 0, "")
-        return _slices(max(self.shape.decisions, key=buffers_of), 4 * projections * self._matrix, self.place)
+        nbytes = output_memory.rows_at_once_of(self.shape.decisions, 4 * projections * self._matrix)
+        return _slices(max(self.shape.decisions, key=buffers_of), nbytes, self.place)
 
     @property
     def decoded(self) -> Term:

@@ -17,6 +17,7 @@ from quantkit.plan.foldable import refuse_unfoldable
 from quantkit.plan.lengths import length_problems
 from quantkit.plan.packed import rounded_again
 from quantkit.plan.recipe import Output, Recipe
+from quantkit.plan.row_scales import without_row_gains
 from quantkit.plan.source_tensors import SourceTensors, listed_specs, match_source
 from quantkit.plan.targets import Target, target_of
 from quantkit.plan.text_notes import text_notes
@@ -105,10 +106,13 @@ class Plan:
 
     @property
     def follows_original(self) -> bool:
-        """Whether some method follows the unquantised stream beside the quantised one: then hidden states exist
-        twice."""
+        """Whether some method, tuning, or the fit of the routers follows the unquantised stream beside the quantised
+        one: then hidden states exist twice."""
         methods = (decision.method for output in self.outputs for decision in output.decisions.values())
-        return self.recipe.propagate == "quantized" and any(m is not None and m.follows_original for m in methods)
+        tuned = self.recipe.tune is not None and self.recipe.tune.alpha > 0
+        fitted = self.recipe.router != "keep"
+        follows = tuned or fitted or any(m is not None and m.follows_original for m in methods)
+        return self.recipe.propagate == "quantized" and follows
 
     @property
     def calibrates_mtp(self) -> bool:
@@ -152,6 +156,8 @@ def make_plan(
         _plan_output(output, target_of(output, recipe, arch, specs), arch, recipe, source, stored, problems, warnings)
         for output in recipe.outputs
     )
+    if recipe.router != "keep" and not any(spec.role is Role.ROUTER for spec in specs):
+        problems.add("routers", f"router: {recipe.router}: this model has no router.", "Take router: keep.")
     for line in length_problems(recipe, arch):
         problems.add(
             "length", line, "Take shorter sequences: until then attention is dense, and nothing is approximate."
@@ -201,7 +207,7 @@ def _plan_output(
         return OutputPlan(output, target, decisions, (), ())
     tensors = tuple(planned.values())
     lines = [*_dropped_mtp(target, decisions, source), *target.notes(tensors)]
-    lines += rounded_again(decisions.values(), target)
+    lines += [*rounded_again(decisions.values(), target), *without_row_gains(decisions.values())]
     warnings += [f"output {output.name}: {line}" for line in lines]
     return OutputPlan(output, target, decisions, tuple(planned.values()), _sizes(target, decisions, planned))
 

@@ -18,7 +18,10 @@ from pydantic.config import JsonDict, JsonValue
 from quantkit.calibrate.dataset import Calibration
 from quantkit.plan.output_target import OutputTarget
 from quantkit.plan.recipe_file import model_of, read_model, recipe_path, shipped_recipes
+from quantkit.plan.recipe_prune import Prune
+from quantkit.plan.recipe_validation import Validation
 from quantkit.plan.recipe_values import checked_size, fault, one_of, parse_size
+from quantkit.plan.tune import AskedTune
 from quantkit.quantizers import AskedMethod
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
 from quantkit.schemes import ChosenScheme
@@ -109,6 +112,10 @@ class Rule(BaseModel, frozen=True, extra="forbid"):
 Rules = Annotated[tuple[Rule, ...], Field(max_length=1000)]
 
 
+CurvePoint = tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+"""Bytes of tensor data, and the mean KL divergence that is expected there."""
+
+
 class _Output(BaseModel, frozen=True, extra="forbid"):
     """One checkpoint to be written."""
 
@@ -132,6 +139,15 @@ class _Output(BaseModel, frozen=True, extra="forbid"):
         description="What the choice of types expects of the mean KL divergence, for reports; written by "
         "--print-recipe, changes no byte.",
     )
+    predicted_curve: Annotated[tuple[CurvePoint, ...], Field(max_length=100)] = Field(
+        (),
+        description="The same of other sizes of that choice: bytes of tensor data, expected mean KL divergence.",
+    )
+
+    @property
+    def keeps_mtp(self) -> bool:
+        """Whether MTP layers are stored where no rule says so."""
+        return False
 
 
 class FolderOutput(_Output, frozen=True, extra="forbid"):
@@ -178,7 +194,9 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
     )
     rules: Rules = Field((), description="First match wins; without a preset they must match every tensor.")
     mtp: Literal["drop", "keep"] = Field(
-        "drop", description="drop: leave the MTP layer out; keep: rules and preset say how it is stored."
+        "drop",
+        description="drop: leave the MTP layer out; keep: rules and preset say how it is stored, "
+        "or, beside a target, 8 bits.",
     )
     split_max_size: str | None = Field(
         None, description="Largest file, as a number with unit (GB is decimal, GiB binary); null: one file."
@@ -209,49 +227,17 @@ class GgufOutput(_Output, frozen=True, extra="forbid"):
         return self
 
     @property
+    def keeps_mtp(self) -> bool:
+        """Whether MTP layers are stored where no rule says so."""
+        return self.mtp == "keep"
+
+    @property
     def max_shard_bytes(self) -> int | None:
         """``split_max_size`` in bytes."""
         return None if self.split_max_size is None else parse_size(self.split_max_size)
 
 
 Output = Annotated[FolderOutput | GgufOutput, Field(discriminator="format")]
-
-
-class Validation(BaseModel, frozen=True, extra="forbid"):
-    """Perplexity and KL divergence of each output against the reference forward pass of the source, with limits."""
-
-    text: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="`builtin:NAME`, files and globs of .txt, .jsonl, .parquet; relative to the recipe's folder."
-    )
-    context: int = Field(512, ge=2, le=2**20, strict=True, description="Tokens of a window.")
-    max_windows_per_file: int | None = Field(
-        None, ge=1, strict=True, description="At most this many windows of each file, evenly spread; null: all."
-    )
-    max_perplexity_increase: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description='Largest growth of perplexity, as "2%" or 0.02; null: no limit.',
-        json_schema_extra={"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}, {"type": "null"}]},
-    )
-    max_mean_kl: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="Largest mean KL divergence in nats per token; null: no limit."
-    )
-
-    @property
-    def has_limits(self) -> bool:
-        """Whether a result can fail: without limits scores are measured and nothing is promised."""
-        return self.max_perplexity_increase is not None or self.max_mean_kl is not None
-
-    @field_validator("max_perplexity_increase", mode="before")
-    @classmethod
-    def _percent(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", value, re.ASCII)
-        if found is None:
-            raise fault(f'found {value[:40]!r}, needed a percentage such as "2%" or a fraction such as 0.02')
-        return float(found[1]) / 100
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
@@ -270,14 +256,27 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="The folder of a finished `quantkit sensitivity` of this checkpoint, for methods that are "
         "output_aware and outputs with a target; relative to the recipe's folder.",
     )
+    tune: AskedTune = Field(
+        None,
+        description="Tune codes, scales and norms of each whole layer by gradients after it was quantised; true: with "
+        "the defaults. Needs calibration, and one output.",
+    )
     allow_zeros: bool = Field(
         False,
         description="Take shards with rows of zeros at the end, or long runs of them within, as interrupted downloads "
         "leave them.",
     )
+    prune: Prune | None = Field(
+        None, description="Routed experts that are left out of every output, before anything is quantised; null: none."
+    )
     propagate: Literal["quantized", "original"] = Field(
         "quantized",
         description="Weights that the hidden states pass through: those of the first output, or the original ones.",
+    )
+    router: Literal["keep", "least_squares"] = Field(
+        "keep",
+        description="least_squares: routers are changed so that their logits on the quantised stream come near to the "
+        "original's on the unquantised one; every output stores the same. Needs calibration text.",
     )
     outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=32)] = Field(
         description="Checkpoints to write in one pass."
@@ -316,6 +315,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         moved._folder = Path(folder)  # pyright: ignore[reportAttributeAccessIssue]
         return moved
 
+    def tuned(self) -> Recipe:
+        """The same recipe with ``tune``, its own or the defaults. Raises `RecipeError` where that cannot be."""
+        values = self.model_dump(mode="json", exclude_unset=True)
+        return self if self.tune else Recipe.from_dict({**values, "tune": True}, self.folder)
+
     @field_validator("outputs")
     @classmethod
     def _names_differ(cls, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
@@ -325,6 +329,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             if name in names[:place]:
                 raise fault(f"found two outputs named {outputs[place].name!r}, needed different names")
         return outputs
+
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> Recipe:
+        if self.tune is not None:
+            methods = [m for output in self.outputs for m in (output.method, *(rule.method for rule in output.rules))]
+            self.tune.check(methods, self.calibration is not None, self.propagate, len(self.outputs))
+        return self
 
     @model_validator(mode="after")
     def _targets_are_known(self) -> Recipe:
@@ -344,6 +355,27 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             raise fault("found output_aware in a data-free recipe, needed calibration (and sensitivity)")
         if self.sensitivity is None:
             raise fault("found output_aware, needed sensitivity: FOLDER, as `quantkit sensitivity` leaves it")
+        return self
+
+    @model_validator(mode="after")
+    def _routers_have_two_streams(self) -> Recipe:
+        if self.router != "keep" and self.calibration is None:
+            raise fault("found router: least_squares in a data-free recipe, needed calibration")
+        if self.router != "keep" and self.propagate != "quantized":
+            raise fault("found router: least_squares and propagate: original, needed propagate: quantized")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_scored(self) -> Recipe:
+        if self.prune is None:
+            return self
+        if self.calibration is None and self.prune.scores is None:
+            raise fault("found prune in a data-free recipe, needed calibration (its text scores the experts) or scores")
+        if self.sensitivity is not None:
+            raise fault(
+                "found prune and sensitivity, needed one of them: the Fisher pass is of the whole model (prune into a "
+                "checkpoint that keeps its weights, and make the pass of that)"
+            )
         return self
 
     @property

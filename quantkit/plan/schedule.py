@@ -17,6 +17,9 @@ READING = 250
 """A weight is read and decoded in the time in which so many tokens are multiplied with it."""
 AFTER_LAYERS = (FILES, VALIDATION, SCORES)
 COMPILING, PASSING, LAYER, MTP_INPUTS = "compiling kernels", "passing", "layer", "mtp inputs"
+TUNING = "tuning"
+SCORING = "scoring experts"
+"""Before the steps of a schedule: how long it takes is not part of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from quantkit.documents.sensitivity import read_sensitivity
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.plan import Plan
-from quantkit.plan.recipe import Validation
+from quantkit.plan.recipe_validation import Validation
+from quantkit.plan.tune import Tune
 from quantkit.quantizers import Awq
 from quantkit.tensors import Projection, Role, TensorInfo, TensorSpec
 
@@ -80,7 +81,8 @@ class Work:
     ``blocks`` and ``experts`` differ in shape or treatment. ``untaught``: experts without calibration, of MTP layers
     that need none or in a data-free conversion. ``mtp_layers``: those that the text goes on into. ``largest_kept``:
     bytes of the largest tensor that passes through. ``heads``: of attention. ``fisher_tokens``: of the Fisher pass that
-    output-aware methods learn from. ``windows``: of the validation and tokens of one, None without.
+    output-aware methods learn from. ``fits_routers``: whether routers are moved by least squares. ``windows``: of the
+    validation and tokens of one, None without. ``tune``: how layers are tuned, None if they are not.
     """
 
     hidden: int
@@ -98,8 +100,15 @@ class Work:
     largest_kept: int
     heads: int
     fisher_tokens: int
+    fits_routers: bool
     sizes: ModelSizes
     windows: tuple[int, int] | None
+    tune: Tune | None = None
+
+    @property
+    def stores(self) -> int:
+        """Stores of hidden states at a layer's border: its streams, and what entered a layer that is tuned."""
+        return self.streams + (self.tune is not None)
 
     @classmethod
     def of(cls, plan: Plan, arch: ModelArch) -> Work:
@@ -126,8 +135,10 @@ class Work:
             largest_kept=max((_kept_bytes(d) for d in decisions), default=0),
             heads=arch.serving().heads,
             fisher_tokens=_fisher_tokens(plan),
+            fits_routers=plan.recipe.router != "keep",
             sizes=ModelSizes.of(arch),
             windows=None if plan.recipe.validation is None else _windows(plan.recipe.validation, plan.recipe.folder),
+            tune=plan.recipe.tune,
         )
 
 

@@ -19,6 +19,7 @@ from quantkit.errors import RecipeError
 from quantkit.formats.source import read_config
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.recipe_file import nearest
+from quantkit.plan.recipe_prune import parse_prune
 from quantkit.plan.target_words import SPLIT_SIZE, TargetWords
 from quantkit.plan.text_notes import MANY_EXPERTS, TOKENS_OF_MANY_EXPERTS, routed_experts
 from quantkit.runtimes.llama_cpp.presets import FILE_TYPES
@@ -78,7 +79,8 @@ _NUMBER = re.compile(r"\.\d+\.")
 class Shorthand:
     """Options that stand for a recipe. One of ``scheme`` ("w4a16-g32") and ``preset`` ("Q4_K_M") says what is stored;
     ``group_size`` of a scheme: -1 is one scale a row; ``data``, ``tokens``: calibration text and how much of it;
-    ``method``: "gptq", "awq", "rtn", None for gptq; ``target``: a size, in place of scheme and preset."""
+    ``method``: "gptq", "awq", "rtn", None for gptq; ``target``: a size, in place of scheme and preset; ``prune``:
+    experts that go, "25%" or "64"."""
 
     scheme: str | None = None
     preset: str | None = None
@@ -87,6 +89,7 @@ class Shorthand:
     data: tuple[str, ...] = ()
     tokens: int | None = None
     target: TargetWords = TargetWords()
+    prune: str | None = None
 
     @property
     def given(self) -> bool:
@@ -101,6 +104,7 @@ class Shorthand:
             "--preset": self.preset,
             "--group-size": self.group_size,
             "--method": self.method,
+            "--prune": self.prune,
         }
         given = [f"{option} {value}" for option, value in named.items() if value is not None]
         return " ".join((*given, *self.target.words))
@@ -144,8 +148,9 @@ class _Float:
     name: str
 
 
-def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
-    """The recipe that the options stand for on this model. Reads config.json only.
+def shorthand_recipe(source: Path, options: Shorthand, packed: frozenset[Role] = frozenset()) -> Recipe:
+    """The recipe that the options stand for on this model. Reads config.json only. ``packed``: roles of tables that
+    the source holds in blocks (see `packed_tables`), which a scheme's output keeps in bfloat16.
 
     Raises `RecipeError`, in one line, for options that are unknown or contradict each other, `SourceError` and
     `ConfigError` for a folder without a config.json that is known.
@@ -154,7 +159,7 @@ def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     output = _target(options) if stored is None else {}
     arch = arch_of(read_config(source))
     if isinstance(stored, _Widths | _Float):
-        rules = _rules(stored, tuple(arch.tensors()))
+        rules = _rules(stored, tuple(arch.tensors()), packed)
         output |= {"name": stored.name, "format": "compressed-tensors", "rules": rules}
     elif stored is not None:
         output |= {"name": stored, "format": "gguf", "preset": stored, "split_max_size": SPLIT_SIZE}
@@ -169,6 +174,8 @@ def shorthand_recipe(source: Path, options: Shorthand) -> Recipe:
     }
     if options.method != "rtn" or options.data or options.tokens:
         values["calibration"] = _calibration(options, arch)
+    if options.prune is not None:
+        values["prune"] = {"experts": parse_prune(options.prune)}
     if options.target.sensitivity is not None:
         values["sensitivity"] = options.target.sensitivity
     return Recipe.from_dict(values)
@@ -185,12 +192,16 @@ def recipe_yaml(recipe: Recipe) -> str:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _rules(stored: _Widths | _Float, specs: Sequence[TensorSpec]) -> list[Mapping[str, object]]:
+def _rules(
+    stored: _Widths | _Float, specs: Sequence[TensorSpec], packed: frozenset[Role]
+) -> list[Mapping[str, object]]:
     """MTP is dropped, what is no linear kept, and each scheme has one rule; where groups do not divide the inputs of
     some linears, these have a rule before it."""
     roles = {spec.role for spec in specs}
     rules: list[Mapping[str, object]] = [{"match": "role:mtp", "drop": True}] if Role.MTP in roles else []
-    rules.append({"match": _match(_OTHERS, roles), "keep": "source"})
+    rules.append({"match": _match(_OTHERS, roles - packed), "keep": "source"})
+    if packed:
+        rules.append({"match": _match(_OTHERS, roles & packed), "keep": "bf16"})
     if isinstance(stored, _Float):
         linears = tuple(reversed(_LINEARS))
         return [*rules, {"match": _match(linears, roles), "scheme": {"kind": stored.name}}]

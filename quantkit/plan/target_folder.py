@@ -8,7 +8,9 @@ from pathlib import Path
 from quantkit.arch.base import ServingSizes
 from quantkit.errors import SchemeError
 from quantkit.formats.folder import FolderLayout, FolderSink, FolderSource
+from quantkit.formats.fp8_source import Fp8Source
 from quantkit.formats.planned import PlannedTensor
+from quantkit.formats.source import open_plain, quant_method, read_config
 from quantkit.plan.named_schemes import named_schemes
 from quantkit.plan.recipe import FolderOutput, Rule
 from quantkit.runtimes import int4_g32, mlx, transformers
@@ -130,8 +132,10 @@ class FolderTarget:
         halves = tensors if self._output.format == contract.COMPRESSED_TENSORS else ()
         return (command.serve(folder, halves),)
 
-    def open_written(self, directory: Path) -> FolderSource:
-        """See `FolderSource`."""
+    def open_written(self, directory: Path) -> FolderSource | Fp8Source:
+        """See `FolderSource`; a checkpoint of which nothing is quantised is a plain one."""
+        if quant_method(read_config(directory)) is None:
+            return open_plain(directory)
         return FolderSource(directory, self._layout.reader)
 
     def _refusal(self, tensor: PlannedTensor) -> str:

@@ -15,7 +15,7 @@ from quantkit.arch.parts import GgufEntry, in_parts, stored_tensors
 from quantkit.errors import SchemeError
 from quantkit.formats.gguf import sink
 from quantkit.formats.gguf.imatrix import ImatrixEntry, imatrix_layout
-from quantkit.formats.gguf.layout import layout_gguf
+from quantkit.formats.gguf.layout import GgufTensor, layout_gguf
 from quantkit.formats.gguf.values import Value, array, boolean, f32, string, u32
 from quantkit.formats.planned import PlannedTensor
 from quantkit.formats.source import checkpoint_name
@@ -23,6 +23,7 @@ from quantkit.plan.named_schemes import named_schemes
 from quantkit.plan.recipe import GgufOutput, Recipe, Rule
 from quantkit.runtimes.llama_cpp import contract, presets
 from quantkit.runtimes.llama_cpp.command import DRAFT_FLAGS, serve
+from quantkit.runtimes.llama_cpp.preset_attention import AttentionSizes
 from quantkit.schemes import ChosenScheme, GgmlScheme, Scheme, describe
 from quantkit.schemes.ggml.types import BLOCK_TYPES
 from quantkit.schemes.repacking import block_type
@@ -90,6 +91,7 @@ class GgufTarget:
             importance=self._recipe.calibration is not None or self._recipe.imatrix is not None,
             tied=self._arch.lm_head == self._arch.embed,
             downs=self._downs.get(stored.name, 0),
+            attention=self._attention,
         )
         return _rule_of(kind or "F32")
 
@@ -136,7 +138,7 @@ class GgufTarget:
 
         known = tokenizer_file(source).exists()
         values = self._key_values(source, tensors) if known else {}
-        stored = sink.stacked_tensors(tensors, self._model.stored_name)
+        stored = self._file_tensors(tensors)
         return layout_gguf(self.stem(source), values, stored, self._output.max_shard_bytes).nbytes
 
     def problems(self, tensors: Sequence[PlannedTensor]) -> list[str]:
@@ -183,7 +185,7 @@ class GgufTarget:
         layout = layout_gguf(
             self.stem(source),
             self._key_values(source, tensors),
-            sink.stacked_tensors(tensors, self._model.stored_name),
+            self._file_tensors(tensors),
             self._output.max_shard_bytes,
         )
         importance: dict[str, ImatrixEntry] = {}
@@ -193,7 +195,9 @@ class GgufTarget:
             chunks = -(-calibration.tokens // calibration.sequence_length)
             layout = combined(layout, imatrix_layout(entries, calibration.data, chunks, calibration.sequence_length))
             importance = {entry.name: entry for entry in entries}
-        return sink.GgufSink.open(directory, layout, tensors, self._model.stored_name, importance)
+        opened = sink.GgufSink.open(directory, layout, tensors, self._model.stored_name, importance)
+        opened.write_constants(self._model.constants())
+        return opened
 
     def write_side_files(
         self, directory: Path, source: Path, config: Mapping[str, object], tensors: Sequence[PlannedTensor], mtp: bool
@@ -212,7 +216,7 @@ class GgufTarget:
 
     def serve_commands(self, source: Path, tensors: Sequence[PlannedTensor], folder: str = ".") -> tuple[str, ...]:
         """llama.cpp's server on the first file."""
-        stored = sink.stacked_tensors(tensors, self._model.stored_name)
+        stored = self._file_tensors(tensors)
         first = layout_gguf(self.stem(source), {}, stored, self._output.max_shard_bytes).files[0].file
         flags = (*self._model.server_flags(), *(DRAFT_FLAGS if self._mtp_stored(tensors) else ()))
         return (serve(first if folder == "." else f"{folder}/{first}", flags),)
@@ -222,6 +226,11 @@ class GgufTarget:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint_name(source))[:MAX_STEM].strip("-.") or "model"
         return f"{name}-{self._output.name}"
 
+    def _file_tensors(self, tensors: Sequence[PlannedTensor]) -> list[GgufTensor]:
+        constants = self._model.constants().items()
+        own = (GgufTensor(name, (len(values),), "F32") for name, values in constants)
+        return [*sink.stacked_tensors(tensors, self._model.stored_name), *own]
+
     @cached_property
     def _stored(self) -> dict[str, GgufEntry]:
         """Tensors of the file by name, MTP layers included."""
@@ -230,6 +239,11 @@ class GgufTarget:
     @cached_property
     def _downs(self) -> dict[str, int]:
         return presets.downs_before(self._stored)
+
+    @cached_property
+    def _attention(self) -> AttentionSizes:
+        sizes = self._arch.serving()
+        return AttentionSizes.of(self._model.architecture, self._n_layers, sizes.heads, sizes.kv_heads)
 
     @cached_property
     def _n_experts(self) -> int:

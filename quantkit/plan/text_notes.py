@@ -14,6 +14,10 @@ TOKENS_OF_MANY_EXPERTS = 524288
 """Calibration tokens that such a model should have at least."""
 
 
+TOKENS_TO_TUNE = 32768
+"""Calibration tokens from which tuning of layers is worth its time."""
+
+
 def routed_experts(arch: ModelArch) -> int:
     """Routed experts of a layer, 0 for a dense model."""
     return 1 + max((spec.expert for spec in arch.tensors() if spec.expert is not None), default=-1)
@@ -54,7 +58,7 @@ def text_notes(recipe: Recipe, arch: ModelArch) -> list[str]:
     experts, and one if experts get too few tokens."""
     spread = expert_tokens(recipe, arch)
     of_experts = [] if spread is None else [*_builtin_notes(recipe, spread), *_rank_notes(recipe, spread)]
-    return [*_same_text_notes(recipe), *of_experts]
+    return [*_same_text_notes(recipe), *_tuning_notes(recipe), *of_experts]
 
 
 def _same_text_notes(recipe: Recipe) -> list[str]:
@@ -62,6 +66,15 @@ def _same_text_notes(recipe: Recipe) -> list[str]:
         return []
     both = [name for name in recipe.calibration.data if name in recipe.validation.text]
     return [f"{name} calibrates and validates: what is measured on it flatters the result." for name in both]
+
+
+def _tuning_notes(recipe: Recipe) -> list[str]:
+    if recipe.tune is None or recipe.calibration is None or recipe.calibration.tokens >= TOKENS_TO_TUNE:
+        return []
+    return [
+        f"tune with {recipe.calibration.tokens:,} calibration tokens, of which a tenth only decides: from few tokens a "
+        f"layer learns them by heart, and more of its tuning is discarded. Take {TOKENS_TO_TUNE:,} or more."
+    ]
 
 
 def _builtin_notes(recipe: Recipe, spread: TokensPerExpert) -> list[str]:

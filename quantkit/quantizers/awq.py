@@ -86,6 +86,11 @@ class Awq(BaseModel, frozen=True, extra="forbid"):
         return False
 
     @property
+    def row_gains(self) -> bool:
+        """Whether ``then`` gives rows gains."""
+        return self.then.row_gains
+
+    @property
     def shrinkage(self) -> tuple[float, float]:
         """See `Gptq.shrinkage`."""
         return self.then.shrinkage

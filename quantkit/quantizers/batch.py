@@ -23,12 +23,16 @@ again and again; larger ones are new pages each time, and zeroing them took long
 DEVICE_SLICE_BYTES = 3 * 2**29
 """Float32 bytes of the rows that a GPU quantises at once: there short slices cost launches."""
 
+ALIGNED = 64
+"""Slices have a multiple of so many rows: matrix products with odd sides miss the tensor cores (6 times as long)."""
+
 
 def in_slices(weight: Tensor, *, short: bool = False) -> tuple[Tensor, ...]:
     """weight (B, out, in) float32 as slices of rows, which do not depend on each other; ``short`` ones on a
     processor."""
     nbytes = DEVICE_SLICE_BYTES if weight.is_cuda else SHORT_SLICE_BYTES if short else SLICE_BYTES
-    return weight.split(max(1, nbytes // (4 * weight.shape[-1] * len(weight))), dim=1)
+    rows = nbytes // (4 * weight.shape[-1] * len(weight))
+    return weight.split(max(1, rows if rows < ALIGNED else rows // ALIGNED * ALIGNED), dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +125,10 @@ class Quantizer(Protocol):
         *,
         reach: Tensor | None = None,
         output_factor: OutputFactor | None = None,
+        to_residual: bool = False,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 and the scheme to store it in -> what is stored. ``reach`` (B,): see `grid` of
         schemes that have ``shares_scale``. ``output_factor``: of what errors of the outputs cost, for
-        methods that are ``output_aware``."""
+        methods that are ``output_aware``. ``to_residual``: whether the linears' outputs are added to the residual
+        stream."""
         ...

@@ -8,7 +8,7 @@ The numerics are in `quantkit.quantizers.ldlq.factor`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Literal
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from quantkit.calibrate.inputs import Inputs
     from quantkit.quantizers.batch import QuantizedBatch, QuantizedRows, Quantizer
     from quantkit.quantizers.ldlq.factor import Factor
+    from quantkit.quantizers.ldlq.polish import Polished
     from quantkit.quantizers.ldlq.two_sided import OutputFactor
     from quantkit.schemes import ChosenScheme
-    from quantkit.schemes.grid import Stored
+    from quantkit.schemes.grid import Grid, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,12 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         "sensitivity`, which the recipe names.",
     )
 
+    row_gains: bool = Field(
+        False,
+        description="Rows of linears that add to the residual stream (o, down) get gains by least squares of their "
+        "outputs, folded into the stored scales. Only integers and block types of ggml take them, but for MXFP4.",
+    )
+
     @property
     def needs_inputs(self) -> bool:
         """Whether the method can't work without calibration inputs."""
@@ -132,15 +139,45 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         prepared: PreparedInputs,
         reach: Tensor | None = None,
         output_factor: OutputFactor | None = None,
+        to_residual: bool = False,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales. Without an output Hessian rows are independent and go
         through a slice at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices
+        from quantkit.quantizers.row_gains import takes_row_gains
 
         if output_factor is not None:
-            return self._two_sided(weight, scheme, prepared, reach, output_factor)
-        parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight)]
-        return QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
+            made = self._two_sided(weight, scheme, prepared, reach, output_factor)
+        else:
+            parts = [self._quantize_rows(part, scheme, prepared, reach) for part in in_slices(weight)]
+            made = QuantizedBatch.of(scheme, parts, prepared.fallbacks(scheme))
+        if self.row_gains and to_residual and takes_row_gains(scheme):
+            return self._gained(made, weight, prepared)
+        return made
+
+    def _gained(self, made: QuantizedBatch, weight: Tensor, prepared: PreparedInputs) -> QuantizedBatch:
+        """With gains of rows in its scales; the loss is that of the new weights. An ``output_loss`` is that before."""
+        from quantkit.quantizers.batch import QuantizedBatch, in_slices
+
+        parts: list[QuantizedRows] = []
+        start = 0
+        for part in in_slices(weight):
+            stop = start + part.shape[1]
+            parts.append(self._gained_rows(made.rows(start, stop), part, prepared))
+            start = stop
+        changed = QuantizedBatch.of(made.scheme, parts, made.fallbacks)
+        return replace(made, stored=changed.stored, loss=changed.loss)
+
+    def _gained_rows(self, made: QuantizedBatch, weight: Tensor, prepared: PreparedInputs) -> QuantizedRows:
+        from quantkit.quantizers.batch import QuantizedRows
+        from quantkit.quantizers.ldlq.factor import row_loss
+        from quantkit.quantizers.row_gains import gained, row_gains
+
+        hessian = prepared.factor.hessian
+        gains = row_gains(weight, made.decode(), hessian, prepared.cross)
+        stored = gained(made.scheme, made.stored, gains)
+        error = self._target(weight, prepared) - made.scheme.decode(**stored)
+        return QuantizedRows(stored, row_loss(error, hessian), made.norm)
 
     def _two_sided(
         self,
@@ -150,17 +187,18 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         reach: Tensor | None,
         output_factor: OutputFactor,
     ) -> QuantizedBatch:
+        from quantkit.kernels.recorded import Recorded
         from quantkit.quantizers.batch import QuantizedBatch
         from quantkit.quantizers.ldlq import factor as ldlq_factor
         from quantkit.quantizers.ldlq import two_sided
 
         if reach is None and scheme.shares_scale:
             reach = weight.abs().amax((-2, -1))  # of the whole matrix, not of the rows at hand
-        hessian = prepared.factor.hessian
+        hessian, descend = prepared.factor.hessian, Recorded(partial(self._descended, prepared.factor))
         rounded = two_sided.round_rows(
             self._target(weight, prepared),
             output_factor,
-            lambda rows: self._rounded(rows, scheme, prepared, reach)[0],
+            lambda rows: self._rounded(rows, scheme, prepared, reach, descend)[0],
             lambda stored: scheme.decode(**stored),
         )
         loss, norm = (ldlq_factor.row_loss(one, hessian) for one in (rounded.error, weight))
@@ -186,12 +224,16 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
         return QuantizedRows(*self._rounded(self._target(weight, prepared), scheme, prepared, reach), norm)
 
     def _rounded(
-        self, target: Tensor, scheme: ChosenScheme, prepared: PreparedInputs, reach: Tensor | None
+        self,
+        target: Tensor,
+        scheme: ChosenScheme,
+        prepared: PreparedInputs,
+        reach: Tensor | None,
+        descend: Callable[[Grid, Tensor], Polished] | None = None,
     ) -> tuple[Stored, Tensor]:
-        """What is stored of some rows (B, rows, in), and tr(E H E^T) of each (B, rows)."""
+        """What is stored of some rows (B, rows, in), and tr(E H E^T) of each (B, rows). ``descend``: `_descended`
+        already recorded."""
         from quantkit.quantizers.ldlq import factor as ldlq_factor
-        from quantkit.quantizers.ldlq import polish as ldlq_polish
-        from quantkit.quantizers.ldlq import sweep as ldlq_sweep
         from quantkit.quantizers.ldlq import vectors as ldlq_vectors
 
         factor = prepared.factor
@@ -201,10 +243,17 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
             error = ldlq_vectors.sweep_vectors(vectors, target, prepared.in_storage_order())
             return vectors.stored(), ldlq_factor.row_loss(error, factor.hessian)
         grid = scheme.grid(target, importance, points=grid_points(self), signed=self.signed, reach=reach)
-        if not self.polish:
-            loss = target.new_zeros(target.shape[:2])
-            codes = ldlq_sweep.sweep(grid, target, factor, loss)
-            return grid.stored(codes, grid.scale, grid.offset), loss
-        codes = ldlq_sweep.sweep(grid, target, factor)
-        polished = ldlq_polish.polish(grid, target, codes, factor.hessian, self.polish)
-        return grid.stored(polished.codes, polished.scale, polished.offset), polished.loss
+        found = (descend or partial(self._descended, factor))(grid, target)
+        return grid.stored(found.codes, found.scale, found.offset), found.loss
+
+    def _descended(self, factor: Factor, grid: Grid, target: Tensor) -> Polished:
+        """Codes by the sweep, and after coordinate descent if there is any. A GPU records it: it waits for nothing."""
+        from quantkit.quantizers.ldlq import polish as ldlq_polish
+        from quantkit.quantizers.ldlq import sweep as ldlq_sweep
+
+        if self.polish:
+            codes = ldlq_sweep.sweep(grid, target, factor)
+            return ldlq_polish.polish(grid, target, codes, factor.hessian, self.polish)
+        loss = target.new_zeros(target.shape[:2])
+        codes = ldlq_sweep.sweep(grid, target, factor, loss)
+        return ldlq_polish.Polished(codes, grid.scale, grid.offset, loss)

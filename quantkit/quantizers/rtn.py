@@ -54,6 +54,11 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         return False
 
     @property
+    def row_gains(self) -> bool:
+        """Whether rows get gains (`quantkit.quantizers.row_gains`)."""
+        return False
+
+    @property
     def shrinkage(self) -> tuple[float, float]:
         """None: the importance of single inputs needs few tokens."""
         return 0.0, 0.0
@@ -73,6 +78,7 @@ class Rtn(BaseModel, frozen=True, extra="forbid"):
         prepared: Tensor | None,
         reach: Tensor | None = None,
         output_factor: OutputFactor | None = None,
+        to_residual: bool = False,
     ) -> QuantizedBatch:
         """weight (B, out, in) float32 -> codes and scales, a slice of rows at a time."""
         from quantkit.quantizers.batch import QuantizedBatch, in_slices

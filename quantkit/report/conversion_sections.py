@@ -26,7 +26,12 @@ def sections(
     found = [
         _section("size", "Where the bytes are", _size(converted), group),
         _section("errors", "What quantisation lost", _errors(converted), group),
-        _section("experts", "Experts", [*(_experts(converted) if experts else ()), *_expert_errors(result)], group),
+        _section(
+            "experts",
+            "Experts",
+            [*_pruned(converted), *(_experts(converted) if experts else ()), *_expert_errors(result)],
+            group,
+        ),
         _section("recipe", "Recipe", _recipe(converted) if recipe else (), group),
     ]
     return tuple(section for section in found if section.blocks)
@@ -207,6 +212,25 @@ def _worst_table(converted: LabelledConversion) -> Table:
 
 
 # ------------------------------------------------------------------------------------------------------------- experts
+
+
+def _pruned(converted: LabelledConversion) -> list[Block]:
+    """Which experts went, by layer, and how much of the scores of all went with them."""
+    record = converted.document.pruning
+    if record is None:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for layer, kept in record.kept.items():
+        scores = [expert.score for expert in record.scores.get(layer, ())]
+        gone = sorted(set(range(len(scores))) - set(kept))
+        share = sum(scores[number] for number in gone) / (sum(scores) or 1.0)
+        rows.append((str(layer), f"{len(kept):,}", f"{share:.1%}", ", ".join(map(str, gone))))
+    note = Note(
+        f"Of {record.experts:,} routed experts in each layer those with the lowest scores were left out: mean of gate "
+        "weight times norm of the output over an expert's tokens, on the calibration text. Experts of this conversion "
+        "have their new numbers below."
+    )
+    return [note, Table(("layer", "kept", "share of the scores that went", "left out"), tuple(rows), long=True)]
 
 
 def _experts(converted: LabelledConversion) -> list[Block]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
 
@@ -114,6 +116,14 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
         scale, zero_point = self.fit(weight, importance, grid=points, signed=signed)
         return _stored(self.encode(weight, scale, zero_point), scale, zero_point)
 
+    def tunable(self, stored: Stored) -> Tunable:
+        """What gradients may change of stored matrices (B, out, in)."""
+        from quantkit.schemes.tunable import TunableIntegers
+
+        return TunableIntegers(
+            self.bits, stored["codes"], stored["scale"], stored.get("zero_point"), partial(representable, self)
+        )
+
     def encode(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Nearest code, ties to even. weight (..., out, in) float32, scale (..., out, groups) -> (..., out, in)
         uint8."""
@@ -131,6 +141,16 @@ class IntScheme(BaseModel, frozen=True, extra="forbid"):
             return decode_triton.decode(codes, scale, 2.0 ** (self.bits - 1) if zero_point is None else zero_point)
         grouped = _grouped(codes.float(), scale.shape[-1])
         return ((grouped - self._zero(zero_point)) * scale.float().unsqueeze(-1)).view(codes.shape)
+
+    @property
+    def takes_row_gains(self) -> bool:
+        """See `quantkit.quantizers.row_gains`: scales are floats of each row."""
+        return True
+
+    def with_row_gains(self, stored: Stored, gains: Tensor) -> Stored:
+        """What is stored, scales times gains (..., out) float32, rounded to their dtype."""
+        scale = stored["scale"]
+        return {**stored, "scale": (scale.float() * gains.unsqueeze(-1)).to(scale.dtype)}
 
     def _zero(self, zero_point: Tensor | None) -> Tensor | float:
         return float(2 ** (self.bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)

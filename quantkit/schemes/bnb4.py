@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 LEVELS = {
     "nf4": (
@@ -88,14 +89,18 @@ class Bnb4Scheme(BaseModel, frozen=True, extra="forbid"):
         """(16,) float32 by code."""
         import torch
 
-        return torch.tensor(LEVELS[self.type], device=device)
+        from quantkit.kernels.backend import constants
+
+        return constants(LEVELS[self.type], torch.float32, device)
 
     def nested_levels(self, device: torch.device) -> Tensor:
         """(256,) float32, rising: 0, then powers up to 1."""
         import torch
 
+        from quantkit.kernels.backend import constants
+
         powers = torch.exp2(torch.linspace(-NESTED_RANGE, 0, 255, dtype=torch.float64)).float()
-        return torch.cat((torch.zeros(1), powers)).to(device)
+        return constants((0.0, *powers.tolist()), torch.float32, device)
 
     def grid(
         self, weight: Tensor, importance: Tensor | None, *, points: int, signed: bool, reach: Tensor | None = None
@@ -124,6 +129,10 @@ class Bnb4Scheme(BaseModel, frozen=True, extra="forbid"):
         divisor = grid.scale.masked_fill(grid.scale == 0, torch.inf).unsqueeze(-1)
         units = (weight.unflatten(-1, (-1, self.block_size)) / divisor).flatten(-2)
         return grid.stored(torch.bucketize(units, _middles(grid.table)), grid.scale, None)
+
+    def tunable(self, stored: Stored) -> Tunable | None:
+        """Nothing of stored matrices is tuned by gradients."""
+        return None
 
     def decode(self, codes: Tensor, scale: Tensor, nested_absmax: Tensor | None = None) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, blocks) float32, or uint8 codes with nested_absmax (..., out, 1)
@@ -159,7 +168,11 @@ class Bnb4Grid:
     @property
     def table(self) -> Tensor:
         """The different levels, rising."""
-        return self.scheme.levels(self.scale.device).unique()
+        import torch
+
+        from quantkit.kernels.backend import constants
+
+        return constants(tuple(sorted(set(LEVELS[self.scheme.type]))), torch.float32, self.scale.device)
 
     def storable(self, wanted: Tensor) -> Tensor:
         """The nearest scales (B, out, ...) that can be stored, never negative."""

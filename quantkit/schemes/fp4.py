@@ -36,7 +36,17 @@ def table(device: torch.device) -> Tensor:
     """(15,) float32: the different values, rising."""
     import torch
 
-    return torch.tensor(_RISING, device=device)
+    from quantkit.kernels.backend import constants
+
+    return constants(_RISING, torch.float32, device)
+
+
+def places(codes: Tensor) -> Tensor:
+    """Stored codes, any integers -> places in `table`, uint8."""
+    import torch
+
+    places = [_RISING.index(level) for level in LEVELS]
+    return torch.tensor(places, dtype=torch.uint8, device=codes.device)[codes.int()]
 
 
 def stored_codes(codes: Tensor) -> Tensor:

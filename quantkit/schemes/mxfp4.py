@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 _BLOCK = BLOCK_TYPES["MXFP4"]
 _BIAS = 127
@@ -85,12 +86,15 @@ class Mxfp4Scheme(BaseModel, frozen=True, extra="forbid"):
         grid = self.grid(weight, importance, points=points, signed=signed)
         return {"codes": encode(_BLOCK, weight, grid.params), "scale": _exponents(grid.params.d)}
 
+    def tunable(self, stored: Stored) -> Tunable:
+        """What gradients may change of stored matrices (B, out, in)."""
+        from quantkit.schemes.tunable import TunableFloats
+
+        return TunableFloats(stored["codes"], _powers(stored["scale"]), stored)
+
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, groups) uint8 -> weight (..., out, in) float32."""
-        import torch
-
-        power = scale.int() - _BIAS
-        return fp4.decoded(codes, torch.ldexp(torch.ones_like(power, dtype=torch.float32), power))
+        return fp4.decoded(codes, _powers(scale))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,14 @@ class Mxfp4Grid(BlockGrid):
     def stored(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Stored:
         """Codes (B, out, in) as they are stored, and the exponents of the scales."""
         return {"codes": fp4.stored_codes(codes), "scale": _exponents(scale)}
+
+
+def _powers(scale: Tensor) -> Tensor:
+    """Biased exponents uint8 -> powers of two, float32."""
+    import torch
+
+    power = scale.int() - _BIAS
+    return torch.ldexp(torch.ones_like(power, dtype=torch.float32), power)
 
 
 def _exponents(d: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 GROUP = 32
 FLOAT8_MAX = 448.0
@@ -88,6 +89,10 @@ class Mxfp8Scheme(BaseModel, frozen=True, extra="forbid"):
         units = weight.unflatten(-1, (-1, GROUP)) / _powers(exponents).unsqueeze(-1)
         codes = units.clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         return {"codes": codes.flatten(-2), "scale": exponents}
+
+    def tunable(self, stored: Stored) -> Tunable | None:
+        """Nothing of stored matrices is tuned by gradients."""
+        return None
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """codes (..., out, in) uint8, the bits of e4m3, scale (..., out, groups) uint8 -> weight (..., out, in)

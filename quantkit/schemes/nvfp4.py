@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 GROUP = 16
 FLOAT8_MAX = 448.0
@@ -92,6 +93,12 @@ class Nvfp4Scheme(BaseModel, frozen=True, extra="forbid"):
         grid = self.grid(weight, importance, points=points, signed=signed, reach=reach)
         units = (weight.unflatten(-1, (-1, GROUP)) / grid.scale.unsqueeze(-1)).flatten(-2)
         return grid.stored(fp4.nearest(units, grid.table), grid.scale, None)
+
+    def tunable(self, stored: Stored) -> Tunable:
+        """What gradients may change of stored matrices (B, out, in)."""
+        from quantkit.schemes.tunable import TunableFloats
+
+        return TunableFloats(stored["codes"], stored["scale"].float() / stored["global_scale"], stored)
 
     def decode(self, codes: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, groups) float8_e4m3fn, global_scale (..., out, 1) float32, the

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.schemes.grid import Stored, VectorGrid
+    from quantkit.schemes.tunable import Tunable
 
 INT4 = IntScheme(bits=4, group_size=128, symmetric=True, scale_dtype="bfloat16")
 """What lies in the file."""
@@ -91,6 +92,10 @@ class W4AFp8Scheme(BaseModel, frozen=True, extra="forbid"):
         """Fitted scales and nearest codes of weight (B, out, in), as `decode` takes them."""
         grid = self.grid(weight, importance, points=points, signed=signed)
         return grid.stored(INT4.encode(weight, grid.scale), grid.scale, None)
+
+    def tunable(self, stored: Stored) -> Tunable | None:
+        """Nothing of stored matrices is tuned by gradients."""
+        return None
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """codes (..., out, in) uint8, scale (..., out, groups) bfloat16 -> weight (..., out, in) float32."""

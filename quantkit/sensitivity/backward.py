@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -51,46 +52,44 @@ class LayerPass:
     def forward(self, sublayers: tuple[Sublayer, ...], x: RowStore) -> None:
         """Carry ``x`` in place through some sublayers."""
         if sublayers:
-            scratch = self.new_rows()
-            forward_layer(sublayers, self.weights, x, scratch, self.device)
-            scratch.close()
+            with closing(self.new_rows()) as scratch:
+                forward_layer(sublayers, self.weights, x, scratch, self.device)
 
     def backward(self, sublayer: Sublayer, x: RowStore, gradient: RowStore, sums: FisherSums) -> None:
         """Carry ``gradient`` in place from a sublayer's output to its input ``x``; add up what its linears' outputs
         get."""
         dense = [block for block in sublayer if isinstance(block, DenseBlock)]
-        routed = [self._experts(block, x, gradient, sums) for block in sublayer if isinstance(block, ExpertBlock)]
-        for start, stop in row_batches(x, self.device):
-            rows, given = (store.read(start, stop).to(self.device).float() for store in (x, gradient))
-            added, found = rows_gradients(dense, self.weights, rows, given)
-            for named in found:
-                sums.add(named)
-            del found
-            for block, into, shares in routed:
-                added = added + self._into_rows(block, rows, into.read(start, stop), shares[_span(x, start, stop)])
-            gradient.write(start, given + added)
-        for _, into, _ in routed:
-            into.close()
-
-    def _experts(
-        self, block: ExpertBlock, x: RowStore, gradient: RowStore, sums: FisherSums
-    ) -> tuple[ExpertBlock, RowStore, Tensor]:
-        """The block, the gradient at what its experts read, in a new store, and that of the gate weights (tokens,
-        experts) float32 where the stream lies, 0 for experts that a token did not choose."""
-        into = self.new_rows()
-        experts = ExpertGradients.of(block, self.weights, x, gradient, self.new_rows, self.device)
-        shares = torch.zeros(x.n_rows * x.length, block.n_experts, device=x.device)
-        for expert in range(block.n_experts):
-            names = (block.gates[expert], block.ups[expert], block.downs[expert])
-            for part in experts.passes(expert):
-                for named in zip(names, (part.gate, part.up, part.down), strict=True):
+        with ExitStack() as stack:
+            routed: list[tuple[ExpertBlock, RowStore, Tensor]] = []
+            for block in sublayer:
+                if isinstance(block, ExpertBlock):
+                    into = stack.enter_context(closing(self.new_rows()))
+                    routed.append((block, into, self._experts(block, x, gradient, into, sums)))
+            for start, stop in row_batches(x, self.device):
+                rows, given = (store.read(start, stop).to(self.device).float() for store in (x, gradient))
+                added, found = rows_gradients(dense, self.weights, rows, given)
+                for named in found:
                     sums.add(named)
-                into.add(part.token, part.into(), torch.ones_like(part.share))
-                shares[part.token.to(x.device), expert] = part.share.to(x.device)
-            if not experts.tokens.count(expert):
-                self._unseen(names, sums)
-        experts.close()
-        return block, into, shares
+                del found
+                for block, into, shares in routed:
+                    added = added + self._into_rows(block, rows, into.read(start, stop), shares[_span(x, start, stop)])
+                gradient.write(start, given + added)
+
+    def _experts(self, block: ExpertBlock, x: RowStore, gradient: RowStore, into: RowStore, sums: FisherSums) -> Tensor:
+        """Add the gradient at what the block's experts read to ``into`` -> that of the gate weights (tokens, experts)
+        float32 where the stream lies, 0 for experts that a token did not choose."""
+        shares = torch.zeros(x.n_rows * x.length, block.n_experts, device=x.device)
+        with closing(ExpertGradients.of(block, self.weights, x, gradient, self.new_rows, self.device)) as experts:
+            for expert in range(block.n_experts):
+                names = (block.gates[expert], block.ups[expert], block.downs[expert])
+                for part in experts.passes(expert):
+                    for named in zip(names, (part.gate, part.up, part.down), strict=True):
+                        sums.add(named)
+                    into.add(part.token, part.into(), torch.ones_like(part.share))
+                    shares[part.token.to(x.device), expert] = part.share.to(x.device)
+                if not experts.tokens.count(expert):
+                    self._unseen(names, sums)
+        return shares
 
     def _unseen(self, names: tuple[str, ...], sums: FisherSums) -> None:
         for name in names:

@@ -10,7 +10,7 @@ Files are made in full size before the work begins, and written by rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -89,15 +89,19 @@ def _parts(job: FisherJob) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, job.rows)
 
 
-def fill(path: Path, offset: int, job: FisherJob, store: RowStore) -> None:
-    """Fill ``store`` from a file's bytes from ``offset`` on. Raises `SourceError` if it ends early."""
+def fill(path: Path, offset: int, job: FisherJob, store: RowStore, rows: Sequence[int] | None = None) -> None:
+    """Fill ``store`` from the tensor at a file's byte ``offset``, with all of its rows or with ``rows``. Raises
+    `SourceError` if the file ends early."""
     files = ShardFiles(path.parent, {path.name: _size(path)})
+    spans = _parts(job) if rows is None else ((row, row + 1) for row in rows)
+    place = 0
     try:
         with files.borrow(path.name) as file:
-            for start, stop in _parts(job):
-                rows = torch.empty(stop - start, job.length, job.hidden, dtype=_dtype(job))
-                read_into(file, rows, offset + start * _row_bytes(job), str(path))
-                store.write(start, rows)
+            for start, stop in spans:
+                part = torch.empty(stop - start, job.length, job.hidden, dtype=_dtype(job))
+                read_into(file, part, offset + start * _row_bytes(job), str(path))
+                store.write(place, part)
+                place += stop - start
     finally:
         files.close()
 

@@ -25,6 +25,7 @@ from quantkit.calibrate.stream import forward_layer, route_all, row_batches
 from quantkit.calibrate.weight_cache import WeightCache
 from quantkit.documents.sensitivity import SensitivityDocument
 from quantkit.formats.model_source import ModelSource
+from quantkit.plan.allocation.felt import felt
 from quantkit.plan.machine import Machine
 from quantkit.quantizers import Rtn
 from quantkit.quantizers.rtn import floored
@@ -52,23 +53,32 @@ Asked = Mapping[str, Sequence[tuple[str, LinearPart | None]]]
 
 
 def measure_losses(
-    found: Sensitivity, source: ModelSource, machine: Machine, wanted: Schemes, on_layer: Callable[[int, int], None]
+    found: Sensitivity,
+    source: ModelSource,
+    machine: Machine,
+    wanted: Schemes,
+    keep: Callable[[SensitivityDocument], None],
+    on_layer: Callable[[int, int], None],
 ) -> SensitivityDocument:
     """The document of a pass with the losses of ``wanted`` added to those that it has. Reads the layers that hold
-    these linears once. ``on_layer``: is told (layers done, layers)."""
-    asked = _asked(wanted, found.arch)
+    these linears once. ``keep``: is given the document after each layer; ``on_layer``: is told (layers done,
+    layers)."""
+    asked, document = _asked(wanted, found.arch), found.document
     layers = sorted({spec.layer for spec in found.arch.tensors() if spec.layer is not None and spec.name in asked})
     losses: Found = {name: dict(own) for name, own in (found.document.losses or {}).items()}
     room = machine.device_bytes // 20 if machine.device.type == "cuda" else machine.budget // 4
-    weights = original_weights(source, machine.device, found.document.job, room)
+    weights = original_weights(source, machine.device, document.job, room)
+    scalars = felt(found.arch.tensors(), document.linears)
     on_layer(0, len(layers))
     for done, layer in enumerate(layers):
-        for name, own in _Layer(found, machine, weights, wanted, asked, layer).losses().items():
+        for name, own in _Layer(found, machine, weights, wanted, asked, scalars, layer).losses().items():
             losses.setdefault(name, {}).update(own)
         weights.forget()
+        ordered = {name: dict(sorted(own.items())) for name, own in sorted(losses.items())}
+        document = document.model_copy(update={"losses": ordered})
+        keep(document)
         on_layer(done + 1, len(layers))
-    ordered = {name: dict(sorted(own.items())) for name, own in sorted(losses.items())}
-    return found.document.model_copy(update={"losses": ordered})
+    return document
 
 
 def _asked(wanted: Schemes, arch: ModelArch) -> Asked:
@@ -89,6 +99,7 @@ class _Layer:
     weights: WeightCache
     wanted: Schemes
     asked: Asked
+    scalars: Mapping[str, float]
     layer: int
 
     def losses(self) -> Found:
@@ -106,14 +117,9 @@ class _Layer:
     def _sampled_rows(self) -> RowStore:
         """The residual stream before the layer, of some of the pass's rows, evenly spread."""
         job = self.found.document.job
-        whole = self.found.read(self.layer, INPUT, lambda: MemoryRows(job.rows, job.length, job.hidden))
         count = min(job.rows, max(1, TOKENS // job.length))
-        x = MemoryRows(count, job.length, job.hidden)
-        for place in range(count):
-            row = place * job.rows // count
-            x.write(place, whole.read(row, row + 1))
-        whole.close()
-        return x
+        rows = [place * job.rows // count for place in range(count)]
+        return self.found.read(self.layer, INPUT, lambda: MemoryRows(count, job.length, job.hidden), rows)
 
     def _new(self, x: RowStore) -> RowStore:
         return MemoryRows(x.n_rows, x.length, x.width)
@@ -144,15 +150,14 @@ class _Layer:
             gate, up, down = block.gates[expert], block.ups[expert], block.downs[expert]
             if not {gate, up, down} & self.asked.keys():
                 continue
-            own = h.gather(tokens.of_expert(expert)[0][:MOST_TOKENS]).to(self.machine.device)
+            own = h.gather(_tokens_for(tokens.of_expert(expert)[0], h)).to(self.machine.device)
             yield gate, own
             yield up, own
             yield down, block.activate(linear(own, self.weights(gate)), linear(own, self.weights(up)))
 
     def _of_linear(self, name: str, inputs: Tensor) -> Found:
         """Losses of a linear and of its parts."""
-        fisher, tokens = self.found.fisher(name), self.found.document.job.tokens
-        scale = 0.0 if fisher is None else fisher.fisher / (2 * tokens)
+        scale = self.scalars.get(name, 0.0) / (2 * self.found.document.job.tokens)
         step = max(1, len(inputs) // MOST_TOKENS)
         x = inputs[::step].float()
         losses: Found = {}
@@ -163,10 +168,17 @@ class _Layer:
         return losses
 
 
+def _tokens_for(own: Tensor, h: RowStore) -> Tensor:
+    """Numbers of the tokens whose inputs stand for an expert's: ``own`` (n,), and where none of this sample reached it
+    those of all experts."""
+    if len(own):
+        return own[:MOST_TOKENS]
+    n_tokens = h.n_rows * h.length
+    return torch.arange(0, n_tokens, -(-n_tokens // MOST_TOKENS))
+
+
 def _errors(weight: Tensor, x: Tensor, schemes: Mapping[str, ChosenScheme]) -> dict[str, float]:
     """tr(E H E^T) of some rows, as if of all. weight (out, in), x (n, in) float32."""
-    if not len(x):
-        return dict.fromkeys(schemes, 0.0)
     count = min(ROWS, len(weight))
     rows = weight[torch.arange(count, device=weight.device) * len(weight) // count].float().unsqueeze(0)
     importance = floored(x.square().mean(0, keepdim=True))

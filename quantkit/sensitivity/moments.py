@@ -11,14 +11,12 @@ from torch import Tensor
 
 from quantkit.calibrate.stream import row_batches
 from quantkit.kernels.backend import Backend, narrow_product
+from quantkit.plan.output_memory import BY_HEADS
 from quantkit.sensitivity.output_gradients import Named
-from quantkit.tensors import Projection
 
 if TYPE_CHECKING:
     from quantkit.arch.base import ModelArch
     from quantkit.calibrate.hidden_states import RowStore
-
-_BY_HEADS = (Projection.Q, Projection.Q_B, Projection.KV_B)
 
 
 class OutputMoments:
@@ -64,7 +62,7 @@ def head_blocks(arch: ModelArch) -> dict[str, int]:
     """Linears whose rows belong to heads -> the number of heads: q_b and kv_b of DeepSeek V3 have 24,576 and 32,768
     rows, whose moments as a whole would take 2.4 and 4.3 GB, and by heads 19 and 34 MB."""
     heads = arch.serving().heads
-    return {spec.name: heads for spec in arch.tensors() if spec.linear and spec.projection in _BY_HEADS}
+    return {spec.name: heads for spec in arch.tensors() if spec.linear and spec.projection in BY_HEADS}
 
 
 def output_metric(gradient: RowStore, device: torch.device) -> Tensor:

@@ -8,8 +8,10 @@ from quantkit.arch.base import ModelArch
 from quantkit.calibrate.chunk_sizes import BATCH_TOKENS, POSITIONS, SCORED_GROUP, VOCAB_BLOCK
 from quantkit.documents.sensitivity import FisherJob
 from quantkit.errors import PlanError
+from quantkit.plan.costs import BACKWARD
 from quantkit.plan.machine import Machine
 from quantkit.plan.memory import DECODING_COPIES, INTERPRETER_BYTES, total
+from quantkit.plan.output_memory import GRAPH_COPIES
 from quantkit.plan.phases import Term
 from quantkit.plan.schedule import Cost, Schedule, Step, layer_work
 from quantkit.plan.shapes import ModelSizes
@@ -20,11 +22,6 @@ STORES = 4
 experts read and the gradient there."""
 BYTES_PER_LINEAR = 200
 """In the documents, of which two exist for a moment."""
-GRAPH_COPIES = 12
-"""Numbers of a token's widest activation that autograd keeps in an attention: queries, keys, values, contexts, each
-before and after, and their gradients."""
-BACKWARD_WORK = 3
-"""Times a layer's forward: computed again, and the products with the transposed weights; attention a third time."""
 HEAD_PRODUCTS = 3
 """With the output matrix: logits twice, and the gradient."""
 SHARE_OF_RATE = 0.5
@@ -87,5 +84,5 @@ def schedule_of(arch: ModelArch, job: FisherJob, rate: float) -> Schedule:
     head = HEAD_PRODUCTS * 2 * job.tokens * arch.vocab_size * arch.hidden_size / (SHARE_OF_RATE * rate)
     forward = [Step("forward", layer, Cost(seconds)) for layer, seconds in enumerate(each)]
     forward[-1] = Step("forward", len(each) - 1, Cost(each[-1] + head))
-    backward = [Step("backward", layer, Cost(BACKWARD_WORK * each[layer])) for layer in reversed(range(len(each)))]
+    backward = [Step("backward", layer, Cost(BACKWARD * each[layer])) for layer in reversed(range(len(each)))]
     return (*forward, *backward)

@@ -11,7 +11,7 @@ gradients of the outputs of any sublayer's linears by a backward of that sublaye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +22,10 @@ from quantkit.arch.base import DenseBlock, ExpertBlock, ModelArch
 from quantkit.calibrate.hidden_states import RowStore
 from quantkit.documents.sensitivity import LinearFisher, SensitivityDocument, read_sensitivity
 from quantkit.formats.model_source import ModelSource
+from quantkit.plan.same_model import check_model
 from quantkit.sensitivity.backward import LayerPass, NewRows
 from quantkit.sensitivity.layer_files import INPUT, check_file, file_name, fill, gradient_name
 from quantkit.sensitivity.output_gradients import ExpertGradients, Named, dense_gradients
-from quantkit.sensitivity.same_model import check_model
 
 if TYPE_CHECKING:
     from quantkit.arch.base import Weights
@@ -97,10 +97,10 @@ class Sensitivity:
         name = gradient_name(job.sublayers[layer] - 1)
         return self.read(layer, name, lambda: new_store(job.rows, job.length, job.hidden))
 
-    def read(self, layer: int, name: str, new_rows: NewRows) -> RowStore:
-        """A tensor of a layer's file, in a new store."""
+    def read(self, layer: int, name: str, new_rows: NewRows, rows: Sequence[int] | None = None) -> RowStore:
+        """A tensor of a layer's file, or some ``rows`` of it, in a new store."""
         store = new_rows()
-        fill(self.folder / file_name(layer), self.places[layer][name], self.document.job, store)
+        fill(self.folder / file_name(layer), self.places[layer][name], self.document.job, store, rows)
         return store
 
 

@@ -19,7 +19,7 @@ from quantkit.plan.headers import headers_of, zero_limits
 from quantkit.plan.lengths import check_length
 from quantkit.plan.plan import largest_layer
 from quantkit.plan.source_tensors import listed_specs, match_source
-from quantkit.sensitivity.folder import refuse_taken
+from quantkit.sensitivity.folder import refuse_other_model, refuse_taken
 from quantkit.tensors import TensorInfo
 
 DEFAULT_DATA = ("builtin:mixed",)
@@ -66,15 +66,17 @@ class FisherRequest:
 
 @contextmanager
 def prepared(
-    source: Path, folder: Path, text: Text, *, restart: bool, storage: Storage = LOCAL
+    source: Path, folder: Path, text: Text, *, restart: bool, force: bool, storage: Storage = LOCAL
 ) -> Generator[FisherRequest]:
     """Open the checkpoint in folder ``source``, whose shards ``storage`` opens, and cut the text. Loads no torch and
-    changes nothing on the disk.
+    changes nothing on the disk. ``force``: ``restart`` may replace another checkpoint's pass.
 
     Raises a `QuantkitError` in one line for a source, text or folder that cannot be used.
     """
     refuse_taken(folder, restart=restart)
     with open_source(source, storage) as opened:
+        if restart and not force:
+            refuse_other_model(folder, opened.fingerprint())
         headers = headers_of(opened)
         arch = headers.arch
         storage.check_room(source, largest_layer(arch, headers.infos, headers.stored), "the largest layer")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from quantkit.documents.conversion import CalibrationFile
 from quantkit.documents.sensitivity import FisherJob, FisherProgress, LinearFisher, SensitivityDocument
 from quantkit.errors import CalibrationError
 from quantkit.evaluate.open import names_by_layer
+from quantkit.formats.source import checkpoint_name
 from quantkit.plan.benchmark import product_rate
 from quantkit.plan.machine import Machine, Stores
 from quantkit.plan.memory import LEAST_CACHE, total
@@ -64,7 +66,12 @@ def run(request: FisherRequest, machine: Machine, on_event: OnFisher) -> Sensiti
         )
         work.forward()
         work.backward()
-        document = SensitivityDocument(job=job, text=_text(request), linears=_in_order(request, folder.progress))
+        document = SensitivityDocument(
+            job=job,
+            model=checkpoint_name(request.source.directory),
+            text=_text(request),
+            linears=_in_order(request, folder.progress),
+        )
         folder.finish(document)
     return document
 
@@ -140,18 +147,17 @@ class _Pass:
         layer_pass = LayerPass(weights, new_rows, self.machine.device)
         for layer in range(self.folder.progress.forward, arch.n_layers):
             self._read_ahead(layer + 1)
-            x = new_rows()
-            if layer == 0:
-                self._embed(x)
-                self.files.save(0, INPUT, x)
-            self.files.load(layer, INPUT, x)
-            layer_pass.forward(arch.sublayers(layer), x)
-            if layer < last:
-                self.files.save(layer + 1, INPUT, x)
-            else:
-                SampledHead(arch, weights, self._head_rows, self.machine.device).backward(x, self.job.seed)
-                self.files.save(layer, gradient_name(self.job.sublayers[layer] - 1), x)
-            x.close()
+            with closing(new_rows()) as x:
+                if layer == 0:
+                    self._embed(x)
+                    self.files.save(0, INPUT, x)
+                self.files.load(layer, INPUT, x)
+                layer_pass.forward(arch.sublayers(layer), x)
+                if layer < last:
+                    self.files.save(layer + 1, INPUT, x)
+                else:
+                    SampledHead(arch, weights, self._head_rows, self.machine.device).backward(x, self.job.seed)
+                    self.files.save(layer, gradient_name(self.job.sublayers[layer] - 1), x)
             weights.forget()
             self.folder.save(self.folder.progress.model_copy(update={"forward": layer + 1}))
             self.on_event(FisherLayer("forward", layer + 1, arch.n_layers))
@@ -176,19 +182,17 @@ class _Pass:
 
     def _back_through(self, layer: int, layer_pass: LayerPass, sums: FisherSums) -> None:
         sublayers = self.request.arch.sublayers(layer)
-        gradient = layer_pass.new_rows()
-        self.files.load(layer, gradient_name(len(sublayers) - 1), gradient)
-        for number in reversed(range(len(sublayers))):
-            x = layer_pass.new_rows()
-            self.files.load(layer, INPUT, x)
-            layer_pass.forward(sublayers[:number], x)
-            layer_pass.backward(sublayers[number], x, gradient, sums)
-            x.close()
-            if number:
-                self.files.save(layer, gradient_name(number - 1), gradient)
-            elif layer:
-                self.files.save(layer - 1, gradient_name(self.job.sublayers[layer - 1] - 1), gradient)
-        gradient.close()
+        with closing(layer_pass.new_rows()) as gradient:
+            self.files.load(layer, gradient_name(len(sublayers) - 1), gradient)
+            for number in reversed(range(len(sublayers))):
+                with closing(layer_pass.new_rows()) as x:
+                    self.files.load(layer, INPUT, x)
+                    layer_pass.forward(sublayers[:number], x)
+                    layer_pass.backward(sublayers[number], x, gradient, sums)
+                if number:
+                    self.files.save(layer, gradient_name(number - 1), gradient)
+                elif layer:
+                    self.files.save(layer - 1, gradient_name(self.job.sublayers[layer - 1] - 1), gradient)
 
     def _embed(self, x: RowStore) -> None:
         source, arch = self.request.source, self.request.arch

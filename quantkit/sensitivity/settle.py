@@ -3,8 +3,10 @@ hold yet are measured first, which takes weights and torch; all else takes neith
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,18 +15,19 @@ from quantkit.errors import PlanError
 from quantkit.formats.storage import LOCAL, Storage
 from quantkit.plan.allocation.choose import Choice, choose
 from quantkit.plan.allocation.draft import OpenOutput, draft_of
-from quantkit.plan.gguf_model import open_model
 from quantkit.plan.headers import SourceHeaders, read_headers
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.same_model import check_model, fingerprint_of
 from quantkit.schemes import ChosenScheme
 from quantkit.sensitivity.events import LossesLayer, OnLosses
-from quantkit.sensitivity.folder import add_losses
-from quantkit.sensitivity.same_model import check_model
+from quantkit.sensitivity.folder import add_losses, locked
 
 if TYPE_CHECKING:
     from quantkit.plan.machine import Machine
 
 Missing = Mapping[str, Mapping[str, ChosenScheme]]
+OpenMachine = Callable[[], "AbstractContextManager[Machine]"]
+"""Finds the machine that measures, and limits its threads until it is closed. Not called if nothing is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +43,12 @@ def settle(
     config: Path | None,
     recipe: Recipe,
     base_dir: Path,
-    *,
-    device: str,
-    memory_budget: int | None,
+    machine: OpenMachine,
     on_event: OnLosses | None,
     storage: Storage = LOCAL,
 ) -> Settled:
-    """Choose the types of every output that has a target. ``config``: see `open_model`; ``memory_budget``:
-    bytes, None for the usual; ``storage``: opens the source's shards.
+    """Choose the types of every output that has a target. ``config``: see `open_model`; ``machine``: measures
+    what is missing; ``storage``: opens the source's shards.
 
     Raises `OutputError` or `SourceError` for a folder that holds no finished pass of this model, `PlanError` for what
     cannot be planned, and for a target that no choice keeps.
@@ -56,29 +57,20 @@ def settle(
         return Settled(recipe, {})
     headers, folder = read_headers(source, config, storage), base_dir / recipe.sensitivity
     document = read_sensitivity(folder)
-    check_model(folder, document, _fingerprint(source, config, headers, storage), headers.arch)
+    check_model(folder, document, fingerprint_of(headers, storage), headers.arch)
     drafts = [draft_of(o, recipe, headers, document.linears) for o in recipe.outputs if o.target is not None]
-    missing = _missing(drafts, document)
-    if missing:
+    if missing := _missing(drafts, document):
         if not headers.has_shards:
             types = sorted({label for schemes in missing.values() for label in schemes})
             raise PlanError(
                 f"{folder}: lacks the losses of {', '.join(types)}, and {source} holds no weights to measure them.",
                 hint="Make the plan once where the checkpoint is; the folder keeps them.",
             )
-        from quantkit.plan.machine import Machine
-
-        document = _measured(headers, folder, missing, Machine.of(device, memory_budget), on_event, storage)
+        with machine() as found:
+            document = _measured(headers, folder, drafts, found, on_event, storage)
     choices = {d.output.name: choose(d, document, headers.arch, headers.directory) for d in drafts}
     outputs = tuple(choices[o.name].output if o.name in choices else o for o in recipe.outputs)
     return Settled(recipe.model_copy(update={"outputs": outputs}), choices)
-
-
-def _fingerprint(source: Path, config: Path | None, headers: SourceHeaders, storage: Storage) -> str | None:
-    if not headers.has_shards:
-        return None
-    with open_model(source, config, storage) as opened:
-        return opened.fingerprint()
 
 
 def _missing(drafts: list[OpenOutput], document: SensitivityDocument) -> Missing:
@@ -96,23 +88,24 @@ def _missing(drafts: list[OpenOutput], document: SensitivityDocument) -> Missing
 def _measured(
     headers: SourceHeaders,
     folder: Path,
-    missing: Missing,
+    drafts: list[OpenOutput],
     machine: Machine,
     on_event: OnLosses | None,
     storage: Storage,
 ) -> SensitivityDocument:
-    """The document with what was missing, which the folder keeps."""
+    """The document with what was missing. The folder keeps it layer by layer, so that an interrupted call goes on
+    after the last one."""
     from quantkit.formats import open_source
     from quantkit.sensitivity.losses import measure_losses
     from quantkit.sensitivity.open import open_sensitivity
 
-    with open_source(headers.directory, storage) as opened:
+    with open_source(headers.directory, storage) as opened, locked(folder):
+        # Read once more: before the lock was ours, another process may have added some.
         found = open_sensitivity(folder, opened, headers.arch)
+        missing, keep = _missing(drafts, found.document), partial(add_losses, folder)
 
         def on_layer(done: int, layers: int) -> None:
             if on_event is not None:
                 on_event(LossesLayer(done, layers))
 
-        document = measure_losses(found, opened, machine, missing, on_layer)
-    add_losses(folder, document)
-    return document
+        return measure_losses(found, opened, machine, missing, keep, on_layer)

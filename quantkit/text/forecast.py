@@ -25,7 +25,8 @@ def forecast_text(found: Forecast) -> str:
     """A summary; tables of sizes by role, then needs, term by term, and notes."""
     headers, made, fits = found.source, found.plan, found.fits
     origin = "" if headers.has_shards else "  (no shards here: derived from config.json)"
-    packed = "".join(f", {count:,} linears in {scheme}" for scheme, count in packed_linears(headers.stored).items())
+    held = packed_linears(headers.stored).items()
+    packed = "".join(f", {counted(count, 'linear')} in {scheme}" for scheme, count in held)
     size = both_units(made.source_bytes)
     blocks = [f"source  {headers.path}: {len(headers.infos):,} tensors{packed}, {size}{origin}"]
     blocks.append(_summary(found))

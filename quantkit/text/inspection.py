@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from quantkit.inspect.folder import Inspection
 from quantkit.inspect.gguf import GgufInspection
 from quantkit.inspect.imatrix import ImatrixBeside, ImatrixInspection
+from quantkit.inspect.path import AnyInspection
+from quantkit.inspect.sensitivity import SensitivityInspection
 from quantkit.inspect.storage import StorageSummary
 from quantkit.inspect.trial import TrialInspection
+from quantkit.text.sensitivity import pass_document, pass_text
 from quantkit.text.tables import both_units, table
 from quantkit.text.trial import trial_text
-
-AnyInspection = Inspection | GgufInspection | ImatrixInspection | TrialInspection
 
 
 def inspection_text(found: AnyInspection) -> str:
@@ -20,6 +21,8 @@ def inspection_text(found: AnyInspection) -> str:
     shows it."""
     if isinstance(found, TrialInspection):
         return trial_text(found.document, found.path)
+    if isinstance(found, SensitivityInspection):
+        return pass_text(found)
     if isinstance(found, Inspection):
         blocks = _folder_blocks(found)
     elif isinstance(found, GgufInspection):
@@ -35,6 +38,8 @@ def inspection_document(found: AnyInspection) -> Mapping[str, object]:
     """An inspection for --json. Sizes in bytes; ``format`` says which document it is; of a trial, its report."""
     if isinstance(found, TrialInspection):
         return found.document.model_dump(mode="json")
+    if isinstance(found, SensitivityInspection):
+        return pass_document(found)
     if isinstance(found, Inspection):
         return _folder_document(found)
     return _gguf_document(found) if isinstance(found, GgufInspection) else _imatrix_document(found)

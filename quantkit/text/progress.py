@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from quantkit.convert.events import Event, LayerDone, StageStarted, Started, ValidationProgress
+from quantkit.convert.events import Event, ExpertsScored, LayerDone, StageStarted, Started, ValidationProgress
 from quantkit.convert.tally import Tally
 from quantkit.errors import OutputError
 from quantkit.evaluate.events import EvaluationEvent, EvaluationStarted, LayerPassed
@@ -149,7 +149,7 @@ class PlainProgress:
                 return state_line(self._tally)
             case LayerPassed() if _fifth(event):
                 return state_line(self._tally)
-            case FisherLayer() | LossesLayer():
+            case FisherLayer() | LossesLayer() | ExpertsScored():
                 return state_line(self._tally)
             case _:
                 return ""
@@ -240,6 +240,8 @@ def state_line(tally: Tally) -> str:
         parts.append(f"{tally.stage}{count}")
     if tally.pace is not None:
         parts.append(f"{100 * tally.fraction:.0f} %")
+    if tally.loss:
+        parts.append(f"loss {tally.loss}")
     if tally.tokens_per_s:
         parts.append(f"{tally.tokens_per_s:,.0f} tokens/s")
     if tally.bytes_done:

@@ -7,7 +7,7 @@ from pathlib import Path
 from quantkit.documents.trial import TrialDocument, TrialLayer, TrialOutput
 from quantkit.formats.sizes import short_size
 from quantkit.plan.schedule import AFTER_LAYERS
-from quantkit.text.tables import both_units, duration, rough, table
+from quantkit.text.tables import both_units, counted, duration, rough, table
 
 
 def trial_text(found: TrialDocument, path: Path) -> str:
@@ -30,7 +30,7 @@ def trial_text(found: TrialDocument, path: Path) -> str:
 def _output_text(output: TrialOutput) -> str:
     head = ("layer", "hidden error", "same experts", "loss of linears")
     text = table(head, [_row(layer) for layer in output.layers])
-    fallbacks = f"; {output.fallbacks:,} linears fell back to a weaker method" if output.fallbacks else ""
+    fallbacks = f"; {counted(output.fallbacks, 'linear')} fell back to a weaker method" if output.fallbacks else ""
     return f"{output.name}: {both_units(output.nbytes)} as a whole{fallbacks}\n\n{text}"
 
 

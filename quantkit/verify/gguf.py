@@ -10,9 +10,9 @@ from quantkit.documents.read import CONVERSION
 from quantkit.errors import ConfigError
 from quantkit.formats.gguf.header import is_gguf
 from quantkit.formats.gguf.reader import GgufReader
-from quantkit.inspect import deepseek2
 from quantkit.inspect.gguf import inspect_gguf
 from quantkit.inspect.imatrix import ImatrixInspection
+from quantkit.inspect.known_gguf import KNOWN_GGUF
 
 LLAMA_CPP = "llama.cpp"
 
@@ -28,24 +28,23 @@ def holds_gguf(path: Path) -> bool:
 
 def read_gguf(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """Faults, notes, and the number of tensors. Raises `SourceError` for a damaged file, `ConfigError` for an imatrix
-    and for another architecture than `deepseek2.FAMILIES`."""
+    and for another architecture than those of `KNOWN_GGUF`."""
     found = inspect_gguf(path)
     if isinstance(found, ImatrixInspection):
         raise ConfigError(f"{path}: is an imatrix, not a model.")
-    if found.architecture not in deepseek2.FAMILIES:
+    if found.architecture not in KNOWN_GGUF:
         raise ConfigError(
             f"{found.path}: general.architecture is {found.architecture or 'missing'}, of which only the storage is "
-            f"known; {', '.join(deepseek2.FAMILIES)} can be verified.",
+            f"known; {', '.join(KNOWN_GGUF)} can be verified.",
             hint="See what it holds: quantkit inspect.",
         )
     with GgufReader(path) as model:
-        faults = (*deepseek2.faults(model), *_row_faults(model))
+        faults = (*KNOWN_GGUF[found.architecture].faults(model), *_row_faults(model, f"{found.architecture}."))
     return faults, tuple(line for line in found.unusual if line not in faults), found.stored_tensors
 
 
-def _row_faults(model: GgufReader) -> Iterator[str]:
+def _row_faults(model: GgufReader, prefix: str) -> Iterator[str]:
     """Sizes that llama.cpp's graph asserts."""
-    prefix = deepseek2.prefix_of(model)
     experts, used = (model.get(f"{prefix}{key}") for key in ("expert_count", "expert_used_count"))
     groups, kept = (model.get(f"{prefix}expert_group_{key}") for key in ("count", "used_count"))
     if isinstance(experts, int) and isinstance(used, int) and not 0 < used <= experts:

@@ -154,8 +154,8 @@ _FAULTS: tuple[Callable[[Checkpoint], Iterator[str]], ...] = (
 
 
 def _parallel(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Iterator[str]:
-    heads = checkpoint.arch.serving().heads
-    problem = cut_problem(cuts_of(in_files(checkpoint)), heads, tensor_parallel)
+    sizes = checkpoint.arch.serving()
+    problem = cut_problem(cuts_of(in_files(checkpoint)), sizes.heads, tensor_parallel, sizes.kv_heads)
     if problem is not None:
         yield f"tensor parallelism over {tensor_parallel} GPUs: {problem}."
     if pipeline_parallel > checkpoint.arch.n_layers:

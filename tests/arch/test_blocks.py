@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quantkit.arch import arch_of, mla
 from quantkit.arch.base import Block, DenseBlock, ExpertBlock, Stage
 from quantkit.arch.deepseek_v3 import DeepseekV3
-from quantkit.arch.moe import GroupedRouter
+from quantkit.arch.moe import ScoredRouter
 from quantkit.arch.ops import rms_norm
 from tests.arch.test_deepseek_v3 import ROOT
 from tests.oracles import forward
@@ -154,7 +154,7 @@ def test_router_equals_a_loop_over_tokens(n_groups: int, top_groups: int, normal
     generator = torch.Generator().manual_seed(9)
     weight, h = torch.randn(16, 32, generator=generator), torch.randn(50, 32, generator=generator)
     bias = 0.5 * torch.randn(16, generator=generator)
-    router = GroupedRouter("weight", "bias", n_groups, top_groups, 4, normalize, 2.5)
+    router = ScoredRouter("weight", 4, "sigmoid", normalize, 2.5, "bias", n_groups, top_groups)
     routing = router.route({"weight": weight, "bias": bias}.__getitem__, h)
     for token in range(50):
         expected = textbook_route(torch.sigmoid(weight @ h[token]), bias, n_groups, top_groups, 4, normalize)

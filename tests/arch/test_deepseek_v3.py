@@ -214,7 +214,7 @@ def test_config_written_by_transformers_5_gets_a_hint() -> None:
     assert "transformers 5 drops" in caught.value.hint
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], [], None, "DeepseekV3", [3], {}])
+@pytest.mark.parametrize("architectures", [["PhiForCausalLM"], [], None, "DeepseekV3", [3], {}])
 def test_unknown_architecture_names_the_known(architectures: object) -> None:
     with pytest.raises(ConfigError) as caught:
         arch_of({**tiny_config(), "architectures": architectures})

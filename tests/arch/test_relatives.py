@@ -1,4 +1,4 @@
-"""Families with DeepSeek V3's layer compute what transformers computes, in float32."""
+"""All families compute what transformers computes, in float32."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from quantkit import inspect
 from quantkit.arch import ARCHS, arch_of
 from quantkit.arch.unknown import NOT_COMPUTED
 from quantkit.errors import ConfigError
+from tests.arch.grouped import GROUPED
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25, kimi_vl
 from tests.arch.test_forward import random_tokens
 from tests.oracles import forward
@@ -37,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "GLM-5, sparse": glm_moe_dsa(),
     "GLM-5.2, dense": glm_moe_dsa(index_topk=200, indexer_types=["full", "full", "shared"]),
     "GLM-4.7-Flash, two dense": glm4_moe_lite(mlp_layer_types=["dense", "dense", "sparse"]),
+    **{name: config() for name, config in GROUPED.items()},
 }
 
 

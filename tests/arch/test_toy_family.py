@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,7 @@ from quantkit.arch.base import (
     MlpNames,
     MtpLayer,
     NormWeight,
+    RoutedExperts,
     Routing,
     ServingSizes,
     Stage,
@@ -88,7 +90,7 @@ class Toy:
 
     def _expert_tensors(self, layer: int, prefix: str) -> Iterator[TensorSpec]:
         into, out = (self.width, self.hidden_size), (self.hidden_size, self.width)
-        yield TensorSpec(f"{prefix}gate.weight", (self.experts, self.hidden_size), Role.ROUTER, layer)
+        yield TensorSpec(f"{prefix}gate.weight", (self.experts, self.hidden_size), Role.ROUTER, layer, by_expert=True)
         shapes = {
             NAMES.gate: (Projection.GATE, into),
             NAMES.up: (Projection.UP, into),
@@ -114,6 +116,14 @@ class Toy:
     def serving(self) -> ServingSizes:
         head = self.hidden_size // self.heads
         return ServingSizes(self.heads, head, head, 4 * self.hidden_size, self.heads, 2, self.width, 4096)
+
+    def routed_experts(self) -> RoutedExperts:
+        return RoutedExperts(self.experts, 1, 1, 1, 2, config_key="experts")
+
+    def with_experts(self, count: int) -> Toy:
+        left = copy(self)
+        left.experts = count
+        return left
 
     def sublayers(self, layer: int) -> tuple[Sublayer, ...]:
         prefix = f"model.layers.{layer}."

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.calibrate import stream
-from quantkit.calibrate.chunk_sizes import TOKEN_SLICES, row_slices
+from quantkit.calibrate.chunk_sizes import TOKEN_SLICES, own_rows, row_slices
 from quantkit.calibrate.hidden_states import MemoryRows
 from quantkit.calibrate.inputs import InputMoments, InputStats, combined
 from quantkit.calibrate.stream import row_batches, sliced_batches
@@ -28,6 +28,17 @@ def test_slices_are_consecutive_and_even(n_rows: int) -> None:
     assert [row for first, stop in slices for row in range(first, stop)] == list(range(n_rows))
     assert len(slices) == min(n_rows, TOKEN_SLICES)
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(n_rows=st.integers(1, 200), ranks=st.sampled_from([1, 2, 4, 8]))
+def test_ranks_have_whole_slices_of_rows(n_rows: int, ranks: int) -> None:
+    """All of them, each once, in order, with the slices' own numbers."""
+    if n_rows < ranks:
+        return
+    owned = [own_rows(n_rows, rank, ranks) for rank in range(ranks)]
+    assert [(own.first + first, own.first + stop) for own in owned for first, stop in own.slices] == row_slices(n_rows)
+    assert [own.first_slice + place for own in owned for place in range(len(own.slices))] == [*range(min(n_rows, 8))]
+    assert [own.first for own in owned] == [sum(one.count for one in owned[:rank]) for rank in range(ranks)]
 
 
 def test_a_batch_of_rows_never_straddles_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:

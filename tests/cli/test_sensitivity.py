@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from quantkit import sensitivity
-from quantkit.documents.sensitivity import SENSITIVITY
-from quantkit.sensitivity.folder import PROGRESS
+from quantkit.documents.sensitivity import PROGRESS, SENSITIVITY, FisherProgress, read_sensitivity
+from quantkit.sensitivity.folder import add_losses
 from tests.cli.test_cli import quantkit
 from tests.cli.test_refusals import ROOT
 from tests.convert.jobs import write_model, write_text
@@ -94,10 +94,47 @@ def test_a_finished_pass_stays(source: Path, tmp_path: Path) -> None:
     done = quantkit(*words(source, tmp_path / "pass"))
     assert done.exit_code == 1
     assert done.stderr.splitlines() == [
-        f"error: {tmp_path / 'pass'}: holds a finished pass.",
+        f"error: {tmp_path / 'pass'}: holds a finished pass of model: 2 layers of width 128, 96 tokens in rows of 32, "
+        "seed 0.",
         "hint: Choose another -o, or replace it with --restart.",
     ]
     assert quantkit(*words(source, tmp_path / "pass", "--restart")).exit_code == 0
+
+
+def test_a_pass_of_another_model_is_replaced_only_if_that_is_meant(source: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "other", seed=9)
+    theirs = ("sensitivity", tmp_path / "other", "-o", tmp_path / "pass", "--data", source / "text.txt", *OPTIONS)
+    assert quantkit(*theirs).exit_code == 0
+    before = (tmp_path / "pass" / SENSITIVITY).read_bytes()
+    done = quantkit(*words(source, tmp_path / "pass", "--restart"))
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path / 'pass'}: holds a finished pass of another checkpoint, of other: 2 layers of width 128, "
+        "96 tokens in rows of 32, seed 0.",
+        "hint: Choose another -o, or replace it with --restart --force.",
+    ]
+    assert (tmp_path / "pass" / SENSITIVITY).read_bytes() == before
+    assert quantkit(*words(source, tmp_path / "pass", "--restart", "--force")).exit_code == 0
+
+
+def test_inspect_says_what_a_pass_is(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pass"
+    assert quantkit(*words(source, folder)).exit_code == 0
+    done = quantkit("inspect", folder)
+    assert done.stdout.splitlines()[:2] == [
+        f"{folder}: a Fisher pass of model: 2 layers of width 128, 96 tokens in rows of 32, seed 0",
+        "losses of types: none yet; a plan with a target measures those that it needs",
+    ]
+    document = read_sensitivity(folder)
+    add_losses(folder, document.model_copy(update={"losses": {"a": {"Q4_K": 0.1, "Q2_K": 0.2}}}))
+    found = json.loads(quantkit("inspect", folder, "--json").stdout)
+    assert (found["model"], found["linears"], found["types"]) == ("model", 28, ["Q2_K", "Q4_K"])
+    (folder / SENSITIVITY).unlink()
+    job = FisherProgress(job=document.job, forward=2, backward=1)
+    (folder / PROGRESS).write_text(job.model_dump_json())
+    refused = quantkit("inspect", folder)
+    assert refused.exit_code == 1
+    assert "holds an unfinished Fisher pass: 2 of 2 layers forward, 1 backward." in refused.stderr
 
 
 @pytest.mark.parametrize(

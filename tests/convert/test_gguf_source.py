@@ -23,7 +23,9 @@ from quantkit.errors import QuantkitError, SchemeError, SourceError
 from quantkit.formats.model_source import ModelSource
 from quantkit.plan.gguf_model import open_model
 from quantkit.plan.headers import LEAST_ZEROS
+from quantkit.plan.packed import packed_tables
 from quantkit.plan.recipe import Recipe
+from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from quantkit.schemes import GgmlScheme, IntScheme, Mxfp4Scheme
 from quantkit.tensors import Role
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
@@ -461,3 +463,14 @@ def test_holes_are_refused(place: Path, tmp_path: Path) -> None:
 def test_mxfp4_is_shown_as_such(place: Path) -> None:
     with open_model(place / "mxfp4-gguf", place / "mxfp4") as source:
         assert source.stored_as(EXPERT) == Mxfp4Scheme()
+
+
+def test_a_scheme_for_a_file_of_a_preset_decodes_its_tables(place: Path) -> None:
+    """compressed-tensors has no Q5_0: the embeddings are kept in bfloat16, all else plans as for a folder."""
+    source, config = place / "mixed", place / "model"
+    asked = Shorthand(scheme="w4a16-g32", method="rtn")
+    made = shorthand_recipe(config, asked, packed_tables(source, config)).model_copy(update={"validation": None})
+    assert [rule.match for rule in made.outputs[0].rules if rule.keep == "bf16"] == ["role:embed"]
+    (output,) = plan(source, made, config=config).outputs
+    assert {size.what for size in output.sizes if size.role is Role.EMBED} == {"bf16"}
+    assert packed_tables(config, None) == frozenset()

@@ -13,6 +13,7 @@ import torch
 
 from quantkit import plan
 from quantkit.plan.recipe import Recipe
+from tests.arch.grouped import GROUPED
 from tests.arch.relatives import deepseek_v32, glm4_moe_lite, glm_moe_dsa
 from tests.arch.test_mtp import drafted
 from tests.convert.jobs import run, write_model
@@ -29,6 +30,8 @@ FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
     "deepseek2, GLM-4.7-Flash": glm4_moe_lite,
     "deepseek32": partial(deepseek_v32, index_topk=TOP_K),
     "glm-dsa": partial(glm_moe_dsa, index_topk=TOP_K),
+    "glm4moe": GROUPED["glm4_moe"],
+    "hy_v3": GROUPED["hy_v3"],
 }
 
 

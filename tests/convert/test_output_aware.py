@@ -81,7 +81,7 @@ def test_attention_has_one_for_each_linear_by_heads_and_by_parts(place: Path, fi
     with sublayer(place, fisher, 0) as (hessians, blocks):
         (block,) = blocks
         assert isinstance(block, DenseBlock)
-        found = hessians.of_dense(block)
+        found = hessians.of_dense(block, [*block.linears, *{part.whole for part in hessians.parts.values()}])
         gradients: dict[str, list[Tensor]] = {}
         for name, values in hessians.gradients.dense(block):
             gradients.setdefault(name, []).append(values)
@@ -103,6 +103,16 @@ def test_attention_has_one_for_each_linear_by_heads_and_by_parts(place: Path, fi
             for head, rows in enumerate(own_rows.view(heads, v)):
                 check(found[f"{name}:v"], (0, head), whole[rows][:, rows], mean)
     assert len(gradients) == 5
+
+
+def test_only_what_is_wanted_is_made(place: Path, fisher: Path) -> None:
+    """A part of a linear takes the moments of the whole, whose own factor is not made."""
+    with sublayer(place, fisher, 0) as (hessians, blocks):
+        (block,) = blocks
+        assert isinstance(block, DenseBlock)
+        part = next(name for name in hessians.parts if name in block.linears and name.endswith(":v"))
+        for wanted in ([part], [block.output], [part, block.output]):
+            assert list(hessians.of_dense(block, wanted)) == wanted
 
 
 def test_experts_have_their_own_gate_and_up_and_share_the_down(place: Path, fisher: Path) -> None:

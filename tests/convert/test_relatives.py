@@ -1,4 +1,4 @@
-"""Families with DeepSeek V3's layer, through a whole conversion: what llama.cpp and transformers compute from it."""
+"""All families but V3 itself, through a whole conversion: what llama.cpp and transformers compute from it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ import torch
 from quantkit import evaluate, inspect, verify
 from quantkit.arch import arch_of
 from quantkit.plan.recipe import Recipe
+from tests.arch.grouped import GROUPED
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.convert.jobs import INT4_GPTQ, LINEARS, decoded, run, write_model, write_text
 from tests.oracles.forward import logits
 from tests.oracles.llama_cpp import LlamaModel
 from tests.tiny_models import write_shards
 
-FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {
-    "deepseek_v2": deepseek_v2,
-    "glm4_moe_lite": partial(glm4_moe_lite, first_k_dense_replace=1),
-    "kimi_k25": kimi_k25,
-    "deepseek_v32": deepseek_v32,
-    "deepseek_v32, dense": partial(deepseek_v32, index_topk=100),
-    "deepseek_v32, MTP": partial(deepseek_v32, num_nextn_predict_layers=1),
-    "glm_moe_dsa": partial(glm_moe_dsa, topk_method="noaux_tc", scoring_func="sigmoid"),
-    "glm_moe_dsa, shared": partial(
-        glm_moe_dsa,
-        topk_method="noaux_tc",
-        scoring_func="sigmoid",
-        index_topk=100,
-        indexer_types=["full", "shared", "full"],
-    ),
-}
 SMALL = {"vocab_size": 1024, "n_routed_experts": 8, "num_experts_per_tok": 2}
+ROUTED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+SHARED = {"index_topk": 100, "indexer_types": ["full", "shared", "full"]}
+FAMILIES: dict[str, Callable[[], dict[str, Any]]] = {
+    "deepseek_v2": partial(deepseek_v2, **SMALL),
+    "glm4_moe_lite": partial(glm4_moe_lite, **SMALL, first_k_dense_replace=1),
+    "kimi_k25": partial(kimi_k25, **SMALL),
+    "deepseek_v32": partial(deepseek_v32, **SMALL),
+    "deepseek_v32, dense": partial(deepseek_v32, **SMALL, index_topk=100),
+    "deepseek_v32, MTP": partial(deepseek_v32, **SMALL, num_nextn_predict_layers=1),
+    "glm_moe_dsa": partial(glm_moe_dsa, **SMALL, **ROUTED),
+    "glm_moe_dsa, shared": partial(glm_moe_dsa, **SMALL, **ROUTED, **SHARED),
+    **GROUPED,
+}
 VISION = {
     "vision_tower.encoder.final_layernorm.weight": torch.ones(64, dtype=torch.bfloat16),
     "mm_projector.pre_norm.bias": torch.zeros(64),
@@ -48,7 +46,7 @@ VISION = {
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Source and outputs of one conversion: int4 by GPTQ in compressed-tensors, and a float32 GGUF."""
     folder = tmp_path_factory.mktemp("family")
-    config = FAMILIES[request.param](**SMALL)
+    config = FAMILIES[request.param]()
     weights = write_model(folder / "source", config)
     if request.param == "kimi_k25":
         write_shards(folder / "source", {**weights, **VISION})

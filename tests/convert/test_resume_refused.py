@@ -12,7 +12,7 @@ import pytest
 
 from quantkit.convert.events import Event, LayerDone
 from quantkit.errors import OutputError
-from quantkit.plan.recipe import Validation
+from quantkit.plan.recipe_validation import Validation
 from tests.convert.jobs import (
     BUDGET,
     data_free,
@@ -139,5 +139,5 @@ def test_hidden_states_removed_from_an_unfinished_job_are_missed(place: Path, tm
         run(place / "model", recipe_of(int4()), tmp_path / "out", on_event=stop_after(0))
     for path in (tmp_path / "out.partial" / "hidden").iterdir():
         path.unlink()
-    with pytest.raises(OutputError, match=r"layer-0-stream-0\.f32: has 0 bytes"):
+    with pytest.raises(OutputError, match=r"layer-0-stream-0-slice-0\.f32: has 0 bytes"):
         run(place / "model", recipe_of(int4()), tmp_path / "out")

@@ -17,7 +17,9 @@ from quantkit.schemes import IntScheme, QuantizedTensor, Scheme
 from quantkit.tensors import TensorInfo
 
 
-def kept(weight: Tensor, scheme: Any, *, reach: Tensor | None = None, output_factor: Any = None) -> QuantizedBatch:
+def kept(
+    weight: Tensor, scheme: Any, *, reach: Tensor | None = None, output_factor: Any = None, to_residual: bool = False
+) -> QuantizedBatch:
     """The weight itself in place of codes."""
     rows = weight.new_zeros(weight.shape[:2])
     return QuantizedBatch(scheme, {"codes": weight.clone(), "scale": rows[..., None]}, rows, rows, ("",) * len(weight))

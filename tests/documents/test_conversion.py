@@ -24,7 +24,9 @@ def test_what_applies_is_written_in_the_models_order() -> None:
     found = document()
     assert json.loads(found.to_json()) == conversion()
     fit = {"name": "lm_head.weight", "scheme": "Q4_0", "relative_loss": 1.0, "gaussian_loss": 0.0065}
-    whole = document(poor_fits=[fit])
+    pruning = {"experts": 2, "kept": {"1": [1]}, "scores": {"1": [[0.5, 3], [0.75, 1]]}}
+    whole = document(poor_fits=[fit], pruning=pruning)
+    assert json.loads(whole.to_json())["pruning"] == pruning
     assert list(json.loads(whole.to_json())) == list(ConversionDocument.model_fields)
 
 

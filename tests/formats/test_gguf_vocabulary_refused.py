@@ -141,9 +141,9 @@ def test_pre_is_taken_as_given_for_rules_that_are_not_recognised(tmp_path: Path)
     for pre in ("deepseek-v3", "kimi-k2"):
         assert vocabulary(folder, 1280, pre=pre)["tokenizer.ggml.pre"].value == pre
     with pytest.raises(
-        SourceError, match="pre: found 'qwen2', needed one of: deepseek-v3, llama-bpe, glm4, gpt-2, kimi-k2"
+        SourceError, match="pre: found 'viking', needed one of: deepseek-v3, llama-bpe, glm4, qwen2, gpt-2, kimi-k2"
     ):
-        vocabulary(folder, 1280, pre="qwen2")
+        vocabulary(folder, 1280, pre="viking")
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "gpt-2", "kimi-k2"])

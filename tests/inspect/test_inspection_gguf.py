@@ -80,9 +80,9 @@ def test_what_is_told(tmp_path: Path, tiny: tuple[dict[str, Any], Shapes]) -> No
 
 
 def test_other_architectures_are_listed_by_type(tmp_path: Path) -> None:
-    keys = {"llama.block_count": 1, "llama.context_length": 4096, "general.file_type": 1024 + 7, **tokenizer_keys(4)}
+    keys = {"gemma3.block_count": 1, "gemma3.context_length": 4096, "general.file_type": 1024 + 7, **tokenizer_keys(4)}
     shapes: Shapes = {"token_embd.weight": ((4, 32), "Q8_0"), "blk.0.attn_q.weight": ((32, 32), "Q8_0")}
-    found = inspected(write_file(tmp_path / "x.gguf", keys, shapes, "llama"))
+    found = inspected(write_file(tmp_path / "x.gguf", keys, shapes, "gemma3"))
     assert [(holding.role, holding.what, holding.weights) for holding in found.holdings] == [("-", "Q8_0", 2)]
     assert (found.settings["context_length"], found.file_type, found.unusual) == (4096, "Q8_0", ())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import pytest
 from quantkit import api
 from quantkit.documents.sensitivity import FisherJob, LinearFisher, SensitivityDocument
 from quantkit.errors import PlanError
+from quantkit.formats.planned import PlannedTensor
+from quantkit.plan.allocation import draft as draft_module
 from quantkit.plan.allocation.choose import Choice, choose
 from quantkit.plan.allocation.draft import KEEP_REST, OpenOutput, draft_of
+from quantkit.plan.allocation.felt import felt
 from quantkit.plan.allocation.rules import layer_globs, ranges, rules_of
 from quantkit.plan.allocation.solve import Option, solve, total_bytes, total_loss
 from quantkit.plan.headers import SourceHeaders, read_headers
 from quantkit.plan.output_target import OutputTarget
 from quantkit.plan.plan import Plan, make_plan
-from quantkit.plan.recipe import Recipe, Rule
+from quantkit.plan.recipe import GgufOutput, Recipe, Rule
+from quantkit.plan.target_gguf import GgufTarget
+from quantkit.quantizers import Gptq, Rtn
 from quantkit.schemes import GgmlScheme
 from quantkit.tensors import TensorSpec
 
@@ -164,6 +170,8 @@ def test_more_bytes_are_predicted_to_lose_less() -> None:
     assert losses == sorted(losses, reverse=True)
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == len(sizes) > 5
+    assert [nbytes for nbytes, _ in found.output.predicted_curve] == sizes
+    assert [kl for _, kl in found.output.predicted_curve] == pytest.approx(losses, rel=1e-3)
 
 
 def test_bits_per_weight_are_those_of_the_plan() -> None:
@@ -189,6 +197,75 @@ def test_rules_come_first_and_are_kept() -> None:
     (output,) = make_plan(settled, headers.arch, headers.infos, headers.stored).outputs
     treated = {size.what for size in output.sizes if size.role.value in ("embed", "lm_head")}
     assert treated == {"f16"}
+
+
+def test_headers_that_grow_with_the_choice_leave_no_room_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each byte of data took one of a header: the budget of the data is found nevertheless."""
+
+    def file_bytes(self: GgufTarget, source: Path, tensors: Sequence[PlannedTensor]) -> int:
+        return 2 * sum(map(self.nbytes, tensors))
+
+    monkeypatch.setattr(GgufTarget, "file_bytes", file_bytes)
+    found, _, _ = chosen(NANO, {"size": 10_000_000})
+    assert 9_400_000 < found.nbytes <= 10_000_000
+
+
+def test_mtp_layers_are_kept_if_that_is_asked_for() -> None:
+    found, headers, settled = chosen(NANO, {"bpw": 6.5}, mtp="keep")
+    (output,) = make_plan(settled, headers.arch, headers.infos, headers.stored).outputs
+    kept = {size.what for size in output.sizes if size.role.value == "mtp"}
+    assert "Q8_0 gptq" in kept
+    assert "dropped" not in kept
+    assert not any(rule.drop for rule in found.output.rules)
+    dropped, headers, settled = chosen(NANO, {"bpw": 6.5})
+    (output,) = make_plan(settled, headers.arch, headers.infos, headers.stored).outputs
+    assert {size.what for size in output.sizes if size.role.value == "mtp"} == {"dropped"}
+    assert not dropped.output.keeps_mtp
+
+
+def test_a_method_may_be_an_object() -> None:
+    own = [Rule(match="role:embed|lm_head", scheme=GgmlScheme(type="Q8_0"), method=Rtn())]
+    method = Gptq(polish=1)
+    output = GgufOutput(name="made", format="gguf", target=OutputTarget(bpw=7), rules=tuple(own), method=method)
+    headers, asked = read_headers(NANO), recipe({"bpw": 7}).model_copy(update={"outputs": (output,)})
+    draft, document = made_up(headers, asked)
+    found = choose(draft, document, headers.arch, NANO).output
+    assert found.method == method
+    assert found.rules[0] == own[0]
+    assert found.target is None
+    assert "target" not in found.model_fields_set
+
+
+# ------------------------------------------------------------------------------------------- experts without tokens
+
+
+def test_experts_without_tokens_are_taken_for_mean_ones() -> None:
+    headers = read_headers(NANO)
+    specs = [spec for spec in headers.arch.tensors() if spec.linear and spec.layer in (1, 2)]
+    linears = {
+        s.name: LinearFisher(tokens=0 if s.expert in (0, 3) else 5, fisher=0.0 if s.expert in (0, 3) else s.expert or 2)
+        for s in specs
+    }
+    found = felt(specs, linears)
+    experts = {s.expert: found[s.name] for s in specs if s.layer == 1 and s.expert is not None}
+    seen = [expert for expert in experts if expert not in (0, 3)]
+    assert experts[0] == experts[3] == sum(seen) / len(seen)
+    assert all(experts[expert] == expert for expert in seen)
+    assert all(found[s.name] == 2 for s in specs if s.expert is None)
+
+
+def test_a_layer_whose_measured_experts_saw_no_token_still_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 experts 2 are measured; that the pass's text did not reach these does not make their layer harmless."""
+    monkeypatch.setattr(draft_module, "SAMPLED_EXPERTS", 2)
+    headers, asked = read_headers(NANO), recipe({"bpw": 5})
+    draft, document = made_up(headers, asked)
+    whole = choose(draft, document, headers.arch, NANO).predicted_kl
+    unseen = {
+        name: LinearFisher(tokens=0, fisher=0.0) if ".experts.0." in name or ".experts.4." in name else one
+        for name, one in document.linears.items()
+    }
+    poor = document.model_copy(update={"linears": unseen})
+    assert choose(draft, poor, headers.arch, NANO).predicted_kl == pytest.approx(whole)
 
 
 def test_the_largest_choice_that_gpus_hold() -> None:
@@ -238,7 +315,7 @@ EVERYWHERE = [*TABLES, {"match": "role:attention|mlp|shared_expert|expert", "sch
     ("target", "output", "message"),
     [
         ({"size": 1000}, {}, "target 1,000 bytes: the smallest choice of types takes"),
-        ({"size": "1GB"}, {}, "target 1,000,000,000 bytes: the largest choice of types (Q8_0) takes"),
+        ({"size": "1GB"}, {}, "target 1,000,000,000 bytes: the choice of types that loses least (Q8_0) takes"),
         ({"bpw": 1.5}, {}, "target 1.5 bpw: the smallest choice of types takes"),
         ({"bpw": 6, "types": ["int4"]}, {}, "target.types: found 'int4', needed some of Q4_0, Q4_1"),
         ({"bpw": 6, "types": ["Q4_K"]}, {"format": "compressed-tensors"}, "target.types: found 'Q4_K', needed some of"),

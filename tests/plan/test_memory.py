@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quantkit import plan as plan_of
-from quantkit.plan.batch_sizes import expected, share_of
+from quantkit.plan.batch_sizes import expected, share_of, share_on_ranks
 from quantkit.plan.hardware import DEFAULT_SHARE, Gpu, Hardware, default_budget, parse_gpu, usable_memory
 from quantkit.plan.headers import SourceHeaders, headers_from_arch, read_headers
 from quantkit.plan.memory import Needs, conversion_needs, evaluation_needs, least_budget
@@ -124,6 +124,26 @@ def test_the_least_budget_is_what_the_plan_states(v3: Needs) -> None:
     assert expected(v3, Hardware(least_budget(v3))).ram_bytes == v3.working_bytes
     with pytest.raises(AssertionError):
         share_of(v3, Hardware(least_budget(v3) - 1))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("H200-141GB", 2), ("H200-141GB", 8), ("A100-80GB", 2)])
+def test_ranks_leave_room_for_what_they_exchange(v3: Needs, name: str, ranks: int) -> None:
+    """Rows of a batch's tokens, a quarter more than the mean: of two streams there and sent, and twice what is added;
+    or sums that wait for the rank before. What a rank has of the hidden states still lies on its GPU."""
+    hardware = Hardware(2**36, parse_gpu(name))
+    alone, shared = share_of(v3, hardware), share_on_ranks(v3, hardware, ranks)
+    work = v3.work
+    rows = int(shared.experts_at_once * work.tokens * work.top_k / 256 * 1.25)
+    left = max(6 * 2 * rows * work.hidden, (8 // ranks + 1) * 2 * 18432**2 * 4)  # the dense MLP's down
+    assert work.streams == 2
+    assert shared.experts_at_once == alone.experts_at_once
+    assert alone.device_stores - shared.device_stores == pytest.approx(left, rel=1e-3)
+    assert 2 * work.tokens // ranks * work.hidden * 4 + work.tokens // ranks * 16384 * 2 < shared.device_stores
+
+
+def test_one_rank_has_the_share_of_a_process(v3: Needs) -> None:
+    for hardware in (Hardware(2**36), Hardware(2**36, parse_gpu("H200-141GB"))):
+        assert share_on_ranks(v3, hardware, 1) == share_of(v3, hardware)
 
 
 @pytest.mark.parametrize(

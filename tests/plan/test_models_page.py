@@ -14,6 +14,7 @@ from quantkit.plan.forecast import Forecast, forecast
 from quantkit.plan.recipe import Recipe
 from quantkit.plan.recipe_file import shipped_recipes
 from quantkit.runtimes.gpus import GIB, parse_gpus
+from tests.arch.grouped import GROUPED
 from tests.arch.relatives import (
     deepseek_v2,
     deepseek_v32,
@@ -34,6 +35,7 @@ CONFIGS = (
     glm4_moe_lite(),
     deepseek_v32(),
     glm_moe_dsa(),
+    *(config() for config in GROUPED.values()),
 )
 RECIPES = {
     "kimi-k2-w4a16": "kimi-k2",

@@ -36,7 +36,7 @@ def pass_of(folder: Path, *, layers: int = 61, hidden: int = 7168) -> Path:
     return folder
 
 
-def planned(sensitivity: Path, *, output_aware: bool) -> Forecast:
+def planned(sensitivity: Path, *, output_aware: bool, base_dir: Path = Path()) -> Forecast:
     rule = {
         "match": "role:attention|mlp|shared_expert|expert",
         "scheme": {"kind": "int", "bits": 4, "group_size": 128},
@@ -45,7 +45,12 @@ def planned(sensitivity: Path, *, output_aware: bool) -> Forecast:
     output = {"name": "a", "format": "compressed-tensors", "rules": [rule, {"match": "*", "keep": "source"}]}
     calibration = {"data": ["builtin:mixed"], "tokens": TOKENS, "sequence_length": 2048}
     values = {"version": 1, "calibration": calibration, "sensitivity": str(sensitivity), "outputs": [output]}
-    return forecast(V3, Recipe.from_dict(values))
+    return forecast(V3, Recipe.from_dict(values), base_dir=base_dir)
+
+
+def test_the_pass_is_looked_for_where_the_recipe_s_files_lie(tmp_path: Path) -> None:
+    pass_of(tmp_path / "felt")
+    assert planned(Path("felt"), output_aware=True, base_dir=tmp_path).needs.work.fisher_tokens == TOKENS
 
 
 def test_whole_buffers_output_hessians_and_gradients_are_counted(tmp_path: Path) -> None:

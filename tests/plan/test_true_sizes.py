@@ -26,6 +26,8 @@ PUBLISHED = {
     "glm-5": (744e9, False),
     "glm-5.2": (743e9, False),
     "kimi-k2": (1.03e12, False),
+    "llama-3.1-70b": (70.6e9, False),
+    "qwen3-30b-a3b": (30.5e9, False),
 }
 """Parameters as published, and whether those of MTP layers are counted."""
 RULES = [{"match": "*", "keep": "source"}]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantkit.calibrate.inputs import InputStats
 from quantkit.errors import CalibrationError
+from quantkit.kernels import recorded
 from quantkit.quantizers import Gptq
 from quantkit.quantizers.ldlq import two_sided
 from quantkit.schemes import (
@@ -157,3 +158,18 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
     output[0, 0, 2, 2] = torch.nan
     with pytest.raises(CalibrationError, match="gradients"):
         two_sided.factorize_output(output)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("polish", [0, 2])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_recorded_work_stores_the_same(scheme: ChosenScheme, polish: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five slices of rows the first two run, three are replayed."""
+    weight, hessian, output = (one.cuda() for one in problem(80))
+    method = Gptq(output_aware=True, polish=polish)
+    replayed = method.quantizer(inputs(hessian))(weight, scheme, output_factor=factored(output))
+    monkeypatch.setattr(recorded, "Recorded", lambda work: work)
+    run = method.quantizer(inputs(hessian))(weight, scheme, output_factor=factored(output))
+    for key, values in run.stored.items():
+        assert torch.equal(values.view(torch.uint8), replayed.stored[key].view(torch.uint8)), key

@@ -11,7 +11,7 @@ import pytest
 from quantkit.documents.read import read_documents
 from quantkit.documents.values import Mean
 from quantkit.report.build import report_of
-from quantkit.report.contents import Table
+from quantkit.report.contents import Figure
 from quantkit.report.markdown import markdown
 from quantkit.report.quality import change, comparable, survival
 from quantkit.report.scored import ScoredCheckpoints, front, scored_checkpoints
@@ -138,7 +138,7 @@ def test_what_a_choice_of_types_expected_stands_beside_what_was_measured(tmp_pat
     chosen = written(tmp_path / "chosen", made).parent
     plain = written(tmp_path / "plain", conversion()).parent
     sections = {section.anchor: section for section in report_of(checkpoints(chosen, plain), None).sections}
-    _, table = sections["expected"].blocks
-    assert isinstance(table, Table)
-    assert table.rows == (("chosen", "0.02", "0.0300 ± 0.0010", "1.50"),)
+    _, figure = sections["expected"].blocks
+    assert isinstance(figure, Figure)
+    assert figure.table.rows == (("chosen", "0.02", "0.0300 ± 0.0010", "1.50"),)
     assert "expected" not in {section.anchor for section in report_of(checkpoints(plain), None).sections}

@@ -220,9 +220,9 @@ def test_left_alone() -> None:
         assert tensor_type("BF16", name, shape) is None
 
 
-@pytest.mark.parametrize("name", ["attn_k.weight", "attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight"])
-def test_other_families_are_refused(name: str) -> None:
-    with pytest.raises(PlanError, match=r"latent attention only\. "):
+@pytest.mark.parametrize("name", ["attn_qkv.weight", "attn_kv_b.weight"])
+def test_fused_attention_is_refused(name: str) -> None:
+    with pytest.raises(PlanError, match=r"fused in one tensor\. "):
         tensor_type("Q4_K_M", f"blk.3.{name}", (512, 512))
 
 

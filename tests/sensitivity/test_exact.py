@@ -14,6 +14,7 @@ from quantkit.arch.base import DenseBlock, ExpertBlock
 from quantkit.calibrate.dataset import Calibration, token_rows
 from quantkit.sensitivity.layer_files import INPUT, file_name, gradient_name
 from quantkit.sensitivity.moments import head_blocks, output_metric, output_moments
+from tests.arch.grouped import GROUPED
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.arch.test_deepseek_v3 import CHECKPOINTS
 from tests.arch.test_forward import random_tokens, read_decoded
@@ -41,7 +42,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "V3.2, dense": deepseek_v32(index_topk=200),
     "V3.2, sparse": deepseek_v32(),
     "GLM-5, sparse": glm_moe_dsa(),
+    **{name: config() for name, config in GROUPED.items()},
 }
+RENAMED = {"block_sparse_moe": "mlp", "shared_mlp": "shared_experts", ".w1.": ".gate_proj."}
+RENAMED |= {".w3.": ".up_proj.", ".w2.": ".down_proj."}
 CPU = torch.device("cpu")
 
 
@@ -49,6 +53,13 @@ CPU = torch.device("cpu")
 def _quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def in_transformers(name: str) -> str:
+    """What a linear is called there in memory, where checkpoints have another name."""
+    for stored, loaded in RENAMED.items():
+        name = name.replace(stored, loaded)
+    return name
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -60,14 +71,15 @@ def check_against_whole_model(source: Path, folder: Path, tokens: Tensor) -> ora
     """Scalars of every linear, and the gradients in the files."""
     document = fisher_pass(source, folder, tokens)
     expected = oracle.fisher(source, tokens, SEED)
-    found = {name: one.fisher for name, one in document.linears.items()}
+    linears = {in_transformers(name): one for name, one in document.linears.items()}
+    found = {name: one.fisher for name, one in linears.items()}
     scalars = {name: float(g.square().mean(-1).sum()) for name, g in expected.outputs.items() if name in found}
-    unseen = {name for name, one in document.linears.items() if one.tokens == 0}
+    unseen = {name for name, one in linears.items() if one.tokens == 0}
     assert found.keys() - scalars.keys() == unseen
     # Where the model is sure of every label, 1 - p is what float32 rounds: next to nothing beside other linears.
     nothing = 1e-9 * sum(scalars.values()) / len(scalars)
     assert all(abs(found[name] - value) <= CLOSE * value + nothing for name, value in scalars.items())
-    assert all(document.linears[name].tokens == len(expected.outputs[name]) for name in scalars)
+    assert all(linears[name].tokens == len(expected.outputs[name]) for name in scalars)
     for layer, number in expected.residual:
         with safetensors.safe_open(folder / file_name(layer), "pt") as file:
             gradient = file.get_tensor(gradient_name(number))

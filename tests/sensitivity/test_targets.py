@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit import choose_types, convert
-from quantkit.documents.sensitivity import SENSITIVITY, read_sensitivity
+from quantkit.documents.sensitivity import SENSITIVITY, SensitivityDocument, read_sensitivity
 from quantkit.errors import OutputError, PlanError, QuantkitError, RecipeError, SourceError
 from quantkit.formats import open_source
 from quantkit.plan.headers import headers_of
@@ -61,11 +61,13 @@ def felt(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(source: Path, felt: Path) -> dict[str, dict[str, float]]:
     told: list[tuple[int, int]] = []
+    kept: list[SensitivityDocument] = []
     with open_source(source) as opened:
         found = open_sensitivity(felt, opened, headers_of(opened).arch)
-        document = losses.measure_losses(found, opened, PROCESSOR, WANTED, lambda *done: told.append(done))
+        document = losses.measure_losses(found, opened, PROCESSOR, WANTED, kept.append, lambda *done: told.append(done))
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert document.losses is not None
+    assert [len(one.losses or {}) for one in kept] == [1, 5, 7]
     return document.losses
 
 
@@ -141,6 +143,33 @@ def test_files_keep_the_size_and_losses_are_measured_once(nano_felt: Path, tmp_p
     assert choose_types(NANO, settled) == settled
     assert (nano_felt / SENSITIVITY).read_bytes() == before
     assert read_sensitivity(nano_felt).losses
+
+
+WIDER = ["Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"]
+"""What is chosen among without IQ2."""
+
+
+@pytest.mark.slow
+def test_iq2_reaches_smaller_sizes_and_never_loses_more(nano_felt: Path, tmp_path: Path) -> None:
+    tables = {"rules": [{"match": "role:embed|lm_head", "scheme": "Q4_K"}]}
+    small = recipe(nano_felt, {**output("gguf", size=2_300_000), **tables})
+    with pytest.raises(PlanError, match="the smallest choice of types takes"):
+        choose_types(NANO, recipe(nano_felt, {**output("gguf", size=2_300_000, types=WIDER), **tables}), device="cpu")
+    (made,) = choose_types(NANO, small, device="cpu").outputs
+    chosen = {rule.scheme.type for rule in made.rules if isinstance(rule.scheme, GgmlScheme)}
+    assert chosen & {"IQ2_XXS", "IQ2_XS", "IQ2_S"}
+    for bpw in (3.1, 3.6):
+        with_iq2, without = (
+            choose_types(NANO, recipe(nano_felt, {**output("gguf", bpw=bpw, **types), **tables}), device="cpu")
+            for types in ({}, {"types": WIDER})
+        )
+        assert with_iq2.outputs[0].predicted_kl is not None
+        assert without.outputs[0].predicted_kl is not None
+        assert with_iq2.outputs[0].predicted_kl <= without.outputs[0].predicted_kl
+
+    report = convert(NANO, small, tmp_path / "out", device="cpu")
+    size = sum(file.stat().st_size for file in report.outputs[0].path.iterdir() if is_weights(file))
+    assert 2_250_000 < size <= 2_300_000
 
 
 def is_weights(file: Path) -> bool:

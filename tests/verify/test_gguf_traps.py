@@ -70,8 +70,8 @@ def test_every_trap_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_other_architectures_and_runtimes_are_refused(tmp_path: Path) -> None:
-    path = write_file(tmp_path / "model.gguf", {}, {"a.weight": ((32, 32), "Q8_0")}, architecture="llama")
-    with pytest.raises(QuantkitError, match="general.architecture is llama"):
+    path = write_file(tmp_path / "model.gguf", {}, {"a.weight": ((32, 32), "Q8_0")}, architecture="gemma3")
+    with pytest.raises(QuantkitError, match="general.architecture is gemma3"):
         quantkit.verify(path)
     with pytest.raises(QuantkitError, match=r"vllm does not read it; runtimes that read it: llama\.cpp"):
         quantkit.verify(path, runtimes="vllm")

@@ -36,6 +36,10 @@ _LLAMA_WORDS = _split(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_WORDS = _split(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _GPT2_WORDS: Step = ("ByteLevel", False, True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
@@ -60,6 +64,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         ignore_merges=True,
     ),
     "glm4": PreTokenizer(normalizer=(), steps=(_LLAMA_WORDS, _BYTES_ONLY)),
+    "qwen2": PreTokenizer(normalizer=(("NFC", "?"),), steps=(_QWEN2_WORDS, _BYTES_ONLY)),
     "gpt-2": PreTokenizer(normalizer=(), steps=(_GPT2_WORDS,)),
     "kimi-k2": PreTokenizer(normalizer=(), steps=(_split(KIMI_WORDS), _BYTES_ONLY), ignore_merges=True),
 }
@@ -68,6 +73,8 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 DIFFERENCES = {
     "kimi-k2": "llama.cpp cuts text as Kimi's tokenizer does but for capitals inside words: it takes getUserName for "
     "one word, the model was trained on three.",
+    "qwen2": "llama.cpp takes text as it is, Qwen's tokenizer composes it first (NFC): a letter and its accent that "
+    "are two characters stay two.",
 }
 """What llama.cpp cuts otherwise than the rules that a name stands for."""
 

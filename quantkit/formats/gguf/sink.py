@@ -6,6 +6,7 @@ files, and beside them imatrix.gguf if it is wanted. Nothing is held in memory b
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,14 @@ class GgufSink:
         info = place.planned.kept_info
         assert tuple(tensor.shape[1:]) == info.shape[1:], f"{name}: rows of {list(tensor.shape[1:])}"
         self._put(place, start_row * (info.nbytes // info.shape[0]), cast_to(name, tensor, info.dtype))
+
+    def write_constants(self, constants: Mapping[str, Sequence[float]]) -> None:
+        """Store float32 vectors that no checkpoint has, by GGUF name, unless the files of an interrupted job hold
+        them."""
+        for name, values in constants.items():
+            data = struct.pack(f"<{len(values)}f", *values)
+            if self._files.read(name) != data:
+                self._files.write(name, 0, data)
 
     def wants_importance(self, name: str) -> bool:
         """Whether imatrix.gguf has an entry for this linear. One that is stored in parts, as another output of the same

@@ -14,6 +14,7 @@ from quantkit.errors import PlanError
 from quantkit.formats.planned import PlannedTensor
 from quantkit.plan.allocation.draft import DROP_MTP, KEEP_REST, DraftGroup, OpenOutput, measured, planned_with
 from quantkit.plan.allocation.expected import expected_kl
+from quantkit.plan.allocation.felt import felt
 from quantkit.plan.allocation.rules import rules_of
 from quantkit.plan.allocation.solve import Option, smallest, solve, total_bytes
 from quantkit.plan.recipe import Output
@@ -23,8 +24,8 @@ from quantkit.runtimes.vllm.memory import fit
 from quantkit.schemes import ChosenScheme, describe
 from quantkit.tensors import Role
 
-ROUNDS = 20
-"""Times the budget of the weights is corrected by what headers and padding really take."""
+NEAR = 32
+"""Bytes to which the budget of the weights is found: no tensor of a GGUF file begins nearer to the next."""
 GPU_STEPS = 24
 POINTS = 9
 """Of the Pareto curve."""
@@ -70,29 +71,39 @@ def choose(draft: OpenOutput, document: SensitivityDocument, arch: ModelArch, so
     groups = tuple(
         replace(group, schemes=(group.schemes[place],)) for group, place in zip(draft.groups, chosen, strict=True)
     )
+    curve = work.curve()
     return Choice(
-        output=_settled(draft, groups, work.predicted(chosen)),
+        output=_settled(draft, groups, work.predicted(chosen), curve),
         groups=groups,
         nbytes=draft.target.file_bytes(source, work.planned(chosen)),
         limit=str(draft.wanted),
-        curve=work.curve(),
+        curve=curve,
         left=_left(groups, draft),
     )
 
 
-def _settled(draft: OpenOutput, groups: Sequence[DraftGroup], predicted: float) -> Output:
-    """The output with rules: the user's, those of the choice, and what is done with the rest."""
+def _settled(draft: OpenOutput, groups: Sequence[DraftGroup], predicted: float, curve: Sequence[ParetoPoint]) -> Output:
+    """The output with rules: the user's, those of the choice, and what is done with the rest; and what reports show of
+    the choice."""
     user = draft.output.rules
     assigned = [(spec, group.schemes[0]) for group in groups for spec in group.specs]
     others = [(spec, scheme) for spec, scheme in draft.others if spec.linear or scheme is not None]
     decided = {spec.name for spec, _ in (*assigned, *others)}
     rest = [d.spec for d in draft.plan.decisions.values() if d.rule > len(user) and d.spec.name not in decided]
-    drops = (DROP_MTP,) if any(spec.role is Role.MTP for spec in rest) else ()
-    keeps = (KEEP_REST,) if any(spec.role is not Role.MTP for spec in rest) else ()
+    dropped = [spec for spec in rest if spec.role is Role.MTP and not draft.output.keeps_mtp]
+    drops = (DROP_MTP,) if dropped else ()
+    keeps = (KEEP_REST,) if len(rest) > len(dropped) else ()
     made = (*user, *rules_of(assigned), *rules_of(others), *drops, *keeps)
-    values = draft.output.model_dump(mode="json", exclude_unset=True, exclude={"target", "rules", "predicted_kl"})
-    given = [rule.model_dump(mode="json", exclude_unset=True) for rule in made]
-    return type(draft.output).model_validate({**values, "rules": given, "predicted_kl": float(f"{predicted:.4g}")})
+    # As objects: written out, what was made by its class and not read from a file would lack its kind.
+    given = {key: getattr(draft.output, key) for key in draft.output.model_fields_set - {"target"}}
+    points = tuple((point.nbytes, _rounded(point.predicted_kl)) for point in curve)
+    told = {"predicted_kl": _rounded(predicted), "predicted_curve": points}
+    return type(draft.output).model_validate({**given, "rules": made, **told})
+
+
+def _rounded(value: float) -> float:
+    """To four digits: an estimate."""
+    return float(f"{value:.4g}")
 
 
 def _left(groups: Sequence[DraftGroup], draft: OpenOutput) -> str:
@@ -149,7 +160,7 @@ class _Work:
     def curve(self) -> tuple[ParetoPoint, ...]:
         """Choices of sizes evenly spread between the smallest and the largest."""
         low = total_bytes(self.options, smallest(self.options))
-        high = total_bytes(self.options, self._largest())
+        high = total_bytes(self.options, self._best())
         weights = sum(tensor.info.numel for tensor in self.draft.plan.planned)
         beside = self._data_bytes(self.planned(smallest(self.options))) - low
         points: dict[int, ParetoPoint] = {}
@@ -178,33 +189,40 @@ class _Work:
     def _infos(self) -> Mapping[str, PlannedTensor]:
         return {tensor.name: tensor for tensor in self.draft.plan.planned}
 
+    @cached_property
+    def _felt(self) -> Mapping[str, float]:
+        return felt(self.arch.tensors(), self.document.linears)
+
     def _loss(self, group: DraftGroup, scheme: ChosenScheme) -> float:
         """Of all linears, those that were not measured like the measured ones of their projection."""
-        losses, linears = self.document.losses or {}, self.document.linears
+        losses, scalars = self.document.losses or {}, self._felt
         total = 0.0
         for projection in {spec.projection for spec in group.specs}:
             own = [spec for spec in group.specs if spec.projection is projection]
             seen = list(measured(own))
-            known = sum(linears[spec.official].fisher for spec in seen)
-            share = sum(linears[spec.official].fisher for spec in own) / known if known else 1.0
+            known = sum(scalars[spec.official] for spec in seen)
+            share = sum(scalars[spec.official] for spec in own) / known if known else 1.0
             total += share * sum(losses[spec.name][scheme.label] for spec in seen)
         return total
 
     def _within(self, limit: int, size: Callable[[list[PlannedTensor]], int]) -> list[int]:
-        """The choice whose ``size`` comes nearest to ``limit`` from below. Headers depend on the choice, so the budget
-        of the data is corrected until the size is kept."""
-        least, most = smallest(self.options), self._largest()
-        self._check(limit, size(self.planned(least)), size(self.planned(most)), most)
-        allowed = limit - size(self.planned(least)) + total_bytes(self.options, least)
-        for _ in range(ROUNDS):
-            found = solve(self.options, allowed) or least
-            excess = size(self.planned(found)) - limit
-            if excess <= 0:
-                return found
-            allowed -= excess
-        return least
+        """The choice whose ``size`` comes nearest to ``limit`` from below. Headers depend on the choice, so what is
+        allowed for the data shrinks by what is too much until the size is kept, and grows again while it is."""
+        least, best = smallest(self.options), self._best()
+        self._check(limit, size(self.planned(least)), size(self.planned(best)), best)
+        found, low = least, total_bytes(self.options, least)
+        allowed = limit - size(self.planned(least)) + low
+        high = allowed + 1  # what keeps the size lies below it, and `low` keeps it
+        while high - low > NEAR:
+            tried = solve(self.options, allowed) or least
+            excess = size(self.planned(tried)) - limit
+            if excess > 0:
+                high, allowed = allowed, max(low, allowed - excess)
+            else:
+                found, low, allowed = tried, allowed, (allowed + high) // 2
+        return found
 
-    def _check(self, limit: int, least: int, most: int, largest: Sequence[int]) -> None:
+    def _check(self, limit: int, least: int, most: int, best: Sequence[int]) -> None:
         name, wanted = self.draft.output.name, self.draft.wanted
         if limit < least:
             raise PlanError(
@@ -213,16 +231,16 @@ class _Work:
                 hint="Give it more, or let smaller types in (types:, and rules that fix linears or tables).",
             )
         if limit > most:
-            labels = {group.schemes[place].label for group, place in zip(self.draft.groups, largest, strict=True)}
+            labels = {group.schemes[place].label for group, place in zip(self.draft.groups, best, strict=True)}
             raise PlanError(
-                f"output {name}: target {wanted}: the largest choice of types ({', '.join(sorted(labels))}) takes "
-                f"{most:,} bytes, {limit - most:,} fewer.",
+                f"output {name}: target {wanted}: the choice of types that loses least ({', '.join(sorted(labels))}) "
+                f"takes {most:,} bytes, {limit - most:,} fewer.",
                 hint="Give it less: there is nothing to choose above.",
             )
 
     def _on_gpus(self, gpus: Gpus, context: int) -> list[int]:
         """The choice with the most bytes that the GPUs hold. Raises `PlanError` if they do not hold the smallest."""
-        least, most = smallest(self.options), self._largest()
+        least, most = smallest(self.options), self._best()
         if self._fits(most, gpus, context):
             return most
         if not self._fits(least, gpus, context):
@@ -248,7 +266,7 @@ class _Work:
             return fit_llama(sized, self.arch, gpus, context).fits
         return fit(sized, self.arch, gpus, context).utilization is not None
 
-    def _largest(self) -> list[int]:
+    def _best(self) -> list[int]:
         """The options with the least loss."""
         return [min(range(len(group)), key=lambda n: (group[n].loss, group[n].nbytes)) for group in self.options]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from quantkit.documents.sensitivity import LinearFisher
 from quantkit.errors import PlanError, SchemeError
 from quantkit.formats.planned import PlannedTensor
+from quantkit.plan.allocation.rules import rules_of
 from quantkit.plan.decide import Action, Decision
 from quantkit.plan.headers import SourceHeaders
 from quantkit.plan.output_target import OutputTarget
@@ -95,10 +96,14 @@ def draft_of(output: Output, recipe: Recipe, headers: SourceHeaders, linears: Ma
 
 def _plan_of_rest(output: Output, recipe: Recipe, headers: SourceHeaders) -> OutputPlan:
     """The output with what its rules say, everything else kept."""
-    roles = {spec.role for spec in headers.arch.tensors()}
+    specs = tuple(headers.arch.tensors())
+    roles = {spec.role for spec in specs}
     linears = "|".join(role.value for role in _LINEARS if role in roles)
     keep_linears = Rule.model_validate({"match": f"role:{linears}", "keep": "bf16"})
-    rules = (*output.rules, *((DROP_MTP,) if Role.MTP in roles else ()), keep_linears, KEEP_REST)
+    mtp = [spec for spec in specs if spec.role is Role.MTP]
+    keep_mtp = rules_of((spec, None) for spec in mtp if spec.linear) if output.keeps_mtp else ()
+    drop_mtp = (DROP_MTP,) if mtp and not output.keeps_mtp else ()
+    rules = (*output.rules, *drop_mtp, *keep_mtp, keep_linears, KEEP_REST)
     kept = output.model_copy(update={"target": None, "rules": rules})
     alone = recipe.model_copy(update={"outputs": (kept,)})
     return make_plan(alone, headers.arch, headers.infos, headers.stored).outputs[0]

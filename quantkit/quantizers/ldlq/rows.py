@@ -4,8 +4,10 @@ from __future__ import annotations
 
 ROW_STEPS, LEAST_ROWS = 16, 16
 """Rows go in at most so many steps, of at least so many rows each: fewer leave kernels without work."""
+ALIGNED = 8
+"""Rows at once are a multiple of this, for the tensor cores."""
 
 
 def rows_at_once(height: int) -> int:
     """Rows that are rounded together, of ``height`` that hear of each other."""
-    return max(LEAST_ROWS, -(-height // ROW_STEPS))
+    return max(LEAST_ROWS, -(-height // ROW_STEPS // ALIGNED) * ALIGNED)

@@ -14,7 +14,7 @@ from quantkit.formats.gguf import sink
 from quantkit.formats.planned import PlannedTensor
 from quantkit.tensors import Role
 
-CHOICES = ("Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+CHOICES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """Block types to choose among for a size. Rows that are no whole blocks get what `presets.fitting_type` says."""
 TABLE_TYPE, UNSEEN_TYPE = "Q6_K", "Q8_0"
 """Of vocabulary matrices, as most presets store them, and of linears of which no sensitivity is known."""

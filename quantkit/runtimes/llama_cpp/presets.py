@@ -2,8 +2,8 @@
 
 In: a preset, a GGUF tensor name and shape. Out: the name of the type, or None for a tensor that stays as it is (F32 for
 norms, router and biases). Sources, all in src/llama-quant.cpp of llama.cpp: tensor_allows_quantization,
-llama_tensor_get_type_impl, tensor_type_fallback. Known for families whose attention tensors llama-quantize treats
-alike, as it does those of deepseek2; a tensor of the other kinds (attn_k, attn_v, fused qkv) is refused.
+llama_tensor_get_type_impl, tensor_type_fallback. Keys and values are in `preset_attention`; attention fused in one
+tensor is refused.
 
 llama-quantize counts ffn_down tensors where a model has fewer than two experts and parses the layer number where it has
 more; both are the layer number here, equal as long as each layer has one ffn_down tensor per kind of MLP. The mixes of
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from quantkit.errors import PlanError
 from quantkit.formats.gguf.types import WRITABLE
+from quantkit.runtimes.llama_cpp.preset_attention import AttentionSizes, key_type, value_type
 
 Layers = Callable[[int, int], bool]
 """(layer, layers of the file) -> whether a rule holds there."""
@@ -148,7 +149,8 @@ _SMALLER = {
 NEED_IMPORTANCE = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """Types that llama-quantize refuses to make without an importance matrix (tensor_requires_imatrix)."""
 
-_OTHER_ATTENTION = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight", "attn_k.weight")
+_FUSED_ATTENTION = ("attn_qkv.weight", "attn_kv_b.weight")
+_ALONE = AttentionSizes()
 
 
 def fitting_type(kind: str, in_features: int) -> str:
@@ -177,12 +179,14 @@ def preset_type(
     importance: bool,
     tied: bool = False,
     downs: int = 0,
+    attention: AttentionSizes = _ALONE,
 ) -> str | None:
     """The type that llama-quantize gives a tensor under ``preset`` (a key of `PRESETS`); None: it is left as it is.
 
     ``shape``: numpy's order, rows last. ``layer``: of the name, None outside blocks; ``n_layers``: all blocks of the
     file, MTP included. ``importance``: with an importance matrix. ``tied``: the file has no output.weight.
-    ``downs``: of an ffn_down tensor, how many others come before it (`downs_before`).
+    ``downs``: of an ffn_down tensor, how many others come before it (`downs_before`). ``attention``: how many queries
+    share a key.
     Raises PlanError for tensors of other families.
     """
     if not is_quantised(name, shape):
@@ -190,6 +194,9 @@ def preset_type(
     mix = PRESETS[preset]
     if mix.default in ("F32", "F16", "BF16"):
         return mix.default
+    if "attn_k.weight" in name or "attn_v.weight" in name:
+        kind = _key_or_value(preset, name, attention, layer, n_layers, n_experts, importance=importance)
+        return fitting_type(kind, shape[-1])
     kind = _mixed(
         mix,
         name,
@@ -201,6 +208,26 @@ def preset_type(
         tied=tied,
     )
     return fitting_type(kind, shape[-1])
+
+
+def _key_or_value(
+    preset: str,
+    name: str,
+    sizes: AttentionSizes,
+    layer: int | None,
+    n_layers: int,
+    n_experts: int,
+    *,
+    importance: bool,
+) -> str:
+    mix = PRESETS[preset]
+    assert layer is not None, f"{name} lies in no block"
+    if mix.stacked is not None:  # what is not stacked has the default of these mixes
+        return mix.default
+    if "attn_k.weight" in name:
+        return key_type(preset, mix.default, n_experts)
+    more = _more_bits(layer, n_layers)
+    return value_type(preset, mix.default, sizes, n_experts, importance=importance, layer=layer, more_bits=more)
 
 
 def downs_before(names: Iterable[str]) -> dict[str, int]:
@@ -228,9 +255,9 @@ def _mixed(
         return mix.stacked
     if name == "token_embd.weight":
         return mix.embed or mix.default
-    if any(part in name for part in _OTHER_ATTENTION):
+    if any(part in name for part in _FUSED_ATTENTION):
         raise PlanError(
-            f"{name}: the presets of llama.cpp are known here for models with latent attention only.",
+            f"{name}: the presets of llama.cpp are not known here for attention fused in one tensor.",
             hint="Give a type by rules instead of a preset.",
         )
     if "attn_q.weight" in name:

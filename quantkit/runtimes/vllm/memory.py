@@ -83,7 +83,7 @@ def fit(plan: SizedOutput, arch: ModelArch, gpus: Gpus, context: int) -> Fit:
     placements: list[Placement] = []
     for tensor_parallel in sorted((n for n in range(1, gpus.count + 1) if gpus.count % n == 0), reverse=True):
         stages = gpus.count // tensor_parallel
-        problem = cut_problem(weights.cuts, sizes.heads, tensor_parallel)
+        problem = cut_problem(weights.cuts, sizes.heads, tensor_parallel, sizes.kv_heads)
         if problem is None and stages > n_layers:
             problem = f"{stages} pipeline stages for {n_layers} layers"
         if problem is not None:

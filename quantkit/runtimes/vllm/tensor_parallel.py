@@ -41,10 +41,13 @@ def most_ranks(cut: tuple[int, int]) -> int:
     return in_features // group if in_features % group == 0 else 1
 
 
-def cut_problem(cuts: Cuts, heads: int, size: int) -> str | None:
-    """Why a model with so many attention heads cannot be cut into ``size`` ranks, None if it can."""
+def cut_problem(cuts: Cuts, heads: int, size: int, kv_heads: int = 1) -> str | None:
+    """Why a model with so many attention heads, and keys and values for them, cannot be cut into ``size`` ranks, None
+    if it can. Ranks may hold the same keys and values, but all equally many."""
     if heads % size:
         return f"{heads} attention heads are not divisible by {size}"
+    if kv_heads % size and size % kv_heads:
+        return f"{kv_heads} heads of keys and values cannot be shared out evenly over {size} ranks"
     for (in_features, group), name in cuts.items():
         if in_features % size or in_features // size % group:
             return f"{name}: {in_features} inputs over {size} ranks are no multiple of group_size {group}"

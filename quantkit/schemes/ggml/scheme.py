@@ -7,7 +7,7 @@ uint8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from quantkit.schemes.ggml.codebook_layout import CodebookParts
     from quantkit.schemes.grid import Stored
+    from quantkit.schemes.tunable import Tunable
 
 BlockTypeName = Literal[
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4", "Q3_K", "IQ3_S",
@@ -103,12 +104,38 @@ class GgmlScheme(BaseModel, frozen=True, extra="forbid"):
         params = fit(self.block, weight, importance)
         return {"blocks": pack(self.block, encode(self.block, weight, params), params)}
 
+    def tunable(self, stored: Stored) -> Tunable | None:
+        """What gradients may change of stored matrices (B, out, in); None for types with a codebook."""
+        from quantkit.schemes.ggml.layout import unpack
+        from quantkit.schemes.tunable import TunableBlocks
+
+        return TunableBlocks(self.block, *unpack(self.block, stored["blocks"])) if self.has_grid else None
+
     def decode(self, blocks: Tensor) -> Tensor:
         """blocks (..., out, row bytes) uint8 -> weight (..., out, in) float32, bit for bit what llama.cpp decodes."""
         from quantkit.schemes.ggml.codebook import decode_codebook
         from quantkit.schemes.ggml.layout import decode
 
         return decode(self.block, blocks) if self.has_grid else decode_codebook(self.block, blocks)
+
+    @property
+    def takes_row_gains(self) -> bool:
+        """See `quantkit.quantizers.row_gains`: a block's d is a float16, but of MXFP4 a power of two."""
+        return self.type != "MXFP4"
+
+    def with_row_gains(self, stored: Stored, gains: Tensor) -> Stored:
+        """Blocks with d and dmin times gains (..., out) float32, rounded to float16; integers stay."""
+        from quantkit.schemes.ggml import codebook_layout, layout
+
+        blocks, gain = stored["blocks"], gains.unsqueeze(-1)
+        if not self.has_grid:
+            parts = codebook_layout.unpack(self.block, blocks)
+            d = (parts.d.float() * gain).half()
+            return {"blocks": codebook_layout.pack(self.block, replace(parts, d=d))}
+        codes, params = layout.unpack(self.block, blocks)
+        d, dmin = (None if one is None else (one * gain).half().float() for one in (params.d, params.dmin))
+        assert d is not None
+        return {"blocks": layout.pack(self.block, codes, replace(params, d=d, dmin=dmin))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +175,11 @@ class BlockGrid:
         """Levels that are no integers in a row."""
         import torch
 
+        from quantkit.kernels.backend import constants
+
         if self.kind.uniform:
             return None
-        levels = sorted(set(self.kind.levels))
-        return torch.tensor(levels, dtype=torch.float32, device=self.params.d.device)
+        return constants(tuple(sorted(set(self.kind.levels))), torch.float32, self.params.d.device)
 
     def nearest_scale(self, group: int, wanted: Tensor) -> Tensor:
         """A multiple of the block's d, or any float16 where a group is a block (MXFP4: it stays)."""

@@ -7,6 +7,19 @@ from pathlib import Path
 from quantkit.arch.base import ModelArch
 from quantkit.documents.sensitivity import SensitivityDocument
 from quantkit.errors import SourceError
+from quantkit.formats.storage import LOCAL, Storage
+from quantkit.plan.gguf_model import open_model
+from quantkit.plan.headers import SourceHeaders
+
+
+def fingerprint_of(headers: SourceHeaders, storage: Storage = LOCAL) -> str | None:
+    """What a pass over these weights states as its source; None if only config.json is there. ``storage``:
+    opens the shards."""
+    if not headers.has_shards:
+        return None
+    config = None if headers.path == headers.directory else headers.directory
+    with open_model(headers.path, config, storage) as opened:
+        return opened.fingerprint()
 
 
 def check_model(folder: Path, document: SensitivityDocument, fingerprint: str | None, arch: ModelArch) -> None:
