@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.convert import background
-from quantkit.convert import run as run_module
+from quantkit.convert import background, opening
 from quantkit.convert.background import AheadSource, Deliveries
 from quantkit.convert.events import Event, StageStarted, TensorDone
 from quantkit.errors import SourceError
@@ -123,7 +122,7 @@ def test_a_conversion_writes_the_same_bytes_beside_its_work(
     write_model(tmp_path / "model", wide_config(num_nextn_predict_layers=0), fp8=True)
     write_text(tmp_path / "calibration.txt")
     run(tmp_path / "model", recipe, tmp_path / "in-place")
-    monkeypatch.setattr(run_module, "_works_beside", lambda machine: True)
+    monkeypatch.setattr(opening, "_works_beside", lambda machine: True)
     run(tmp_path / "model", recipe, tmp_path / "beside")
     found, expected = files_of(tmp_path / "beside"), files_of(tmp_path / "in-place")
     assert found.keys() == expected.keys()
@@ -136,7 +135,7 @@ def test_an_interrupted_conversion_leaves_no_thread_and_goes_on(
 ) -> None:
     """Interrupted in the thread that computes, or in the one that writes."""
     run(model, INT4, tmp_path / "unbroken")
-    monkeypatch.setattr(run_module, "_works_beside", lambda machine: True)
+    monkeypatch.setattr(opening, "_works_beside", lambda machine: True)
     seen: list[int] = []
 
     def interrupt(event: Event) -> None:

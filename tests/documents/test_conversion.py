@@ -25,8 +25,10 @@ def test_what_applies_is_written_in_the_models_order() -> None:
     assert json.loads(found.to_json()) == conversion()
     fit = {"name": "lm_head.weight", "scheme": "Q4_0", "relative_loss": 1.0, "gaussian_loss": 0.0065}
     pruning = {"experts": 2, "kept": {"1": [1]}, "scores": {"1": [[0.5, 3], [0.75, 1]]}}
-    whole = document(poor_fits=[fit], pruning=pruning)
+    tuning = {"0": {"loss_before": 0.5, "loss_after": 0.25, "epoch": 3, "codes": 100, "codes_changed": 7}}
+    whole = document(poor_fits=[fit], pruning=pruning, tuning=tuning)
     assert json.loads(whole.to_json())["pruning"] == pruning
+    assert json.loads(whole.to_json())["tuning"] == tuning
     assert list(json.loads(whole.to_json())) == list(ConversionDocument.model_fields)
 
 

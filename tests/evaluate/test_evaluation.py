@@ -307,7 +307,7 @@ def test_what_is_no_checkpoint_is_refused(files: Path, tmp_path: Path) -> None:
     assert "is a folder of 3 outputs" in refusal(files / "out")
     assert "does not exist" in refusal(tmp_path / "absent")
     assert "is not a folder" in refusal(files / "bf16", reference=tmp_path / "notes.txt")
-    assert "holds no safetensors" in refusal(files / "bf16", reference=files / "out" / "q4")
+    assert "holds GGUF files; the reference is a folder" in refusal(files / "bf16", reference=files / "out" / "q4")
     hqq = changed_config(files / "bf16", tmp_path / "hqq", quantization_config={"quant_method": "hqq"})
     assert "is quantised as 'hqq'" in refusal(hqq)
     awq = changed_config(files / "bf16", tmp_path / "awq", quantization_config={"quant_method": "awq"})
