@@ -71,7 +71,7 @@ def test_an_address_is_read_by_one_process_only(tmp_path: Path) -> None:
     done = started([sys.executable, "-m", "quantkit", *words, "--gpus", "2"])
     _, said = done.communicate(timeout=120)
     assert done.returncode == 1
-    assert lines_of(said)[0].startswith("error: https://host.invalid/model/: found an address, needed a folder")
+    assert lines_of(said)[0].startswith("error: https://host.invalid/model: found an address, needed a folder")
     assert "word" not in said
 
 
