@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from quantkit.calibrate.dataset import TokenRows
 from quantkit.calibrate.imatrix_file import ImportanceFile
 from quantkit.documents.journal import JournalHeader
+from quantkit.documents.pruning import Scores
 from quantkit.documents.sensitivity import SensitivityDocument
 from quantkit.formats.model_source import ModelSource
 from quantkit.formats.safetensors.reader import read_small
@@ -36,10 +38,13 @@ def journal_header(
     rows: TokenRows | None,
     importance: ImportanceFile | None,
     sensitivity: Sensitivity | None,
+    scores: Scores | None,
     machine: Machine,
 ) -> JournalHeader:
     """The journal's first line. Device and threads are in it: sums in another order may round a code the other way."""
     stated = {"origin": source.origin} if source.origin else {}
+    if scores is not None:
+        stated["expert_scores"] = sha256_of_text(json.dumps(sorted(scores.items())))
     return JournalHeader(
         **stated,
         quantkit_version=f"{__version__}, sources {_sources()[:12]}",

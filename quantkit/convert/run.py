@@ -82,7 +82,7 @@ def convert_on_ranks(job: Job, machine: Machine, on_event: OnEvent, ranks: Ranks
         importance, sensitivity = ranks.agreed(lambda: (open_imatrix(stack, job), open_fisher(job)))
         # Of all ranks of the host: what the report says does not depend on their number.
         host = replace(machine, budget=machine.budget * ranks.on_host)
-        first = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, host)
+        first = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, job.scores, host)
         refuse_different(ranks, first.job.bytes_follow_from())
         folder, journal = open_folder(stack, job, first, ranks)
         if ranks.of_first(lambda: folder.finished):

@@ -99,7 +99,7 @@ def try_layers(job: Job, layers: tuple[int, ...], machine: Machine, on_event: On
         importance, sensitivity = open_imatrix(stack, job), open_fisher(job)
         names = [output.output.name for output in job.plan.outputs]
         folder = stack.enter_context(OutputFolder(job.out, names, restart=False))
-        header = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, machine)
+        header = journal_header(job.plan.recipe, job.source, job.rows, importance, sensitivity, job.scores, machine)
         journal = Journal(folder.journal, header, job.source.files[0].parent)
         stack.callback(journal.close)
         job, whole = without_experts(job, folder, machine, tell)

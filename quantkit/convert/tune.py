@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -58,14 +59,13 @@ def quantize_and_tune(
     assert settings is not None, "the recipe does not ask for it"
     held = HeldResults(sink)
     x = job.hidden.x
-    before = conversion.stores.new(x.n_rows, x.length, x.width)
-    copy_rows(x, before, job.device)
-    result = quantize_layer(job, sublayers, held)
-    if held.made:
-        conversion.on_event(StageStarted(TUNING, layer))
-        work = _Work(conversion, layer, job, sublayers, settings, before)
-        result = work.tuned(held, result)
-    before.close()
+    with closing(conversion.stores.new(x.n_rows, x.length, x.width)) as before:
+        copy_rows(x, before, job.device)
+        result = quantize_layer(job, sublayers, held)
+        if held.made:
+            conversion.on_event(StageStarted(TUNING, layer))
+            work = _Work(conversion, layer, job, sublayers, settings, before)
+            result = work.tuned(held, result)
     for made in held.made:
         sink.write(made)
     return result
@@ -93,11 +93,10 @@ class _Work:
         conversion, job = self.conversion, self.job
         linears = self._linears(held)
         tuned = self._layer(linears, result.changed)
-        target = self._target()
         seed = seed_of(self.settings, self.layer)
-        task = TuneTask(tuned, self.before, target, self._metric(), self.settings, seed, job.device)
-        outcome = tune(task, lambda done, of: conversion.on_event(TuningStep(self.layer, done, of)))
-        target.close()
+        with closing(self._target()) as target:
+            task = TuneTask(tuned, self.before, target, self._metric(), self.settings, seed, job.device)
+            outcome = tune(task, lambda done, of: conversion.on_event(TuningStep(self.layer, done, of)))
         changed, norms = 0, dict[str, Tensor]()
         if outcome.epoch:
             held.made[:], changed = linears.replaced(held.made)

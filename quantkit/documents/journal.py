@@ -40,6 +40,8 @@ class JobHeader(DocumentPart):
     """sha256 of the imatrix file that the recipe names."""
     sensitivity: str | None = None
     """sha256 of what the Fisher pass that the recipe names has found."""
+    expert_scores: str | None = None
+    """sha256 of the scores that the recipe prunes by, of an earlier output; stated only then."""
     device: str | None = None
     threads: Count | None = None
     memory_budget: Count | None = None

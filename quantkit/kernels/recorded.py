@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -25,14 +26,14 @@ class Recorded(Generic[Output]):
 
     def __init__(self, work: Callable[..., Output]) -> None:
         self._work = work
-        self._shapes: list[torch.Size] = []
+        self._given: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._held: tuple[torch.cuda.CUDAGraph, Any, Output] | None = None
 
     def __call__(self, *inputs: Any) -> Output:
         tensors = list(_tensors(inputs))
-        shapes = [tensor.shape for tensor in tensors]
-        if backend_of(tensors[0]) is not Backend.TRITON or not tensors[0].is_cuda or shapes != self._shapes:
-            self._shapes, self._held = shapes, None
+        given = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        if backend_of(tensors[0]) is not Backend.TRITON or not tensors[0].is_cuda or given != self._given:
+            self._given, self._held = given, None
             return self._work(*inputs)
         if self._held is None:
             self._held = self._record(inputs, tensors[0].device)
@@ -52,8 +53,11 @@ class Recorded(Generic[Output]):
             graph.capture_begin(capture_error_mode="thread_local")  # other threads read and write meanwhile
             try:
                 output = self._work(*own)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that what was recorded is void is said by what was raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(aside)
         return graph, own, output
 

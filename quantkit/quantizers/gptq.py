@@ -86,7 +86,8 @@ class Gptq(BaseModel, frozen=True, extra="forbid"):
     row_gains: bool = Field(
         False,
         description="Rows of linears that add to the residual stream (o, down) get gains by least squares of their "
-        "outputs, folded into the stored scales. Only integers and block types of ggml take them, but for MXFP4.",
+        "outputs, folded into the stored scales (towards the unquantised stream, if cross is not 0). Only integers and "
+        "block types of ggml take them, but for MXFP4.",
     )
 
     @property

@@ -5,6 +5,7 @@ loss = mean square of (output of the layer with quantised weights - target), the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.hidden_states import RowStore
+from quantkit.errors import CalibrationError
 from quantkit.plan.tune import Tune
 from quantkit.tuning.adam import Adam
 from quantkit.tuning.layer import TunedLayer, begin_update, finish_update
@@ -86,6 +88,11 @@ def _tuned(task: TuneTask, on_step: OnStep) -> TuneOutcome:
     held, taught = split_rows(task.x.n_rows)
     energy = _mean(task, held, with_layer=False)
     before = best = _mean(task, held, with_layer=True)
+    if not math.isfinite(before):
+        raise CalibrationError(
+            "the output of the quantised layer is not finite, so it cannot be tuned.",
+            hint="Leave tune out, or look with `quantkit evaluate` where numbers overflow.",
+        )
     kept = 0
     optimizer = task.layer.optimizer()
     updates = list(_updates(task, taught))
@@ -164,10 +171,17 @@ def _rows(store: RowStore, rows: Tensor, device: torch.device) -> Tensor:
 
 def metric_factor(moments: Tensor, damp: float = 0.02) -> Tensor:
     """moments (n, n), sum of g g^T of gradients at a layer's output -> the factor whose product with an error weighs it
-    as the model's loss does; a mean diagonal of 1, and ``damp`` added to it."""
+    as the model's loss does; a mean diagonal of 1, and ``damp`` added to it. Raises `CalibrationError` if they are not
+    finite."""
     mean = moments.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(len(moments), device=moments.device, dtype=moments.dtype)
-    return torch.linalg.cholesky(moments / mean + damp * eye)
+    factor, failed = torch.linalg.cholesky_ex(moments / mean + damp * eye)
+    if bool(failed) or not bool(factor.isfinite().all()):
+        raise CalibrationError(
+            "the Fisher pass's gradients at a layer's output overflow or are not numbers.",
+            hint="Make the pass again (`quantkit sensitivity --restart`), or leave sensitivity out.",
+        )
+    return factor
 
 
 def seed_of(settings: Tune, layer: int) -> int:

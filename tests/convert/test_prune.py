@@ -28,6 +28,7 @@ from quantkit.plan.shorthand import Shorthand, shorthand_recipe
 from tests.arch.relatives import deepseek_v2, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k25
 from tests.arch.test_forward import read_decoded, reference_model
 from tests.convert.jobs import INT4_GPTQ, files_of, run, shards_of, write_model, write_text
+from tests.convert.test_resume_refused import Stop, stop_after
 from tests.oracles.forward import logits
 from tests.oracles.llama_cpp import LlamaModel
 from tests.tiny_models import tiny_config, write_shards
@@ -331,6 +332,22 @@ def test_scores_of_something_else_are_refused(out: Path, tmp_path: Path) -> None
     refused(SourceError, "has scores of another checkpoint", out / "int4", tmp_path / "other")
     with pytest.raises(PlanError, match="a trial scores no experts"):
         trial(NANO, PRUNED, tmp_path / "tried", "1")
+
+
+def test_a_stopped_job_goes_on_with_the_same_scores_only(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "int4", tmp_path / "scored")
+    rules = [{"match": "role:expert", **INT4_GPTQ}, *KEEP]
+    chosen = recipe(
+        [{**OUTPUTS[1], "rules": [NO_MTP, *rules]}], prune={"experts": 4, "scores": str(tmp_path / "scored")}
+    )
+    with pytest.raises(Stop):
+        run(NANO, chosen, tmp_path / "out", on_event=stop_after(1))
+    file = tmp_path / "scored" / "quantkit.json"
+    document = json.loads(file.read_text())
+    document["pruning"]["scores"]["1"][0][0] += 0.5
+    file.write_text(json.dumps(document))
+    with pytest.raises(OutputError, match=r"differs from this one: expert scores\."):
+        run(NANO, chosen, tmp_path / "out")
 
 
 def test_experts_that_are_stored_otherwise_are_refused(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from quantkit.arch import arch_of
 from quantkit.arch.base import ExpertBlock
 from quantkit.calibrate.hidden_states import MemoryRows
+from quantkit.errors import CalibrationError
 from quantkit.plan.tune import Tune
 from quantkit.schemes import IntScheme
 from quantkit.tensors import Role
@@ -149,3 +151,8 @@ def test_rows_that_decide() -> None:
     assert held.tolist() == [9, 19]
     assert sorted([*held.tolist(), *taught.tolist()]) == list(range(25))
     assert split_rows(4)[0].tolist() == [3]
+
+
+def test_a_metric_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="gradients at a layer's output overflow"):
+        metric_factor(torch.full((8, 8), torch.nan))
