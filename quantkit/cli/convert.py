@@ -166,6 +166,9 @@ def _run(
         check_gpus(gpus, place)
         return _share(place, source, config, recipe, out, named, log, device, memory_budget, jobs, restart)
     if gpus is not None and gpus > 1:
+        from quantkit.convert.together import refuse_recipe
+
+        refuse_recipe(recipe, gpus)
         run_ranks(gpus, lambda: _advice(source, named, out))
     return _whole(source, config, recipe, out, named, log, device, memory_budget, jobs, restart, kept)
 

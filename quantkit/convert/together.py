@@ -12,6 +12,7 @@ from quantkit.convert.prepare import Job
 from quantkit.errors import OutputError, PlanError
 from quantkit.formats.preallocated import disk_errors
 from quantkit.plan.decide import Action
+from quantkit.plan.recipe import Recipe
 from quantkit.quantizers.rescaling import RescalingMethod
 from quantkit.ranks.ranks import Ranks
 
@@ -19,16 +20,24 @@ PATIENCE_S = 10.0
 """So long a file of another host may take until it is seen: network file systems remember what was not there."""
 
 
+def refuse_recipe(recipe: Recipe, count: int) -> None:
+    """Raise `PlanError` for what a recipe asks of the whole model that runs in one process only. ``count``: ranks."""
+    asked = {"tune": recipe.tune, "prune": recipe.prune, "router: least_squares": recipe.router != "keep"}
+    found = [what for what, value in asked.items() if value]
+    if found:
+        raise PlanError(
+            f"{', '.join(found)}: found with {count} ranks, runs in one process only.",
+            hint="Leave --gpus out, or change the recipe.",
+        )
+
+
 def refuse_unshared(job: Job, ranks: Ranks) -> None:
     """Raise `PlanError` for what runs in one process only, and for fewer rows of text than ranks."""
     decisions = [decision for output in job.plan.outputs for decision in output.decisions.values()]
     methods = {decision.method for decision in decisions if decision.method is not None}
     layers = {d.spec.layer for d in decisions if d.spec.layer is not None and d.action is not Action.DROP}
-    recipe = job.plan.recipe
+    refuse_recipe(job.plan.recipe, ranks.count)
     found = {
-        "tune": recipe.tune is not None,
-        "prune": recipe.prune is not None,
-        "router: least_squares": recipe.router != "keep",
         "output_aware": any(method.output_aware for method in methods),
         "a method that rescales channels (awq)": any(isinstance(method, RescalingMethod) for method in methods),
         "calibrated MTP layers": job.plan.calibrates_mtp,

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from quantkit.documents.conversion import ConversionDocument
+from quantkit.documents.pruning import PruningRecord
 from quantkit.documents.read import CONVERSION, read_documents
 from quantkit.errors import QuantkitError
 from quantkit.formats.preallocated import sha256_of
@@ -57,6 +58,14 @@ def is_rescaled(directory: Path) -> bool:
     (found,) = read_documents([directory / CONVERSION])
     recipe = json.dumps(found.document.recipe) if isinstance(found.document, ConversionDocument) else ""
     return any(f'"kind": "{kind}"' in recipe for kind in RESCALING)
+
+
+def pruning_of(directory: Path) -> PruningRecord | None:
+    """Which experts quantkit.json says were pruned, None if none."""
+    if not (directory / CONVERSION).is_file():
+        return None
+    (found,) = read_documents([directory / CONVERSION])
+    return found.document.pruning if isinstance(found.document, ConversionDocument) else None
 
 
 def _problem(directory: Path, name: str, wanted: str) -> str:

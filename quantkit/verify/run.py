@@ -15,9 +15,10 @@ from quantkit.arch.base import ModelArch
 from quantkit.errors import PlanError, SourceError
 from quantkit.formats.safetensors.header import printable
 from quantkit.formats.source import read_config
+from quantkit.plan.pruning import pruned_view
 from quantkit.verify import completeness, surroundings, transformers, vllm
 from quantkit.verify.checkpoint import Checkpoint, open_checkpoint
-from quantkit.verify.contents import hash_files, is_rescaled
+from quantkit.verify.contents import hash_files, is_rescaled, pruning_of
 from quantkit.verify.gguf import LLAMA_CPP, holds_gguf, read_gguf
 from quantkit.verify.stated import BITSANDBYTES
 from quantkit.verify.verification import ANY, RUNTIMES, Contents, Finding, Verification
@@ -158,12 +159,17 @@ def _sampled(path: Path, arch: ModelArch, scope: Scope, contents: Contents, find
 
     if any(finding.fault for finding in findings):
         return replace(contents, not_decoded=True)
-    original = scope.source
-    if original is not None and is_rescaled(path if path.is_dir() else path.parent):
+    original, folder = scope.source, path if path.is_dir() else path.parent
+    if original is not None and is_rescaled(folder):
         text = "the recipe rescales channels (awq), so linears are not those of the original: they were not compared."
         findings.append(Finding(ANY, False, text))
         original = None
-    sampled = decode_sample(path, arch, scope.sample, original)
+    pruning, origins = pruning_of(folder), dict[str, str]()
+    if pruning is not None and scope.source is not None:
+        whole = arch_of(read_config(scope.source))
+        arch = whole.with_experts(max(map(len, pruning.kept.values())))
+        origins.update(pruned_view(whole, pruning.kept).origins)
+    sampled = decode_sample(path, arch, scope.sample, original, origins)
     findings += [Finding(ANY, True, text) for text in sampled.faults]
     return replace(contents, decoded=sampled.decoded, compared=sampled.compared)
 

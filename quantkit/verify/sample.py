@@ -4,7 +4,7 @@ hand."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,26 +33,31 @@ class Sampled:
     compared: int
 
 
-def decode_sample(path: Path, arch: ModelArch, count: int, original: Path | None) -> Sampled:
+def decode_sample(
+    path: Path, arch: ModelArch, count: int, original: Path | None, origins: Mapping[str, str]
+) -> Sampled:
     """Decode ``count`` linears of a checkpoint of any format, drawn with a fixed seed, all of them if there are fewer.
-    ``original``: the folder that it was made of. Raises `QuantkitError` for a checkpoint that cannot be opened."""
+    ``original``: the folder that it was made of, ``origins``: names there that are others. Raises `QuantkitError` for a
+    checkpoint that cannot be opened."""
     names = [spec.name for spec in arch.tensors() if spec.linear and spec.role is not Role.MTP]
     drawn = sorted(random.Random(0).sample(names, min(count, len(names))))
     with ExitStack() as stack:
         made = stack.enter_context(open_candidate(path, arch, None)).source
         source = None if original is None else stack.enter_context(open_reference(original)).source
-        faults = tuple(_faults(made, source, drawn))
+        faults = tuple(_faults(made, source, drawn, origins))
     return Sampled(faults, len(drawn), 0 if source is None else len(drawn))
 
 
-def _faults(made: RowSource, source: RowSource | None, names: Sequence[str]) -> Iterator[str]:
+def _faults(
+    made: RowSource, source: RowSource | None, names: Sequence[str], origins: Mapping[str, str]
+) -> Iterator[str]:
     for name in names:
         try:
             weight = made.read(name).float()
         except QuantkitError as error:
             yield error.message
             continue
-        problem = _problem(weight, None if source is None else source.read(name).float())
+        problem = _problem(weight, None if source is None else source.read(origins.get(name, name)).float())
         if problem:
             yield f"{name}: {problem}"
 

@@ -180,6 +180,13 @@ def test_verify_finds_no_fault(output: str, out: Path) -> None:
     assert not verify(out / output).faults
 
 
+@pytest.mark.parametrize("output", ["int4", "gguf"])
+def test_verify_compares_with_the_experts_that_stayed(output: str, out: Path) -> None:
+    found = verify(out / output, source=NANO, sample=64)
+    assert not found.faults
+    assert found.contents.compared == 64
+
+
 def test_an_evaluation_takes_it_beside_the_whole_model(out: Path, tmp_path: Path) -> None:
     """The price is against the original, in `evaluate`, from a recorded reference, and in the conversion's own
     validation. Experts have other numbers, so how many routers agree on is not said."""

@@ -55,6 +55,7 @@ def test_all_ranks_end_as_the_first_that_fails(capfd: pytest.CaptureFixture[str]
     [
         (("--gpus", "3"), "error: 3 ranks: 1, 2, 4 or 8 was needed."),
         (("--gpus", "2", "--layers", "0"), "error: --layers: a trial runs in one process."),
+        (("--gpus", "2", "--tune"), "error: tune: found with 2 ranks, runs in one process only."),
     ],
 )
 def test_what_cannot_be_shared_is_one_line(options: tuple[str, ...], line: str, place: Path, tmp_path: Path) -> None:
